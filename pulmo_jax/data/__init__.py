@@ -1,0 +1,1 @@
+"""From files to NumPy batches: sources, splits, transforms and the one pipeline."""

@@ -1,0 +1,92 @@
+"""Image files: TIFF, PNG, JPEG, DICOM and NIfTI behind one `open_source`."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+from pulmo_jax.data.sources.dicom import open_dicom
+from pulmo_jax.data.sources.nifti import open_nifti
+from pulmo_jax.data.sources.raster import open_jpeg, open_png
+from pulmo_jax.data.sources.source import ImageSource, decoding
+from pulmo_jax.data.sources.tiff import open_tiff
+from pulmo_jax.types import InputError
+
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".dcm", ".nii", ".nii.gz")
+
+_HEAD_BYTES = 352  # up to the end of NIfTI's magic, the last of all
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, either byte order
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30) -> ImageSource:
+    """Opens an image file; its content decides the format, not its name.
+
+    max_bytes: limit on the decoded size of one page, checked from the header before anything is decoded.
+    Raises InputError for what cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "there is no such file"
+        raise InputError(f"{path}: {found}; name an image file")
+    with decoding(path):
+        head = _head(path)
+        opener = _opener(_unzipped_head(path) if head.startswith(_GZIP_MAGIC) else head)
+    if opener is None:
+        found = "is empty (0 bytes)" if not head else "its content is of no known format"
+        raise InputError(f"{path}: {found}; what can be read is TIFF, PNG, JPEG, DICOM and NIfTI")
+    return opener(path, max_bytes)
+
+
+def list_images(folder: Path | str) -> list[Path]:
+    """The image files of a folder and of its subfolders, sorted, by suffix; a file is listed by itself.
+
+    DICOM files without a suffix are found by their content. Hidden files and folders are left out.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder or file")
+    visible = (
+        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    images = sorted(path for path in visible if path.is_file() and _is_image(path))
+    if not images:
+        allowed = ", ".join(IMAGE_SUFFIXES)
+        raise InputError(f"{folder}: holds no images; what is looked for is {allowed} and DICOM without a suffix")
+    return images
+
+
+def _is_image(path: Path) -> bool:
+    if path.name.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    # Names of DICOM files are often identifiers, numbers with dots; a DICOMDIR is a table of contents.
+    suffixless = path.suffix == "" or path.suffix[1:].isdigit()
+    if not suffixless or path.name.upper() == "DICOMDIR":
+        return False
+    with decoding(path):
+        return _opener(_head(path)) is open_dicom
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _unzipped_head(path: Path) -> bytes:
+    with gzip.open(path) as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _opener(head: bytes) -> Callable[[Path, int], ImageSource] | None:
+    if head[128:132] == b"DICM":  # first, because the 128 bytes before it may be anything, a TIFF's head too
+        return open_dicom
+    if head.startswith(_TIFF_MAGIC):
+        return open_tiff
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return open_png
+    if head.startswith(b"\xff\xd8\xff"):
+        return open_jpeg
+    if head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0"):
+        return open_nifti
+    return None

@@ -1,0 +1,148 @@
+"""DICOM, through pydicom: single and multi-frame, greyscale and RGB.
+
+Pages are frames. Rescale slope and intercept are applied: where the slope is 1 and the intercept a whole
+number, the pixels stay integers, otherwise they become float32 (float64 beyond 24 bits). MONOCHROME1, whose
+larger values are darker, is inverted within the stored range. A lookup table (palette or modality) is
+refused, not ignored.
+"""
+
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom import Dataset, dcmread
+from pydicom.filereader import read_file_meta_info
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+
+from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding, whole_pages
+from pulmo_jax.types import ImageTags, InputError
+
+_GREY = ("MONOCHROME1", "MONOCHROME2")
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom makes them all RGB
+_MAX_FLOAT32_BITS = 24  # float32 holds whole numbers of up to 24 bits exactly
+
+
+def open_dicom(path: Path, max_bytes: int) -> ImageSource:
+    with decoding(path):
+        _check_transfer_syntax(path, read_file_meta_info(path).TransferSyntaxUID)
+        header = dcmread(path, stop_before_pixels=True)
+        _check_colours(path, header)
+        frames = int(header.get("NumberOfFrames") or 1)
+        shape = (frames, int(header.Rows), int(header.Columns), int(header.SamplesPerPixel))
+        stored = _stored_type(header)
+        dtype = _rescaled_type(stored, header.BitsStored, _rescales(header, frames))
+        check_page_size(path, shape, dtype, max_bytes)
+        _check_length(path, header, prod(shape) * header.BitsAllocated // 8)
+
+        def decode(page: int) -> np.ndarray:
+            pixels = pixel_array(path, index=page).reshape(shape[1:]).astype(stored, casting="equiv", copy=False)
+            if header.PhotometricInterpretation == "MONOCHROME1":
+                pixels = _inverted(pixels, header.BitsStored)
+            return _rescaled(pixels, *_rescale(header, page), dtype)
+
+        resources = ExitStack()
+        reader = whole_pages(decode, shape, dtype, resources)
+        return ImageSource(path, shape, dtype, _tags(header), reader, resources)
+
+
+def _check_transfer_syntax(path: Path, syntax: UID) -> None:
+    if syntax == DeflatedExplicitVRLittleEndian:  # its header is inside of the deflated stream, of unknown size
+        raise InputError(f"{path}: a deflated DICOM file; save it uncompressed, for example with dcmconv +te")
+    if not get_decoder(syntax).is_available:
+        raise InputError(
+            f"{path}: compressed as {syntax.name}, for which no decoder is installed.\n"
+            "Install one: pip install 'pulmo-jax[dicom]'"
+        )
+
+
+def _check_colours(path: Path, header: Dataset) -> None:
+    samples, colours = header.SamplesPerPixel, header.PhotometricInterpretation
+    if (samples, colours) not in [(1, grey) for grey in _GREY] + [(3, colour) for colour in _COLOUR]:
+        allowed = ", ".join(_GREY + _COLOUR)
+        raise InputError(f"{path}: {colours} with {samples} samples for a pixel; what can be read is {allowed}")
+    if "ModalityLUTSequence" in header:
+        raise InputError(f"{path}: has a modality lookup table; save it with rescale slope and intercept instead")
+
+
+def _check_length(path: Path, header: Dataset, pixel_bytes: int) -> None:
+    """Finds an uncompressed file that was cut off before any of its pixels are read."""
+    size = path.stat().st_size
+    native = not header.file_meta.TransferSyntaxUID.is_compressed
+    if native and header.PhotometricInterpretation != "YBR_FULL_422" and size < pixel_bytes:
+        raise InputError(f"{path}: cut off: has {size} bytes, its header says {pixel_bytes} of pixels alone")
+
+
+def _stored_type(header: Dataset) -> np.dtype:
+    if "PixelRepresentation" not in header or header.BitsAllocated not in (1, 8, 16, 32):
+        raise ValueError(f"{header.BitsAllocated} bits for a sample; what can be read is integers of 1 to 32 bits")
+    if not 1 <= header.BitsStored <= header.BitsAllocated:
+        raise ValueError(f"{header.BitsStored} bits stored of {header.BitsAllocated} bits allocated")
+    return np.dtype(f"{'i' if header.PixelRepresentation else 'u'}{max(1, header.BitsAllocated // 8)}")
+
+
+def _frame_value(header: Dataset, frame: int, group: str, keyword: str) -> Any:
+    """An attribute of a frame; enhanced objects keep it in functional groups of the frame or of all."""
+    own = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    for groups in (*own[frame : frame + 1], *shared):
+        for item in groups.get(group) or []:
+            if item.get(keyword) is not None:
+                return item.get(keyword)
+    return header.get(keyword)
+
+
+def _rescales(header: Dataset, frames: int) -> set[tuple[float, float]]:
+    """Every slope and intercept of an object: one for all frames, or one for each."""
+    groups = len(header.get("PerFrameFunctionalGroupsSequence") or [])
+    if groups not in (0, frames):
+        raise ValueError(f"{groups} functional groups for {frames} frames")
+    return {_rescale(header, frame) for frame in range(groups or 1)}
+
+
+def _rescale(header: Dataset, frame: int) -> tuple[float, float]:
+    """Slope and intercept of a frame."""
+    if header.SamplesPerPixel > 1:
+        return 1.0, 0.0
+    keywords = ("RescaleSlope", "RescaleIntercept")
+    slope, intercept = (_frame_value(header, frame, "PixelValueTransformationSequence", k) for k in keywords)
+    slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
+    if slope == 0 or not np.isfinite([slope, intercept]).all():
+        raise ValueError(f"rescale slope {slope} and intercept {intercept}")
+    return slope, intercept
+
+
+def _rescaled_type(stored: np.dtype, bits: int, rescales: set[tuple[float, float]]) -> np.dtype:
+    if rescales == {(1.0, 0.0)}:
+        return stored
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if stored.kind == "i" else (0, 2**bits - 1)
+    if all(slope == 1 and intercept.is_integer() for slope, intercept in rescales):
+        intercepts = [int(intercept) for _, intercept in rescales]
+        for dtype in (np.int16, np.int32):
+            limits = np.iinfo(dtype)
+            if limits.min <= low + min(intercepts) and high + max(intercepts) <= limits.max:
+                return np.dtype(dtype)
+    return np.dtype(np.float32 if bits <= _MAX_FLOAT32_BITS else np.float64)
+
+
+def _rescaled(pixels: np.ndarray, slope: float, intercept: float, dtype: np.dtype) -> np.ndarray:
+    if pixels.dtype == dtype and (slope, intercept) == (1.0, 0.0):
+        return pixels
+    if dtype.kind == "f":
+        return (pixels * slope + intercept).astype(dtype)
+    # `dtype` was chosen to hold the sum, so a wrap-around of unsigned 32 bits on the way undoes itself.
+    return np.add(pixels, np.int32(intercept), dtype=np.int32, casting="unsafe").astype(dtype)
+
+
+def _inverted(pixels: np.ndarray, bits: int) -> np.ndarray:
+    """max + min - x of the stored range."""
+    return ~pixels if pixels.dtype.kind == "i" else pixels.dtype.type(2**bits - 1) - pixels
+
+
+def _tags(header: Dataset) -> ImageTags:
+    """PixelSpacing is in mm, of rows (y) first."""
+    y, x = (float(mm) for mm in _frame_value(header, 0, "PixelMeasuresSequence", "PixelSpacing") or (0, 0))
+    return ImageTags(resolution=(10 / x, 10 / y, 3) if x > 0 and y > 0 else None)

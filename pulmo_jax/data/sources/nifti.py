@@ -1,0 +1,124 @@
+"""NIfTI-1 and -2 in one file (.nii, .nii.gz): nibabel reads the header, a plane is one seek and one read.
+
+Page k is data[:, :, k].T: columns are the first axis, rows the second, pages the third, channels the fourth.
+The orientation of the affine is not applied. A .nii.gz is unpacked, when first read, into a temporary file
+without a name: this verifies its checksum, and makes its planes as quick to reach as those of a .nii.
+"""
+
+import gzip
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from io import BufferedIOBase
+from pathlib import Path
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+
+from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding, whole_pages
+from pulmo_jax.types import ImageTags, InputError
+
+_UNPACKED_AT_ONCE = 2**20  # bytes
+_UNIT_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
+
+
+def open_nifti(path: Path, max_bytes: int) -> ImageSource:
+    with ExitStack() as stack, decoding(path):
+        file = stack.enter_context(path.open("rb"))
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        header = _header(gzip.GzipFile(fileobj=file) if zipped else file)
+        i, j, k, channels = _axes(path, header)
+        stored = _stored_type(path, header)
+        scale = _scale(header)
+        dtype = stored.newbyteorder("=") if scale is None else _scaled_type(stored)
+        shape = (k, j, i, channels)
+        check_page_size(path, shape, dtype, max_bytes)
+
+        start, plane_bytes = header.get_data_offset(), i * j * stored.itemsize
+        stop = start + k * channels * plane_bytes
+        if not zipped and (size := path.stat().st_size) < stop:
+            raise InputError(f"{path}: cut off: has {size} bytes, its header says {stop}")
+        resources = stack.pop_all()
+        voxels = _unpacker(file, stop, resources) if zipped else lambda: file
+
+        def decode(page: int) -> np.ndarray:
+            offsets = (start + (channel * k + page) * plane_bytes for channel in range(channels))
+            planes = [np.frombuffer(_read(voxels(), offset, plane_bytes), stored) for offset in offsets]
+            pixels = np.stack([plane.reshape(j, i) for plane in planes], axis=-1)
+            return (pixels if scale is None else pixels * scale[0] + scale[1]).astype(dtype)
+
+        reader = whole_pages(decode, shape, dtype, resources)
+        return ImageSource(path, shape, dtype, _tags(header), reader, resources)
+
+
+def _header(file: BufferedIOBase) -> Nifti1Header:
+    """Of the version that the header's own length tells, in either byte order."""
+    length = file.read(4)
+    file.seek(0)
+    version_2 = 540 in (int.from_bytes(length, "little"), int.from_bytes(length, "big"))
+    return (Nifti2Header if version_2 else Nifti1Header).from_fileobj(file)
+
+
+def _axes(path: Path, header: Nifti1Header) -> tuple[int, int, int, int]:
+    """Lengths (i, j, k, channels); those left out are 1."""
+    if not header["magic"].tobytes().startswith(b"n+"):
+        raise InputError(f"{path}: the header of an .hdr/.img pair; save both as one .nii file")
+    lengths = [int(length) for length in header.get_data_shape()]
+    if not 2 <= len(lengths) <= 4 or min(lengths) < 1:
+        raise InputError(f"{path}: has axes of {lengths} voxels; save it with 2 to 4 axes, none of them empty")
+    i, j, k, channels = lengths + [1] * (4 - len(lengths))
+    return i, j, k, channels
+
+
+def _stored_type(path: Path, header: Nifti1Header) -> np.dtype:
+    stored = header.get_data_dtype()
+    if stored.kind not in "iuf" or stored.itemsize > 8:
+        raise InputError(f"{path}: voxels of type {stored}; save it as integers or floats of up to 64 bits")
+    return stored
+
+
+def _scale(header: Nifti1Header) -> tuple[float, float] | None:
+    """Slope and intercept, None if they leave the values as they are."""
+    slope, intercept = header.get_slope_inter()
+    if slope is None or intercept is None or (slope, intercept) == (1, 0):
+        return None
+    return float(slope), float(intercept)
+
+
+def _scaled_type(stored: np.dtype) -> np.dtype:
+    """float32 where it holds every stored value exactly."""
+    return np.dtype(np.float32 if np.can_cast(stored, np.float32) else np.float64)
+
+
+def _tags(header: Nifti1Header) -> ImageTags:
+    """Pixels per centimetre; by custom, lengths without a unit are in mm."""
+    mm = _UNIT_MM.get(str(header.get_xyzt_units()[0]), 1.0)
+    x, y = (float(zoom) * mm for zoom in header.get_zooms()[:2])
+    known = 0 < x < np.inf and 0 < y < np.inf
+    return ImageTags(resolution=(10 / x, 10 / y, 3) if known else None)
+
+
+def _read(file: BufferedIOBase, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    data = file.read(size)
+    if len(data) < size:
+        raise EOFError(f"{len(data)} of {size} bytes of a plane")
+    return data
+
+
+def _unpacker(file: BufferedIOBase, stop: int, resources: ExitStack) -> Callable[[], BufferedIOBase]:
+    """The first call unpacks `file`, of which the header declares `stop` bytes."""
+
+    @cache
+    def unpacked() -> BufferedIOBase:
+        target = resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (closed with the source)
+        file.seek(0)
+        with gzip.GzipFile(fileobj=file) as source:
+            while target.tell() <= stop and (chunk := source.read(_UNPACKED_AT_ONCE)):
+                target.write(chunk)
+        return target
+
+    return unpacked

@@ -1,0 +1,142 @@
+"""TIFF and BigTIFF, through tifffile: which of a file's directories are pages, and whether they are whole.
+
+A page is an image directory (IFD); further axes that a writer describes in text (ImageJ, OME) are not
+consulted. Directories marked as a reduced copy or a mask are left out, and so are the smaller levels of an
+Aperio slide. The orientation tag is not applied.
+"""
+
+import os
+import re
+import struct
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from tifffile import TiffFile, TiffPage
+
+from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding
+from pulmo_jax.data.sources.tiff_pixels import pixel_layout, segment_grid, window_reader
+from pulmo_jax.types import ImageTags, InputError
+
+_GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+_GDAL_NODATA = 42113
+_METAMORPH_PLANES = 33629
+
+
+def open_tiff(path: Path, max_bytes: int) -> ImageSource:
+    with ExitStack() as stack, decoding(path):
+        # Flavours of TIFF for which tifffile would guess further pages are read by their directories alone.
+        tif = stack.enter_context(TiffFile(path, is_lsm=False, is_ndpi=False, is_scanimage=False))
+        pages = _image_pages(path, tif)
+        height, width, channels, dtype = _common_layout(path, pages)
+        shape = (len(pages), height, width, channels)
+        check_page_size(path, shape, dtype, max_bytes)
+        for page in pages:
+            _check_segments(path, page, tif.filehandle.size, max_bytes)
+        resources = stack.pop_all()
+        reader = window_reader(tif, pages, dtype, resources)
+        return ImageSource(path, shape, dtype, _tags(pages[0]), reader, resources)
+
+
+def _image_pages(path: Path, tif: TiffFile) -> list[TiffPage]:
+    """The directories that hold the image itself, at full resolution."""
+    directories = _directories(path, tif)
+    if found := _hidden_images(directories):
+        raise InputError(f"{path}: holds {found}; save it with one directory for each (as BigTIFF above 4 GB)")
+    if tif.is_svs:
+        return [page.aspage() for page in tif.series[0] if page is not None]
+    pages = [page for page in directories if not page.is_reduced and not page.is_mask]
+    if not pages:
+        raise InputError(f"{path}: all of its images are marked as reduced copies or masks")
+    return pages
+
+
+def _directories(path: Path, tif: TiffFile) -> list[TiffPage]:
+    """The whole chain of directories. tifffile ends a broken chain early, with a line in its log."""
+    directories: dict[int, TiffPage] = {}
+    for page in tif.pages:
+        if page.offset in directories:
+            raise InputError(f"{path}: damaged: its chain of image directories runs in a circle")
+        directories[page.offset] = page.aspage()
+    if not directories:
+        raise InputError(f"{path}: damaged or cut off: no image directory can be found")
+    if _next_directory(tif, list(directories)[-1]) != 0:
+        raise InputError(f"{path}: damaged or cut off: no image directory after the first {len(directories)}")
+    return list(directories.values())
+
+
+def _next_directory(tif: TiffFile, offset: int) -> int:
+    """Offset of the directory that follows the one at `offset`, 0 if it is the last."""
+    file, sizes = tif.filehandle, tif.tiff
+    file.seek(offset)
+    (tags,) = struct.unpack(sizes.tagnoformat, file.read(sizes.tagnosize))
+    file.seek(tags * sizes.tagsize, os.SEEK_CUR)
+    (following,) = struct.unpack(sizes.offsetformat, file.read(sizes.offsetsize))
+    return following
+
+
+def _hidden_images(directories: list[TiffPage]) -> str | None:
+    """Some writers put several images behind one directory; to read the first alone would lose the others."""
+    first, count = directories[0], len(directories)
+    declared = re.search(r"^images=(\d+)", first.description, re.MULTILINE)
+    if first.description.startswith("ImageJ=") and declared and int(declared[1]) > count:
+        return f"{declared[1]} ImageJ images in {count} directories"
+    if first.description.startswith("{") and '"truncated": true' in first.description:
+        return "several images in one directory"
+    if (planes := first.tags.get(_METAMORPH_PLANES)) is not None and planes.count > count:
+        return f"{planes.count} MetaMorph planes in {count} directories"
+    return None
+
+
+def _common_layout(path: Path, pages: list[TiffPage]) -> tuple[int, int, int, np.dtype]:
+    """(H, W, C, dtype) of every page."""
+    layouts = [pixel_layout(path, page) for page in pages]
+    for page, layout in zip(pages, layouts, strict=True):
+        if layout != layouts[0]:
+            raise InputError(
+                f"{path}: page {page.index} is {_words(*layout)}, "
+                f"page {pages[0].index} is {_words(*layouts[0])}.\n"
+                "All pages of a file must have one shape and depth; save these as separate files."
+            )
+    return layouts[0]
+
+
+def _words(height: int, width: int, channels: int, dtype: np.dtype) -> str:
+    return f"{height} x {width} px of {channels} x {dtype}"
+
+
+def _check_segments(path: Path, page: TiffPage, file_size: int, max_bytes: int) -> None:
+    """Refuses strips and tiles that are missing, end beyond the file, or would not fit into memory."""
+    height, width, rows, columns = segment_grid(page)
+    decoded = (1, height, width, page.tiledepth * page.shaped[4])
+    check_page_size(path, decoded, np.dtype(page.dtype), max_bytes, "a strip or tile")
+    needed = page.shaped[0] * rows * columns
+    offsets, sizes = (np.array(x[:needed], np.int64) for x in (page.dataoffsets, page.databytecounts))
+    where = f"strips or tiles of page {page.index}"
+    if len(offsets) < needed or len(sizes) < needed or (page.is_final and sizes.sum() < page.nbytes):
+        raise InputError(f"{path}: damaged: {len(offsets)} of {needed} {where} listed, of {sizes.sum()} bytes")
+    if page.is_final:  # one block, for which some writers give a size that is too large
+        offsets, sizes = offsets[:1], np.array([page.nbytes])
+    beyond = (offsets < 0) | (sizes < 0) | (offsets > file_size - sizes)
+    if beyond.any():
+        raise InputError(f"{path}: cut off: {beyond.sum()} of {needed} {where} lie beyond the end of the file")
+    left_out = (offsets == 0) | (sizes == 0)
+    if left_out.any() and _GDAL_NODATA not in page.tags:
+        raise InputError(
+            f"{path}: {left_out.sum()} of {needed} {where} were never written, "
+            "and no GDAL_NODATA tag says with which value to fill them"
+        )
+
+
+def _tags(page: TiffPage) -> ImageTags:
+    geo = [page.tags.get(code) for code in _GEO_TAGS]
+    geo = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in geo if tag is not None)
+    return ImageTags(_resolution(page), geo)
+
+
+def _resolution(page: TiffPage) -> tuple[float, float, int] | None:
+    """XResolution and YResolution, each a fraction, and ResolutionUnit, if they make sense."""
+    fractions = [page.tags.valueof(code, default=(0, 1)) for code in (282, 283)]
+    x, y = (float(n / d) if d else 0.0 for n, d in fractions)
+    unit = int(page.tags.valueof(296, default=2))
+    return (x, y, unit) if x > 0 and y > 0 and unit in (1, 2, 3) else None

@@ -1,0 +1,162 @@
+"""The pixels of a TIFF page: a window decodes only the strips or tiles ("segments") that it touches.
+
+Depth is kept. Bands, CMYK and an alpha channel are kept as channels. Palette images become RGB, white-is-zero
+images are inverted, 1-bit images become 0 and 1. Segments that a sparse file leaves out are filled with its
+no-data value.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import lru_cache, partial
+from itertools import product
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+from tifffile import PHOTOMETRIC, FileHandle, TiffFile, TiffPage
+from tifffile.tifffile import jpeg_shape
+
+from pulmo_jax.data.sources.source import WindowReader
+from pulmo_jax.types import InputError, Window
+
+_CACHE_BYTES = 128 * 2**20  # of decoded segments, because neighbouring windows share them
+_JPEG = (7, 33007, 34892)
+_AS_STORED = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.SEPARATED)
+
+
+def pixel_layout(path: Path, page: TiffPage) -> tuple[int, int, int, np.dtype]:
+    """(H, W, C, dtype) of the pixels that are handed out."""
+    if page.imagedepth > 1:
+        raise InputError(f"{path}: page {page.index} is a volume {page.shape}; save one page for each slice")
+    if page.dtype is None or page.dtype.kind not in "biuf":
+        raise InputError(
+            f"{path}: page {page.index} has samples of {page.bitspersample} bits "
+            f"in format {page.sampleformat!r}; save it as integers or floats"
+        )
+    _check_colours(path, page)
+    if _colour_space(page) == PHOTOMETRIC.PALETTE:
+        return page.imagelength, page.imagewidth, 3, _palette(page).dtype
+    dtype = np.dtype(np.uint8) if page.dtype.kind == "b" else page.dtype
+    return page.imagelength, page.imagewidth, page.samplesperpixel, dtype
+
+
+def segment_grid(page: TiffPage) -> tuple[int, int, int, int]:
+    """Height and width of a segment, and how many segments there are down and across a plane."""
+    tiled = page.is_tiled
+    height, width = (page.tilelength, page.tilewidth) if tiled else (page.rowsperstrip, page.imagewidth)
+    return height, width, ceil(page.imagelength / height), ceil(page.imagewidth / width)
+
+
+def window_reader(tif: TiffFile, pages: list[TiffPage], dtype: np.dtype, resources: ExitStack) -> WindowReader:
+    """Reads windows of `pages`, whose segments are known to lie inside of the file."""
+
+    @lru_cache(maxsize=1)
+    def mapped(number: int) -> np.ndarray:
+        page = pages[number]
+        stored = np.dtype(page.dtype).newbyteorder(tif.byteorder)
+        return np.memmap(tif.filehandle.path, stored, "r", int(page.dataoffsets[0]), page.shaped)
+
+    @lru_cache(maxsize=max(1, _CACHE_BYTES // max(map(_segment_bytes, pages))))
+    def segment(number: int, index: int) -> np.ndarray:
+        return decode_segment(tif.filehandle, pages[number], index)
+
+    def read_window(number: int, window: Window) -> np.ndarray:
+        page, (y, x, h, w) = pages[number], window
+        if page.is_final:  # uncompressed, in one piece
+            samples = mapped(number)[:, 0, y : y + h, x : x + w]
+        else:
+            samples = _assembled(page, window, partial(segment, number))
+        return _pixels(page, samples, dtype)
+
+    resources.callback(mapped.cache_clear)
+    resources.callback(segment.cache_clear)
+    return read_window
+
+
+def decode_segment(file: FileHandle, page: TiffPage, index: int) -> np.ndarray:
+    """One strip or tile, (h, w, samples)."""
+    offset, size = int(page.dataoffsets[index]), int(page.databytecounts[index])
+    file.seek(offset)
+    data = file.read(size) if offset and size else None
+    if data and page.compression in _JPEG:
+        _check_jpeg_size(page, data)
+    decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
+    return np.full(shape[1:], page.nodata, page.dtype) if decoded is None else decoded[0]
+
+
+def _check_jpeg_size(page: TiffPage, data: bytes) -> None:
+    """A JPEG decoder allocates what the segment says of itself, whatever the page says."""
+    height, width, _, _ = segment_grid(page)
+    _, found_height, found_width, _ = jpeg_shape(data)
+    if found_height > height or found_width > width:
+        raise ValueError(f"a JPEG of {found_height} x {found_width} px in a tile of {height} x {width} px")
+
+
+def _segment_bytes(page: TiffPage) -> int:
+    height, width, _, _ = segment_grid(page)
+    return height * width * page.tiledepth * page.shaped[4] * np.dtype(page.dtype).itemsize
+
+
+def _assembled(page: TiffPage, window: Window, segment: Callable[[int], np.ndarray]) -> np.ndarray:
+    """The window (planes, h, w, samples), from the segments that it touches."""
+    height, width, rows, columns = segment_grid(page)
+    y, x, h, w = window
+    planes, _, _, _, samples = page.shaped
+    out = np.empty((planes, h, w, samples), page.dtype)
+    touched_rows = range(y // height, (y + h - 1) // height + 1)
+    touched_columns = range(x // width, (x + w - 1) // width + 1)
+    for plane, row, column in product(range(planes), touched_rows, touched_columns):
+        decoded = segment((plane * rows + row) * columns + column)
+        segment_y, window_y = _overlap(row * height, height, y, h)
+        segment_x, window_x = _overlap(column * width, width, x, w)
+        out[plane, window_y, window_x] = decoded[segment_y, segment_x]
+    return out
+
+
+def _overlap(segment: int, segment_length: int, window: int, window_length: int) -> tuple[slice, slice]:
+    """Where a segment and a window meet along one axis, counted from the start of either."""
+    low, high = max(segment, window), min(segment + segment_length, window + window_length)
+    return slice(low - segment, high - segment), slice(low - window, high - window)
+
+
+def _pixels(page: TiffPage, samples: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """(planes, h, w, samples) as stored -> (h, w, C) as handed out."""
+    planes, h, w, contiguous = samples.shape
+    samples = samples.transpose(1, 2, 0, 3).reshape(h, w, planes * contiguous)
+    if _colour_space(page) == PHOTOMETRIC.PALETTE:
+        return _palette(page)[samples[..., 0]]
+    if _colour_space(page) == PHOTOMETRIC.MINISWHITE:
+        white = 2**page.bitspersample - 1
+        samples = samples.dtype.type(white) - samples if samples.dtype.kind == "u" else ~samples
+    return np.array(samples, dtype)
+
+
+def _colour_space(page: TiffPage) -> int:
+    """tifffile takes a missing tag for white-is-zero; to leave the values alone is safer."""
+    return page.photometric if 262 in page.tags else PHOTOMETRIC.MINISBLACK
+
+
+def _check_colours(path: Path, page: TiffPage) -> None:
+    colours, kind, single = _colour_space(page), np.dtype(page.dtype).kind, page.samplesperpixel == 1
+    readable = (
+        colours in _AS_STORED
+        or (colours == PHOTOMETRIC.MINISWHITE and single and kind in "biu")
+        or (colours == PHOTOMETRIC.PALETTE and single and kind == "u")
+        or (colours == PHOTOMETRIC.YCBCR and page.compression in _JPEG)  # tifffile makes it RGB
+    )
+    if not readable:
+        raise InputError(
+            f"{path}: page {page.index} has {page.samplesperpixel} x {page.dtype} samples of colour space "
+            f"{getattr(colours, 'name', colours)}; save it as greyscale or RGB"
+        )
+
+
+def _palette(page: TiffPage) -> np.ndarray:
+    """(entries, 3): uint16 as in the file, or uint8 if that is what was stretched or copied into 16 bits."""
+    if page.colormap is None or page.colormap.shape != (3, 2**page.bitspersample):
+        raise ValueError(f"no palette of {2**page.bitspersample} colours")
+    levels = page.colormap.T.astype(np.uint16)
+    if levels.max() < 256:
+        return levels.astype(np.uint8)
+    stretched = not (levels & 255).any() or not (levels % 257).any()
+    return (levels >> 8).astype(np.uint8) if stretched else levels

@@ -1,0 +1,80 @@
+"""PNG and JPEG: modes, depth, palettes, transparency, animations, resolution."""
+
+import imagecodecs
+import numpy as np
+import pytest
+from PIL import Image
+from references.image_files import noise
+
+from pulmo_jax.data.sources import open_source
+from pulmo_jax.types import ImageTags, InputError
+
+
+def read(path) -> np.ndarray:
+    with open_source(path) as source:
+        pixels = source.read()
+        assert pixels.dtype == source.dtype
+        assert (1, *pixels.shape) == source.shape
+        return pixels
+
+
+@pytest.mark.parametrize(("stored", "kept"), [(1, 1), (2, 1), (3, 3), (4, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_keeps_depth_and_drops_alpha(tmp_path, stored, kept, dtype):
+    """Pillow alone would squeeze 16-bit colour to 8 bits."""
+    pixels = noise((20, 30, stored), dtype)
+    (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(pixels.squeeze()))
+    found = read(tmp_path / "x.png")
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, pixels[..., :kept])
+
+
+def test_one_bit_becomes_zero_and_one(tmp_path):
+    pixels = noise((20, 30), np.uint8) > 127
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read(tmp_path / "x.png")[..., 0], pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("transparency", [None, 3, bytes(range(256))])
+def test_palettes_become_rgb(tmp_path, transparency):
+    indices, colours = noise((20, 30), np.uint8), noise((256, 3), np.uint8, seed=1)
+    image = Image.fromarray(indices).convert("P")
+    image.putpalette(colours.tobytes())
+    image.putdata(indices.ravel().tolist())
+    image.save(tmp_path / "x.png", **({} if transparency is None else {"transparency": transparency}))
+    np.testing.assert_array_equal(read(tmp_path / "x.png"), colours[indices])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpeg_modes(tmp_path, mode):
+    image = Image.fromarray(noise((20, 30, 3), np.uint8)).convert(mode)
+    image.save(tmp_path / "x.jpg")
+    with Image.open(tmp_path / "x.jpg") as written:
+        expected = np.asarray(written.convert("L" if mode == "L" else "RGB")).reshape(20, 30, -1)
+    np.testing.assert_array_equal(read(tmp_path / "x.jpg"), expected)
+
+
+def test_orientation_is_left_alone(tmp_path):
+    image = Image.fromarray(noise((20, 30), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert read(tmp_path / "x.jpg").shape == (20, 30, 1)
+
+
+def test_animations_are_refused(tmp_path):
+    frames = [Image.fromarray(noise((20, 30), np.uint8, seed)) for seed in range(3)]
+    frames[0].save(tmp_path / "x.png", save_all=True, append_images=frames[1:])
+    with pytest.raises(InputError, match="animation of 3 frames"):
+        open_source(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_resolution(tmp_path, suffix):
+    image = Image.fromarray(noise((20, 30), np.uint8))
+    image.save(tmp_path / f"with.{suffix}", dpi=(300, 150))
+    image.save(tmp_path / f"without.{suffix}")
+    with open_source(tmp_path / f"with.{suffix}") as source:
+        assert source.tags.resolution == pytest.approx((300, 150, 2), rel=1e-3)
+    with open_source(tmp_path / f"without.{suffix}") as source:
+        assert source.tags == ImageTags()
