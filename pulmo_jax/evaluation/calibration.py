@@ -1,0 +1,243 @@
+"""Thresholds with a known false-alarm rate, and p-values, from the scores of normal validation images alone.
+
+The pixels of one image are correlated, and so are the images of one patient: the number of pixels says
+nothing about how well a threshold is known. Intervals are therefore taken over groups (patients, duplicate
+sets), never over pixels.
+"""
+
+import dataclasses
+import json
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from math import floor, log
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+
+from pulmo_jax.core.histogram import ScoreHistogram, group_weights, percentile_interval
+from pulmo_jax.types import InputError
+
+REMEDY = "Restore it from the run that wrote it, or train again."
+MAX_KNOTS = 1000  # of the table of normal pixel scores: steps of 2 % in the p-value with 10^9 pixels
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What exceeds `value` is abnormal.
+
+    false_alarm_rate: as configured, per pixel or per image.
+    attainable_rate: the bound that n_scores scores do give; it is higher only where they are too few.
+    low, high: 95 % interval of the value over groups, None with fewer than two.
+    warning: a sentence for the user where the configured rate cannot be had, else empty.
+    """
+
+    value: FiniteFloat
+    false_alarm_rate: FiniteFloat
+    attainable_rate: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    n_scores: int
+    n_groups: int
+    warning: str = ""
+
+
+class Knot(NamedTuple):
+    """A point of the survival function of normal pixel scores."""
+
+    score: FiniteFloat
+    n_pixels_at_least: Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a run knows about normal scores; written as `calibration.json`.
+
+    Scores and knots are ascending. p-values are (1 + #{normal scores >= score}) / (1 + n), so that none is 0.
+    """
+
+    pixel_threshold: Threshold
+    image_threshold: Threshold
+    normal_pixel_scores: Annotated[tuple[Knot, ...], Field(min_length=1)] = field(repr=False)
+    normal_image_scores: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] = field(repr=False)
+    normal_image_peaks: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] = field(repr=False)
+    n_images_without_foreground: int = 0  # left out
+
+    def pixel_p_value(self, scores: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+        """Share of normal pixels that score at least as high, to 3 % or one pixel; NaN stays NaN.
+
+        Log-linear between the knots.
+        """
+        score, at_least = np.array(self.normal_pixel_scores).T
+        n = self.pixel_threshold.n_scores
+        log_p = np.log1p(at_least) - np.log1p(n)
+        return np.exp(np.interp(scores, score, log_p, right=-np.log1p(n))).astype(np.float32)
+
+    def image_p_value(self, image_score: float) -> float:
+        """Share of normal images with an image score at least as high."""
+        return _conformal_p_value(image_score, self.normal_image_scores)
+
+    def peak_p_value(self, peak_score: float) -> float:
+        """Share of normal images whose highest pixel scores at least as high."""
+        return _conformal_p_value(peak_score, self.normal_image_peaks)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain numbers, lists and dicts; `from_json` gives back the very same calibration."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(content: object, path: Path) -> "Calibration":
+        """Raises InputError that names `path`, where the content came from, if it is no calibration."""
+        try:
+            calibration = TypeAdapter(Calibration).validate_python(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise InputError(f"{path} is not a calibration: {where}: {first['msg']}. {REMEDY}") from error
+        score, at_least = zip(*calibration.normal_pixel_scores, strict=True)
+        ascending = (score, at_least[::-1], calibration.normal_image_scores, calibration.normal_image_peaks)
+        if any(list(values) != sorted(values) for values in ascending):
+            raise InputError(f"{path} is not a calibration: its tables are out of order. {REMEDY}")
+        return calibration
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    path.write_text(json.dumps(calibration.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Raises InputError that names the file if it is missing, no JSON or no calibration."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a calibration: {error}. {REMEDY}") from error
+    return Calibration.from_json(content, path)
+
+
+class NormalImage(NamedTuple):
+    """What calibration keeps of one image."""
+
+    score: float
+    peak: float
+    group: str
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """Normal scores so far: a histogram over pixels, two numbers per image. `add` returns the next state."""
+
+    pixels: ScoreHistogram = field(default_factory=ScoreHistogram.empty)
+    images: tuple[NormalImage, ...] = ()
+    n_without_foreground: int = 0
+
+    def add(
+        self,
+        score_map: Float32[np.ndarray, "H W"],
+        foreground: Bool[np.ndarray, "H W"] | None,
+        image_score: float,
+        group: str,
+    ) -> "Calibrator":
+        """With one normal image; pixels outside the foreground, or without a score (NaN), do not count.
+
+        An image that has no others is only counted.
+        """
+        scores = score_map[evaluated_pixels(score_map, foreground)]
+        if scores.size == 0:
+            return dataclasses.replace(self, n_without_foreground=self.n_without_foreground + 1)
+        image = NormalImage(float(image_score), float(scores.max()), group)
+        return dataclasses.replace(self, pixels=self.pixels.add(scores, group), images=(*self.images, image))
+
+    def finish(self, pixel_rate: float, image_rate: float) -> Calibration:
+        """Thresholds for these false-alarm rates per pixel and per image.
+
+        Raises InputError without a single normal image that has foreground.
+        """
+        if not self.images:
+            raise InputError(
+                f"No threshold can be set: none of {self.n_without_foreground} normal validation images has "
+                "a pixel in the foreground. Give normal images whose foreground is not empty."
+            )
+        return Calibration(
+            pixel_threshold=_pixel_threshold(self.pixels, pixel_rate),
+            image_threshold=_image_threshold(self, image_rate),
+            normal_pixel_scores=_survival_table(self.pixels),
+            normal_image_scores=tuple(sorted(image.score for image in self.images)),
+            normal_image_peaks=tuple(sorted(image.peak for image in self.images)),
+            n_images_without_foreground=self.n_without_foreground,
+        )
+
+
+def evaluated_pixels(
+    score_map: Float32[np.ndarray, "H W"], foreground: Bool[np.ndarray, "H W"] | None
+) -> Bool[np.ndarray, "H W"]:
+    """Those in the foreground that have a score: a method leaves NaN where it has none."""
+    scored = ~np.isnan(score_map)
+    return scored if foreground is None else foreground & scored
+
+
+def _pixel_threshold(pixels: ScoreHistogram, rate: float) -> Threshold:
+    _, attainable_rate, warning = _conformal_rank(pixels.n, rate, "pixel")
+    low, high = pixels.quantile_interval(1 - rate)
+    value = pixels.quantile(1 - rate)
+    return Threshold(value, rate, attainable_rate, low, high, pixels.n, len(pixels.groups), warning)
+
+
+def _image_threshold(state: Calibrator, rate: float) -> Threshold:
+    images = sorted(state.images)
+    scores, n = np.array([image.score for image in images]), len(images)
+    rank, attainable_rate, warning = _conformal_rank(n, rate, "image")
+    groups = {image.group for image in images}
+    seed, replicates = state.pixels.seed, state.pixels.n_replicates
+    weights = np.stack([group_weights(image.group, replicates, seed) for image in images])
+    at_rank = [_weighted_order_statistic(scores, weight, rate) for weight in weights.T]
+    low, high = percentile_interval(np.array(at_rank), len(groups))
+    return Threshold(float(scores[rank - 1]), rate, attainable_rate, low, high, n, len(groups), warning)
+
+
+def _weighted_order_statistic(scores: np.ndarray, weight: np.ndarray, rate: float) -> float:
+    """The conformal threshold of a bootstrap replicate; NaN where that drew nothing."""
+    rank = np.cumsum(weight)
+    if rank[-1] == 0:
+        return np.nan
+    return float(scores[np.searchsorted(rank, _conformal_rank(int(rank[-1]), rate, "image")[0])])
+
+
+def _conformal_rank(n: int, rate: float, unit: str) -> tuple[int, float, str]:
+    """Rank (from 1) of the normal score that a new normal score exceeds with probability <= rate.
+
+    k = ceil((n + 1)(1 - rate)); if the n normal scores and the new one are exchangeable, the new one exceeds
+    the k-th with probability <= (n + 1 - k) / (n + 1) (Vovk, Gammerman & Shafer, "Algorithmic learning in a
+    random world", 2005). If k > n no score will do; the largest is taken and what it does attain is said.
+    Images of few patients are not exchangeable with one of a new patient: a threshold's n_groups and interval
+    say how far to trust it.
+
+    Returns the rank, the bound and a warning.
+    """
+    exceeding = floor((n + 1) * rate + 1e-9)  # n + 1 - k; 1e-9 for products that are whole but for rounding
+    if exceeding >= 1:
+        return n + 1 - exceeding, exceeding / (n + 1), ""
+    warning = (
+        f"A false-alarm rate of {rate:g} per {unit} cannot be certified with {n} normal {unit}s: the "
+        f"threshold is the largest of their scores, which bounds the rate by {1 / (n + 1):.2g}."
+    )
+    return n, 1 / (n + 1), warning
+
+
+def _survival_table(pixels: ScoreHistogram) -> tuple[Knot, ...]:
+    """Knots at equal ratios of the number of pixels that score at least as high, all bins if they are few."""
+    at_least = np.cumsum(pixels.count[::-1])[::-1]
+    last = at_least.size - 1
+    wanted = np.exp(np.linspace(log(pixels.n), 0, MAX_KNOTS))
+    spaced = np.clip(np.searchsorted(-at_least, -wanted), 0, last)
+    chosen = np.arange(last + 1) if last < MAX_KNOTS else np.unique([0, *spaced, last])
+    knots = [Knot(float(pixels.low[i]), int(at_least[i])) for i in chosen]
+    if pixels.high[last] > pixels.low[last]:
+        knots.append(Knot(float(pixels.high[last]), 1))
+    return tuple(knots)
+
+
+def _conformal_p_value(score: float, ascending: tuple[float, ...]) -> float:
+    n = len(ascending)
+    return (1 + n - bisect_left(ascending, score)) / (1 + n)

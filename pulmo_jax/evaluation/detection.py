@@ -1,0 +1,70 @@
+"""A score map to a list of findings: connected regions above the calibrated threshold."""
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64
+from scipy import ndimage
+
+from pulmo_jax.evaluation.calibration import Calibration
+from pulmo_jax.types import Detection, Window
+
+
+def find_detections(
+    score: Float32[np.ndarray, "H W"],
+    calibration: Calibration,
+    foreground: Bool[np.ndarray, "H W"] | None = None,
+    min_area_px: int = 1,
+) -> tuple[list[Detection], Bool[np.ndarray, "H W"]]:
+    """Regions of at least min_area_px pixels whose finite score exceeds the pixel threshold.
+
+    Returns them by descending peak score, labelled from 1 in that order, and the mask of their pixels.
+    """
+    above = (score > calibration.pixel_threshold.value) & np.isfinite(score)
+    if foreground is not None:
+        above &= foreground
+    labels, area = label_regions(above)
+    kept = area >= min_area_px
+    kept[0] = False
+    mask = kept[labels]
+    return _describe(score, labels, mask, calibration), mask
+
+
+def label_regions(
+    mask: Bool[np.ndarray, "H W"],
+) -> tuple[Int32[np.ndarray, "H W"], Int64[np.ndarray, "labels"]]:
+    """8-connected regions, numbered from 1, and the area in pixels of every label (0: outside the mask)."""
+    labels = np.empty(mask.shape, np.int32)
+    ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
+    return labels, np.bincount(labels.ravel())
+
+
+def _describe(
+    score: np.ndarray, labels: np.ndarray, mask: np.ndarray, calibration: Calibration
+) -> list[Detection]:
+    pixel = np.flatnonzero(mask)  # the few that matter: ndimage would sort the whole map
+    if pixel.size == 0:
+        return []
+    label, value = labels.ravel()[pixel], score.ravel()[pixel]
+    region, area = np.unique(label, return_counts=True)
+    mean = ndimage.mean(value, label, region)
+    at = np.ravel(ndimage.maximum_position(value, label, region)).astype(np.intp)
+    peak, (y, x) = value[at], np.unravel_index(pixel[at], score.shape)
+    p_value, boxes = calibration.pixel_p_value(peak), ndimage.find_objects(labels)
+    return [
+        Detection(
+            label=rank,
+            y=int(y[i]),
+            x=int(x[i]),
+            box=_window(boxes[region[i] - 1]),
+            area_px=int(area[i]),
+            peak_score=float(peak[i]),
+            mean_score=float(mean[i]),
+            p_value=float(p_value[i]),
+            p_value_image=calibration.peak_p_value(float(peak[i])),
+        )
+        for rank, i in enumerate(np.argsort(-peak, kind="stable"), start=1)
+    ]
+
+
+def _window(box: tuple[slice, slice]) -> Window:
+    y, x = box
+    return Window(y.start, x.start, y.stop - y.start, x.stop - x.start)

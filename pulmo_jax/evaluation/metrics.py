@@ -1,0 +1,259 @@
+"""Figures of merit per pixel, per lesion and per image, each with its 95 % bootstrap interval over groups.
+
+Pixel figures come from histograms of scores, so that memory does not grow with the number of pixels. A
+histogram
+is sorted and counted already: its curves are cumulative sums, where scikit-learn would check and sort it anew
+in every bootstrap replicate (56 ms instead of 2). Image figures are scikit-learn's.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64
+from scipy.stats import binomtest
+from sklearn.metrics import auc, average_precision_score, roc_curve
+
+from pulmo_jax.core.histogram import ScoreHistogram, group_weights, percentile_interval
+from pulmo_jax.evaluation.calibration import evaluated_pixels
+from pulmo_jax.evaluation.detection import label_regions
+
+BOTH = ("abnormal", "normal")
+CLASSES = {"sensitivity": BOTH[:1], "false_alarm_rate": BOTH[1:]}  # that a figure needs; else both
+
+PIXEL_FIGURES = ("auroc", "ap", "aupro", "dice", "best_dice", "best_dice_threshold", "false_alarm_rate")
+IMAGE_FIGURES = ("auroc", "ap", "sensitivity", "false_alarm_rate", "sensitivity_at_95_specificity")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval; what is None is undefined, and the reason says why.
+
+    skipped: bootstrap replicates in which the figure is undefined.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class SizeRecall:
+    """Lesions of min_area_px <= area < max_area_px (None: any larger) and how many were found.
+
+    recall: with Wilson's 95 % interval, which takes lesions as independent.
+    """
+
+    min_area_px: int
+    max_area_px: int | None
+    n_found: int
+    n_lesions: int
+    recall: Estimate
+
+
+@dataclass(frozen=True)
+class PixelMetrics:
+    """Pixel and lesion figures of score maps against true masks, so far; `add` returns the next state.
+
+    threshold: a pixel is called abnormal if it scores higher.
+    size_edges_px: areas that divide lesions into sizes.
+    min_overlap: a lesion is found if more than this share of its pixels is called abnormal.
+    fpr_limit: the false-positive rate up to which AUPRO integrates.
+    """
+
+    threshold: float
+    size_edges_px: tuple[int, ...]
+    min_overlap: float
+    fpr_limit: float
+    positives: ScoreHistogram
+    negatives: ScoreHistogram
+    regions: ScoreHistogram  # the positives, where those of one region together weigh 1
+    n_found: tuple[int, ...]
+    n_lesions: tuple[int, ...]
+
+    @staticmethod
+    def empty(
+        threshold: float,
+        size_edges_px: Sequence[int] = (100, 1000),
+        min_overlap: float = 0.0,
+        fpr_limit: float = 0.3,
+        replicates: int = 200,
+        seed: int = 0,
+    ) -> "PixelMetrics":
+        none, zeros = ScoreHistogram.empty(replicates, seed), (0,) * (len(size_edges_px) + 1)
+        edges = tuple(size_edges_px)
+        return PixelMetrics(threshold, edges, min_overlap, fpr_limit, none, none, none, zeros, zeros)
+
+    def add(
+        self,
+        score: Float32[np.ndarray, "H W"],
+        truth: Bool[np.ndarray, "H W"],
+        foreground: Bool[np.ndarray, "H W"] | None,
+        group: str,
+    ) -> "PixelMetrics":
+        """With one image. Pixels outside the foreground, or without a score (NaN), belong to neither class.
+
+        A lesion is a whole 8-connected region of the truth: what is outside the foreground was not found.
+        """
+        evaluated = evaluated_pixels(score, foreground)
+        negatives = self.negatives.add(score[evaluated & ~truth], group)
+        if not truth.any():
+            return dataclasses.replace(self, negatives=negatives)
+        labels, area = label_regions(truth)
+        positive, region = score[evaluated & truth], labels[evaluated & truth]
+        n_evaluated = np.bincount(region, minlength=area.size)
+        n_above = np.bincount(region[positive > self.threshold], minlength=area.size)
+        found = n_above[1:] / area[1:] > self.min_overlap
+        size = np.digitize(area[1:], self.size_edges_px)
+        return dataclasses.replace(
+            self,
+            positives=self.positives.add(positive, group),
+            negatives=negatives,
+            regions=self.regions.add(positive, group, weights=1 / n_evaluated[region]),
+            n_found=_tally(self.n_found, size[found]),
+            n_lesions=_tally(self.n_lesions, size),
+        )
+
+    def estimates(self) -> dict[str, Estimate]:
+        """PIXEL_FIGURES by name; `dice` and `false_alarm_rate` are those at the threshold.
+
+        The best Dice, and the threshold that reaches it, are chosen with the truth at hand: an upper bound.
+        """
+        histograms = (self.positives, self.negatives, self.regions)
+        figures = _pixel_figures(self)
+        values = figures(*(h.count for h in histograms))
+        replicates = zip(*(h.replicate_counts() for h in histograms), strict=True)
+        n_groups = {"abnormal": len(self.positives.groups), "normal": len(self.negatives.groups)}
+        return _estimates(values, [figures(*counts) for counts in replicates], n_groups, "pixels")
+
+    def recall_by_size(self) -> tuple[SizeRecall, ...]:
+        lower, upper = (0, *self.size_edges_px), (*self.size_edges_px, None)
+        sizes = zip(lower, upper, self.n_found, self.n_lesions, strict=True)
+        return tuple(SizeRecall(*size, recall=_proportion(*size[2:])) for size in sizes)
+
+
+def image_metrics(
+    scores: Float64[np.ndarray, "N"],
+    labels: Bool[np.ndarray, "N"],
+    groups: Sequence[str],
+    threshold: float,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """IMAGE_FIGURES by name; sensitivity and false-alarm rate are those at the threshold.
+
+    labels: True for abnormal images. Groups are resampled as in ScoreHistogram: each weighs Poisson(1).
+    """
+    weights = np.stack([group_weights(group, replicates, seed) for group in groups], axis=1)
+    values = _image_figures(scores, labels, threshold, np.ones(scores.size))
+    resampled = [_image_figures(scores, labels, threshold, weight) for weight in weights.astype(np.float64)]
+    names = np.array(groups)
+    n_groups = {"abnormal": np.unique(names[labels]).size, "normal": np.unique(names[~labels]).size}
+    return _estimates(values, resampled, n_groups, "images")
+
+
+def _image_figures(
+    scores: np.ndarray, labels: np.ndarray, threshold: float, weight: np.ndarray
+) -> dict[str, float]:
+    figures: dict[str, float] = dict.fromkeys(IMAGE_FIGURES, np.nan)
+    above, abnormal, normal = scores > threshold, weight * labels, weight * ~labels
+    if abnormal.any():
+        figures["sensitivity"] = float(np.average(above, weights=abnormal))
+    if normal.any():
+        figures["false_alarm_rate"] = float(np.average(above, weights=normal))
+    if abnormal.any() and normal.any():
+        fpr, tpr, _ = roc_curve(labels, scores, sample_weight=weight, drop_intermediate=False)
+        figures["auroc"] = float(auc(fpr, tpr))
+        figures["ap"] = float(average_precision_score(labels, scores, sample_weight=weight))
+        figures["sensitivity_at_95_specificity"] = float(tpr[fpr <= 0.05 + 1e-12].max())
+    return figures
+
+
+def _pixel_figures(state: PixelMetrics) -> Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
+    """A function from the counts of positives, negatives and regions, main or a replicate's, to figures."""
+    positives, negatives = state.positives, state.negatives
+    grid = np.union1d(positives.bin, negatives.bin)
+    at_positive, at_negative = (np.searchsorted(grid, h.bin) for h in (positives, negatives))
+    threshold = np.nextafter(np.array([state.threshold], np.float32), np.float32(np.inf))  # the least above
+
+    def curve(count: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """What scores at least as high as each bin of the grid, from none to all."""
+        on_grid = np.zeros(grid.size)
+        on_grid[at] = count
+        return np.concatenate([[0.0], np.cumsum(on_grid[::-1])])
+
+    def figures(positive: np.ndarray, negative: np.ndarray, region: np.ndarray) -> dict[str, float]:
+        values: dict[str, float] = dict.fromkeys(PIXEL_FIGURES, np.nan)
+        if negative.any():
+            values["false_alarm_rate"] = float(negatives.survival(threshold, negative)[0])
+        if not (positive.any() and negative.any()):
+            return values
+        tp, fp = curve(positive, at_positive), curve(negative, at_negative)
+        fpr, overlap = fp / fp[-1], curve(region, at_positive)
+        dice = 2 * tp / (tp + fp + tp[-1])
+        best = int(np.argmax(dice))  # curves run downwards, and a Dice only rises at a bin with positives
+        lowest = positives.low[np.searchsorted(positives.bin, grid[grid.size - best])]
+        tp_at = positives.survival(threshold, positive)[0] * tp[-1]
+        fp_at = values["false_alarm_rate"] * fp[-1]
+        return values | {
+            "auroc": float(auc(fpr, tp / tp[-1])),
+            "ap": _average_precision(tp, fp),
+            "aupro": _partial_area(fpr, overlap / overlap[-1], state.fpr_limit),
+            "dice": float(2 * tp_at / (tp_at + fp_at + tp[-1])),
+            "best_dice": float(dice[best]),
+            "best_dice_threshold": float(np.nextafter(lowest, np.float32(-np.inf))),
+        }
+
+    return figures
+
+
+def _average_precision(tp: np.ndarray, fp: np.ndarray) -> float:
+    """Sum of the precision over the steps in recall, not interpolated, as in scikit-learn."""
+    flagged = tp + fp
+    precision = np.divide(tp, flagged, out=np.zeros(tp.size), where=flagged > 0)
+    return float(np.sum(np.diff(tp) * precision[1:]) / tp[-1])
+
+
+def _partial_area(fpr: np.ndarray, overlap: np.ndarray, limit: float) -> float:
+    """Area under the mean per-region overlap up to a false-positive rate, as a share of the greatest.
+
+    AUPRO; Bergmann et al., "The MVTec anomaly detection dataset", IJCV 2021, section 5.
+    """
+    end = int(np.searchsorted(fpr, limit))  # the first rate that is no lower
+    at_limit = np.interp(limit, fpr[end - 1 : end + 1], overlap[end - 1 : end + 1])
+    return float(auc(np.append(fpr[:end], limit), np.append(overlap[:end], at_limit)) / limit)
+
+
+def _estimates(
+    values: dict[str, float], replicates: Sequence[dict[str, float]], n_groups: dict[str, int], unit: str
+) -> dict[str, Estimate]:
+    def estimate(name: str) -> Estimate:
+        needed = {kind: n_groups[kind] for kind in CLASSES.get(name, BOTH)}
+        return _estimate(values[name], np.array([row[name] for row in replicates]), needed, unit)
+
+    return {name: estimate(name) for name in values}
+
+
+def _estimate(value: float, replicates: np.ndarray, n_groups: dict[str, int], unit: str) -> Estimate:
+    """n_groups: those in every class that the figure needs; an interval takes two in each."""
+    missing = [kind for kind, n in n_groups.items() if n == 0]
+    if missing:
+        return Estimate(None, reason=f"there are no {' and no '.join(missing)} {unit}")
+    low, high = percentile_interval(replicates, min(n_groups.values()))
+    wanted = f"no interval: it takes two groups with {' and two with '.join(n_groups)} {unit}"
+    skipped = int(np.isnan(replicates).sum())
+    return Estimate(value, low, high, reason=wanted if low is None else "", skipped=skipped)
+
+
+def _proportion(n_found: int, n_lesions: int) -> Estimate:
+    if n_lesions == 0:
+        return Estimate(None, reason="there are no lesions of this size")
+    interval = binomtest(n_found, n_lesions).proportion_ci(method="wilson")
+    return Estimate(n_found / n_lesions, float(interval.low), float(interval.high))
+
+
+def _tally(counts: tuple[int, ...], indices: np.ndarray) -> tuple[int, ...]:
+    return tuple((np.array(counts) + np.bincount(indices, minlength=len(counts))).tolist())
