@@ -15,6 +15,7 @@ from jaxtyping import Bool, Shaped, UInt16
 from nibabel.nifti1 import Nifti1Image
 from PIL import Image, ImageDraw
 
+PATIENT = "LIDC-IDRI-0001"
 FORMAT = 1  # raised when what prepare() writes changes, so that older folders are prepared anew
 
 # The first and last slice of each block. Neighbouring slices are near-copies, so between blocks of different
@@ -117,7 +118,7 @@ def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> No
     """Write the sample into `folder` from cxr.nii.gz, mask.nii.gz and 069.xml in `inputs`.
 
     `train/`, `val/` and `test/` hold the CT (uint16, see HU_OFFSET), `foreground/` the lungs of every slice
-    used and `test_masks/` the nodule of every test slice (uint8, 0 or 255), all as slice_NNN.tif.
+    used and `test_masks/` the nodule of every test slice (uint8, 0 or 255), all as LIDC-IDRI-0001_NNN.tif.
     `sample.json` says what they are and where they come from (`origin`: package -> file -> SHA-256), and
     lists every file with its size in bytes.
     """
@@ -137,7 +138,7 @@ def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> No
     files = sorted(folder.glob("*/*.tif"))
     facts = {
         "format": FORMAT,
-        "patient": "LIDC-IDRI-0001",
+        "patient": PATIENT,
         "citation": CITATION,
         "licence": LICENCE,
         "origin": origin,
@@ -158,14 +159,15 @@ def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> No
 def _write_slices(folder: Path, ct: np.ndarray, lungs: np.ndarray, nodule: np.ndarray, pixel_mm: float) -> None:
     scale = {"resolution": (10 / pixel_mm, 10 / pixel_mm), "resolutionunit": "CENTIMETER"}
 
-    def write(name: str, z: int, image: np.ndarray, compression: str | None) -> None:
-        path = folder / name / f"slice_{z:03d}.tif"
+    def write(name: str, z: int, image: np.ndarray) -> None:
+        """Uncompressed: windows are then read from the page cache, without decoding."""
+        path = folder / name / f"{PATIENT}_{z:03d}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tifffile.imwrite(path, image, compression=compression, metadata=None, **scale)
+        tifffile.imwrite(path, image, metadata=None, **scale)
 
     for name in SPLIT:
         for z in slices_of(name):
-            write(name, z, ct[z], None)  # uncompressed reads fastest, and a slice takes half a megabyte
-            write("foreground", z, lungs[z] * np.uint8(255), "zlib")
+            write(name, z, ct[z])
+            write("foreground", z, lungs[z] * np.uint8(255))
             if name == "test":
-                write("test_masks", z, nodule[z] * np.uint8(255), "zlib")
+                write("test_masks", z, nodule[z] * np.uint8(255))

@@ -1,7 +1,8 @@
 """Image files: TIFF, PNG, JPEG, DICOM and NIfTI behind one `open_source`."""
 
 import gzip
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pulmo_jax.data.sources.dicom import open_dicom
@@ -47,14 +48,23 @@ def list_images(folder: Path | str) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder or file")
-    visible = (
-        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    images = sorted(path for path in visible if path.is_file() and _is_image(path))
+    images = sorted(path for path in _visible_files(folder) if path.is_file() and _is_image(path))
     if not images:
         allowed = ", ".join(IMAGE_SUFFIXES)
         raise InputError(f"{folder}: holds no images; what is looked for is {allowed} and DICOM without a suffix")
     return images
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Files below, through links too; a link back to a folder that it lies in is not followed."""
+    for name, subfolders, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        parents = [folder / parent for parent in here.relative_to(folder).parents]
+        if any(parent.samefile(here) for parent in parents if parent != here):
+            subfolders.clear()
+            continue
+        subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
+        yield from (here / file for file in files if not file.startswith("."))
 
 
 def _is_image(path: Path) -> bool:

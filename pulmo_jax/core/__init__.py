@@ -1,0 +1,1 @@
+"""Pure array mathematics: no files, no config, no networks."""

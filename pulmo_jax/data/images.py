@@ -1,0 +1,153 @@
+"""A set of images as paths and headers, and the one reader of their pixels and foreground masks."""
+
+import re
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source
+from pulmo_jax.types import InputError, Source, Window
+
+MEBIBYTE = 2**20
+OPEN_FILES_PER_THREAD = 100
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One page of one file: what the header says, and where its foreground mask is.
+
+    name: path relative to the folder it was found in, with "/"; group: what must stay together in a split.
+    """
+
+    path: Path
+    name: str
+    page: int
+    pages: int
+    shape: tuple[int, int, int]
+    dtype: str
+    group: str
+    mask: Path | None = None
+
+    @property
+    def title(self) -> str:
+        return self.name if self.pages == 1 else f"{self.name}[{self.page}]"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that could not be used, and why."""
+
+    name: str
+    reason: str
+
+
+def index_images(
+    folder: Path,
+    *,
+    masks: Path | None = None,
+    group_regex: str | None = None,
+    max_image_mb: int = 2048,
+    require_masks: bool = False,
+) -> tuple[list[ImageRef], list[Skipped]]:
+    """Read the header of every image in a folder (or of one file), sorted by name.
+
+    masks: folder of same-named foreground masks; an image without one is whole foreground unless `require_masks`.
+    group_regex: its first group (or whole match) in the name is the image's group; default: the file's name.
+    Unreadable files come back as Skipped: the caller decides. Raises InputError if there is no image at all.
+    """
+    root = folder if folder.is_dir() else folder.parent
+    refs, skipped = [], []
+    for path in list_images(folder):
+        name = path.relative_to(root).as_posix()
+        try:
+            mask = find_mask(masks, name)
+            if mask is None and require_masks:
+                raise InputError(f"{path}: no mask of that name in {masks}")
+            with open_source(path, max_bytes=max_image_mb * MEBIBYTE) as source:
+                pages, *shape = source.shape
+                dtype = source.dtype.name
+            group = group_of(name, group_regex)
+            refs += [ImageRef(path, name, k, pages, tuple(shape), dtype, group, mask) for k in range(pages)]
+        except InputError as error:
+            skipped.append(Skipped(name, str(error)))
+    return refs, skipped
+
+
+def group_of(name: str, group_regex: str | None) -> str:
+    """The group that an image belongs to: a patient, a slide, a set of near-copies."""
+    if group_regex is None:
+        return name
+    match = re.search(group_regex, name)
+    if match is None:
+        raise InputError(f"{name}: data.group_regex={group_regex!r} matches nothing in this name")
+    return match.group(1) if match.re.groups else match.group(0)
+
+
+def find_mask(folder: Path | None, name: str) -> Path | None:
+    """The file in `folder` with the same relative name, or with the same stem and another image suffix."""
+    if folder is None:
+        return None
+    exact = folder / name
+    if exact.is_file():
+        return exact
+    stem = exact.name.removesuffix(".gz").rsplit(".", 1)[0]
+    candidates = (exact.with_name(stem + suffix) for suffix in IMAGE_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+class Reader:
+    """Reads windows of images and masks; files stay open, a bounded number for each thread.
+
+    It holds no pixels. Pickling it (for worker processes) drops the open files.
+    """
+
+    def __init__(self, max_image_mb: int = 2048):
+        self.max_image_mb = max_image_mb
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict:
+        return {"max_image_mb": self.max_image_mb}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def image(self, ref: ImageRef, window: Window | None = None) -> np.ndarray:
+        """(h, w, C) in the file's dtype."""
+        source = self._open(ref.path)
+        if source.shape[1:] != ref.shape:
+            raise InputError(f"{ref.path}: is now {source.shape[1:]} (H, W, C), was {ref.shape} when listed")
+        return source.read(ref.page, window)
+
+    def foreground(self, ref: ImageRef, window: Window | None = None) -> np.ndarray | None:
+        """(h, w) bool, or None where the whole image is foreground."""
+        if ref.mask is None:
+            return None
+        source = self._open(ref.mask)
+        if source.shape[1:3] != ref.shape[:2] or source.shape[0] not in (1, ref.pages):
+            raise InputError(
+                f"{ref.mask}: the mask is {source.shape} (pages, H, W, C), its image {ref.path.name} has "
+                f"{ref.pages} pages of {ref.shape[:2]}; they must agree (one page serves all)"
+            )
+        return source.read(min(ref.page, source.shape[0] - 1), window).any(axis=-1)
+
+    def _open(self, path: Path) -> Source:
+        cache: OrderedDict[Path, Source] = self._local.__dict__.setdefault("sources", OrderedDict())
+        if path not in cache:
+            if len(cache) >= OPEN_FILES_PER_THREAD:
+                cache.popitem(last=False)[1].close()
+            cache[path] = open_source(path, max_bytes=self.max_image_mb * MEBIBYTE)
+        cache.move_to_end(path)
+        return cache[path]
+
+    def close(self) -> None:
+        """Close this thread's files."""
+        for source in self._local.__dict__.pop("sources", {}).values():
+            source.close()
+
+
+def same_scale(a: str, b: str) -> bool:
+    """Whether two dtypes give the same numbers for the same brightness: equal, or both floating point."""
+    return a == b or (np.issubdtype(a, np.floating) and np.issubdtype(b, np.floating))

@@ -1,0 +1,76 @@
+"""The one preprocessing that training, calibration, evaluation and prediction share."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+from PIL import Image
+
+from pulmo_jax.types import InputError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become the network's input; stored with the run as preprocessing.json.
+
+    offset, scale: per band, in the files' units: normalised = (pixel - offset) / scale.
+    fill: per band, normalised: stands for pixels outside the foreground and for NaN or infinite ones.
+    mean, std: per band, of the training foreground in the files' units (for the z-score baseline).
+    clip: normalised limits, wide enough that an anomaly keeps its contrast and one dead pixel cannot blind a patch.
+    patch_size: side of the network's input. resize: whole images are shrunk to that side, not cut into patches.
+    """
+
+    channels: int
+    dtype: str
+    patch_size: int
+    resize: bool
+    offset: tuple[float, ...]
+    scale: tuple[float, ...]
+    fill: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    clip: tuple[float, float]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Preprocessing":
+        """Raises InputError if the file is missing or is not what `save` wrote."""
+        try:
+            fields = json.loads(path.read_text())
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not a preprocessing file of a run ({error}); train again") from error
+
+
+def preprocess(
+    pixels: Shaped[np.ndarray, "*grid C"], foreground: Bool[np.ndarray, "*grid"] | None, how: Preprocessing
+) -> Float[np.ndarray, "*grid C"]:
+    """Normalised float32 pixels, filled where they are background or not finite."""
+    values = (pixels.astype(np.float32) - np.asarray(how.offset, np.float32)) / np.asarray(how.scale, np.float32)
+    valid = finite(pixels)
+    if foreground is not None:
+        valid = valid & foreground
+    return np.where(valid[..., None], np.clip(values, *how.clip), np.asarray(how.fill, np.float32))
+
+
+def finite(pixels: Shaped[np.ndarray, "*grid C"]) -> Bool[np.ndarray, "*grid"]:
+    """Pixels that are numbers in every band."""
+    if np.issubdtype(pixels.dtype, np.integer):
+        return np.ones(pixels.shape[:-1], bool)
+    return np.isfinite(pixels).all(axis=-1)
+
+
+def resize_bands(image: Float[np.ndarray, "H W C"], height: int, width: int) -> Float[np.ndarray, "h w C"]:
+    """Bilinear, with an anti-aliasing support when shrinking (Pillow's)."""
+    bands = (Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(image.shape[2]))
+    return np.stack([np.asarray(b.resize((width, height), Image.Resampling.BILINEAR)) for b in bands], axis=-1)
+
+
+def flip_and_turn(patch: Float[np.ndarray, "P P C"], code: int) -> Float[np.ndarray, "P P C"]:
+    """One of the eight symmetries of the square: `code` 0-3 quarter turns, 4-7 the same mirrored."""
+    turned = np.rot90(patch, code % 4)
+    return np.ascontiguousarray(turned[:, ::-1] if code >= 4 else turned)
