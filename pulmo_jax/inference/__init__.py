@@ -1,0 +1,1 @@
+"""Score maps of whole images, one by one or for folders."""

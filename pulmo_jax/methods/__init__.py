@@ -1,0 +1,1 @@
+"""What yields a score map."""

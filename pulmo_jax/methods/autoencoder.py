@@ -1,0 +1,115 @@
+"""Anomalies as what an autoencoder of normal patches cannot reproduce.
+
+With `noise_sigma` above 0 it is a denoising autoencoder (Kascenas, Pugeault, O'Neil 2022, "Denoising autoencoders for
+unsupervised anomaly detection in brain MRI", MIDL): coarse noise is added to the input and must be removed, which
+teaches the network to take away blobs that normal images do not have. Departures from the paper: a bottleneck in place
+of a U-Net, noise over the whole patch, and by default a score that smooths the signed residual before it squares it.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+from pydantic import Field
+from scipy.ndimage import gaussian_filter
+
+from pulmo_jax.core.ssim import ssim_map
+from pulmo_jax.methods.base import Params
+
+Loss = Literal["l2", "l1", "ssim"]
+Score = Literal["local_mean", "l2", "l1", "ssim"]
+ImageScore = Literal["max", "mean", "top1"]
+MIN_WEIGHT = 1e-6
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """An autoencoder with its loss and its score; implements methods.base.Method.
+
+    network: the model with its initial parameters; maps (B, P, P, C) to the same shape.
+    """
+
+    network: nnx.Module
+    loss: Annotated[Loss, Field(description="training loss")] = "l2"
+    score: Annotated[
+        Score,
+        Field(
+            description="l2, l1, ssim: the smoothed squared, absolute or SSIM residual; "
+            "local_mean: the square of the smoothed signed residual"
+        ),
+    ] = "local_mean"
+    smooth_px: Annotated[float, Field(ge=0, description="sigma of the score's Gaussian smoothing")] = 4.0
+    image_statistic: Annotated[
+        ImageScore,
+        Field(description="an image's score: its highest pixel, the mean of all, or the mean of its top 1 %"),
+    ] = "max"
+    noise_sigma: Annotated[float, Field(ge=0, description="sd of the noise to remove; 0: plain autoencoder")] = 0.2
+    noise_cell_px: Annotated[int, Field(ge=1, description="grain of that noise")] = 16
+
+    def init(self) -> Params:
+        return jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param))
+
+    def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
+        return nnx.merge(graph, params, rest)(patches)
+
+    def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
+        noisy = batch + self.noise_sigma * coarse_noise(key, batch.shape, self.noise_cell_px)
+        reconstruction = self.reconstruct(params, noisy if self.noise_sigma else batch)
+        return difference(batch, reconstruction, self.loss).mean()
+
+    def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        return difference(patches, self.reconstruct(params, patches), self.score)
+
+    def score_map(
+        self, residual: Float[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"]
+    ) -> Float[np.ndarray, "H W"]:
+        smooth = smooth_within(residual, foreground, self.smooth_px)
+        bands = smooth**2 if self.score == "local_mean" else smooth
+        return np.where(foreground, bands.mean(axis=-1), np.float32(np.nan))
+
+    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
+        values = scores[np.isfinite(scores)]
+        if values.size == 0:
+            return float("nan")
+        if self.image_statistic == "top1":
+            keep = max(1, values.size // 100)
+            values = np.partition(values, -keep)[-keep:]
+        return float(values.max() if self.image_statistic == "max" else values.mean(dtype=np.float64))
+
+
+def difference(
+    image: Float[Array, "B H W C"], reconstruction: Float[Array, "B H W C"], kind: str
+) -> Float[Array, "B H W C"]:
+    """Per pixel and band: squared, absolute, 1 - SSIM, or (local_mean) signed. Normalised units, range 1."""
+    if kind == "l2":
+        return (image - reconstruction) ** 2
+    if kind == "l1":
+        return jnp.abs(image - reconstruction)
+    if kind == "ssim":
+        return 1 - ssim_map(image, reconstruction)
+    return image - reconstruction
+
+
+def coarse_noise(key: Key[Array, ""], shape: tuple[int, ...], cell_px: int) -> Float[Array, "B H W C"]:
+    """Unit Gaussian noise on a grid of cells, enlarged bilinearly to the shape (Kascenas et al. 2022, Sec. 3)."""
+    batch, height, width, channels = shape
+    grid = (batch, -(-height // cell_px), -(-width // cell_px), channels)
+    return jax.image.resize(jax.random.normal(key, grid), shape, "linear")
+
+
+def smooth_within(
+    maps: Float[np.ndarray, "H W M"], foreground: Bool[np.ndarray, "H W"], sigma_px: float
+) -> Float[np.ndarray, "H W M"]:
+    """Gaussian smoothing that neither leaks in from the background nor fades towards it (normalised convolution,
+    Knutsson & Westin 1993)."""
+    inside = foreground.astype(np.float32)
+    values = np.where(foreground[..., None], maps, 0).astype(np.float32)
+    if sigma_px == 0:
+        return values
+    weight = np.maximum(gaussian_filter(inside, sigma_px), MIN_WEIGHT)
+    return gaussian_filter(values, sigma_px, axes=(0, 1)) / weight[..., None]

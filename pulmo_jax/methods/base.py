@@ -1,0 +1,41 @@
+"""The one Protocol of the methods: a model of the normal, and how far each pixel is from it."""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Bool, Float, Key, PyTree
+from numpy import ndarray
+
+Params = PyTree[Any]
+
+
+class Method(Protocol):
+    """A description without state: all that is learnt is in `params`, which the caller carries.
+
+    A score map is made in two stages. `residual` works on tiles of one fixed shape, which the caller blends; so it
+    must return what may be averaged where tiles overlap. `score_map` turns the blended residual of the whole image
+    into the score.
+    """
+
+    def init(self) -> Params:
+        """Parameters before training."""
+        ...
+
+    def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
+        """What training minimises on normal patches; differentiable."""
+        ...
+
+    def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        """What the model holds to be the normal version of each patch."""
+        ...
+
+    def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
+        """Departure from the normal at every pixel, in M maps that may be blended."""
+        ...
+
+    def score_map(self, residual: Float[ndarray, "H W M"], foreground: Bool[ndarray, "H W"]) -> Float[ndarray, "H W"]:
+        """The anomaly score, larger is less normal: float32, NaN outside the foreground."""
+        ...
+
+    def image_score(self, scores: Float[ndarray, "H W"]) -> float:
+        """One number for an image from its score map; NaN where nothing was scored."""
+        ...

@@ -1,0 +1,211 @@
+"""What happens beside the steps: logs, progress, figures, early stopping.
+
+A callback is any object with the methods of `Callback`; a run's are listed in its config by `_target_`, so a user's own
+needs no change here.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from pulmo_jax.methods.base import Params
+from pulmo_jax.training.checkpoint import Checkpoints
+from pulmo_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run about to step.
+
+    step: where it begins, above 0 when resumed. identity: stored with each checkpoint, must agree on resuming.
+    examples: a few validation patches; reconstruct: (params, patches) -> patches, compiled.
+    """
+
+    run_dir: Path
+    step: int
+    steps: int
+    batch_size: int
+    console: Console
+    checkpoints: Checkpoints
+    identity: Mapping[str, Any]
+    examples: np.ndarray
+    reconstruct: Callable[[Params, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Event:
+    """After a step.
+
+    metrics: {"train/loss": ..., ...} on a logged step, with "val/loss" when validated; else empty.
+    state: valid during the call only, the next step reuses its memory. last: no step follows.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    state: TrainState
+    last: bool
+
+
+class Callback(Protocol):
+    """Called on the host, in the order of the config. `on_event` may return why the run should stop."""
+
+    def on_start(self, start: Start) -> None: ...
+
+    def on_event(self, event: Event) -> str | None: ...
+
+    def on_end(self) -> None: ...
+
+
+class Checkpoint:
+    """Saves the state every `every` steps, when a validation loss is the lowest so far, and at the end."""
+
+    def __init__(self, every: Annotated[int, Field(ge=1, description="steps between checkpoints")] = 500):
+        self.every = every
+
+    def on_start(self, start: Start) -> None:
+        self._start = start
+        self._best = min(validation_losses(start), default=math.inf)
+
+    def on_event(self, event: Event) -> None:
+        loss = event.metrics.get("val/loss")
+        best = loss is not None and loss < self._best
+        self._best = loss if best else self._best
+        if event.last or best or event.step % self.every == 0:
+            self._start.checkpoints.save(event.state, loss, self._start.identity)
+
+    def on_end(self) -> None:
+        self._start.checkpoints.wait()
+
+
+class JsonLines:
+    """metrics.jsonl: one object for each logged step. Resuming drops what a lost run wrote beyond its checkpoint."""
+
+    def on_start(self, start: Start) -> None:
+        path = start.run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= start.step] if start.step else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", buffering=1)
+
+    def on_event(self, event: Event) -> None:
+        if event.metrics:
+            finite = {k: v if math.isfinite(v) else None for k, v in event.metrics.items()}
+            self._file.write(json.dumps({"step": event.step, **finite}) + "\n")
+
+    def on_end(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars for `tensorboard --logdir RUN/tensorboard`."""
+
+    def on_start(self, start: Start) -> None:
+        # purge_step hides what a lost run wrote beyond its checkpoint
+        self._writer = SummaryWriter(str(start.run_dir / "tensorboard"), purge_step=start.step or None)
+
+    def on_event(self, event: Event) -> None:
+        for name, value in event.metrics.items():
+            self._writer.add_scalar(name, value, event.step)
+
+    def on_end(self) -> None:
+        self._writer.close()
+
+
+class ProgressBar:
+    """Steps done, patches per second, time left; plain lines where the output is not a terminal."""
+
+    def __init__(self, line_every_s: Annotated[float, Field(gt=0)] = 10.0):
+        self.line_every_s = line_every_s
+
+    def on_start(self, start: Start) -> None:
+        self._start, self._began, self._last_line, self._losses = (
+            start,
+            time.monotonic(),
+            time.monotonic(),
+            {},
+        )
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=start.console,
+            disable=not start.console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=start.steps, completed=start.step, note="compiling")
+        self._bar.start()
+
+    def on_event(self, event: Event) -> None:
+        self._losses |= {k: v for k, v in event.metrics.items() if k.endswith("/loss")}
+        elapsed, done = time.monotonic() - self._began, event.step - self._start.step
+        rate = done / elapsed
+        losses = "  ".join(f"{name} {value:.3g}" for name, value in self._losses.items())
+        note = f"{rate * self._start.batch_size:.0f} patches/s  {losses}"
+        self._bar.update(self._task, completed=event.step, note=note)
+        if self._bar.disable and time.monotonic() - self._last_line > self.line_every_s:
+            self._last_line = time.monotonic()
+            left_s = (self._start.steps - event.step) / rate
+            self._start.console.print(
+                f"step {event.step}/{self._start.steps}  {note}  {left_s:.0f} s left", highlight=False
+            )
+
+    def on_end(self) -> None:
+        self._bar.stop()
+
+
+class EarlyStopping:
+    """Stops when the validation loss has not fallen by `min_fraction` in `patience` validations."""
+
+    def __init__(
+        self,
+        patience: Annotated[int, Field(ge=1, description="validations without improvement")] = 10,
+        min_fraction: Annotated[float, Field(ge=0, description="improvement that counts, relative")] = 0.001,
+    ):
+        self.patience, self.min_fraction = patience, min_fraction
+
+    def on_start(self, start: Start) -> None:
+        """A resumed run judges by what it logged before."""
+        self._best, self._waited = math.inf, 0
+        for loss in validation_losses(start):
+            self._judge(loss)
+
+    def on_event(self, event: Event) -> str | None:
+        if "val/loss" in event.metrics:
+            self._judge(event.metrics["val/loss"])
+            if self._waited >= self.patience:
+                return f"validation loss has not improved in {self._waited} validations (best {self._best:.3g})"
+        return None
+
+    def _judge(self, loss: float) -> None:
+        improved = loss < self._best * (1 - self.min_fraction)
+        self._best, self._waited = (loss, 0) if improved else (self._best, self._waited + 1)
+
+    def on_end(self) -> None:
+        pass
+
+
+def validation_losses(start: Start) -> list[float]:
+    """Those that a resumed run logged up to its checkpoint, in order."""
+    rows = read_metrics(start.run_dir / "metrics.jsonl") if start.step else []
+    return [row["val/loss"] for row in rows if row["step"] <= start.step and row.get("val/loss") is not None]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

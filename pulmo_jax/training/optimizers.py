@@ -1,0 +1,35 @@
+"""Optimizers, built by config."""
+
+from typing import Annotated
+
+import optax
+from pydantic import Field
+
+
+def adamw(
+    *,
+    steps: int,
+    learning_rate: Annotated[float, Field(gt=0, description="peak, after warm-up")] = 2e-3,
+    final_fraction: Annotated[float, Field(ge=0, le=1, description="last learning rate over the peak's")] = 0.01,
+    warmup_fraction: Annotated[float, Field(ge=0, le=1, description="share of the steps that warm up")] = 0.05,
+    weight_decay: Annotated[float, Field(ge=0, description="decoupled weight decay")] = 1e-4,
+    clip_norm: Annotated[float, Field(gt=0, description="largest global norm of a gradient")] = 1.0,
+    accumulate: Annotated[int, Field(ge=1, description="batches whose gradients are averaged for one update")] = 1,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay, clipping and gradient accumulation.
+
+    steps: training steps (batches); the schedule is stretched over the updates that these make.
+    """
+    updates = max(1, steps // accumulate)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=learning_rate,
+        warmup_steps=round(warmup_fraction * updates),
+        decay_steps=max(updates, 1 + round(warmup_fraction * updates)),
+        end_value=final_fraction * learning_rate,
+    )
+    update = optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
+    if accumulate == 1:
+        return update
+    multi = optax.MultiSteps(update, every_k_schedule=accumulate)
+    return optax.GradientTransformation(multi.init, multi.update)

@@ -1,0 +1,54 @@
+"""What training carries, and the one pure step that moves it on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from pulmo_jax.methods.base import Method, Params
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """step: batches seen; ema: exponential moving average of params, which all inference uses.
+
+    Nothing else decides how training goes on: batches and noise are functions of (seed, step).
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+
+
+def init_state(method: Method, optimizer: optax.GradientTransformation) -> TrainState:
+    params = method.init()
+    # Copies: shared buffers could not be donated.
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def make_step(
+    method: Method, optimizer: optax.GradientTransformation, ema_decay: float, seed: int
+) -> Callable[[TrainState, Float[Array, "B P P C"]], tuple[TrainState, Metrics]]:
+    """The jitted training step (state, batch) -> (state, metrics); the state's buffers are donated.
+
+    The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that it forgets the random start (as in
+    TensorFlow's ExponentialMovingAverage).
+    """
+
+    def step(state: TrainState, batch: Float[Array, "B P P C"]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, gradient = jax.value_and_grad(method.train_loss)(state.params, batch, key)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
