@@ -1,0 +1,215 @@
+"""The shell of every verb: Hydra composes, `config` judges, errors are one message and an exit status.
+
+Exit statuses: 0 done, 1 a fault of the program (with a traceback), 2 something given cannot be used, 3 some files
+failed, 130 or 143 stopped by SIGINT or SIGTERM.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.experimental.callback import Callback as HydraCallback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import track as rich_track
+
+from pulmo_jax.config import (
+    GIVEN,
+    EvaluateConfig,
+    PredictConfig,
+    Section,
+    TrainConfig,
+    allowed_keys,
+    argument_schema,
+    check_nodes,
+    find_target,
+    unknown_key,
+    validate,
+)
+from pulmo_jax.types import InputError
+
+PACKAGE = Path(__file__).parent
+MAX_MESSAGE_LINES = 2
+FILE_COLUMNS = 120
+SCHEMAS: dict[str, type[Section]] = {
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "evaluate": EvaluateConfig,
+}
+C = TypeVar("C", bound=Section)
+
+
+def config_dir() -> Path:
+    """The configs of an installed wheel, or of the checkout that this file lies in."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def console() -> Console:
+    """Where people are told what goes on; wide enough for the tables when it is a file."""
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else FILE_COLUMNS)
+
+
+def tracker(console: Console, label: str) -> Callable[[Iterable, int], Iterable]:
+    """A progress bar over items; plain text where the output is not a terminal."""
+
+    def track(items: Iterable, total: int) -> Iterable:
+        if not console.is_terminal:
+            console.print(f"{label}: {total}", highlight=False)
+            return items
+        return rich_track(items, label, total, console=console)
+
+    return track
+
+
+def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
+    """Run `task(config, run_dir)` for the command line; does not return unless all went well."""
+    schema = SCHEMAS[verb]
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print_help(verb, schema, examples)
+        return
+    ConfigStore.instance().store(name=f"{verb}_defaults", node=defaults_of(schema))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and this function alone decides what a person sees
+    failures: list[InputError] = []
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name=verb)
+    def job(raw: DictConfig) -> Any:
+        try:
+            return task(checked(raw, schema), Path(HydraConfig.get().runtime.output_dir))
+        except InputError as error:  # a sweep goes on with its next job
+            failures.append(error)
+            return None
+
+    try:
+        job()
+        if failures:
+            sys.exit(fail(str(failures[-1])))
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(fail(explain(error, schema)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def checked(raw: DictConfig, schema: type[C]) -> C:
+    """The typed config of Hydra's, every node of it judged. Raises InputError."""
+    ours = OmegaConf.masked_copy(raw, [key for key in raw if key != "hydra"])
+    values: Any = OmegaConf.to_container(ours, resolve=True)
+    config = validate(schema, values)
+    if isinstance(config, TrainConfig):
+        check_nodes(config)
+    return config
+
+
+class CheckFirst(HydraCallback):
+    """Judges the config before Hydra makes the run directory, so that a typo leaves nothing behind.
+
+    Hydra turns what a callback raises into a warning, all but SystemExit.
+    """
+
+    def on_run_start(self, config: DictConfig, config_name: str, **_: Any) -> None:
+        try:
+            checked(config, SCHEMAS[config_name])
+        except InputError as error:
+            sys.exit(fail(str(error)))
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def explain(error: Exception, schema: type[Section]) -> str:
+    """Hydra's message in at most two lines, with our list of keys where one is unknown."""
+    text = str(error)
+    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if isinstance(error, ConfigCompositionException) and key:
+        dotted = key.group(1).lstrip("+~")
+        *path, _ = dotted.split(".")
+        allowed = allowed_keys(schema, path) or node_keys(path)
+        return unknown_key(dotted, allowed) if allowed else f"unknown key {dotted}; --help lists all keys"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        return f"{error.missing_cfg_file} is not there; there are: {', '.join(error.options)} (--config-dir adds yours)"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[:MAX_MESSAGE_LINES])
+
+
+def node_keys(path: list[str]) -> list[str]:
+    """The keys of the default `_target_` node of a group such as model or method."""
+    folder = config_dir() / path[0] if path else config_dir() / "none"
+    for file in sorted(folder.glob("*.yaml")):
+        node = OmegaConf.load(file)
+        if isinstance(node, DictConfig) and "_target_" in node:
+            return [str(key) for key in node if key != "_target_"]
+    return []
+
+
+def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """The schema's defaults as Hydra's base config; keys without one must be given ("???")."""
+    values: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            values[name] = defaults_of(annotation)
+        elif not field.is_required():
+            values[name] = list(field.default) if isinstance(field.default, tuple) else field.default
+        elif annotation not in (dict[str, Any], dict[str, dict[str, Any]]):  # those come from config groups
+            values[name] = "???"
+    return values
+
+
+def print_help(verb: str, schema: type[Section], examples: str) -> None:
+    """Options with type, default and meaning, generated from the schema."""
+    print(f"usage: python -m pulmo_jax.{verb} [+experiment=NAME] [key=value ...]\n\n{examples.strip()}\n")
+    print_keys(schema, "")
+    for group in ("model", "method", "optimizer"):
+        if group in schema.model_fields:
+            print_group(group)
+    if schema is TrainConfig:
+        experiments = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml"))
+        print(f"\nexperiments: {', '.join(experiments)}")
+    print("\nhydra.run.dir=DIR  where the run is written     --config-dir DIR  your own experiments and groups")
+    print("--multirun, -m  a sweep: key=a,b,c              --hydra-help  Hydra's own options")
+
+
+def print_keys(schema: type[BaseModel], prefix: str) -> None:
+    for name, field in schema.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            print(f"\n{prefix}{name}: {(annotation.__doc__ or '').strip()}")
+            print_keys(annotation, f"{prefix}{name}.")
+        elif field.description:
+            default = "required" if field.is_required() else f"default {shown(field.default)}"
+            print(f"  {prefix + name:<32} {field.description} [{constraint(field)}{default}]")
+
+
+def print_group(group: str) -> None:
+    """The keys of every choice of a config group, from the signatures of their targets."""
+    for file in sorted((config_dir() / group).glob("*.yaml")):
+        node: Any = OmegaConf.to_container(OmegaConf.load(file))
+        print(f"\n{group}={file.stem}: {node['_target_']}")
+        schema = argument_schema(find_target(node, group, ()), GIVEN[group])
+        print_keys(schema, f"{group}.")
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower().replace("none", "null")
+    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
+
+
+def constraint(field: Any) -> str:
+    """The range that a field's metadata states, for people."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "multiple of"}
+    parts = [f"{signs[n]} {getattr(m, n)}" for m in field.metadata for n in signs if getattr(m, n, None) is not None]
+    choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
+    parts += [" | ".join(map(str, choices))] if choices else []
+    return f"{', '.join(parts)}; " if parts else ""

@@ -1,0 +1,318 @@
+"""Typed configs: every key with its type, range, default and meaning; and what a config may build.
+
+Hydra composes, pydantic judges. A `_target_` node is judged by the annotated signature of what it names, so a class of
+the user's own is typed and documented by its signature alone.
+"""
+
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from pulmo_jax.types import InputError
+
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
+PathLike = Annotated[Path, BeforeValidator(lambda v: str(v) if isinstance(v, int | float) else v)]
+Pair = tuple[Float, Float]
+
+
+def _is_run(path: Path) -> Path:
+    if not (path / "config.yaml").is_file():
+        raise ValueError(f"run={path}: no config.yaml there; give the run directory that training printed")
+    return path
+
+
+RunFolder = Annotated[PathLike, AfterValidator(_is_run)]
+Node = dict[str, Any]
+
+# What the program itself gives to the targets of these groups; a config may not set it.
+GIVEN = {
+    "model": ("patch_size", "channels", "rngs"),
+    "method": ("network",),
+    "optimizer": ("steps",),
+    "callbacks": (),
+}
+
+
+class Section(BaseModel):
+    """Keys that are not listed are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Images in, patches out."""
+
+    train: PathLike | None = Field(None, description="folder of normal images; null: the sample lung CT")
+    val: PathLike | None = Field(None, description="folder of other normal images; null: a share of train, by group")
+    test: PathLike | None = Field(None, description="images with findings, with test_masks or in subfolders by class")
+    test_masks: PathLike | None = Field(None, description="folder of same-named masks of the findings")
+    foreground: PathLike | None = Field(None, description="folder of same-named masks; outside them nothing is scored")
+    foreground_range: Pair | None = Field(
+        None, description="[low,high] in the files' units: train on patches with enough pixels in this range"
+    )
+    cache: PathLike | None = Field(None, description="folder of the sample; null: $PULMO_JAX_CACHE or the user's cache")
+    normal_name: str = Field("normal", description="subfolder of test that is the normal class")
+    group_regex: str | None = Field(
+        None, description="its first group in a file's name is the patient; null: each file"
+    )
+    val_fraction: Float = Field(0.2, gt=0, lt=1, description="share of the groups held out where val is null")
+    on_error: Literal["stop", "skip"] = Field("stop", description="what an unreadable training file does")
+    max_image_mb: Int = Field(2048, ge=1, description="largest decoded image that is accepted, MiB")
+    resize: Bool = Field(False, description="shrink whole images to patch_size instead of cutting patches")
+    patch_size: Int = Field(64, ge=8, multiple_of=4, description="side of the square patches, px")
+    stride: Int | None = Field(None, ge=1, description="grid of training patches, px; null: half of patch_size")
+    min_foreground: Float = Field(0.25, ge=0, le=1, description="share of a training patch that is foreground")
+    normalize: Literal["percentile", "zscore", "fixed"] = Field("percentile", description="fitted, or fixed to a range")
+    percentiles: Pair = Field((0.1, 99.9), description="of the training foreground, mapped to 0 and 1")
+    value_range: Pair | None = Field(None, description="[low,high] mapped to 0 and 1 by normalize=fixed")
+    clip: Pair = Field((-1.0, 2.0), description="limits of normalised values")
+    augment: Bool = Field(True, description="jitter by half the stride, flips and quarter turns")
+    threads: Int = Field(4, ge=0, le=256, description="reading threads")
+    prefetch: Int = Field(8, ge=1, description="batches read ahead")
+    workers: Int = Field(0, ge=0, le=256, description="reading processes; threads are usually enough")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        if self.stride is not None and self.stride > self.patch_size:
+            raise ValueError(
+                f"data.stride={self.stride} is above data.patch_size={self.patch_size}: pixels would be lost"
+            )
+        if self.normalize == "fixed" and self.value_range is None:
+            raise ValueError("data.normalize=fixed needs data.value_range=[LOW,HIGH], in the files' units")
+        for key in ("foreground_range", "percentiles", "value_range", "clip"):
+            pair = getattr(self, key)
+            if pair is not None and not pair[0] < pair[1]:
+                raise ValueError(f"data.{key}={list(pair)}: the first number must be below the second")
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"data.percentiles={list(self.percentiles)} must lie in 0 to 100")
+        if self.test_masks is not None and self.test is None:
+            raise ValueError("data.test_masks is given without data.test, the images that they belong to")
+        return self
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    steps: Int = Field(1000, ge=1, description="training steps, one batch each")
+    batch_size: Int = Field(64, ge=1, description="patches in a batch")
+    log_every: Int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    validate_every: Int = Field(100, ge=1, description="steps between validations")
+    validation_patches: Int = Field(512, ge=1, description="fixed patches on which the validation loss is measured")
+    checkpoint_every: Int = Field(200, ge=1, description="steps between checkpoints")
+    ema_decay: Float = Field(0.99, ge=0, lt=1, description="of the averaged parameters that inference uses")
+    compile_cache: PathLike | None = Field(None, description="folder of XLA's cache; null: in the user's cache")
+
+
+class CalibrationConfig(Section):
+    """False alarms, measured on normal validation data alone."""
+
+    pixel_rate: Float = Field(0.001, gt=0, lt=1, description="share of normal pixels above the pixel threshold")
+    image_rate: Float = Field(0.05, gt=0, lt=1, description="share of normal images above the image threshold")
+    min_area_px: Int = Field(9, ge=1, description="smallest region that is listed")
+
+
+class TilesConfig(Section):
+    """How prediction covers an image."""
+
+    overlap: Float = Field(0.5, ge=0, lt=1, description="share of a tile that the next one covers too")
+    batch_size: Int = Field(64, ge=1, description="tiles at a time")
+
+
+class EvaluationConfig(Section):
+    """Metrics and their intervals."""
+
+    replicates: Int = Field(200, ge=10, description="bootstrap replicates, by group")
+    lesion_sizes_px: tuple[Int, ...] = Field((100, 1000), description="edges of the size classes of findings")
+    examples: Int = Field(4, ge=1, le=32, description="images in each gallery of the report")
+
+
+class TrainConfig(Section):
+    """python -m pulmo_jax.train"""
+
+    name: str = Field("run", description="title of the run")
+    seed: Int = Field(0, ge=0, lt=2**31, description="of initial parameters, batches, noise, split and bootstrap")
+    resume: Bool = Field(False, description="go on from the last checkpoint of hydra.run.dir")
+    plugins: tuple[str, ...] = Field((), description="packages of yours that _target_ may name")
+    data: DataConfig = DataConfig()
+    model: Node
+    method: Node
+    optimizer: Node
+    callbacks: dict[str, Node]
+    trainer: TrainerConfig = TrainerConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    tiles: TilesConfig = TilesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class PredictConfig(Section):
+    """python -m pulmo_jax.predict"""
+
+    run: RunFolder = Field(description="run directory that training made")
+    input: PathLike = Field(description="image, or folder of images")
+    output: PathLike = Field(description="folder of the results; a second run goes on where the first stopped")
+    foreground: PathLike | None = Field(None, description="folder of same-named foreground masks; null: the run's")
+    overwrite: Bool = Field(False, description="compute again what is there already")
+    plugins: tuple[str, ...] = Field((), description="packages of yours that the run's _target_ may name")
+
+
+class EvaluateDataConfig(Section):
+    """What to evaluate on."""
+
+    test: PathLike = Field(description="folder of test images; without test_masks its subfolders are the classes")
+    test_masks: PathLike | None = Field(None, description="folder of same-named masks of the findings")
+    foreground: PathLike | None = Field(None, description="folder of same-named foreground masks; null: the run's")
+    normal_name: str = Field("normal", description="subfolder that is the normal class")
+    group_regex: str | None = Field(
+        None, description="its first group in a file's name is the patient; null: each file"
+    )
+
+
+class EvaluateConfig(Section):
+    """python -m pulmo_jax.evaluate"""
+
+    run: RunFolder = Field(description="run directory that training made")
+    data: EvaluateDataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: Int = Field(0, ge=0, lt=2**31, description="of the bootstrap")
+    plugins: tuple[str, ...] = Field((), description="packages of yours that the run's _target_ may name")
+
+
+C = TypeVar("C", bound=Section)
+
+
+def validate(schema: type[C], values: Mapping[str, Any]) -> C:
+    """The typed config. Raises InputError naming the first keys at fault and what is allowed."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise InputError(describe_errors(error, schema)) from None
+
+
+def describe_errors(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> str:
+    """At most two lines, one for each key at fault."""
+    lines = []
+    for item in error.errors(include_url=False)[:2]:
+        keys = [str(k) for k in item["loc"] if not (isinstance(k, str) and ("[" in k or k in ("int", "float")))]
+        dotted = ".".join([prefix, *keys] if prefix else keys)
+        if item["type"] == "extra_forbidden":
+            lines.append(unknown_key(dotted, allowed_keys(schema, keys[:-1])))
+        elif item["type"] == "value_error":
+            lines.append(item["msg"].removeprefix("Value error, "))
+        elif item["type"] == "missing" and keys[-1].isdigit():
+            lines.append(f"{dotted.rpartition('.')[0]} has too few values; it takes [LOW,HIGH]")
+        elif item["type"] == "missing":
+            lines.append(f"{dotted} is missing; give {dotted}=... on the command line (--help lists all keys)")
+        else:
+            lines.append(f"{dotted}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "\n".join(lines)
+
+
+def unknown_key(dotted: str, allowed: list[str]) -> str:
+    parent, _, key = dotted.rpartition(".")
+    guess = difflib.get_close_matches(key, allowed, n=1)
+    hint = f"did you mean {parent + '.' if parent else ''}{guess[0]}? " if guess else ""
+    return f"unknown key {dotted}; {hint}{parent or 'the config'} has: {', '.join(allowed)}"
+
+
+def allowed_keys(schema: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys of the section at `path` below the schema."""
+    for key in path:
+        annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)
+
+
+def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any:
+    """What a `_target_` node describes, called with its keys and with what the program gives.
+
+    Raises InputError if the target lies outside pulmo_jax and the listed plugins, or if a key is unknown, of the wrong
+    type or out of range. Nothing is imported before that check.
+    """
+    target = find_target(node, where, plugins)
+    return target(**check_arguments(target, node, where, given), **given)
+
+
+def check_nodes(config: TrainConfig) -> None:
+    """Judge every `_target_` node without building it. Raises InputError."""
+    for group in ("model", "method", "optimizer"):
+        _check_node(getattr(config, group), group, config.plugins, GIVEN[group])
+    for name, node in config.callbacks.items():
+        _check_node(node, f"callbacks.{name}", config.plugins, GIVEN["callbacks"])
+
+
+def _check_node(node: Node, where: str, plugins: tuple[str, ...], given: Iterable[str]) -> None:
+    check_arguments(find_target(node, where, plugins), node, where, given)
+
+
+def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
+    name = node.get("_target_")
+    if not isinstance(name, str) or "." not in name:
+        raise InputError(f"{where}._target_ is {name!r}; it must name a class or function, as package.module.Name")
+    if name.split(".")[0] not in ("pulmo_jax", *plugins):
+        raise InputError(
+            f"{where}._target_={name}: only pulmo_jax and the packages in plugins={list(plugins)} may be built; "
+            f"if it is yours, add plugins=[{name.split('.')[0]}]"
+        )
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{where}._target_={name}: cannot be imported ({error})") from error
+
+
+def argument_schema(target: Any, given: Iterable[str]) -> type[BaseModel]:
+    """A pydantic model of what a config may set: the target's annotated parameters less what the program gives."""
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name == "self" or name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[name] = (strictly(hints.get(name, Any)), default)
+    return create_model(getattr(target, "__name__", "target"), __base__=Section, **fields)
+
+
+def strictly(annotation: Any) -> Any:
+    """Numbers and booleans must be given as such: "true" is no int, 1.5 is none either."""
+    base = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+    return Annotated[annotation, Strict()] if base in (int, float, bool) else annotation
+
+
+def check_arguments(target: Any, node: Node, where: str, given: Iterable[str]) -> dict[str, Any]:
+    schema = argument_schema(target, given)
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    try:
+        checked = schema.model_validate(values)
+    except ValidationError as error:
+        raise InputError(describe_errors(error, schema, prefix=where)) from None
+    return {key: getattr(checked, key) for key in schema.model_fields}
+
+
+def require_folders(**paths: Path | None) -> None:
+    """Every path that is given must be a folder. Names use "__" for the dot of the key."""
+    for name, path in paths.items():
+        key = name.replace("__", ".")
+        if path is not None and not path.is_dir():
+            what = "is a file" if path.is_file() else "does not exist"
+            raise InputError(f"{key}={path}: {what}; give a folder of images")

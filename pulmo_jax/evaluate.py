@@ -1,0 +1,379 @@
+"""python -m pulmo_jax.evaluate: figures of merit of a run on labelled images, and its report."""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from pulmo_jax import cli
+from pulmo_jax.config import EvaluateConfig, EvaluateDataConfig, EvaluationConfig, require_folders
+from pulmo_jax.data.images import ImageRef, Reader, index_images, same_scale
+from pulmo_jax.data.transforms import preprocess
+from pulmo_jax.evaluation.calibration import Threshold
+from pulmo_jax.evaluation.detection import find_detections
+from pulmo_jax.evaluation.metrics import Estimate, PixelMetrics, image_metrics
+from pulmo_jax.inference.assess import (
+    METHOD,
+    Assessment,
+    Truth,
+    assess,
+    choose_examples,
+    truth_by_folder,
+    truth_by_masks,
+)
+from pulmo_jax.inference.outputs import write_json, write_text
+from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.examples import Example, View, reconstructions, score_maps, view
+from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.tables import Table, metrics_console, metrics_markdown, metrics_tables
+from pulmo_jax.run import Run, missing_masks, open_run
+from pulmo_jax.training.callbacks import read_metrics
+from pulmo_jax.types import InputError
+
+EXAMPLES = """
+Writes metrics.json, metrics.md, report.html and figures/ into RUN/evaluation/TIME, or into hydra.run.dir=DIR.
+
+  python -m pulmo_jax.evaluate run=RUN data.test=DIR data.test_masks=DIR2     images with masks of the findings
+  python -m pulmo_jax.evaluate run=RUN data.test=DIR                          subfolders are classes, one "normal"
+"""
+
+
+def evaluate(config: EvaluateConfig, out_dir: Path) -> None:
+    """The run's own scorer and thresholds on labelled images."""
+    console = cli.console()
+    data = config.data
+    require_folders(data__test=data.test, data__test_masks=data.test_masks, data__foreground=data.foreground)
+    run = open_run(config.run, config.plugins)
+    test_and_report(run, data, config.evaluation, config.seed, out_dir, console, {})
+    console.print(f"see {out_dir / 'report.html'}", highlight=False)
+
+
+def test_and_report(
+    run: Run,
+    data: EvaluateDataConfig | None,
+    options: EvaluationConfig,
+    seed: int,
+    out_dir: Path,
+    console: Console,
+    training: dict[str, Any],
+) -> None:
+    """Test where there is something to test on; metrics.json, metrics.md, figures/ and report.html in any case.
+
+    training: facts of the training that has just ended, for its own report.
+    """
+    reader = Reader(run.config.data.max_image_mb)
+    metrics: dict[str, Any] = {"training": training} if training else {}
+    metrics["calibration"] = describe_calibration(run)
+    warnings = [threshold.warning for threshold in thresholds(run) if threshold.warning]
+    labelled = None if data is None else labelled_images(run, data, reader)
+    sections = [*training_sections(run, out_dir), *calibration_sections(run, out_dir)]
+    if labelled is not None:
+        refs, truth_of = labelled
+        if warning := missing_masks(refs, run):
+            warnings.append(warning)
+            console.print(f"warning: {warning}", highlight=False)
+        track = cli.tracker(console, "testing")
+        assessment = assess(
+            run.scorer,
+            run.calibrations,
+            refs,
+            truth_of,
+            reader,
+            lesion_sizes_px=options.lesion_sizes_px,
+            replicates=options.replicates,
+            seed=seed,
+            track=track,
+        )
+        scores = figures_of_merit(run, assessment, options.replicates, seed)
+        metrics |= scores
+        write_text(out_dir / "image_scores.csv", image_scores_csv(run, assessment))
+        for table in metrics_console(scores):
+            console.print(table)
+        views = example_views(run, assessment, options.examples, truth_of, reader)
+        sections = [*test_sections(run, assessment, scores, views, out_dir), *sections]
+    write_json(out_dir / "metrics.json", metrics)
+    write_text(out_dir / "metrics.md", metrics_markdown(metrics))
+    write_report(
+        out_dir / "report.html",
+        title=f"{run.config.name}: what does not belong",
+        summary=summary(run, training),
+        sections=sections,
+        citations=citations(run),
+        warnings=warnings,
+    )
+
+
+def labelled_images(
+    run: Run, data: EvaluateDataConfig, reader: Reader
+) -> tuple[list[ImageRef], Callable[[ImageRef], Truth]]:
+    """The test images and what is known of each. Raises InputError for any that cannot be used."""
+    masks = data.foreground or run.config.data.foreground
+    refs, skipped = index_images(
+        data.test,
+        masks=masks,
+        group_regex=data.group_regex or run.config.data.group_regex,
+        max_image_mb=run.config.data.max_image_mb,
+        require_masks=data.foreground is not None,
+    )
+    if skipped:
+        raise InputError(f"{skipped[0].reason}\n({len(skipped)} test images cannot be used; repair or remove them)")
+    how = run.scorer.how
+    for ref in refs:
+        if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
+            raise InputError(
+                f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on {how.channels} of "
+                f"{how.dtype}; convert the image"
+            )
+    if data.test_masks is not None:
+        return refs, truth_by_masks(refs, data.test_masks, data.normal_name, reader)
+    return refs, truth_by_folder(refs, data.test, data.normal_name)
+
+
+def figures_of_merit(run: Run, assessment: Assessment, replicates: int, seed: int) -> dict[str, Any]:
+    """metrics.json's test sections: {"pixel"|"image": {score name: {metric: estimate}}, "lesions": ..., ...}."""
+    labels = np.array(assessment.abnormal)
+    result: dict[str, Any] = {
+        "image": {
+            named(run, name): {
+                metric: asdict(estimate)
+                for metric, estimate in image_metrics(
+                    np.array(scores),
+                    labels,
+                    assessment.groups,
+                    run.calibrations[name].image_threshold.value,
+                    replicates,
+                    seed,
+                ).items()
+            }
+            for name, scores in assessment.image_scores.items()
+        },
+        "test": {
+            "normal_images": int((~labels).sum()),
+            "abnormal_images": int(labels.sum()),
+            "groups": len(set(assessment.groups)),
+            "unscored_images": assessment.unscored,
+        },
+    }
+    if assessment.pixels is not None:
+        result["pixel"] = {
+            named(run, name): {metric: asdict(estimate) for metric, estimate in state.estimates().items()}
+            for name, state in assessment.pixels.items()
+        }
+        found, lesions = assessment.peak_in_lesion
+        result["lesions"] = {
+            "recall_by_size": [asdict(row) for row in assessment.pixels[METHOD].recall_by_size()],
+            "images_with_highest_pixel_in_lesion": found,
+            "images_with_lesions": lesions,
+        }
+    return result
+
+
+def image_scores_csv(run: Run, assessment: Assessment) -> str:
+    """One row an image: what it is, and its score by the method and by every baseline."""
+    text = io.StringIO()
+    names = list(assessment.image_scores)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["filename", "page", "group", "abnormal", *(named(run, name) for name in names)])
+    for i, ref in enumerate(assessment.refs):
+        scores = (assessment.image_scores[name][i] for name in names)
+        writer.writerow([ref.name, ref.page, ref.group, int(assessment.abnormal[i]), *scores])
+    return text.getvalue()
+
+
+def named(run: Run, name: str) -> str:
+    """A score's name for people: the run's for its method."""
+    return run.config.method["_target_"].rpartition(".")[2].lower() if name == METHOD else name
+
+
+def thresholds(run: Run) -> tuple[Threshold, Threshold]:
+    calibration = run.calibrations[METHOD]
+    return calibration.pixel_threshold, calibration.image_threshold
+
+
+def describe_calibration(run: Run) -> dict[str, Any]:
+    pixel, image = thresholds(run)
+    return {"pixel_threshold": asdict(pixel), "image_threshold": asdict(image)}
+
+
+def training_sections(run: Run, out_dir: Path) -> list[Section]:
+    rows = read_metrics(run.path / "metrics.jsonl")
+    if not rows:
+        return []
+    figure = figures.save(figures.loss_curves(rows), out_dir / "figures", "loss_curves")
+    return [Section("Training", f"Parameters of step {run.step}, which has the lowest validation loss.", [figure], [])]
+
+
+def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
+    calibration = run.calibrations[METHOD]
+    scores = np.array(calibration.normal_image_scores)
+    threshold = calibration.image_threshold
+    figure = figures.score_histogram(scores, None, threshold.value, interval(threshold), "image")
+    text = (
+        f"From {len(scores)} normal validation images in {threshold.n_groups} groups alone. Pixel threshold "
+        f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}."
+    )
+    return [Section("Calibration", text, [figures.save(figure, out_dir / "figures", "calibration")], [])]
+
+
+def shown(threshold: Threshold) -> str:
+    known = "" if threshold.low is None else f" [{threshold.low:.3g}, {threshold.high:.3g}]"
+    return f"{threshold.value:.4g}{known} for a false-alarm rate of {threshold.attainable_rate:.2g}"
+
+
+def interval(threshold: Threshold) -> tuple[float, float] | None:
+    return None if threshold.low is None or threshold.high is None else (threshold.low, threshold.high)
+
+
+def test_sections(
+    run: Run, assessment: Assessment, scores: dict[str, Any], views: dict[str, list[View]], out_dir: Path
+) -> list[Section]:
+    """Tables, curves, histograms and galleries of the test images."""
+    folder = out_dir / "figures"
+    tables: list[Table] = metrics_tables(scores)
+    curves = [figures.save(f, folder, name) for name, f in curve_figures(run, assessment).items()]
+    galleries = {
+        "hits": "Findings with the highest image scores",
+        "misses": "Worst misses: abnormal images with the lowest scores",
+        "false_alarms": "Worst false alarms: normal images with the highest scores",
+    }
+    maps = [
+        figures.save(score_maps(views[kind], title), folder, f"score_maps_{kind}")
+        for kind, title in galleries.items()
+        if views[kind]
+    ]
+    several = (views["hits"] or views["misses"])[:2] + views["false_alarms"][:2]
+    pairs = [figures.save(reconstructions(several), folder, "reconstructions")] if several else []
+    n = scores["test"]
+    text = f"{n['abnormal_images']} abnormal and {n['normal_images']} normal images in {n['groups']} groups."
+    return [
+        Section("Test", f"{text} Intervals are 95 % bootstrap intervals by group.", [], tables),
+        Section("Curves and scores", "", curves, []),
+        Section("Score maps", "", maps, []),
+        Section("Reconstructions", "", pairs, []),
+    ]
+
+
+def curve_figures(run: Run, assessment: Assessment) -> dict[str, Any]:
+    """ROC, precision-recall and histograms, by file name."""
+    labels = np.array(assessment.abnormal)
+    result: dict[str, Any] = {}
+    if labels.any() and not labels.all():
+        curves = [
+            curve(named(run, name), np.array(scores), labels, np.ones(labels.size), cut(run, name, "image"))
+            for name, scores in assessment.image_scores.items()
+        ]
+        result["roc_pr_images"] = figures.roc_and_pr(curves, "Images", float(labels.mean()))
+    scores, threshold = np.array(assessment.image_scores[METHOD]), thresholds(run)[1]
+    abnormal = scores[labels] if labels.any() else None
+    if not labels.all():
+        result["scores_images"] = figures.score_histogram(
+            scores[~labels], abnormal, threshold.value, interval(threshold), "image"
+        )
+    if assessment.pixels is None:
+        return result
+    states = {k: s for k, s in assessment.pixels.items() if s.positives.n and s.negatives.n}
+    if states:
+        method = states[METHOD]
+        pixel_curves = [pixel_curve(run, name, state) for name, state in states.items()]
+        prevalence = method.positives.n / (method.positives.n + method.negatives.n)
+        result["roc_pr_pixels"] = figures.roc_and_pr(pixel_curves, "Pixels", prevalence)
+        result["false_alarms_pixels"] = false_alarm_figure(run, method)
+        threshold = thresholds(run)[0]
+        result["scores_pixels"] = figures.score_histogram(
+            binned(method.negatives), binned(method.positives), threshold.value, interval(threshold), "pixel"
+        )
+    return result
+
+
+def false_alarm_figure(run: Run, state: PixelMetrics) -> Any:
+    """The share of normal test pixels whose p-value is at most each nominal rate: calibrated is the diagonal."""
+    score, at_least = np.array(run.calibrations[METHOD].normal_pixel_scores).T
+    p_value = (1 + at_least) / (1 + run.calibrations[METHOD].pixel_threshold.n_scores)
+    nominal = np.geomspace(max(p_value.min(), 1e-5), 0.5, 16)
+    cuts = np.interp(-nominal, -p_value, score).astype(np.float32)
+    negatives = state.negatives
+    replicates = np.stack([negatives.survival(cuts, count) for count in negatives.replicate_counts() if count.any()])
+    low, high = np.percentile(replicates, [2.5, 97.5], axis=0) if len(negatives.groups) > 1 else (nominal * np.nan,) * 2
+    return figures.p_value_calibration(nominal, negatives.survival(cuts), low, high)
+
+
+def cut(run: Run, name: str, unit: str) -> float | None:
+    """The calibrated threshold, drawn for the method alone."""
+    return getattr(run.calibrations[name], f"{unit}_threshold").value if name == METHOD else None
+
+
+def binned(histogram: Any) -> tuple[np.ndarray, np.ndarray]:
+    return histogram.high.astype(np.float64), histogram.count
+
+
+def pixel_curve(run: Run, name: str, state: PixelMetrics) -> figures.Curve:
+    parts = [binned(state.negatives), binned(state.positives)]
+    scores, weights = (np.concatenate(values) for values in zip(*parts, strict=True))
+    labels = np.repeat([False, True], [len(parts[0][0]), len(parts[1][0])])
+    return curve(named(run, name), scores, labels, weights, cut(run, name, "pixel"), state.estimates())
+
+
+def curve(
+    name: str,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    threshold: float | None,
+    estimates: dict[str, Estimate] | None = None,
+) -> figures.Curve:
+    fpr, tpr, _ = roc_curve(labels, scores, sample_weight=weights)
+    precision, recall, _ = precision_recall_curve(labels, scores, sample_weight=weights)
+    if estimates is None:
+        estimates = image_metrics(scores, labels, [""] * len(scores), np.inf, replicates=1)
+    point = None
+    if threshold is not None:
+        above = scores > threshold
+        tp, fp = weights[above & labels].sum(), weights[above & ~labels].sum()
+        point = (fp / weights[~labels].sum(), tp / weights[labels].sum(), tp / max(tp + fp, 1e-300))
+    return figures.Curve(name, fpr, tpr, precision, recall, estimates["auroc"].value, estimates["ap"].value, point)
+
+
+def example_views(
+    run: Run, assessment: Assessment, count: int, truth_of: Callable[[ImageRef], Truth], reader: Reader
+) -> dict[str, list[View]]:
+    """The images of each gallery, scored once more and shrunk for the figures."""
+    chosen = choose_examples(assessment, count)
+    return {kind: [view(example(run, ref, truth_of(ref), reader)) for ref in refs] for kind, refs in chosen.items()}
+
+
+def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
+    pixels, foreground = reader.image(ref), reader.foreground(ref)
+    scores, calibration = run.scorer(pixels, foreground), run.calibrations[METHOD]
+    _, detected = find_detections(scores, calibration, min_area_px=run.config.calibration.min_area_px)
+    return Example(
+        title=ref.title,
+        image=preprocess(pixels, None, run.scorer.how),
+        reconstruction=run.scorer.reconstruction(pixels, foreground),
+        score=scores,
+        truth=truth.mask,
+        detected=detected,
+        image_score=run.scorer.method.image_score(scores),
+        threshold=calibration.pixel_threshold.value,
+        label=truth.abnormal,
+    )
+
+
+def summary(run: Run, training: dict[str, Any]) -> dict[str, str]:
+    facts = {"run": str(run.path), "seed": str(run.config.seed)}
+    return facts | {key.replace("_", " "): str(value) for key, value in training.items()}
+
+
+def citations(run: Run) -> list[str]:
+    from pulmo_jax.data import lung_ct
+
+    return [lung_ct.CITATION] if run.config.data.train and "lung_ct" in run.config.data.train.parts else []
+
+
+if __name__ == "__main__":
+    cli.main("evaluate", evaluate, EXAMPLES)

@@ -1,0 +1,217 @@
+"""python -m pulmo_jax.predict: maps and findings for new images."""
+
+import csv
+import hashlib
+import io
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from pulmo_jax import cli
+from pulmo_jax.config import PredictConfig, require_folders
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
+from pulmo_jax.data.sources import IMAGE_SUFFIXES, open_source
+from pulmo_jax.data.transforms import preprocess
+from pulmo_jax.evaluation.detection import find_detections
+from pulmo_jax.inference.outputs import (
+    CSV_COLUMNS,
+    detection_row,
+    write_json,
+    write_map,
+    write_overlay,
+    write_text,
+)
+from pulmo_jax.run import Run, missing_masks, open_run
+from pulmo_jax.types import ImageTags, InputError
+
+SOME_FAILED = 3  # exit status
+
+EXAMPLES = """
+Writes, for every image, OUTPUT/maps/NAME_score.tif, NAME_pvalue.tif, NAME_mask.tif and NAME_overlay.png; and for all
+of them OUTPUT/detections.csv and OUTPUT/summary.json. A second call goes on where the first stopped. Exit status 3
+says that some files failed; the others are done, and summary.json names the failed.
+
+  python -m pulmo_jax.predict run=RUN input=image.tif output=results
+  python -m pulmo_jax.predict run=RUN input=FOLDER output=results foreground=LUNG_MASKS
+"""
+
+
+def predict(config: PredictConfig, _: Path) -> None:
+    """Map every image, one by one; each is finished on disk before the next begins."""
+    began, console = time.monotonic(), cli.console()
+    require_folders(foreground=config.foreground)
+    if not config.input.exists():
+        raise InputError(f"input={config.input}: does not exist; give an image or a folder of images")
+    run = open_run(config.run, config.plugins)
+    masks = config.foreground or run.config.data.foreground
+    refs, failed = index_images(
+        config.input,
+        masks=masks,
+        max_image_mb=run.config.data.max_image_mb,
+        require_masks=config.foreground is not None,
+    )
+    files = group_by_file(refs)
+    names = name_maps(files)
+    if warning := missing_masks(refs, run):
+        console.print(f"warning: {warning}", highlight=False)
+
+    fingerprint = fingerprint_run(run)
+    reader, records, resumed = Reader(run.config.data.max_image_mb), [], 0
+    for pages in cli.tracker(console, "mapping images")(files, len(files)):
+        record_path = config.output / "records" / f"{pages[0].name}.json"
+        key = {
+            "run": fingerprint,
+            "image": fingerprint_file(pages[0].path),
+            "mask": fingerprint_file(pages[0].mask),
+        }
+        record = None if config.overwrite else finished_record(record_path, key, config.output)
+        if record is not None:
+            resumed += 1
+        else:
+            try:
+                record = {"key": key, **map_file(pages, names[pages[0].path], run, reader, config.output)}
+            except (InputError, OSError) as error:
+                failed.append(Skipped(pages[0].name, str(error)))
+                continue
+            write_json(record_path, record)
+        records.append(record)
+
+    rows = [row for record in records for row in record["detections"]]
+    write_text(config.output / "detections.csv", as_csv(rows))
+    write_json(config.output / "summary.json", summarise(run, records, rows, failed))
+    console.print(
+        f"{len(records)} files mapped ({resumed} of them by an earlier call), {len(failed)} failed, "
+        f"{len(rows)} findings, {time.monotonic() - began:.0f} s; see {config.output}",
+        highlight=False,
+    )
+    if failed:
+        for file in failed:
+            print(f"failed: {file.reason}", file=sys.stderr)
+        sys.exit(SOME_FAILED)
+
+
+def group_by_file(refs: list[ImageRef]) -> list[list[ImageRef]]:
+    """The pages of each file together."""
+    files: dict[Path, list[ImageRef]] = {}
+    for ref in refs:
+        files.setdefault(ref.path, []).append(ref)
+    return list(files.values())
+
+
+def name_maps(files: list[list[ImageRef]]) -> dict[Path, str]:
+    """What the maps of each file are called: its name without suffix, or with it where two would be called alike."""
+    stems = {pages[0].path: PurePosixPath(stem(pages[0].name)) for pages in files}
+    count = Counter(stems.values())
+    return {pages[0].path: str(s) if count[s := stems[pages[0].path]] == 1 else pages[0].name for pages in files}
+
+
+def stem(name: str) -> str:
+    """Without the image's suffix; a DICOM name such as 1.2.840.113 has none."""
+    suffix = next((s for s in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def map_file(pages: list[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
+    """Score every page, write maps/NAME_*, and return the file's record."""
+    first, calibration = pages[0], run.calibrations["method"]
+    require_fit(first, run)
+    scores, p_values, masks, rows, images = [], [], [], [], []
+    for ref in pages:
+        pixels, foreground = reader.image(ref), reader.foreground(ref)
+        score = run.scorer(pixels, foreground)
+        found, mask = find_detections(score, calibration, min_area_px=run.config.calibration.min_area_px)
+        image_score = run.scorer.method.image_score(score)
+        scored = bool(np.isfinite(image_score))
+        images.append(
+            {
+                "filename": ref.name,
+                "page": ref.page,
+                "foreground": "whole image" if ref.mask is None else str(ref.mask),
+                "image_score": image_score if scored else None,
+                "image_p_value": calibration.image_p_value(image_score) if scored else None,
+                "anomalous": scored and image_score > calibration.image_threshold.value,
+                "findings": len(found),
+            }
+        )
+        rows += [detection_row(ref.name, ref.page, detection) for detection in found]
+        number = f"_{ref.page:04d}" if ref.pages > 1 else ""
+        overlay = output / "maps" / f"{name}{number}_overlay.png"
+        write_overlay(overlay, preprocess(pixels, None, run.scorer.how), score, mask, calibration.pixel_threshold.value)
+        scores.append(score)
+        p_values.append(calibration.pixel_p_value(score))
+        masks.append(mask.astype(np.uint8) * 255)
+    with open_source(first.path, max_bytes=run.config.data.max_image_mb * 2**20) as source:
+        tags: ImageTags = source.tags
+    for kind, maps in (("score", scores), ("pvalue", p_values), ("mask", masks)):
+        write_map(output / "maps" / f"{name}_{kind}.tif", maps, tags)
+    return {"images": images, "detections": rows, "maps": name}
+
+
+def require_fit(ref: ImageRef, run: Run) -> None:
+    how = run.scorer.how
+    if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
+        raise InputError(
+            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on {how.channels} of "
+            f"{how.dtype}; convert the image"
+        )
+
+
+def fingerprint_run(run: Run) -> str:
+    """Changes when anything that decides the maps does."""
+    digest = hashlib.sha256(f"{run.step}".encode())
+    for name in ("config.yaml", "preprocessing.json", "calibration.json"):
+        digest.update((run.path / name).read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint_file(path: Path | None) -> list[int] | None:
+    if path is None:
+        return None
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def finished_record(path: Path, key: dict[str, Any], output: Path) -> dict[str, Any] | None:
+    """An earlier call's record, if it is of the same run, image and mask and its maps are there."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    same = record.get("key") == key
+    return record if same and (output / "maps" / f"{record['maps']}_mask.tif").is_file() else None
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(CSV_COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def summarise(run: Run, records: list[dict], rows: list[dict], failed: list[Skipped]) -> dict[str, Any]:
+    """What was done, with the thresholds that it was done with."""
+    calibration = run.calibrations["method"]
+    images = [image for record in records for image in record["images"]]
+    return {
+        "run": str(run.path.absolute()),
+        "step": run.step,
+        "pixel_threshold": calibration.pixel_threshold.value,
+        "pixel_false_alarm_rate": calibration.pixel_threshold.false_alarm_rate,
+        "image_threshold": calibration.image_threshold.value,
+        "image_false_alarm_rate": calibration.image_threshold.attainable_rate,
+        "n_images": len(images),
+        "n_anomalous": sum(image["anomalous"] for image in images),
+        "n_findings": len(rows),
+        "failed": [{"filename": file.name, "reason": file.reason} for file in failed],
+        "images": images,
+    }
+
+
+if __name__ == "__main__":
+    cli.main("predict", predict, EXAMPLES)

@@ -1,0 +1,46 @@
+"""Callbacks that draw."""
+
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from pulmo_jax.reporting import figures
+from pulmo_jax.training.callbacks import Event, Start
+
+
+def patch_grid(patches: Float[np.ndarray, "B P P C"], rebuilt: Float[np.ndarray, "B P P C"], title: str) -> Figure:
+    """Patches above their reconstructions, normalised 0 to 1."""
+    with figures.style():
+        figure = Figure(figsize=(figures.TEXT_WIDTH_IN, 2.2), layout="constrained")
+        figure.suptitle(title)
+        panels = figure.subplots(2, len(patches), squeeze=False)
+        for row, name, images in zip(panels, ("input", "output"), (patches, rebuilt), strict=True):
+            row[0].set_ylabel(name)
+            for axes, image in zip(row, images, strict=True):
+                shown = np.clip(image if image.shape[-1] == 3 else image.mean(axis=-1), 0, 1)
+                axes.imshow(shown, cmap="gray", vmin=0, vmax=1)
+                axes.set(xticks=[], yticks=[])
+    return figure
+
+
+class Reconstructions:
+    """figures/training/step_N.png: validation patches and their reconstructions, as training goes on."""
+
+    def __init__(self, every: Annotated[int, Field(ge=1, description="steps between figures")] = 500):
+        self.every = every
+
+    def on_start(self, start: Start) -> None:
+        self._start = start
+
+    def on_event(self, event: Event) -> None:
+        if event.last or event.step % self.every == 0:
+            patches = self._start.examples
+            rebuilt = np.asarray(self._start.reconstruct(event.state.ema, patches))
+            figure = patch_grid(patches, rebuilt, f"validation patches, step {event.step}")
+            figures.save(figure, self._start.run_dir / "figures" / "training", f"step_{event.step:06d}")
+
+    def on_end(self) -> None:
+        pass

@@ -1,0 +1,279 @@
+"""Images with what was found in them: reconstructions, score maps, galleries of misses and false alarms."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32
+from matplotlib import colormaps, patheffects
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from scipy import ndimage
+
+from pulmo_jax.evaluation.detection import label_regions
+from pulmo_jax.reporting.figures import TEXT_WIDTH_IN, literal, style
+from pulmo_jax.types import Window
+
+TRUTH, DETECTED = "#00E5FF", "#FFE600"  # cyan and yellow: apart from each other, from grey and from inferno
+BACKGROUND = "0.85"  # where there is no score
+PANEL_WIDTH_IN = TEXT_WIDTH_IN / 4
+MAX_SIDE_PX = 1024  # more than a panel shows
+DETAIL_PX = 128
+
+# How a block of pixels becomes one when an image is shrunk: what is small is kept.
+POOL = {
+    "image": np.mean,
+    "reconstruction": np.mean,
+    "score": np.fmax.reduce,
+    "truth": np.any,
+    "detected": np.any,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One image with what was found in it.
+
+    image, reconstruction: normalised, shown from 0 to 1, in colour if C is 3, else the mean of the bands.
+    score: NaN outside the foreground. threshold: that of pixels. label: True for anomalous, None for unknown.
+    focus: what to show in detail, by default the largest true region, or without one the highest score.
+    """
+
+    title: str
+    image: Float32[np.ndarray, "H W C"]
+    reconstruction: Float32[np.ndarray, "H W C"] | None
+    score: Float32[np.ndarray, "H W"]
+    truth: Bool[np.ndarray, "H W"] | None
+    detected: Bool[np.ndarray, "H W"]
+    image_score: float
+    threshold: float
+    label: bool | None
+    focus: Window | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What figures show of an example, small however large the image: what to keep while images stream by.
+
+    whole, detail: the image and a window of it, each shrunk to MAX_SIDE_PX; steps: pixels of the image to one.
+    """
+
+    whole: Example
+    detail: Example
+    window: Window
+    whole_step: int
+    detail_step: int
+
+
+def view(example: Example) -> View:
+    window = _detail_window(example)
+    whole, whole_step = _shrunk(example)
+    detail, detail_step = _shrunk(_cut(example, window))
+    return View(whole, detail, window, whole_step, detail_step)
+
+
+def reconstructions(views: Sequence[View]) -> Figure:
+    """Image, reconstruction and their difference, of the examples that have a reconstruction (one at least)."""
+    pairs = [(v, v.whole.reconstruction) for v in views if v.whole.reconstruction is not None]
+    differences = [_difference(v.whole, reconstruction) for v, reconstruction in pairs]
+    limit = _percentile(np.concatenate([np.abs(d).ravel() for d in differences]), 99.5)
+    scale = ScalarMappable(Normalize(-limit, limit), colormaps["RdBu_r"].with_extremes(bad=BACKGROUND))
+    with style():
+        figure, panels = _grid([v for v, _ in pairs], 3)
+        for row, (v, reconstruction), difference in zip(panels, pairs, differences, strict=True):
+            _show_image(row[0], v.whole.image, v.whole_step)
+            _show_image(row[1], reconstruction, v.whole_step)
+            _show(row[2], difference, scale)
+            _name_row(row[0], literal(v.whole.title))
+        _name_columns(panels[0], ("image", "reconstruction", "difference"))
+        _grey_bar(figure, panels[:, :2], views)
+        _bar(figure, panels[:, 2:], scale, "image minus reconstruction", extend="both")
+    return figure
+
+
+def score_maps(views: Sequence[View], title: str) -> Figure:
+    """Images and score maps, whole and in detail, with the contours of the truth and of what was detected."""
+    scale = _score_scale(views)
+    with style():
+        figure, panels = _grid(views, 4, title)
+        for row, v in zip(panels, views, strict=True):
+            _show_views(row, v, scale)
+            _name_row(row[0], _heading(v.whole))
+        _name_columns(panels[0], ("image", "detail", "score", "score, detail"))
+        _grey_bar(figure, panels[:, :2], views)
+        _score_bar(figure, panels[:, 2:], scale, sorted({v.whole.threshold for v in views}))
+        handles = [Line2D([], [], color=c, lw=1.5, path_effects=_outline(2.5)) for c in (TRUTH, DETECTED)]
+        figure.legend(handles, ["truth", "above the threshold"], loc="outside lower center", ncols=2)
+    return figure
+
+
+def _heading(example: Example) -> str:
+    kind = {True: "anomalous, ", False: "normal, ", None: ""}[example.label]
+    return f"{literal(example.title)}: {kind}image score {example.image_score:.3g}"
+
+
+def _show_views(row: Sequence[Axes], v: View, scale: ScalarMappable) -> None:
+    parts = ((row[0], row[2], v.whole, v.whole_step), (row[1], row[3], v.detail, v.detail_step))
+    for image_axes, score_axes, part, step in parts:
+        _show_image(image_axes, part.image, step)
+        _show(score_axes, part.score, scale)
+        for axes in (image_axes, score_axes):
+            _contour(axes, part.truth, TRUTH, 1.4)
+        _contour(image_axes, part.detected, DETECTED, 0.7)
+    y, x, height, width = (side / v.whole_step for side in v.window)
+    for axes in (row[0], row[2]):
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, ec="white", lw=0.6))
+
+
+def _grid(views: Sequence[View], n_columns: int, title: str = "") -> tuple[Figure, np.ndarray]:
+    aspect = max(v.whole.score.shape[0] / v.whole.score.shape[1] for v in views)
+    height_in = len(views) * (PANEL_WIDTH_IN * aspect + 0.2) + 1.1
+    figure = Figure(figsize=(n_columns * PANEL_WIDTH_IN, height_in), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.0, hspace=0.0)
+    if title:
+        figure.suptitle(literal(title))
+    return figure, figure.subplots(len(views), n_columns, squeeze=False)
+
+
+def _name_columns(row: Sequence[Axes], names: Sequence[str]) -> None:
+    for axes, name in zip(row, names, strict=True):
+        axes.set_title(name, fontstyle="italic")
+
+
+def _name_row(axes: Axes, name: str) -> None:
+    """Over the whole row; in the first one, over the names of the columns."""
+    first = axes.get_subplotspec().is_first_row()
+    axes.set_title(name + ("\n" if first else ""), loc="left")
+
+
+def _show(axes: Axes, values: np.ndarray, scale: ScalarMappable) -> None:
+    axes.imshow(values, norm=scale.norm, cmap=scale.cmap)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.autoscale(False)
+
+
+def _show_image(axes: Axes, image: np.ndarray, step: int) -> None:
+    shown = image if image.shape[2] == 3 else image.mean(axis=2)
+    _show(axes, np.clip(shown, 0, 1), ScalarMappable(Normalize(0, 1), "gray"))
+    _scale_bar(axes, image.shape[1] * step)
+
+
+def _scale_bar(axes: Axes, width_px: int) -> None:
+    longest = max(width_px / 3, 1)
+    power = 10 ** math.floor(math.log10(longest))
+    length = power * max(digit for digit in (1, 2, 5) if digit * power <= longest)
+    start, effects = 0.04, _outline(1.5)
+    line = {"color": "white", "lw": 1.5, "transform": axes.transAxes, "path_effects": _outline(2.5)}
+    axes.plot([start, start + length / width_px], [0.05, 0.05], solid_capstyle="butt", **line)
+    where = {"transform": axes.transAxes, "path_effects": effects}
+    axes.text(start, 0.075, f"{length} px", color="white", fontsize=6, va="bottom", **where)
+
+
+def _contour(axes: Axes, mask: np.ndarray | None, colour: str, width: float) -> None:
+    if mask is None or not mask.any():
+        return
+    height_px, width_px = mask.shape
+    closed = np.pad(mask, 1).astype(np.float32)  # else contours would be open at the image's edge
+    x, y = np.arange(-1, width_px + 1), np.arange(-1, height_px + 1)
+    lines = axes.contour(x, y, closed, levels=[0.5], colors=colour, linewidths=width)
+    lines.set_path_effects(_outline(width + 0.8))
+
+
+def _outline(width: float) -> list[patheffects.AbstractPathEffect]:
+    """Black around a line or a letter, to be read on any image."""
+    return [patheffects.withStroke(linewidth=width, foreground="black")]
+
+
+def _bar(figure: Figure, panels: np.ndarray, scale: ScalarMappable, label: str, extend: str = "neither") -> Axes:
+    where = {"location": "bottom", "shrink": 0.8, "aspect": 30, "pad": 0.02}
+    bar = figure.colorbar(scale, ax=panels, label=label, extend=extend, **where)
+    bar.outline.set_visible(False)
+    return bar.ax
+
+
+def _score_bar(figure: Figure, panels: np.ndarray, scale: ScalarMappable, thresholds: list[float]) -> None:
+    marks = ", ".join(f"{threshold:.3g}" for threshold in thresholds)
+    bar = _bar(figure, panels, scale, f"anomaly score (▼ threshold of a pixel: {marks})", extend="max")
+    above = bar.get_xaxis_transform()
+    bar.plot(thresholds, [1.5] * len(thresholds), "v", color="black", ms=4, clip_on=False, transform=above)
+
+
+def _grey_bar(figure: Figure, panels: np.ndarray, views: Sequence[View]) -> None:
+    if any(v.whole.image.shape[2] != 3 for v in views):
+        _bar(figure, panels, ScalarMappable(Normalize(0, 1), "gray"), "normalised intensity")
+
+
+def _score_scale(views: Sequence[View]) -> ScalarMappable:
+    """One for all: from 0, or the lowest score, to three thresholds or the highest scores."""
+    scores = np.concatenate([v.whole.score.ravel() for v in views])
+    threshold = max(v.whole.threshold for v in views)
+    low = min(0.0, _percentile(scores, 0.1), threshold)
+    high = max(3 * threshold, _percentile(scores, 99.9))
+    return ScalarMappable(Normalize(low, high), colormaps["inferno"].with_extremes(bad=BACKGROUND))
+
+
+def _percentile(values: np.ndarray, percent: float) -> float:
+    """Of what is not NaN; 0 if all is."""
+    kept = values[~np.isnan(values)]
+    return float(np.percentile(kept, percent)) if kept.size else 0.0
+
+
+def _difference(example: Example, reconstruction: np.ndarray) -> Float32[np.ndarray, "H W"]:
+    """Image minus reconstruction, the mean of the bands, where there is a score."""
+    return np.where(np.isnan(example.score), np.float32(np.nan), (example.image - reconstruction).mean(axis=2))
+
+
+def _detail_window(example: Example) -> Window:
+    """Around the focus, twice its size or DETAIL_PX, in the proportions of the image and within it."""
+    height_px, width_px = example.score.shape
+    box = example.focus or _focus(example)
+    least = min(DETAIL_PX / max(height_px, width_px), 0.5)
+    share = min(1.0, max(least, 2 * box.height / height_px, 2 * box.width / width_px))
+    height, width = math.ceil(share * height_px), math.ceil(share * width_px)
+    y = np.clip(box.y + (box.height - height) // 2, 0, height_px - height)
+    x = np.clip(box.x + (box.width - width) // 2, 0, width_px - width)
+    return Window(int(y), int(x), height, width)
+
+
+def _focus(example: Example) -> Window:
+    if example.truth is not None and example.truth.any():
+        labels, area = label_regions(example.truth)
+        rows, columns = ndimage.find_objects(labels)[np.argmax(area[1:])]
+        return Window(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+    peak = np.argmax(np.nan_to_num(example.score, nan=-np.inf))
+    y, x = np.unravel_index(peak, example.score.shape)
+    return Window(int(y), int(x), 1, 1)
+
+
+def _arrays(example: Example) -> dict[str, np.ndarray]:
+    named = {name: getattr(example, name) for name in POOL}
+    return {name: array for name, array in named.items() if array is not None}
+
+
+def _cut(example: Example, window: Window) -> Example:
+    rows, columns = slice(window.y, window.y + window.height), slice(window.x, window.x + window.width)
+    parts = {name: array[rows, columns].copy() for name, array in _arrays(example).items()}
+    return dataclasses.replace(example, **parts)
+
+
+def _shrunk(example: Example) -> tuple[Example, int]:
+    step = math.ceil(max(example.score.shape) / MAX_SIDE_PX)
+    if step == 1:
+        return example, 1
+    pooled = {name: POOL[name](_blocks(a, step), axis=(1, 3)) for name, a in _arrays(example).items()}
+    return dataclasses.replace(example, **pooled), step
+
+
+def _blocks(array: np.ndarray, step: int) -> np.ndarray:
+    """(H, W, ...) to (h, step, w, step, ...); blocks that the edge cuts go on as it is."""
+    height, width, *bands = array.shape
+    padding = [(0, -height % step), (0, -width % step), *[(0, 0) for _ in bands]]
+    padded = np.pad(array, padding, mode="edge")
+    return padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step, *bands)

@@ -1,0 +1,269 @@
+"""Curves and histograms for papers: one small style, safe for colour-blind readers, as PNG and vector PDF.
+
+Figures are made without pyplot and leave matplotlib's settings as they were.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+TEXT_WIDTH_IN = 7.0  # of a page in two columns
+COLUMN_WIDTH_IN = 3.4
+PNG_DPI, PDF_IMAGE_DPI = 150, 300
+
+# Okabe & Ito, "Color universal design", 2008
+BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+)
+CURVE_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE)
+MANY_SCORES = 1000  # from here on a histogram's tail is worth a logarithmic axis
+MAX_BINS = 80
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
+    "font.size": 7.5,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7.5,
+    "figure.titlesize": 8.5,
+    "legend.fontsize": 6.5,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # TrueType, which journals ask for
+}
+
+Scores = Float[np.ndarray, "N"] | tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "bins"]]
+
+
+def style() -> AbstractContextManager[None]:
+    """The settings of every figure here, for the length of a `with` block."""
+    return matplotlib.rc_context(STYLE)
+
+
+def literal(text: str, longest: int = 90) -> str:
+    """A name as it is, not as TeX; too long a one loses its middle."""
+    half = longest // 2
+    short = text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
+    return short.replace("$", r"\$")
+
+
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Writes name.pdf and name.png into the folder, whole or not at all, and returns the PNG's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in a user's file name: a box is drawn instead
+        for kind, dpi, metadata in (("pdf", PDF_IMAGE_DPI, {"CreationDate": None}), ("png", PNG_DPI, {})):
+            partial = folder / f"{name}.{kind}.partial"
+            figure.savefig(partial, format=kind, dpi=dpi, metadata=metadata)
+            os.replace(partial, folder / f"{name}.{kind}")
+    return folder / f"{name}.png"
+
+
+def loss_curves(rows: Sequence[dict[str, float | None]]) -> Figure:
+    """Loss over the steps, and learning rate and gradient norm where logged.
+
+    rows: those of metrics.jsonl, each with "step" and any of "train/loss", "val/loss", "train/learning_rate",
+    "train/gradient_norm"; None stands for a number that was not finite.
+    """
+    series = {name: _series(rows, f"train/{name}") for name in ("learning_rate", "gradient_norm")}
+    lower = {name: xy for name, xy in series.items() if xy[0].size}
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.7, 2.2 + 0.9 * len(lower)), layout="constrained")
+        panels = figure.subplots(1 + len(lower), 1, sharex=True, squeeze=False, height_ratios=[2.6] + [1] * len(lower))[
+            :, 0
+        ]
+        _losses(panels[0], _series(rows, "train/loss"), _series(rows, "val/loss"))
+        for axes, (name, (step, value)) in zip(panels[1:], lower.items(), strict=True):
+            axes.plot(step, value, color="0.3", lw=0.8, marker="." if step.size == 1 else None)
+            axes.set_ylabel(name.replace("_", " "))
+            if name == "gradient_norm" and (value > 0).all():
+                axes.set_yscale("log")
+        panels[-1].set_xlabel("training step")
+        figure.align_ylabels(panels)
+    return figure
+
+
+def _series(rows: Sequence[dict[str, float | None]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    step, value = np.array(points, float).reshape(-1, 2).T
+    return step, value
+
+
+def _losses(axes: Axes, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]) -> None:
+    axes.plot(*train, color=BLUE, lw=0.8, marker="." if train[0].size == 1 else None, label="training")
+    axes.plot(*val, color=VERMILLION, marker="o", ms=3, label="validation")
+    if val[0].size:
+        best = np.argmin(val[1])
+        label = f"best validation: {val[1][best]:.3g} at step {val[0][best]:.0f}"
+        axes.plot(val[0][best], val[1][best], "o", ms=8, mfc="none", mec="black", mew=0.8, label=label)
+    values = np.concatenate([train[1], val[1]])
+    if (values > 0).all():
+        axes.set_yscale("log")
+    axes.set_ylabel("loss")
+    axes.legend()
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """How one method separates two classes, over all thresholds (either way round).
+
+    point: (fpr, tpr, precision) at the calibrated threshold. auroc, ap: None if undefined.
+    """
+
+    name: str
+    fpr: Float[np.ndarray, "N"]
+    tpr: Float[np.ndarray, "N"]
+    precision: Float[np.ndarray, "M"]
+    recall: Float[np.ndarray, "M"]
+    auroc: float | None
+    ap: float | None
+    point: tuple[float, float, float] | None = None
+
+
+def roc_and_pr(curves: Sequence[Curve], title: str, prevalence: float) -> Figure:
+    """ROC and precision-recall curves, the method first and baselines after it, beside what chance gives.
+
+    prevalence: share of positives, the precision of chance.
+    """
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.86, 3.2), layout="constrained")
+        figure.suptitle(literal(title))
+        roc, pr = figure.subplots(1, 2)
+        for i, curve in enumerate(curves):
+            look = {"color": CURVE_COLOURS[i % len(CURVE_COLOURS)], "zorder": 3 - i / len(curves)}
+            look |= {"lw": 1.6} if i == 0 else {"lw": 0.9, "ls": (0, (4, 1.5))}
+            roc.plot(curve.fpr, curve.tpr, label=_with_area(curve.name, "AUROC", curve.auroc), **look)
+            _plot_precision(pr, curve, look)
+            if curve.point is not None:
+                fpr, tpr, precision = curve.point
+                dot = {"marker": "o", "ms": 5, "mfc": look["color"], "mec": "white", "ls": "", "zorder": 5}
+                roc.plot(fpr, tpr, label="at the threshold", clip_on=False, **dot)
+                pr.plot(tpr, precision, label="at the threshold", clip_on=False, **dot)
+        roc.plot([0, 1], [0, 1], color="0.55", lw=0.8, ls=":", label="chance")
+        pr.axhline(prevalence, color="0.55", lw=0.8, ls=":", label=f"chance (prevalence {prevalence:.2g})")
+        roc.set(xlabel="false-positive rate", ylabel="true-positive rate (sensitivity)")
+        pr.set(xlabel="recall (sensitivity)", ylabel="precision")
+        for axes in (roc, pr):
+            axes.set(xlim=(0, 1), ylim=(0, 1.02), box_aspect=1)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return figure
+
+
+def _plot_precision(axes: Axes, curve: Curve, look: dict[str, object]) -> None:
+    """In steps, whose area is the average precision."""
+    ascending = slice(None, None, -1 if curve.recall[0] > curve.recall[-1] else 1)
+    recall, precision = curve.recall[ascending], curve.precision[ascending]
+    axes.plot(recall, precision, ds="steps-pre", label=_with_area(curve.name, "AP", curve.ap), **look)
+
+
+def _with_area(name: str, area: str, value: float | None) -> str:
+    return literal(name, 40) + ("" if value is None else f", {area} {value:.3f}")
+
+
+def score_histogram(
+    normal: Scores,
+    anomalous: Scores | None,
+    threshold: float,
+    interval: tuple[float, float] | None,
+    name: str,
+) -> Figure:
+    """Scores of both classes, each as shares of its own, with the threshold and its 95 % interval.
+
+    normal, anomalous: scores, or (scores, their weights) for what is binned already.
+    name: what is scored, "pixel" or "image".
+    """
+    classes = {"normal": _weighted(normal)}
+    if anomalous is not None:
+        classes["anomalous"] = _weighted(anomalous)
+    with style():
+        figure = Figure(figsize=(COLUMN_WIDTH_IN * 1.4, 2.5), layout="constrained")
+        axes = figure.subplots()
+        edges = _edges(list(classes.values()), threshold)
+        for (label, (score, weight)), colour in zip(classes.items(), (BLUE, VERMILLION), strict=False):
+            share, _ = np.histogram(np.clip(score, edges[0], edges[-1]), edges, weights=weight / weight.sum())
+            axes.stairs(share, edges, fill=True, color=colour, alpha=0.35)
+            axes.stairs(share, edges, color=colour, lw=1, label=f"{label} ({weight.sum():,.0f} {name}s)")
+        _mark_threshold(axes, threshold, interval)
+        axes.set(xlabel=f"{name} score", ylabel=f"share of {name}s in a bin", xlim=(edges[0], edges[-1]))
+        axes.set_xscale("log" if edges[0] > 0 else "linear")
+        if max(weight.sum() for _, weight in classes.values()) > MANY_SCORES:
+            axes.set_yscale("log")
+        figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def _weighted(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    return scores if isinstance(scores, tuple) else (scores, np.ones(scores.size))
+
+
+def _edges(classes: list[tuple[np.ndarray, np.ndarray]], threshold: float) -> np.ndarray:
+    """Bins of equal ratios, or widths where scores are not positive; the first also holds the lowest 0.1 %."""
+    score, weight = (np.concatenate(parts) for parts in zip(*classes, strict=True))
+    order = np.argsort(score)
+    rank = np.cumsum(weight[order])
+    low = min(score[order][np.searchsorted(rank, 1e-3 * rank[-1])], threshold)
+    high = max(score.max(), threshold)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    n_bins = int(np.clip(np.sqrt(rank[-1]) * 2, 10, MAX_BINS))
+    return np.geomspace(low, high * 1.05, n_bins + 1) if low > 0 else np.linspace(low, high, n_bins + 1)
+
+
+def _mark_threshold(axes: Axes, threshold: float, interval: tuple[float, float] | None) -> None:
+    axes.axvline(threshold, color="black", lw=1, ls="--", label=f"threshold {threshold:.3g}")
+    if interval is not None:
+        low, high = interval
+        axes.axvspan(low, high, color="0.5", alpha=0.3, lw=0, label=f"its 95 % interval [{low:.3g}, {high:.3g}]")
+
+
+def p_value_calibration(
+    nominal: Float[np.ndarray, "N"],
+    observed: Float[np.ndarray, "N"],
+    low: Float[np.ndarray, "N"],
+    high: Float[np.ndarray, "N"],
+    unit: str = "pixel",
+) -> Figure:
+    """The share of held-out normal pixels (or images) with a p-value of at most each nominal rate.
+
+    low, high: 95 % interval of the observed rate; NaN for none.
+    """
+    with style():
+        figure = Figure(figsize=(COLUMN_WIDTH_IN, 3.1), layout="constrained")
+        axes = figure.subplots()
+        limits = (nominal.min() / 1.5, min(1.0, nominal.max() * 1.5))
+        axes.plot(limits, limits, color="0.4", lw=0.8, ls="--", label="as calibrated")
+        axes.set_xscale("log")
+        axes.set_yscale("log", nonpositive="clip")  # a rate of 0 runs off the lower edge
+        if np.isfinite(low).any():
+            axes.fill_between(nominal, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+        axes.plot(nominal, observed, color=BLUE, marker="o", ms=3, label=f"held-out normal {unit}s")
+        positive = np.concatenate([observed, limits])
+        positive = positive[positive > 0]
+        axes.set(xlim=limits, ylim=(positive.min() / 1.5, min(1.0, positive.max() * 1.5)), box_aspect=1)
+        axes.set(xlabel=f"nominal false-alarm rate per {unit}", ylabel="observed false-alarm rate")
+        axes.legend()
+    return figure

@@ -1,0 +1,137 @@
+"""A run directory: what training writes, opened for use.
+
+config.yaml, preprocessing.json, calibration.json, baselines.json and checkpoints/ are all that prediction and
+evaluation read; nothing in it is executed.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from omegaconf import OmegaConf
+
+from pulmo_jax.config import GIVEN, TrainConfig, build, validate
+from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.samples import cache_folder
+from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.evaluation.calibration import Calibration, read_calibration
+from pulmo_jax.inference.outputs import write_json, write_text
+from pulmo_jax.inference.score import Scorer, Tiles
+from pulmo_jax.methods.base import Method, Params
+from pulmo_jax.training.checkpoint import Checkpoints
+from pulmo_jax.training.state import init_state
+from pulmo_jax.types import InputError
+
+PACKAGES = (
+    "pulmo-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "scipy",
+    "tifffile",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    config: TrainConfig
+    scorer: Scorer
+    calibrations: dict[str, Calibration]
+    step: int
+
+
+def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
+    """Load a run's model and thresholds. Raises InputError if it is not a finished run.
+
+    plugins: packages that may be imported for it. The run's own list is not trusted.
+    """
+    if not (path / "calibration.json").is_file():
+        raise InputError(f"run={path}: training has not finished there; go on with resume=true hydra.run.dir={path}")
+    values: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
+    config = validate(TrainConfig, values).model_copy(update={"plugins": plugins})
+    how = Preprocessing.load(path / "preprocessing.json")
+    method = build_method(config, how)
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.best_step()
+        state = checkpoints.restore(step, init_state(method, build_optimizer(config)))
+    return Run(path, config, make_scorer(config, method, state.ema, how), load_calibrations(path), step)
+
+
+def make_scorer(config: TrainConfig, method: Method, params: Params, how: Preprocessing) -> Scorer:
+    return Scorer.of(method, params, how, Tiles(config.tiles.overlap, config.tiles.batch_size))
+
+
+def build_method(config: TrainConfig, how: Preprocessing) -> Method:
+    """The network with its initial parameters, and the method around it, as the config describes them."""
+    values = (how.patch_size, how.channels, nnx.Rngs(config.seed))
+    network = build(config.model, "model", config.plugins, **dict(zip(GIVEN["model"], values, strict=True)))
+    return build(config.method, "method", config.plugins, network=network)
+
+
+def build_optimizer(config: TrainConfig) -> Any:
+    return build(config.optimizer, "optimizer", config.plugins, steps=config.trainer.steps)
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Folders are written as absolute paths, so that the run can be used from elsewhere."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+
+
+def save_calibrations(run: Path, calibrations: dict[str, Calibration]) -> None:
+    """calibration.json is the method's; baselines.json holds those of the trivial scores."""
+    method, *baselines = calibrations
+    write_json(run / "baselines.json", {name: calibrations[name].to_json() for name in baselines})
+    write_json(run / "calibration.json", calibrations[method].to_json())
+
+
+def load_calibrations(run: Path) -> dict[str, Calibration]:
+    path = run / "baselines.json"
+    try:
+        baselines = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); train again") from error
+    method = {"method": read_calibration(run / "calibration.json")}
+    return method | {name: Calibration.from_json(content, path) for name, content in baselines.items()}
+
+
+def missing_masks(refs: list[ImageRef], run: Run) -> str:
+    """A warning where a run that was trained inside foreground masks meets images without; else empty."""
+    without = sum(ref.mask is None for ref in refs)
+    if not without or run.config.data.foreground is None:
+        return ""
+    return (
+        f"{without} of {len(refs)} images have no foreground mask and are mapped whole, but the run was trained and "
+        "calibrated inside masks: what lies outside will be called abnormal. Give a folder of same-named masks."
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and machine, for the run's records."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def use_compile_cache(folder: Path | None) -> None:
+    """Keep compiled programs in the user's cache, so that the next start is warm."""
+    cache = folder or cache_folder() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

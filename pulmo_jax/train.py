@@ -1,0 +1,365 @@
+"""python -m pulmo_jax.train: learn the normal, set the threshold, test, report."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from pulmo_jax import cli
+from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build, require_folders
+from pulmo_jax.data import lung_ct
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
+from pulmo_jax.data.pipeline import Augmentation, ReadPatch, evenly, iterate, training_batches
+from pulmo_jax.data.samples import fetch_lung_ct
+from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
+from pulmo_jax.data.splits import split_by_group
+from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.evaluate import test_and_report
+from pulmo_jax.inference.assess import calibrate
+from pulmo_jax.inference.outputs import write_json
+from pulmo_jax.methods.base import Method
+from pulmo_jax.run import (
+    Run,
+    build_method,
+    build_optimizer,
+    make_scorer,
+    provenance,
+    save_calibrations,
+    save_config,
+    use_compile_cache,
+)
+from pulmo_jax.training.callbacks import Start, read_metrics
+from pulmo_jax.training.checkpoint import Checkpoints
+from pulmo_jax.training.loop import Outcome, fit
+from pulmo_jax.training.state import TrainState, init_state, make_step
+from pulmo_jax.types import InputError
+
+EXAMPLE_PATCHES = 8  # that the figures of a run in progress show
+
+EXAMPLES = """
+Trains on normal images alone, sets thresholds on held-out normal ones, tests where there is something to test on, and
+writes RUN/report.html.
+
+  python -m pulmo_jax.train +experiment=lung                            the sample lung CT, no data of your own
+  python -m pulmo_jax.train +experiment=lung data.train=DIR             your own normal images
+  python -m pulmo_jax.train +experiment=lung data.train=DIR data.test=DIR2 data.test_masks=DIR3
+  python -m pulmo_jax.train +experiment=lung hydra.run.dir=RUN resume=true
+  python -m pulmo_jax.train -m +experiment=lung model.latent=16,64 seed=0,1,2
+"""
+
+
+@dataclass(frozen=True)
+class NormalData:
+    """The images that a run learns from and calibrates on, each read once."""
+
+    training: Scan
+    validation: Scan
+    sampling: Sampling
+    how: Preprocessing
+    skipped: list[Skipped]
+
+
+def train(config: TrainConfig, run_dir: Path) -> float:
+    """The whole job; returns the best validation loss, which a sweep may minimise."""
+    began, console = time.monotonic(), cli.console()
+    config, citation = with_sample(config, console)
+    check_folders(config.data)
+    use_compile_cache(config.trainer.compile_cache)
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        refuse_or_resume(checkpoints, config.resume, run_dir)
+        reader = Reader(config.data.max_image_mb)
+        data = read_normal_images(config.data, config.seed, reader, console)
+        method = build_method(config, data.how)
+        save_config(config, run_dir / "config.yaml")
+        data.how.save(run_dir / "preprocessing.json")
+        write_json(run_dir / "images.json", describe_images(data))
+        write_json(run_dir / "run.json", {"citation": citation, **provenance()})
+        say(console, data, run_dir)
+        outcome = learn(config, method, data, reader, checkpoints, run_dir, console)
+        stop_if_interrupted(outcome, run_dir, console)
+        best_step = checkpoints.best_step()
+        best = checkpoints.restore(best_step, outcome.state)
+    trained = time.monotonic()
+
+    scorer = make_scorer(config, method, best.ema, data.how)
+    calibrations = calibrate(
+        scorer,
+        data.validation.images,
+        reader,
+        config.calibration.pixel_rate,
+        config.calibration.image_rate,
+        config.seed,
+        cli.tracker(console, "calibrating"),
+    )
+    save_calibrations(run_dir, calibrations)
+    best_loss = min(row["val/loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "val/loss" in row)
+    facts = {
+        "steps": int(outcome.state.step),
+        "stopped_early": outcome.stopped or "no",
+        "best_step": best_step,
+        "best_val_loss": best_loss,
+        "training_images": len(data.training.images),
+        "validation_images": len(data.validation.images),
+        "skipped_images": len(data.skipped),
+        "training_s": round(trained - began, 1),
+    }
+    run = Run(run_dir, config, scorer, calibrations, best_step)
+    test_and_report(run, test_data(config.data), config.evaluation, config.seed, run_dir, console, facts)
+    console.print(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}", highlight=False)
+    return best_loss
+
+
+def with_sample(config: TrainConfig, console: Console) -> tuple[TrainConfig, str]:
+    """(config, citation): with no images of the user's own, the config points at the sample lung CT."""
+    data = config.data
+    if data.train is not None:
+        absolute = {k: v.absolute() for k, v in data if isinstance(v, Path)}
+        return config.model_copy(update={"data": data.model_copy(update=absolute)}), ""
+    if data.val is not None:
+        raise InputError(f"data.val={data.val} is given without data.train; give both, or none for the sample")
+    sample = fetch_lung_ct(data.cache, console)
+    folders = {name: sample / name for name in ("train", "val", "test", "test_masks", "foreground")}
+    given = {name: getattr(data, name) for name in ("test", "test_masks") if data.test is not None}
+    console.print(
+        f"sample lung CT, one patient: a demonstration, no claim. Please cite:\n{lung_ct.CITATION}",
+        highlight=False,
+    )
+    return config.model_copy(update={"data": data.model_copy(update=folders | given)}), lung_ct.CITATION
+
+
+def check_folders(data: DataConfig) -> None:
+    require_folders(
+        data__train=data.train,
+        data__val=data.val,
+        data__test=data.test,
+        data__test_masks=data.test_masks,
+        data__foreground=data.foreground,
+    )
+
+
+def refuse_or_resume(checkpoints: Checkpoints, resume: bool, run_dir: Path) -> None:
+    """A finished or broken-off run is never overwritten."""
+    if checkpoints.latest_step() is not None and not resume:
+        raise InputError(
+            f"{run_dir} already holds a run; resume=true goes on with it, hydra.run.dir=DIR starts another elsewhere"
+        )
+
+
+def read_normal_images(data: DataConfig, seed: int, reader: Reader, console: Console) -> NormalData:
+    """List, split, decode every image once, and fit the normalisation."""
+    assert data.train is not None  # with_sample saw to it
+    options: dict[str, Any] = {
+        "masks": data.foreground,
+        "group_regex": data.group_regex,
+        "max_image_mb": data.max_image_mb,
+        "require_masks": data.foreground is not None,
+    }
+    refs, skipped = index_images(data.train, **options)
+    val_refs, val_skipped = index_images(data.val, **options) if data.val is not None else ([], [])
+    settle([*skipped, *val_skipped], data.on_error, console)
+    if not refs or (data.val is not None and not val_refs):
+        raise InputError(f"{data.train if not refs else data.val}: none of its images can be read")
+    refs, odd = alike(refs, refs[0])
+    val_refs, val_odd = alike(val_refs, refs[0])
+    settle([*odd, *val_odd], data.on_error, console)
+    if data.val is None:
+        refs, val_refs = split_by_group(refs, data.val_fraction, seed)
+    stride = data.stride or data.patch_size // 2
+    sampling = Sampling(data.patch_size, stride, data.min_foreground, data.foreground_range, data.resize)
+    training = scan_images(refs, sampling, reader, cli.tracker(console, "reading training images"))
+    settle(training.skipped, data.on_error, console)
+    validation = scan_images(val_refs, sampling, reader, cli.tracker(console, "reading validation images"))
+    settle(validation.skipped, data.on_error, console)
+    how = fit_preprocessing(training, sampling, data.normalize, data.value_range, data.percentiles, data.clip)
+    unused = [*skipped, *val_skipped, *odd, *val_odd, *training.skipped, *validation.skipped]
+    return NormalData(training, validation, sampling, how, unused)
+
+
+def alike(refs: list[ImageRef], first: ImageRef) -> tuple[list[ImageRef], list[Skipped]]:
+    """Those with the bands and depth of `first`, and the others with the reason."""
+    odd = [
+        Skipped(
+            ref.name,
+            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but {first.name} has {first.shape[2]} of {first.dtype}; "
+            "all images of a run must be alike: convert the files",
+        )
+        for ref in refs
+        if ref.shape[2] != first.shape[2] or not same_scale(ref.dtype, first.dtype)
+    ]
+    names = {skipped.name for skipped in odd}
+    return [ref for ref in refs if ref.name not in names], odd
+
+
+def settle(skipped: list[Skipped], on_error: str, console: Console) -> None:
+    """Files that cannot be used stop the run, or are named and left out, as the config says."""
+    if skipped and on_error == "stop":
+        more = f"\n({len(skipped) - 1} more; data.on_error=skip leaves such files out)" if len(skipped) > 1 else ""
+        hint = "" if more else "\nRepair or remove it, or leave such files out with data.on_error=skip."
+        raise InputError(skipped[0].reason.splitlines()[0] + more + hint)
+    for file in skipped:
+        console.print(f"left out: {file.reason}", markup=False, highlight=False)
+
+
+def describe_images(data: NormalData) -> dict[str, Any]:
+    """What was trained on, calibrated on and left out, for the run's records."""
+    return {
+        "training": [ref.title for ref in data.training.images],
+        "validation": [ref.title for ref in data.validation.images],
+        "skipped": [asdict(file) for file in data.skipped],
+        "training_patches": len(data.training.cells),
+    }
+
+
+def say(console: Console, data: NormalData, run_dir: Path) -> None:
+    console.print(
+        f"{len(data.training.images)} training images with {len(data.training.cells)} patches of "
+        f"{data.how.patch_size} px, {len(data.validation.images)} validation images, on "
+        f"{jax.devices()[0].device_kind}\nrun directory {run_dir}",
+        highlight=False,
+    )
+
+
+def learn(
+    config: TrainConfig,
+    method: Method,
+    data: NormalData,
+    reader: Reader,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    console: Console,
+) -> Outcome:
+    """The training loop, from the last checkpoint where there is one."""
+    optimizer, trainer = build_optimizer(config), config.trainer
+    callbacks = [build(node, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()]
+    identity = identify(config, data)
+    state = restore_last(checkpoints, init_state(method, optimizer), identity, console)
+    augmentation = Augmentation(data.sampling.stride // 2, True) if config.data.augment else Augmentation(0, False)
+    dataset = training_batches(
+        data.training.cells,
+        ReadPatch(data.training.images, data.how, reader),
+        augmentation,
+        batch_size=trainer.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    batches = iterate(
+        dataset,
+        int(state.step),
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        workers=config.data.workers,
+    )
+    val_patches = validation_patches(data, reader, trainer.validation_patches)
+    few = val_patches[:: max(1, len(val_patches) // EXAMPLE_PATCHES)][:EXAMPLE_PATCHES]
+    start = Start(
+        run_dir=run_dir,
+        step=int(state.step),
+        steps=trainer.steps,
+        batch_size=trainer.batch_size,
+        console=console,
+        checkpoints=checkpoints,
+        identity=identity,
+        examples=few,
+        reconstruct=jax.jit(method.reconstruct),
+    )
+    try:
+        return fit(
+            state,
+            make_step(method, optimizer, trainer.ema_decay, config.seed),
+            batches,
+            make_validation(method, val_patches, trainer.batch_size, config.seed),
+            callbacks,
+            start,
+            log_every=trainer.log_every,
+            validate_every=trainer.validate_every,
+        )
+    finally:
+        batches.close()
+
+
+def identify(config: TrainConfig, data: NormalData) -> dict[str, Any]:
+    """What a resumed run must share with the run that it goes on with, in comparable form."""
+    cells = hashlib.sha256(data.training.cells.tobytes())
+    for ref in data.training.images:
+        cells.update(ref.title.encode())
+    return {
+        "seed": config.seed,
+        "trainer.batch_size": config.trainer.batch_size,
+        "trainer.ema_decay": config.trainer.ema_decay,
+        "data.augment": config.data.augment,
+        "model": config.model,
+        "method": config.method,
+        "optimizer": config.optimizer,
+        "training patches": cells.hexdigest(),
+        "preprocessing": hashlib.sha256(repr(data.how).encode()).hexdigest(),
+    }
+
+
+def restore_last(checkpoints: Checkpoints, fresh: TrainState, identity: dict[str, Any], console: Console) -> TrainState:
+    """The last checkpoint's state, or the fresh one. Raises InputError where config or data have changed since."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return fresh
+    stored = checkpoints.identity(step)
+    changed = [key for key, value in identity.items() if stored.get(key) != value]
+    if changed:
+        raise InputError(
+            f"resume=true: {', '.join(changed)} differ from those of the run in {checkpoints.folder.parent}; "
+            "give the same ones, or start anew with another hydra.run.dir"
+        )
+    console.print(f"resuming after step {step}", highlight=False)
+    return checkpoints.restore(step, fresh)
+
+
+def validation_patches(data: NormalData, reader: Reader, count: int) -> np.ndarray:
+    """(n, P, P, C): the fixed patches on which the validation loss is measured."""
+    read = ReadPatch(data.validation.images, data.how, reader)
+    return np.stack([read(cell) for cell in evenly(data.validation.cells, count)])
+
+
+def make_validation(method: Method, patches: np.ndarray, batch_size: int, seed: int) -> Callable[[TrainState], float]:
+    """The mean loss of the averaged parameters, with the same noise every time."""
+    size = min(batch_size, len(patches))
+    whole = patches[: len(patches) // size * size]  # batches of one shape: one compilation
+    batches = jnp.asarray(whole).reshape(-1, size, *patches.shape[1:])
+    keys = jax.random.split(jax.random.key(seed), len(batches))
+
+    @jax.jit
+    def mean_loss(params: Any) -> jax.Array:
+        return jax.lax.map(lambda item: method.train_loss(params, *item), (batches, keys)).mean()
+
+    return lambda state: float(mean_loss(state.ema))
+
+
+def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> None:
+    """After a signal the checkpoint is on disk and nothing more is done."""
+    if outcome.stopped:
+        console.print(outcome.stopped, highlight=False)
+    if outcome.signum is not None:
+        console.print(f"go on with resume=true hydra.run.dir={run_dir}", highlight=False)
+        sys.exit(128 + outcome.signum)
+
+
+def test_data(data: DataConfig) -> EvaluateDataConfig | None:
+    if data.test is None:
+        return None
+    return EvaluateDataConfig(
+        test=data.test,
+        test_masks=data.test_masks,
+        foreground=data.foreground,
+        normal_name=data.normal_name,
+        group_regex=data.group_regex,
+    )
+
+
+if __name__ == "__main__":
+    cli.main("train", train, EXAMPLES)
