@@ -1,0 +1,271 @@
+"""Every verb as a person calls it, in a process of its own, on a small crop of a real CT."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+CROP = Path(__file__).parent / "lung_crop"
+SETS = {"train": range(8), "val": range(8, 12), "test": range(12, 17)}
+NODULE_PAGES = range(14, 17)
+SMALL = ["data.patch_size=32", "model.width=16", "trainer.validation_patches=64", "calibration.pixel_rate=0.01"]
+
+
+def call(*arguments, cache, check=True, cwd=None):
+    """Run a verb; with `check`, fail with its output unless it succeeds."""
+    environment = os.environ | {"PULMO_JAX_CACHE": str(cache), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+    if check and done.returncode != 0:
+        pytest.fail(f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+@pytest.fixture(scope="module")
+def crop(tmp_path_factory):
+    """The crop as folders of TIFF files, as a user would have them."""
+    root = tmp_path_factory.mktemp("crop")
+    pages = {name: tifffile.imread(CROP / f"{name}.tif") for name in ("ct", "lungs", "nodule")}
+    for folder, indices in SETS.items():
+        for i in indices:
+            for sub, name in ((folder, "ct"), ("foreground", "lungs"), ("test_masks", "nodule")):
+                if sub != "test_masks" or folder == "test":
+                    (root / sub).mkdir(exist_ok=True)
+                    tifffile.imwrite(root / sub / f"lung_{i:02d}.tif", pages[name][i], resolution=(14.2, 14.2))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def train_arguments(crop, run, *more):
+    return [
+        "pulmo_jax.train", "+experiment=lung", f"data.train={crop / 'train'}", f"data.val={crop / 'val'}",
+        f"data.foreground={crop / 'foreground'}", *SMALL, f"hydra.run.dir={run}", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(crop, cache, tmp_path_factory):
+    """A run trained on the crop, and tested on it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    test = [f"data.test={crop / 'test'}", f"data.test_masks={crop / 'test_masks'}"]
+    call(*train_arguments(crop, folder, "trainer.steps=120", *test), cache=cache)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predicted(run, crop, cache, tmp_path_factory):
+    output = tmp_path_factory.mktemp("predicted") / "out"
+    call("pulmo_jax.predict", f"run={run}", f"input={crop / 'test'}", f"output={output}", cache=cache)
+    return output
+
+
+def read_rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_learns_and_leaves_a_whole_run_directory(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows]
+    assert [row["step"] for row in rows] == list(range(10, 121, 10))
+    assert np.mean(losses[-3:]) < 0.5 * losses[0]
+    for name in ("config.yaml", "preprocessing.json", "calibration.json", "run.json", "images.json", "metrics.md"):
+        assert (run / name).stat().st_size > 0
+    assert sorted(p.name for p in (run / "figures").glob("*.pdf"))
+    assert list((run / "tensorboard").iterdir())
+    assert list((run / "checkpoints").iterdir())
+
+
+def test_training_tests_beside_the_baselines(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics["pixel"]) == set(metrics["image"]) == {"autoencoder", "intensity", "local intensity", "z-score"}
+    aurocs = {name: figures["auroc"]["value"] for name, figures in metrics["pixel"].items()}
+    assert aurocs["autoencoder"] > 0.9  # the nodule is plain to see
+    assert metrics["lesions"]["images_with_lesions"] == len(NODULE_PAGES)
+
+
+def test_report_is_self_contained(run):
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 5
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+
+
+def test_maps_of_every_image_are_written(predicted, crop):
+    for i in SETS["test"]:
+        with tifffile.TiffFile(predicted / "maps" / f"lung_{i:02d}_score.tif") as tiff:
+            page = tiff.pages.first
+            assert (page.dtype, page.shape) == (np.float32, (128, 128))
+            assert page.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
+            assert page.tags["XResolution"].value[0] / page.tags["XResolution"].value[1] == pytest.approx(14.2)
+            score = page.asarray()
+        p_value = tifffile.imread(predicted / "maps" / f"lung_{i:02d}_pvalue.tif")
+        mask = tifffile.imread(predicted / "maps" / f"lung_{i:02d}_mask.tif")
+        foreground = tifffile.imread(crop / "foreground" / f"lung_{i:02d}.tif") > 0
+        np.testing.assert_array_equal(np.isfinite(score), foreground)
+        np.testing.assert_array_equal(np.isfinite(p_value), foreground)
+        assert 0 < np.nanmin(p_value) <= np.nanmax(p_value) <= 1
+        assert not mask[~foreground].any()
+        assert (predicted / "maps" / f"lung_{i:02d}_overlay.png").stat().st_size > 0
+
+
+def test_highest_finding_of_each_nodule_slice_is_the_nodule(predicted):
+    rows = read_rows(predicted / "detections.csv")
+    nodule = tifffile.imread(CROP / "nodule.tif") > 0
+    for i in NODULE_PAGES:
+        first = next(row for row in rows if row["filename"] == f"lung_{i:02d}.tif")
+        assert first["label"] == "1"
+        assert nodule[i, int(first["y"]), int(first["x"])]
+
+
+def test_detections_agree_with_the_maps(predicted):
+    threshold = json.loads((predicted / "summary.json").read_text())["pixel_threshold"]
+    for row in read_rows(predicted / "detections.csv"):
+        base = predicted / "maps" / row["filename"].removesuffix(".tif")
+        score, mask = tifffile.imread(f"{base}_score.tif"), tifffile.imread(f"{base}_mask.tif")
+        assert score[int(row["y"]), int(row["x"])] == np.float32(row["peak_score"]) > threshold
+        y, x, h, w = (int(row[f"box_{k}"]) for k in ("y", "x", "height", "width"))
+        assert np.count_nonzero(mask[y : y + h, x : x + w]) >= int(row["area_px"])
+
+
+def test_an_image_scores_the_same_in_calibration_prediction_and_evaluation(run, crop, cache, tmp_path):
+    call("pulmo_jax.predict", f"run={run}", f"input={crop / 'val'}", f"output={tmp_path}", cache=cache)
+    images = json.loads((tmp_path / "summary.json").read_text())["images"]
+    predicted = {image["filename"]: image["image_score"] for image in images}
+    calibrated = json.loads((run / "calibration.json").read_text())["normal_image_scores"]
+    np.testing.assert_allclose(sorted(predicted.values()), calibrated, rtol=1e-6)
+
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    (classes / "normal").symlink_to(crop / "val")
+    evaluated = tmp_path / "evaluated"
+    arguments = [f"data.test={classes}", f"data.foreground={masks_below(classes, crop)}"]
+    call("pulmo_jax.evaluate", f"run={run}", *arguments, f"hydra.run.dir={evaluated}", cache=cache)
+    for row in read_rows(evaluated / "image_scores.csv"):
+        assert float(row["autoencoder"]) == pytest.approx(predicted[Path(row["filename"]).name], rel=1e-6)
+
+
+def masks_below(classes, crop):
+    """Foreground masks under the same relative names as the images."""
+    masks = classes.parent / "masks"
+    masks.mkdir()
+    (masks / "normal").symlink_to(crop / "foreground")
+    return masks
+
+
+def test_evaluation_with_masks_repeats_what_training_found(run, crop, cache, tmp_path):
+    test = [f"data.test={crop / 'test'}", f"data.test_masks={crop / 'test_masks'}"]
+    call("pulmo_jax.evaluate", f"run={run}", *test, f"hydra.run.dir={tmp_path}", cache=cache)
+    now, then = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run))
+    assert now["pixel"] == then["pixel"]
+    assert now["image"] == then["image"]
+    assert "autoencoder" in (tmp_path / "metrics.md").read_text()
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
+def test_second_prediction_does_nothing_again_and_one_bad_file_loses_no_other(run, crop, cache, tmp_path):
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for i in SETS["test"]:
+        (images / f"lung_{i:02d}.tif").write_bytes((crop / "test" / f"lung_{i:02d}.tif").read_bytes())
+    whole = (images / "lung_13.tif").read_bytes()
+    (images / "lung_13.tif").write_bytes(whole[: len(whole) // 2])
+    arguments = ["pulmo_jax.predict", f"run={run}", f"input={images}", f"output={output}"]
+    first = call(*arguments, cache=cache, check=False)
+    assert first.returncode == 3
+    assert "lung_13.tif" in first.stderr
+    assert "Traceback" not in first.stderr
+    failed = json.loads((output / "summary.json").read_text())["failed"]
+    assert [file["filename"] for file in failed] == ["lung_13.tif"]
+    before = {p: p.stat().st_mtime_ns for p in (output / "maps").iterdir()}
+    assert len(before) == 4 * (len(SETS["test"]) - 1)
+
+    (images / "lung_13.tif").write_bytes(whole)
+    second = call(*arguments, cache=cache)
+    assert "4 of them by an earlier call" in " ".join(second.stdout.split())
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert (output / "maps" / "lung_13_score.tif").exists()
+
+
+def test_interrupted_run_goes_on_as_if_nothing_had_happened(crop, cache, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    steps = ["trainer.steps=400", "trainer.log_every=5", "trainer.validate_every=50"]
+    call(*train_arguments(crop, whole, *steps), cache=cache)
+    command = [sys.executable, "-m", *train_arguments(crop, broken, *steps)]
+    environment = os.environ | {"PULMO_JAX_CACHE": str(cache)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        deadline = time.monotonic() + 120
+        while count_lines(broken / "metrics.jsonl") < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, output + errors
+    assert "Traceback" not in errors
+    assert 3 <= count_lines(broken / "metrics.jsonl") < 80
+    call(*train_arguments(crop, broken, *steps, "resume=true"), cache=cache)
+    losses = [
+        {row["step"]: row["train/loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+        for folder in (whole, broken)
+    ]
+    assert {step: losses[1][step] for step in losses[0]} == losses[0]
+    assert (whole / "calibration.json").read_text() == (broken / "calibration.json").read_text()
+
+
+def count_lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_run_is_never_overwritten(run, crop, cache):
+    again = call(*train_arguments(crop, run), cache=cache, check=False)
+    assert again.returncode == 2
+    assert "resume=true" in again.stderr
+
+
+def test_unreadable_training_file_stops_before_training_or_is_left_out(crop, cache, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in SETS["train"]:
+        (images / f"lung_{i:02d}.tif").write_bytes((crop / "train" / f"lung_{i:02d}.tif").read_bytes())
+    (images / "zz_damaged.tif").write_bytes(b"II*\0 this is no image")
+    arguments = ["pulmo_jax.train", "+experiment=lung", f"data.train={images}", *SMALL, "trainer.steps=2"]
+    stopped = call(*arguments, f"hydra.run.dir={tmp_path / 'a'}", cache=cache, check=False)
+    assert stopped.returncode == 2
+    assert "zz_damaged.tif" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    call(*arguments, f"hydra.run.dir={tmp_path / 'b'}", "data.on_error=skip", cache=cache)
+    listed = json.loads((tmp_path / "b" / "images.json").read_text())
+    assert [file["name"] for file in listed["skipped"]] == ["zz_damaged.tif"]
+    assert len(listed["training"]) + len(listed["validation"]) == len(SETS["train"])
+
+
+def test_users_own_experiment_and_callback(crop, cache, tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nname: mine\nplugins: [mine_callbacks]\ntrainer: {steps: 4}\n"
+        "callbacks: {count: {_target_: mine_callbacks.Count, path: counted.txt}}\n"
+    )
+    (tmp_path / "mine_callbacks.py").write_text(
+        "from pathlib import Path\n"
+        "class Count:\n"
+        "    def __init__(self, path: str): self.path, self.n = Path(path), 0\n"
+        "    def on_start(self, start): pass\n"
+        "    def on_event(self, event): self.n += 1\n"
+        "    def on_end(self): self.path.write_text(str(self.n))\n"
+    )
+    arguments = [f"data.train={crop / 'train'}", *SMALL, f"hydra.run.dir={tmp_path / 'run'}"]
+    call("pulmo_jax.train", "--config-dir", "conf", "+experiment=mine", *arguments, cache=cache, cwd=tmp_path)
+    assert (tmp_path / "counted.txt").read_text() == "4"
