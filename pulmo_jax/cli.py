@@ -31,6 +31,7 @@ from pulmo_jax.config import (
     allowed_keys,
     argument_schema,
     check_nodes,
+    check_paths,
     find_target,
     unknown_key,
     validate,
@@ -96,14 +97,16 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(fail(explain(error, schema)))
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def checked(raw: DictConfig, schema: type[C]) -> C:
-    """The typed config of Hydra's, every node of it judged. Raises InputError."""
-    ours = OmegaConf.masked_copy(raw, [key for key in raw if key != "hydra"])
+    """The typed config of Hydra's, with every path and node of it judged. Raises InputError."""
+    ours = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "hydra"])
     values: Any = OmegaConf.to_container(ours, resolve=True)
     config = validate(schema, values)
+    check_paths(config)
     if isinstance(config, TrainConfig):
         check_nodes(config)
     return config
@@ -115,9 +118,9 @@ class CheckFirst(HydraCallback):
     Hydra turns what a callback raises into a warning, all but SystemExit.
     """
 
-    def on_run_start(self, config: DictConfig, config_name: str, **_: Any) -> None:
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            checked(config, SCHEMAS[config_name])
+            checked(config, SCHEMAS[kwargs["config_name"]])
         except InputError as error:
             sys.exit(fail(str(error)))
 

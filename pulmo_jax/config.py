@@ -60,34 +60,44 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Images in, patches out."""
 
-    train: PathLike | None = Field(None, description="folder of normal images; null: the sample lung CT")
-    val: PathLike | None = Field(None, description="folder of other normal images; null: a share of train, by group")
-    test: PathLike | None = Field(None, description="images with findings, with test_masks or in subfolders by class")
-    test_masks: PathLike | None = Field(None, description="folder of same-named masks of the findings")
-    foreground: PathLike | None = Field(None, description="folder of same-named masks; outside them nothing is scored")
+    train: PathLike | None = Field(default=None, description="folder of normal images; null: the sample lung CT")
+    val: PathLike | None = Field(
+        default=None, description="folder of other normal images; null: a share of train, by group"
+    )
+    test: PathLike | None = Field(
+        default=None, description="images with findings, with test_masks or in subfolders by class"
+    )
+    test_masks: PathLike | None = Field(default=None, description="folder of same-named masks of the findings")
+    foreground: PathLike | None = Field(
+        default=None, description="folder of same-named masks; outside them nothing is scored"
+    )
     foreground_range: Pair | None = Field(
-        None, description="[low,high] in the files' units: train on patches with enough pixels in this range"
+        default=None, description="[low,high] in the files' units: train on patches with enough pixels in this range"
     )
-    cache: PathLike | None = Field(None, description="folder of the sample; null: $PULMO_JAX_CACHE or the user's cache")
-    normal_name: str = Field("normal", description="subfolder of test that is the normal class")
+    cache: PathLike | None = Field(
+        default=None, description="folder of the sample; null: $PULMO_JAX_CACHE or the user's cache"
+    )
+    normal_name: str = Field(default="normal", description="subfolder of test that is the normal class")
     group_regex: str | None = Field(
-        None, description="its first group in a file's name is the patient; null: each file"
+        default=None, description="its first group in a file's name is the patient; null: each file"
     )
-    val_fraction: Float = Field(0.2, gt=0, lt=1, description="share of the groups held out where val is null")
-    on_error: Literal["stop", "skip"] = Field("stop", description="what an unreadable training file does")
-    max_image_mb: Int = Field(2048, ge=1, description="largest decoded image that is accepted, MiB")
-    resize: Bool = Field(False, description="shrink whole images to patch_size instead of cutting patches")
-    patch_size: Int = Field(64, ge=8, multiple_of=4, description="side of the square patches, px")
-    stride: Int | None = Field(None, ge=1, description="grid of training patches, px; null: half of patch_size")
-    min_foreground: Float = Field(0.25, ge=0, le=1, description="share of a training patch that is foreground")
-    normalize: Literal["percentile", "zscore", "fixed"] = Field("percentile", description="fitted, or fixed to a range")
-    percentiles: Pair = Field((0.1, 99.9), description="of the training foreground, mapped to 0 and 1")
-    value_range: Pair | None = Field(None, description="[low,high] mapped to 0 and 1 by normalize=fixed")
-    clip: Pair = Field((-1.0, 2.0), description="limits of normalised values")
-    augment: Bool = Field(True, description="jitter by half the stride, flips and quarter turns")
-    threads: Int = Field(4, ge=0, le=256, description="reading threads")
-    prefetch: Int = Field(8, ge=1, description="batches read ahead")
-    workers: Int = Field(0, ge=0, le=256, description="reading processes; threads are usually enough")
+    val_fraction: Float = Field(default=0.2, gt=0, lt=1, description="share of the groups held out where val is null")
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="what an unreadable training file does")
+    max_image_mb: Int = Field(default=2048, ge=1, description="largest decoded image that is accepted, MiB")
+    resize: Bool = Field(default=False, description="shrink whole images to patch_size instead of cutting patches")
+    patch_size: Int = Field(default=64, ge=8, multiple_of=4, description="side of the square patches, px")
+    stride: Int | None = Field(default=None, ge=1, description="grid of training patches, px; null: half of patch_size")
+    min_foreground: Float = Field(default=0.25, ge=0, le=1, description="share of a training patch that is foreground")
+    normalize: Literal["percentile", "zscore", "fixed"] = Field(
+        default="percentile", description="fitted, or fixed to a range"
+    )
+    percentiles: Pair = Field(default=(0.1, 99.9), description="of the training foreground, mapped to 0 and 1")
+    value_range: Pair | None = Field(default=None, description="[low,high] mapped to 0 and 1 by normalize=fixed")
+    clip: Pair = Field(default=(-1.0, 2.0), description="limits of normalised values")
+    augment: Bool = Field(default=True, description="jitter by half the stride, flips and quarter turns")
+    threads: Int = Field(default=4, ge=0, le=256, description="reading threads")
+    prefetch: Int = Field(default=8, ge=1, description="batches read ahead")
+    workers: Int = Field(default=0, ge=0, le=256, description="reading processes; threads are usually enough")
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":
@@ -111,46 +121,50 @@ class DataConfig(Section):
 class TrainerConfig(Section):
     """The loop."""
 
-    steps: Int = Field(1000, ge=1, description="training steps, one batch each")
-    batch_size: Int = Field(64, ge=1, description="patches in a batch")
-    log_every: Int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
-    validate_every: Int = Field(100, ge=1, description="steps between validations")
-    validation_patches: Int = Field(512, ge=1, description="fixed patches on which the validation loss is measured")
-    checkpoint_every: Int = Field(200, ge=1, description="steps between checkpoints")
-    ema_decay: Float = Field(0.99, ge=0, lt=1, description="of the averaged parameters that inference uses")
-    compile_cache: PathLike | None = Field(None, description="folder of XLA's cache; null: in the user's cache")
+    steps: Int = Field(default=1000, ge=1, description="training steps, one batch each")
+    batch_size: Int = Field(default=64, ge=1, description="patches in a batch")
+    log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
+    validate_every: Int = Field(default=100, ge=1, description="steps between validations")
+    validation_patches: Int = Field(
+        default=512, ge=1, description="fixed patches on which the validation loss is measured"
+    )
+    checkpoint_every: Int = Field(default=200, ge=1, description="steps between checkpoints")
+    ema_decay: Float = Field(default=0.99, ge=0, lt=1, description="of the averaged parameters that inference uses")
+    compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
 
 
 class CalibrationConfig(Section):
     """False alarms, measured on normal validation data alone."""
 
-    pixel_rate: Float = Field(0.001, gt=0, lt=1, description="share of normal pixels above the pixel threshold")
-    image_rate: Float = Field(0.05, gt=0, lt=1, description="share of normal images above the image threshold")
-    min_area_px: Int = Field(9, ge=1, description="smallest region that is listed")
+    pixel_rate: Float = Field(default=0.001, gt=0, lt=1, description="share of normal pixels above the pixel threshold")
+    image_rate: Float = Field(default=0.05, gt=0, lt=1, description="share of normal images above the image threshold")
+    min_area_px: Int = Field(default=9, ge=1, description="smallest region that is listed")
 
 
 class TilesConfig(Section):
     """How prediction covers an image."""
 
-    overlap: Float = Field(0.5, ge=0, lt=1, description="share of a tile that the next one covers too")
-    batch_size: Int = Field(64, ge=1, description="tiles at a time")
+    overlap: Float = Field(default=0.5, ge=0, lt=1, description="share of a tile that the next one covers too")
+    batch_size: Int = Field(default=64, ge=1, description="tiles at a time")
 
 
 class EvaluationConfig(Section):
     """Metrics and their intervals."""
 
-    replicates: Int = Field(200, ge=10, description="bootstrap replicates, by group")
-    lesion_sizes_px: tuple[Int, ...] = Field((100, 1000), description="edges of the size classes of findings")
-    examples: Int = Field(4, ge=1, le=32, description="images in each gallery of the report")
+    replicates: Int = Field(default=200, ge=10, description="bootstrap replicates, by group")
+    lesion_sizes_px: tuple[Int, ...] = Field(default=(100, 1000), description="edges of the size classes of findings")
+    examples: Int = Field(default=4, ge=1, le=32, description="images in each gallery of the report")
 
 
 class TrainConfig(Section):
     """python -m pulmo_jax.train"""
 
-    name: str = Field("run", description="title of the run")
-    seed: Int = Field(0, ge=0, lt=2**31, description="of initial parameters, batches, noise, split and bootstrap")
-    resume: Bool = Field(False, description="go on from the last checkpoint of hydra.run.dir")
-    plugins: tuple[str, ...] = Field((), description="packages of yours that _target_ may name")
+    name: str = Field(default="run", description="title of the run")
+    seed: Int = Field(
+        default=0, ge=0, lt=2**31, description="of initial parameters, batches, noise, split and bootstrap"
+    )
+    resume: Bool = Field(default=False, description="go on from the last checkpoint of hydra.run.dir")
+    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that _target_ may name")
     data: DataConfig = DataConfig()
     model: Node
     method: Node
@@ -168,20 +182,24 @@ class PredictConfig(Section):
     run: RunFolder = Field(description="run directory that training made")
     input: PathLike = Field(description="image, or folder of images")
     output: PathLike = Field(description="folder of the results; a second run goes on where the first stopped")
-    foreground: PathLike | None = Field(None, description="folder of same-named foreground masks; null: the run's")
-    overwrite: Bool = Field(False, description="compute again what is there already")
-    plugins: tuple[str, ...] = Field((), description="packages of yours that the run's _target_ may name")
+    foreground: PathLike | None = Field(
+        default=None, description="folder of same-named foreground masks; null: the run's"
+    )
+    overwrite: Bool = Field(default=False, description="compute again what is there already")
+    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that the run's _target_ may name")
 
 
 class EvaluateDataConfig(Section):
     """What to evaluate on."""
 
     test: PathLike = Field(description="folder of test images; without test_masks its subfolders are the classes")
-    test_masks: PathLike | None = Field(None, description="folder of same-named masks of the findings")
-    foreground: PathLike | None = Field(None, description="folder of same-named foreground masks; null: the run's")
-    normal_name: str = Field("normal", description="subfolder that is the normal class")
+    test_masks: PathLike | None = Field(default=None, description="folder of same-named masks of the findings")
+    foreground: PathLike | None = Field(
+        default=None, description="folder of same-named foreground masks; null: the run's"
+    )
+    normal_name: str = Field(default="normal", description="subfolder that is the normal class")
     group_regex: str | None = Field(
-        None, description="its first group in a file's name is the patient; null: each file"
+        default=None, description="its first group in a file's name is the patient; null: each file"
     )
 
 
@@ -191,8 +209,8 @@ class EvaluateConfig(Section):
     run: RunFolder = Field(description="run directory that training made")
     data: EvaluateDataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    seed: Int = Field(0, ge=0, lt=2**31, description="of the bootstrap")
-    plugins: tuple[str, ...] = Field((), description="packages of yours that the run's _target_ may name")
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="of the bootstrap")
+    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that the run's _target_ may name")
 
 
 C = TypeVar("C", bound=Section)
@@ -309,10 +327,14 @@ def check_arguments(target: Any, node: Node, where: str, given: Iterable[str]) -
     return {key: getattr(checked, key) for key in schema.model_fields}
 
 
-def require_folders(**paths: Path | None) -> None:
-    """Every path that is given must be a folder. Names use "__" for the dot of the key."""
-    for name, path in paths.items():
-        key = name.replace("__", ".")
+def check_paths(config: Section) -> None:
+    """Every folder of images that is given must be there. Raises InputError that names the key."""
+    data = getattr(config, "data", None)
+    folders = {"foreground": getattr(config, "foreground", None)}
+    folders |= {f"data.{key}": getattr(data, key, None) for key in ("train", "val", "test", "test_masks", "foreground")}
+    for key, path in folders.items():
         if path is not None and not path.is_dir():
-            what = "is a file" if path.is_file() else "does not exist"
+            what = "is a file" if path.exists() else "does not exist"
             raise InputError(f"{key}={path}: {what}; give a folder of images")
+    if isinstance(config, PredictConfig) and not config.input.exists():
+        raise InputError(f"input={config.input}: does not exist; give an image or a folder of images")

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.console import Console
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from pulmo_jax import cli
-from pulmo_jax.config import EvaluateConfig, EvaluateDataConfig, EvaluationConfig, require_folders
+from pulmo_jax.config import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
 from pulmo_jax.data.images import ImageRef, Reader, index_images, same_scale
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.calibration import Threshold
@@ -47,32 +48,35 @@ Writes metrics.json, metrics.md, report.html and figures/ into RUN/evaluation/TI
 def evaluate(config: EvaluateConfig, out_dir: Path) -> None:
     """The run's own scorer and thresholds on labelled images."""
     console = cli.console()
-    data = config.data
-    require_folders(data__test=data.test, data__test_masks=data.test_masks, data__foreground=data.foreground)
     run = open_run(config.run, config.plugins)
-    test_and_report(run, data, config.evaluation, config.seed, out_dir, console, {})
+    assess_and_report(run, config.data, config.evaluation, config.seed, out_dir, console)
     console.print(f"see {out_dir / 'report.html'}", highlight=False)
 
 
-def test_and_report(
+def assess_and_report(
     run: Run,
     data: EvaluateDataConfig | None,
     options: EvaluationConfig,
     seed: int,
     out_dir: Path,
     console: Console,
-    training: dict[str, Any],
+    training: Mapping[str, Any] | None = None,
+    validation: Sequence[ImageRef] = (),
 ) -> None:
     """Test where there is something to test on; metrics.json, metrics.md, figures/ and report.html in any case.
 
-    training: facts of the training that has just ended, for its own report.
+    training, validation: facts and validation images of the training that has just ended, for its own report.
     """
     reader = Reader(run.config.data.max_image_mb)
-    metrics: dict[str, Any] = {"training": training} if training else {}
+    metrics: dict[str, Any] = {"training": dict(training)} if training else {}
     metrics["calibration"] = describe_calibration(run)
     warnings = [threshold.warning for threshold in thresholds(run) if threshold.warning]
     labelled = None if data is None else labelled_images(run, data, reader)
-    sections = [*training_sections(run, out_dir), *calibration_sections(run, out_dir)]
+    sections = [
+        *training_sections(run, out_dir),
+        *calibration_sections(run, out_dir),
+        *validation_sections(run, validation, options.examples, reader, out_dir),
+    ]
     if labelled is not None:
         refs, truth_of = labelled
         if warning := missing_masks(refs, run):
@@ -102,7 +106,7 @@ def test_and_report(
     write_report(
         out_dir / "report.html",
         title=f"{run.config.name}: what does not belong",
-        summary=summary(run, training),
+        summary=summary(run, training or {}),
         sections=sections,
         citations=citations(run),
         warnings=warnings,
@@ -219,6 +223,20 @@ def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
         f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}."
     )
     return [Section("Calibration", text, [figures.save(figure, out_dir / "figures", "calibration")], [])]
+
+
+def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: Reader, out_dir: Path) -> list[Section]:
+    """Normal images as the model sees them, evenly picked from those that it was not trained on."""
+    if not refs:
+        return []
+    picked = [refs[i] for i in np.unique(np.linspace(0, len(refs) - 1, min(count, len(refs))).astype(int))]
+    views = [view(example(run, ref, Truth(abnormal=False), reader)) for ref in picked]
+    drawn = {
+        "validation_score_maps": score_maps(views, "Normal validation images"),
+        "validation_reconstructions": reconstructions(views),
+    }
+    paths = [figures.save(figure, out_dir / "figures", name) for name, figure in drawn.items()]
+    return [Section("Validation images", "Normal, not trained on.", paths)]
 
 
 def shown(threshold: Threshold) -> str:
@@ -364,15 +382,15 @@ def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
     )
 
 
-def summary(run: Run, training: dict[str, Any]) -> dict[str, str]:
+def summary(run: Run, training: Mapping[str, Any]) -> dict[str, str]:
     facts = {"run": str(run.path), "seed": str(run.config.seed)}
     return facts | {key.replace("_", " "): str(value) for key, value in training.items()}
 
 
 def citations(run: Run) -> list[str]:
-    from pulmo_jax.data import lung_ct
-
-    return [lung_ct.CITATION] if run.config.data.train and "lung_ct" in run.config.data.train.parts else []
+    """What the run says is to be cited for its data."""
+    text = json.loads((run.path / "run.json").read_text())["citation"]
+    return [text] if text else []
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pulmo_jax import cli
-from pulmo_jax.config import PredictConfig, require_folders
+from pulmo_jax.config import PredictConfig
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, open_source
 from pulmo_jax.data.transforms import preprocess
@@ -44,9 +44,6 @@ says that some files failed; the others are done, and summary.json names the fai
 def predict(config: PredictConfig, _: Path) -> None:
     """Map every image, one by one; each is finished on disk before the next begins."""
     began, console = time.monotonic(), cli.console()
-    require_folders(foreground=config.foreground)
-    if not config.input.exists():
-        raise InputError(f"input={config.input}: does not exist; give an image or a folder of images")
     run = open_run(config.run, config.plugins)
     masks = config.foreground or run.config.data.foreground
     refs, failed = index_images(
@@ -188,7 +185,7 @@ def finished_record(path: Path, key: dict[str, Any], output: Path) -> dict[str, 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(CSV_COLUMNS), lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

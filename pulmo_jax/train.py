@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from pulmo_jax import cli
-from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build, require_folders
+from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
 from pulmo_jax.data.pipeline import Augmentation, ReadPatch, evenly, iterate, training_batches
@@ -22,7 +22,7 @@ from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.transforms import Preprocessing
-from pulmo_jax.evaluate import test_and_report
+from pulmo_jax.evaluate import assess_and_report
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.outputs import write_json
 from pulmo_jax.methods.base import Method
@@ -71,7 +71,6 @@ def train(config: TrainConfig, run_dir: Path) -> float:
     """The whole job; returns the best validation loss, which a sweep may minimise."""
     began, console = time.monotonic(), cli.console()
     config, citation = with_sample(config, console)
-    check_folders(config.data)
     use_compile_cache(config.trainer.compile_cache)
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
         refuse_or_resume(checkpoints, config.resume, run_dir)
@@ -112,7 +111,16 @@ def train(config: TrainConfig, run_dir: Path) -> float:
         "training_s": round(trained - began, 1),
     }
     run = Run(run_dir, config, scorer, calibrations, best_step)
-    test_and_report(run, test_data(config.data), config.evaluation, config.seed, run_dir, console, facts)
+    assess_and_report(
+        run,
+        test_data(config.data),
+        config.evaluation,
+        config.seed,
+        run_dir,
+        console,
+        training=facts,
+        validation=data.validation.images,
+    )
     console.print(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}", highlight=False)
     return best_loss
 
@@ -133,16 +141,6 @@ def with_sample(config: TrainConfig, console: Console) -> tuple[TrainConfig, str
         highlight=False,
     )
     return config.model_copy(update={"data": data.model_copy(update=folders | given)}), lung_ct.CITATION
-
-
-def check_folders(data: DataConfig) -> None:
-    require_folders(
-        data__train=data.train,
-        data__val=data.val,
-        data__test=data.test,
-        data__test_masks=data.test_masks,
-        data__foreground=data.foreground,
-    )
 
 
 def refuse_or_resume(checkpoints: Checkpoints, resume: bool, run_dir: Path) -> None:

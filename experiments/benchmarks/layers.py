@@ -55,9 +55,7 @@ class Strided(nnx.Module):
     def __init__(self, patch: int, channels: int, rngs: nnx.Rngs, transposed: bool):
         chain = (channels, *WIDTHS)
         self.transposed, self.side = transposed, patch // 8
-        self.down = nnx.List(
-            [nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in itertools.pairwise(chain)]
-        )
+        self.down = nnx.List([nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in itertools.pairwise(chain)])
         up = [
             nnx.ConvTranspose(b, a, (3, 3), strides=(2, 2), rngs=rngs)
             if transposed

@@ -37,7 +37,8 @@ def row(setting: str, runs: list[dict], score: str) -> str:
         cells.append(f"{values.mean():.3f}{spread}")
     if score == "autoencoder":
         lesions = [run["lesions"] for run in runs]
-        cells.append(", ".join(f"{x['images_with_highest_pixel_in_lesion']}/{x['images_with_lesions']}" for x in lesions))
+        found = (f"{x['images_with_highest_pixel_in_lesion']}/{x['images_with_lesions']}" for x in lesions)
+        cells.append(", ".join(found))
         cells.append(f"{np.mean([run['training']['training_s'] for run in runs]):.0f}")
     else:
         cells += ["", ""]

@@ -67,10 +67,10 @@ def index_images(
             if mask is None and require_masks:
                 raise InputError(f"{path}: no mask of that name in {masks}")
             with open_source(path, max_bytes=max_image_mb * MEBIBYTE) as source:
-                pages, *shape = source.shape
+                pages, height, width, bands = source.shape
                 dtype = source.dtype.name
             group = group_of(name, group_regex)
-            refs += [ImageRef(path, name, k, pages, tuple(shape), dtype, group, mask) for k in range(pages)]
+            refs += [ImageRef(path, name, k, pages, (height, width, bands), dtype, group, mask) for k in range(pages)]
         except InputError as error:
             skipped.append(Skipped(name, str(error)))
     return refs, skipped
@@ -80,10 +80,14 @@ def group_of(name: str, group_regex: str | None) -> str:
     """The group that an image belongs to: a patient, a slide, a set of near-copies."""
     if group_regex is None:
         return name
-    match = re.search(group_regex, name)
-    if match is None:
+    try:
+        match = re.search(group_regex, name)
+    except re.error as error:
+        raise InputError(f"data.group_regex={group_regex!r} is not a regular expression: {error}") from error
+    group = match and match[min(1, match.re.groups)]
+    if group is None:
         raise InputError(f"{name}: data.group_regex={group_regex!r} matches nothing in this name")
-    return match.group(1) if match.re.groups else match.group(0)
+    return group
 
 
 def find_mask(folder: Path | None, name: str) -> Path | None:
@@ -93,9 +97,14 @@ def find_mask(folder: Path | None, name: str) -> Path | None:
     exact = folder / name
     if exact.is_file():
         return exact
-    stem = exact.name.removesuffix(".gz").rsplit(".", 1)[0]
-    candidates = (exact.with_name(stem + suffix) for suffix in IMAGE_SUFFIXES)
+    candidates = (folder / (stem(name) + suffix) for suffix in IMAGE_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
+
+
+def stem(name: str) -> str:
+    """Without the image's suffix; a DICOM name such as 1.2.840.113 has none."""
+    longest_first = sorted(IMAGE_SUFFIXES, key=len, reverse=True)
+    return name[: -len(next((s for s in longest_first if name.lower().endswith(s)), "")) or None]
 
 
 class Reader:
@@ -117,8 +126,9 @@ class Reader:
     def image(self, ref: ImageRef, window: Window | None = None) -> np.ndarray:
         """(h, w, C) in the file's dtype."""
         source = self._open(ref.path)
-        if source.shape[1:] != ref.shape:
-            raise InputError(f"{ref.path}: is now {source.shape[1:]} (H, W, C), was {ref.shape} when listed")
+        now, listed = (*source.shape, source.dtype.name), (ref.pages, *ref.shape, ref.dtype)
+        if now != listed:
+            raise InputError(f"{ref.path}: is now {now} (pages, H, W, C, dtype), was {listed} when listed")
         return source.read(ref.page, window)
 
     def foreground(self, ref: ImageRef, window: Window | None = None) -> np.ndarray | None:
@@ -131,7 +141,7 @@ class Reader:
                 f"{ref.mask}: the mask is {source.shape} (pages, H, W, C), its image {ref.path.name} has "
                 f"{ref.pages} pages of {ref.shape[:2]}; they must agree (one page serves all)"
             )
-        return source.read(min(ref.page, source.shape[0] - 1), window).any(axis=-1)
+        return np.any(source.read(min(ref.page, source.shape[0] - 1), window), axis=-1)
 
     def _open(self, path: Path) -> Source:
         cache: OrderedDict[Path, Source] = self._local.__dict__.setdefault("sources", OrderedDict())

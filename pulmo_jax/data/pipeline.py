@@ -59,7 +59,9 @@ class RandomPatch(grain.RandomMapTransform):
     read: ReadPatch
     augmentation: Augmentation
 
-    def random_map(self, element: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, element: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
         cell, jitter = element.copy(), self.augmentation.jitter_px
         if jitter and not self.read.how.resize:
             room = np.maximum(np.array(self.read.images[cell[0]].shape[:2]) - self.read.how.patch_size, 0)

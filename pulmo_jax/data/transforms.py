@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from pulmo_jax.types import InputError
 
@@ -21,6 +22,8 @@ class Preprocessing:
     clip: normalised limits, wide enough that an anomaly keeps its contrast and one dead pixel cannot blind a patch.
     patch_size: side of the network's input. resize: whole images are shrunk to that side, not cut into patches.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     channels: int
     dtype: str
@@ -40,10 +43,10 @@ class Preprocessing:
     def load(cls, path: Path) -> "Preprocessing":
         """Raises InputError if the file is missing or is not what `save` wrote."""
         try:
-            fields = json.loads(path.read_text())
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not a preprocessing file of a run ({error}); train again") from error
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{path}: not a preprocessing file of a run ({reason}); train again") from error
 
 
 def preprocess(
@@ -61,7 +64,7 @@ def finite(pixels: Shaped[np.ndarray, "*grid C"]) -> Bool[np.ndarray, "*grid"]:
     """Pixels that are numbers in every band."""
     if np.issubdtype(pixels.dtype, np.integer):
         return np.ones(pixels.shape[:-1], bool)
-    return np.isfinite(pixels).all(axis=-1)
+    return np.asarray(np.isfinite(pixels).all(axis=-1))
 
 
 def resize_bands(image: Float[np.ndarray, "H W C"], height: int, width: int) -> Float[np.ndarray, "h w C"]:

@@ -37,9 +37,7 @@ def label_regions(
     return labels, np.bincount(labels.ravel())
 
 
-def _describe(
-    score: np.ndarray, labels: np.ndarray, mask: np.ndarray, calibration: Calibration
-) -> list[Detection]:
+def _describe(score: np.ndarray, labels: np.ndarray, mask: np.ndarray, calibration: Calibration) -> list[Detection]:
     pixel = np.flatnonzero(mask)  # the few that matter: ndimage would sort the whole map
     if pixel.size == 0:
         return []

@@ -155,9 +155,7 @@ def image_metrics(
     return _estimates(values, resampled, n_groups, "images")
 
 
-def _image_figures(
-    scores: np.ndarray, labels: np.ndarray, threshold: float, weight: np.ndarray
-) -> dict[str, float]:
+def _image_figures(scores: np.ndarray, labels: np.ndarray, threshold: float, weight: np.ndarray) -> dict[str, float]:
     figures: dict[str, float] = dict.fromkeys(IMAGE_FIGURES, np.nan)
     above, abnormal, normal = scores > threshold, weight * labels, weight * ~labels
     if abnormal.any():

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from scipy import ndimage
@@ -134,8 +136,10 @@ def _show_views(row: Sequence[Axes], v: View, scale: ScalarMappable) -> None:
 def _grid(views: Sequence[View], n_columns: int, title: str = "") -> tuple[Figure, np.ndarray]:
     aspect = max(v.whole.score.shape[0] / v.whole.score.shape[1] for v in views)
     height_in = len(views) * (PANEL_WIDTH_IN * aspect + 0.2) + 1.1
-    figure = Figure(figsize=(n_columns * PANEL_WIDTH_IN, height_in), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.0, hspace=0.0)
+    figure = Figure(
+        figsize=(n_columns * PANEL_WIDTH_IN, height_in),
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.0, hspace=0.0),
+    )
     if title:
         figure.suptitle(literal(title))
     return figure, figure.subplots(len(views), n_columns, squeeze=False)
@@ -148,12 +152,13 @@ def _name_columns(row: Sequence[Axes], names: Sequence[str]) -> None:
 
 def _name_row(axes: Axes, name: str) -> None:
     """Over the whole row; in the first one, over the names of the columns."""
-    first = axes.get_subplotspec().is_first_row()
+    spec = axes.get_subplotspec()
+    first = spec is not None and spec.is_first_row()
     axes.set_title(name + ("\n" if first else ""), loc="left")
 
 
 def _show(axes: Axes, values: np.ndarray, scale: ScalarMappable) -> None:
-    axes.imshow(values, norm=scale.norm, cmap=scale.cmap)
+    axes.imshow(values, norm=cast(Normalize, scale.norm), cmap=scale.cmap)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.autoscale(False)

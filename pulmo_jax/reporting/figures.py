@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -61,7 +62,7 @@ Scores = Float[np.ndarray, "N"] | tuple[Float[np.ndarray, "bins"], Float[np.ndar
 
 def style() -> AbstractContextManager[None]:
     """The settings of every figure here, for the length of a `with` block."""
-    return matplotlib.rc_context(STYLE)
+    return matplotlib.rc_context(cast(Any, STYLE))
 
 
 def literal(text: str, longest: int = 90) -> str:
@@ -154,13 +155,20 @@ def roc_and_pr(curves: Sequence[Curve], title: str, prevalence: float) -> Figure
         figure.suptitle(literal(title))
         roc, pr = figure.subplots(1, 2)
         for i, curve in enumerate(curves):
-            look = {"color": CURVE_COLOURS[i % len(CURVE_COLOURS)], "zorder": 3 - i / len(curves)}
+            look: dict[str, Any] = {"color": CURVE_COLOURS[i % len(CURVE_COLOURS)], "zorder": 3 - i / len(curves)}
             look |= {"lw": 1.6} if i == 0 else {"lw": 0.9, "ls": (0, (4, 1.5))}
             roc.plot(curve.fpr, curve.tpr, label=_with_area(curve.name, "AUROC", curve.auroc), **look)
             _plot_precision(pr, curve, look)
             if curve.point is not None:
                 fpr, tpr, precision = curve.point
-                dot = {"marker": "o", "ms": 5, "mfc": look["color"], "mec": "white", "ls": "", "zorder": 5}
+                dot: dict[str, Any] = {
+                    "marker": "o",
+                    "ms": 5,
+                    "mfc": look["color"],
+                    "mec": "white",
+                    "ls": "",
+                    "zorder": 5,
+                }
                 roc.plot(fpr, tpr, label="at the threshold", clip_on=False, **dot)
                 pr.plot(tpr, precision, label="at the threshold", clip_on=False, **dot)
         roc.plot([0, 1], [0, 1], color="0.55", lw=0.8, ls=":", label="chance")
@@ -173,7 +181,7 @@ def roc_and_pr(curves: Sequence[Curve], title: str, prevalence: float) -> Figure
     return figure
 
 
-def _plot_precision(axes: Axes, curve: Curve, look: dict[str, object]) -> None:
+def _plot_precision(axes: Axes, curve: Curve, look: dict[str, Any]) -> None:
     """In steps, whose area is the average precision."""
     ascending = slice(None, None, -1 if curve.recall[0] > curve.recall[-1] else 1)
     recall, precision = curve.recall[ascending], curve.precision[ascending]

@@ -79,7 +79,7 @@ class Checkpoint:
     def on_event(self, event: Event) -> None:
         loss = event.metrics.get("val/loss")
         best = loss is not None and loss < self._best
-        self._best = loss if best else self._best
+        self._best = min(self._best, math.inf if loss is None else loss)
         if event.last or best or event.step % self.every == 0:
             self._start.checkpoints.save(event.state, loss, self._start.identity)
 
@@ -200,7 +200,7 @@ def validation_losses(start: Start) -> list[float]:
     return [row["val/loss"] for row in rows if row["step"] <= start.step and row.get("val/loss") is not None]
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:

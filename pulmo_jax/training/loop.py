@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Outcome:
 
 def fit(
     state: TrainState,
-    step: Callable[[TrainState, np.ndarray], tuple[TrainState, Metrics]],
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
     batches: Iterator[np.ndarray],
     validate: Callable[[TrainState], float],
     callbacks: Sequence[Callback],

@@ -1,6 +1,6 @@
 """Optimizers, built by config."""
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import optax
 from pydantic import Field
@@ -32,4 +32,4 @@ def adamw(
     if accumulate == 1:
         return update
     multi = optax.MultiSteps(update, every_k_schedule=accumulate)
-    return optax.GradientTransformation(multi.init, multi.update)
+    return optax.GradientTransformation(multi.init, cast(optax.TransformUpdateFn, multi.update))

@@ -110,7 +110,7 @@ def pixels(path):
 
 def test_sample_is_laid_out_like_a_users_own_images(fetched, tmp_path, capsys):
     sample = samples.fetch_lung_ct(tmp_path)
-    names = {name: [f"slice_{z:03d}.tif" for z in lung_ct.slices_of(name)] for name in lung_ct.SPLIT}
+    names = {name: [f"{lung_ct.PATIENT}_{z:03d}.tif" for z in lung_ct.slices_of(name)] for name in lung_ct.SPLIT}
     for folder, expected in names.items():
         assert sorted(path.name for path in (sample / folder).iterdir()) == expected
     assert sorted(path.name for path in (sample / "test_masks").iterdir()) == names["test"]
@@ -125,18 +125,18 @@ def test_sample_is_laid_out_like_a_users_own_images(fetched, tmp_path, capsys):
 
 def test_slices_hold_the_scan_the_lungs_and_the_nodule(fetched, tmp_path):
     sample = samples.fetch_lung_ct(tmp_path)
-    ct = pixels(sample / "test" / "slice_090.tif")
+    ct = pixels(sample / "test" / "LIDC-IDRI-0001_090.tif")
     assert ct.dtype == np.uint16
     np.testing.assert_array_equal(ct, np.maximum(hounsfield()[NODULE_Z] + 1024, 0))
-    lungs = pixels(sample / "foreground" / "slice_030.tif")
+    lungs = pixels(sample / "foreground" / "LIDC-IDRI-0001_030.tif")
     np.testing.assert_array_equal(lungs, np.where(np.arange(W) < W // 2, 255, 0) * np.ones((H, 1)))
-    nodule = pixels(sample / "test_masks" / "slice_090.tif")
+    nodule = pixels(sample / "test_masks" / "LIDC-IDRI-0001_090.tif")
     np.testing.assert_array_equal(nodule, 255 * polygon2mask((H, W), SQUARE))
-    assert not pixels(sample / "test_masks" / "slice_091.tif").any()
+    assert not pixels(sample / "test_masks" / "LIDC-IDRI-0001_091.tif").any()
 
 
 def test_slices_carry_their_scale(fetched, tmp_path):
-    with Image.open(samples.fetch_lung_ct(tmp_path) / "val" / "slice_050.tif") as image:
+    with Image.open(samples.fetch_lung_ct(tmp_path) / "val" / "LIDC-IDRI-0001_050.tif") as image:
         assert image.tag_v2[296] == 3  # ResolutionUnit: centimetre
         assert float(image.tag_v2[282]) == pytest.approx(10 / 0.7, rel=1e-6)
 
@@ -154,8 +154,8 @@ def _other_format(sample):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda sample: (sample / "train" / "slice_030.tif").unlink(),
-        lambda sample: (sample / "test_masks" / "slice_090.tif").write_bytes(b"short"),
+        lambda sample: (sample / "train" / "LIDC-IDRI-0001_030.tif").unlink(),
+        lambda sample: (sample / "test_masks" / "LIDC-IDRI-0001_090.tif").write_bytes(b"short"),
         lambda sample: (sample / "sample.json").unlink(),
         lambda sample: (sample / "sample.json").write_text('{"format": 1, "fil'),
         _other_format,
@@ -194,7 +194,7 @@ def test_other_process_that_finishes_first_is_no_trouble(fetched, tmp_path, monk
     other = samples.fetch_lung_ct(tmp_path / "other")
     (other / "from_other").touch()
     if not complete:
-        (other / "val" / "slice_050.tif").unlink()
+        (other / "val" / "LIDC-IDRI-0001_050.tif").unlink()
     prepare = lung_ct.prepare
 
     def prepare_second(*args):

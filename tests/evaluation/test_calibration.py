@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from references.evaluation import group_bootstrap
 
-from pulmo_jax.evaluation.calibration import Calibration, Calibrator, read_calibration, write_calibration
 from pulmo_jax.core.histogram import ScoreHistogram
+from pulmo_jax.evaluation.calibration import Calibration, Calibrator, read_calibration, write_calibration
 from pulmo_jax.types import InputError
 
 
