@@ -103,8 +103,8 @@ def find_mask(folder: Path | None, name: str) -> Path | None:
 
 def stem(name: str) -> str:
     """Without the image's suffix; a DICOM name such as 1.2.840.113 has none."""
-    longest_first = sorted(IMAGE_SUFFIXES, key=len, reverse=True)
-    return name[: -len(next((s for s in longest_first if name.lower().endswith(s)), "")) or None]
+    suffix = next((s for s in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
 
 
 class Reader:

@@ -1,6 +1,6 @@
 """The one Protocol of the methods: a model of the normal, and how far each pixel is from it."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Key, PyTree
 from numpy import ndarray
@@ -8,6 +8,7 @@ from numpy import ndarray
 Params = PyTree[Any]
 
 
+@runtime_checkable
 class Method(Protocol):
     """A description without state: all that is learnt is in `params`, which the caller carries.
 

@@ -120,7 +120,7 @@ def _heading(example: Example) -> str:
     return f"{literal(example.title)}: {kind}image score {example.image_score:.3g}"
 
 
-def _show_views(row: Sequence[Axes], v: View, scale: ScalarMappable) -> None:
+def _show_views(row: np.ndarray, v: View, scale: ScalarMappable) -> None:
     parts = ((row[0], row[2], v.whole, v.whole_step), (row[1], row[3], v.detail, v.detail_step))
     for image_axes, score_axes, part, step in parts:
         _show_image(image_axes, part.image, step)
@@ -145,7 +145,7 @@ def _grid(views: Sequence[View], n_columns: int, title: str = "") -> tuple[Figur
     return figure, figure.subplots(len(views), n_columns, squeeze=False)
 
 
-def _name_columns(row: Sequence[Axes], names: Sequence[str]) -> None:
+def _name_columns(row: np.ndarray, names: Sequence[str]) -> None:
     for axes, name in zip(row, names, strict=True):
         axes.set_title(name, fontstyle="italic")
 

@@ -5,7 +5,7 @@ Figures are made without pyplot and leave matplotlib's settings as they were.
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ STYLE = {
     "pdf.fonttype": 42,  # TrueType, which journals ask for
 }
 
-Scores = Float[np.ndarray, "N"] | tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "bins"]]
+Scores = Float[np.ndarray, "_"] | tuple[Float[np.ndarray, "_"], Float[np.ndarray, "_"]]
 
 
 def style() -> AbstractContextManager[None]:
@@ -84,7 +84,7 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
     return folder / f"{name}.png"
 
 
-def loss_curves(rows: Sequence[dict[str, float | None]]) -> Figure:
+def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss over the steps, and learning rate and gradient norm where logged.
 
     rows: those of metrics.jsonl, each with "step" and any of "train/loss", "val/loss", "train/learning_rate",
@@ -108,7 +108,7 @@ def loss_curves(rows: Sequence[dict[str, float | None]]) -> Figure:
     return figure
 
 
-def _series(rows: Sequence[dict[str, float | None]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     step, value = np.array(points, float).reshape(-1, 2).T
     return step, value

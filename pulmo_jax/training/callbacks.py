@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field
@@ -56,6 +56,7 @@ class Event:
     last: bool
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Called on the host, in the order of the config. `on_event` may return why the run should stop."""
 

@@ -1,0 +1,98 @@
+"""The self-contained page."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.tables import Table
+
+VOID = {"meta", "img", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; raises where tags are not nested."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.words = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def figure(tmp_path):
+    path = tmp_path / "roc_curve.png"
+    Image.new("L", (3, 2), 7).save(path)
+    return path
+
+
+def write(tmp_path, figure, **changes):
+    content = {
+        "title": "A run",
+        "summary": {"seed": "0"},
+        "sections": [
+            Section("Test", "A text.", [figure], [Table("Pixels", ["score", "AUROC"], [["z", "0.9"]], ["a note"])]),
+            Section("Empty"),
+        ],
+        "citations": ["Someone (2000)."],
+        "warnings": ["Take care."],
+    }
+    write_report(tmp_path / "report.html", **(content | changes))
+    return Page((tmp_path / "report.html").read_text())
+
+
+def test_everything_is_on_the_page(tmp_path, figure):
+    page = write(tmp_path, figure)
+    text = " ".join(page.words)
+    for words in ("A run", "seed", "A text.", "Pixels", "AUROC", "0.9", "a note", "Someone (2000).", "Take care."):
+        assert words in text
+    assert "Empty" not in text
+
+
+def test_figures_are_in_the_page_itself(tmp_path, figure):
+    (source,) = [attributes["src"] for tag, attributes in write(tmp_path, figure).elements if tag == "img"]
+    data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
+    assert Image.open(BytesIO(data)).size == (3, 2)
+
+
+def test_page_loads_nothing(tmp_path, figure):
+    page = write(tmp_path, figure)
+    for _, attributes in page.elements:
+        for name in ("src", "href"):
+            assert re.match(r"data:|#|$", attributes.get(name, ""))
+    assert not re.search(r"url\(|@import|<script", (tmp_path / "report.html").read_text())
+
+
+def test_what_users_wrote_is_escaped(tmp_path, figure):
+    evil = "<script>alert('x')</script>"
+    table = Table(evil, [evil], [[evil]], [evil])
+    page = write(
+        tmp_path, figure, title=evil, summary={evil: evil}, sections=[Section(evil, evil, (), [table])],
+        citations=[evil], warnings=[evil],
+    )  # fmt: skip
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert " ".join(page.words).count(evil) >= 9
+
+
+def test_failed_writing_leaves_the_old_page(tmp_path, figure):
+    write(tmp_path, figure)
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path, tmp_path / "missing.png")
+    assert (tmp_path / "report.html").read_bytes() == before

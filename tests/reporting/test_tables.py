@@ -1,0 +1,70 @@
+"""Metrics as tables."""
+
+import pytest
+from rich.console import Console
+
+from pulmo_jax.reporting.tables import cell, markdown_row, metrics_console, metrics_markdown, metrics_tables, number
+
+ESTIMATE = {"value": 0.93219, "low": 0.91, "high": 0.95, "reason": ""}
+UNDEFINED = {"value": None, "low": None, "high": None, "reason": "there are no abnormal images"}
+METRICS = {
+    "image": {"autoencoder": {"auroc": ESTIMATE, "ap": UNDEFINED}, "intensity": {"auroc": ESTIMATE, "ap": UNDEFINED}},
+    "pixel": {"autoencoder": {"auroc": ESTIMATE, "best_dice_threshold": ESTIMATE}},
+    "lesions": {
+        "recall_by_size": [
+            {"min_area_px": 0, "max_area_px": 100, "n_found": 0, "n_lesions": 0, "recall": UNDEFINED},
+            {"min_area_px": 100, "max_area_px": None, "n_found": 3, "n_lesions": 4, "recall": ESTIMATE},
+        ],
+        "images_with_highest_pixel_in_lesion": 2,
+        "images_with_lesions": 4,
+    },
+    "calibration": {"pixel_threshold": {"value": 0.5}},
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.93219, "0.932"), (0.0, "0.000"), (0.00076, "0.00076"), (-0.5, "-0.500"), (975.9999, "976"), (12.3456, "12.35")],
+)
+def test_number(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (ESTIMATE, "0.932 [0.910, 0.950]"),
+        (UNDEFINED, "-"),
+        ({"value": 0.5, "low": None, "high": None}, "0.500"),
+    ],
+)
+def test_cell(estimate, text):
+    assert cell(estimate) == text
+
+
+def test_method_comes_first_and_undefined_figures_say_why():
+    pixels, images, lesions = metrics_tables(METRICS)
+    assert (pixels.title, images.title) == ("Pixels", "Images")
+    assert [row[0] for row in images.rows] == ["autoencoder", "intensity"]
+    assert images.notes == ["there are no abnormal images"]
+    assert pixels.columns == ["score", "AUROC"]
+    assert lesions.rows == [["100 px and more", "3 of 4", "0.932 [0.910, 0.950]"]]
+    assert "2 of 4" in lesions.notes[0]
+
+
+def test_markdown_has_one_row_a_score_and_as_many_cells_as_columns():
+    lines = metrics_markdown(METRICS).splitlines()
+    rows = [line for line in lines if line.startswith("| autoencoder")]
+    assert rows[1] == "| autoencoder | 0.932 [0.910, 0.950] | - |"
+    assert "- pixel threshold: value: 0.5" in lines
+    assert markdown_row(["a|b"]) == r"| a\|b |"
+
+
+def test_console_shows_values_without_intervals():
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        for table in metrics_console(METRICS):
+            console.print(table)
+        text = console.export_text()
+    assert "0.932" in text
+    assert "[" not in text
