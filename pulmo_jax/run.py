@@ -65,7 +65,7 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
     how = Preprocessing.load(path / "preprocessing.json")
     method = build_method(config, how)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        step = checkpoints.best_step()
+        step, _ = checkpoints.best()
         state = checkpoints.restore(step, init_state(method, build_optimizer(config)))
     return Run(path, config, make_scorer(config, method, state.ema, how), load_calibrations(path), step)
 

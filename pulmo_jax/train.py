@@ -4,16 +4,19 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from pulmo_jax import cli
+from pulmo_jax.assessment import assess_and_report
 from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
@@ -22,7 +25,6 @@ from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.transforms import Preprocessing
-from pulmo_jax.evaluate import assess_and_report
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.outputs import write_json
 from pulmo_jax.methods.base import Method
@@ -36,7 +38,7 @@ from pulmo_jax.run import (
     save_config,
     use_compile_cache,
 )
-from pulmo_jax.training.callbacks import Start, read_metrics
+from pulmo_jax.training.callbacks import Start
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.loop import Outcome, fit
 from pulmo_jax.training.state import TrainState, init_state, make_step
@@ -76,15 +78,39 @@ def train(config: TrainConfig, run_dir: Path) -> float:
         refuse_or_resume(checkpoints, config.resume, run_dir)
         reader = Reader(config.data.max_image_mb)
         data = read_normal_images(config.data, config.seed, reader, console)
-        method = build_method(config, data.how)
+        method, optimizer = build_method(config, data.how), build_optimizer(config)
+        identity = identify(config, data)
+        state = restore_last(checkpoints, init_state(method, optimizer), identity, console)
         save_config(config, run_dir / "config.yaml")
         data.how.save(run_dir / "preprocessing.json")
         write_json(run_dir / "images.json", describe_images(data))
         write_json(run_dir / "run.json", {"citation": citation, **provenance()})
         say(console, data, run_dir)
-        outcome = learn(config, method, data, reader, checkpoints, run_dir, console)
+        val_patches = validation_patches(config, data, reader)
+        start = Start(
+            run_dir=run_dir,
+            step=int(state.step),
+            steps=config.trainer.steps,
+            batch_size=config.trainer.batch_size,
+            console=console,
+            checkpoints=checkpoints,
+            identity=identity,
+            examples=val_patches[:: max(1, len(val_patches) // EXAMPLE_PATCHES)][:EXAMPLE_PATCHES],
+            reconstruct=jax.jit(method.reconstruct),
+        )
+        with closing(make_batches(config, data, reader, start.step)) as batches:
+            outcome = fit(
+                state,
+                make_step(method, optimizer, config.trainer.ema_decay, config.seed),
+                batches,
+                make_validation(method, val_patches, config.trainer.batch_size, config.seed),
+                [build(node, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()],
+                start,
+                log_every=config.trainer.log_every,
+                validate_every=config.trainer.validate_every,
+            )
         stop_if_interrupted(outcome, run_dir, console)
-        best_step = checkpoints.best_step()
+        best_step, best_loss = checkpoints.best()
         best = checkpoints.restore(best_step, outcome.state)
     trained = time.monotonic()
 
@@ -99,7 +125,6 @@ def train(config: TrainConfig, run_dir: Path) -> float:
         cli.tracker(console, "calibrating"),
     )
     save_calibrations(run_dir, calibrations)
-    best_loss = min(row["val/loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "val/loss" in row)
     facts = {
         "steps": int(outcome.state.step),
         "stopped_early": outcome.stopped or "no",
@@ -113,7 +138,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
     run = Run(run_dir, config, scorer, calibrations, best_step)
     assess_and_report(
         run,
-        test_data(config.data),
+        labelled_data(config.data),
         config.evaluation,
         config.seed,
         run_dir,
@@ -225,63 +250,20 @@ def say(console: Console, data: NormalData, run_dir: Path) -> None:
     )
 
 
-def learn(
-    config: TrainConfig,
-    method: Method,
-    data: NormalData,
-    reader: Reader,
-    checkpoints: Checkpoints,
-    run_dir: Path,
-    console: Console,
-) -> Outcome:
-    """The training loop, from the last checkpoint where there is one."""
-    optimizer, trainer = build_optimizer(config), config.trainer
-    callbacks = [build(node, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()]
-    identity = identify(config, data)
-    state = restore_last(checkpoints, init_state(method, optimizer), identity, console)
-    augmentation = Augmentation(data.sampling.stride // 2, True) if config.data.augment else Augmentation(0, False)
+def make_batches(config: TrainConfig, data: NormalData, reader: Reader, start: int) -> grain.DatasetIterator:
+    """Training batches from number `start` on; of several processes each reads its own share."""
+    jitter_px = data.sampling.stride // 2 if config.data.augment else 0
     dataset = training_batches(
         data.training.cells,
         ReadPatch(data.training.images, data.how, reader),
-        augmentation,
-        batch_size=trainer.batch_size,
+        Augmentation(jitter_px, symmetries=config.data.augment),
+        batch_size=config.trainer.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    batches = iterate(
-        dataset,
-        int(state.step),
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-        workers=config.data.workers,
-    )
-    val_patches = validation_patches(data, reader, trainer.validation_patches)
-    few = val_patches[:: max(1, len(val_patches) // EXAMPLE_PATCHES)][:EXAMPLE_PATCHES]
-    start = Start(
-        run_dir=run_dir,
-        step=int(state.step),
-        steps=trainer.steps,
-        batch_size=trainer.batch_size,
-        console=console,
-        checkpoints=checkpoints,
-        identity=identity,
-        examples=few,
-        reconstruct=jax.jit(method.reconstruct),
-    )
-    try:
-        return fit(
-            state,
-            make_step(method, optimizer, trainer.ema_decay, config.seed),
-            batches,
-            make_validation(method, val_patches, trainer.batch_size, config.seed),
-            callbacks,
-            start,
-            log_every=trainer.log_every,
-            validate_every=trainer.validate_every,
-        )
-    finally:
-        batches.close()
+    loading = config.data
+    return iterate(dataset, start, threads=loading.threads, prefetch=loading.prefetch, workers=loading.workers)
 
 
 def identify(config: TrainConfig, data: NormalData) -> dict[str, Any]:
@@ -318,10 +300,10 @@ def restore_last(checkpoints: Checkpoints, fresh: TrainState, identity: dict[str
     return checkpoints.restore(step, fresh)
 
 
-def validation_patches(data: NormalData, reader: Reader, count: int) -> np.ndarray:
+def validation_patches(config: TrainConfig, data: NormalData, reader: Reader) -> np.ndarray:
     """(n, P, P, C): the fixed patches on which the validation loss is measured."""
     read = ReadPatch(data.validation.images, data.how, reader)
-    return np.stack([read(cell) for cell in evenly(data.validation.cells, count)])
+    return np.stack([read(cell) for cell in evenly(data.validation.cells, config.trainer.validation_patches)])
 
 
 def make_validation(method: Method, patches: np.ndarray, batch_size: int, seed: int) -> Callable[[TrainState], float]:
@@ -347,7 +329,7 @@ def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> No
         sys.exit(128 + outcome.signum)
 
 
-def test_data(data: DataConfig) -> EvaluateDataConfig | None:
+def labelled_data(data: DataConfig) -> EvaluateDataConfig | None:
     if data.test is None:
         return None
     return EvaluateDataConfig(

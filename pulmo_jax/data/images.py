@@ -115,7 +115,7 @@ class Reader:
 
     def __init__(self, max_image_mb: int = 2048):
         self.max_image_mb = max_image_mb
-        self._local = threading.local()
+        self._sources: dict[int, OrderedDict[Path, Source]] = {}  # by thread
 
     def __getstate__(self) -> dict:
         return {"max_image_mb": self.max_image_mb}
@@ -144,7 +144,7 @@ class Reader:
         return np.any(source.read(min(ref.page, source.shape[0] - 1), window), axis=-1)
 
     def _open(self, path: Path) -> Source:
-        cache: OrderedDict[Path, Source] = self._local.__dict__.setdefault("sources", OrderedDict())
+        cache = self._sources.setdefault(threading.get_ident(), OrderedDict())
         if path not in cache:
             if len(cache) >= OPEN_FILES_PER_THREAD:
                 cache.popitem(last=False)[1].close()
@@ -153,9 +153,10 @@ class Reader:
         return cache[path]
 
     def close(self) -> None:
-        """Close this thread's files."""
-        for source in self._local.__dict__.pop("sources", {}).values():
-            source.close()
+        """Close the files of all threads, none of which may be reading. They open again when asked for."""
+        while self._sources:
+            for source in self._sources.popitem()[1].values():
+                source.close()
 
 
 def same_scale(a: str, b: str) -> bool:

@@ -87,7 +87,7 @@ def training_batches(
         .shuffle()
         .repeat()
         .random_map(RandomPatch(read, augmentation))
-        .batch(batch_size)
+        .batch(batch_size, drop_remainder=True)  # nothing is dropped of an endless set, whose length is then exact
     )
 
 

@@ -53,18 +53,27 @@ def preprocess(
     pixels: Shaped[np.ndarray, "*grid C"], foreground: Bool[np.ndarray, "*grid"] | None, how: Preprocessing
 ) -> Float[np.ndarray, "*grid C"]:
     """Normalised float32 pixels, filled where they are background or not finite."""
-    values = (pixels.astype(np.float32) - np.asarray(how.offset, np.float32)) / np.asarray(how.scale, np.float32)
+    offset, scale, fill = (np.asarray(values, np.float32) for values in (how.offset, how.scale, how.fill))
+    with np.errstate(over="ignore"):  # infinite values are clipped or filled
+        values = (pixels.astype(np.float32) - offset) / scale
     valid = finite(pixels)
     if foreground is not None:
         valid = valid & foreground
-    return np.where(valid[..., None], np.clip(values, *how.clip), np.asarray(how.fill, np.float32))
+    return np.where(valid[..., None], np.clip(values, *how.clip), fill)
 
 
 def finite(pixels: Shaped[np.ndarray, "*grid C"]) -> Bool[np.ndarray, "*grid"]:
-    """Pixels that are numbers in every band."""
+    """Pixels that are numbers in every band; beyond float32 is infinite (some writers mark missing pixels so)."""
     if np.issubdtype(pixels.dtype, np.integer):
         return np.ones(pixels.shape[:-1], bool)
-    return np.asarray(np.isfinite(pixels).all(axis=-1))
+    with np.errstate(over="ignore"):
+        return np.asarray(np.isfinite(pixels.astype(np.float32, copy=False)).all(axis=-1))
+
+
+def brightness(pixels: Shaped[np.ndarray, "*grid C"]) -> Float[np.ndarray, "*grid"]:
+    """Mean of the bands, float32, in the file's units; not finite where the pixel is not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return pixels.mean(axis=-1, dtype=np.float32)
 
 
 def resize_bands(image: Float[np.ndarray, "H W C"], height: int, width: int) -> Float[np.ndarray, "h w C"]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from pulmo_jax.data.transforms import Preprocessing, finite
+from pulmo_jax.data.transforms import Preprocessing, brightness, finite
 from pulmo_jax.methods.autoencoder import smooth_within
 
 LOCAL_MEAN_PX = 4.0  # the default smoothing of the autoencoder's score
@@ -21,7 +21,7 @@ def intensity(
     pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, how: Preprocessing
 ) -> Float[np.ndarray, "H W"]:
     """The pixel's own brightness, the mean of its bands."""
-    return _within(pixels.mean(axis=-1, dtype=np.float32), pixels, foreground)
+    return _within(brightness(pixels), pixels, foreground)
 
 
 def local_intensity(
@@ -29,17 +29,20 @@ def local_intensity(
 ) -> Float[np.ndarray, "H W"]:
     """Brightness smoothed within the foreground."""
     inside = _inside(pixels, foreground)
-    brightness = pixels.mean(axis=-1, dtype=np.float32)[..., None]
-    return _within(smooth_within(brightness, inside, LOCAL_MEAN_PX)[..., 0], pixels, foreground)
+    return _within(smooth_within(brightness(pixels)[..., None], inside, LOCAL_MEAN_PX)[..., 0], pixels, foreground)
 
 
 def z_score(
     pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, how: Preprocessing
 ) -> Float[np.ndarray, "H W"]:
-    """Distance from the mean of the training foreground in standard deviations, mean over the bands."""
-    std = np.maximum(np.asarray(how.std, np.float32), np.finfo(np.float32).tiny)
-    distance = np.abs(pixels.astype(np.float32) - np.asarray(how.mean, np.float32)) / std
-    return _within(distance.mean(axis=-1), pixels, foreground)
+    """Distance from the mean of the training foreground in standard deviations, mean over the bands.
+
+    A band that was constant in training (an opaque alpha channel) has none: its distance is in the files' units.
+    """
+    mean, std = np.asarray(how.mean, np.float32), np.asarray(how.std, np.float32)
+    with np.errstate(over="ignore"):
+        distance = np.abs(pixels.astype(np.float32) - mean) / np.where(std > 0, std, 1)
+        return _within(distance.mean(axis=-1), pixels, foreground)
 
 
 BASELINES: dict[str, Baseline] = {

@@ -63,8 +63,9 @@ class Scorer:
             return resize_bands(maps, height, width)
 
         def of_tiles(positions: np.ndarray) -> np.ndarray:
-            tiles = np.stack([cut(pixels, y, x, size) for y, x in positions])
-            inside = None if foreground is None else np.stack([cut(foreground, y, x, size) for y, x in positions])
+            at = positions.tolist()
+            tiles = np.stack([cut(pixels, y, x, size) for y, x in at])
+            inside = None if foreground is None else np.stack([cut(foreground, y, x, size) for y, x in at])
             return np.asarray(function(self.params, jnp.asarray(preprocess(tiles, inside, self.how))))
 
         return map_tiles(of_tiles, (height, width), size, self.tiles.stride(size), self.tiles.batch_size)

@@ -83,7 +83,7 @@ class Autoencoder:
 
 
 def difference(
-    image: Float[Array, "B H W C"], reconstruction: Float[Array, "B H W C"], kind: str
+    image: Float[Array, "B H W C"], reconstruction: Float[Array, "B H W C"], kind: Score
 ) -> Float[Array, "B H W C"]:
     """Per pixel and band: squared, absolute, 1 - SSIM, or (local_mean) signed. Normalised units, range 1."""
     if kind == "l2":

@@ -58,12 +58,12 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def best_step(self) -> int:
-        """The step with the lowest validation loss among those kept. Raises InputError if there is none."""
-        best = self._manager.best_step()
-        if best is None:
+    def best(self) -> tuple[int, float]:
+        """The step with the lowest validation loss, and that loss. Raises InputError if there is none."""
+        step = self._manager.best_step()
+        if step is None:
             raise InputError(f"{self.folder}: holds no validated checkpoint; train again")
-        return best
+        return step, _validation_loss(self._manager.metrics(step))
 
     def identity(self, step: int) -> dict[str, Any]:
         """What was stored beside the state of a step."""
