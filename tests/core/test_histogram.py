@@ -17,8 +17,7 @@ RELATIVE_WIDTH = 2.0**-11
 finite_scores = hnp.arrays(
     np.float32,
     st.integers(1, 300),
-    elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
-    | st.integers(-20, 20).map(float),
+    elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False) | st.integers(-20, 20).map(float),
 )
 
 
@@ -101,9 +100,7 @@ def test_weights_count_for_scores(rng):
     scores, weights = rng.integers(0, 9, 500).astype(np.float32), rng.uniform(0.1, 1, 500)
     h = ScoreHistogram.empty().add(scores, "a", weights)
     np.testing.assert_allclose(h.count, [weights[scores == v].sum() for v in range(9)], rtol=1e-12)
-    np.testing.assert_allclose(
-        h.replicate.sum(0), weights.sum() * group_weights("a", 200, seed=0), rtol=1e-12
-    )
+    np.testing.assert_allclose(h.replicate.sum(0), weights.sum() * group_weights("a", 200, seed=0), rtol=1e-12)
 
 
 def test_replicates_weigh_whole_groups(rng):

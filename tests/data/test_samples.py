@@ -62,9 +62,7 @@ def _wheel(folder, version, names):
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tinyct\nVersion: {version}\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    digests = {
-        f"tinyct/data/{name}": hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names
-    }
+    digests = {f"tinyct/data/{name}": hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     return Wheel(f"tinyct=={version}", path.stat().st_size, digests)
 
 
@@ -98,9 +96,7 @@ def fetched(index, monkeypatch):
 
 def without(monkeypatch, *modules):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        wheels.importlib.util, "find_spec", lambda name: None if name in modules else find_spec(name)
-    )
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None if name in modules else find_spec(name))
 
 
 def pixels(path):

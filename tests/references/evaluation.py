@@ -57,8 +57,6 @@ def group_bootstrap(
 ) -> tuple[float, float]:
     """The textbook's: as many groups as there are, drawn with replacement, their rows pooled each time."""
     n = len(by_group)
-    values = [
-        statistic(np.concatenate([by_group[i] for i in rng.integers(n, size=n)])) for _ in range(replicates)
-    ]
+    values = [statistic(np.concatenate([by_group[i] for i in rng.integers(n, size=n)])) for _ in range(replicates)]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -1,0 +1,98 @@
+"""SSIM against scikit-image, edges included, and its gradient against finite differences of scikit-image's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from skimage.metrics import structural_similarity
+
+from pulmo_jax.core.ssim import ssim_map
+
+ssim = jax.jit(ssim_map, static_argnames="data_range")
+
+
+@jax.jit
+def gradient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Of the summed map in b."""
+    return jax.grad(lambda x: ssim_map(a, x).sum())(b)
+
+
+def scikit_image(a: np.ndarray, b: np.ndarray, data_range: float = 1.0) -> np.ndarray:
+    """The map of two (H, W, C) images in float64. scikit-image reflects at the edges, as SciPy's "reflect"."""
+    _, result = structural_similarity(
+        a.astype(np.float64),
+        b.astype(np.float64),
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=data_range,
+        channel_axis=-1,
+        full=True,
+    )
+    return result
+
+
+def by_definition(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Eq. 13 of Wang et al. in float64, for images below scikit-image's least size."""
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, 1.5, radius=5, mode="reflect", axes=(0, 1))
+
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a**2) - ma**2, mean(b**2) - mb**2, mean(a * b) - ma * mb
+    return (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+
+
+def pair(shape: tuple[int, ...], seed: int = 0, noise: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    a = rng.uniform(0, 1, shape)
+    return a.astype(np.float32), np.clip(a + noise * rng.standard_normal(shape), 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize(("shape", "data_range"), [((11, 11, 1), 1.0), ((12, 37, 3), 2.0)])
+def test_equals_scikit_image_up_to_the_edges(shape, data_range):
+    pairs = [pair(shape, seed) for seed in range(3)]
+    a, b = (jnp.stack(side) for side in zip(*pairs, strict=True))
+    for found, (one, other) in zip(ssim(a, b, data_range=data_range), pairs, strict=True):
+        np.testing.assert_allclose(found, scikit_image(one, other, data_range), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (8, 8, 1)])
+def test_images_smaller_than_the_window(shape):
+    a, b = pair(shape)
+    np.testing.assert_allclose(ssim(a[None], b[None])[0], by_definition(a, b), atol=2e-5)
+
+
+def test_bright_images_of_low_contrast_keep_their_precision():
+    """At the upper clip of 2 the variance is a small difference of large float32 numbers."""
+    a, b = (2 + 0.01 * (x - 0.5) for x in pair((24, 24, 1)))
+    np.testing.assert_allclose(ssim(a[None], b[None])[0], scikit_image(a, b), atol=5e-3)
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1))
+@settings(max_examples=20, deadline=None)
+def test_is_symmetric_and_one_only_for_equal_images(seed, noise):
+    a, b = (x[None] for x in pair((16, 16, 1), seed, noise))
+    np.testing.assert_array_equal(ssim(a, b), ssim(b, a))
+    assert float(ssim(a, b).max()) <= 1 + 1e-6
+    np.testing.assert_allclose(ssim(a, a), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 2.0])
+def test_the_gradient_at_equal_images_is_zero_not_nan(value):
+    """The maximum, also where a constant image has no variance."""
+    a, _ = pair((16, 16, 1))
+    for image in (jnp.full((1, 16, 16, 1), value), jnp.asarray(a[None])):
+        np.testing.assert_allclose(gradient(image, image), 0, atol=2e-3)  # NaN is not close to 0
+
+
+def test_the_gradient_is_that_of_finite_differences_of_scikit_image():
+    a, b = pair((16, 16, 1))
+    step = 1e-4 * np.random.default_rng(1).standard_normal(b.shape)
+    ahead, behind = scikit_image(a, b + step).sum(), scikit_image(a, b - step).sum()
+    change = float((gradient(a[None], b[None])[0] * step).sum())
+    assert change == pytest.approx((ahead - behind) / 2, rel=1e-3)

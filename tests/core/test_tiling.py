@@ -1,0 +1,166 @@
+"""Tiles cover every pixel, and blending them neither bends a field nor shows where they meet."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references.image_operations import blend_tiles
+
+from pulmo_jax.core.tiling import batches, blend_window, cut, map_tiles, summed_weights, tile_starts
+
+lengths = st.integers(1, 90)
+
+
+def tiles_of(image: np.ndarray, tile: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The function that gives back the image's own pixels."""
+    return lambda at: np.stack([cut(image, y, x, tile) for y, x in at.tolist()])
+
+
+@st.composite
+def tilings(draw) -> tuple[tuple[int, int], int, int, int]:
+    """(shape, tile, stride, batch_size)"""
+    shape, tile = (draw(lengths), draw(lengths)), draw(st.integers(1, 40))
+    return shape, tile, draw(st.integers(max(1, tile // 4), tile)), draw(st.integers(1, 9))
+
+
+@given(length=st.integers(1, 300), tile=st.integers(1, 80), data=st.data())
+@settings(deadline=None)
+def test_tiles_cover_every_pixel_and_end_with_the_image(length, tile, data):
+    stride = data.draw(st.integers(1, tile))
+    starts = tile_starts(length, tile, stride)
+    assert starts[0] == 0
+    assert starts[-1] == max(length - tile, 0)
+    assert (np.diff(starts) > 0).all()
+    assert (np.diff(starts) <= stride).all()
+    covered = np.zeros(max(length, tile), bool)
+    for start in starts:
+        covered[start : start + tile] = True
+    assert covered.all()
+
+
+@pytest.mark.parametrize("stride", [0, -1, 9])
+def test_strides_that_leave_pixels_out_are_refused(stride):
+    with pytest.raises(ValueError, match=f"stride is {stride}; it must be 1 to 8"):
+        tile_starts(20, 8, stride)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 7, 8, 64])
+def test_the_blend_window_falls_off_from_the_centre_to_a_floor_above_zero(tile):
+    window = blend_window(tile)
+    np.testing.assert_array_equal(window, window[::-1])
+    assert (np.diff(window[: (tile + 1) // 2]) >= 0).all()
+    assert 0 < window.min() <= window.max() <= 1
+    if tile % 2:
+        assert window[tile // 2] == 1
+    if tile == 64:  # exp(-r^2 / 2 sigma^2) at one sigma, tile / 8, from the centre at 31.5
+        assert window[32 + 7] == pytest.approx(np.exp(-0.5 * (7.5 / 8) ** 2), rel=1e-6)
+
+
+@given(lengths, lengths, st.integers(1, 20), st.data())
+@settings(deadline=None)
+def test_cut_repeats_the_last_pixels_beyond_the_end(height, width, tile, data):
+    y, x = (int(data.draw(st.sampled_from(list(tile_starts(n, tile, 1))))) for n in (height, width))
+    image = np.arange(height * width * 2, dtype=np.int32).reshape(height, width, 2)
+    padded = np.pad(image, ((0, tile), (0, tile), (0, 0)), mode="edge")[y : y + tile, x : x + tile]
+    np.testing.assert_array_equal(cut(image, y, x, tile), padded)
+    mask = image[..., 0] % 3 == 0
+    np.testing.assert_array_equal(cut(mask, y, x, tile), padded[..., 0] % 3 == 0)
+
+
+@given(tilings(), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_blending_is_the_weighted_mean_of_a_slow_loop(tiling, maps, seed):
+    shape, tile, stride, batch_size = tiling
+
+    def map_of(y: int, x: int) -> np.ndarray:
+        return np.random.default_rng([seed, y, x]).standard_normal((tile, tile, maps)).astype(np.float32)
+
+    blended = map_tiles(lambda at: np.stack([map_of(*p) for p in at]), shape, tile, stride, batch_size)
+    starts = tile_starts(shape[0], tile, stride), tile_starts(shape[1], tile, stride)
+    expected = blend_tiles(map_of, shape, starts, blend_window(tile))
+    np.testing.assert_allclose(blended, expected, atol=1e-5)
+
+
+@given(tilings(), st.floats(0.125, 1e6, width=32))
+@settings(deadline=None)
+def test_a_constant_comes_back_constant(tiling, value):
+    shape, tile, stride, batch_size = tiling
+    blended = map_tiles(
+        lambda at: np.full((len(at), tile, tile, 1), value, np.float32), shape, tile, stride, batch_size
+    )
+    assert blended.shape == (*shape, 1)
+    assert blended.dtype == np.float32
+    np.testing.assert_allclose(blended, value, rtol=1e-6)
+
+
+@given(tilings(), st.integers(0, 99))
+@settings(deadline=None)
+def test_tiles_of_an_image_blend_into_the_image(tiling, seed):
+    shape, tile, stride, batch_size = tiling
+    image = np.random.default_rng(seed).uniform(-1, 1, (*shape, 2)).astype(np.float32)
+    blended = map_tiles(tiles_of(image, tile), shape, tile, stride, batch_size)
+    np.testing.assert_allclose(blended, image, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (3, 5), (8, 8), (9, 7), (16, 31)])
+def test_images_of_a_pixel_and_images_below_a_tile(shape):
+    image = np.arange(np.prod(shape), dtype=np.float32).reshape(*shape, 1)
+    blended = map_tiles(tiles_of(image, 8), shape, 8, 4, 3)
+    np.testing.assert_allclose(blended, image, rtol=1e-6)
+
+
+def test_tiles_that_disagree_meet_without_a_seam():
+    """Between centres `stride` apart the weights change over as tanh(x stride / 2 sigma^2), never in a jump."""
+    tile, stride, sigma = 64, 32, 8
+
+    def checkered(at: np.ndarray) -> np.ndarray:
+        sign = 1 - 2 * ((at // stride).sum(axis=1) % 2)
+        return np.broadcast_to(sign[:, None, None, None], (len(at), tile, tile, 1)).astype(np.float32)
+
+    blended = map_tiles(checkered, (192, 160), tile, stride, 4)[..., 0]
+    steps = [np.abs(np.diff(blended, axis=axis)).max() for axis in (0, 1)]
+    assert np.ptp(blended) > 1.9
+    np.testing.assert_allclose(steps, 2 * np.tanh(stride / (4 * sigma**2)), rtol=0.05)  # 0.25 of 2
+
+
+@given(tilings())
+@settings(deadline=None)
+def test_the_function_sees_one_batch_shape_and_every_tile(tiling):
+    shape, tile, stride, batch_size = tiling
+    seen = []
+
+    def function(at: np.ndarray) -> np.ndarray:
+        seen.append(at.copy())
+        return np.zeros((len(at), tile, tile, 1), np.float32)
+
+    map_tiles(function, shape, tile, stride, batch_size)
+    ys, xs = tile_starts(shape[0], tile, stride), tile_starts(shape[1], tile, stride)
+    assert {at.shape for at in seen} == {(batch_size, 2)}
+    assert len(seen) == -(-len(ys) * len(xs) // batch_size)
+    assert {tuple(p) for at in seen for p in at} == {(y, x) for y in ys for x in xs}
+
+
+def test_the_batch_size_does_not_change_the_map():
+    image = np.random.default_rng(0).standard_normal((40, 51, 1)).astype(np.float32)
+
+    one, *others = (map_tiles(tiles_of(image, 16), (40, 51), 16, 5, batch_size) for batch_size in (1, 7, 64))
+    for other in others:
+        np.testing.assert_array_equal(one, other)
+
+
+@given(st.integers(1, 100), st.integers(1, 40), st.data())
+@settings(deadline=None)
+def test_summed_weights_are_those_of_all_tiles(length, tile, data):
+    starts = tile_starts(length, tile, data.draw(st.integers(1, tile)))
+    window = blend_window(tile).astype(np.float64)
+    expected = [sum(window[i - s] for s in starts if 0 <= i - s < tile) for i in range(length)]
+    np.testing.assert_allclose(summed_weights(starts, tile, length), expected, rtol=1e-6)
+
+
+def test_batches_are_consecutive_and_the_last_is_the_rest():
+    positions = np.arange(14).reshape(7, 2)
+    parts = list(batches(positions, 3))
+    assert [len(p) for p in parts] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate(parts), positions)

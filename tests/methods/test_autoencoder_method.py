@@ -1,0 +1,203 @@
+"""The autoencoder's loss, noise and scores against NumPy and slow references, and a little training."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from references import image_operations
+
+from pulmo_jax.core.ssim import ssim_map
+from pulmo_jax.methods.autoencoder import Autoencoder, coarse_noise, difference, smooth_within
+from pulmo_jax.methods.base import Method
+from pulmo_jax.models.autoencoder import ConvAutoencoder
+
+
+class Halve(nnx.Module):
+    """A "network" whose reconstruction is the patch times its one parameter."""
+
+    def __init__(self) -> None:
+        self.factor = nnx.Param(jnp.float32(0.5))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.factor[...] * x
+
+
+def halving(**options) -> Autoencoder:
+    return Autoencoder(Halve(), **options)
+
+
+def noisy_patches(shape: tuple[int, ...] = (3, 8, 8, 2), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
+
+
+def test_is_a_method():
+    assert isinstance(halving(), Method)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("l2", lambda a, b: (a - b) ** 2),
+        ("l1", lambda a, b: np.abs(a - b)),
+        ("local_mean", lambda a, b: a - b),
+        ("ssim", lambda a, b: 1 - ssim_map(jnp.asarray(a), jnp.asarray(b))),
+    ],
+)
+def test_the_difference_of_each_kind(kind, expected):
+    a, b = jnp.asarray(noisy_patches()), jnp.asarray(noisy_patches(seed=1))
+    found = difference(a, b, kind)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected(np.asarray(a), np.asarray(b)), atol=1e-6)
+    np.testing.assert_allclose(difference(a, a, kind), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "cell_px"), [((24, 16), 8), ((20, 9), 8), ((8, 8), 16), ((6, 5), 1)])
+def test_the_noise_is_interpolated_unit_noise(size, cell_px):
+    """Its variance is the sum of the squared bilinear weights: 1 at the nodes of the grid, 1/4 between four."""
+    height, width = size
+    noise = np.asarray(coarse_noise(jax.random.key(0), (4000, height, width, 1), cell_px))[..., 0]
+    weights = [image_operations.bilinear_weights(-(-n // cell_px), n) for n in size]
+    expected = np.outer(*[(w**2).sum(axis=1) for w in weights])
+    np.testing.assert_allclose(noise.var(axis=0), expected, rtol=0.15)
+    np.testing.assert_allclose(noise.mean(axis=0), 0, atol=0.08)
+    middle, along = height // 2, weights[1] @ weights[1].T
+    covariance = along * (weights[0][middle] ** 2).sum()
+    np.testing.assert_allclose(np.cov(noise[:, middle].T), covariance, atol=0.1)
+
+
+def test_noise_differs_by_patch_band_and_key():
+    shape = (50, 16, 16, 3)
+    one, other = (np.asarray(coarse_noise(jax.random.key(k), shape, 4)) for k in (0, 1))
+    np.testing.assert_array_equal(one, coarse_noise(jax.random.key(0), shape, 4))
+    for a, b in ((one, other), (one[1:], one[:-1]), (one[..., 0], one[..., 1])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
+
+
+@given(
+    st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda shape: hnp.arrays(bool, shape)),
+    st.sampled_from([0.5, 1.0, 2.5]),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=30)
+def test_smoothing_is_the_weighted_mean_of_the_foreground(foreground, sigma, seed):
+    maps = np.random.default_rng(seed).normal(0, 1, (*foreground.shape, 2)).astype(np.float32)
+    found = smooth_within(maps, foreground, sigma)
+    assert found.dtype == np.float32
+    for band in range(2):
+        expected = image_operations.smooth_within(maps[..., band], foreground, sigma)
+        np.testing.assert_allclose(found[foreground][:, band], expected[foreground], atol=1e-4)
+
+
+@given(hnp.arrays(bool, (40, 50)), st.floats(0, 8), st.floats(0.125, 1e4, width=32))
+@settings(deadline=None, max_examples=30)
+def test_a_constant_stays_constant_in_any_foreground(foreground, sigma, value):
+    maps = np.where(foreground, np.float32(value), np.float32(1e6))[..., None]
+    np.testing.assert_allclose(smooth_within(maps, foreground, sigma)[foreground], value, rtol=2e-5)
+
+
+def test_the_background_does_not_leak_in():
+    maps, foreground = noisy_patches((30, 30, 1)), noisy_patches((30, 30), seed=1) > 0
+    elsewhere = np.where(foreground[..., None], maps, np.float32(np.nan))
+    expected = smooth_within(maps, foreground, 4.0)[foreground]
+    np.testing.assert_array_equal(smooth_within(elsewhere, foreground, 4.0)[foreground], expected)
+
+
+def test_without_smoothing_the_map_is_left_alone():
+    maps = noisy_patches((5, 6, 2))
+    np.testing.assert_array_equal(smooth_within(maps, np.ones((5, 6), bool), 0.0), maps)
+
+
+@pytest.mark.parametrize("score", ["l2", "local_mean"])
+def test_the_score_map_is_not_a_number_outside_of_the_foreground(score):
+    residual, foreground = noisy_patches((20, 24, 3)), noisy_patches((20, 24), seed=1) > -0.5
+    found = halving(score=score, smooth_px=1.5).score_map(residual, foreground)
+    assert found.dtype == np.float32
+    assert found.shape == (20, 24)
+    np.testing.assert_array_equal(np.isnan(found), ~foreground)
+    bands = [image_operations.smooth_within(residual[..., c], foreground, 1.5) for c in range(3)]
+    expected = np.mean([b**2 if score == "local_mean" else b for b in bands], axis=0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_local_mean_sees_a_shift_that_hides_in_the_noise():
+    """What it is for: the mean of many residuals is known better than any one of them."""
+    residual = noisy_patches((64, 64, 1))
+    residual[24:40, 24:40] += 0.5
+    everywhere = np.ones((64, 64), bool)
+    blob = np.zeros((64, 64), bool)
+    blob[28:36, 28:36] = True
+    contrast = {}
+    for score, values in (("local_mean", residual), ("l2", residual**2)):
+        scores = halving(score=score, smooth_px=4.0).score_map(values, everywhere)
+        contrast[score] = (scores[blob].mean() - np.median(scores)) / scores[~blob].std()
+    assert contrast["local_mean"] > 3 > contrast["l2"]
+
+
+@pytest.mark.parametrize(
+    ("statistic", "expected"),
+    [("max", 999.0), ("mean", 499.5), ("top1", np.mean(np.arange(990, 1000)))],
+)
+def test_the_image_score(statistic, expected):
+    scores = np.random.default_rng(0).permutation(1000).astype(np.float32)
+    scores = np.append(scores, np.full(24, np.nan, np.float32)).reshape(32, 32)
+    assert halving(image_statistic=statistic).image_score(scores) == pytest.approx(expected)
+    assert halving(image_statistic=statistic).image_score(np.full((2, 2), 7, np.float32)) == 7
+    assert np.isnan(halving(image_statistic=statistic).image_score(np.full((2, 2), np.nan, np.float32)))
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "ssim"])
+def test_the_loss_without_noise_is_the_mean_difference(kind):
+    method, batch = halving(loss=kind, noise_sigma=0.0), jnp.asarray(noisy_patches())
+    one, other = (float(method.train_loss(method.init(), batch, jax.random.key(k))) for k in (0, 1))
+    assert one == other == pytest.approx(float(difference(batch, batch / 2, kind).mean()), rel=1e-6)
+
+
+def test_the_noise_must_be_removed():
+    """The input is noisy, the target is not: a network that halves leaves half of patch and noise."""
+    method, batch = halving(noise_sigma=0.3, noise_cell_px=4), jnp.asarray(noisy_patches((500, 8, 8, 1)))
+    loss = float(method.train_loss(method.init(), batch, jax.random.key(0)))
+    noise = 0.3 * np.asarray(coarse_noise(jax.random.key(0), batch.shape, 4))
+    assert loss == pytest.approx(float(((batch - (batch + noise) / 2) ** 2).mean()), rel=1e-5)
+    assert loss != float(method.train_loss(method.init(), batch, jax.random.key(1)))
+
+
+def test_parameters_are_the_callers_and_the_network_keeps_its_own():
+    method, patches = halving(score="local_mean"), jnp.asarray(noisy_patches())
+    params = jax.tree.map(lambda p: p + 0.5, method.init())
+    np.testing.assert_allclose(method.reconstruct(params, patches), patches)
+    np.testing.assert_allclose(method.residual(params, patches), 0)
+    donated = method.init()
+    jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p), donate_argnums=0)(donated)
+    np.testing.assert_allclose(method.reconstruct(method.init(), patches), patches / 2)
+
+
+def test_a_few_steps_on_tiny_data_lower_the_loss():
+    """Patches that lie on a plane: two latent numbers tell all."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(0, 1, (2, 8 * 8))
+    data = jnp.asarray((rng.normal(0, 1, (64, 2)) @ directions).reshape(64, 8, 8, 1), jnp.float32)
+    network = ConvAutoencoder(patch_size=8, channels=1, rngs=nnx.Rngs(0), latent=4, width=16)
+    method, optimizer = Autoencoder(network, noise_sigma=0.1, noise_cell_px=4), optax.adam(5e-3)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, key):
+        loss, gradient = jax.value_and_grad(method.train_loss)(params, data, key)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    params = method.init()
+    opt_state, losses = optimizer.init(params), []
+    for key in jax.random.split(jax.random.key(0), 150):
+        params, opt_state, loss = step(params, opt_state, key)
+        losses.append(float(loss))
+    assert losses[0] > 0.8 * float((data**2).mean())
+    assert np.mean(losses[-10:]) < 0.1 * losses[0]
+    for kept, initial in zip(jax.tree.leaves(method.init()), jax.tree.leaves(params), strict=True):
+        assert (np.asarray(kept) != initial).any()

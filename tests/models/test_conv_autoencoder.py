@@ -1,0 +1,152 @@
+"""The network: its depth, its arithmetic, and the options that must not change what it computes."""
+
+from collections.abc import Callable
+from functools import cache
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pulmo_jax.models.autoencoder import COARSEST_PX, ConvAutoencoder, depth_to_space, space_to_depth, strides_for
+
+
+def network(patch_size: int = 32, channels: int = 2, seed: int = 0, **options) -> ConvAutoencoder:
+    options = {"latent": 5, "width": 3} | options
+    return ConvAutoencoder(patch_size=patch_size, channels=channels, rngs=nnx.Rngs(seed), **options)
+
+
+def patches(patch_size: int = 32, channels: int = 2, count: int = 2) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (count, patch_size, patch_size, channels))
+
+
+def test_the_depth_follows_the_patch_size():
+    sizes = {8: 2, 16: 4, 32: 4, 64: 4, 128: 4, 256: 4, 24: 6, 40: 5, 48: 6, 60: 15, 96: 6}
+    for patch_size, coarse in sizes.items():
+        strides = strides_for(patch_size)
+        assert strides[0] == 4
+        assert set(strides[1:]) <= {2}
+        assert patch_size // prod(strides) == coarse
+    assert [len(strides_for(8 * 2**k)) for k in range(6)] == [1, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("patch_size", range(8, 257, 4))
+def test_every_multiple_of_4_is_halved_as_far_as_it_goes(patch_size):
+    side = patch_size / prod(strides_for(patch_size))
+    assert side == int(side)
+    assert side % 2 == 1 or side < 2 * COARSEST_PX
+
+
+@pytest.mark.parametrize("patch_size", [-8, 0, 4, 7, 10, 63, 66])
+def test_other_patch_sizes_are_refused(patch_size):
+    with pytest.raises(ValueError, match=f"data.patch_size is {patch_size}; it must be a multiple of 4, at least 8"):
+        network(patch_size)
+
+
+@pytest.mark.parametrize(("patch_size", "channels"), [(8, 13), (12, 1), (256, 3)])
+def test_the_reconstruction_has_the_shape_of_the_patches(patch_size, channels):
+    def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = network(patch_size, channels)
+        return model.encode(x), model(x)
+
+    batch = jax.ShapeDtypeStruct((2, patch_size, patch_size, channels), jnp.float32)
+    latent, reconstruction = jax.eval_shape(run, batch)
+    assert latent.shape == (2, 5)
+    assert reconstruction.shape == (2, patch_size, patch_size, channels)
+    assert reconstruction.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 2, 4), (1, 1, 4, 3, 2), (3, 2, 2, 1, 1)])
+def test_space_to_depth_gathers_blocks_and_is_undone(shape):
+    batch, h, w, channels, factor = shape
+    x = np.arange(prod(shape) * factor, dtype=np.float32).reshape(batch, h * factor, w * factor, channels)
+    deep = np.asarray(space_to_depth(jnp.asarray(x), factor))
+    for y, column in np.ndindex(h, w):
+        block = x[:, y * factor : (y + 1) * factor, column * factor : (column + 1) * factor]
+        np.testing.assert_array_equal(deep[:, y, column], block.reshape(batch, -1))
+    np.testing.assert_array_equal(depth_to_space(jnp.asarray(deep), factor), x)
+
+
+def test_a_layer_is_the_convolution_whose_stride_is_its_kernel():
+    """And its mirror in the decoder the transposed convolution."""
+    x, weight = patches(8, 3), jax.random.normal(jax.random.key(2), (4 * 4 * 3, 6))
+    kernel, layout = weight.reshape(4, 4, 3, 6), ("NHWC", "HWIO", "NHWC")
+
+    @jax.jit
+    def both_ways(x: jax.Array) -> list[jax.Array]:
+        down = jax.lax.conv_general_dilated(x, kernel, (4, 4), "VALID", dimension_numbers=layout)
+        up = jax.lax.conv_transpose(down, kernel, (4, 4), "VALID", dimension_numbers=layout, transpose_kernel=True)
+        return [space_to_depth(x, 4) @ weight, down, depth_to_space(down @ weight.T, 4), up]
+
+    found_down, down, found_up, up = both_ways(x)
+    np.testing.assert_allclose(found_down, down, atol=1e-4)
+    np.testing.assert_allclose(found_up, up, atol=1e-3)
+
+
+def test_patches_pass_one_by_one_through_the_latent_vector():
+    graph, state = nnx.split(network())
+    x = patches(count=3)
+
+    @jax.jit
+    def run(state: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        model = nnx.merge(graph, state)
+        latent = model.encode(x)
+        return latent, model.decode(latent), model(x)
+
+    latent, decoded, reconstruction = run(state, x)
+    assert latent.shape == (3, 5)
+    np.testing.assert_array_equal(decoded, reconstruction)
+    _, _, others_changed = run(state, x.at[1:].add(1.0))
+    np.testing.assert_array_equal(others_changed[0], reconstruction[0])
+    assert (np.asarray(others_changed[1:]) != reconstruction[1:]).any(axis=(1, 2, 3)).all()
+
+
+def test_the_seed_decides_the_parameters():
+    first, same, other = (jax.tree.leaves(nnx.state(network(seed=seed), nnx.Param)) for seed in (0, 0, 1))
+    for a, b in zip(first, same, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((np.asarray(a) != b).any() for a, b in zip(first, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained_on() -> Callable[..., tuple[nnx.State, jax.Array, nnx.State]]:
+    """(parameters, reconstruction, gradient of the squared error) of a network with these options."""
+
+    @cache
+    def run(**options) -> tuple[nnx.State, jax.Array, nnx.State]:
+        graph, params = nnx.split(network(**options))
+        x = patches()
+
+        def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+            reconstruction = nnx.merge(graph, params)(x)
+            return ((reconstruction - x) ** 2).mean(), reconstruction
+
+        jaxpr = str(jax.make_jaxpr(loss)(params))
+        assert ("remat" in jaxpr) == options.get("remat", False)
+        gradient, reconstruction = jax.jit(jax.grad(loss, has_aux=True))(params)
+        return params, reconstruction, gradient
+
+    return run
+
+
+def test_every_parameter_learns(trained_on):
+    _, _, gradient = trained_on()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, path
+
+
+def test_bfloat16_computes_nearly_the_same_with_float32_parameters(trained_on):
+    (_, exact, _), (params, coarse, gradient) = trained_on(), trained_on(dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, gradient))} == {np.dtype("float32")}
+    assert coarse.dtype == jnp.float32
+    error = np.abs(coarse - exact).max() / np.abs(exact).max()
+    assert 0 < error < 0.03
+
+
+def test_rematerialisation_does_not_change_the_gradients(trained_on):
+    for plain, remat in zip(
+        jax.tree.leaves(trained_on()[1:]), jax.tree.leaves(trained_on(remat=True)[1:]), strict=True
+    ):
+        np.testing.assert_allclose(plain, remat, rtol=1e-5, atol=1e-7)
