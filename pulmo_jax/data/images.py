@@ -2,6 +2,7 @@
 
 import re
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,7 @@ class Reader:
     def __init__(self, max_image_mb: int = 2048):
         self.max_image_mb = max_image_mb
         self._sources: dict[int, OrderedDict[Path, Source]] = {}  # by thread
+        weakref.finalize(self, _close_all, self._sources)
 
     def __getstate__(self) -> dict:
         return {"max_image_mb": self.max_image_mb}
@@ -154,9 +156,13 @@ class Reader:
 
     def close(self) -> None:
         """Close the files of all threads, none of which may be reading. They open again when asked for."""
-        while self._sources:
-            for source in self._sources.popitem()[1].values():
-                source.close()
+        _close_all(self._sources)
+
+
+def _close_all(sources: dict[int, OrderedDict[Path, Source]]) -> None:
+    while sources:
+        for source in sources.popitem()[1].values():
+            source.close()
 
 
 def same_scale(a: str, b: str) -> bool:
