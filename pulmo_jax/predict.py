@@ -51,6 +51,7 @@ def predict(config: PredictConfig, _: Path) -> None:
         masks=masks,
         max_image_mb=run.config.data.max_image_mb,
         require_masks=config.foreground is not None,
+        leave_out=config.output,
     )
     files = group_by_file(refs)
     names = name_maps(files)

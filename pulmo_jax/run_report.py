@@ -82,10 +82,11 @@ def assessment_sections(
     folder = out_dir / "figures"
     tables: list[Table] = metrics_tables(scores)
     curves = [figures.save(f, folder, name) for name, f in curve_figures(run, assessment).items()]
+    limit = f"{thresholds(run)[1].value:.3g}"
     galleries = {
-        "hits": "Findings with the highest image scores",
-        "misses": "Worst misses: abnormal images with the lowest scores",
-        "false_alarms": "Worst false alarms: normal images with the highest scores",
+        "hits": "Abnormal images with the highest scores",
+        "misses": f"Worst misses: abnormal images with the lowest scores (missed up to {limit})",
+        "false_alarms": f"Worst false alarms: normal images with the highest scores (false alarms above {limit})",
     }
     maps = [
         figures.save(score_maps(views[kind], title), folder, f"score_maps_{kind}")
@@ -211,7 +212,8 @@ def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
 
 def summary(run: Run, training: Mapping[str, Any]) -> dict[str, str]:
     facts = {"run": str(run.path), "seed": str(run.config.seed)}
-    return facts | {key.replace("_", " "): str(value) for key, value in training.items()}
+    values = {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in training.items()}
+    return facts | {key.replace("_", " "): value for key, value in values.items()}
 
 
 def citations(run: Run) -> list[str]:

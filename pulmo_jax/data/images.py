@@ -52,16 +52,20 @@ def index_images(
     group_regex: str | None = None,
     max_image_mb: int = 2048,
     require_masks: bool = False,
+    leave_out: Path | None = None,
 ) -> tuple[list[ImageRef], list[Skipped]]:
     """Read the header of every image in a folder (or of one file), sorted by name.
 
     masks: folder of same-named foreground masks; an image without one is whole foreground unless `require_masks`.
+    leave_out: a folder whose files are not looked at, such as results of an earlier call.
     group_regex: its first group (or whole match) in the name is the image's group; default: the file's name.
     Unreadable files come back as Skipped: the caller decides. Raises InputError if there is no image at all.
     """
     root = folder if folder.is_dir() else folder.parent
     refs, skipped = [], []
     for path in list_images(folder):
+        if leave_out is not None and leave_out.resolve() in path.resolve().parents:
+            continue
         name = path.relative_to(root).as_posix()
         try:
             mask = find_mask(masks, name)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec, SubplotSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -25,6 +26,7 @@ from pulmo_jax.types import Window
 TRUTH, DETECTED = "#00E5FF", "#FFE600"  # cyan and yellow: apart from each other, from grey and from inferno
 BACKGROUND = "0.85"  # where there is no score
 PANEL_WIDTH_IN = TEXT_WIDTH_IN / 4
+BAR_HEIGHT_IN = 0.1
 MAX_SIDE_PX = 1024  # more than a panel shows
 DETAIL_PX = 128
 
@@ -63,7 +65,7 @@ class Example:
 class View:
     """What figures show of an example, small however large the image: what to keep while images stream by.
 
-    whole, detail: the image and a window of it, each shrunk to MAX_SIDE_PX; steps: pixels of the image to one.
+    whole, detail: the image and a window of it, each shrunk to MAX_SIDE_PX by a step in pixels.
     """
 
     whole: Example
@@ -81,21 +83,21 @@ def view(example: Example) -> View:
 
 
 def reconstructions(views: Sequence[View]) -> Figure:
-    """Image, reconstruction and their difference, of the examples that have a reconstruction (one at least)."""
+    """Image, reconstruction and their difference, of the examples with a reconstruction (one at least)."""
     pairs = [(v, v.whole.reconstruction) for v in views if v.whole.reconstruction is not None]
     differences = [_difference(v.whole, reconstruction) for v, reconstruction in pairs]
     limit = _percentile(np.concatenate([np.abs(d).ravel() for d in differences]), 99.5)
     scale = ScalarMappable(Normalize(-limit, limit), colormaps["RdBu_r"].with_extremes(bad=BACKGROUND))
     with style():
-        figure, panels = _grid([v for v, _ in pairs], 3)
+        figure, panels, grid = _grid([v for v, _ in pairs], 3)
         for row, (v, reconstruction), difference in zip(panels, pairs, differences, strict=True):
             _show_image(row[0], v.whole.image, v.whole_step)
             _show_image(row[1], reconstruction, v.whole_step)
             _show(row[2], difference, scale)
-            _name_row(row[0], literal(v.whole.title))
-        _name_columns(panels[0], ("image", "reconstruction", "difference"))
-        _grey_bar(figure, panels[:, :2], views)
-        _bar(figure, panels[:, 2:], scale, "image minus reconstruction", extend="both")
+        names = [literal(v.whole.title) for v, _ in pairs]
+        _name(panels, ("image", "reconstruction", "difference"), names)
+        _grey_bar(figure, grid[-1, :2], views)
+        _bar(figure, grid[-1, 2:], scale, "image minus reconstruction", extend="both")
     return figure
 
 
@@ -103,15 +105,13 @@ def score_maps(views: Sequence[View], title: str) -> Figure:
     """Images and score maps, whole and in detail, with the contours of the truth and of what was detected."""
     scale = _score_scale(views)
     with style():
-        figure, panels = _grid(views, 4, title)
+        figure, panels, grid = _grid(views, 4, title)
         for row, v in zip(panels, views, strict=True):
             _show_views(row, v, scale)
-            _name_row(row[0], _heading(v.whole))
-        _name_columns(panels[0], ("image", "detail", "score", "score, detail"))
-        _grey_bar(figure, panels[:, :2], views)
-        _score_bar(figure, panels[:, 2:], scale, sorted({v.whole.threshold for v in views}))
-        handles = [Line2D([], [], color=c, lw=1.5, path_effects=_outline(2.5)) for c in (TRUTH, DETECTED)]
-        figure.legend(handles, ["truth", "above the threshold"], loc="outside lower center", ncols=2)
+        _name(panels, ("image", "detail", "score", "score, detail"), [_heading(v.whole) for v in views])
+        _grey_bar(figure, grid[-1, :2], views)
+        _score_bar(figure, grid[-1, 2:], scale, sorted({v.whole.threshold for v in views}))
+        _legend(figure, views)
     return figure
 
 
@@ -121,40 +121,46 @@ def _heading(example: Example) -> str:
 
 
 def _show_views(row: np.ndarray, v: View, scale: ScalarMappable) -> None:
-    parts = ((row[0], row[2], v.whole, v.whole_step), (row[1], row[3], v.detail, v.detail_step))
-    for image_axes, score_axes, part, step in parts:
-        _show_image(image_axes, part.image, step)
-        _show(score_axes, part.score, scale)
-        for axes in (image_axes, score_axes):
-            _contour(axes, part.truth, TRUTH, 1.4)
-        _contour(image_axes, part.detected, DETECTED, 0.7)
+    _show_part(row[0], row[2], v.whole, v.whole_step, scale, 0.6)
+    _show_part(row[1], row[3], v.detail, v.detail_step, scale, 1.0)
     y, x, height, width = (side / v.whole_step for side in v.window)
     for axes in (row[0], row[2]):
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, ec="white", lw=0.6))
 
 
-def _grid(views: Sequence[View], n_columns: int, title: str = "") -> tuple[Figure, np.ndarray]:
-    aspect = max(v.whole.score.shape[0] / v.whole.score.shape[1] for v in views)
-    height_in = len(views) * (PANEL_WIDTH_IN * aspect + 0.2) + 1.1
-    figure = Figure(
-        figsize=(n_columns * PANEL_WIDTH_IN, height_in),
-        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.0, hspace=0.0),
-    )
+def _show_part(
+    image_axes: Axes, score_axes: Axes, part: Example, step: int, scale: ScalarMappable, width: float
+) -> None:
+    _show_image(image_axes, part.image, step)
+    _show(score_axes, part.score, scale)
+    for axes in (image_axes, score_axes):
+        _contour(axes, part.truth, TRUTH, 1.8 * width)
+    _contour(image_axes, part.detected, DETECTED, 0.7 * width)  # on the truth's, which it leaves to be seen
+
+
+def _grid(views: Sequence[View], n_columns: int, title: str = "") -> tuple[Figure, np.ndarray, GridSpec]:
+    """Rows of panels in the proportions of their images, and below them a row of the grid for colour bars."""
+    aspects = [v.whole.score.shape[0] / v.whole.score.shape[1] for v in views]
+    height_in = PANEL_WIDTH_IN * sum(aspects) + 0.16 * len(views) + (1.1 if title else 0.75)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0, compress=True)
+    figure = Figure(figsize=(n_columns * PANEL_WIDTH_IN, height_in), layout=layout)
     if title:
         figure.suptitle(literal(title))
-    return figure, figure.subplots(len(views), n_columns, squeeze=False)
+    grid = figure.add_gridspec(len(views) + 1, n_columns, height_ratios=[*aspects, BAR_HEIGHT_IN / PANEL_WIDTH_IN])
+    cells = [[figure.add_subplot(grid[row, column]) for column in range(n_columns)] for row in range(len(views))]
+    return figure, np.array(cells), grid
 
 
-def _name_columns(row: np.ndarray, names: Sequence[str]) -> None:
-    for axes, name in zip(row, names, strict=True):
-        axes.set_title(name, fontstyle="italic")
-
-
-def _name_row(axes: Axes, name: str) -> None:
-    """Over the whole row; in the first one, over the names of the columns."""
-    spec = axes.get_subplotspec()
-    first = spec is not None and spec.is_first_row()
-    axes.set_title(name + ("\n" if first else ""), loc="left")
+def _name(panels: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Rows over their whole width, in the first one above the names of the columns."""
+    for axes, name in zip(panels[0], columns, strict=True):
+        axes.set_title(f"\n{name}", fontstyle="italic")
+    for i, (axes, name) in enumerate(zip(panels[:, 0], rows, strict=True)):
+        above = {"xytext": (0, 15 if i == 0 else 5), "textcoords": "offset points", "annotation_clip": False}
+        # Out of the layout, else a long name would widen its column; an empty title keeps the room.
+        axes.annotate(name, (0, 1), xycoords="axes fraction", **above).set_in_layout(False)
+        if i > 0:
+            axes.set_title(" ")
 
 
 def _show(axes: Axes, values: np.ndarray, scale: ScalarMappable) -> None:
@@ -188,7 +194,7 @@ def _contour(axes: Axes, mask: np.ndarray | None, colour: str, width: float) -> 
     closed = np.pad(mask, 1).astype(np.float32)  # else contours would be open at the image's edge
     x, y = np.arange(-1, width_px + 1), np.arange(-1, height_px + 1)
     lines = axes.contour(x, y, closed, levels=[0.5], colors=colour, linewidths=width)
-    lines.set_path_effects(_outline(width + 0.8))
+    lines.set_path_effects(_outline(width + 0.5))
 
 
 def _outline(width: float) -> list[patheffects.AbstractPathEffect]:
@@ -196,23 +202,34 @@ def _outline(width: float) -> list[patheffects.AbstractPathEffect]:
     return [patheffects.withStroke(linewidth=width, foreground="black")]
 
 
-def _bar(figure: Figure, panels: np.ndarray, scale: ScalarMappable, label: str, extend: str = "neither") -> Axes:
-    where = {"location": "bottom", "shrink": 0.8, "aspect": 30, "pad": 0.02}
-    bar = figure.colorbar(scale, ax=panels, label=label, extend=extend, **where)
+def _bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, label: str, extend: str = "neither") -> Axes:
+    room = figure.add_subplot(cell)
+    room.set_axis_off()
+    bar = figure.colorbar(
+        scale, cax=room.inset_axes((0.1, 0, 0.8, 1)), label=label, orientation="horizontal", extend=extend
+    )
     bar.outline.set_visible(False)
     return bar.ax
 
 
-def _score_bar(figure: Figure, panels: np.ndarray, scale: ScalarMappable, thresholds: list[float]) -> None:
+def _score_bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, thresholds: list[float]) -> None:
     marks = ", ".join(f"{threshold:.3g}" for threshold in thresholds)
-    bar = _bar(figure, panels, scale, f"anomaly score (▼ threshold of a pixel: {marks})", extend="max")
+    bar = _bar(figure, cell, scale, f"anomaly score (▼ threshold of a pixel: {marks})", extend="max")
     above = bar.get_xaxis_transform()
     bar.plot(thresholds, [1.5] * len(thresholds), "v", color="black", ms=4, clip_on=False, transform=above)
 
 
-def _grey_bar(figure: Figure, panels: np.ndarray, views: Sequence[View]) -> None:
+def _grey_bar(figure: Figure, cell: SubplotSpec, views: Sequence[View]) -> None:
     if any(v.whole.image.shape[2] != 3 for v in views):
-        _bar(figure, panels, ScalarMappable(Normalize(0, 1), "gray"), "normalised intensity")
+        _bar(figure, cell, ScalarMappable(Normalize(0, 1), "gray"), "normalised intensity")
+
+
+def _legend(figure: Figure, views: Sequence[View]) -> None:
+    lines = {"above the threshold": DETECTED}
+    if any(v.whole.truth is not None and v.whole.truth.any() for v in views):
+        lines = {"truth": TRUTH} | lines
+    handles = [Line2D([], [], color=colour, lw=1.5, path_effects=_outline(2.5)) for colour in lines.values()]
+    figure.legend(handles, list(lines), loc="outside lower center", ncols=2)
 
 
 def _score_scale(views: Sequence[View]) -> ScalarMappable:

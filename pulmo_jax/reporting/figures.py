@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 TEXT_WIDTH_IN = 7.0  # of a page in two columns
 COLUMN_WIDTH_IN = 3.4
@@ -31,8 +32,10 @@ BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE = (
     "#E69F00",
 )
 CURVE_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE)
+DASHES = ((4, 1.5), (1.5, 1), (5, 1, 1, 1))  # of baselines, to be told apart where they coincide
 MANY_SCORES = 1000  # from here on a histogram's tail is worth a logarithmic axis
 MAX_BINS = 80
+MAX_RATIO = 1e4  # of the scores on a histogram's axis: what is close to 0 needs no room
 
 STYLE = {
     "font.family": "sans-serif",
@@ -65,7 +68,7 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(cast(Any, STYLE))
 
 
-def literal(text: str, longest: int = 90) -> str:
+def literal(text: str, longest: int = 60) -> str:
     """A name as it is, not as TeX; too long a one loses its middle."""
     half = longest // 2
     short = text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
@@ -116,8 +119,8 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
 
 def _losses(axes: Axes, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]) -> None:
     axes.plot(*train, color=BLUE, lw=0.8, marker="." if train[0].size == 1 else None, label="training")
-    axes.plot(*val, color=VERMILLION, marker="o", ms=3, label="validation")
     if val[0].size:
+        axes.plot(*val, color=VERMILLION, marker="o", ms=3, label="validation")
         best = np.argmin(val[1])
         label = f"best validation: {val[1][best]:.3g} at step {val[0][best]:.0f}"
         axes.plot(val[0][best], val[1][best], "o", ms=8, mfc="none", mec="black", mew=0.8, label=label)
@@ -151,26 +154,19 @@ def roc_and_pr(curves: Sequence[Curve], title: str, prevalence: float) -> Figure
     prevalence: share of positives, the precision of chance.
     """
     with style():
-        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.86, 3.2), layout="constrained")
+        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.86, 3.7), layout="constrained")
         figure.suptitle(literal(title))
         roc, pr = figure.subplots(1, 2)
         for i, curve in enumerate(curves):
             look: dict[str, Any] = {"color": CURVE_COLOURS[i % len(CURVE_COLOURS)], "zorder": 3 - i / len(curves)}
-            look |= {"lw": 1.6} if i == 0 else {"lw": 0.9, "ls": (0, (4, 1.5))}
+            look |= {"lw": 1.6} if i == 0 else {"lw": 0.9, "ls": (0, DASHES[i % len(DASHES)])}
             roc.plot(curve.fpr, curve.tpr, label=_with_area(curve.name, "AUROC", curve.auroc), **look)
             _plot_precision(pr, curve, look)
             if curve.point is not None:
                 fpr, tpr, precision = curve.point
-                dot: dict[str, Any] = {
-                    "marker": "o",
-                    "ms": 5,
-                    "mfc": look["color"],
-                    "mec": "white",
-                    "ls": "",
-                    "zorder": 5,
-                }
-                roc.plot(fpr, tpr, label="at the threshold", clip_on=False, **dot)
-                pr.plot(tpr, precision, label="at the threshold", clip_on=False, **dot)
+                dot: dict[str, Any] = {"ms": 5, "mfc": look["color"], "mec": "white", "zorder": 5, "clip_on": False}
+                roc.plot(fpr, tpr, "o", label="at the threshold", **dot)
+                pr.plot(tpr, precision, "o", label="at the threshold", **dot)
         roc.plot([0, 1], [0, 1], color="0.55", lw=0.8, ls=":", label="chance")
         pr.axhline(prevalence, color="0.55", lw=0.8, ls=":", label=f"chance (prevalence {prevalence:.2g})")
         roc.set(xlabel="false-positive rate", ylabel="true-positive rate (sensitivity)")
@@ -210,14 +206,17 @@ def score_histogram(
     with style():
         figure = Figure(figsize=(COLUMN_WIDTH_IN * 1.4, 2.5), layout="constrained")
         axes = figure.subplots()
-        edges = _edges(list(classes.values()), threshold)
+        edges = _edges(list(classes.values()), [threshold, *(interval or ())])
         for (label, (score, weight)), colour in zip(classes.items(), (BLUE, VERMILLION), strict=False):
             share, _ = np.histogram(np.clip(score, edges[0], edges[-1]), edges, weights=weight / weight.sum())
             axes.stairs(share, edges, fill=True, color=colour, alpha=0.35)
             axes.stairs(share, edges, color=colour, lw=1, label=f"{label} ({weight.sum():,.0f} {name}s)")
         _mark_threshold(axes, threshold, interval)
-        axes.set(xlabel=f"{name} score", ylabel=f"share of {name}s in a bin", xlim=(edges[0], edges[-1]))
-        axes.set_xscale("log" if edges[0] > 0 else "linear")
+        lower = any(score.min() < edges[0] for score, _ in classes.values())
+        note = " (the first bin holds all lower ones too)" if lower else ""
+        axes.set(xlabel=f"{name} score{note}", ylabel=f"share of {name}s in a bin", xlim=(edges[0], edges[-1]))
+        if edges[0] > 0:
+            _log_scores(axes, edges[-1] / edges[0])
         if max(weight.sum() for _, weight in classes.values()) > MANY_SCORES:
             axes.set_yscale("log")
         figure.legend(loc="outside upper center", ncols=2)
@@ -228,17 +227,27 @@ def _weighted(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
     return scores if isinstance(scores, tuple) else (scores, np.ones(scores.size))
 
 
-def _edges(classes: list[tuple[np.ndarray, np.ndarray]], threshold: float) -> np.ndarray:
-    """Bins of equal ratios, or widths where scores are not positive; the first also holds the lowest 0.1 %."""
+def _edges(classes: list[tuple[np.ndarray, np.ndarray]], marks: list[float]) -> np.ndarray:
+    """Of equal ratios, or widths where scores are not positive; the lowest may lie below the first bin."""
     score, weight = (np.concatenate(parts) for parts in zip(*classes, strict=True))
     order = np.argsort(score)
     rank = np.cumsum(weight[order])
-    low = min(score[order][np.searchsorted(rank, 1e-3 * rank[-1])], threshold)
-    high = max(score.max(), threshold)
+    low = min(score[order][np.searchsorted(rank, 1e-3 * rank[-1])], *marks)
+    high = max(score.max(), *marks)
+    if low > 0:
+        low = min(max(low, high / MAX_RATIO), *marks)
     if low == high:
         low, high = low - 0.5, high + 0.5
     n_bins = int(np.clip(np.sqrt(rank[-1]) * 2, 10, MAX_BINS))
     return np.geomspace(low, high * 1.05, n_bins + 1) if low > 0 else np.linspace(low, high, n_bins + 1)
+
+
+def _log_scores(axes: Axes, ratio: float) -> None:
+    axes.set_xscale("log")
+    if ratio < 100:  # few powers of ten are in sight
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_threshold(axes: Axes, threshold: float, interval: tuple[float, float] | None) -> None:
@@ -264,11 +273,15 @@ def p_value_calibration(
         axes = figure.subplots()
         limits = (nominal.min() / 1.5, min(1.0, nominal.max() * 1.5))
         axes.plot(limits, limits, color="0.4", lw=0.8, ls="--", label="as calibrated")
-        axes.set_xscale("log")
-        axes.set_yscale("log", nonpositive="clip")  # a rate of 0 runs off the lower edge
+        axes.set(xscale="log", yscale="log")
         if np.isfinite(low).any():
             axes.fill_between(nominal, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
-        axes.plot(nominal, observed, color=BLUE, marker="o", ms=3, label=f"held-out normal {unit}s")
+        seen = observed > 0
+        label = f"held-out normal {unit}s"
+        axes.plot(nominal[seen], observed[seen], color=BLUE, marker="o", ms=3, label=label)
+        if not seen.all():
+            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(nominal[~seen], np.zeros(sum(~seen)), "v", color=BLUE, mfc="white", label="none seen", **edge)
         positive = np.concatenate([observed, limits])
         positive = positive[positive > 0]
         axes.set(xlim=limits, ylim=(positive.min() / 1.5, min(1.0, positive.max() * 1.5)), box_aspect=1)

@@ -11,6 +11,21 @@ import jinja2
 from pulmo_jax.reporting.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+CAPTIONS = {
+    "loss_curves": "Training and validation loss by step",
+    "calibration": "Scores of the normal validation images, and the image threshold set on them",
+    "validation_score_maps": "Normal images that the model was not trained on, and their scores",
+    "validation_reconstructions": "The same with what the model makes of them",
+    "roc_pr_images": "How image scores separate abnormal from normal images",
+    "roc_pr_pixels": "How pixel scores separate findings from normal tissue",
+    "scores_images": "Image scores of both classes, and the threshold",
+    "scores_pixels": "Pixel scores of both classes, and the threshold",
+    "false_alarms_pixels": "False alarms among normal test pixels against the rate that calibration promises",
+    "score_maps_hits": "Abnormal images with the highest scores",
+    "score_maps_misses": "Abnormal images with the lowest scores",
+    "score_maps_false_alarms": "Normal images with the highest scores",
+    "reconstructions": "What the model holds to be the normal version of each image, and the difference",
+}
 
 
 @dataclass(frozen=True)
@@ -55,4 +70,6 @@ def write_report(
 
 
 def embed(figure: Path) -> Picture:
-    return Picture(figure.stem.replace("_", " "), base64.b64encode(figure.read_bytes()).decode())
+    return Picture(
+        CAPTIONS.get(figure.stem, figure.stem.replace("_", " ")), base64.b64encode(figure.read_bytes()).decode()
+    )

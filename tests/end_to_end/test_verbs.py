@@ -176,7 +176,8 @@ def test_evaluation_with_masks_repeats_what_training_found(run, crop, cache, tmp
 
 
 def test_second_prediction_does_nothing_again_and_one_bad_file_loses_no_other(run, crop, cache, tmp_path):
-    images, output = tmp_path / "images", tmp_path / "out"
+    images = tmp_path / "images"
+    output = images / "results"  # is not taken for input by the second call
     images.mkdir()
     for i in SETS["test"]:
         (images / f"lung_{i:02d}.tif").write_bytes((crop / "test" / f"lung_{i:02d}.tif").read_bytes())
@@ -201,7 +202,7 @@ def test_second_prediction_does_nothing_again_and_one_bad_file_loses_no_other(ru
 
 def test_interrupted_run_goes_on_as_if_nothing_had_happened(crop, cache, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    steps = ["trainer.steps=400", "trainer.log_every=5", "trainer.validate_every=50"]
+    steps = ["trainer.steps=200", "trainer.log_every=2", "trainer.validate_every=50"]
     call(*train_arguments(crop, whole, *steps), cache=cache)
     command = [sys.executable, "-m", *train_arguments(crop, broken, *steps)]
     environment = os.environ | {"PULMO_JAX_CACHE": str(cache)}
@@ -215,7 +216,7 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(crop, cache, tmp_pat
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
     assert "Traceback" not in errors
-    assert 3 <= count_lines(broken / "metrics.jsonl") < 80
+    assert 3 <= count_lines(broken / "metrics.jsonl") < 100
     call(*train_arguments(crop, broken, *steps, "resume=true"), cache=cache)
     losses = [
         {row["step"]: row["train/loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}

@@ -1,12 +1,15 @@
 """Figures hold what they say, and come as PNG and PDF."""
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.contour import ContourSet
 from PIL import Image
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.callbacks import patch_grid
-from pulmo_jax.reporting.examples import Example, reconstructions, score_maps, view
+from pulmo_jax.reporting.examples import DETECTED, TRUTH, Example, reconstructions, score_maps, view
 
 RNG = np.random.default_rng(0)
 
@@ -22,14 +25,13 @@ def example(channels=1, truth=True, foreground=True, size=(40, 56), title="image
 
 
 def texts(figure):
-    found = figure.findobj(lambda artist: type(artist).__name__ == "Text")
+    found = figure.findobj(matplotlib.text.Text)
     return " | ".join(artist.get_text() for artist in found)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-@pytest.mark.parametrize("truth", [True, False])
-def test_score_maps_of_any_bands_with_and_without_truth(tmp_path, channels, truth):
-    figure = score_maps([view(example(channels, truth)), view(example(channels, truth))], "Worst misses")
+def test_score_maps_of_any_bands_with_and_without_truth(tmp_path, channels):
+    figure = score_maps([view(example(channels, truth)) for truth in (True, False)], "Worst misses")
     figures.save(figure, tmp_path, "maps")
     assert "Worst misses" in texts(figure)
     assert "threshold" in texts(figure)
@@ -37,6 +39,88 @@ def test_score_maps_of_any_bands_with_and_without_truth(tmp_path, channels, trut
 
 def test_score_maps_of_one_tiny_image(tmp_path):
     assert figures.save(score_maps([view(example(size=(9, 9), foreground=False))], "One"), tmp_path, "one").exists()
+
+
+def test_every_example_is_a_row_of_aligned_panels_however_long_its_name():
+    views = [view(example(3, size=size, title="long_" * 30)) for size in ((40, 56), (20, 56))]
+    figure = score_maps(views, "Mixed shapes")
+    figure.draw_without_rendering()
+    boxes = np.array([axes.get_position().bounds for axes in figure.axes[:8]]).reshape(2, 4, 4)
+    width = boxes[0, 0, 2]
+    np.testing.assert_allclose(boxes[:, :, 2], width, rtol=1e-3)
+    np.testing.assert_allclose(np.diff(boxes[:, :, 0], axis=1), width, rtol=0.05)  # side by side
+    np.testing.assert_allclose(np.ptp(boxes[:, :, 1], axis=1), 0, atol=1e-6)  # on one line
+    assert width > 0.23
+
+
+def test_contours_run_along_the_edges_of_truth_and_detections():
+    shown = example()
+    shown.detected[:] = False
+    shown.detected[25:31, 0:12] = True  # up to the image's edge
+    whole, detail, whole_score, detail_score = score_maps([view(shown)], "Contours").axes[:4]
+
+    def outlines(axes):
+        sets = axes.findobj(ContourSet)
+        return {matplotlib.colors.to_hex(c.get_edgecolor()[0]): c.get_paths()[0].get_extents().bounds for c in sets}
+
+    assert outlines(whole) == {
+        TRUTH.lower(): pytest.approx((19.5, 9.5, 10, 10)),
+        DETECTED.lower(): pytest.approx((-0.5, 24.5, 12, 6)),
+    }
+    assert set(outlines(whole_score)) == set(outlines(detail_score)) == {TRUTH.lower()}
+    assert TRUTH.lower() in outlines(detail)
+
+
+def test_scores_share_one_scale_that_marks_the_threshold():
+    figure = score_maps([view(example()), view(example(size=(30, 30)))], "Scale")
+    images = [axes.images[0] for i in (2, 3, 6, 7) for axes in [figure.axes[i]]]
+    np.testing.assert_allclose([image.get_clim() for image in images], [(0, 2.7)] * 4)
+    marks = [line.get_xdata() for axes in figure.axes for line in axes.findobj(matplotlib.lines.Line2D)
+             if line.get_marker() == "v"]  # fmt: skip
+    assert [list(mark) for mark in marks] == [[0.9]]
+
+
+def test_a_map_without_any_score_is_drawn(tmp_path):
+    empty = example()
+    empty.score[:] = np.nan
+    empty.detected[:] = False
+    figures.save(score_maps([view(empty)], "Nothing scored"), tmp_path, "empty")
+    figures.save(reconstructions([view(empty)]), tmp_path, "empty_pairs")
+
+
+def test_difference_is_signed_on_symmetric_limits():
+    left, middle, right = reconstructions([view(example())]).axes[:3]
+    image, rebuilt, difference = (axes.images[0].get_array() for axes in (left, middle, right))
+    np.testing.assert_allclose(difference[:, 8:], (image - rebuilt)[:, 8:], atol=1e-6)
+    assert difference.mask[:, :8].all()
+    assert right.images[0].norm.vmin == -right.images[0].norm.vmax
+
+
+def test_detail_shows_the_truth_else_the_highest_score():
+    score = RNG.random((400, 600)).astype(np.float32)
+    score[300, 500] = 2
+    truth = np.zeros((400, 600), bool)
+    truth[5:9, 5:9] = True
+    image = RNG.random((400, 600, 1), np.float32)
+    for mask, (y, x) in ((truth, (7, 7)), (None, (300, 500))):
+        window = view(Example("", image, None, score, mask, score > 1.5, 2.0, 1.5, None)).window
+        assert window.y <= y < window.y + window.height
+        assert window.x <= x < window.x + window.width
+        assert window.height < 100
+
+
+def test_any_file_name_is_drawn_as_it_is(tmp_path):
+    names = ("a$b$c_^{.tif", "$", "肺_结节.tif")  # TeX to matplotlib; glyphs that its font lacks
+    figure = reconstructions([view(example(title=name)) for name in names])
+    figures.save(figure, tmp_path, "names")
+    for name in names:
+        assert name in texts(figure).replace(r"\$", "$")
+
+
+def test_settings_of_matplotlib_stay_as_they_were(tmp_path):
+    before = dict(matplotlib.rcParams)
+    figures.save(score_maps([view(example())], "Settings"), tmp_path, "settings")
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_reconstructions_show_image_output_and_difference(tmp_path):
@@ -81,6 +165,49 @@ def test_histogram_of_counted_scores_equals_that_of_the_scores():
     assert values[0].sum() == pytest.approx(1)
 
 
+def test_histogram_counts_every_score_on_a_bounded_axis():
+    scores = np.geomspace(1e-12, 1, 2000)
+    axes = figures.score_histogram(scores, None, 0.1, (0.05, 0.2), "pixel").axes[0]
+    share, edges, _ = axes.patches[0].get_data()
+    assert edges[-1] / edges[0] < 2e4
+    assert share.sum() == pytest.approx(1)
+    assert "lower ones" in axes.get_xlabel()
+    assert axes.get_xscale() == "log"
+
+
+def test_histogram_of_scores_of_either_sign_is_linear():
+    axes = figures.score_histogram(RNG.normal(size=30), None, 0.5, None, "image").axes[0]
+    assert axes.get_xscale() == "linear"
+    assert axes.patches[0].get_data().values.sum() == pytest.approx(1)
+
+
+def test_roc_and_pr_draw_curves_chance_and_operating_point():
+    labels, scores = RNG.random(80) < 0.4, RNG.random(80) + 0.0
+    fpr, tpr, _ = roc_curve(labels, scores)
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    curve = figures.Curve("method", fpr, tpr, precision, recall, 0.75, None, (0.2, 0.6, 0.5))
+    baseline = figures.Curve("baseline", fpr, tpr, precision, recall, 0.5, 0.4)
+    figure = figures.roc_and_pr([curve, baseline], "Images", 0.4)
+    roc, pr = figure.axes
+    assert (roc.get_xlabel(), pr.get_xlabel()) == ("false-positive rate", "recall (sensitivity)")
+    lines = {line.get_label(): line for line in pr.lines}
+    drawn = lines["method"]  # without an undefined AP
+    np.testing.assert_array_equal(drawn.get_xdata(), recall[::-1])
+    x, y = matplotlib.cbook.STEP_LOOKUP_MAP[drawn.get_drawstyle()](drawn.get_xdata(), drawn.get_ydata())
+    assert np.trapezoid(y, x) == pytest.approx(average_precision_score(labels, scores))
+    assert lines["baseline, AP 0.400"].get_linewidth() < drawn.get_linewidth()
+    assert lines["chance (prevalence 0.4)"].get_ydata()[0] == 0.4
+    assert (lines["at the threshold"].get_xdata()[0], lines["at the threshold"].get_ydata()[0]) == (0.6, 0.5)
+
+
+def test_rates_that_were_not_seen_are_marked(tmp_path):
+    nominal, none = np.array([1e-3, 1e-2, 1e-1]), np.full(3, np.nan)
+    figure = figures.p_value_calibration(nominal, np.array([0, 0.02, 0.1]), none, none)
+    figures.save(figure, tmp_path, "rates")
+    assert "none seen" in texts(figure)
+    assert "interval" not in texts(figure)
+
+
 def test_false_alarm_figure_draws_observed_against_nominal():
     nominal = np.array([1e-3, 1e-2, 1e-1])
     figure = figures.p_value_calibration(nominal, nominal * 2, nominal, nominal * 3)
@@ -97,4 +224,5 @@ def test_figures_are_written_as_png_and_pdf_with_embedded_fonts(tmp_path):
     pdf = path.with_suffix(".pdf").read_bytes()
     assert pdf.startswith(b"%PDF")
     assert b"/FontFile2" in pdf  # TrueType, embedded
+    assert b"/Type3" not in pdf
     assert sorted(p.name for p in path.parent.iterdir()) == ["grid.pdf", "grid.png"]

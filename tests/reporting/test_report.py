@@ -71,6 +71,22 @@ def test_figures_are_in_the_page_itself(tmp_path, figure):
     assert Image.open(BytesIO(data)).size == (3, 2)
 
 
+def test_links_lead_to_the_sections(tmp_path, figure):
+    page = write(tmp_path, figure)
+    targets = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert links
+    assert {link.removeprefix("#") for link in links} == targets
+
+
+def test_intervals_stand_below_their_values(tmp_path, figure):
+    table = Table("Pixels", ["score", "AP"], [["z", "0.932 [0.910, 0.950]"]], [])
+    page = write(tmp_path, figure, sections=[Section("Test", tables=[table])])
+    tags = [tag for tag, _ in page.elements]
+    assert "small" in tags
+    assert [w.strip() for w in page.words if "0.9" in w] == ["0.932", "[0.910, 0.950]"]
+
+
 def test_page_loads_nothing(tmp_path, figure):
     page = write(tmp_path, figure)
     for _, attributes in page.elements:
