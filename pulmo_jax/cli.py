@@ -14,7 +14,12 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.experimental.callback import Callback as HydraCallback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -104,7 +109,13 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
 def checked(raw: DictConfig, schema: type[C]) -> C:
     """The typed config of Hydra's, with every path and node of it judged. Raises InputError."""
     ours = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "hydra"])
-    values: Any = OmegaConf.to_container(ours, resolve=True)
+    try:
+        values: Any = OmegaConf.to_container(ours, resolve=True)
+        missing = sorted(OmegaConf.missing_keys(ours))
+    except OmegaConfBaseException as error:
+        raise InputError(explain(error, schema)) from error
+    if missing:
+        raise InputError(f"{', '.join(missing)} must be given, as KEY=VALUE (--help lists all keys)")
     config = validate(schema, values)
     check_paths(config)
     if isinstance(config, TrainConfig):
@@ -139,6 +150,8 @@ def explain(error: Exception, schema: type[Section]) -> str:
         *path, _ = dotted.split(".")
         allowed = allowed_keys(schema, path) or node_keys(path)
         return unknown_key(dotted, allowed) if allowed else f"unknown key {dotted}; --help lists all keys"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not understood: {text.splitlines()[0]}; quote values with commas or brackets"
     if isinstance(error, MissingConfigException) and error.options is not None:
         return f"{error.missing_cfg_file} is not there; there are: {', '.join(error.options)} (--config-dir adds yours)"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -173,7 +186,7 @@ def print_help(verb: str, schema: type[Section], examples: str) -> None:
     """Options with type, default and meaning, generated from the schema."""
     print(f"usage: python -m pulmo_jax.{verb} [+experiment=NAME] [key=value ...]\n\n{examples.strip()}\n")
     print_keys(schema, "")
-    for group in ("model", "method", "optimizer"):
+    for group in GIVEN:
         if group in schema.model_fields:
             print_group(group)
     if schema is TrainConfig:
@@ -191,16 +204,17 @@ def print_keys(schema: type[BaseModel], prefix: str) -> None:
             print_keys(annotation, f"{prefix}{name}.")
         elif field.description:
             default = "required" if field.is_required() else f"default {shown(field.default)}"
-            print(f"  {prefix + name:<32} {field.description} [{constraint(field)}{default}]")
+            print(f"  {prefix + name:<38} {field.description} [{constraint(field)}{default}]")
 
 
 def print_group(group: str) -> None:
     """The keys of every choice of a config group, from the signatures of their targets."""
     for file in sorted((config_dir() / group).glob("*.yaml")):
-        node: Any = OmegaConf.to_container(OmegaConf.load(file))
-        print(f"\n{group}={file.stem}: {node['_target_']}")
-        schema = argument_schema(find_target(node, group, ()), GIVEN[group])
-        print_keys(schema, f"{group}.")
+        choice: Any = OmegaConf.to_container(OmegaConf.load(file))
+        nodes = {group: choice} if "_target_" in choice else {f"{group}.{name}": node for name, node in choice.items()}
+        for where, node in nodes.items():
+            print(f"\n{where} ({group}={file.stem}): {node['_target_']}")
+            print_keys(argument_schema(find_target(node, where, ()), GIVEN[group]), f"{where}.")
 
 
 def shown(value: Any) -> str:

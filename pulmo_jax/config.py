@@ -29,14 +29,29 @@ from pulmo_jax.types import InputError
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
-PathLike = Annotated[Path, BeforeValidator(lambda v: str(v) if isinstance(v, int | float) else v)]
+
+
+def _as_path(value: Any) -> Any:
+    """Folders may be called 2024; an empty path would be the current folder, so `data.train=$UNSET` is refused."""
+    if value == "":
+        raise ValueError("is empty; give a path, or null where the key may be left out")
+    return str(value) if isinstance(value, int | float) else value
+
+
+PathLike = Annotated[Path, BeforeValidator(_as_path)]
 Pair = tuple[Float, Float]
 
 
 def _is_run(path: Path) -> Path:
     if not (path / "config.yaml").is_file():
-        raise ValueError(f"run={path}: no config.yaml there; give the run directory that training printed")
+        raise ValueError("no config.yaml there; give the run directory that training printed")
     return path
+
+
+def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
+    if any(a >= b for a, b in zip((0, *values), values, strict=False)):
+        raise ValueError("must be above 0 and ascending")
+    return values
 
 
 RunFolder = Annotated[PathLike, AfterValidator(_is_run)]
@@ -48,6 +63,13 @@ GIVEN = {
     "method": ("network",),
     "optimizer": ("steps",),
     "callbacks": (),
+}
+# Where the program's own targets lie. A config, which may come with a run of somebody else's, calls nothing beyond.
+HOMES = {
+    "model": ("pulmo_jax.models",),
+    "method": ("pulmo_jax.methods",),
+    "optimizer": ("pulmo_jax.training.optimizers",),
+    "callbacks": ("pulmo_jax.training.callbacks", "pulmo_jax.reporting.callbacks"),
 }
 
 
@@ -152,7 +174,9 @@ class EvaluationConfig(Section):
     """Metrics and their intervals."""
 
     replicates: Int = Field(default=200, ge=10, description="bootstrap replicates, by group")
-    lesion_sizes_px: tuple[Int, ...] = Field(default=(100, 1000), description="edges of the size classes of findings")
+    lesion_sizes_px: Annotated[tuple[Int, ...], AfterValidator(_ascending)] = Field(
+        default=(100, 1000), description="edges of the size classes of findings"
+    )
     examples: Int = Field(default=4, ge=1, le=32, description="images in each gallery of the report")
 
 
@@ -232,14 +256,15 @@ def describe_errors(error: ValidationError, schema: type[BaseModel], prefix: str
         dotted = ".".join([prefix, *keys] if prefix else keys)
         if item["type"] == "extra_forbidden":
             lines.append(unknown_key(dotted, allowed_keys(schema, keys[:-1])))
-        elif item["type"] == "value_error":
+        elif item["type"] == "value_error" and isinstance(item["input"], Mapping):  # of a section: it names its keys
             lines.append(item["msg"].removeprefix("Value error, "))
         elif item["type"] == "missing" and keys[-1].isdigit():
             lines.append(f"{dotted.rpartition('.')[0]} has too few values; it takes [LOW,HIGH]")
         elif item["type"] == "missing":
             lines.append(f"{dotted} is missing; give {dotted}=... on the command line (--help lists all keys)")
         else:
-            lines.append(f"{dotted}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+            reason = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{dotted}={item['input']!r}: {reason[0].lower()}{reason[1:]}")
     return "\n".join(lines)
 
 
@@ -263,8 +288,8 @@ def allowed_keys(schema: type[BaseModel], path: list[str]) -> list[str]:
 def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any:
     """What a `_target_` node describes, called with its keys and with what the program gives.
 
-    Raises InputError if the target lies outside pulmo_jax and the listed plugins, or if a key is unknown, of the wrong
-    type or out of range. Nothing is imported before that check.
+    Raises InputError if the target lies outside the group's home and the listed plugins, or if a key is unknown, of the
+    wrong type or out of range. Nothing is imported before that check.
     """
     target = find_target(node, where, plugins)
     return target(**check_arguments(target, node, where, given), **given)
@@ -286,16 +311,21 @@ def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
     name = node.get("_target_")
     if not isinstance(name, str) or "." not in name:
         raise InputError(f"{where}._target_ is {name!r}; it must name a class or function, as package.module.Name")
-    if name.split(".")[0] not in ("pulmo_jax", *plugins):
+    homes, package = HOMES[where.split(".")[0]], name.split(".")[0]
+    if package not in plugins and not name.startswith(tuple(f"{home}." for home in homes)):
+        hint = "" if package == "pulmo_jax" else f"; if it is yours, add plugins=[{package}]"
         raise InputError(
-            f"{where}._target_={name}: only pulmo_jax and the packages in plugins={list(plugins)} may be built; "
-            f"if it is yours, add plugins=[{name.split('.')[0]}]"
+            f"{where}._target_={name}: only {', '.join(homes)} and the packages in plugins={list(plugins)} may be "
+            f"built{hint}"
         )
     module, _, attribute = name.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        target = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"{where}._target_={name}: cannot be imported ({error})") from error
+    if not callable(target):
+        raise InputError(f"{where}._target_={name}: is no class or function but {type(target).__name__}")
+    return target
 
 
 def argument_schema(target: Any, given: Iterable[str]) -> type[BaseModel]:
@@ -318,6 +348,11 @@ def strictly(annotation: Any) -> Any:
 
 
 def check_arguments(target: Any, node: Node, where: str, given: Iterable[str]) -> dict[str, Any]:
+    parameters = inspect.signature(target).parameters
+    refused = [name for name in given if name not in parameters]
+    if refused and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        group = where.split(".")[0]
+        raise InputError(f"{where}._target_={node['_target_']}: takes no {', '.join(refused)}, so it is no {group}")
     schema = argument_schema(target, given)
     values = {key: value for key, value in node.items() if key != "_target_"}
     try:

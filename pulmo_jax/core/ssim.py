@@ -27,9 +27,13 @@ def ssim_map(
 
 
 def _blur(x: jax.Array) -> jax.Array:
-    """Separable Gaussian as two small matrix products: for 64 px on two cores 9 times faster than shifted sums."""
+    """Separable Gaussian as two small matrix products: for 64 px on two cores 9 times faster than shifted sums.
+
+    In full precision: a variance is a small difference of two blurs, and a GPU's default of 10 mantissa bits (TF32)
+    would put SSIM off by up to 0.7 in bright images of low contrast.
+    """
     rows, columns = (jnp.asarray(blur_matrix(size), x.dtype) for size in x.shape[1:3])
-    return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns)
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def blur_matrix(size: int) -> Float[np.ndarray, "size size"]:

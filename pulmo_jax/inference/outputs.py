@@ -76,8 +76,8 @@ def write_overlay(
 
     Colours mean the same in every overlay of a run: they are fixed by the threshold, not by the image.
     """
-    thin = slice(None, None, -(-max(score.shape) // OVERLAY_PX))
-    image, score, mask = image[thin, thin], score[thin, thin], mask[thin, thin]
+    step = -(-max(score.shape) // OVERLAY_PX)
+    image, score, mask = image[::step, ::step], score[::step, ::step], thin_out(mask, step)
     gray = image if image.shape[-1] == 3 else np.repeat(image.mean(-1, keepdims=True), 3, axis=-1)
     heat = np.nan_to_num(score / threshold - 0.5 if threshold > 0 else mask.astype(np.float32), nan=0.0)
     colour = colormaps["inferno"](np.clip(heat / 2.5, 0, 1))[..., :3]
@@ -85,6 +85,12 @@ def write_overlay(
     picture = (1 - alpha) * np.clip(gray, 0, 1) + alpha * colour
     picture[binary_dilation(mask) & ~mask] = (0.0, 0.9, 1.0)
     atomically(path, lambda p: Image.fromarray((picture * 255).astype(np.uint8)).save(p, format="PNG"))
+
+
+def thin_out(mask: Bool[np.ndarray, "H W"], step: int) -> Bool[np.ndarray, "h w"]:
+    """One pixel for each block of step x step, set if any of the block's is: no finding is too small to stay."""
+    rows, columns = (np.arange(0, size, step) for size in mask.shape)
+    return np.logical_or.reduceat(np.logical_or.reduceat(mask, rows, axis=0), columns, axis=1)
 
 
 def detection_row(filename: str, page: int, detection: Detection) -> dict[str, Any]:

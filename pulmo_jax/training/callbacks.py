@@ -58,7 +58,10 @@ class Event:
 
 @runtime_checkable
 class Callback(Protocol):
-    """Called on the host, in the order of the config. `on_event` may return why the run should stop."""
+    """Called on the host, in the order of the config; `on_end` in reverse order, after an error too.
+
+    `on_event` may return why the run should stop; the next step is then the last.
+    """
 
     def on_start(self, start: Start) -> None: ...
 
@@ -70,7 +73,7 @@ class Callback(Protocol):
 class Checkpoint:
     """Saves the state every `every` steps, when a validation loss is the lowest so far, and at the end."""
 
-    def __init__(self, every: Annotated[int, Field(ge=1, description="steps between checkpoints")] = 500):
+    def __init__(self, every: Annotated[int, Field(ge=1, description="steps between checkpoints")] = 200):
         self.every = every
 
     def on_start(self, start: Start) -> None:
@@ -99,8 +102,7 @@ class JsonLines:
 
     def on_event(self, event: Event) -> None:
         if event.metrics:
-            finite = {k: v if math.isfinite(v) else None for k, v in event.metrics.items()}
-            self._file.write(json.dumps({"step": event.step, **finite}) + "\n")
+            self._file.write(json.dumps({"step": event.step, **event.metrics}) + "\n")
 
     def on_end(self) -> None:
         self._file.close()
@@ -110,8 +112,8 @@ class TensorBoard:
     """Scalars for `tensorboard --logdir RUN/tensorboard`."""
 
     def on_start(self, start: Start) -> None:
-        # purge_step hides what a lost run wrote beyond its checkpoint
-        self._writer = SummaryWriter(str(start.run_dir / "tensorboard"), purge_step=start.step or None)
+        # hides what a lost run wrote beyond its checkpoint: all from purge_step on
+        self._writer = SummaryWriter(str(start.run_dir / "tensorboard"), purge_step=start.step + 1)
 
     def on_event(self, event: Event) -> None:
         for name, value in event.metrics.items():
@@ -124,7 +126,7 @@ class TensorBoard:
 class ProgressBar:
     """Steps done, patches per second, time left; plain lines where the output is not a terminal."""
 
-    def __init__(self, line_every_s: Annotated[float, Field(gt=0)] = 10.0):
+    def __init__(self, line_every_s: Annotated[float, Field(gt=0, description="seconds between plain lines")] = 10.0):
         self.line_every_s = line_every_s
 
     def on_start(self, start: Start) -> None:
@@ -188,7 +190,8 @@ class EarlyStopping:
         return None
 
     def _judge(self, loss: float) -> None:
-        improved = loss < self._best * (1 - self.min_fraction)
+        needed = self.min_fraction * abs(self._best) if math.isfinite(self._best) else 0.0
+        improved = loss < self._best - needed
         self._best, self._waited = (loss, 0) if improved else (self._best, self._waited + 1)
 
     def on_end(self) -> None:
@@ -198,7 +201,7 @@ class EarlyStopping:
 def validation_losses(start: Start) -> list[float]:
     """Those that a resumed run logged up to its checkpoint, in order."""
     rows = read_metrics(start.run_dir / "metrics.jsonl") if start.step else []
-    return [row["val/loss"] for row in rows if row["step"] <= start.step and row.get("val/loss") is not None]
+    return [row["val/loss"] for row in rows if row["step"] <= start.step and "val/loss" in row]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

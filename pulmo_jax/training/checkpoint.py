@@ -41,19 +41,21 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "identity": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, val_loss: float | None, identity: Mapping[str, Any]) -> None:
         """Write the state after `state.step` steps. identity: what a resumed run must share (see `restore`)."""
-        step = int(state.step)
-        if step in self._manager.all_steps():
+        step, latest = int(state.step), self._manager.latest_step()
+        if latest is not None and step < latest:
+            raise InputError(f"{self.folder}: holds a checkpoint later than step {step}; use a new run directory")
+        if step == latest:
             return
         metrics = None if val_loss is None else {"val_loss": val_loss}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_plain(state)), identity=ocp.args.JsonSave(dict(identity))
         )
-        if not self._manager.save(step, args=args, metrics=metrics, force=True):
-            raise InputError(f"{self.folder}: holds a checkpoint later than step {step}; use a new run directory")
+        self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -75,11 +77,21 @@ class Checkpoints:
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
         try:
+            self._require_same_arrays(step, template)
             restored = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{self.folder}/{step}: cannot be restored into this model ({reason})") from error
+            raise InputError(f"{self.folder}/{step}: cannot be restored into this model ({reason:.300})") from error
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored["state"]))
+
+    def _require_same_arrays(self, step: int, template: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        """Raises ValueError naming the first difference: Orbax finds one only amid reading, and leaves tasks behind."""
+        metadata = self._manager.item_metadata(step)["state"] or {}
+        stored = {name: array.shape for name, array in metadata.items()}
+        wanted = {name: array.shape for name, array in template.items()}
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise ValueError(f"{name} has shape {stored.get(name)} there and {wanted.get(name)} here")
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

@@ -1,7 +1,8 @@
 """The loop: batches in, state out, everything else in callbacks."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,35 +34,44 @@ def fit(
     log_every: int,
     validate_every: int,
 ) -> Outcome:
-    """Step from `state.step` to `start.steps`. Raises InputError when the loss is not finite any more."""
+    """Step from `state.step` to `start.steps`. Raises InputError when loss or gradient are not finite any more.
+
+    Whoever asks for a stop, a signal or a callback, every callback still gets a last event, with a validation: that of
+    the step at hand if the signal came during it, else that of the next step.
+    """
     stopped = None
-    for callback in callbacks:
-        callback.on_start(start)
-    try:
+    with ExitStack() as ends:
+        for callback in callbacks:
+            callback.on_start(start)
+            ends.callback(callback.on_end)
         with Interrupt() as interrupt:
             for number in range(int(state.step) + 1, start.steps + 1):
                 state, info = step(state, next(batches))
-                loss = float(info["loss"])
-                if not math.isfinite(loss):
-                    raise InputError(
-                        f"training loss is {loss} at step {number}; the last checkpoint is kept. Lower "
-                        "optimizer.learning_rate, or look at the images' value range"
-                    )
-                last = number == start.steps or interrupt.signum is not None
+                metrics = {f"train/{name}": float(value) for name, value in info.items()}
+                _require_finite(metrics, number)
+                last = number == start.steps or stopped is not None or interrupt.signum is not None
                 validates = last or number % validate_every == 0
-                metrics = {}
-                if validates or number % log_every == 0:
-                    metrics = {f"train/{name}": float(value) for name, value in info.items()}
                 if validates:
                     metrics["val/loss"] = validate(state)
-                event = Event(number, metrics, state, last)
+                    _require_finite(metrics, number)
+                logs = validates or number % log_every == 0
+                event = Event(number, metrics if logs else {}, state, last)
                 reasons = [callback.on_event(event) for callback in callbacks]
-                stopped = next((reason for reason in reasons if reason), None)
-                if stopped or interrupt.signum is not None:
+                stopped = stopped or next((reason for reason in reasons if reason), None)
+                if last:
                     break
-    finally:
-        for callback in callbacks:
-            callback.on_end()
-    if interrupt.signum is not None and int(state.step) < start.steps:
-        return Outcome(state, f"stopped by signal {interrupt.signum} after step {int(state.step)}", interrupt.signum)
+    done = int(state.step)
+    if done >= start.steps:
+        return Outcome(state)
+    if interrupt.signum is not None:
+        return Outcome(state, f"stopped by signal {interrupt.signum} after step {done}", interrupt.signum)
     return Outcome(state, stopped)
+
+
+def _require_finite(metrics: Mapping[str, float], number: int) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} is {value} at step {number}; the last checkpoint is kept. Lower optimizer.learning_rate, or "
+                "look at the images' value range"
+            )

@@ -48,7 +48,7 @@ def make_step(
         params: Any = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -73,6 +73,14 @@ def test_bright_images_of_low_contrast_keep_their_precision():
     np.testing.assert_allclose(ssim(a[None], b[None])[0], scikit_image(a, b), atol=5e-3)
 
 
+def test_products_are_asked_for_in_full_precision():
+    """It makes no difference on a CPU, but all of it on a GPU."""
+    a, b = (x[None] for x in pair((16, 16, 1)))
+    products = [e for e in jax.make_jaxpr(ssim)(a, b).jaxpr.eqns[0].params["jaxpr"].eqns if "precision" in e.params]
+    assert all(set(e.params["precision"]) == {jax.lax.Precision.HIGHEST} for e in products)
+    assert products
+
+
 @given(st.integers(0, 10**6), st.floats(0, 1))
 @settings(max_examples=20, deadline=None)
 def test_is_symmetric_and_one_only_for_equal_images(seed, noise):

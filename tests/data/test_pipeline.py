@@ -4,6 +4,7 @@ In the images of these tests a pixel's value tells its image and its place.
 """
 
 import pickle
+import threading
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -63,11 +64,14 @@ def read(refs):
 
 
 def batches_of(dataset, count: int, start: int = 0, threads: int = 0, workers: int = 0) -> np.ndarray:
+    others = set(threading.enumerate())
     iterator = iterate(dataset, start, threads=threads, prefetch=4, workers=workers)
     try:
         return np.stack(list(islice(iterator, count)))
     finally:
         iterator.close()
+        for thread in set(threading.enumerate()) - others:
+            thread.join(timeout=10)  # Grain does not wait for the batches that are being read
 
 
 def test_a_patch_is_the_window_of_the_normalised_image(read, refs):

@@ -13,9 +13,7 @@ from pulmo_jax.evaluation.calibration import Calibration, Calibrator, read_calib
 from pulmo_jax.types import InputError
 
 
-def calibrator_of(
-    maps: list[np.ndarray], groups: list[str] | None = None, replicates: int = 200
-) -> Calibrator:
+def calibrator_of(maps: list[np.ndarray], groups: list[str] | None = None, replicates: int = 200) -> Calibrator:
     calibrator = Calibrator(ScoreHistogram.empty(replicates))
     for i, score in enumerate(maps):
         group = groups[i] if groups else str(i)

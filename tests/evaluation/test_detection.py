@@ -31,9 +31,7 @@ def test_regions_are_those_of_skimage(calibration, seed, min_area_px):
     detections, mask = find_detections(score, calibration, foreground, min_area_px)
 
     above = (score > calibration.pixel_threshold.value) & foreground
-    expected = [
-        r for r in regionprops(label(above, connectivity=2), intensity_image=score) if r.area >= min_area_px
-    ]
+    expected = [r for r in regionprops(label(above, connectivity=2), intensity_image=score) if r.area >= min_area_px]
     expected.sort(key=lambda r: -r.intensity_max)
     assert [d.label for d in detections] == list(range(1, len(expected) + 1))
     assert mask.sum() == sum(r.area for r in expected)
@@ -76,9 +74,7 @@ def test_nothing_above_the_threshold_is_an_empty_list(calibration):
     detections, mask = find_detections(np.zeros((4, 9), np.float32), calibration)
     assert detections == []
     assert not mask.any()
-    detections, mask = find_detections(
-        np.ones((4, 9), np.float32) * 9, calibration, np.zeros((4, 9), dtype=bool)
-    )
+    detections, mask = find_detections(np.ones((4, 9), np.float32) * 9, calibration, np.zeros((4, 9), dtype=bool))
     assert detections == []
     assert not mask.any()
 

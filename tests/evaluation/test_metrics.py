@@ -242,11 +242,7 @@ def test_image_figures_are_those_of_the_definitions():
     scores, labels, groups = images(200)
     got = image_metrics(scores, labels, groups, threshold=1.5, replicates=20)
     assert tuple(got) == IMAGE_FIGURES
-    at_95 = max(
-        np.mean(scores[labels] >= t)
-        for t in [*scores, np.inf]
-        if np.mean(scores[~labels] < t) >= 0.95 - 1e-12
-    )
+    at_95 = max(np.mean(scores[labels] >= t) for t in [*scores, np.inf] if np.mean(scores[~labels] < t) >= 0.95 - 1e-12)
     expected = {
         "auroc": roc_auc_score(labels, scores),
         "ap": average_precision_score(labels, scores),
@@ -268,9 +264,7 @@ def test_image_intervals_agree_with_a_bootstrap_of_groups():
     }
     for name, statistic in statistics.items():
         low, high = group_bootstrap(by_group, statistic, 500, np.random.default_rng(3))
-        np.testing.assert_allclose(
-            [got[name].low, got[name].high], [low, high], atol=0.15 * (high - low), err_msg=name
-        )
+        np.testing.assert_allclose([got[name].low, got[name].high], [low, high], atol=0.15 * (high - low), err_msg=name)
 
 
 def test_replicates_without_both_classes_are_skipped_and_counted():
