@@ -309,7 +309,7 @@ def validation_patches(config: TrainConfig, data: NormalData, reader: Reader) ->
 def make_validation(method: Method, patches: np.ndarray, batch_size: int, seed: int) -> Callable[[TrainState], float]:
     """The mean loss of the averaged parameters, with the same noise every time."""
     size = min(batch_size, len(patches))
-    whole = patches[: len(patches) // size * size]  # batches of one shape: one compilation
+    whole = evenly(patches, len(patches) // size * size)  # batches of one shape: one compilation
     batches = jnp.asarray(whole).reshape(-1, size, *patches.shape[1:])
     keys = jax.random.split(jax.random.key(seed), len(batches))
 

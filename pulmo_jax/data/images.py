@@ -1,5 +1,6 @@
 """A set of images as paths and headers, and the one reader of their pixels and foreground masks."""
 
+import math
 import re
 import threading
 import weakref
@@ -14,6 +15,7 @@ from pulmo_jax.types import InputError, Source, Window
 
 MEBIBYTE = 2**20
 OPEN_FILES_PER_THREAD = 100
+OPEN_BYTES_PER_THREAD = 128 * MEBIBYTE  # an open file may keep its last page decoded
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def stem(name: str) -> str:
 class Reader:
     """Reads windows of images and masks; files stay open, a bounded number for each thread.
 
-    It holds no pixels. Pickling it (for worker processes) drops the open files.
+    Formats that decode nothing less than a page keep one, so the pages of the open files are bounded too. Pickling it (for worker processes) drops the open files.
     """
 
     def __init__(self, max_image_mb: int = 2048):
@@ -152,15 +154,21 @@ class Reader:
     def _open(self, path: Path) -> Source:
         cache = self._sources.setdefault(threading.get_ident(), OrderedDict())
         if path not in cache:
-            if len(cache) >= OPEN_FILES_PER_THREAD:
-                cache.popitem(last=False)[1].close()
             cache[path] = open_source(path, max_bytes=self.max_image_mb * MEBIBYTE)
+            while len(cache) > 1 and (
+                len(cache) > OPEN_FILES_PER_THREAD or sum(map(page_bytes, cache.values())) > OPEN_BYTES_PER_THREAD
+            ):
+                cache.popitem(last=False)[1].close()
         cache.move_to_end(path)
         return cache[path]
 
     def close(self) -> None:
         """Close the files of all threads, none of which may be reading. They open again when asked for."""
         _close_all(self._sources)
+
+
+def page_bytes(source: Source) -> int:
+    return math.prod(source.shape[1:]) * source.dtype.itemsize
 
 
 def _close_all(sources: dict[int, OrderedDict[Path, Source]]) -> None:

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 from absl import flags
 from absl import logging as absl_logging
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from pulmo_jax.core.tiling import cut
 from pulmo_jax.data.images import ImageRef, Reader
@@ -104,6 +104,6 @@ def iterate(
     return iter(batches)
 
 
-def evenly(cells: Int[np.ndarray, "N 3"], count: int) -> Int[np.ndarray, "n 3"]:
-    """At most `count` cells, evenly spread over the list: the fixed patches on which validation loss is measured."""
-    return cells[np.unique(np.linspace(0, len(cells) - 1, min(count, len(cells))).round().astype(int))]
+def evenly(items: Shaped[np.ndarray, "N ..."], count: int) -> Shaped[np.ndarray, "n ..."]:
+    """At most `count` items, evenly spread: those on which the validation loss is measured."""
+    return items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]

@@ -150,9 +150,9 @@ def test_reading_makes_no_folder(tmp_path):
     ids=["shape", "fewer arrays", "other arrays"],
 )
 def test_other_architecture_is_refused_and_the_folder_named(three_steps, method, optimizer):
-    with Checkpoints(three_steps, read_only=True) as checkpoints:
-        with pytest.raises(InputError, match=f"{three_steps}/3: cannot be restored into this model") as error:
-            checkpoints.restore(3, init_state(method, optimizer))
+    refusal = pytest.raises(InputError, match=f"{three_steps}/3: cannot be restored into this model .* has shape")
+    with Checkpoints(three_steps, read_only=True) as checkpoints, refusal as error:
+        checkpoints.restore(3, init_state(method, optimizer))
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -163,9 +163,9 @@ def test_damaged_checkpoint_is_refused_and_the_folder_named(three_steps, tmp_pat
     folder = tmp_path / "checkpoints"
     shutil.copytree(three_steps, folder)
     damage(folder / "3" / "state")
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        with pytest.raises(InputError, match=f"{folder}/3: cannot be restored"):
-            checkpoints.restore(3, at_step(0))
+    refusal = pytest.raises(InputError, match=f"{folder}/3: cannot be restored")
+    with Checkpoints(folder, read_only=True) as checkpoints, refusal:
+        checkpoints.restore(3, at_step(0))
 
 
 def cut_off(path):
