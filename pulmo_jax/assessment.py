@@ -11,14 +11,15 @@ import numpy as np
 from rich.console import Console
 
 from pulmo_jax import cli
-from pulmo_jax.config import EvaluateDataConfig, EvaluationConfig
+from pulmo_jax.config import EvaluateDataConfig, EvaluationConfig, TrainConfig
 from pulmo_jax.data.images import ImageRef, Reader, index_images, same_scale
+from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.evaluation.metrics import image_metrics
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, assess, truth_by_folder, truth_by_masks
 from pulmo_jax.inference.outputs import write_json, write_text
 from pulmo_jax.reporting.report import write_report
 from pulmo_jax.reporting.tables import metrics_console, metrics_markdown
-from pulmo_jax.run import Run, missing_masks
+from pulmo_jax.run import Run, missing_masks, thresholds
 from pulmo_jax.run_report import (
     assessment_sections,
     calibration_sections,
@@ -26,7 +27,6 @@ from pulmo_jax.run_report import (
     example_views,
     named,
     summary,
-    thresholds,
     training_sections,
     validation_sections,
 )
@@ -51,7 +51,7 @@ def assess_and_report(
     metrics: dict[str, Any] = {"training": dict(training)} if training else {}
     metrics["calibration"] = describe_calibration(run)
     warnings = [threshold.warning for threshold in thresholds(run) if threshold.warning]
-    labelled = None if data is None else labelled_images(run, data, reader)
+    labelled = None if data is None else labelled_images(run.config, run.scorer.how, data, reader)
     sections = [
         *training_sections(run, out_dir),
         *calibration_sections(run, out_dir),
@@ -75,6 +75,7 @@ def assess_and_report(
             track=track,
         )
         scores = figures_of_merit(run, assessment, options.replicates, seed)
+        scores["test"]["warnings"] = warnings
         metrics |= scores
         write_text(out_dir / "image_scores.csv", image_scores_csv(run, assessment))
         for table in metrics_console(scores):
@@ -94,20 +95,21 @@ def assess_and_report(
 
 
 def labelled_images(
-    run: Run, data: EvaluateDataConfig, reader: Reader
+    config: TrainConfig, how: Preprocessing, data: EvaluateDataConfig, reader: Reader
 ) -> tuple[list[ImageRef], Callable[[ImageRef], Truth]]:
     """The test images and what is known of each. Raises InputError for any that cannot be used."""
-    masks = data.foreground or run.config.data.foreground
+    masks = data.foreground or config.data.foreground
     refs, skipped = index_images(
         data.test,
         masks=masks,
-        group_regex=data.group_regex or run.config.data.group_regex,
-        max_image_mb=run.config.data.max_image_mb,
+        group_regex=data.group_regex or config.data.group_regex,
+        max_image_mb=config.data.max_image_mb,
         require_masks=data.foreground is not None,
     )
     if skipped:
-        raise InputError(f"{skipped[0].reason}\n({len(skipped)} test images cannot be used; repair or remove them)")
-    how = run.scorer.how
+        raise InputError(
+            f"{skipped[0].reason}\n({len(skipped)} of {len(skipped) + len(refs)} test images cannot be used)"
+        )
     for ref in refs:
         if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
             raise InputError(

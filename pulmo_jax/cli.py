@@ -184,7 +184,8 @@ def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
 
 def print_help(verb: str, schema: type[Section], examples: str) -> None:
     """Options with type, default and meaning, generated from the schema."""
-    print(f"usage: python -m pulmo_jax.{verb} [+experiment=NAME] [key=value ...]\n\n{examples.strip()}\n")
+    experiment = "[+experiment=NAME] " if schema is TrainConfig else ""
+    print(f"usage: python -m pulmo_jax.{verb} {experiment}[key=value ...]\n\n{examples.strip()}\n")
     print_keys(schema, "")
     for group in GIVEN:
         if group in schema.model_fields:
@@ -192,8 +193,10 @@ def print_help(verb: str, schema: type[Section], examples: str) -> None:
     if schema is TrainConfig:
         experiments = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml"))
         print(f"\nexperiments: {', '.join(experiments)}")
-    print("\nhydra.run.dir=DIR  where the run is written     --config-dir DIR  your own experiments and groups")
-    print("--multirun, -m  a sweep: key=a,b,c              --hydra-help  Hydra's own options")
+        print("\n--config-dir DIR  your own experiments and groups     --multirun, -m  a sweep: key=a,b,c")
+    if schema is not PredictConfig:
+        print("hydra.run.dir=DIR  where the results are written")
+    print("--hydra-help  Hydra's own options")
 
 
 def print_keys(schema: type[BaseModel], prefix: str) -> None:

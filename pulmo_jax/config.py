@@ -7,6 +7,7 @@ the user's own is typed and documented by its signature alone.
 import difflib
 import importlib
 import inspect
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,6 +55,15 @@ def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _is_regex(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from error
+    return value
+
+
+Regex = Annotated[str, AfterValidator(_is_regex)]
 RunFolder = Annotated[PathLike, AfterValidator(_is_run)]
 Node = dict[str, Any]
 
@@ -100,7 +110,7 @@ class DataConfig(Section):
         default=None, description="folder of the sample; null: $PULMO_JAX_CACHE or the user's cache"
     )
     normal_name: str = Field(default="normal", description="subfolder of test that is the normal class")
-    group_regex: str | None = Field(
+    group_regex: Regex | None = Field(
         default=None, description="its first group in a file's name is the patient; null: each file"
     )
     val_fraction: Float = Field(default=0.2, gt=0, lt=1, description="share of the groups held out where val is null")
@@ -222,8 +232,8 @@ class EvaluateDataConfig(Section):
         default=None, description="folder of same-named foreground masks; null: the run's"
     )
     normal_name: str = Field(default="normal", description="subfolder that is the normal class")
-    group_regex: str | None = Field(
-        default=None, description="its first group in a file's name is the patient; null: each file"
+    group_regex: Regex | None = Field(
+        default=None, description="its first group in a file's name is the patient; null: as in the run"
     )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from pulmo_jax import cli
 from pulmo_jax.config import PredictConfig
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
-from pulmo_jax.data.sources import IMAGE_SUFFIXES, open_source
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale, stem
+from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.inference.outputs import (
@@ -26,7 +26,7 @@ from pulmo_jax.inference.outputs import (
     write_overlay,
     write_text,
 )
-from pulmo_jax.run import Run, missing_masks, open_run
+from pulmo_jax.run import Run, missing_masks, open_run, thresholds
 from pulmo_jax.types import ImageTags, InputError
 
 SOME_FAILED = 3  # exit status
@@ -55,8 +55,9 @@ def predict(config: PredictConfig, _: Path) -> None:
     )
     files = group_by_file(refs)
     names = name_maps(files)
-    if warning := missing_masks(refs, run):
-        console.print(f"warning: {warning}", highlight=False)
+    for warning in [missing_masks(refs, run), *(t.warning for t in thresholds(run))]:
+        if warning:
+            console.print(f"warning: {warning}", highlight=False)
 
     fingerprint = fingerprint_run(run)
     reader, records, resumed = Reader(run.config.data.max_image_mb), [], 0
@@ -106,12 +107,6 @@ def name_maps(files: list[list[ImageRef]]) -> dict[Path, str]:
     stems = {pages[0].path: PurePosixPath(stem(pages[0].name)) for pages in files}
     count = Counter(stems.values())
     return {pages[0].path: str(s) if count[s := stems[pages[0].path]] == 1 else pages[0].name for pages in files}
-
-
-def stem(name: str) -> str:
-    """Without the image's suffix; a DICOM name such as 1.2.840.113 has none."""
-    suffix = next((s for s in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
 
 
 def map_file(pages: list[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:

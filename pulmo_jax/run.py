@@ -20,7 +20,7 @@ from pulmo_jax.config import GIVEN, TrainConfig, build, validate
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.transforms import Preprocessing
-from pulmo_jax.evaluation.calibration import Calibration, read_calibration
+from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibration
 from pulmo_jax.inference.outputs import write_json, write_text
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
@@ -60,14 +60,18 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
     """
     if not (path / "calibration.json").is_file():
         raise InputError(f"run={path}: training has not finished there; go on with resume=true hydra.run.dir={path}")
-    values: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
-    config = validate(TrainConfig, values).model_copy(update={"plugins": plugins})
+    config = load_config(path).model_copy(update={"plugins": plugins})
     how = Preprocessing.load(path / "preprocessing.json")
     method = build_method(config, how)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         step, _ = checkpoints.best()
         state = checkpoints.restore(step, init_state(method, build_optimizer(config)))
     return Run(path, config, make_scorer(config, method, state.ema, how), load_calibrations(path), step)
+
+
+def load_config(run: Path) -> TrainConfig:
+    values: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)
+    return validate(TrainConfig, values)
 
 
 def make_scorer(config: TrainConfig, method: Method, params: Params, how: Preprocessing) -> Scorer:
@@ -116,6 +120,12 @@ def missing_masks(refs: list[ImageRef], run: Run) -> str:
         f"{without} of {len(refs)} images have no foreground mask and are mapped whole, but the run was trained and "
         "calibrated inside masks: what lies outside will be called abnormal. Give a folder of same-named masks."
     )
+
+
+def thresholds(run: Run) -> tuple[Threshold, Threshold]:
+    """Of pixels and of images."""
+    calibration = run.calibrations["method"]
+    return calibration.pixel_threshold, calibration.image_threshold
 
 
 def provenance() -> dict[str, Any]:

@@ -18,18 +18,13 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.examples import Example, View, reconstructions, score_maps, view
 from pulmo_jax.reporting.report import Section
 from pulmo_jax.reporting.tables import Table, metrics_tables
-from pulmo_jax.run import Run
+from pulmo_jax.run import Run, thresholds
 from pulmo_jax.training.callbacks import read_metrics
 
 
 def named(run: Run, name: str) -> str:
     """A score's name for people: the run's for its method."""
     return run.config.method["_target_"].rpartition(".")[2].lower() if name == METHOD else name
-
-
-def thresholds(run: Run) -> tuple[Threshold, Threshold]:
-    calibration = run.calibrations[METHOD]
-    return calibration.pixel_threshold, calibration.image_threshold
 
 
 def training_sections(run: Run, out_dir: Path) -> list[Section]:

@@ -9,18 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from pulmo_jax import cli
-from pulmo_jax.assessment import assess_and_report
-from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build
+from pulmo_jax.assessment import assess_and_report, labelled_images
+from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build, check_paths
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
-from pulmo_jax.data.pipeline import Augmentation, ReadPatch, evenly, iterate, training_batches
+from pulmo_jax.data.pipeline import Augmentation, Batches, ReadPatch, evenly, iterate, training_batches
 from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
 from pulmo_jax.data.splits import split_by_group
@@ -32,6 +31,7 @@ from pulmo_jax.run import (
     Run,
     build_method,
     build_optimizer,
+    load_config,
     make_scorer,
     provenance,
     save_calibrations,
@@ -72,12 +72,14 @@ class NormalData:
 def train(config: TrainConfig, run_dir: Path) -> float:
     """The whole job; returns the best validation loss, which a sweep may minimise."""
     began, console = time.monotonic(), cli.console()
-    config, citation = with_sample(config, console)
+    config, citation = with_images(config, run_dir, console)
     use_compile_cache(config.trainer.compile_cache)
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
         refuse_or_resume(checkpoints, config.resume, run_dir)
         reader = Reader(config.data.max_image_mb)
         data = read_normal_images(config.data, config.seed, reader, console)
+        if (test := labelled_data(config.data)) is not None:
+            labelled_images(config, data.how, test, reader)  # what is wrong with them is said before training
         method, optimizer = build_method(config, data.how), build_optimizer(config)
         identity = identify(config, data)
         state = restore_last(checkpoints, init_state(method, optimizer), identity, console)
@@ -138,7 +140,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
     run = Run(run_dir, config, scorer, calibrations, best_step)
     assess_and_report(
         run,
-        labelled_data(config.data),
+        test,
         config.evaluation,
         config.seed,
         run_dir,
@@ -150,12 +152,19 @@ def train(config: TrainConfig, run_dir: Path) -> float:
     return best_loss
 
 
-def with_sample(config: TrainConfig, console: Console) -> tuple[TrainConfig, str]:
-    """(config, citation): with no images of the user's own, the config points at the sample lung CT."""
+def with_images(config: TrainConfig, run_dir: Path, console: Console) -> tuple[TrainConfig, str]:
+    """(config, citation): with no images named, a resumed run takes its own, and any other the sample lung CT."""
+    if config.resume and config.data.train is None and (run_dir / "config.yaml").is_file():
+        before = load_config(run_dir).data
+        folders = {key: getattr(before, key) for key in ("train", "val", "test", "test_masks", "foreground")}
+        given = {key: getattr(config.data, key) for key in folders if getattr(config.data, key) is not None}
+        config = config.model_copy(update={"data": config.data.model_copy(update=folders | given)})
+        check_paths(config)
     data = config.data
     if data.train is not None:
         absolute = {k: v.absolute() for k, v in data if isinstance(v, Path)}
-        return config.model_copy(update={"data": data.model_copy(update=absolute)}), ""
+        cited = lung_ct.CITATION if (data.train.parent / "sample.json").is_file() else ""
+        return config.model_copy(update={"data": data.model_copy(update=absolute)}), cited
     if data.val is not None:
         raise InputError(f"data.val={data.val} is given without data.train; give both, or none for the sample")
     sample = fetch_lung_ct(data.cache, console)
@@ -178,7 +187,7 @@ def refuse_or_resume(checkpoints: Checkpoints, resume: bool, run_dir: Path) -> N
 
 def read_normal_images(data: DataConfig, seed: int, reader: Reader, console: Console) -> NormalData:
     """List, split, decode every image once, and fit the normalisation."""
-    assert data.train is not None  # with_sample saw to it
+    assert data.train is not None  # with_images saw to it
     options: dict[str, Any] = {
         "masks": data.foreground,
         "group_regex": data.group_regex,
@@ -250,7 +259,7 @@ def say(console: Console, data: NormalData, run_dir: Path) -> None:
     )
 
 
-def make_batches(config: TrainConfig, data: NormalData, reader: Reader, start: int) -> grain.DatasetIterator:
+def make_batches(config: TrainConfig, data: NormalData, reader: Reader, start: int) -> Batches:
     """Training batches from number `start` on; of several processes each reads its own share."""
     jitter_px = data.sampling.stride // 2 if config.data.augment else 0
     dataset = training_batches(

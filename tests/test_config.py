@@ -2,11 +2,12 @@
 
 import inspect
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from pulmo_jax.cli import defaults_of
@@ -41,13 +42,19 @@ def nodes_of(group: str, file: Path) -> dict[str, dict]:
     return {group: content} if "_target_" in content else {f"{group}.{name}": node for name, node in content.items()}
 
 
-def config(**changes: Any) -> dict[str, Any]:
-    """The train config that Hydra composes by default, with dotted changes (data__stride=3)."""
+@cache
+def default_config() -> DictConfig:
+    """What Hydra composes by default."""
     values = defaults_of(TrainConfig)
     for group, file in group_files():
         nodes = nodes_of(group, file)
         values[group] = nodes[group] if group in nodes else {key.split(".")[1]: node for key, node in nodes.items()}
-    tree = OmegaConf.create(values)
+    return OmegaConf.create(values)
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """The default config with dotted changes (data__stride=3)."""
+    tree = default_config().copy()
     for key, value in changes.items():
         OmegaConf.update(tree, key.replace("__", "."), value, force_add=True)
     return OmegaConf.to_container(tree)  # pyright: ignore[reportReturnType]
@@ -107,7 +114,7 @@ def test_keys_of_all_schemas_are_described():
         ({"data__trian": "x"}, ["unknown key data.trian", "did you mean data.train?", "data has: train, val"]),
         ({"trainer__step": 1}, ["unknown key trainer.step", "did you mean trainer.steps?"]),
         ({"data__train__x": 1}, ["data.train={'x': 1}"]),
-        ({"model__latnt": 3}, ["unknown key model.latnt", "did you mean latent?", "latent, width"]),
+        ({"model__latnt": 3}, ["unknown key model.latnt", "did you mean model.latent?", "has: latent, width"]),
         ({"model__patch_size": 64}, ["unknown key model.patch_size"]),  # the program gives it, from data.patch_size
         ({"optimizer__steps": 9}, ["unknown key optimizer.steps"]),
         ({"callbacks__checkpoint__evry": 3}, ["unknown key callbacks.checkpoint.evry", "every"]),

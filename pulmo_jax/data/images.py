@@ -4,7 +4,8 @@ import math
 import re
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,21 +59,22 @@ def index_images(
 ) -> tuple[list[ImageRef], list[Skipped]]:
     """Read the header of every image in a folder (or of one file), sorted by name.
 
-    masks: folder of same-named foreground masks; an image without one is whole foreground unless `require_masks`.
+    masks: folder of same-named foreground masks (see `find_masks`); an image without one is whole foreground unless
+        `require_masks`.
     leave_out: a folder whose files are not looked at, such as results of an earlier call.
-    group_regex: its first group (or whole match) in the name is the image's group; default: the file's name.
+    group_regex: see `group_of`; default: each file is a group.
     Unreadable files come back as Skipped: the caller decides. Raises InputError if there is no image at all.
     """
     root = folder if folder.is_dir() else folder.parent
+    paths = [p for p in list_images(folder) if leave_out is None or leave_out.resolve() not in p.resolve().parents]
+    names = [path.relative_to(root).as_posix() for path in paths]
+    mask_of = find_masks(masks, names)
     refs, skipped = [], []
-    for path in list_images(folder):
-        if leave_out is not None and leave_out.resolve() in path.resolve().parents:
-            continue
-        name = path.relative_to(root).as_posix()
+    for path, name in zip(paths, names, strict=True):
         try:
-            mask = find_mask(masks, name)
+            mask = mask_of[name]
             if mask is None and require_masks:
-                raise InputError(f"{path}: no mask of that name in {masks}")
+                raise InputError(f"{path}: no mask {masks}/{name}, nor with another image suffix")
             with open_source(path, max_bytes=max_image_mb * MEBIBYTE) as source:
                 pages, height, width, bands = source.shape
                 dtype = source.dtype.name
@@ -84,17 +86,33 @@ def index_images(
 
 
 def group_of(name: str, group_regex: str | None) -> str:
-    """The group that an image belongs to: a patient, a slide, a set of near-copies."""
+    """The group that an image belongs to: a patient, a slide, a set of near-copies.
+
+    The first group (or whole match) of the expression, in the file's own name or else in the path with its subfolders.
+    """
     if group_regex is None:
         return name
     try:
-        match = re.search(group_regex, name)
+        match = re.search(group_regex, name.rpartition("/")[2]) or re.search(group_regex, name)
     except re.error as error:
         raise InputError(f"data.group_regex={group_regex!r} is not a regular expression: {error}") from error
     group = match and match[min(1, match.re.groups)]
     if group is None:
-        raise InputError(f"{name}: data.group_regex={group_regex!r} matches nothing in this name")
+        raise InputError(f"{name}: data.group_regex={group_regex} matches nothing in this name; change the expression")
     return group
+
+
+def find_masks(folder: Path | None, names: Sequence[str]) -> dict[str, Path | None]:
+    """The mask of every image: under the same relative name, or under the file's name alone where no other image of
+    the set has that one."""
+    files = Counter(stem(name.rpartition("/")[2]) for name in names)
+
+    def mask_of(name: str) -> Path | None:
+        file = name.rpartition("/")[2]
+        alone = files[stem(file)] == 1
+        return find_mask(folder, name) or (find_mask(folder, file) if alone else None)
+
+    return {name: mask_of(name) for name in names}
 
 
 def find_mask(folder: Path | None, name: str) -> Path | None:
@@ -117,7 +135,8 @@ def stem(name: str) -> str:
 class Reader:
     """Reads windows of images and masks; files stay open, a bounded number for each thread.
 
-    Formats that decode nothing less than a page keep one, so the pages of the open files are bounded too. Pickling it (for worker processes) drops the open files.
+    Formats that decode nothing less than a page keep one, so the pages of the open files are bounded too. Pickling a
+    reader (for worker processes) drops its open files.
     """
 
     def __init__(self, max_image_mb: int = 2048):

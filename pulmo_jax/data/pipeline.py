@@ -20,6 +20,8 @@ from pulmo_jax.types import Window
 absl_logging.set_verbosity(absl_logging.ERROR)  # on import Grain warns of a profiler that is not used here
 import grain.python as grain  # noqa: E402
 
+Batches = grain.DatasetIterator  # of (B, P, P, C) float32
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -91,9 +93,7 @@ def training_batches(
     )
 
 
-def iterate(
-    dataset: grain.MapDataset, start: int, *, threads: int, prefetch: int, workers: int = 0
-) -> grain.DatasetIterator:
+def iterate(dataset: grain.MapDataset, start: int, *, threads: int, prefetch: int, workers: int = 0) -> Batches:
     """Batches from number `start` on, read ahead by threads and, if asked for, worker processes."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
     batches = dataset[start:].to_iter_dataset(options)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pulmo_jax.core.histogram import ScoreHistogram
-from pulmo_jax.data.images import ImageRef, Reader, find_mask
+from pulmo_jax.data.images import ImageRef, Reader, find_masks
 from pulmo_jax.evaluation.calibration import Calibration, Calibrator
 from pulmo_jax.evaluation.metrics import PixelMetrics
 from pulmo_jax.inference.baselines import BASELINES, baseline_image_score
@@ -137,12 +137,13 @@ def truth_by_masks(
 
     Images in the subfolder `normal_name` need no mask.
     """
-    masked = {ref.title: replace(ref, mask=find_mask(folder, ref.name)) for ref in refs}
+    mask_of = find_masks(folder, sorted({ref.name for ref in refs}))
+    masked = {ref.title: replace(ref, mask=mask_of[ref.name]) for ref in refs}
     for ref in masked.values():
         if ref.mask is None and not _is_normal(ref, normal_name):
             raise InputError(
-                f"{folder}: no mask for {ref.name}; add one of that name (all zero for a normal image), or put the "
-                f"image into a subfolder {normal_name}"
+                f"{folder}/{ref.name}: no such mask, nor with another image suffix; add it (all zero for a normal image), "
+                f"or put the image into a subfolder {normal_name}"
             )
 
     def truth_of(ref: ImageRef) -> Truth:
@@ -154,9 +155,14 @@ def truth_by_masks(
 
 
 def truth_by_folder(refs: Sequence[ImageRef], folder: Path, normal_name: str) -> Callable[[ImageRef], Truth]:
-    """Truth from the first folder in the image's name. Raises InputError unless one is the normal class."""
-    classes = {ref.name.split("/")[0] if "/" in ref.name else "." for ref in refs}
-    if "." in classes or normal_name not in classes:
+    """Truth from the first folder in the image's name. Raises InputError unless one is the normal class.
+
+    A folder that is itself called so holds normal images alone: their false-alarm rate can be measured.
+    """
+    classes = {ref.name.split("/")[0] if "/" in ref.name else "images outside of any" for ref in refs}
+    if folder.name == normal_name and classes == {"images outside of any"}:
+        return lambda ref: Truth(abnormal=False)
+    if "images outside of any" in classes or normal_name not in classes:
         raise InputError(
             f"{folder}: without data.test_masks, images must lie in subfolders by class, one of them "
             f"{normal_name} (data.normal_name); found {', '.join(sorted(classes))}"

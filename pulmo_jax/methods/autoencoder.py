@@ -4,8 +4,8 @@ With `noise_sigma` above 0 it is a denoising autoencoder (Kascenas, Pugeault, O'
 unsupervised anomaly detection in brain MRI", MIDL): coarse noise is added to the input and must be removed, which
 teaches the network to take away blobs that normal images do not have. Departures from the paper: a bottleneck in place
 of a U-Net; noise over the whole patch, on a lattice that does not move, with nodes `noise_cell_px` apart (the paper: 16
-nodes a side) whose sd is `noise_sigma` (between nodes it is less); and by default a score that smooths the signed residual
-before it squares it.
+nodes a side) whose sd is `noise_sigma` (between nodes it is less); and by default a score that smooths the signed
+residual before it squares it.
 """
 
 from dataclasses import dataclass

@@ -98,8 +98,11 @@ class ConvAutoencoder(nnx.Module):
     def __call__(self, x: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
         """The reconstruction, float32."""
 
-        def forward(model: ConvAutoencoder, x: jax.Array) -> jax.Array:
+        graph, state = nnx.split(self)
+
+        def forward(state: nnx.State, x: jax.Array) -> jax.Array:
+            model = nnx.merge(graph, state)
             return model.decode(model.encode(x))
 
-        run = nnx.remat(forward) if self.remat else forward
-        return run(self, x).astype(jnp.float32)
+        run = jax.checkpoint(forward) if self.remat else forward  # nnx.remat fails inside a plain jax.grad
+        return run(state, x).astype(jnp.float32)

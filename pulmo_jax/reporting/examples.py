@@ -116,7 +116,7 @@ def score_maps(views: Sequence[View], title: str) -> Figure:
 
 
 def _heading(example: Example) -> str:
-    kind = {True: "anomalous, ", False: "normal, ", None: ""}[example.label]
+    kind = {True: "abnormal, ", False: "normal, ", None: ""}[example.label]
     return f"{literal(example.title)}: {kind}image score {example.image_score:.3g}"
 
 

@@ -86,8 +86,8 @@ def test_products_are_asked_for_in_full_precision():
 def test_is_symmetric_and_one_only_for_equal_images(seed, noise):
     a, b = (x[None] for x in pair((16, 16, 1), seed, noise))
     np.testing.assert_array_equal(ssim(a, b), ssim(b, a))
-    assert float(ssim(a, b).max()) <= 1 + 1e-6
-    np.testing.assert_allclose(ssim(a, a), 1, atol=1e-6)
+    assert float(ssim(a, b).max()) <= 1 + 1e-5  # float32: a variance is a small difference
+    np.testing.assert_allclose(ssim(a, a), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 2.0])

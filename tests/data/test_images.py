@@ -13,7 +13,7 @@ from PIL import Image
 from references.image_files import noise, write_dicom
 
 from pulmo_jax.data import images
-from pulmo_jax.data.images import ImageRef, Reader, find_mask, group_of, index_images, same_scale
+from pulmo_jax.data.images import ImageRef, Reader, find_mask, find_masks, group_of, index_images, same_scale
 from pulmo_jax.types import InputError, Window
 
 
@@ -318,3 +318,10 @@ def test_a_reader_travels_to_another_process_without_its_files(tmp_path):
     np.testing.assert_array_equal(other.image(ref), here)
     other.close()
     reader.close()
+
+
+def test_flat_masks_serve_images_in_subfolders_where_names_are_unique(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    found = find_masks(tmp_path, ["x/a.tif", "x/b.tif", "y/b.tif"])
+    assert found == {"x/a.tif": tmp_path / "a.png", "x/b.tif": None, "y/b.tif": None}

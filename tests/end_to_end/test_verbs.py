@@ -217,7 +217,8 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(crop, cache, tmp_pat
     assert process.returncode == 130, output + errors
     assert "Traceback" not in errors
     assert 3 <= count_lines(broken / "metrics.jsonl") < 100
-    call(*train_arguments(crop, broken, *steps, "resume=true"), cache=cache)
+    again = ["pulmo_jax.train", "+experiment=lung", *SMALL, *steps]  # without data.train: the run knows its images
+    call(*again, f"hydra.run.dir={broken}", "resume=true", cache=cache)
     losses = [
         {row["step"]: row["train/loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
         for folder in (whole, broken)

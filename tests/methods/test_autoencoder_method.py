@@ -17,6 +17,7 @@ from pulmo_jax.core.ssim import ssim_map
 from pulmo_jax.methods.autoencoder import Autoencoder, coarse_noise, difference, smooth_within
 from pulmo_jax.methods.base import Method
 from pulmo_jax.models.autoencoder import ConvAutoencoder
+from pulmo_jax.training.state import init_state, make_step
 
 
 class Halve(nnx.Module):
@@ -201,3 +202,16 @@ def test_a_few_steps_on_tiny_data_lower_the_loss():
     assert np.mean(losses[-10:]) < 0.1 * losses[0]
     for kept, initial in zip(jax.tree.leaves(method.init()), jax.tree.leaves(params), strict=True):
         assert (np.asarray(kept) != initial).any()
+
+
+def test_rematerialised_training_step_is_the_plain_one():
+    """Through the very step that training jits: transforms of Flax's own fail there."""
+    batch = jnp.asarray(np.random.default_rng(0).random((4, 16, 16, 1), np.float32))
+    losses = []
+    for remat in (False, True):
+        network = ConvAutoencoder(patch_size=16, channels=1, rngs=nnx.Rngs(0), latent=4, width=4, remat=remat)
+        method, optimizer = Autoencoder(network), optax.sgd(0.1)
+        step = make_step(method, optimizer, ema_decay=0.9, seed=0)
+        state, _ = step(init_state(method, optimizer), batch)
+        losses.append(float(step(state, batch)[1]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
