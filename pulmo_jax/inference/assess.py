@@ -142,7 +142,7 @@ def truth_by_masks(
     for ref in masked.values():
         if ref.mask is None and not _is_normal(ref, normal_name):
             raise InputError(
-                f"{folder}/{ref.name}: no such mask, nor with another image suffix; add it (all zero for a normal image), "
+                f"{folder}/{ref.name}: no such mask, nor with another image suffix; add it (all zero if normal), "
                 f"or put the image into a subfolder {normal_name}"
             )
 
