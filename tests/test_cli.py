@@ -94,7 +94,7 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
     assert "experiments: lung" in text
     assert "[> 0; default 0.002]" in text  # optimizer.learning_rate
     assert "[l2 | l1 | ssim; default l2]" in text
-    assert "[multiple of 4" in text or ">= 8, multiple of 4; default 64]" in text
+    assert "[>= 8, multiple of 4; default 64]" in text
     assert "default null]" in text
     assert "default false]" in text
 
@@ -107,11 +107,8 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
     [
         ("train", ["traine=1"], "unknown key traine; did you mean trainer? the config has: name, seed"),
         ("train", ["+traine=1"], "unknown key traine; did you mean trainer? the config has: name, seed"),
-        ("train", ["++traine=1"], "unknown key traine; did you mean trainer?"),
-        ("train", ["data.trian=x"], "unknown key data.trian; did you mean data.train?"),
         ("train", ["+data.trian=x"], "unknown key data.trian; did you mean data.train?"),
         ("train", ["optimizer.lr=1"], "unknown key optimizer.lr; optimizer has: learning_rate"),
-        ("train", ["+optimizer.lr=1"], "unknown key optimizer.lr; optimizer has: learning_rate"),
         ("train", ["callbacks.checkpoint.evry=1"], "unknown key callbacks.checkpoint.evry"),
         ("train", ["+callbacks.checkpoint.evry=1"], "did you mean callbacks.checkpoint.every?"),
         ("train", ["foo.bar=1"], "unknown key foo.bar"),
@@ -120,15 +117,11 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
         ("train", ["+experiment=nope"], "experiment/nope is not there; there are: lung"),
         ("train", ["model=nope"], "model/nope is not there; there are: conv_autoencoder"),
         ("train", ["data.clip=[1,"], "data.clip=[1, is not understood"),
-        ("train", ["data.clip={a:}}"], "data.clip={a:}} is not understood"),
         ("train", ["data.train"], "data.train is not understood"),
         ("train", ["trainer.steps=0"], "trainer.steps=0: input should be greater than or equal to 1"),
-        ("train", ["trainer.steps=abc"], "trainer.steps='abc': input should be a valid integer"),
         ("train", ["data.clip=[2,1]"], "data.clip=[2.0, 1.0]: the first number must be below the second"),
         ("train", ["data.train=/nowhere/at/all"], "data.train=/nowhere/at/all: does not exist"),
         ("train", ["data.train="], "data.train='': is empty"),
-        ("train", ["data.train=${nope}"], "Interpolation key 'nope' not found"),
-        ("train", ["name=${nope}"], "Interpolation key 'nope' not found"),
         ("train", ["name=${oc.env:NO_SUCH_VARIABLE}"], "NO_SUCH_VARIABLE"),
         ("train", ["trainer=3"], "trainer"),
         ("train", ["+callbacks.x={_target_:os.system}"], "callbacks.x._target_=os.system: only pulmo_jax"),
