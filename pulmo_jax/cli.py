@@ -151,7 +151,8 @@ def explain(error: Exception, schema: type[Section]) -> str:
         allowed = allowed_keys(schema, path) or node_keys(path)
         return unknown_key(dotted, allowed) if allowed else f"unknown key {dotted}; --help lists all keys"
     if isinstance(error, OverrideParseException):
-        return f"{error.override} is not understood: {text.splitlines()[0]}; quote values with commas or brackets"
+        hint = "quote special characters: \"key='value'\""
+        return f"{error.override} is not understood: {text.splitlines()[0]}; {hint}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         return f"{error.missing_cfg_file} is not there; there are: {', '.join(error.options)} (--config-dir adds yours)"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -80,8 +80,8 @@ def assessment_sections(
     limit = f"{thresholds(run)[1].value:.3g}"
     galleries = {
         "hits": "Abnormal images with the highest scores",
-        "misses": f"Worst misses: abnormal images with the lowest scores (missed up to {limit})",
-        "false_alarms": f"Worst false alarms: normal images with the highest scores (false alarms above {limit})",
+        "misses": f"Lowest-scoring abnormal images (missed up to {limit})",
+        "false_alarms": f"Highest-scoring normal images (false alarms above {limit})",
     }
     maps = [
         figures.save(score_maps(views[kind], title), folder, f"score_maps_{kind}")
