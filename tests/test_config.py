@@ -152,6 +152,7 @@ def test_unknown_keys_of_the_other_verbs_are_refused(tmp_path):
         ({"data__on_error": "ignore"}, "data.on_error='ignore'", "'stop' or 'skip'"),
         ({"data__patch_size": 30}, "data.patch_size=30", "multiple of 4"),
         ({"data__train": ["a"]}, "data.train=['a']", "path"),
+        ({"data__group_regex": "(a"}, "data.group_regex='(a'", "not a regular expression"),
         ({"data__train": ""}, "data.train=''", "is empty"),
         ({"data__clip": "wide"}, "data.clip='wide'", "tuple"),
         ({"data__clip": [0]}, "data.clip", "[LOW,HIGH]"),

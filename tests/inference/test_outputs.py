@@ -94,8 +94,8 @@ def test_every_writer_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeyp
 
 
 def test_text_is_utf_8(tmp_path):
-    write_text(tmp_path / "a.md", "σ ≥ 3 µm")
-    assert (tmp_path / "a.md").read_bytes().decode("utf-8") == "σ ≥ 3 µm"
+    write_text(tmp_path / "a.md", "≥ 3 µm")
+    assert (tmp_path / "a.md").read_bytes().decode("utf-8") == "≥ 3 µm"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
