@@ -86,9 +86,12 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
     ConfigStore.instance().store(name=f"{verb}_defaults", node=defaults_of(schema))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and this function alone decides what a person sees
     failures: list[InputError] = []
+    composed = False
 
     @hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name=verb)
     def job(raw: DictConfig) -> Any:
+        nonlocal composed
+        composed = True
         try:
             return task(checked(raw, schema), Path(HydraConfig.get().runtime.output_dir))
         except InputError as error:  # a sweep goes on with its next job
@@ -101,6 +104,10 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
             sys.exit(fail(str(failures[-1])))
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(fail(explain(error, schema)))
+    except ValueError as error:
+        if composed:
+            raise
+        sys.exit(fail(explain(error, schema)))  # what Hydra raises for a group set to null
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

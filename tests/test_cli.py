@@ -116,6 +116,7 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
         ("train", ["~data.foo"], "data.foo"),
         ("train", ["+experiment=nope"], "experiment/nope is not there; there are: lung"),
         ("train", ["model=nope"], "model/nope is not there; there are: conv_autoencoder"),
+        ("train", ["model=null"], "must be a string or a list. Got NoneType"),
         ("train", ["data.clip=[1,"], "data.clip=[1, is not understood"),
         ("train", ["data.train"], "data.train is not understood"),
         ("train", ["trainer.steps=0"], "trainer.steps=0: input should be greater than or equal to 1"),
