@@ -1,0 +1,7 @@
+"""Patch covariance detection of point sources in rotating image stacks (Flasseur et al. 2018, A&A 618, A138)."""
+
+from pulmo_jax.methods.paco.maps import LikelihoodMaps, compute_maps, likelihood_maps
+from pulmo_jax.methods.paco.observation import Observation, observe
+from pulmo_jax.methods.paco.settings import Settings
+
+__all__ = ["LikelihoodMaps", "Observation", "Settings", "compute_maps", "likelihood_maps", "observe"]

@@ -1,0 +1,107 @@
+"""The exact map: the PSF at its sub-pixel place in every frame, on the patch of the nearest pixel (F18, Algorithm 1).
+
+A PSF shifted by less than half a pixel is a polynomial in the shift (`core.psf`), so each location needs a few filters
+and not one for every pixel and frame that passes it. A rotation takes no pixel out of its ring around the centre, so
+the field is worked ring by ring: its locations' filters are laid on all frames, then its pixels' tracks collect them.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from pulmo_jax.core import geometry, patches
+from pulmo_jax.core.psf import linear_terms, terms
+from pulmo_jax.methods.paco.background import Background, Program, Template, filters_at
+
+REACH_PX = 0.5 * 2**0.5 + 0.01  # from a track's place to the pixel nearest to it, and a rounding
+
+
+class Scene(NamedTuple):
+    """What every ring is computed from. whole: the locations that exist."""
+
+    deviations: Float[Array, "T pixels"]
+    background: Background
+    template: Template
+    angles_deg: Float[Array, "T"]
+    centre: Float[Array, "2"]
+    whole: Bool[Array, "pixels"]
+
+
+class Filtered(NamedTuple):
+    """A ring's locations in C chunks of N: each filter laid on every frame, the Gram matrix as a polynomial in the
+    shift, and the state of the covariance."""
+
+    frames: Float[Array, "C T J N"]
+    gram: Float[Array, "C Q N"]
+    state: Float[Array, "C N 3"]
+
+
+@partial(jax.jit, static_argnames=("program",))
+def score_rings(scene: Scene, rings: geometry.Ring, program: Program) -> tuple[Array, Array]:
+    """(R, 3, M): a, b and the frames used at every pixel; (R, N, 3): the locations' state. One ring a device."""
+
+    def one_by_one(scene: Scene, rings: geometry.Ring) -> tuple[Array, Array]:
+        return jax.lax.map(lambda ring: score_ring(scene, ring, program), rings)
+
+    if program.n_devices == 1:
+        return one_by_one(scene, rings)
+    mesh = jax.make_mesh((program.n_devices,), ("rings",), axis_types=(AxisType.Auto,))
+    spread = PartitionSpec("rings")
+    sharded = jax.shard_map(
+        one_by_one, mesh=mesh, in_specs=(PartitionSpec(), spread), out_specs=spread, check_vma=False
+    )
+    return sharded(scene, rings)
+
+
+def score_ring(scene: Scene, ring: geometry.Ring, program: Program) -> tuple[Array, Array]:
+    """Filter all frames at the ring's locations, then collect along the tracks of its pixels."""
+    chunks = ring.locations.reshape(-1, program.chunk)
+    filtered = jax.lax.map(partial(filter_frames, scene, program), chunks)
+    order = jnp.arange(ring.locations.size, dtype=jnp.int32)
+    slot = jnp.zeros(scene.whole.size, jnp.int32).at[ring.locations].set(order)  # of a pixel in the ring
+    return collect(scene, filtered, slot, ring.pixels, program), filtered.state.reshape(-1, 3)
+
+
+def filter_frames(scene: Scene, program: Program, locations: Int[Array, "N"]) -> Filtered:
+    deviations = patches.extract(scene.deviations, locations, program.flat_offsets)  # (T, N, P)
+    weights, gram, state = filters_at(locations, deviations, scene.background, scene.template, program)
+    polynomial = jnp.einsum("qij,nij->qn", scene.template.product, gram)
+    at_middle = jnp.stack(terms(*jnp.zeros((2,), state.dtype), 2 * program.degree)) @ polynomial
+    relative = state.at[:, 2].divide(jnp.where(at_middle > 0, at_middle, jnp.inf))
+    return Filtered(jnp.einsum("npj,tnp->tjn", weights, deviations), polynomial, relative)
+
+
+def collect(
+    scene: Scene, filtered: Filtered, slot: Int[Array, "pixels"], pixels: Int[Array, "M"], program: Program
+) -> Float[Array, "3 M"]:
+    """Sums over the frames of a, b (F18 eq. 14) and of the frames used."""
+    height, width = program.shape
+    n_terms, n_each = filtered.frames.shape[2:]
+    n_products = filtered.gram.shape[1]
+    gram = filtered.gram.reshape(-1)
+
+    def add_frame(sums: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
+        frame = jax.lax.dynamic_index_in_dim(filtered.frames, step, 1, keepdims=False).reshape(-1)
+        y, x = geometry.frame_position(*jnp.divmod(pixels, width), scene.angles_deg[step], scene.centre)
+        (row, shift_y), (column, shift_x) = geometry.nearest(y), geometry.nearest(x)
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        location = jnp.where(inside, row * width + column, 0)
+        usable = inside & take(scene.whole, location)
+        chunk, place = jnp.divmod(take(slot, location), n_each)
+        polynomials = terms(shift_y, shift_x, 2 * program.degree)
+        first = chunk * (n_terms * n_each) + place
+        b = sum(polynomials[q] * take(frame, first + j * n_each) for j, q in enumerate(linear_terms(program.degree)))
+        first = chunk * (n_products * n_each) + place
+        a = sum(polynomial * take(gram, first + q * n_each) for q, polynomial in enumerate(polynomials))
+        return (sums[0] + jnp.where(usable, a, 0), sums[1] + jnp.where(usable, b, 0), sums[2] + usable), None
+
+    zero = jnp.zeros(len(pixels), scene.deviations.dtype)
+    return jnp.stack(jax.lax.scan(add_frame, (zero, zero, zero), jnp.arange(len(scene.angles_deg)))[0])
+
+
+def take(values: Shaped[Array, "N"], index: Int[Array, "M"]) -> Shaped[Array, "M"]:
+    return values.at[index].get(mode="promise_in_bounds")

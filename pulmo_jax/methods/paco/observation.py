@@ -1,0 +1,181 @@
+"""What was observed, checked and made ready: a stack without bad frames, in units of its own noise."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from pulmo_jax.core.geometry import rotation_deg
+from pulmo_jax.data.psf import Psf, prepare_psf
+from pulmo_jax.types import InputError
+
+BAD_FRAME_SHARE = 0.5  # of a frame's pixels, not counting those that are bad in every frame
+PILE_UP = 10  # times as often as the next value, and as many values, before the largest one is called saturation
+SAFE_RANGE = (1e-15, 1e15)  # of values whose squares float32 can hold
+STILL_DEG = 1e-6
+
+Centre = tuple[float | int, float | int]
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """A rotating stack that can be worked on.
+
+    deviations: frames less their temporal mean, 0 at unusable pixels, in multiples of `unit`.
+    usable: pixels that every frame has, and that vary. kept: which of the frames given are used.
+    centre: of rotation. caveats: what a reader of the results must know.
+    """
+
+    deviations: Float[Array, "T H W"] = field(repr=False)
+    angles_deg: Float[np.ndarray, "T"] = field(repr=False)
+    psf: Psf
+    centre: tuple[float, float]
+    usable: Bool[np.ndarray, "H W"] = field(repr=False)
+    kept: Bool[np.ndarray, "frames"] = field(repr=False)
+    unit: float
+    caveats: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        height, width = self.deviations.shape[1:]
+        return height, width
+
+
+def observe(
+    cube: Shaped[np.ndarray, "T H W"] | Shaped[Array, "T H W"],
+    angles_deg: Shaped[np.ndarray, "T"] | Shaped[Array, "T"] | list,
+    psf: Psf | Shaped[np.ndarray, "S1 S2"] | Shaped[Array, "S1 S2"],
+    centre: Centre | None = None,
+) -> Observation:
+    """Check a stack and make it ready.
+
+    cube: T >= 2 frames of any numeric type; computed in JAX's default precision. angles_deg: by which each frame is
+    rotated. psf: the stamp of a source of flux 1, or a prepared one. centre: (y, x), (H // 2, W // 2) by default.
+
+    Frames that are mostly non-finite, or blank, are dropped; pixels that are non-finite or saturated in a frame that is
+    kept, or that never vary, are left out of every patch. Each is said in `caveats`. Raises InputError where nothing
+    can be computed: shapes that do not fit, T < 2, non-finite angles, no rotation, no usable pixel.
+    """
+    frames, angles = as_numbers(cube, "cube"), as_numbers(angles_deg, "angles")
+    if frames.ndim != 3:
+        raise InputError(f"the cube has the shape {frames.shape}; it must be (T, H, W)")
+    if angles.shape != frames.shape[:1]:
+        raise InputError(f"{len(frames)} frames, but angles of shape {angles.shape}; give one angle for each frame")
+    if not np.isfinite(angles).all():
+        raise InputError(f"the angle of frame {int(np.argmin(np.isfinite(angles)))} is not finite; leave the frame out")
+    height, width = frames.shape[1:]
+    middle = (float(height // 2), float(width // 2)) if centre is None else (float(centre[0]), float(centre[1]))
+    if not (0 <= middle[0] <= height - 1 and 0 <= middle[1] <= width - 1):
+        raise InputError(f"the centre (y, x) = {middle} lies outside the frames of {height} x {width} px")
+    prepared = psf if isinstance(psf, Psf) else prepare_psf(np.asarray(psf, np.float64), flux="none")
+
+    frames = in_safe_range(frames)
+    kept, usable, caveats = find_usable(frames[0])
+    frames = (frames[0][kept] if not kept.all() else frames[0], frames[1])
+    angles = angles[kept].astype(np.float64)
+    if len(angles) < 2:
+        raise InputError(f"{len(angles)} usable frame{'s' * (len(angles) != 1)}; patch statistics need at least 2")
+    if not usable.any():
+        raise InputError("no pixel is finite and varies over the frames; there is nothing to learn the noise from")
+    caveats += check_rotation(angles, middle, (height, width), prepared.fwhm_px)
+    deviations, unit = standardise(jnp.asarray(frames[0], dtype=float), jnp.asarray(usable))
+    return Observation(deviations, angles, prepared, middle, usable, kept, float(unit) * frames[1], tuple(caveats))
+
+
+def as_numbers(values: object, name: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iuf" or array.size == 0:
+        raise InputError(f"the {name} {'is' if name == 'cube' else 'are'} of shape {array.shape} and type "
+                         f"{array.dtype}; real numbers are needed")  # fmt: skip
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def in_safe_range(frames: np.ndarray) -> tuple[np.ndarray, float]:
+    """The frames and what they were divided by, a power of two where float32 could not hold their squares."""
+    peak = max(abs(float(frames.max())), abs(float(frames.min())))
+    if not np.isfinite(peak):
+        peak = float(np.abs(frames, where=np.isfinite(frames), out=np.zeros(frames.shape)).max())
+    if peak == 0 or SAFE_RANGE[0] < peak < SAFE_RANGE[1]:
+        return frames, 1.0
+    factor = 2.0 ** np.floor(np.log2(peak))
+    return frames / np.float64(factor), float(factor)
+
+
+def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(T,) frames to keep, (H, W) usable pixels, and what was left out."""
+    caveats = []
+    bad = None if np.isfinite(frames.max()) and np.isfinite(frames.min()) else ~np.isfinite(frames)
+    saturated = find_saturated(frames, bad)
+    if saturated is not None:
+        bad = saturated if bad is None else bad | saturated
+        caveats.append(f"{int(saturated.any(0).sum())} pixels are saturated in some frame")
+    flat = frames.reshape(len(frames), -1)
+    if bad is None:
+        kept = flat.max(1) > flat.min(1)
+        usable = np.ones(frames.shape[1:], bool)
+    else:
+        always = bad.all(0)
+        share = bad[:, ~always].mean(1) if not always.all() else np.ones(len(bad))
+        low, high = (fill(np.where(bad, -s * np.inf, frames), axis=(1, 2)) for s, fill in ((-1, np.min), (1, np.max)))
+        kept = (share <= BAD_FRAME_SHARE) & (high > low)
+        usable = ~bad[kept].any(0)
+    if not kept.all():
+        dropped = np.flatnonzero(~kept)
+        caveats.append(f"{len(dropped)} blank, saturated or mostly non-finite frames are dropped: {listed(dropped)}")
+    if not kept.any():
+        return kept, usable, caveats
+    if not usable.all():
+        caveats.append(f"{int((~usable).sum())} pixels are left out of every patch: not finite or saturated in a frame")
+    chosen = frames if kept.all() else frames[kept]
+    constant = usable & (chosen.max(0) == chosen.min(0))
+    if constant.any():
+        caveats.append(f"{int(constant.sum())} pixels never vary and are left out of every patch")
+    return kept, usable & ~constant, caveats
+
+
+def find_saturated(frames: np.ndarray, bad: np.ndarray | None) -> np.ndarray | None:
+    """Where values pile up at the largest one, as those of a full detector do; None if they do not."""
+    finite = frames if bad is None else frames[~bad]
+    if finite.size == 0:
+        return None
+    at_peak = frames == finite.max()
+    count = int(at_peak.sum())
+    below = finite[finite < finite.max()] if count >= PILE_UP else finite[:0]
+    if below.size == 0 or count < PILE_UP * int((below == below.max()).sum()):
+        return None
+    return at_peak
+
+
+def check_rotation(angles: np.ndarray, centre: tuple[float, float], shape: tuple[int, int], fwhm: float) -> list[str]:
+    arc = rotation_deg(angles)
+    if arc < STILL_DEG:
+        raise InputError(
+            f"all {len(angles)} angles are {angles[0]:g} degrees: without rotation a source cannot be told from the "
+            "static background; check the angles"
+        )
+    corner = np.hypot(*(max(c, n - 1 - c) for c, n in zip(centre, shape, strict=True)))
+    path = float(np.deg2rad(arc) * corner)
+    if path < fwhm:
+        return [f"the field rotates by {arc:.3g} degrees, {path:.2g} px at the corners: less than the PSF's width, so "
+                "sources subtract themselves everywhere"]  # fmt: skip
+    return []
+
+
+@jax.jit
+def standardise(frames: Array, usable: Array) -> tuple[Array, Array]:
+    """Deviations from the temporal mean over their root mean square, and that.
+
+    The mean is taken twice: what rounding leaves of the first would add up along the tracks.
+    """
+    frames = jnp.where(usable, frames, 0)
+    deviations = frames - frames.mean(0)
+    deviations -= deviations.mean(0)
+    unit = jnp.sqrt((deviations**2).sum() / (usable.sum() * len(frames)))
+    return deviations / unit, unit
+
+
+def listed(numbers: np.ndarray, most: int = 8) -> str:
+    text = ", ".join(map(str, numbers[:most]))
+    return text if len(numbers) <= most else f"{text}, … ({len(numbers)} in all)"

@@ -1,0 +1,43 @@
+"""How PACO's maps are computed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["exact", "fast"]
+ShrinkageName = Literal["paco", "oas", "ledoit_wolf", "fixed", "cv"]
+Frames = Literal["all", "effective"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Raises ValueError for what does not fit together.
+
+    mode: exact takes the PSF at the sub-pixel position in every frame; fast is Algorithm 2 of Flasseur et al. 2018,
+    which filters with the centred PSF and interpolates. shrinkage: how the covariance's weight on its diagonal is
+    found; rho: that weight where it is "fixed". frames: whether the paper's and OAS's formula counts all frames or what
+    correlated ones are worth. patch_radius_px: of the disc; None for 0.9 FWHM. psf_error: largest relative error of the
+    PSF's expansion in exact mode. usable_share: of a patch's pixels, below which its location is left out. memory_mb:
+    budget of the filtered frames, MiB; the stack itself and 4 L bytes for each of its pixels come on top.
+    """
+
+    mode: Mode = "exact"
+    shrinkage: ShrinkageName = "paco"
+    rho: float | None = None
+    frames: Frames = "all"
+    patch_radius_px: float | None = None
+    psf_error: float = 1e-3
+    usable_share: float = 0.5
+    memory_mb: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("mode", self.mode, ("exact", "fast")),
+            ("shrinkage", self.shrinkage, ("paco", "oas", "ledoit_wolf", "fixed", "cv")),
+            ("frames", self.frames, ("all", "effective")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}; there are: {', '.join(choices)}")
+        if self.shrinkage == "fixed" and (self.rho is None or not 0 <= self.rho <= 1):
+            raise ValueError(f"rho={self.rho}; shrinkage='fixed' needs a rho from 0 to 1")
+        if self.shrinkage != "fixed" and self.rho is not None:
+            raise ValueError(f"rho={self.rho} is given, but shrinkage={self.shrinkage!r} finds its own; use 'fixed'")
