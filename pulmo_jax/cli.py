@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import track as rich_track
 
+from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.config import (
     GIVEN,
     EvaluateConfig,
@@ -50,6 +51,7 @@ SCHEMAS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
+    "detect": DetectConfig,
 }
 C = TypeVar("C", bound=Section)
 
@@ -192,19 +194,25 @@ def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
 
 def print_help(verb: str, schema: type[Section], examples: str) -> None:
     """Options with type, default and meaning, generated from the schema."""
-    experiment = "[+experiment=NAME] " if schema is TrainConfig else ""
+    experiments = experiments_of(verb)
+    experiment = "[+experiment=NAME] " if experiments else ""
     print(f"usage: python -m pulmo_jax.{verb} {experiment}[key=value ...]\n\n{examples.strip()}\n")
     print_keys(schema, "")
     for group in GIVEN:
         if group in schema.model_fields:
             print_group(group)
-    if schema is TrainConfig:
-        experiments = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml"))
+    if experiments:
         print(f"\nexperiments: {', '.join(experiments)}")
         print("\n--config-dir DIR  your own experiments and groups     --multirun, -m  a sweep: key=a,b,c")
     if schema is not PredictConfig:
         print("hydra.run.dir=DIR  where the results are written")
     print("--hydra-help  Hydra's own options")
+
+
+def experiments_of(verb: str) -> list[str]:
+    """Those whose heading says that they are run by this verb."""
+    files = sorted((config_dir() / "experiment").glob("*.yaml"))
+    return [file.stem for file in files if f"pulmo_jax.{verb} +experiment={file.stem}" in file.read_text()]
 
 
 def print_keys(schema: type[BaseModel], prefix: str) -> None:

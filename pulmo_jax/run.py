@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 from omegaconf import OmegaConf
 
-from pulmo_jax.config import GIVEN, TrainConfig, build, validate
+from pulmo_jax.config import GIVEN, Section, TrainConfig, build, validate
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.transforms import Preprocessing
@@ -39,6 +39,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "tifffile",
+    "astropy",
 )
 
 
@@ -89,7 +90,7 @@ def build_optimizer(config: TrainConfig) -> Any:
     return build(config.optimizer, "optimizer", config.plugins, steps=config.trainer.steps)
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
+def save_config(config: Section, path: Path) -> None:
     """Folders are written as absolute paths, so that the run can be used from elsewhere."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 

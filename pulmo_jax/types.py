@@ -88,11 +88,12 @@ class PointSource:
     """A source found in a rotating stack, in the derotated map. Every `_std` is one standard deviation.
 
     y, x: sub-pixel position; separation and position_angle are about the centre of rotation, the angle in degrees from
-    north through east. snr: at the pixel where it was found, brighter sources removed; snr_calibrated: the same over the
-    spread of the empirical null at its separation. flux: b/a of one pass, in units of the normalised PSF, which keeps
-    only a part of the source; flux_debiased: without self-subtraction (Algorithm 3), with the error that the likelihood
-    gives and the one that blank positions at the same separation show.
-    false_alarm_probability: that noise alone has a peak as high anywhere in the field searched.
+    north through east. snr: at the pixel where it was found, brighter sources removed; snr_calibrated: the same over
+    the spread of the empirical null at its separation. flux: b/a of one pass, in units of the normalised PSF, which
+    keeps only a part of the source; flux_debiased: without self-subtraction (Algorithm 3), with the error that the
+    likelihood gives and the one that blank positions at the same separation show. The errors of the position are the
+    likelihood's times the ratio of those two. false_alarm_probability: that noise alone
+    has a peak as high anywhere in the field searched.
     """
 
     label: int

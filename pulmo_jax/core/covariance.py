@@ -61,9 +61,9 @@ def lagged_products(deviations: Float[Array, "T H W"], lag: Int[np.ndarray, "L 2
 
 
 class Moments(NamedTuple):
-    """Count, mean and co-moment sum (x - mean)(x - mean)' of samples; merged exactly, in any order."""
+    """Number, mean and co-moment sum (x - mean)(x - mean)' of samples; merged exactly, in any order."""
 
-    count: Float[Array, ""]
+    n: Float[Array, ""]
     mean: Float[Array, "P"]
     comoment: Float[Array, "P P"]
 
@@ -76,15 +76,15 @@ def moments(samples: Float[Array, "T P"]) -> Moments:
 
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of both sets together (Chan, Golub, LeVeque 1983, The American Statistician 37:242)."""
-    count = a.count + b.count
-    share = jnp.where(count > 0, b.count / jnp.maximum(count, 1), 0)
+    n = a.n + b.n
+    share = jnp.where(n > 0, b.n / jnp.maximum(n, 1), 0)
     step = b.mean - a.mean
-    comoment = a.comoment + b.comoment + a.count * share * jnp.outer(step, step)
-    return Moments(count, a.mean + share * step, comoment)
+    comoment = a.comoment + b.comoment + a.n * share * jnp.outer(step, step)
+    return Moments(n, a.mean + share * step, comoment)
 
 
 def covariance(of: Moments) -> Float[Array, "P P"]:
-    return of.comoment / of.count
+    return of.comoment / of.n
 
 
 def shrink(s: Float[Array, "P P"], rho: Float[Array, ""] | float) -> Float[Array, "P P"]:

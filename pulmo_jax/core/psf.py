@@ -28,11 +28,13 @@ def sample(
     stamp: Float[Array, "S S"], y: Float[Array, "*batch n"], x: Float[Array, "*batch m"]
 ) -> Float[Array, "*batch n m"]:
     """The interpolated stamp on the grid of rows y and columns x, counted from its source."""
-    side = stamp.shape[0]
-    pixel = jnp.arange(side) - side // 2
-    along_y = dirichlet(y[..., None] - pixel, side)
-    along_x = dirichlet(x[..., None] - pixel, side)
+    along_y, along_x = sample_matrix(y, stamp.shape[0]), sample_matrix(x, stamp.shape[0])
     return jnp.einsum("...nS,SR,...mR->...nm", along_y, stamp, along_x)
+
+
+def sample_matrix(position: Float[Array, "*batch n"], side: int) -> Float[Array, "*batch n S"]:
+    """What each of the stamp's pixels along an axis contributes at positions counted from its source."""
+    return dirichlet(position[..., None] - (jnp.arange(side) - side // 2), side)
 
 
 def shift(stamp: Float[Array, "S S"], shifts: Float[Array, "*batch 2"]) -> Float[Array, "*batch S S"]:
@@ -111,15 +113,15 @@ def expand(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"], tol
     scale = np.linalg.norm(truth, axis=-1).max()
     coefficients = chebyshev_coefficients(stamp, offsets)
     grid = np.stack(np.meshgrid(*2 * [np.linspace(-1, 1, ERROR_GRID)], indexing="ij")).reshape(2, -1)
+    along_y, along_x = (chebyshev.chebvander(u, MAX_DEGREE) for u in grid)
     for degree in range(1, MAX_DEGREE + 1):
         ky, kx = orders(degree)
         templates = coefficients[ky, kx]
-        vander = [chebyshev.chebvander(u, degree) for u in grid]
-        residual = truth.reshape(-1, len(offsets)) - (vander[0][:, ky] * vander[1][:, kx]) @ templates
+        residual = truth.reshape(-1, len(offsets)) - (along_y[:, ky] * along_x[:, kx]) @ templates
         error = float(np.linalg.norm(residual, axis=-1).max() / scale)
         if error <= tolerance:
             return ShiftExpansion(degree, templates, products(degree), abs(residual).max(0), error)
-    raise ValueError(f"a shift expansion of degree {MAX_DEGREE} still errs by {error:.1e}, above {tolerance:.1e}")
+    raise ValueError(f"even of degree {MAX_DEGREE} a shift expansion errs by more than {tolerance:.1e}")
 
 
 def centred(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"]) -> ShiftExpansion:

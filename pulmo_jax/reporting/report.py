@@ -24,6 +24,11 @@ CAPTIONS = {
     "score_maps_hits": "Abnormal images with the highest scores",
     "score_maps_misses": "Abnormal images with the lowest scores",
     "score_maps_false_alarms": "Normal images with the highest scores",
+    "detection_maps": "Signal-to-noise ratio and flux of a point source at every pixel, with what was found",
+    "null_distribution": "The empirical null against the normal distribution that theory has",
+    "null_by_radius": "Its spread by separation",
+    "contrast_curve": "The faintest source that is found, by separation, and what is left of an injected one",
+    "frames": "Frames of the stack, and where the first source stands in them",
     "reconstructions": "What the model holds to be the normal version of each image, and the difference",
 }
 

@@ -63,14 +63,15 @@ def score_ring(scene: Scene, ring: geometry.Ring, program: Program) -> tuple[Arr
     filtered = jax.lax.map(partial(filter_frames, scene, program), chunks)
     order = jnp.arange(ring.locations.size, dtype=jnp.int32)
     slot = jnp.zeros(scene.whole.size, jnp.int32).at[ring.locations].set(order)  # of a pixel in the ring
-    return collect(scene, filtered, slot, ring.pixels, program), filtered.state.reshape(-1, 3)
+    return collect(scene, filtered, slot, jnp.asarray(ring.pixels), program), filtered.state.reshape(-1, 3)
 
 
 def filter_frames(scene: Scene, program: Program, locations: Int[Array, "N"]) -> Filtered:
     deviations = patches.extract(scene.deviations, locations, program.flat_offsets)  # (T, N, P)
     weights, gram, state = filters_at(locations, deviations, scene.background, scene.template, program)
     polynomial = jnp.einsum("qij,nij->qn", scene.template.product, gram)
-    at_middle = jnp.stack(terms(*jnp.zeros((2,), state.dtype), 2 * program.degree)) @ polynomial
+    middle = jnp.zeros((), state.dtype)
+    at_middle = jnp.stack(terms(middle, middle, 2 * program.degree)) @ polynomial
     relative = state.at[:, 2].divide(jnp.where(at_middle > 0, at_middle, jnp.inf))
     return Filtered(jnp.einsum("npj,tnp->tjn", weights, deviations), polynomial, relative)
 

@@ -68,7 +68,8 @@ def filter_field(
         mesh = jax.make_mesh((program.n_devices,), ("chunks",), axis_types=(AxisType.Auto,))
         spread = PartitionSpec("chunks")
         one_by_one = jax.shard_map(one_by_one, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
-    return tuple(jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in one_by_one(chunks))
+    weights, state = (jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in one_by_one(chunks))
+    return weights, state
 
 
 @partial(jax.jit, static_argnames=("program", "corner", "n_batch"), donate_argnames="sums")

@@ -96,7 +96,7 @@ def in_safe_range(frames: np.ndarray) -> tuple[np.ndarray, float]:
     """The frames and what they were divided by, a power of two where float32 could not hold their squares."""
     peak = max(abs(float(frames.max())), abs(float(frames.min())))
     if not np.isfinite(peak):
-        peak = float(np.abs(frames, where=np.isfinite(frames), out=np.zeros(frames.shape)).max())
+        peak = float(np.where(np.isfinite(frames), np.abs(frames), 0).max())
     if peak == 0 or SAFE_RANGE[0] < peak < SAFE_RANGE[1]:
         return frames, 1.0
     factor = 2.0 ** np.floor(np.log2(peak))
@@ -118,9 +118,10 @@ def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     else:
         always = bad.all(0)
         share = bad[:, ~always].mean(1) if not always.all() else np.ones(len(bad))
-        low, high = (fill(np.where(bad, -s * np.inf, frames), axis=(1, 2)) for s, fill in ((-1, np.min), (1, np.max)))
+        low = np.where(bad, np.inf, frames).min((1, 2))
+        high = np.where(bad, -np.inf, frames).max((1, 2))
         kept = (share <= BAD_FRAME_SHARE) & (high > low)
-        usable = ~bad[kept].any(0)
+        usable = np.logical_not(bad[kept].any(0))
     if not kept.all():
         dropped = np.flatnonzero(~kept)
         caveats.append(f"{len(dropped)} blank, saturated or mostly non-finite frames are dropped: {listed(dropped)}")
@@ -158,8 +159,10 @@ def check_rotation(angles: np.ndarray, centre: tuple[float, float], shape: tuple
     corner = np.hypot(*(max(c, n - 1 - c) for c, n in zip(centre, shape, strict=True)))
     path = float(np.deg2rad(arc) * corner)
     if path < fwhm:
-        return [f"the field rotates by {arc:.3g} degrees, {path:.2g} px at the corners: less than the PSF's width, so "
-                "sources subtract themselves everywhere"]  # fmt: skip
+        return [
+            f"the field rotates by {arc:.3g} degrees, {path:.2g} px at the corners: less than the PSF's width, so "
+            "sources subtract themselves everywhere"
+        ]
     return []
 
 

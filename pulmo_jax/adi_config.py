@@ -1,0 +1,113 @@
+"""Typed config of `detect`: sources in a rotating image stack."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pulmo_jax.config import Float, Int, Pair, PathLike, Section
+from pulmo_jax.methods.paco.settings import Frames, Mode, ShrinkageName
+
+
+def _is_file(path: PathLike) -> PathLike:
+    if not path.is_file():
+        raise ValueError(f"{'is a folder' if path.is_dir() else 'does not exist'}; give a file")
+    return path
+
+
+DataFile = Annotated[PathLike, AfterValidator(_is_file)]
+Triple = tuple[Float, Float, Float]
+
+
+class SyntheticConfig(Section):
+    """The stack that is made where data.cube is null."""
+
+    frames: Int = Field(default=60, ge=2, description="number of frames")
+    size: Int = Field(default=100, ge=32, description="side of the frames, px")
+    rotation_deg: Float = Field(default=60.0, gt=0, lt=360, description="by which the field rotates")
+    planets: tuple[Triple, ...] | None = Field(
+        default=None, description="[[y,x,flux],...] in the derotated map; null: three"
+    )
+
+
+class StackConfig(Section):
+    """What was observed. A source at angle theta of the derotated map stands at theta - angle in a frame."""
+
+    cube: DataFile | None = Field(
+        default=None, description="(T,H,W) frames: FITS, TIFF or .npy; null: a synthetic stack with known planets"
+    )
+    angles: DataFile | None = Field(default=None, description="one a frame, degrees: FITS, text or .npy")
+    psf: DataFile | None = Field(default=None, description="stamp of the star off the coronagraph: FITS, TIFF or .npy")
+    pixel_scale: Float | None = Field(default=None, gt=0, description="arcsec per pixel; null: unknown")
+    centre: Pair | None = Field(default=None, description="[y,x] of rotation, px from 0; null: the pixel [H//2,W//2]")
+    angle_sign: Literal[1, -1] = Field(default=1, description="-1 if the field rotates the other way")
+    north_deg: Float = Field(default=90.0, description="angle of north in the derotated map, from the x axis toward y")
+    psf_flux: Literal["fwhm", "aperture", "peak", "none"] = Field(
+        default="fwhm", description="what is 1 after normalising: flux in one FWHM, in an aperture, peak, as it is"
+    )
+    psf_aperture_px: Float | None = Field(default=None, gt=0, description="radius for psf_flux=aperture")
+    star_flux: Float | None = Field(
+        default=None, gt=0, description="the star's flux in units of the normalised PSF, for contrasts; null: unknown"
+    )
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StackConfig":
+        given = {key: getattr(self, key) is not None for key in ("cube", "angles", "psf")}
+        if any(given.values()) and not all(given.values()):
+            missing = ", ".join(f"data.{key}" for key, there in given.items() if not there)
+            raise ValueError(f"{missing} must be given too: a stack is a cube, its angles and a PSF")
+        if (self.psf_flux == "aperture") != (self.psf_aperture_px is not None):
+            raise ValueError("data.psf_flux=aperture and data.psf_aperture_px=RADIUS belong together")
+        return self
+
+
+class PacoConfig(Section):
+    """Patch covariances (Flasseur et al. 2018)."""
+
+    mode: Mode = Field(default="exact", description="PSF at its sub-pixel place in every frame, or interpolated maps")
+    shrinkage: ShrinkageName = Field(default="paco", description="how the weight of the diagonal is found")
+    rho: Float | None = Field(default=None, ge=0, le=1, description="that weight, for shrinkage=fixed")
+    frames: Frames = Field(
+        default="all", description="whether paco's and oas's formula counts correlated frames as what they are worth"
+    )
+    patch_radius_px: Float | None = Field(default=None, ge=1, description="of the disc; null: 0.9 FWHM")
+    psf_error: Float = Field(default=1e-3, gt=0, lt=0.1, description="relative, of the PSF's expansion in exact mode")
+    usable_share: Float = Field(default=0.5, gt=0, le=1, description="of a patch's pixels, below which it is left out")
+    precision: Literal["float32", "float64"] = Field(default="float32", description="of all computation")
+    memory_mb: Int = Field(default=256, ge=16, description="budget of the working arrays, MiB, beside the stack")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PacoConfig":
+        if (self.shrinkage == "fixed") != (self.rho is not None):
+            raise ValueError("method.shrinkage=fixed and method.rho=SHARE belong together")
+        return self
+
+
+class SearchConfig(Section):
+    """Which peaks are listed."""
+
+    threshold: Float = Field(default=5.0, gt=0, description="of the SNR")
+    snr: Literal["theoretical", "calibrated"] = Field(
+        default="theoretical", description="b/sqrt(a), or that over the spread of the empirical null at its separation"
+    )
+    max_sources: Int = Field(default=20, ge=0, description="after which the search stops")
+
+
+class ContrastConfig(Section):
+    """Injections for throughput and limits."""
+
+    rings: Int = Field(default=12, ge=0, description="separations, at most; 0: no contrast curve")
+    directions: Int = Field(default=8, ge=2, description="injections at each")
+
+
+class DetectConfig(Section):
+    """python -m pulmo_jax.detect"""
+
+    name: str = Field(default="adi", description="title of the run")
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="of the synthetic stack")
+    data: StackConfig = StackConfig()
+    method: PacoConfig = PacoConfig()
+    search: SearchConfig = SearchConfig()
+    contrast: ContrastConfig = ContrastConfig()
+    frames_shown: Int = Field(default=4, ge=1, le=12, description="frames that the report shows")
+    compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")

@@ -1,0 +1,200 @@
+"""What `detect` found, as tables and figures, and the report that holds them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rich.box
+import rich.table
+from rich.console import Console
+
+from pulmo_jax.adi_config import DetectConfig
+from pulmo_jax.core.geometry import rotation_deg
+from pulmo_jax.data.adi import RotatingStack
+from pulmo_jax.evaluation.contrast import Contrast
+from pulmo_jax.evaluation.null_field import correlation_area, separation_map
+from pulmo_jax.inference.point_sources import Search
+from pulmo_jax.methods.paco import Observation
+from pulmo_jax.reporting import adi_figures, figures
+from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.tables import Table
+from pulmo_jax.types import PointSource
+
+CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2018. Exoplanet detection in angular differential
+imaging by statistical learning of the nonstationary patch covariances. The PACO algorithm. A&A 618, A138."""
+INNER_FWHM = 1.0  # the null is judged from here on outward: nearer the centre nothing rotates out of itself
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A run of `detect`. truth: (y, x, flux) of each known source of a synthetic stack."""
+
+    config: DetectConfig
+    stack: RotatingStack
+    of: Observation
+    truth: Sequence[tuple[float, float, float]]
+    contrast: Contrast | None = None
+
+
+def write_adi_report(result: Result, search: Search, out_dir: Path, console: Console) -> None:
+    """figures/ and report.html; the table of sources on the console."""
+    table = source_table(search.sources, result)
+    console.print(for_console(table))
+    write_report(
+        out_dir / "report.html",
+        title=f"{result.config.name}: point sources",
+        summary=summary(result, search),
+        sections=[
+            source_section(result, search, table, out_dir),
+            null_section(result, search, out_dir),
+            *([contrast_section(result, search, result.contrast, out_dir)] if result.contrast is not None else []),
+            stack_section(result, search, out_dir),
+        ],
+        citations=[CITATION],
+        warnings=[*result.stack.caveats, *search.caveats],
+    )
+
+
+def source_section(result: Result, search: Search, table: Table, out_dir: Path) -> Section:
+    config = result.config
+    calibrated = search.snr_calibrated if config.search.snr == "calibrated" else None
+    figure = adi_figures.detection_maps(
+        search.maps.snr,
+        search.maps.flux,
+        search.sources,
+        result.of.centre,
+        config.data.pixel_scale,
+        truth=result.truth,
+        snr_calibrated=calibrated,
+    )
+    which = "over the empirical null's spread " if calibrated is not None else ""
+    text = (
+        f"Peaks of the SNR {which}of at least {config.search.threshold:g}, the brightest taken out before the next is "
+        "looked for. The flux of one pass keeps only a part of a source, because the source is in the statistics that "
+        "it is judged by; the debiased one (Algorithm 3) does not. Its first error is the likelihood's, the second the "
+        "scatter at blank positions of the same separation, which is the one to quote. False-alarm probability: of a "
+        "peak as high anywhere in the field, by the calibrated SNR."
+    )
+    return Section("Sources", text, [figures.save(figure, out_dir / "figures", "detection_maps")], [table])
+
+
+def null_section(result: Result, search: Search, out_dir: Path) -> Section:
+    of, null, profile = result.of, search.null.snr, search.profile
+    outside = separation_map(of.shape, of.centre) > INNER_FWHM * of.psf.fwhm_px
+    values = null[outside & np.isfinite(null)]
+    n_independent = max(2, int(values.size / max(1.0, correlation_area(null))))
+    folder = out_dir / "figures"
+    radial = adi_figures.null_by_radius(
+        profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale
+    )
+    text = (
+        "The same computation with the angles reversed, and the sources taken out: it holds the noise of the stack and "
+        f"no source. Its standard deviation is {values.std():.2f}, where theory has 1: below 1 the SNR is conservative "
+        "(where the field rotates little the noise subtracts itself too), above 1 it overstates. The highest value is "
+        f"{values.max():.2f}, in about {n_independent} independent ones."
+    )
+    saved = [
+        figures.save(adi_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"),
+        figures.save(radial, folder, "null_by_radius"),
+    ]
+    return Section("The noise", text, saved, [])
+
+
+def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir: Path) -> Section:
+    if not len(contrast.separation_px):
+        return Section("Limits", "No ring lies in the field, so there is no contrast curve.")
+    unit = {"none": "units of the PSF given", "peak": "PSF peaks", "fwhm": "flux in one FWHM"}
+    figure = adi_figures.contrast_curve(
+        contrast.separation_px,
+        contrast.limit,
+        contrast.limit_corrected,
+        contrast.throughput,
+        contrast.throughput_std,
+        search.sources,
+        result.config.data.pixel_scale,
+        unit.get(result.config.data.psf_flux, "flux in the aperture"),
+        threshold=result.config.search.threshold,
+    )
+    text = (
+        f"Faintest source that is found half of the time, from injections in {int(contrast.n.max())} directions at "
+        "each separation, each at the limit itself. Without throughput: the threshold over sqrt(a), which holds for a "
+        "source that the statistics have not seen. A gap says that no flux is enough: there sources subtract "
+        "themselves as fast as they brighten."
+    )
+    return Section("Limits", text, [figures.save(figure, out_dir / "figures", "contrast_curve")], [])
+
+
+def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
+    of = result.of
+    cube, angles = result.stack.cube[of.kept], of.angles_deg
+    shown = adi_figures.shown_frames(len(angles), result.config.frames_shown)
+    places = None
+    if search.sources:
+        dy, dx = (v - c for v, c in zip((search.sources[0].y, search.sources[0].x), of.centre, strict=True))
+        theta = np.arctan2(dy, dx) - np.deg2rad(angles[shown])
+        places = np.array(of.centre) + np.hypot(dy, dx) * np.stack([np.sin(theta), np.cos(theta)], -1)
+    figure = adi_figures.frames_strip(cube, angles, of.centre, places, result.config.frames_shown)
+    maps = search.maps
+    rho = maps.shrinkage[np.isfinite(maps.shrinkage)]
+    rows = [
+        ["frames used", f"{len(angles)} of {len(of.kept)}"],
+        ["rotation", f"{rotation_deg(angles):.1f} degrees"],
+        ["pixels left out", str(int((~of.usable).sum()))],
+        ["pixels of a patch", str(search.n_patch)],
+        ["PSF", f"{of.psf.fwhm_px:.2f} px wide, divided by {of.psf.flux:.4g} ({of.psf.flux_kind})"],
+        ["weight of the diagonal (rho)", f"median {np.median(rho):.3f}, {rho.min():.3f} to {rho.max():.3f}"],
+        ["locations with a singular covariance", str(int(maps.singular.sum()))],
+        ["error of the PSF's expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the SNR's noise"],
+    ]
+    table = Table("What was computed", ["", ""], rows, [])
+    return Section("The stack", "", [figures.save(figure, out_dir / "figures", "frames")], [table])
+
+
+def source_table(sources: Sequence[PointSource], result: Result) -> Table:
+    scale = result.config.data.pixel_scale
+    columns = ["", "y, x (px)", "separation", "angle (deg)", "SNR", "flux, one pass", "flux", "false alarm"]
+    rows = []
+    for s in sources:
+        arcsec = f" = {s.separation_px * scale:.3f}″" if scale else ""
+        rows.append([
+            str(s.label),
+            f"{s.y:.2f} ± {s.y_std:.2f}, {s.x:.2f} ± {s.x_std:.2f}",
+            f"{s.separation_px:.2f} px{arcsec}",
+            f"{s.position_angle_deg:.1f} ± {s.position_angle_deg_std:.1f}",
+            f"{s.snr:.1f} ({s.snr_calibrated:.1f} calibrated)",
+            f"{s.flux:.4g}",
+            f"{s.flux_debiased:.4g} ± {s.flux_debiased_std:.2g} ± {s.flux_debiased_std_empirical:.2g}",
+            f"{s.false_alarm_probability:.1g}",
+        ])  # fmt: skip
+    if result.truth:
+        columns.append("truth")
+        rows = [[*row, known(s, result)] for row, s in zip(rows, sources, strict=True)]
+    missed = [t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.of.psf.fwhm_px for s in sources)]
+    notes = [f"Not found: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
+    return Table(f"{len(sources)} sources", columns, rows, notes if sources or missed else ["No peak is high enough."])
+
+
+def known(source: PointSource, result: Result) -> str:
+    """The injected source that this is, if any."""
+    y, x, flux = min(result.truth, key=lambda t: np.hypot(t[0] - source.y, t[1] - source.x))
+    near = np.hypot(y - source.y, x - source.x) <= result.of.psf.fwhm_px
+    return f"{y:.2f}, {x:.2f}; {flux:g}" if near else "none: a false alarm"
+
+
+def for_console(table: Table) -> rich.table.Table:
+    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    for row in table.rows:
+        grid.add_row(*row)
+    return grid
+
+
+def summary(result: Result, search: Search) -> dict[str, str]:
+    config = result.config
+    return {
+        "stack": str(config.data.cube or f"synthetic, seed {config.seed}"),
+        "frames": f"{len(result.of.deviations)} of {result.of.shape[0]} x {result.of.shape[1]} px",
+        "method": f"PACO, {config.method.mode}, shrinkage {config.method.shrinkage}",
+        "sources": str(len(search.sources)),
+        "highest SNR": f"{np.nanmax(search.maps.snr):.2f}",
+    }

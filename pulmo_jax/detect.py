@@ -1,0 +1,281 @@
+"""python -m pulmo_jax.detect: point sources in a rotating image stack, with their uncertainties and the limits."""
+
+import csv
+import io
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from pulmo_jax import __version__, cli
+from pulmo_jax.adi_config import DetectConfig, PacoConfig, StackConfig
+from pulmo_jax.adi_report import Result, write_adi_report
+from pulmo_jax.core.geometry import rotation_deg
+from pulmo_jax.data.adi import RotatingStack, load_stack
+from pulmo_jax.data.psf import prepare_psf
+from pulmo_jax.data.synthetic import SyntheticStack, rotating_stack
+from pulmo_jax.evaluation.contrast import Contrast, contrast_curve, throughput_map
+from pulmo_jax.inference.fits import write_fits
+from pulmo_jax.inference.outputs import write_json, write_text
+from pulmo_jax.inference.point_sources import Search, find_sources
+from pulmo_jax.methods.paco import Settings, observe
+from pulmo_jax.run import provenance, save_config, use_compile_cache
+from pulmo_jax.types import InputError, PointSource
+
+EXAMPLES = """
+Writes snr, flux, flux_std, a, b and other maps (.fits), detections.csv, contrast.csv, metrics.json, report.html and
+figures/ into runs/NAME/TIME, or into hydra.run.dir=DIR.
+
+  python -m pulmo_jax.detect +experiment=adi                            a synthetic stack with three known planets
+  python -m pulmo_jax.detect +experiment=adi data.cube=C.fits data.angles=A.fits data.psf=P.fits data.pixel_scale=0.027
+  python -m pulmo_jax.detect +experiment=adi method.mode=fast method.shrinkage=cv search.snr=calibrated
+  python -m pulmo_jax.detect -m +experiment=adi method.shrinkage=paco,oas,ledoit_wolf,cv seed=0,1,2
+"""
+
+
+def detect(config: DetectConfig, out_dir: Path) -> int:
+    """The whole job; returns the number of sources found."""
+    began, console = time.monotonic(), cli.console()
+    use_compile_cache(config.compile_cache)
+    with jax.enable_x64(config.method.precision == "float64"):
+        synthetic = synthetic_stack(config) if config.data.cube is None else None
+        stack = synthetic.stack if synthetic else load(config.data)
+        with naming(config.data.psf):
+            psf = prepare_psf(stack.psf, config.data.psf_flux, config.data.psf_aperture_px)
+        with naming(config.data.cube, config.data.angles):
+            of = observe(stack.cube, config.data.angle_sign * stack.angles_deg, psf, config.data.centre)
+        result = Result(config, stack, of, synthetic.planets if synthetic else ())
+        say(console, result)
+        settings = settings_of(config.method)
+        search = find_sources(
+            of,
+            settings,
+            config.search.threshold,
+            calibrated=config.search.snr == "calibrated",
+            max_sources=config.search.max_sources,
+            north_deg=config.data.north_deg,
+            say=lambda text: console.print(text, highlight=False),
+            track=long_work(console, "mapping"),
+        )
+        contrast = None
+        if config.contrast.rings:
+            contrast = contrast_curve(
+                search.residual,
+                settings,
+                config.search.threshold,
+                config.contrast.directions,
+                config.contrast.rings,
+                search.profile if config.search.snr == "calibrated" else None,
+                track=cli.tracker(console, "injecting, ring by ring"),
+            )
+    result = replace(result, contrast=contrast)
+    write_maps(result, search, out_dir)
+    write_text(out_dir / "detections.csv", detections_csv(search.sources, config.data))
+    if contrast is not None:
+        write_text(out_dir / "contrast.csv", contrast_csv(contrast, config.data))
+    write_json(out_dir / "metrics.json", summarise(result, search, time.monotonic() - began))
+    write_json(out_dir / "run.json", provenance())
+    save_config(config, out_dir / "config.yaml")
+    write_adi_report(result, search, out_dir, console)
+    console.print(
+        f"{len(search.sources)} sources, {time.monotonic() - began:.0f} s; see {out_dir / 'report.html'}",
+        highlight=False,
+    )
+    return len(search.sources)
+
+
+@contextmanager
+def naming(*files: Path | None) -> Iterator[None]:
+    """What is wrong with arrays is said with the files that they came from."""
+    try:
+        yield
+    except InputError as error:
+        named = ", ".join(str(file) for file in files if file is not None)
+        raise InputError(f"{named}: {error}" if named else str(error)) from error
+
+
+def load(data: StackConfig) -> RotatingStack:
+    cube, angles, psf = data.cube, data.angles, data.psf
+    if cube is None or angles is None or psf is None:
+        raise AssertionError("the config gives all three or none")
+    return load_stack(cube, angles, psf)
+
+
+def synthetic_stack(config: DetectConfig) -> SyntheticStack:
+    how = config.data.synthetic
+    return rotating_stack(config.seed, how.frames, how.size, how.rotation_deg, how.planets)
+
+
+def settings_of(config: PacoConfig) -> Settings:
+    names = {field.name for field in fields(Settings)}
+    return Settings(**{name: value for name, value in config.model_dump().items() if name in names})
+
+
+def long_work(console: Console, label: str) -> Any:
+    """A progress bar where people look and where there is more than one step."""
+
+    def track(items: Iterable, total: int) -> Iterable:
+        return cli.tracker(console, label)(items, total) if total > 1 and console.is_terminal else items
+
+    return track
+
+
+def say(console: Console, result: Result) -> None:
+    """What is about to be worked on, and what must be known of it."""
+    of, (height, width) = result.of, result.of.shape
+    source = result.config.data.cube or f"a synthetic stack with {len(result.truth)} planets, seed {result.config.seed}"
+    console.print(
+        f"{source}: {len(of.deviations)} frames of {height} x {width} px, rotating by "
+        f"{rotation_deg(of.angles_deg):.1f} degrees; PSF {of.psf.fwhm_px:.2f} px wide",
+        highlight=False,
+    )
+    for caveat in (*result.stack.caveats, *of.caveats):
+        console.print(f"note: {caveat}", highlight=False)
+
+
+def write_maps(result: Result, search: Search, out_dir: Path) -> None:
+    """Every map as a FITS file with all that it was made with in its header."""
+    of = result.of
+    maps = {name: getattr(search.maps, name) for name in ("snr", "flux", "flux_std", "a", "b")}
+    maps |= {"snr_calibrated": search.snr_calibrated, "snr_null": search.null.snr}
+    if result.contrast is not None and len(result.contrast.separation_px):
+        maps["throughput"] = np.where(
+            np.isfinite(search.maps.snr), throughput_map(result.contrast, of.shape, of.centre), np.nan
+        )
+    parameters = flatten(result.config.model_dump(mode="json"))
+    for name, image in maps.items():
+        write_fits(out_dir / f"{name}.fits", image, header(result, search, name), parameters)
+
+
+MEANINGS = {
+    "snr": ("b / sqrt(a)", ""),
+    "flux": ("b / a, of one pass", "psf"),
+    "flux_std": ("1 / sqrt(a)", "psf"),
+    "a": ("sum of h' C^-1 h over the frames", "psf-2"),
+    "b": ("sum of h' C^-1 (r - m) over the frames", "psf-1"),
+    "snr_calibrated": ("snr over the spread of the empirical null", ""),
+    "snr_null": ("snr with the angles reversed, sources taken out", ""),
+    "throughput": ("share of an injected source's flux that is left", ""),
+}
+
+
+def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, str]]:
+    """What the map is, and the observation's own numbers; the config comes on top."""
+    of, maps, scale = result.of, search.maps, result.config.data.pixel_scale
+    meaning, unit = MEANINGS[name]
+    cards: dict[str, tuple[Any, str]] = {
+        "OBJECT": (name, meaning),
+        "BUNIT": (unit, "psf: flux of the normalised PSF"),
+        "CREATOR": (f"pulmo_jax {__version__}", "Flasseur et al. 2018, A&A 618, A138"),
+        "CENTERY": (of.centre[0], "[px] centre of rotation, from 0"),
+        "CENTERX": (of.centre[1], "[px] centre of rotation, from 0"),
+        "CRPIX1": (of.centre[1] + 1, "[px] the same, from 1"),
+        "CRPIX2": (of.centre[0] + 1, "[px] the same, from 1"),
+        "NFRAMES": (len(of.deviations), "frames used"),
+        "NDROPPED": (int((~of.kept).sum()), "frames left out"),
+        "NMASKED": (int((~of.usable).sum()), "pixels left out"),
+        "ROTATION": (rotation_deg(of.angles_deg), "[deg] of the field"),
+        "NPATCH": (search.n_patch, "pixels of a patch"),
+        "RHOMED": (float(np.nanmedian(maps.shrinkage)), "median weight of the diagonal"),
+        "NSINGULR": (int(maps.singular.sum()), "locations with a singular covariance"),
+        "PSFFWHM": (of.psf.fwhm_px, "[px] of the PSF"),
+        "PSFNORM": (of.psf.flux_kind, "what of the PSF is 1"),
+        "PSFFLUX": (of.psf.flux, "what the PSF was divided by"),
+        "PSFERR": (maps.psf_error, "largest relative error of its expansion"),
+        "SNRERR": (maps.snr_error, "bound on what that adds to the noise of the SNR"),
+    }
+    if scale is not None:
+        cards |= {
+            "PIXSCALE": (scale, "[arcsec/px]"),
+            "CDELT1": (scale / 3600, "[deg]"),
+            "CDELT2": (scale / 3600, "[deg]"),
+        }
+    return cards
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys, dotted."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def detections_csv(sources: list[PointSource], data: StackConfig) -> str:
+    """One row a source; separations in arcsec and contrasts too where the config says how."""
+    names = [field.name for field in fields(PointSource)]
+    scaled = ["separation_arcsec", "separation_arcsec_std"] if data.pixel_scale else []
+    contrasts = ["contrast", "contrast_std"] if data.star_flux else []
+    rows = []
+    for source in sources:
+        row = asdict(source)
+        if data.pixel_scale:
+            row["separation_arcsec"] = source.separation_px * data.pixel_scale
+            row["separation_arcsec_std"] = source.separation_px_std * data.pixel_scale
+        if data.star_flux:
+            row["contrast"] = source.flux_debiased / data.star_flux
+            row["contrast_std"] = source.flux_debiased_std_empirical / data.star_flux
+        rows.append(row)
+    return as_csv([*names, *scaled, *contrasts], rows)
+
+
+def contrast_csv(contrast: Contrast, data: StackConfig) -> str:
+    columns = {field.name: getattr(contrast, field.name) for field in fields(Contrast)}
+    if data.pixel_scale:
+        columns = {"separation_arcsec": contrast.separation_px * data.pixel_scale} | columns
+    if data.star_flux:
+        columns["contrast"] = contrast.limit / data.star_flux
+        columns["contrast_corrected"] = contrast.limit_corrected / data.star_flux
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return as_csv(list(columns), rows)
+
+
+def as_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
+    """Numbers to 8 digits; what is not finite stays an empty cell."""
+    text = io.StringIO()
+    writer: csv.DictWriter[str] = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def cell(value: float | int) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.8g}" if np.isfinite(value) else ""
+
+
+def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
+    """metrics.json."""
+    of, profile = result.of, search.profile
+    null = search.null.snr[np.isfinite(search.null.snr)]
+    return {
+        "sources": len(search.sources),
+        "highest_snr": float(np.nanmax(search.maps.snr)),
+        "frames": len(of.deviations),
+        "frames_left_out": int((~of.kept).sum()),
+        "rotation_deg": rotation_deg(of.angles_deg),
+        "patch_pixels": search.n_patch,
+        "shrinkage_median": float(np.nanmedian(search.maps.shrinkage)),
+        "singular_locations": int(search.maps.singular.sum()),
+        "psf_fwhm_px": of.psf.fwhm_px,
+        "psf_error": search.maps.psf_error,
+        "snr_error": search.maps.snr_error,
+        "null": {"mean": float(null.mean()), "std": float(null.std()), "highest": float(null.max())},
+        "null_by_separation": {
+            "separation_px": profile.separation_px.tolist(),
+            "std": profile.std.tolist(),
+        },
+        "caveats": [*result.stack.caveats, *search.caveats],
+        "seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    cli.main("detect", detect, EXAMPLES)

@@ -1,0 +1,118 @@
+"""How faint a source would still be found, by separation: injections into the stack, whole rings at a time."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pulmo_jax.evaluation.null_field import NullProfile
+from pulmo_jax.methods.paco import Observation, Settings
+from pulmo_jax.methods.paco.tracks import Patch, Stack, inject, prepare
+
+ROUNDS = 4  # of injections, each at the limit that the one before found
+LARGEST_STEP = 4.0  # of the flux from one round to the next
+NEAR_ENOUGH = 0.1  # of the threshold, for a limit to count as found
+GOLDEN_ANGLE = np.pi * (3 - 5**0.5)  # from ring to ring, so that no direction is favoured
+
+Track = Callable[[Iterable, int], Iterable]
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Limits by separation, each the median over the directions of its ring.
+
+    limit: threshold / sqrt(a), of a source that the statistics do not know, in units of the PSF. throughput: share of
+    an injected source's SNR that is left, at the limit; flux_throughput: the same of its flux b / a; `_std`: their
+    mean and scatter over the directions. limit_corrected: limit / throughput, at which a source's SNR is on average
+    the threshold, so that half of them are found; NaN where no flux reaches it. n: directions used.
+    """
+
+    separation_px: Float[np.ndarray, "R"]
+    threshold: Float[np.ndarray, "R"]
+    limit: Float[np.ndarray, "R"]
+    limit_corrected: Float[np.ndarray, "R"]
+    throughput: Float[np.ndarray, "R"]
+    throughput_std: Float[np.ndarray, "R"]
+    flux_throughput: Float[np.ndarray, "R"]
+    flux_throughput_std: Float[np.ndarray, "R"]
+    n: Float[np.ndarray, "R"]
+
+
+def contrast_curve(
+    of: Observation,
+    settings: Settings,
+    threshold: float = 5.0,
+    n_directions: int = 12,
+    n_rings: int = 12,
+    null: NullProfile | None = None,
+    track: Track = lambda items, total: items,
+) -> Contrast:
+    """Inject sources at the limit of detection and see what is left of them.
+
+    of: with the sources that were found taken out. null: its spread of the SNR, where detections are judged by the
+    calibrated SNR; the limit is then that many times higher or lower. Self-subtraction depends on the flux injected, so
+    each ring is injected ROUNDS times, ending at the limit itself.
+    """
+    stack, patch = prepare(of, settings)
+    whole = np.asarray(stack.whole).reshape(of.shape)
+    separations = ring_separations(whole, of.centre, of.psf.fwhm_px, n_rings)
+    rows = []
+    for k, separation in track(list(enumerate(separations)), len(separations)):
+        directions = 2 * np.pi * np.arange(n_directions) / n_directions + k * GOLDEN_ANGLE
+        places = np.array(of.centre) + separation * np.stack([np.sin(directions), np.cos(directions)], -1)
+        level = threshold * (1.0 if null is None else float(null.std_at(separation)))
+        if (row := limit_at(stack, patch, places, level)) is not None:
+            limit, corrected, *rest = row
+            rows.append((separation, level, limit * of.unit, corrected * of.unit, *rest))
+    return Contrast(*(np.array(rows).T if rows else np.zeros((9, 0))))
+
+
+def limit_at(
+    stack: Stack, patch: Patch, places: Float[np.ndarray, "N 2"], level: float
+) -> tuple[float, float, float, float, float, float, int] | None:
+    """A ring's limit and limit_corrected in units of the deviations, the throughputs with their scatter, and n; None
+    where no place on it is seen in any frame. limit_corrected is NaN where most directions have none."""
+    at = jnp.asarray(places, stack.deviations.dtype)
+    a, b = injected(stack, patch, at, np.zeros(len(at)))
+    at, a, b = at[a > 0], a[a > 0], b[a > 0]
+    if not len(at):
+        return None
+    raw = level / np.sqrt(a)
+    search = [(raw, *injected(stack, patch, at, raw))]
+    for _ in range(ROUNDS):
+        fluxes, a_with, b_with = search[-1]
+        gain = b_with / np.sqrt(a_with) - b / np.sqrt(a)
+        step = np.clip(level / np.maximum(gain, level / LARGEST_STEP), 1 / LARGEST_STEP, LARGEST_STEP)
+        search.append((fluxes * step, *injected(stack, patch, at, fluxes * step)))
+    fluxes, a_with, b_with = search[-1]
+    gain = b_with / np.sqrt(a_with) - b / np.sqrt(a)
+    reached = abs(gain / level - 1) < NEAR_ENOUGH
+    corrected = float(np.median(np.where(reached, fluxes * level / gain, np.inf)))
+    share, flux_share = gain * raw / (fluxes * level), (b_with / a_with - b / a) / fluxes
+    return (
+        float(np.median(raw)), corrected if np.isfinite(corrected) else float("nan"), float(share.mean()),
+        float(share.std()), float(flux_share.mean()), float(flux_share.std()), len(at),
+    )  # fmt: skip
+
+
+def injected(
+    stack: Stack, patch: Patch, at: Array, fluxes: Float[np.ndarray, "N"]
+) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+    a, b = inject(stack, at, jnp.asarray(fluxes, at.dtype), patch)
+    return np.asarray(a, np.float64), np.asarray(b, np.float64)
+
+
+def ring_separations(whole: np.ndarray, centre: tuple[float, float], fwhm: float, n: int) -> Float[np.ndarray, "R"]:
+    """At most n, from one FWHM to the farthest circle that lies in the field, at least one FWHM apart."""
+    y, x = np.nonzero(whole)
+    farthest = min(centre[0] - y.min(), y.max() - centre[0], centre[1] - x.min(), x.max() - centre[1])
+    count = int(np.clip((farthest - fwhm) // fwhm + 1, 1, n))
+    return np.linspace(min(fwhm, max(farthest, 1)), max(farthest, 1), count)
+
+
+def throughput_map(contrast: Contrast, shape: tuple[int, int], centre: tuple[float, float]) -> Float[np.ndarray, "H W"]:
+    """flux_throughput at every pixel, by its separation."""
+    y, x = np.indices(shape)
+    return np.interp(np.hypot(y - centre[0], x - centre[1]), contrast.separation_px, contrast.flux_throughput)

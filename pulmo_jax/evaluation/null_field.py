@@ -1,0 +1,101 @@
+"""What noise alone makes of a signal-to-noise map: its spread by separation, and how high its highest peak is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import norm
+
+CLIP = 5.0  # robust standard deviations beyond which a null value is taken to be a source's remains
+MAD_TO_STD = 1.4826
+MIN_VALUES = 12  # of an annulus whose spread means something
+
+
+@dataclass(frozen=True, eq=False)
+class NullProfile:
+    """Spread of an empirical null SNR in annuli about the centre.
+
+    separation_px: their mean radii; mean, std: of the values in each; n: of values that are independent, in each.
+    low, high: 95 % interval of std. values: all of them over the std at their place, of unit variance.
+    """
+
+    separation_px: Float[np.ndarray, "R"]
+    mean: Float[np.ndarray, "R"]
+    std: Float[np.ndarray, "R"]
+    low: Float[np.ndarray, "R"]
+    high: Float[np.ndarray, "R"]
+    n: Float[np.ndarray, "R"]
+
+    def std_at(self, separation_px: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray, "*shape"]:
+        """Interpolated between the annuli, constant beyond them."""
+        return np.asarray(np.interp(separation_px, self.separation_px, self.std))
+
+
+def separation_map(shape: tuple[int, int], centre: tuple[float, float]) -> Float[np.ndarray, "H W"]:
+    """Distance of every pixel from the centre, px."""
+    y, x = np.indices(shape)
+    return np.hypot(y - centre[0], x - centre[1])
+
+
+def null_profile(null_snr: Float[np.ndarray, "H W"], centre: tuple[float, float], fwhm_px: float) -> NullProfile:
+    """From the SNR map of angle-reversed data, in annuli two FWHM wide and one apart.
+
+    What is left of sources in it, beyond 5 robust standard deviations, does not count. Raises ValueError where the map
+    has no annulus with enough values.
+    """
+    separation = separation_map(null_snr.shape, centre)
+    area = max(1.0, correlation_area(null_snr))
+    rows = []
+    for middle in np.arange(fwhm_px, separation[np.isfinite(null_snr)].max() + fwhm_px, fwhm_px):
+        chosen = np.isfinite(null_snr) & (abs(separation - middle) <= fwhm_px)
+        values = null_snr[chosen]
+        if values.size < MIN_VALUES:
+            continue
+        spread = MAD_TO_STD * np.median(abs(values - np.median(values)))
+        values = values[abs(values - np.median(values)) <= CLIP * spread] if spread > 0 else values
+        n = max(2.0, values.size / area)
+        error = 1.96 / np.sqrt(2 * n)  # of the logarithm of a standard deviation
+        std = values.std()
+        rows.append((separation[chosen].mean(), values.mean(), std, std * np.exp(-error), std * np.exp(error), n))
+    if not rows:
+        raise ValueError(f"the map has {int(np.isfinite(null_snr).sum())} values, too few for a profile of the null")
+    return NullProfile(*np.array(rows).T)
+
+
+def correlation_area(field: Float[np.ndarray, "H W"]) -> float:
+    """Pixels that one independent value is worth: the sum of the squared autocorrelation over all lags up to 12 px."""
+    values = np.where(np.isfinite(field), field - np.nanmean(field), 0)
+    known = np.isfinite(field).astype(float)
+    shape = [2 * n for n in field.shape]
+    power, pairs = (abs(np.fft.rfft2(image, shape)) ** 2 for image in (values, known))
+    correlation = np.fft.irfft2(power, shape) / np.maximum(np.fft.irfft2(pairs, shape), 1)
+    correlation /= correlation[0, 0]
+    reach = min(12, *(n - 1 for n in field.shape))
+    near = np.roll(correlation, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1]
+    return float((near**2).sum())
+
+
+def field_false_alarm(snr: Float[np.ndarray, "N"] | float, null: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "*N"]:
+    """The probability that noise alone has a peak of at least `snr` anywhere in the field.
+
+    null: an SNR map of noise of unit variance, NaN outside the field. 1 - exp(-E), where E is the expected Euler
+    characteristic of a smooth Gaussian field's excursion set (Worsley et al. 1996, Human Brain Mapping 4:58, eq. 3):
+    for high thresholds the expected number of peaks. Its roughness is the variance of the map's differences between
+    neighbouring pixels, so a map whose pixels are independent is handled too, if conservatively.
+    """
+    known = np.isfinite(null)
+    dy, dx = np.diff(null, axis=0), np.diff(null, axis=1)
+    scale = np.nanvar(null)
+    roughness = [np.nanmean(d**2) / scale for d in (dy, dx)]
+    both = np.nanmean(dy[:, :-1] * dx[:-1]) / scale
+    area = known.sum() * np.sqrt(max(roughness[0] * roughness[1] - both**2, 0))
+    edge = (perimeter(known) / 4) * (np.sqrt(roughness[0]) + np.sqrt(roughness[1]))
+    t = np.maximum(np.asarray(snr, float), 0)
+    peaks = np.exp(-(t**2) / 2) * (area * t / (2 * np.pi) ** 1.5 + edge / (2 * np.pi)) + norm.sf(t)
+    return np.where(np.asarray(snr) > 1, -np.expm1(-peaks), 1.0)
+
+
+def perimeter(known: np.ndarray) -> int:
+    """Number of pixel sides between the field and what is outside it."""
+    padded = np.pad(known, 1).astype(int)
+    return int(abs(np.diff(padded, axis=0)).sum() + abs(np.diff(padded, axis=1)).sum())
