@@ -153,7 +153,7 @@ def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
 
 def source_table(sources: Sequence[PointSource], result: Result) -> Table:
     scale = result.config.data.pixel_scale
-    columns = ["", "y, x (px)", "separation", "angle (deg)", "SNR", "flux, one pass", "flux", "false alarm"]
+    columns = ["", "y, x (px)", "separation", "angle (deg)", "SNR", "calibrated", "flux", "one pass", "false alarm"]
     rows = []
     for s in sources:
         arcsec = f" = {s.separation_px * scale:.3f}″" if scale else ""
@@ -162,9 +162,10 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
             f"{s.y:.2f} ± {s.y_std:.2f}, {s.x:.2f} ± {s.x_std:.2f}",
             f"{s.separation_px:.2f} px{arcsec}",
             f"{s.position_angle_deg:.1f} ± {s.position_angle_deg_std:.1f}",
-            f"{s.snr:.1f} ({s.snr_calibrated:.1f} calibrated)",
-            f"{s.flux:.4g}",
+            f"{s.snr:.1f}",
+            f"{s.snr_calibrated:.1f}",
             f"{s.flux_debiased:.4g} ± {s.flux_debiased_std:.2g} ± {s.flux_debiased_std_empirical:.2g}",
+            f"{s.flux:.4g}",
             f"{s.false_alarm_probability:.1g}",
         ])  # fmt: skip
     if result.truth:
@@ -183,9 +184,13 @@ def known(source: PointSource, result: Result) -> str:
 
 
 def for_console(table: Table) -> rich.table.Table:
-    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    """Without what makes it too wide for a terminal; report.html has it all."""
+    kept = [i for i, name in enumerate(table.columns) if name not in ("separation", "angle (deg)", "one pass")]
+    grid = rich.table.Table(box=rich.box.SIMPLE, title=table.title, caption=" ".join(table.notes))
+    for i in kept:
+        grid.add_column(table.columns[i], no_wrap=True)
     for row in table.rows:
-        grid.add_row(*row)
+        grid.add_row(*(row[i] for i in kept))
     return grid
 
 

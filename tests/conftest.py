@@ -8,6 +8,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook("pulmo_jax", "beartype.beartype")
+install_import_hook("pulmo_jax", "typechecker.check")
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

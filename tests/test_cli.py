@@ -14,11 +14,17 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from rich.console import Console
 
-from pulmo_jax import cli, evaluate, predict, train
+from pulmo_jax import cli, detect, evaluate, predict, train
+from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.config import GIVEN, TrainConfig, argument_schema, find_target
 from pulmo_jax.types import InputError
 
-EXAMPLES = {"train": train.EXAMPLES, "predict": predict.EXAMPLES, "evaluate": evaluate.EXAMPLES}
+EXAMPLES = {
+    "train": train.EXAMPLES,
+    "predict": predict.EXAMPLES,
+    "evaluate": evaluate.EXAMPLES,
+    "detect": detect.EXAMPLES,
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
         ("train", ["foo.bar=1"], "unknown key foo.bar"),
         ("train", ["hydra.foo=1"], "unknown key hydra.foo"),
         ("train", ["~data.foo"], "data.foo"),
-        ("train", ["+experiment=nope"], "experiment/nope is not there; there are: lung"),
+        ("train", ["+experiment=nope"], "experiment/nope is not there; there are: adi, lung"),
         ("train", ["model=nope"], "model/nope is not there; there are: conv_autoencoder"),
         ("train", ["model=null"], "must be a string or a list. Got NoneType"),
         ("train", ["data.clip=[1,"], "data.clip=[1, is not understood"),

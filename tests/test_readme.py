@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from astropy.io import fits
+
+from pulmo_jax.data.synthetic import rotating_stack
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,11 +23,29 @@ def test_files_that_the_readme_links_to_exist():
 
 
 @pytest.mark.parametrize(
-    "key", sorted(set(re.findall(r"`((?:data|trainer|model|method|calibration|tiles)\.(?!json)\w+)", README)))
+    "key",
+    sorted(set(re.findall(r"`((?:data|trainer|model|method|calibration|tiles|search|contrast)\.(?!json|csv)\w+)", README))),
 )
 def test_keys_that_the_readme_names_exist(key):
+    from pulmo_jax.adi_config import DetectConfig
     from pulmo_jax.cli import allowed_keys, node_keys
     from pulmo_jax.config import TrainConfig
 
     section, name = key.split(".")
-    assert name in (allowed_keys(TrainConfig, [section]) or node_keys([section]))
+    assert name in (
+        *allowed_keys(TrainConfig, [section]),
+        *allowed_keys(DetectConfig, [section]),
+        *node_keys([section]),
+    )
+
+
+def test_the_readmes_python_finds_a_planet(tmp_path, monkeypatch, capsys):
+    stack = rotating_stack(seed=0, frames=24, size=48, planets=((40.0, 31.0, 900.0),)).stack
+    arrays = {"cube": stack.cube, "angles": stack.angles_deg, "psf": stack.psf}
+    for name, array in arrays.items():
+        fits.writeto(tmp_path / f"{name}.fits", array)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    y, x, *_ = map(float, capsys.readouterr().out.splitlines()[0].split())
+    assert (y, x) == pytest.approx((40, 31), abs=1)

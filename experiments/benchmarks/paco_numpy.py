@@ -9,6 +9,7 @@ tests/references/paco.py. SciPy must be new enough for `solve` on stacks of matr
 
 import numpy as np
 import scipy.linalg
+import scipy.ndimage
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 TIE_PX = 1e-9  # a position that is a whole or half pixel on paper must not fall to either side by its last bits
@@ -72,6 +73,40 @@ def exact_maps(cube, angles_deg, psf, radius, centre=None):
         b_sum[kept] += np.einsum("pd,pd->p", c, b_t[index])
         count[kept] += 1
     return finish(a_sum, b_sum, count, usable.shape)
+
+
+def plain_fast_maps(cube, angles_deg, psf, radius, centre=None):
+    """Algorithm 2 as one writes it down: patches, covariances by matrix products, Cholesky, scipy's cubic splines.
+
+    Frames without bad pixels only; tracks that leave the field of full patches are mirrored at its edge.
+    """
+    offsets = disc(radius)
+    reach, (T, H, W) = np.abs(offsets).max(), cube.shape
+    deviations = (cube - cube.mean(axis=0)).reshape(T, -1).T  # (H W, T)
+    inner = np.arange(H * W).reshape(H, W)[reach : H - reach, reach : W - reach]
+    h = shifted_psfs(psf, np.zeros(1), np.zeros(1), offsets)[0]
+    a, b = np.empty(inner.shape), np.empty((T, *inner.shape))
+    diagonal = np.arange(len(offsets))
+    for y, row in enumerate(inner):  # a row at a time: all patches at once would take 0.8 GB
+        d = deviations[row[:, None] + offsets @ (W, 1)]  # (w, K, T)
+        S = d @ d.transpose(0, 2, 1) / T
+        variance = S[:, diagonal, diagonal]
+        trace_sq, diagonal_sq = (S**2).sum(axis=(1, 2)), (variance**2).sum(axis=1)
+        rho = (trace_sq + variance.sum(axis=1) ** 2 - 2 * diagonal_sq) / ((T + 1) * (trace_sq - diagonal_sq))
+        S *= 1 - np.clip(rho, 0, 1)[:, None, None]
+        S[:, diagonal, diagonal] = variance
+        lower = np.linalg.cholesky(S)
+        w = np.linalg.solve(
+            lower.transpose(0, 2, 1), np.linalg.solve(lower, np.broadcast_to(h[:, None], (len(S), len(h), 1)))
+        )
+        a[y], b[:, y] = (h @ w)[:, 0], (w.transpose(0, 2, 1) @ d)[:, 0].T
+    total = np.zeros((2, H * W))
+    a_spline = scipy.ndimage.spline_filter(a, order=3, mode="mirror")
+    for positions, b_t in zip(tracks(cube, angles_deg, centre), b, strict=True):
+        at = positions - reach
+        total[0] += scipy.ndimage.map_coordinates(a_spline, at, order=3, mode="mirror", prefilter=False)
+        total[1] += scipy.ndimage.map_coordinates(b_t, at, order=3, mode="mirror")
+    return finish(*total, np.ones(H * W, int), (H, W))
 
 
 def disc(radius):

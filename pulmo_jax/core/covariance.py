@@ -6,12 +6,12 @@ al. 2018 (A&A 618, A138), here "F18". Shrinkage is toward the diagonal: C = (1 -
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import cho_solve
+from jax.scipy.linalg import cho_solve, solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 PRODUCT_FRAMES, PRODUCT_ROWS = 16, 32  # of a block of lagged products: one that stays in a core's cache
@@ -69,7 +69,7 @@ class Moments(NamedTuple):
 
 
 def moments(samples: Float[Array, "T P"]) -> Moments:
-    mean = samples.mean(0)
+    mean = samples.sum(0) / max(len(samples), 1)
     deviations = samples - mean
     return Moments(jnp.asarray(len(samples), samples.dtype), mean, deviations.T @ deviations)
 
@@ -198,11 +198,26 @@ def factorise(c: Float[Array, "P P"], usable: Bool[Array, "P"]) -> Factor:
     """
     both = usable[:, None] & usable
     variance = jnp.where(usable, jnp.diag(c), 1)
-    c = jnp.where(both, c, jnp.diag(variance))
+    return Factor(*_cholesky_or_diagonal(jnp.where(both, c, jnp.diag(variance))))
+
+
+@jax.custom_jvp
+def _cholesky_or_diagonal(c: Array) -> tuple[Array, Array]:
     lower = jax.lax.linalg.cholesky(c, symmetrize_input=False)
-    pivots = jnp.diag(lower) ** 2
+    variance, pivots = jnp.diag(c), jnp.diag(lower) ** 2
     sound = jnp.isfinite(lower[-1, -1]) & (pivots > PIVOT_EPS * jnp.finfo(c.dtype).eps * variance).all()
-    return Factor(jnp.where(sound, lower, jnp.diag(jnp.sqrt(variance))), ~sound)
+    return jnp.where(sound, lower, jnp.diag(jnp.sqrt(variance))), ~sound
+
+
+@_cholesky_or_diagonal.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Any]]:
+    """dL = L Phi(L^-1 dC L^-T), Phi the lower half (Murray 2016, arXiv:1602.07527, eq. 8), of the matrix that was
+    factorised: the failed Cholesky's own derivative would be NaN."""
+    (lower, singular), (dc,) = _cholesky_or_diagonal(*primals), tangents
+    dc = jnp.where(singular, jnp.diag(jnp.diag(dc)), dc)
+    half = solve_triangular(lower, solve_triangular(lower, (dc + dc.T) / 2, lower=True).T, lower=True)
+    phi = jnp.tril(half) - jnp.diag(jnp.diag(half)) / 2
+    return (lower, singular), (lower @ phi, np.zeros(singular.shape, jax.dtypes.float0))
 
 
 def effective_frames(deviations: Float[Array, "T pixels"]) -> Float[Array, "pixels"]:

@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 FULL_TURN = 360.0
 TIE_PX = 1e-9
 
 
 def frame_position(
-    y: Float[Array, "*shape"],
-    x: Float[Array, "*shape"],
-    angle_deg: Float[Array, "*shape"],
+    y: Num[Array, "..."],
+    x: Num[Array, "..."],
+    angle_deg: Float[Array, "..."],
     centre: Float[Array, "2"],
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """(y, x) in a frame of what stands at (y, x) of the derotated map; arguments are broadcast."""
     angle = jnp.deg2rad(angle_deg)
     cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -44,11 +44,11 @@ def shift(stamp: Float[Array, "S S"], shifts: Float[Array, "*batch 2"]) -> Float
 
 
 def render(
-    stamps: Float[Array, "T S S"], corner: Int[Array, "T 2"], y: Int[Array, "*pixels T"], x: Int[Array, "*pixels T"]
+    stamps: Float[Array, "T S S"], corner: Int[Array, "T 2"], y: Int[Array, "..."], x: Int[Array, "..."]
 ) -> Float[Array, "*pixels T"]:
     """What the source of frame t, drawn by stamps[t] with its first pixel at corner[t], gives pixel (y, x) of it.
 
-    Zero outside the stamp.
+    y, x: broadcast against the frames, which are the last axis. Zero outside the stamp.
     """
     side = stamps.shape[-1]
     row, column = y - corner[:, 0], x - corner[:, 1]

@@ -222,8 +222,8 @@ def error_factor(of: Observation, settings: Settings, place: tuple[float, float]
     n = int(min(BLANKS, 2 * np.pi * separation // of.psf.fwhm_px))
     directions = start + 2 * np.pi * (np.arange(n) + 0.5) / max(n, 1)
     blanks = np.array(of.centre) + separation * np.stack([np.sin(directions), np.cos(directions)], -1)
-    taken = np.array([[float(f.y), float(f.x)] for f in fits])
-    apart = np.hypot(*(blanks[:, None] - taken).transpose(2, 0, 1)).min(1) if n else np.zeros(0)
+    taken = np.array([[float(f.y), float(f.x)] for f in fits]).reshape(-1, 2)
+    apart = np.linalg.norm(blanks[:, None] - taken, axis=-1).min(1, initial=np.inf)
     blanks = blanks[apart > of.psf.fwhm_px]
     if len(blanks) < MIN_BLANKS:
         return float("nan")

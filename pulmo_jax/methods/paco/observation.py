@@ -156,7 +156,8 @@ def check_rotation(angles: np.ndarray, centre: tuple[float, float], shape: tuple
             f"all {len(angles)} angles are {angles[0]:g} degrees: without rotation a source cannot be told from the "
             "static background; check the angles"
         )
-    corner = np.hypot(*(max(c, n - 1 - c) for c, n in zip(centre, shape, strict=True)))
+    reach_y, reach_x = (max(c, n - 1 - c) for c, n in zip(centre, shape, strict=True))
+    corner = np.hypot(reach_y, reach_x)
     path = float(np.deg2rad(arc) * corner)
     if path < fwhm:
         return [
