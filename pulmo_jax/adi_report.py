@@ -13,7 +13,7 @@ from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import RotatingStack
 from pulmo_jax.evaluation.contrast import Contrast
-from pulmo_jax.evaluation.null_field import correlation_area, separation_map
+from pulmo_jax.evaluation.null_field import null_values
 from pulmo_jax.inference.point_sources import Search
 from pulmo_jax.methods.paco import Observation
 from pulmo_jax.reporting import adi_figures, figures
@@ -23,7 +23,6 @@ from pulmo_jax.types import PointSource
 
 CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2018. Exoplanet detection in angular differential
 imaging by statistical learning of the nonstationary patch covariances. The PACO algorithm. A&A 618, A138."""
-INNER_FWHM = 1.0  # the null is judged from here on outward: nearer the centre nothing rotates out of itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +80,7 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
 
 def null_section(result: Result, search: Search, out_dir: Path) -> Section:
     of, null, profile = result.of, search.null.snr, search.profile
-    outside = separation_map(of.shape, of.centre) > INNER_FWHM * of.psf.fwhm_px
-    values = null[outside & np.isfinite(null)]
-    n_independent = max(2, int(values.size / max(1.0, correlation_area(null))))
+    values, n_independent = null_values(null, of.centre, of.psf.fwhm_px)
     folder = out_dir / "figures"
     radial = adi_figures.null_by_radius(
         profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale

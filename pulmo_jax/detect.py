@@ -266,7 +266,7 @@ def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
         "singular_locations": int(search.maps.singular.sum()),
         "psf_fwhm_px": of.psf.fwhm_px,
         "psf_error": search.maps.psf_error,
-        "snr_error": search.maps.snr_error,
+        "snr_error": search.maps.snr_error if np.isfinite(search.maps.snr_error) else None,
         "null": {"mean": float(null.mean()), "std": float(null.std()), "highest": float(null.max())},
         "null_by_separation": {
             "separation_px": profile.separation_px.tolist(),

@@ -55,7 +55,9 @@ def test_defaults_alone_are_a_whole_config():
 def test_defaults_survive_being_saved_and_read(files):
     how = {"data.centre": [3, 4.5], "data.synthetic.planets": [[1, 2, 3], [4.0, 5.5, 6.0]], "data.star_flux": 10}
     found = validate(DetectConfig, nested(files | how))
-    again = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(found.model_dump(mode="json")))))
+    again: Any = OmegaConf.to_container(
+        OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(found.model_dump(mode="json"))))
+    )
     assert validate(DetectConfig, again) == found
     assert found.data.centre == (3.0, 4.5)
     assert found.data.synthetic.planets == ((1.0, 2.0, 3.0), (4.0, 5.5, 6.0))

@@ -105,6 +105,20 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
     assert "default false]" in text
 
 
+def test_help_of_detect_lists_its_experiment_ranges_and_choices(run):
+    text = run("detect", "--help").out
+    assert "experiments: adi\n" in text
+    assert "[>= 0, <= 1; default null]" in text  # method.rho
+    assert "[paco | oas | ledoit_wolf | fixed | cv; default paco]" in text
+    assert "[1 | -1; default 1]" in text  # data.angle_sign
+    assert "data.synthetic: The stack that is made where data.cube is null." in text
+
+
+@pytest.mark.xfail(strict=True, reason="--help lists training's config groups under every verb with a key of that name")
+def test_help_of_detect_lists_no_group_of_training(run):
+    assert "autoencoder" not in run("detect", "--help").out
+
+
 # --- what is refused
 
 
@@ -137,6 +151,14 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
         ("predict", ["run=/nowhere", "input=.", "output=out"], "run='/nowhere': no config.yaml there"),
         ("evaluate", ["run=/nowhere"], "data.test must be given"),
         ("evaluate", ["data.train=x"], "unknown key data.train; data has: test"),
+        ("detect", ["data.cub=x"], "unknown key data.cub; did you mean data.cube? data has: cube, angles, psf"),
+        ("detect", ["+method.shrinkag=cv"], "unknown key method.shrinkag; did you mean method.shrinkage?"),
+        ("detect", ["trainer.steps=1"], "unknown key trainer.steps"),
+        ("detect", ["data.cube=/nowhere.fits"], "data.cube='/nowhere.fits': does not exist; give a file"),
+        ("detect", ["data.cube=."], "data.cube='.': is a folder; give a file"),
+        ("detect", ["contrast=3"], "contrast"),
+        ("detect", ["data.angle_sign=2"], "data.angle_sign=2: input should be 1 or -1"),
+        ("detect", ["method.shrinkage=fixed"], "method.shrinkage=fixed and method.rho=SHARE belong together"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -272,6 +294,37 @@ def test_own_experiment_with_an_unknown_key_is_refused(run, tmp_path):
     assert "trainer.step" in done.err
     assert len(done.err.splitlines()) <= 2
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
+
+
+def test_detect_gets_its_own_config_and_run_directory(run, tmp_path):
+    got = []
+    arguments = ["+experiment=adi", "method.shrinkage=cv", "data.centre=[3,4.5]", "hydra.run.dir=out"]
+    done = run("detect", *arguments, task=lambda config, run_dir: got.append((config, run_dir)))
+    assert (done.status, done.err) == (0, "")
+    [(config, run_dir)] = got
+    assert isinstance(config, DetectConfig)
+    assert (config.name, config.method.shrinkage, config.data.centre) == ("adi", "cv", (3.0, 4.5))
+    assert run_dir == tmp_path / "out"
+    run("detect", "name=mine", task=lambda config, run_dir: got.append((config, run_dir)))
+    assert got[1][1].parent == tmp_path / "runs" / "mine"
+
+
+@pytest.mark.xfail(strict=True, reason="an experiment of another verb is not recognised as such")
+@pytest.mark.parametrize(("verb", "experiment"), [("detect", "lung"), ("train", "adi")])
+def test_experiment_of_another_verb_is_refused_by_its_name(run, tmp_path, verb, experiment):
+    done = run(verb, f"+experiment={experiment}")
+    assert done.status == 2
+    assert len(done.err.splitlines()) <= 2
+    assert f"experiment={experiment}" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.xfail(strict=True, reason="a traceback of Hydra's")
+def test_output_that_cannot_be_written_is_an_error_of_status_2(run, tmp_path):
+    (tmp_path / "file").touch()
+    done = run("detect", "hydra.run.dir=file/out")
+    assert done.status == 2
+    assert "file/out" in done.err
 
 
 # --- where the configs are

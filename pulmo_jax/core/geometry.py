@@ -43,7 +43,7 @@ def rotation_deg(angles_deg: Float[np.ndarray, "T"]) -> float:
 class Ring(NamedTuple):
     """Pixels at like distances from the centre, and the locations that their tracks pass.
 
-    pixels: (M,) flat indices, the last repeated to fill; locations: (N,) likewise.
+    pixels: (M,) flat indices, the last repeated to fill; locations: (N,), repeated from the first on to fill.
     """
 
     pixels: Int[np.ndarray, "*rings M"]

@@ -1,6 +1,6 @@
 """The off-axis PSF: where its source is, how wide it is, and the stamp centred and divided by its flux, in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ class Psf:
     offset_px: (dy, dx) from the middle pixel S//2 of that stamp to its source.
     """
 
-    stamp: Float[np.ndarray, "S S"]
+    stamp: Float[np.ndarray, "S S"] = field(repr=False)
     fwhm_px: float
     flux: float
     flux_kind: FluxKind

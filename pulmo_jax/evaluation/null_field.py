@@ -62,6 +62,16 @@ def null_profile(null_snr: Float[np.ndarray, "H W"], centre: tuple[float, float]
     return NullProfile(*np.array(rows).T)
 
 
+def null_values(
+    null_snr: Float[np.ndarray, "H W"], centre: tuple[float, float], fwhm_px: float
+) -> tuple[Float[np.ndarray, "N"], int]:
+    """What the null is judged by: its values from one FWHM outward, nearer the centre nothing rotates out of itself;
+    and how many independent ones they are worth."""
+    outside = separation_map(null_snr.shape, centre) > fwhm_px
+    values = null_snr[outside & np.isfinite(null_snr)]
+    return values, max(2, int(values.size / max(1.0, correlation_area(null_snr))))
+
+
 def correlation_area(field: Float[np.ndarray, "H W"]) -> float:
     """Pixels that one independent value is worth: the sum of the squared autocorrelation over all lags up to 12 px."""
     values = np.where(np.isfinite(field), field - np.nanmean(field), 0)

@@ -28,13 +28,14 @@ Say = Callable[[str], None]
 class Search:
     """Everything that a search found.
 
-    maps: of the stack as it is; residual: the stack without the sources; null: its SNR map with the angles reversed,
+    maps: of the stack as it is; fits: what `sources` are described from, in units of the deviations; residual: the stack without the sources; null: its SNR map with the angles reversed,
     which holds the noise and no source, and profile, its spread. snr_calibrated: maps.snr over that spread. n_patch:
     pixels of a patch.
     """
 
     maps: LikelihoodMaps
     sources: list[PointSource]
+    fits: list[Fit]
     residual: Observation
     null: LikelihoodMaps
     profile: NullProfile
@@ -101,7 +102,7 @@ def find_sources(
     if len(found) == max_sources:
         caveats += (f"the search stopped at {max_sources} sources; there may be more",)
     n_patch = len(footprint(of.psf, settings.patch_radius_px))
-    return Search(maps, sources, residual, null, profile, maps.snr / std, n_patch, caveats)
+    return Search(maps, sources, fits, residual, null, profile, maps.snr / std, n_patch, caveats)
 
 
 def highest(snr: Float[np.ndarray, "H W"], free: np.ndarray, threshold: float) -> tuple[int, int] | None:
@@ -189,7 +190,7 @@ def describe(
     along = np.array([dy, dx]) / max(separation, 1e-9)
     across = np.array([along[1], -along[0]])
     radial, tangential = (float(np.sqrt(u @ place_covariance @ u)) for u in (along, across))
-    calibrated = found.snr / float(profile.std_at(separation))
+    calibrated = float(found.snr / profile.std_at(separation))
     flux_std = of.unit * float(np.sqrt(spread[2, 2]))
     return PointSource(
         label=label,
@@ -228,7 +229,8 @@ def error_factor(of: Observation, settings: Settings, place: tuple[float, float]
     if len(blanks) < MIN_BLANKS:
         return float("nan")
     stack, patch = prepare(of, settings)
-    blank = characterise(stack, jnp.asarray(blanks, of.deviations.dtype), patch, move=False)
-    pulls = np.asarray(blank.flux * jnp.sqrt(blank.a), float)
+    at = jnp.asarray(blanks, of.deviations.dtype)
+    blank_fits = [first(characterise(stack, at[i : i + 1], patch, move=False)) for i in range(len(at))]  # one program
+    pulls = np.array([float(fit.flux * jnp.sqrt(fit.a)) for fit in blank_fits])
     pulls = pulls[np.isfinite(pulls)]
     return float(pulls.std(ddof=1) * np.sqrt(1 + 1 / len(pulls))) if len(pulls) >= MIN_BLANKS else float("nan")

@@ -40,13 +40,6 @@ def test_coefficients_in_float32():
     np.testing.assert_allclose(found, ndimage.spline_filter(image.astype(float), 3, mode="mirror"), atol=5e-6)
 
 
-def test_each_image_of_a_stack_is_filtered_by_itself():
-    images = jnp.asarray(random(3, 8, 6))
-    one_by_one = jnp.stack([coefficients_of(image) for image in images])
-    np.testing.assert_allclose(coefficients_of(images), one_by_one, atol=1e-14)
-    np.testing.assert_allclose(jax.vmap(coefficients_of)(images), one_by_one, atol=1e-14)
-
-
 @given(st.floats(0, 1, exclude_max=True))
 def test_weights_are_the_b_spline_and_sum_to_one(fraction):
     found = np.array(spline.weights(jnp.asarray(fraction)))

@@ -60,7 +60,7 @@ def pixels_on(separation: float) -> np.ndarray:
 
 
 def measured(contrast: Contrast, fluxes: np.ndarray, empty: LikelihoodMaps) -> np.ndarray:
-    """(N, 3) of injected sources, each in a map of its own: SNR, what it has risen by, and the rise of flux per flux."""
+    """(N, 3) of sources injected one at a time: SNR, what it has risen by, and the share of the flux that is left."""
     rows = []
     for separation, flux in zip(contrast.separation_px, fluxes, strict=True):
         for y, x in pixels_on(separation):

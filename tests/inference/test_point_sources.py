@@ -5,7 +5,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from astropy.io import fits
 from references import paco as reference
 from scipy.ndimage import gaussian_filter
 
@@ -85,7 +84,6 @@ def test_planets_are_found_brightest_first_within_their_errors(searches):
         assert (abs(pulls(search, PLANETS[::-1])) < 4).all()
     everything = np.concatenate([pulls(search, PLANETS[::-1]) for search in searches])
     assert 0.4 < everything.std() < 1.8  # 24 pulls, not all of them independent
-    print(everything)
 
 
 def test_separation_and_position_angle_by_hand(searches):
@@ -96,14 +94,12 @@ def test_separation_and_position_angle_by_hand(searches):
             assert 0.01 < source.separation_px_std < 0.5
             across = np.deg2rad(source.position_angle_deg_std) * separation
             total = np.hypot(source.y_std, source.x_std)
-            assert np.hypot(across, source.separation_px_std) == pytest.approx(total, rel=0.01)
+            assert np.hypot(across, source.separation_px_std) == pytest.approx(total, rel=0.03)
 
 
 def test_numbers_of_a_source_fit_together(searches):
     for search in searches:
         for source in search.sources:
-            y, x = round(source.y), round(source.x)
-            near = np.s_[y - 1 : y + 2, x - 1 : x + 2]
             assert source.snr == pytest.approx(source.flux / source.flux_std)
             spread = float(search.profile.std_at(source.separation_px))
             assert source.snr_calibrated == pytest.approx(source.snr / spread)
@@ -123,7 +119,6 @@ def test_empirical_errors_are_wider_where_the_covariance_is_learnt_from_few_fram
     ratios = [s.flux_debiased_std_empirical / s.flux_debiased_std for search in searches for s in search.sources]
     assert 1 < np.mean(ratios) < 4
     assert (np.array(ratios) > 0.7).all()
-    print(ratios)
 
 
 def test_nothing_is_left_of_what_was_found(searches):
@@ -148,7 +143,6 @@ def test_two_sources_one_and_a_half_fwhm_apart():
     pair = [(*first, 60.0), (first[0] + 1.5 * FWHM * 0.6, first[1] + 1.5 * FWHM * 0.8, 45.0)]
     search = find_sources(stack(7, pair), SETTINGS)
     assert len(search.sources) == 2
-    print(pulls(search, pair))
     assert (abs(pulls(search, pair)) < 4).all()
     assert np.nanmax(compute_maps(search.residual, SETTINGS).snr) < 5
 
@@ -263,7 +257,6 @@ def test_beta_pictoris_b(beta_pictoris):
     assert planet.y == pytest.approx(61.70, abs=0.1)
     assert planet.x == pytest.approx(61.82, abs=0.1)
     assert planet.snr == pytest.approx(11.69, abs=0.1)
-    print(planet, np.nanmax(beta_pictoris.null.snr), np.nanmax(compute_maps(beta_pictoris.residual, SETTINGS).snr))
 
 
 @needs_real
@@ -272,7 +265,6 @@ def test_the_real_cube_without_its_planet_has_no_peak(mode):
     of = real("cube_planet_removed", "parallactic_angles_planet_removed")
     maps = compute_maps(of, Settings(mode=mode))
     assert np.isfinite(maps.snr).sum() > 6000
-    print(np.nanmax(maps.snr))
     assert np.nanmax(maps.snr) < 5
 
 

@@ -227,20 +227,23 @@ def test_place_is_where_the_likelihood_is_highest_and_its_errors_are_fisher_s():
 def test_gradient_of_the_template_is_the_reference_s():
     _, stack, patch = ready(noise(6))
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(FRAMES, len(OFFSETS))))
+
+    @jax.jit
+    @jax.value_and_grad
+    def found(at: jax.Array, trail: paco_tracks.Trail) -> jax.Array:
+        return (weights * paco_tracks.template(stack, trail, at, patch)).sum()
+
     for place in PLACES:
         trail = paco_tracks.trail_of(stack, jnp.asarray(place), patch)
         pixel = np.asarray(trail.pixel)
 
         def expected(at: np.ndarray, pixel: np.ndarray = pixel) -> float:
-            shift = reference.tracks(ANGLES, *at, CENTRE) - pixel
+            shift = reference.tracks(ANGLES, at[0], at[1], CENTRE) - pixel
             return float((weights * reference.shift_psf(PSF, shift[:, 0], shift[:, 1], OFFSETS)).sum())
-
-        def found(at: jax.Array, trail: paco_tracks.Trail = trail) -> jax.Array:
-            return (weights * paco_tracks.template(stack, trail, at, patch)).sum()
 
         for away in ((0, 0), (0.4, -0.7), (-1, 1)):
             at = place + np.array(away)
-            value, slope = jax.value_and_grad(found)(jnp.asarray(at))
+            value, slope = found(jnp.asarray(at), trail)
             assert float(value) == pytest.approx(expected(at), abs=1e-10)
             by_differences = [(expected(at + d[:2]) - expected(at - d[:2])) / 2e-4 for d in STEPS[:2]]
             np.testing.assert_allclose(slope, by_differences, atol=1e-6)
@@ -315,7 +318,8 @@ def test_fits_at_the_edge_in_the_mask_and_outside():
     cube = with_a_mask(with_sources(noise(8), (*EDGES[0], FLUX), (*EDGES[1], FLUX)))
     stays = characterised(cube, EDGES, move=False)
     for i in (0, 1):
-        expected, std = reference.unbiased_flux(cube, ANGLES, PSF, 3, *EDGES[i], 30, CENTRE)
+        y, x = EDGES[i]
+        expected, std = reference.unbiased_flux(cube, ANGLES, PSF, 3, y, x, 30, CENTRE)
         assert abs(stays.flux[i] - expected) < 1e-3 * std
     moves = characterised(cube, EDGES)
     for fit in (stays, moves):

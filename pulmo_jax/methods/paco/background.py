@@ -87,7 +87,8 @@ def filters_at(
         weights, gram = likelihood.matched_filter(jnp.where(usable, template.terms, 0), factor.lower)
         rho = jnp.where(factor.singular, 1, rho)
         # C is at least rho diag(S), so this is at least the C^-1 norm of what the expansion neglects of the PSF.
-        neglected = jnp.where(usable, template.neglected**2 / jnp.where(usable, variance, 1), 0).sum() / rho
+        neglected = jnp.where(usable, template.neglected**2 / jnp.where(usable, variance, 1), 0).sum()
+        neglected = jnp.where(neglected > 0, neglected / rho, 0)
         return Filters(weights, gram, jnp.stack([rho, factor.singular.astype(s.dtype), neglected]))
 
     return jax.vmap(of_location, in_axes=(0, 1, 0))(s, deviations, background.n[locations])

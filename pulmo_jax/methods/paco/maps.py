@@ -38,8 +38,8 @@ class LikelihoodMaps:
     of one pass, so that a source has subtracted a part of itself. n_frames: frames that a pixel's track could use.
     shrinkage: rho at each location. singular: locations whose covariance had no Cholesky factor and was replaced by its
     diagonal. psf_error: largest relative error of the PSF's expansion; snr_error: the largest standard deviation that
-    it adds to the noise of the SNR anywhere, a bound; both 0 in fast mode, which has no such expansion. caveats: what a
-    reader must know.
+    it adds to the noise of the SNR anywhere, a bound, infinite where rho is 0; both 0 in fast mode, which has no such
+    expansion. caveats: what a reader must know.
     """
 
     a: Float[np.ndarray, "H W"] = field(repr=False)
@@ -221,7 +221,7 @@ def as_maps(
         shrinkage=states[0],
         singular=singular,
         psf_error=plan.expansion.error,
-        snr_error=float(np.sqrt(np.nanmax(states[2]))),
+        snr_error=float(np.sqrt(np.max(states[2], initial=0, where=np.isfinite(states[0])))),
         caveats=of.caveats + statistics_caveats(states[0], singular, len(of.deviations), len(plan.program.offsets)),
     )
 

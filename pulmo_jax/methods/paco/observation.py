@@ -71,17 +71,16 @@ def observe(
         raise InputError(f"the centre (y, x) = {middle} lies outside the frames of {height} x {width} px")
     prepared = psf if isinstance(psf, Psf) else prepare_psf(np.asarray(psf, np.float64), flux="none")
 
-    frames = in_safe_range(frames)
-    kept, usable, caveats = find_usable(frames[0])
-    frames = (frames[0][kept] if not kept.all() else frames[0], frames[1])
+    kept, usable, caveats = find_usable(frames)
     angles = angles[kept].astype(np.float64)
     if len(angles) < 2:
         raise InputError(f"{len(angles)} usable frame{'s' * (len(angles) != 1)}; patch statistics need at least 2")
     if not usable.any():
         raise InputError("no pixel is finite and varies over the frames; there is nothing to learn the noise from")
     caveats += check_rotation(angles, middle, (height, width), prepared.fwhm_px)
-    deviations, unit = standardise(jnp.asarray(frames[0], dtype=float), jnp.asarray(usable))
-    return Observation(deviations, angles, prepared, middle, usable, kept, float(unit) * frames[1], tuple(caveats))
+    changes, factor = changes_over_time(frames if kept.all() else frames[kept], usable)
+    deviations, unit = standardise(jnp.asarray(changes, dtype=float), jnp.asarray(usable))
+    return Observation(deviations, angles, prepared, middle, usable, kept, float(unit) * factor, tuple(caveats))
 
 
 def as_numbers(values: object, name: str) -> np.ndarray:
@@ -92,15 +91,21 @@ def as_numbers(values: object, name: str) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def in_safe_range(frames: np.ndarray) -> tuple[np.ndarray, float]:
-    """The frames and what they were divided by, a power of two where float32 could not hold their squares."""
-    peak = max(abs(float(frames.max())), abs(float(frames.min())))
-    if not np.isfinite(peak):
-        peak = float(np.where(np.isfinite(frames), np.abs(frames), 0).max())
-    if peak == 0 or SAFE_RANGE[0] < peak < SAFE_RANGE[1]:
+def changes_over_time(frames: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, float]:
+    """Frames that float32 holds without loss but for a static one, and what they were divided by.
+
+    Integers and float64 are taken less their first frame before they are rounded, so that a static frame much brighter
+    than the noise costs no digits; and what is beyond float32's squares is divided by a power of two.
+    """
+    values = frames if usable.all() else frames[:, usable]
+    peak = max(abs(float(values.max())), abs(float(values.min())))
+    if frames.dtype == np.float32 and SAFE_RANGE[0] < peak < SAFE_RANGE[1]:
         return frames, 1.0
-    factor = 2.0 ** np.floor(np.log2(peak))
-    return frames / np.float64(factor), float(factor)
+    first = np.where(usable, frames[0], 0).astype(np.float64)
+    changes = np.stack([np.where(usable, frame, 0) - first for frame in frames])
+    factor = float(2.0 ** np.floor(np.log2(max(changes.max(), -changes.min()))))
+    changes /= factor
+    return changes, factor
 
 
 def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:

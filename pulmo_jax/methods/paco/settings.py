@@ -37,6 +37,11 @@ class Settings:
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}; there are: {', '.join(choices)}")
+        for name, value, highest in (("psf_error", self.psf_error, 1), ("usable_share", self.usable_share, 1)):
+            if not 0 < value <= highest:
+                raise ValueError(f"{name}={value}; it must be above 0 and at most {highest}")
+        if self.memory_mb < 1:
+            raise ValueError(f"memory_mb={self.memory_mb}; at least 1 is needed")
         if self.shrinkage == "fixed" and (self.rho is None or not 0 <= self.rho <= 1):
             raise ValueError(f"rho={self.rho}; shrinkage='fixed' needs a rho from 0 to 1")
         if self.shrinkage != "fixed" and self.rho is not None:

@@ -128,7 +128,11 @@ def learn(stack: Stack, trail: Trail, place: Float[Array, "2"], flux: Float[Arra
         rho = shrinkage(s, samples - mean, stack.n[location])
         return Noise(mean, covariance.factorise(covariance.shrink(s, rho), jnp.diag(s) > 0).lower)
 
-    return jax.lax.map(at, trail.pixel, batch_size=LOCATIONS_AT_ONCE)
+    # Whole batches only: XLA would compile a smaller last one a second time.
+    n_frames = len(trail.pixel)
+    padded = jnp.pad(trail.pixel, ((0, -n_frames % LOCATIONS_AT_ONCE), (0, 0)), mode="edge")
+    noise = jax.lax.map(at, padded, batch_size=LOCATIONS_AT_ONCE)
+    return Noise(noise.mean[:n_frames], noise.lower[:n_frames])
 
 
 def own_patches(stack: Stack, trail: Trail, patch: Patch) -> tuple[Float[Array, "T P"], Bool[Array, "T P"]]:
@@ -171,8 +175,8 @@ def inject(
         return jax.lax.map(lambda source: terms(stack, source[0], source[1], source[1], patch), (places, fluxes))
 
 
-@partial(jax.jit, static_argnames=("patch", "move"))
-def characterise(stack: Stack, places: Float[Array, "N 2"], patch: Patch, move: bool = True) -> Fit:
+@partial(jax.jit, static_argnames=("patch",))
+def characterise(stack: Stack, places: Float[Array, "N 2"], patch: Patch, move: bool | Array = True) -> Fit:
     """Place and unbiased flux of the sources nearest to `places`, one at a time (F18, Algorithm 3, and Sect. 3.3).
 
     Each iteration learns the noise from the stack without the source as it is known so far, takes the flux b / a in
@@ -195,7 +199,7 @@ class _State(NamedTuple):
     settled: Array
 
 
-def characterise_one(stack: Stack, start: Float[Array, "2"], patch: Patch, move: bool) -> Fit:
+def characterise_one(stack: Stack, start: Float[Array, "2"], patch: Patch, move: bool | Array) -> Fit:
     trail = trail_of(stack, start, patch)
     data, usable = own_patches(stack, trail, patch)
     dtype = stack.deviations.dtype
@@ -224,8 +228,8 @@ def characterise_one(stack: Stack, start: Float[Array, "2"], patch: Patch, move:
         covariance_ = cho_solve(cho_factor(fisher + 1e-6 * jnp.eye(3, dtype=dtype)), jnp.eye(3, dtype=dtype))
         covariance_ = covariance_ * unit[:, None] * unit
         score = jax.grad(log_likelihood)(state.place, answer)
-        move_by = covariance_[:2, :2] @ score if move else jnp.zeros(2, dtype)
-        move_by = jnp.clip(jnp.nan_to_num(move_by), -LARGEST_STEP_PX, LARGEST_STEP_PX)
+        move_by = jnp.where(move, jnp.nan_to_num(covariance_[:2, :2] @ score), 0)
+        move_by = jnp.clip(move_by, -LARGEST_STEP_PX, LARGEST_STEP_PX)
         place = jnp.clip(state.place + move_by, start - 1, start + 1)  # on the trail's patches
         settled = (abs(flux - state.flux) * jnp.sqrt(a) < FLUX_TOLERANCE) & (
             abs(place - state.place).max() < PLACE_TOLERANCE_PX
