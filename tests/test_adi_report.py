@@ -67,7 +67,10 @@ def search(made: Result, *sources: PointSource, caveats: tuple[str, ...] = ()) -
     )  # fmt: skip
     null = replace(maps, snr=0.8 * rng.permuted(snr))
     profile = null_profile(null.snr, CENTRE, 4.6)
-    return Search(maps, list(sources), made.of, null, profile, snr / 0.8, 49, caveats)
+    return Search(
+        maps=maps, sources=list(sources), fits=[], residual=made.of, null=null, profile=profile,
+        snr_calibrated=snr / 0.8, n_patch=49, caveats=caveats,
+    )  # fmt: skip
 
 
 def curve(n: int = 3) -> Contrast:

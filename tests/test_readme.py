@@ -24,7 +24,9 @@ def test_files_that_the_readme_links_to_exist():
 
 @pytest.mark.parametrize(
     "key",
-    sorted(set(re.findall(r"`((?:data|trainer|model|method|calibration|tiles|search|contrast)\.(?!json|csv)\w+)", README))),
+    sorted(
+        set(re.findall(r"`((?:data|trainer|model|method|calibration|tiles|search|contrast)\.(?!json|csv)\w+)", README))
+    ),
 )
 def test_keys_that_the_readme_names_exist(key):
     from pulmo_jax.adi_config import DetectConfig

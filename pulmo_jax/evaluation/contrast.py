@@ -76,24 +76,28 @@ def limit_at(
     where no place on it is seen in any frame. limit_corrected is NaN where most directions have none."""
     at = jnp.asarray(places, stack.deviations.dtype)
     a, b = injected(stack, patch, at, np.zeros(len(at)))
-    at, a, b = at[a > 0], a[a > 0], b[a > 0]
-    if not len(at):
+    seen = a > 0
+    if not seen.any():
         return None
-    raw = level / np.sqrt(a)
-    search = [(raw, *injected(stack, patch, at, raw))]
+    a, b = np.where(seen, a, 1), np.where(seen, b, 0)
+
+    def gains(fluxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a source of each flux adds to the SNR and to b / a."""
+        a_with, b_with = injected(stack, patch, at, fluxes)
+        a_with = np.where(seen, a_with, 1)
+        return b_with / np.sqrt(a_with) - b / np.sqrt(a), b_with / a_with - b / a
+
+    raw = fluxes = level / np.sqrt(a)
     for _ in range(ROUNDS):
-        fluxes, a_with, b_with = search[-1]
-        gain = b_with / np.sqrt(a_with) - b / np.sqrt(a)
-        step = np.clip(level / np.maximum(gain, level / LARGEST_STEP), 1 / LARGEST_STEP, LARGEST_STEP)
-        search.append((fluxes * step, *injected(stack, patch, at, fluxes * step)))
-    fluxes, a_with, b_with = search[-1]
-    gain = b_with / np.sqrt(a_with) - b / np.sqrt(a)
+        step = level / np.maximum(gains(fluxes)[0], level / LARGEST_STEP)
+        fluxes = fluxes * np.clip(step, 1 / LARGEST_STEP, LARGEST_STEP)
+    gain, flux_gain = gains(fluxes)
+    share, flux_share = gain * raw / (fluxes * level), flux_gain / fluxes
     reached = abs(gain / level - 1) < NEAR_ENOUGH
-    corrected = float(np.median(np.where(reached, fluxes * level / gain, np.inf)))
-    share, flux_share = gain * raw / (fluxes * level), (b_with / a_with - b / a) / fluxes
+    corrected = float(np.median(np.where(reached, fluxes * level / np.where(reached, gain, 1), np.inf)[seen]))
     return (
-        float(np.median(raw)), corrected if np.isfinite(corrected) else float("nan"), float(share.mean()),
-        float(share.std()), float(flux_share.mean()), float(flux_share.std()), len(at),
+        float(np.median(raw[seen])), corrected if np.isfinite(corrected) else float("nan"), float(share[seen].mean()),
+        float(share[seen].std()), float(flux_share[seen].mean()), float(flux_share[seen].std()), int(seen.sum()),
     )  # fmt: skip
 
 

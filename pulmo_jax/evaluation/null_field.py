@@ -6,9 +6,12 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import norm
 
+from pulmo_jax.types import InputError
+
 CLIP = 5.0  # robust standard deviations beyond which a null value is taken to be a source's remains
 MAD_TO_STD = 1.4826
-MIN_VALUES = 12  # of an annulus whose spread means something
+MIN_VALUES = 12  # of a map
+MIN_INDEPENDENT = 10  # values of an annulus, or its spread is too uncertain to divide by
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,26 +43,29 @@ def separation_map(shape: tuple[int, int], centre: tuple[float, float]) -> Float
 def null_profile(null_snr: Float[np.ndarray, "H W"], centre: tuple[float, float], fwhm_px: float) -> NullProfile:
     """From the SNR map of angle-reversed data, in annuli two FWHM wide and one apart.
 
-    What is left of sources in it, beyond 5 robust standard deviations, does not count. Raises ValueError where the map
-    has no annulus with enough values.
+    Annuli of fewer than 10 independent values do not count; where all are, the whole map is one. What is left of
+    sources in it, beyond 5 robust standard deviations, does not count either. Raises InputError for an empty map.
     """
-    separation = separation_map(null_snr.shape, centre)
+    separation, known = separation_map(null_snr.shape, centre), np.isfinite(null_snr)
+    if known.sum() < MIN_VALUES:
+        raise InputError(f"the map has {int(known.sum())} values, too few to say what its noise is")
     area = max(1.0, correlation_area(null_snr))
-    rows = []
-    for middle in np.arange(fwhm_px, separation[np.isfinite(null_snr)].max() + fwhm_px, fwhm_px):
-        chosen = np.isfinite(null_snr) & (abs(separation - middle) <= fwhm_px)
-        values = null_snr[chosen]
-        if values.size < MIN_VALUES:
-            continue
-        spread = MAD_TO_STD * np.median(abs(values - np.median(values)))
-        values = values[abs(values - np.median(values)) <= CLIP * spread] if spread > 0 else values
-        n = max(2.0, values.size / area)
-        error = 1.96 / np.sqrt(2 * n)  # of the logarithm of a standard deviation
-        std = values.std()
-        rows.append((separation[chosen].mean(), values.mean(), std, std * np.exp(-error), std * np.exp(error), n))
-    if not rows:
-        raise ValueError(f"the map has {int(np.isfinite(null_snr).sum())} values, too few for a profile of the null")
+    middles = np.arange(fwhm_px, separation[known].max() + fwhm_px, fwhm_px)
+    annuli = [known & (abs(separation - middle) <= fwhm_px) for middle in middles]
+    enough = [annulus for annulus in annuli if annulus.sum() / area >= MIN_INDEPENDENT]
+    rows = [(separation[annulus].mean(), *spread_of(null_snr[annulus], area)) for annulus in enough or [known]]
     return NullProfile(*np.array(rows).T)
+
+
+def spread_of(values: Float[np.ndarray, "N"], area: float) -> tuple[float, float, float, float, float]:
+    """Mean, std with its 95 % interval, and number of independent values, of those within CLIP robust std."""
+    middle = np.median(values)
+    robust = MAD_TO_STD * np.median(abs(values - middle))
+    values = values[abs(values - middle) <= CLIP * robust] if robust > 0 else values
+    n = max(2.0, values.size / area)
+    std = float(values.std() * np.sqrt(n / (n - 1)))
+    error = 1.96 / np.sqrt(2 * n)  # of the logarithm of a standard deviation
+    return float(values.mean()), std, float(std * np.exp(-error)), float(std * np.exp(error)), n
 
 
 def null_values(

@@ -28,9 +28,9 @@ Say = Callable[[str], None]
 class Search:
     """Everything that a search found.
 
-    maps: of the stack as it is; fits: what `sources` are described from, in units of the deviations; residual: the stack without the sources; null: its SNR map with the angles reversed,
-    which holds the noise and no source, and profile, its spread. snr_calibrated: maps.snr over that spread. n_patch:
-    pixels of a patch.
+    maps: of the stack as it is. fits: what `sources` are described from, fluxes in units of the deviations. residual:
+    the stack without the sources. null: its SNR map with the angles reversed, which holds the noise and no source, and
+    profile, its spread. snr_calibrated: maps.snr over that spread. n_patch: pixels of a patch.
     """
 
     maps: LikelihoodMaps
