@@ -28,6 +28,13 @@ class SyntheticConfig(Section):
         default=None, description="[[y,x,flux],...] in the derotated map; null: three"
     )
 
+    @model_validator(mode="after")
+    def _inside(self) -> "SyntheticConfig":
+        for y, x, _ in self.planets or ():
+            if not (0 <= y <= self.size - 1 and 0 <= x <= self.size - 1):
+                raise ValueError(f"data.synthetic.planets: ({y:g}, {x:g}) lies outside frames of {self.size} px")
+        return self
+
 
 class StackConfig(Section):
     """What was observed. A source at angle theta of the derotated map stands at theta - angle in a frame."""
@@ -56,6 +63,8 @@ class StackConfig(Section):
         if any(given.values()) and not all(given.values()):
             missing = ", ".join(f"data.{key}" for key, there in given.items() if not there)
             raise ValueError(f"{missing} must be given too: a stack is a cube, its angles and a PSF")
+        if self.cube is not None and self.psf is not None and self.cube.samefile(self.psf):
+            raise ValueError(f"data.cube and data.psf are both {self.cube}; the PSF is a stamp of the star by itself")
         if (self.psf_flux == "aperture") != (self.psf_aperture_px is not None):
             raise ValueError("data.psf_flux=aperture and data.psf_aperture_px=RADIUS belong together")
         return self

@@ -24,6 +24,8 @@ from pulmo_jax.types import PointSource
 CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2018. Exoplanet detection in angular differential
 imaging by statistical learning of the nonstationary patch covariances. The PACO algorithm. A&A 618, A138."""
 
+TAIL = 1e-6  # below it a probability rests on the normal distribution's tail alone
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -163,14 +165,20 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
             f"{s.snr_calibrated:.1f}",
             f"{s.flux_debiased:.4g} ± {s.flux_debiased_std:.2g} ± {s.flux_debiased_std_empirical:.2g}",
             f"{s.flux:.4g}",
-            f"{s.false_alarm_probability:.1g}",
+            "< 1e-6" if s.false_alarm_probability < TAIL else f"{s.false_alarm_probability:.1g}",
         ])  # fmt: skip
     if result.truth:
         columns.append("truth")
         rows = [[*row, known(s, result)] for row, s in zip(rows, sources, strict=True)]
     missed = [t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.of.psf.fwhm_px for s in sources)]
     notes = [f"Not found: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
-    return Table(f"{len(sources)} sources", columns, rows, notes if sources or missed else ["No peak is high enough."])
+    return Table(
+        counted(len(sources), "source"), columns, rows, notes if sources or missed else ["No peak is high enough."]
+    )
+
+
+def counted(n: int, thing: str) -> str:
+    return f"{n} {thing}{'s' * (n != 1)}"
 
 
 def known(source: PointSource, result: Result) -> str:

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -85,6 +85,8 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help(verb, schema, examples)
         return
+    if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
+        sys.exit(fail(foreign))
     ConfigStore.instance().store(name=f"{verb}_defaults", node=defaults_of(schema))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and this function alone decides what a person sees
     failures: list[InputError] = []
@@ -110,6 +112,10 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
         if composed:
             raise
         sys.exit(fail(explain(error, schema)))  # what Hydra raises for a group set to null
+    except OSError as error:
+        if composed:
+            raise
+        sys.exit(fail(f"{error.filename}: cannot be written ({error.strerror}); give another hydra.run.dir"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -183,7 +189,7 @@ def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if is_section(annotation):
             values[name] = defaults_of(annotation)
         elif not field.is_required():
             values[name] = list(field.default) if isinstance(field.default, tuple) else field.default
@@ -199,7 +205,7 @@ def print_help(verb: str, schema: type[Section], examples: str) -> None:
     print(f"usage: python -m pulmo_jax.{verb} {experiment}[key=value ...]\n\n{examples.strip()}\n")
     print_keys(schema, "")
     for group in GIVEN:
-        if group in schema.model_fields:
+        if group in schema.model_fields and not is_section(schema.model_fields[group].annotation):
             print_group(group)
     if experiments:
         print(f"\nexperiments: {', '.join(experiments)}")
@@ -215,10 +221,23 @@ def experiments_of(verb: str) -> list[str]:
     return [file.stem for file in files if f"pulmo_jax.{verb} +experiment={file.stem}" in file.read_text()]
 
 
+def foreign_experiment(verb: str, arguments: list[str]) -> str | None:
+    """What is wrong with an experiment of ours that another verb runs, or that lacks its plus."""
+    for name in re.findall(r"(?m)^\+?experiment=(\w+)$", "\n".join(arguments)):
+        file = config_dir() / "experiment" / f"{name}.yaml"
+        owners = [v for v in SCHEMAS if file.is_file() and name in experiments_of(v)]
+        if owners and verb not in owners:
+            ours = ", ".join(experiments_of(verb)) or "none"
+            return f"experiment={name} is run by python -m pulmo_jax.{owners[0]}; {verb} has: {ours}"
+        if f"experiment={name}" in arguments:
+            return f"experiment={name}: write +experiment={name}, with a plus"
+    return None
+
+
 def print_keys(schema: type[BaseModel], prefix: str) -> None:
     for name, field in schema.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if is_section(annotation):
             print(f"\n{prefix}{name}: {(annotation.__doc__ or '').strip()}")
             print_keys(annotation, f"{prefix}{name}.")
         elif field.description:
@@ -234,6 +253,10 @@ def print_group(group: str) -> None:
         for where, node in nodes.items():
             print(f"\n{where} ({group}={file.stem}): {node['_target_']}")
             print_keys(argument_schema(find_target(node, where, ()), GIVEN[group]), f"{where}.")
+
+
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def shown(value: Any) -> str:

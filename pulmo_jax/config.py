@@ -83,6 +83,9 @@ HOMES = {
 }
 
 
+VALUES_OF = {"centre": "[Y,X]", "planets": "[[Y,X,FLUX],...]"}  # of lists that are no range
+
+
 class Section(BaseModel):
     """Keys that are not listed are refused."""
 
@@ -269,7 +272,8 @@ def describe_errors(error: ValidationError, schema: type[BaseModel], prefix: str
         elif item["type"] == "value_error" and isinstance(item["input"], Mapping):  # of a section: it names its keys
             lines.append(item["msg"].removeprefix("Value error, "))
         elif item["type"] == "missing" and keys[-1].isdigit():
-            lines.append(f"{dotted.rpartition('.')[0]} has too few values; it takes [LOW,HIGH]")
+            key = dotted[: dotted.index(f".{next(k for k in keys if k.isdigit())}")]
+            lines.append(f"{key} has too few values; it takes {VALUES_OF.get(key.rpartition('.')[2], '[LOW,HIGH]')}")
         elif item["type"] == "missing":
             lines.append(f"{dotted} is missing; give {dotted}=... on the command line (--help lists all keys)")
         else:

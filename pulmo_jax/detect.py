@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pulmo_jax import __version__, cli
 from pulmo_jax.adi_config import DetectConfig, PacoConfig, StackConfig
-from pulmo_jax.adi_report import Result, write_adi_report
+from pulmo_jax.adi_report import Result, counted, write_adi_report
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import RotatingStack, load_stack
 from pulmo_jax.data.psf import prepare_psf
@@ -75,6 +75,9 @@ def detect(config: DetectConfig, out_dir: Path) -> int:
                 track=cli.tracker(console, "injecting, ring by ring"),
             )
     result = replace(result, contrast=contrast)
+    for caveat in search.caveats[len(of.caveats) :]:
+        console.print(f"note: {caveat}", highlight=False)
+    clear(out_dir)
     write_maps(result, search, out_dir)
     write_text(out_dir / "detections.csv", detections_csv(search.sources, config.data))
     if contrast is not None:
@@ -84,7 +87,7 @@ def detect(config: DetectConfig, out_dir: Path) -> int:
     save_config(config, out_dir / "config.yaml")
     write_adi_report(result, search, out_dir, console)
     console.print(
-        f"{len(search.sources)} sources, {time.monotonic() - began:.0f} s; see {out_dir / 'report.html'}",
+        f"{counted(len(search.sources), 'source')}, {time.monotonic() - began:.0f} s; see {out_dir / 'report.html'}",
         highlight=False,
     )
     return len(search.sources)
@@ -124,6 +127,15 @@ def long_work(console: Console, label: str) -> Any:
         return cli.tracker(console, label)(items, total) if total > 1 and console.is_terminal else items
 
     return track
+
+
+def clear(out_dir: Path) -> None:
+    """Take away an earlier run's results, of which this one may not write all."""
+    names = [f"{name}.fits" for name in MEANINGS]
+    for name in (*names, "detections.csv", "contrast.csv", "metrics.json", "report.html"):
+        (out_dir / name).unlink(missing_ok=True)
+    for figure in (out_dir / "figures").glob("*"):
+        figure.unlink()
 
 
 def say(console: Console, result: Result) -> None:
@@ -171,7 +183,6 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
     meaning, unit = MEANINGS[name]
     cards: dict[str, tuple[Any, str]] = {
         "OBJECT": (name, meaning),
-        "BUNIT": (unit, "psf: flux of the normalised PSF"),
         "CREATOR": (f"pulmo_jax {__version__}", "Flasseur et al. 2018, A&A 618, A138"),
         "CENTERY": (of.centre[0], "[px] centre of rotation, from 0"),
         "CENTERX": (of.centre[1], "[px] centre of rotation, from 0"),
@@ -190,12 +201,10 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
         "PSFERR": (maps.psf_error, "largest relative error of its expansion"),
         "SNRERR": (maps.snr_error, "bound on what that adds to the noise of the SNR"),
     }
+    if unit:
+        cards["BUNIT"] = (unit, "psf: flux of the normalised PSF")
     if scale is not None:
-        cards |= {
-            "PIXSCALE": (scale, "[arcsec/px]"),
-            "CDELT1": (scale / 3600, "[deg]"),
-            "CDELT2": (scale / 3600, "[deg]"),
-        }
+        cards["PIXSCALE"] = (scale, "[arcsec/px]")
     return cards
 
 

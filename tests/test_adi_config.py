@@ -136,7 +136,7 @@ def test_choices_and_north_are_those_of_the_functions():
         ({"data.synthetic.size": 16}, ["data.synthetic.size=16", "32"]),
         ({"data.synthetic.rotation_deg": 0}, ["data.synthetic.rotation_deg=0", "greater than 0"]),
         ({"data.synthetic.rotation_deg": 360}, ["data.synthetic.rotation_deg=360", "less than 360"]),
-        ({"data.synthetic.planets": [[1, 2]]}, ["data.synthetic.planets.0"]),
+        ({"data.synthetic.planets": [[1, 2]]}, ["data.synthetic.planets", "[[Y,X,FLUX],...]"]),
         ({"data.synthetic.planets": [1, 2, 3]}, ["data.synthetic.planets.0=1"]),
         ({"method.mode": "full"}, ["method.mode='full'", "exact", "fast"]),
         ({"method.shrinkage": "lw"}, ["method.shrinkage='lw'", "ledoit_wolf"]),

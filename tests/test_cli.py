@@ -114,7 +114,6 @@ def test_help_of_detect_lists_its_experiment_ranges_and_choices(run):
     assert "data.synthetic: The stack that is made where data.cube is null." in text
 
 
-@pytest.mark.xfail(strict=True, reason="--help lists training's config groups under every verb with a key of that name")
 def test_help_of_detect_lists_no_group_of_training(run):
     assert "autoencoder" not in run("detect", "--help").out
 
@@ -309,7 +308,6 @@ def test_detect_gets_its_own_config_and_run_directory(run, tmp_path):
     assert got[1][1].parent == tmp_path / "runs" / "mine"
 
 
-@pytest.mark.xfail(strict=True, reason="an experiment of another verb is not recognised as such")
 @pytest.mark.parametrize(("verb", "experiment"), [("detect", "lung"), ("train", "adi")])
 def test_experiment_of_another_verb_is_refused_by_its_name(run, tmp_path, verb, experiment):
     done = run(verb, f"+experiment={experiment}")
@@ -319,7 +317,6 @@ def test_experiment_of_another_verb_is_refused_by_its_name(run, tmp_path, verb, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback of Hydra's")
 def test_output_that_cannot_be_written_is_an_error_of_status_2(run, tmp_path):
     (tmp_path / "file").touch()
     done = run("detect", "hydra.run.dir=file/out")

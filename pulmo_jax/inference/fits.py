@@ -12,26 +12,33 @@ from jaxtyping import Float
 
 from pulmo_jax.inference.outputs import atomically
 
+FLOAT32 = np.finfo(np.float32)
 _COMMENT = 72  # characters of text in a COMMENT card
 
 
 def write_fits(
     path: Path, image: Float[np.ndarray, "H W"], header: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> None:
-    """A float32 image (H, W), NaN kept, written atomically; an old file is replaced.
+    """An image (H, W), written atomically; an old file is replaced. float32, or float64 where that cannot hold it.
 
     header: keyword -> value or (value, comment), as standard cards, floats to 13 digits. parameters: name -> value, the
     names dotted, as `HIERARCH PJ name = value`; None, paths and sequences as text. What such a card cannot hold as it
     is (too long a text, more digits than astropy writes, non-ASCII text, NaN) stands in COMMENT cards `name = value`,
     the value as a Python literal; an & at the end of a card says that the next one continues it.
     """
-    hdu = fits.PrimaryHDU(np.asarray(image, np.float32))
+    hdu = fits.PrimaryHDU(as_stored(image))
     for keyword, entry in header.items():
         value, comment = entry if isinstance(entry, tuple) else (entry, "")
         _append(hdu.header, _cards(keyword, keyword, _rounded(plain(value)), comment))
     for name, value in parameters.items():
         _append(hdu.header, _cards(f"HIERARCH PJ {name}", name, plain(value)))
     atomically(path, lambda target: hdu.writeto(target))
+
+
+def as_stored(image: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
+    size = np.abs(image[np.isfinite(image) & (image != 0)])
+    fits_in = not size.size or (size.max() < FLOAT32.max and size.min() > FLOAT32.tiny)
+    return np.asarray(image, np.float32 if fits_in else np.float64)
 
 
 def _rounded(value: bool | int | float | str) -> bool | int | float | str:

@@ -82,9 +82,9 @@ def test_separation_by_hand():
 def annuli(profile: NullProfile) -> list[np.ndarray]:
     """The pixels of each of a profile's rows, found by their mean radius."""
     r = separation_map(SHAPE, CENTRE)
-    all_of_them = [abs(r - k * FWHM) <= FWHM for k in range(1, 20)]
-    radii = {annulus.sum() and r[annulus].mean(): annulus for annulus in all_of_them}
-    return [radii[separation] for separation in profile.separation_px]
+    rings = [ring for k in range(1, 20) if (ring := abs(r - k * FWHM) <= FWHM + 1e-9).any()]
+    radii = np.array([r[ring].mean() for ring in rings])
+    return [rings[abs(radii - separation).argmin()] for separation in profile.separation_px]
 
 
 def profiles_and_truth() -> tuple[list[NullProfile], list[np.ndarray]]:

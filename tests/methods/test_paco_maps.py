@@ -452,8 +452,13 @@ def test_frames_too_small_for_a_patch():
 
 def test_a_patch_is_not_larger_than_the_stamp():
     of = case("even")
-    found, expected = (of.maps("fast", psf=source(5, 3.0), patch_radius_px=radius) for radius in (9.0, 2.0))
+    found, expected = (of.maps("fast", psf=source(5, 3.0), patch_radius_px=radius) for radius in (None, 2.0))
     assert_maps_alike(found, expected, tolerance=0)
+    assert any("stamp of 5 x 5 px cuts it off" in caveat for caveat in found.caveats)
+    with pytest.raises(
+        InputError, match="patch_radius_px=9 is more than the PSF's stamp reaches from its source, 2 px"
+    ):
+        of.maps("fast", psf=source(5, 3.0), patch_radius_px=9.0)
 
 
 def test_a_psf_of_one_pixel_is_refused_where_its_error_cannot_be_held():

@@ -135,9 +135,21 @@ def step_bytes(budget: int) -> int:
 
 
 def footprint(psf: Psf, radius_px: float | None) -> Int[np.ndarray, "P 2"]:
-    """The disc of a patch, not larger than the stamp."""
-    radius = max(MIN_RADIUS_PX, round(FWHM_TO_RADIUS * psf.fwhm_px)) if radius_px is None else radius_px
-    return patches.disc(min(radius, len(psf.stamp) // 2))
+    """The disc of a patch: as given, or 0.9 FWHM as far as the PSF's stamp reaches. Raises InputError where a given
+    radius is larger than that."""
+    reach = len(psf.stamp) // 2
+    if radius_px is None:
+        return patches.disc(min(usual_radius(psf), reach))
+    if int(radius_px) > reach:
+        raise InputError(
+            f"patch_radius_px={radius_px:g} is more than the PSF's stamp reaches from its source, {reach} px; "
+            "give a smaller radius or a larger stamp"
+        )
+    return patches.disc(radius_px)
+
+
+def usual_radius(psf: Psf) -> float:
+    return max(MIN_RADIUS_PX, round(FWHM_TO_RADIUS * psf.fwhm_px))
 
 
 @lru_cache(maxsize=8)
@@ -222,18 +234,21 @@ def as_maps(
         singular=singular,
         psf_error=plan.expansion.error,
         snr_error=float(np.sqrt(np.max(states[2], initial=0, where=np.isfinite(states[0])))),
-        caveats=of.caveats + statistics_caveats(states[0], singular, len(of.deviations), len(plan.program.offsets)),
+        caveats=of.caveats + statistics_caveats(states[0], singular, of, len(plan.program.offsets)),
     )
 
 
 def statistics_caveats(
-    rho: Float[np.ndarray, "H W"], singular: Bool[np.ndarray, "H W"], n_frames: int, n_patch: int
+    rho: Float[np.ndarray, "H W"], singular: Bool[np.ndarray, "H W"], of: Observation, n_patch: int
 ) -> tuple[str, ...]:
     caveats = []
-    if n_frames < n_patch:
+    if len(of.psf.stamp) // 2 < usual_radius(of.psf):
+        side = len(of.psf.stamp)
+        caveats.append(f"the PSF's stamp of {side} x {side} px cuts it off: patches are small, and fluxes too high")
+    if len(of.deviations) < n_patch:
         caveats.append(
-            f"{n_frames} frames are fewer than the {n_patch} pixels of a patch: the covariance rests on its shrinkage "
-            f"(median rho {np.nanmedian(rho):.2f})"
+            f"{len(of.deviations)} frames are fewer than the {n_patch} pixels of a patch: the covariance rests on its "
+            f"shrinkage (median rho {np.nanmedian(rho):.2f}), and faint sources are lost"
         )
     if singular.any():
         caveats.append(
