@@ -35,6 +35,7 @@ from pulmo_jax.methods.paco.tracks import prepare
 SEPARATIONS_FWHM = (2.0, 4.0, 7.0)
 BRIGHTNESS = (0.4, 0.7, 1.0)  # times the flux of a mean SNR of 5 in the exact map
 COMPONENTS = (5, 10, 20)
+PACO = {"exact": Settings(), "fast": Settings(mode="fast"), "exact, cv": Settings(shrinkage="cv")}
 REPLICATES = 1000
 
 
@@ -60,38 +61,42 @@ def main() -> None:
 def score_all(of: Observation, directions: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For every method its scores (places,) without and (places, fluxes) with a source."""
     stack, patch = prepare(of, Settings())
+    separation = separation_map(of.shape, of.centre)
     blank = maps_of(of)
+    spread = {name: null_profile(noise_map(of, name), of.centre, of.psf.fwhm_px).std_at(separation) for name in blank}
     negatives: dict[str, list[float]] = {name: [] for name in blank}
     positives: dict[str, list[list[float]]] = {name: [] for name in blank}
-    for k, separation in enumerate(SEPARATIONS_FWHM):
+    for k, fwhms in enumerate(SEPARATIONS_FWHM):
         theta = 2 * np.pi * (np.arange(directions) + 0.37 * k) / directions
-        places = np.array(of.centre) + separation * of.psf.fwhm_px * np.stack([np.sin(theta), np.cos(theta)], -1)
+        places = np.array(of.centre) + fwhms * of.psf.fwhm_px * np.stack([np.sin(theta), np.cos(theta)], -1)
         limit = limit_at(stack, patch, places, 5.0)
-        if limit is None:
+        if limit is None or not np.isfinite(limit[1]):
             continue
         for place in places:
             with_source = [maps_of(inject(of, place, share * limit[1])) for share in BRIGHTNESS]
             for name in blank:
-                negatives[name].append(score(blank[name], place, of.psf.fwhm_px))
-                positives[name].append([score(maps[name], place, of.psf.fwhm_px) for maps in with_source])
-        print(f"separation {separation:g} FWHM done", flush=True)
+                negatives[name].append(score(blank[name] / spread[name], place, of.psf.fwhm_px))
+                positives[name].append(
+                    [score(maps[name] / spread[name], place, of.psf.fwhm_px) for maps in with_source]
+                )
+        print(f"separation {fwhms:g} FWHM done", flush=True)
     return {name: (np.array(negatives[name]), np.array(positives[name])) for name in blank}
 
 
 def maps_of(of: Observation) -> dict[str, np.ndarray]:
-    """SNR maps of every method, PACO's over the spread of its own empirical null."""
-    maps = {}
-    for name, settings in (("exact", Settings()), ("fast", Settings(mode="fast")),
-                           ("exact, cv", Settings(shrinkage="cv"))):  # fmt: skip
-        null = compute_maps(of, settings, angles_deg=-of.angles_deg)
-        spread = null_profile(null.snr, of.centre, of.psf.fwhm_px).std_at(separation_map(of.shape, of.centre))
-        maps[name] = compute_maps(of, settings).snr / spread
-    for n in COMPONENTS:
-        maps[f"PCA, {n} components"] = pca_snr(of, n)
-    return maps
+    """Every method's map."""
+    maps = {name: compute_maps(of, settings).snr for name, settings in PACO.items()}
+    return maps | {f"PCA, {n} components": pca_flux(of, n) for n in COMPONENTS}
 
 
-def pca_snr(of: Observation, components: int) -> np.ndarray:
+def noise_map(of: Observation, name: str) -> np.ndarray:
+    """Its map of noise alone: PACO's with the angles reversed, PCA's of the stack without a source."""
+    if name in PACO:
+        return compute_maps(of, PACO[name], angles_deg=-of.angles_deg).snr
+    return maps_of(of)[name]
+
+
+def pca_flux(of: Observation, components: int) -> np.ndarray:
     frames = np.asarray(of.deviations, np.float64)
     flat = frames.reshape(len(frames), -1)
     _, vectors = np.linalg.eigh(flat @ flat.T)
@@ -108,9 +113,7 @@ def pca_snr(of: Observation, components: int) -> np.ndarray:
     aperture = disc(of.psf.fwhm_px / 2)
     kernel = np.zeros((2 * abs(aperture).max() + 1,) * 2)
     kernel[tuple((aperture + len(kernel) // 2).T)] = 1
-    flux = fftconvolve(total, kernel, mode="same")
-    spread = null_profile(flux, of.centre, of.psf.fwhm_px)
-    return flux / spread.std_at(separation_map(of.shape, of.centre))
+    return fftconvolve(total, kernel, mode="same")
 
 
 def inject(of: Observation, place: np.ndarray, flux: float) -> Observation:
