@@ -35,7 +35,7 @@ from pulmo_jax.methods.paco.tracks import prepare
 SEPARATIONS_FWHM = (2.0, 4.0, 7.0)
 BRIGHTNESS = (0.4, 0.7, 1.0)  # times the flux of a mean SNR of 5 in the exact map
 COMPONENTS = (5, 10, 20)
-PACO = {"exact": Settings(), "fast": Settings(mode="fast"), "exact, cv": Settings(shrinkage="cv")}
+PACO = {"exact": Settings(), "fast": Settings(mode="fast")}
 REPLICATES = 1000
 
 

@@ -130,6 +130,8 @@ def without(of: Observation, fits: list[Fit]) -> Observation:
     usable, deviations = jnp.asarray(of.usable), of.deviations
     stamp, angles = (jnp.asarray(v, deviations.dtype) for v in (of.psf.stamp, of.angles_deg))
     for fit in fits:
+        if not np.isfinite([fit.y, fit.x, fit.flux]).all():
+            continue  # it would take everything with it
         place = jnp.stack([fit.y, fit.x])
         deviations = subtract(deviations, usable, stamp, angles, jnp.asarray(of.centre, stamp.dtype), place, fit.flux)
     return replace(of, deviations=deviations)
