@@ -168,6 +168,25 @@ class TrainerConfig(Section):
     compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
 
 
+class ClusterConfig(Section):
+    """Training in several processes, on one machine or many; each is started with the same command."""
+
+    coordinator: str | None = Field(
+        default=None, description="HOST:PORT of the first process; auto: ask SLURM or Open MPI; null: one process"
+    )
+    processes: Int | None = Field(default=None, ge=1, description="how many there are; null: as the scheduler says")
+    process: Int | None = Field(default=None, ge=0, description="which this one is; null: as the scheduler says")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ClusterConfig":
+        if self.coordinator not in (None, "auto"):
+            if self.processes is None or self.process is None:
+                raise ValueError(f"cluster.coordinator={self.coordinator} needs cluster.processes and cluster.process")
+            if self.process >= self.processes:
+                raise ValueError(f"cluster.process={self.process} is not below cluster.processes={self.processes}")
+        return self
+
+
 class CalibrationConfig(Section):
     """False alarms, measured on normal validation data alone."""
 
@@ -208,6 +227,7 @@ class TrainConfig(Section):
     optimizer: Node
     callbacks: dict[str, Node]
     trainer: TrainerConfig = TrainerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     tiles: TilesConfig = TilesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

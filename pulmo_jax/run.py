@@ -1,9 +1,11 @@
 """A run directory: what training writes, opened for use.
 
 config.yaml, preprocessing.json, calibration.json, baselines.json and checkpoints/ are all that prediction and
-evaluation read; nothing in it is executed.
+evaluation read; nothing in it is executed. finished.json, written last, says which checkpoint the thresholds are for,
+and how these files were: thresholds with other parameters, or with a flipped bit, would be wrong without a word.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -24,7 +26,7 @@ from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibr
 from pulmo_jax.inference.outputs import write_json, write_text
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
-from pulmo_jax.training.checkpoint import Checkpoints
+from pulmo_jax.training.checkpoint import MANIFEST, Checkpoints, DamagedError
 from pulmo_jax.training.state import init_state
 from pulmo_jax.types import InputError
 
@@ -43,6 +45,10 @@ PACKAGES = (
 )
 
 
+FINISHED = "finished.json"
+SEALED = ("preprocessing.json", "calibration.json", "baselines.json")
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run."""
@@ -59,19 +65,62 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
 
     plugins: packages that may be imported for it. The run's own list is not trusted.
     """
-    if not (path / "calibration.json").is_file():
-        raise InputError(f"run={path}: training has not finished there; go on with resume=true hydra.run.dir={path}")
+    step = finished_step(path)
     config = load_config(path).model_copy(update={"plugins": plugins})
     how = Preprocessing.load(path / "preprocessing.json")
     method = build_method(config, how)
-    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        step, _ = checkpoints.best()
-        state = checkpoints.restore(step, init_state(method, build_optimizer(config)))
+    try:
+        with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+            state = checkpoints.restore(step, init_state(method, build_optimizer(config)))
+    except DamagedError as error:
+        raise InputError(
+            f"{error}\nThe thresholds are for that checkpoint alone; train resume=true hydra.run.dir={path} goes on from "
+            "one that is whole, and calibrates anew"
+        ) from error
     return Run(path, config, make_scorer(config, method, state.ema, how), load_calibrations(path), step)
 
 
+def finish(run: Path, step: int) -> None:
+    """Seals the run: from now on it is open for prediction, with the checkpoint of `step`."""
+    write_json(run / FINISHED, {name: _digest(run / name) for name in (*SEALED, f"checkpoints/{step}/{MANIFEST}")})
+
+
+def unfinish(run: Path) -> None:
+    """Before training goes on: its thresholds would soon be for parameters that are gone."""
+    (run / FINISHED).unlink(missing_ok=True)
+
+
+def finished_step(run: Path) -> int:
+    """The checkpoint that the thresholds are for. Raises InputError if the run is not finished, or not as it was."""
+    again = f"train resume=true hydra.run.dir={run} makes it anew"
+    try:
+        digests: dict[str, str] = json.loads((run / FINISHED).read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"run={run}: training has not finished there; go on with resume=true hydra.run.dir={run}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run / FINISHED}: cannot be read ({error}); {again}") from error
+    for name, digest in digests.items():
+        try:
+            found = _digest(run / name)
+        except OSError as error:
+            raise InputError(f"{run / name}: cannot be read ({error.strerror}); {again}") from error
+        if found != digest:
+            raise InputError(f"{run / name}: is not as training wrote it (SHA-256 differs); {again}")
+    steps = [Path(name).parent.name for name in digests if name.endswith(MANIFEST)]
+    if set(digests) != {*SEALED, *(f"checkpoints/{step}/{MANIFEST}" for step in steps)} or len(steps) != 1:
+        raise InputError(f"{run / FINISHED}: is not what training writes; {again}")
+    return int(steps[0])
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_config(run: Path) -> TrainConfig:
-    values: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)
+    """Plain values alone: an interpolation, which could read the environment, stays the text that it is."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=False)
     return validate(TrainConfig, values)
 
 

@@ -1,17 +1,20 @@
 """python -m pulmo_jax.train: learn the normal, set the threshold, test, report."""
 
 import hashlib
+import math
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from pulmo_jax import cli
@@ -19,29 +22,34 @@ from pulmo_jax.assessment import assess_and_report, labelled_images
 from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build, check_paths
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
-from pulmo_jax.data.pipeline import Augmentation, Batches, ReadPatch, evenly, iterate, training_batches
+from pulmo_jax.data.pipeline import Augmentation, Batches, ReadPatch, cells_of_batch, evenly, iterate, training_batches
 from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.outputs import write_json
+from pulmo_jax.lock import claim
 from pulmo_jax.methods.base import Method
 from pulmo_jax.run import (
     Run,
     build_method,
     build_optimizer,
+    finish,
     load_config,
     make_scorer,
     provenance,
     save_calibrations,
     save_config,
+    unfinish,
     use_compile_cache,
 )
-from pulmo_jax.training.callbacks import Start
-from pulmo_jax.training.checkpoint import Checkpoints
+from pulmo_jax.training import devices
+from pulmo_jax.training.callbacks import Callback, Start
+from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
-from pulmo_jax.training.state import TrainState, init_state, make_step
+from pulmo_jax.training.memory import require, running_out_names
+from pulmo_jax.training.state import Metrics, TrainState, init_state, make_step
 from pulmo_jax.types import InputError
 
 EXAMPLE_PATCHES = 8  # that the figures of a run in progress show
@@ -71,85 +79,114 @@ class NormalData:
 
 def train(config: TrainConfig, run_dir: Path) -> float:
     """The whole job; returns the best validation loss, which a sweep may minimise."""
-    began, console = time.monotonic(), cli.console()
-    config, citation = with_images(config, run_dir, console)
+    began = time.monotonic()
+    devices.connect(config.cluster.coordinator, config.cluster.processes, config.cluster.process)
     use_compile_cache(config.trainer.compile_cache)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        refuse_or_resume(checkpoints, config.resume, run_dir)
+    with workplace(run_dir) as (folder, console):
+        config, citation = with_images(config, run_dir, console)
+        refuse_or_resume(run_dir, config.resume)
+        callbacks = build_callbacks(config)
+        mesh = devices.all_devices(config.trainer.batch_size)
         reader = Reader(config.data.max_image_mb)
         data = read_normal_images(config.data, config.seed, reader, console)
         if (test := labelled_data(config.data)) is not None:
             labelled_images(config, data.how, test, reader)  # what is wrong with them is said before training
         method, optimizer = build_method(config, data.how), build_optimizer(config)
         identity = identify(config, data)
-        state = restore_last(checkpoints, init_state(method, optimizer), identity, console)
-        save_config(config, run_dir / "config.yaml")
-        data.how.save(run_dir / "preprocessing.json")
-        write_json(run_dir / "images.json", describe_images(data))
-        write_json(run_dir / "run.json", {"citation": citation, **provenance()})
+        state, before = restore_last(run_dir / "checkpoints", init_state(method, optimizer), identity, console)
+        write_records(folder, config, data, citation)
         say(console, data, run_dir)
-        val_patches = validation_patches(config, data, reader)
-        start = Start(
-            run_dir=run_dir,
-            step=int(state.step),
-            steps=config.trainer.steps,
-            batch_size=config.trainer.batch_size,
-            console=console,
-            checkpoints=checkpoints,
-            identity=identity,
-            examples=val_patches[:: max(1, len(val_patches) // EXAMPLE_PATCHES)][:EXAMPLE_PATCHES],
-            reconstruct=jax.jit(method.reconstruct),
-        )
-        with closing(make_batches(config, data, reader, start.step)) as batches:
+        patches = validation_patches(config, data, reader)
+        ready = time.monotonic()
+
+        remedy = less_memory(config)
+        with (
+            Checkpoints(folder / "checkpoints", read_only=not devices.is_first()) as checkpoints,
+            closing(make_batches(config, data, reader, int(state.step))) as rows,
+            running_out_names("training", remedy),
+        ):
+            start = Start(
+                run_dir=folder,
+                step=int(state.step),
+                steps=int(state.step) if before.stopped else config.trainer.steps,
+                batch_size=config.trainer.batch_size,
+                console=console,
+                checkpoints=checkpoints,
+                identity=identity,
+                examples=patches[:: max(1, len(patches) // EXAMPLE_PATCHES)][:EXAMPLE_PATCHES],
+                reconstruct=reconstruction(method),
+                val_losses=before.val_losses,
+                files_of=lambda step: files_of_batch(config, data, step - 1),
+            )
+            state = devices.on_all(state, mesh)
+            step = make_step(method, optimizer, config.trainer.ema_decay, config.seed, devices.everywhere(mesh))
             outcome = fit(
                 state,
-                make_step(method, optimizer, config.trainer.ema_decay, config.seed),
-                batches,
-                make_validation(method, val_patches, config.trainer.batch_size, config.seed),
-                [build(node, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()],
+                compile_step(step, state, config, data.how, mesh, remedy),
+                (devices.divided(share, mesh) for share in rows),
+                make_validation(method, patches, config.trainer.batch_size, config.seed, mesh),
+                callbacks,
                 start,
                 log_every=config.trainer.log_every,
                 validate_every=config.trainer.validate_every,
+                agreed=devices.agreed,
             )
-        stop_if_interrupted(outcome, run_dir, console)
-        best_step, best_loss = checkpoints.best()
-        best = checkpoints.restore(best_step, outcome.state)
-    trained = time.monotonic()
+            stop_if_interrupted(outcome, run_dir, console)
+            devices.disconnect()
+            if not devices.is_first():
+                return math.nan  # the first process alone knows the best
+            best, record, damaged = checkpoints.restore_best(devices.here(outcome.state))
+        tell_damage(damaged, console)
+        assert record.val_loss is not None  # the best of those that have one
+        trained = time.monotonic()
 
-    scorer = make_scorer(config, method, best.ema, data.how)
-    calibrations = calibrate(
-        scorer,
-        data.validation.images,
-        reader,
-        config.calibration.pixel_rate,
-        config.calibration.image_rate,
-        config.seed,
-        cli.tracker(console, "calibrating"),
-    )
-    save_calibrations(run_dir, calibrations)
-    facts = {
-        "steps": int(outcome.state.step),
-        "stopped_early": outcome.stopped or "no",
-        "best_step": best_step,
-        "best_val_loss": best_loss,
-        "training_images": len(data.training.images),
-        "validation_images": len(data.validation.images),
-        "skipped_images": len(data.skipped),
-        "training_s": round(trained - began, 1),
-    }
-    run = Run(run_dir, config, scorer, calibrations, best_step)
-    assess_and_report(
-        run,
-        test,
-        config.evaluation,
-        config.seed,
-        run_dir,
-        console,
-        training=facts,
-        validation=data.validation.images,
-    )
-    console.print(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}", highlight=False)
-    return best_loss
+        scorer = make_scorer(config, method, best.ema, data.how)
+        calibrations = calibrate(
+            scorer,
+            data.validation.images,
+            reader,
+            config.calibration.pixel_rate,
+            config.calibration.image_rate,
+            config.seed,
+            cli.tracker(console, "calibrating"),
+        )
+        save_calibrations(run_dir, calibrations)
+        finish(run_dir, record.step)
+        facts = {
+            "steps": int(outcome.state.step),
+            "stopped_early": before.stopped or outcome.stopped or "no",
+            "best_step": record.step,
+            "best_val_loss": record.val_loss,
+            "training_images": len(data.training.images),
+            "validation_images": len(data.validation.images),
+            "skipped_images": len(data.skipped),
+            "training_s": round(trained - began, 1),
+            "seconds": {"reading images": ready - began, **outcome.seconds},
+        }
+        run = Run(run_dir, config, scorer, calibrations, record.step)
+        assess_and_report(
+            run,
+            test,
+            config.evaluation,
+            config.seed,
+            run_dir,
+            console,
+            training=facts,
+            validation=data.validation.images,
+        )
+        console.print(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}", highlight=False)
+    return record.val_loss
+
+
+@contextmanager
+def workplace(run_dir: Path) -> Iterator[tuple[Path, Console]]:
+    """The run directory, held against other runs; to the helpers of the first process, a folder that is thrown away."""
+    if devices.is_first():
+        with claim(run_dir):
+            yield run_dir, cli.console()
+    else:
+        with tempfile.TemporaryDirectory() as own, open(os.devnull, "w") as nowhere:
+            yield Path(own), Console(file=nowhere)
 
 
 def with_images(config: TrainConfig, run_dir: Path, console: Console) -> tuple[TrainConfig, str]:
@@ -177,12 +214,21 @@ def with_images(config: TrainConfig, run_dir: Path, console: Console) -> tuple[T
     return config.model_copy(update={"data": data.model_copy(update=folders | given)}), lung_ct.CITATION
 
 
-def refuse_or_resume(checkpoints: Checkpoints, resume: bool, run_dir: Path) -> None:
+def refuse_or_resume(run_dir: Path, resume: bool) -> None:
     """A finished or broken-off run is never overwritten."""
-    if checkpoints.latest_step() is not None and not resume:
+    if not resume and Checkpoints(run_dir / "checkpoints", read_only=True).steps():
         raise InputError(
             f"{run_dir} already holds a run; resume=true goes on with it, hydra.run.dir=DIR starts another elsewhere"
         )
+
+
+def build_callbacks(config: TrainConfig) -> list[Callback]:
+    callbacks = [build(node, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()]
+    for name, callback in zip(config.callbacks, callbacks, strict=True):
+        if not isinstance(callback, Callback):
+            target = config.callbacks[name]["_target_"]
+            raise InputError(f"callbacks.{name}._target_={target}: has no on_start, on_event and on_end")
+    return callbacks
 
 
 def read_normal_images(data: DataConfig, seed: int, reader: Reader, console: Console) -> NormalData:
@@ -293,20 +339,70 @@ def identify(config: TrainConfig, data: NormalData) -> dict[str, Any]:
     }
 
 
-def restore_last(checkpoints: Checkpoints, fresh: TrainState, identity: dict[str, Any], console: Console) -> TrainState:
-    """The last checkpoint's state, or the fresh one. Raises InputError where config or data have changed since."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return fresh
-    stored = checkpoints.identity(step)
-    changed = [key for key, value in identity.items() if stored.get(key) != value]
+def restore_last(
+    folder: Path, fresh: TrainState, identity: dict[str, Any], console: Console
+) -> tuple[TrainState, Record]:
+    """The newest checkpoint that is whole, or the fresh state. Raises InputError where config or data have changed."""
+    with devices.first_then_others(), Checkpoints(folder, read_only=not devices.is_first()) as checkpoints:
+        found = checkpoints.restore_newest(fresh)
+    state, record, damaged = found or (fresh, Record(0, None, [], identity), [])
+    tell_damage(damaged, console)
+    changed = [key for key, value in identity.items() if record.identity.get(key) != value]
     if changed:
         raise InputError(
-            f"resume=true: {', '.join(changed)} differ from those of the run in {checkpoints.folder.parent}; "
+            f"resume=true: {', '.join(changed)} differ from those of the run in {folder.parent}; "
             "give the same ones, or start anew with another hydra.run.dir"
         )
-    console.print(f"resuming after step {step}", highlight=False)
-    return checkpoints.restore(step, fresh)
+    devices.require_same(record.step, f"the last checkpoint in {folder}; give all processes the same hydra.run.dir")
+    if found:
+        console.print(f"resuming after step {record.step}", highlight=False)
+    return state, record
+
+
+def tell_damage(damaged: list[str], console: Console) -> None:
+    for sentence in damaged:
+        console.print(f"warning: {sentence}", markup=False, highlight=False)
+
+
+def write_records(folder: Path, config: TrainConfig, data: NormalData, citation: str) -> None:
+    """What the run is made with; it is open for prediction again when it is finished again."""
+    unfinish(folder)
+    save_config(config, folder / "config.yaml")
+    write_json(folder / "preprocessing.json", asdict(data.how))
+    write_json(folder / "images.json", describe_images(data))
+    write_json(folder / "run.json", {"citation": citation, **provenance()})
+
+
+def files_of_batch(config: TrainConfig, data: NormalData, number: int) -> list[str]:
+    cells = cells_of_batch(data.training.cells, number, batch_size=config.trainer.batch_size, seed=config.seed)
+    return [data.training.images[i].title for i in np.unique(cells[:, 0])]
+
+
+def less_memory(config: TrainConfig) -> str:
+    return (
+        f"lower trainer.batch_size (now {config.trainer.batch_size}), data.prefetch (now {config.data.prefetch}) or "
+        f"data.patch_size (now {config.data.patch_size})"
+    )
+
+
+def compile_step(
+    step: Any, state: TrainState, config: TrainConfig, how: Preprocessing, mesh: Mesh, remedy: str
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """The program of the step. Raises InputError where it and the batches read ahead do not fit into memory."""
+    shape = (config.trainer.batch_size, how.patch_size, how.patch_size, how.channels)
+    batch = jax.ShapeDtypeStruct(shape, np.float32, sharding=devices.rows(mesh))
+    program = step.lower(state, batch).compile()
+    analysis = program.memory_analysis()
+    on_host = math.prod(shape) * 4 // jax.process_count() * (config.data.prefetch + 2)
+    needed = analysis.temp_size_in_bytes + on_host if analysis else on_host
+    require(needed, f"a step of {shape[0]} patches of {shape[1]}x{shape[2]}x{shape[3]}", remedy)
+    return program
+
+
+def reconstruction(method: Method) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """Of patches that one process looks at by itself."""
+    reconstruct = jax.jit(method.reconstruct)
+    return lambda params, patches: np.asarray(reconstruct(devices.here(params), patches))
 
 
 def validation_patches(config: TrainConfig, data: NormalData, reader: Reader) -> np.ndarray:
@@ -315,18 +411,20 @@ def validation_patches(config: TrainConfig, data: NormalData, reader: Reader) ->
     return np.stack([read(cell) for cell in evenly(data.validation.cells, config.trainer.validation_patches)])
 
 
-def make_validation(method: Method, patches: np.ndarray, batch_size: int, seed: int) -> Callable[[TrainState], float]:
+def make_validation(
+    method: Method, patches: np.ndarray, batch_size: int, seed: int, mesh: Mesh
+) -> Callable[[TrainState], float]:
     """The mean loss of the averaged parameters, with the same noise every time."""
     size = min(batch_size, len(patches))
     whole = evenly(patches, len(patches) // size * size)  # batches of one shape: one compilation
-    batches = jnp.asarray(whole).reshape(-1, size, *patches.shape[1:])
-    keys = jax.random.split(jax.random.key(seed), len(batches))
+    batches = devices.on_all(whole.reshape(-1, size, *patches.shape[1:]), mesh)
 
     @jax.jit
-    def mean_loss(params: Any) -> jax.Array:
+    def mean_loss(params: Any, batches: jax.Array) -> jax.Array:
+        keys = jax.random.split(jax.random.key(seed), len(batches))
         return jax.lax.map(lambda item: method.train_loss(params, *item), (batches, keys)).mean()
 
-    return lambda state: float(mean_loss(state.ema))
+    return lambda state: float(mean_loss(state.ema, batches))
 
 
 def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from pulmo_jax.core.tiling import cut
 from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.data.transforms import Preprocessing, flip_and_turn, preprocess, resize_bands
-from pulmo_jax.types import Window
+from pulmo_jax.types import InputError, Window
 
 absl_logging.set_verbosity(absl_logging.ERROR)  # on import Grain warns of a profiler that is not used here
 import grain.python as grain  # noqa: E402
@@ -82,15 +82,28 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset:
-    """An endless MapDataset: element k is batch k, (B, P, P, C) float32. Each process sees its own cells."""
+    """An endless MapDataset: element k is batch k, or a process's consecutive share of its rows, (B, P, P, C) float32.
+
+    Side by side the shares are the batch of one process, to the last bit.
+    """
+    if batch_size % process_count:
+        raise InputError(f"trainer.batch_size={batch_size} cannot be divided by {process_count} processes")
     return (
-        grain.MapDataset.source(cast(grain.RandomAccessDataSource, cells))
-        .seed(seed)[process_index::process_count]
-        .shuffle()
-        .repeat()
+        _cells_in_order(cells, seed)
         .random_map(RandomPatch(read, augmentation))
-        .batch(batch_size, drop_remainder=True)  # nothing is dropped of an endless set, whose length is then exact
+        # nothing is dropped of an endless set, whose length is then exact
+        .batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
     )
+
+
+def cells_of_batch(cells: Int[np.ndarray, "N 3"], number: int, *, batch_size: int, seed: int) -> Int[np.ndarray, "B 3"]:
+    """The cells that batch `number` of `training_batches` is cut from (before their jitter); reads no file."""
+    return np.asarray(_cells_in_order(cells, seed).batch(batch_size, drop_remainder=True)[number])
+
+
+def _cells_in_order(cells: Int[np.ndarray, "N 3"], seed: int) -> grain.MapDataset:
+    source = cast(grain.RandomAccessDataSource, cells)
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 
 def iterate(dataset: grain.MapDataset, start: int, *, threads: int, prefetch: int, workers: int = 0) -> Batches:

@@ -7,7 +7,7 @@ needs no change here.
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -27,8 +27,9 @@ from pulmo_jax.training.state import TrainState
 class Start:
     """A run about to step.
 
-    step: where it begins, above 0 when resumed. identity: stored with each checkpoint, must agree on resuming.
-    examples: a few validation patches; reconstruct: (params, patches) -> patches, compiled.
+    step: where it begins, above 0 when resumed; val_losses: those up to there. identity: stored with each checkpoint,
+    must agree on resuming. examples: a few validation patches; reconstruct: (params, patches) -> patches, compiled.
+    files_of: the files that the batch of a step was cut from.
     """
 
     run_dir: Path
@@ -40,6 +41,8 @@ class Start:
     identity: Mapping[str, Any]
     examples: np.ndarray
     reconstruct: Callable[[Params, np.ndarray], np.ndarray]
+    val_losses: Sequence[float] = ()
+    files_of: Callable[[int], list[str]] = lambda step: []
 
 
 @dataclass(frozen=True)
@@ -47,23 +50,26 @@ class Event:
     """After a step.
 
     metrics: {"train/loss": ..., ...} on a logged step, with "val/loss" when validated; else empty.
-    state: valid during the call only, the next step reuses its memory. last: no step follows.
+    state: valid during the call only, the next step reuses its memory. last: no step follows; stopped: because a
+    callback had this reason, None where it is a signal or the last step of all.
     """
 
     step: int
     metrics: dict[str, float]
     state: TrainState
     last: bool
+    stopped: str | None = None
 
 
 @runtime_checkable
 class Callback(Protocol):
     """Called on the host, in the order of the config; `on_end` in reverse order, after an error too.
 
-    `on_event` may return why the run should stop; the next step is then the last.
+    `on_start` and `on_event` may return why the run should stop; the next step is then the last. Of several processes
+    each has its callbacks, with a folder of its own; the first one's is the run's.
     """
 
-    def on_start(self, start: Start) -> None: ...
+    def on_start(self, start: Start) -> str | None: ...
 
     def on_event(self, event: Event) -> str | None: ...
 
@@ -77,15 +83,14 @@ class Checkpoint:
         self.every = every
 
     def on_start(self, start: Start) -> None:
-        self._start = start
-        self._best = min(validation_losses(start), default=math.inf)
+        self._start, self._losses = start, list(start.val_losses)
 
     def on_event(self, event: Event) -> None:
         loss = event.metrics.get("val/loss")
-        best = loss is not None and loss < self._best
-        self._best = min(self._best, math.inf if loss is None else loss)
+        best = loss is not None and loss < min(self._losses, default=math.inf)
+        self._losses += [] if loss is None else [loss]
         if event.last or best or event.step % self.every == 0:
-            self._start.checkpoints.save(event.state, loss, self._start.identity)
+            self._start.checkpoints.save(event.state, loss, self._start.identity, self._losses, event.stopped)
 
     def on_end(self) -> None:
         self._start.checkpoints.wait()
@@ -97,7 +102,9 @@ class JsonLines:
     def on_start(self, start: Start) -> None:
         path = start.run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start.step] if start.step else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole = path.with_name(f".{path.name}")  # a kill leaves the old file or the new one
+        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole.replace(path)
         self._file = path.open("a", buffering=1)
 
     def on_event(self, event: Event) -> None:
@@ -176,18 +183,23 @@ class EarlyStopping:
     ):
         self.patience, self.min_fraction = patience, min_fraction
 
-    def on_start(self, start: Start) -> None:
-        """A resumed run judges by what it logged before."""
+    def on_start(self, start: Start) -> str | None:
+        """A resumed run judges by what it found before."""
         self._best, self._waited = math.inf, 0
-        for loss in validation_losses(start):
+        for loss in start.val_losses:
             self._judge(loss)
+        return self._reason()
 
     def on_event(self, event: Event) -> str | None:
-        if "val/loss" in event.metrics:
-            self._judge(event.metrics["val/loss"])
-            if self._waited >= self.patience:
-                return f"validation loss has not improved in {self._waited} validations (best {self._best:.3g})"
-        return None
+        if "val/loss" not in event.metrics:
+            return None
+        self._judge(event.metrics["val/loss"])
+        return self._reason()
+
+    def _reason(self) -> str | None:
+        if self._waited < self.patience:
+            return None
+        return f"validation loss has not improved in {self._waited} validations (best {self._best:.3g})"
 
     def _judge(self, loss: float) -> None:
         needed = self.min_fraction * abs(self._best) if math.isfinite(self._best) else 0.0
@@ -196,12 +208,6 @@ class EarlyStopping:
 
     def on_end(self) -> None:
         pass
-
-
-def validation_losses(start: Start) -> list[float]:
-    """Those that a resumed run logged up to its checkpoint, in order."""
-    rows = read_metrics(start.run_dir / "metrics.jsonl") if start.step else []
-    return [row["val/loss"] for row in rows if row["step"] <= start.step and "val/loss" in row]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

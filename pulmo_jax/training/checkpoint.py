@@ -1,113 +1,298 @@
-"""Checkpoints: the one module that knows Orbax."""
+"""Checkpoints: the one module that knows Orbax, and that believes nothing of what a disk gives back.
 
+    CHECKPOINTS/200/state/     the arrays, as Orbax writes them
+    CHECKPOINTS/200/MANIFEST   the SHA-256 of its own text; then, as JSON, that of every array and of every file, and
+                               what the run must know beside the arrays
+
+The folder is written under a hidden name, flushed to the disk and renamed last: what is called by its step is whole, at
+whatever moment the process was killed. Orbax by itself restores arrays with flipped bits and says nothing.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from orbax.checkpoint import checkpoint_managers as policies
 
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
 logging.set_verbosity(logging.ERROR)  # Orbax remarks on options that are as meant
 
+MANIFEST = "MANIFEST"
+KEPT = 2  # the last ones, and the best
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DamagedError(InputError):
+    """A checkpoint is not what was written; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint holds beside its arrays.
+
+    val_loss: of this very step, if it was validated; val_losses: all up to it. identity: what a resumed run must share.
+    stopped: why the run ended with this step, before its last; None where it goes on.
+    arrays, files: shape, dtype and SHA-256 of every array, and SHA-256 of every file.
+    """
+
+    step: int
+    val_loss: float | None
+    val_losses: list[float]
+    identity: dict[str, Any]
+    stopped: str | None = None
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
 
 class Checkpoints:
     """The checkpoints of one run: the last two, and the one with the lowest validation loss.
 
-    Saving goes on in the background; `wait` (or leaving the context) blocks until all is on disk. A checkpoint that a
-    kill left unfinished is never listed, and is removed when the folder is next opened for writing.
+    Saving goes on in the background; `wait` (or leaving the context) blocks until all is on disk. Opening for writing
+    removes what a kill left unfinished; one process at a time may do so (`pulmo_jax.lock`). With read_only nothing is
+    ever written, and `save` does nothing: of several processes that train together the first one saves for all.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
-        self.folder = folder
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(2),
-                policies.BestN(
-                    n=1, get_metric_fn=_validation_loss, reverse=True, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep,
-            best_fn=_validation_loss,
-            best_mode="min",
-            enable_async_checkpointing=not read_only,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-        )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "identity": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        self.folder, self._read_only = folder, read_only
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future | None = None
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in folder.glob(".saving-*"):
+                shutil.rmtree(unfinished)
 
-    def save(self, state: TrainState, val_loss: float | None, identity: Mapping[str, Any]) -> None:
-        """Write the state after `state.step` steps. identity: what a resumed run must share (see `restore`)."""
-        step, latest = int(state.step), self._manager.latest_step()
+    def save(
+        self,
+        state: TrainState,
+        val_loss: float | None,
+        identity: Mapping[str, Any],
+        val_losses: list[float] | None = None,
+        stopped: str | None = None,
+    ) -> None:
+        """Write the state after `state.step` steps (see `Record`), in the background.
+
+        Raises InputError where the state is not finite, for an earlier save that failed, or below the latest step.
+        """
+        if self._read_only:
+            return
+        self.wait()
+        step, latest = int(state.step), self.latest_step()
         if latest is not None and step < latest:
             raise InputError(f"{self.folder}: holds a checkpoint later than step {step}; use a new run directory")
         if step == latest:
             return
-        metrics = None if val_loss is None else {"val_loss": val_loss}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_plain(state)), identity=ocp.args.JsonSave(dict(identity))
-        )
-        self._manager.save(step, args=args, metrics=metrics, force=True)
+        arrays = {name: np.array(leaf) for name, leaf in _plain(state).items()}  # copies: the next step reuses them
+        _require_finite(arrays, step)
+        record = Record(step, val_loss, list(val_losses or []), dict(identity), stopped)
+        self._saving = self._pool.submit(self._write, record, arrays)
+
+    def steps(self) -> list[int]:
+        """Those on disk, ascending; whether they are whole is not looked at."""
+        names = [path.name for path in self.folder.glob("*") if path.is_dir()] if self.folder.is_dir() else []
+        return sorted(int(name) for name in names if name.isdigit())
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        self.wait()
+        return max(self.steps(), default=None)
 
-    def best(self) -> tuple[int, float]:
-        """The step with the lowest validation loss, and that loss. Raises InputError if there is none."""
-        step = self._manager.best_step()
-        if step is None:
-            raise InputError(f"{self.folder}: holds no validated checkpoint; train again")
-        return step, _validation_loss(self._manager.metrics(step))
-
-    def identity(self, step: int) -> dict[str, Any]:
-        """What was stored beside the state of a step."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))
-        return dict(restored["identity"])
+    def record(self, step: int) -> Record:
+        """Raises DamagedError if the manifest is not what was written."""
+        path = self.folder / str(step) / MANIFEST
+        try:
+            digest, _, text = path.read_bytes().partition(b"\n")
+        except OSError as error:
+            raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
+        if digest != _sha256(text).encode():
+            raise DamagedError(f"{path}: its text does not have the SHA-256 in its first line")
+        return Record(**json.loads(text))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state after a step; `like` gives structure and shapes. Raises InputError where they differ."""
-        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
-        try:
-            self._require_same_arrays(step, template)
-            restored = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{self.folder}/{step}: cannot be restored into this model ({reason:.300})") from error
-        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored["state"]))
+        """The state after a step, each file and each array of it verified; `like` gives structure and shapes.
 
-    def _require_same_arrays(self, step: int, template: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        """Raises ValueError naming the first difference: Orbax finds one only amid reading, and leaves tasks behind."""
-        metadata = self._manager.item_metadata(step)["state"] or {}
-        stored = {name: array.shape for name, array in metadata.items()}
-        wanted = {name: array.shape for name, array in template.items()}
+        Raises DamagedError naming the file or array that is not as it was written, InputError for another architecture.
+        """
+        folder, record = self.folder / str(step), self.record(step)
+        wanted = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in _plain(like).items()}
+        stored = {name: (array["shape"], array["dtype"]) for name, array in record.arrays.items()}
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
-                raise ValueError(f"{name} has shape {stored.get(name)} there and {wanted.get(name)} here")
+                shapes = f"{name} is {_words(stored.get(name))} there and {_words(wanted.get(name))} here"
+                raise InputError(f"{folder}: cannot be restored into this model ({shapes})")
+        for name, digest in record.files.items():
+            _verify_file(folder / name, digest)
+        try:
+            arrays = _orbax().restore(folder.absolute() / "state")
+        except Exception as error:  # of bytes that are as written; Orbax and its readers raise anything
+            reason = str(error).strip().partition("\n")[0]
+            raise DamagedError(f"{folder}: cannot be restored ({type(error).__name__}: {reason:.300})") from error
+        for name, array in record.arrays.items():
+            if _sha256(np.ascontiguousarray(arrays[name])) != array["sha256"]:
+                raise DamagedError(f"{folder}: the array {name} does not have the SHA-256 that it was written with")
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in wanted])
+
+    def restore_newest(self, like: TrainState) -> tuple[TrainState, Record, list[str]] | None:
+        """The newest checkpoint that is whole, with what is wrong with later ones; None if there is none at all.
+
+        Damaged ones are set aside as damaged-STEP. Raises InputError if not a single one is whole.
+        """
+        self.wait()
+        return self._first_whole(self.steps()[::-1], like)
+
+    def restore_best(self, like: TrainState) -> tuple[TrainState, Record, list[str]]:
+        """The same in the order of the validation loss. Raises InputError if none was validated."""
+        self.wait()
+        losses = sorted((loss, step) for step in self.steps() if (loss := self._loss_of(step)) is not None)
+        found = self._first_whole([step for _, step in losses], like)
+        if found is None:
+            raise InputError(f"{self.folder}: holds no validated checkpoint; train again")
+        return found
+
+    def _first_whole(self, steps: list[int], like: TrainState) -> tuple[TrainState, Record, list[str]] | None:
+        wrong: list[str] = []
+        for step in steps:
+            try:
+                state, record = self.restore(step, like), self.record(step)
+            except DamagedError as error:
+                wrong.append(f"{error}; using an earlier checkpoint")
+                self._set_aside(step)
+                continue
+            return state, record, wrong
+        if wrong:
+            raise InputError(f"{wrong[0]}, of which none is whole: start anew with another hydra.run.dir")
+        return None
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until what was saved is on disk. Raises what went wrong with it, once."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
 
+    def _write(self, record: Record, arrays: dict[str, np.ndarray]) -> None:
+        folder, unfinished = self.folder / str(record.step), self.folder / f".saving-{record.step}"
+        try:
+            unfinished.mkdir()
+            _orbax().save(unfinished.absolute() / "state", arrays)
+            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+            told = asdict(record) | {
+                "arrays": {name: _describe(array) for name, array in arrays.items()},
+                "files": {str(path.relative_to(unfinished)): _sha256(path.read_bytes()) for path in files},
+            }
+            text = json.dumps(told).encode()
+            (unfinished / MANIFEST).write_bytes(_sha256(text).encode() + b"\n" + text)
+            for path in (*files, unfinished / MANIFEST, *{path.parent for path in files}, unfinished):
+                _flush(path)
+            unfinished.rename(folder)
+            _flush(self.folder)
+        except Exception as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if _is_disk_full(error):
+                raise InputError(
+                    f"{folder}: cannot be written, the disk is full; earlier checkpoints are whole. Make room, then go on "
+                    "with resume=true"
+                ) from error
+            raise
+        self._remove_old()
 
-def _validation_loss(metrics: Any) -> float:
-    return metrics["val_loss"]
+    def _remove_old(self) -> None:
+        steps = self.steps()
+        losses = [(loss, step) for step in steps if (loss := self._loss_of(step)) is not None]
+        best = {min(losses)[1]} if losses else set()
+        for step in set(steps[:-KEPT]) - best:
+            shutil.rmtree(self._hide(step))
+
+    def _hide(self, step: int) -> Path:
+        """A half-removed checkpoint must not pass for a damaged one."""
+        hidden = self.folder / f".saving-{step}-old"
+        return (self.folder / str(step)).rename(hidden)
+
+    def _set_aside(self, step: int) -> None:
+        if not self._read_only:
+            aside = self.folder / f"damaged-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+
+    def _loss_of(self, step: int) -> float | None:
+        with suppress(DamagedError):  # `restore` is what finds damage
+            return self.record(step).val_loss
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
     """Leaves in order, under their paths: independent of the classes that hold them."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {f"{i:04d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}
+
+
+def _orbax() -> ocp.Checkpointer:
+    """For arrays of this process alone: of several, each has checkpoints of its own, and none waits for another."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _describe(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": _sha256(np.ascontiguousarray(array))}
+
+
+def _sha256(content: bytes | np.ndarray) -> str:
+    return hashlib.sha256(content.tobytes() if isinstance(content, np.ndarray) else content).hexdigest()
+
+
+def _verify_file(path: Path, digest: str) -> None:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
+    if _sha256(content) != digest:
+        raise DamagedError(f"{path}: {len(content)} bytes that do not have the SHA-256 that it was written with")
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself, so that a power cut finds the contents before the name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Orbax's writers hide the number of the error in a text."""
+    while error is not None:
+        if getattr(error, "errno", None) in DISK_FULL or any(os.strerror(n) in str(error) for n in DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _require_finite(arrays: Mapping[str, np.ndarray], step: int) -> None:
+    for name, array in arrays.items():
+        if jnp.issubdtype(array.dtype, jnp.inexact) and not math.isfinite(np.abs(array).sum(dtype=np.float64)):
+            raise InputError(f"{name} is not finite after step {step}: nothing was saved; the last checkpoint is kept")
+
+
+def _words(array: tuple[list[int], str] | None) -> str:
+    return "absent" if array is None else f"{array[1]} of shape {tuple(array[0])}"

@@ -1,24 +1,42 @@
 """The loop: batches in, state out, everything else in callbacks."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from pulmo_jax.training.callbacks import Callback, Event, Start
 from pulmo_jax.training.interrupt import Interrupt
 from pulmo_jax.training.state import Metrics, TrainState
 from pulmo_jax.types import InputError
 
+SHOWN_FILES = 5
+
+
+@dataclass
+class Clock:
+    """Seconds by what the loop was doing."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """The state at the end; `stopped` says why before the last step, `signum` which signal asked for it."""
+    """The state at the end; `stopped` says why before the last step, `signum` which signal asked for it.
+
+    seconds: where the time went: "steps", "waiting for batches" (while a step computes), "validation", "callbacks".
+    """
 
     state: TrainState
+    seconds: Mapping[str, float]
     stopped: str | None = None
     signum: int | None = None
 
@@ -26,52 +44,69 @@ class Outcome:
 def fit(
     state: TrainState,
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
-    batches: Iterator[np.ndarray],
+    batches: Iterator[Any],
     validate: Callable[[TrainState], float],
     callbacks: Sequence[Callback],
     start: Start,
     *,
     log_every: int,
     validate_every: int,
+    agreed: Callable[[int | None], int | None] = lambda signum: signum,
 ) -> Outcome:
     """Step from `state.step` to `start.steps`. Raises InputError when loss or gradient are not finite any more.
 
-    Whoever asks for a stop, a signal or a callback, every callback still gets a last event, with a validation: that of
-    the step at hand if the signal came during it, else that of the next step.
+    When a callback gives a reason, one more step is taken, validated, and is the last. After a signal the step at hand
+    is the last (or, if it came between steps, the next), without a validation of its own: what is logged and what is
+    held to be the best are those of a run that was never stopped. Either way every callback gets a last event.
+    agreed: a signal that one process has received, told to all of them.
     """
-    stopped = None
+    clock, stopped, signum = Clock(), None, None
     with ExitStack() as ends:
         for callback in callbacks:
-            callback.on_start(start)
+            stopped = callback.on_start(start) or stopped
             ends.callback(callback.on_end)
         with Interrupt() as interrupt:
-            for number in range(int(state.step) + 1, start.steps + 1):
-                state, info = step(state, next(batches))
-                metrics = {f"train/{name}": float(value) for name, value in info.items()}
-                _require_finite(metrics, number)
-                last = number == start.steps or stopped is not None or interrupt.signum is not None
-                validates = last or number % validate_every == 0
-                if validates:
-                    metrics["val/loss"] = validate(state)
-                    _require_finite(metrics, number)
-                logs = validates or number % log_every == 0
-                event = Event(number, metrics if logs else {}, state, last)
-                reasons = [callback.on_event(event) for callback in callbacks]
+            numbers = range(int(state.step) + 1, start.steps + 1)
+            with clock("waiting for batches"):
+                batch = next(batches) if numbers else None
+            for number in numbers:
+                with clock("steps"):
+                    state, info = step(state, batch)
+                with clock("waiting for batches"):  # the step goes on meanwhile
+                    batch = next(batches) if number < start.steps else None
+                with clock("steps"):
+                    metrics = {f"train/{name}": float(value) for name, value in info.items()}
+                _require_finite(metrics, number, start.files_of)
+                signum = agreed(interrupt.signum)
+                ends_here = number == start.steps or stopped is not None
+                if ends_here or number % validate_every == 0:
+                    with clock("validation"):
+                        metrics["val/loss"] = validate(state)
+                    _require_finite(metrics, number, start.files_of)
+                elif number % log_every:
+                    metrics = {}
+                last = ends_here or signum is not None
+                with clock("callbacks"):
+                    event = Event(number, metrics, state, last, stopped)
+                    reasons = [callback.on_event(event) for callback in callbacks]
                 stopped = stopped or next((reason for reason in reasons if reason), None)
                 if last:
                     break
     done = int(state.step)
     if done >= start.steps:
-        return Outcome(state)
-    if interrupt.signum is not None:
-        return Outcome(state, f"stopped by signal {interrupt.signum} after step {done}", interrupt.signum)
-    return Outcome(state, stopped)
+        return Outcome(state, clock.seconds)
+    if signum is not None:
+        return Outcome(state, clock.seconds, f"stopped by signal {signum} after step {done}", signum)
+    return Outcome(state, clock.seconds, stopped)
 
 
-def _require_finite(metrics: Mapping[str, float], number: int) -> None:
+def _require_finite(metrics: Mapping[str, float], number: int, files_of: Callable[[int], list[str]]) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
+            files = files_of(number)
+            more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
+            where = "" if name.startswith("val/") else f", on patches of {', '.join(files[:SHOWN_FILES])}{more}"
             raise InputError(
-                f"{name} is {value} at step {number}; the last checkpoint is kept. Lower optimizer.learning_rate, or "
-                "look at the images' value range"
+                f"{name} is {value} at step {number}{where}; the last checkpoint is kept. Lower "
+                "optimizer.learning_rate, or look at these images' value range"
             )

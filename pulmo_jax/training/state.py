@@ -33,10 +33,15 @@ def init_state(method: Method, optimizer: optax.GradientTransformation) -> Train
 
 
 def make_step(
-    method: Method, optimizer: optax.GradientTransformation, ema_decay: float, seed: int
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    seed: int,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[TrainState, Float[Array, "B P P C"]], tuple[TrainState, Metrics]]:
-    """The jitted training step (state, batch) -> (state, metrics); the state's buffers are donated.
+    """The jitted training step (state, batch (B, P, P, C)) -> (state, metrics); the state's buffers are donated.
 
+    sharding: where the new state is, if on several devices; the batch's rows may be divided among them.
     The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that it forgets the random start (as in
     TensorFlow's ExponentialMovingAverage).
     """
@@ -51,4 +56,4 @@ def make_step(
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding)

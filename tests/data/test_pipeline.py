@@ -6,7 +6,7 @@ In the images of these tests a pixel's value tells its image and its place.
 import pickle
 import threading
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -17,8 +17,9 @@ from references.preprocessing import preprocessing
 
 from pulmo_jax.core.tiling import tile_starts
 from pulmo_jax.data.images import ImageRef, Reader, index_images
-from pulmo_jax.data.pipeline import Augmentation, ReadPatch, evenly, iterate, training_batches
+from pulmo_jax.data.pipeline import Augmentation, ReadPatch, cells_of_batch, evenly, iterate, training_batches
 from pulmo_jax.data.transforms import flip_and_turn, preprocess, resize_bands
+from pulmo_jax.types import InputError
 
 SIZE, STRIDE = 8, 4
 SHAPES = [(20, 27), (8, 40), (33, 9), (5, 12)]  # the last is smaller than a patch
@@ -156,14 +157,29 @@ def test_an_epoch_has_every_cell_once_and_the_next_is_in_another_order(cells, re
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_an_epoch_without_overlap(cells, read, count):
-    shards = []
-    for index in range(count):
-        dataset = training_batches(cells, read, PLAIN, batch_size=1, seed=0, process_index=index, process_count=count)
-        epoch = len(range(index, len(cells), count))
-        shards.append([place(p[0]) for p in batches_of(dataset, epoch)])
-    assert sorted(chain(*shards)) == sorted(map(tuple, cells.tolist()))
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+def test_shares_of_several_processes_are_the_batches_of_one(cells, read, count):
+    """Also in their random jitter and turns, and however far the training is."""
+
+    def share(index, count):
+        return training_batches(cells, read, FULL, batch_size=6, seed=0, process_index=index, process_count=count)
+
+    alone, shares = share(0, 1), [share(index, count) for index in range(count)]
+    for number in (0, 1, 40):
+        together = np.concatenate([dataset[number] for dataset in shares])
+        np.testing.assert_array_equal(together, alone[number])
+        assert all(len(dataset[number]) == 6 // count for dataset in shares)
+
+
+def test_batch_that_processes_cannot_divide_is_refused(cells, read):
+    with pytest.raises(InputError, match="trainer.batch_size=5 cannot be divided by 2 processes"):
+        training_batches(cells, read, PLAIN, batch_size=5, seed=0, process_count=2)
+
+
+def test_cells_of_a_batch_are_known_without_reading_it(cells, read):
+    dataset = training_batches(cells, read, PLAIN, batch_size=4, seed=3)
+    for number in (0, 5, 30):
+        found = cells_of_batch(cells, number, batch_size=4, seed=3)
+        np.testing.assert_array_equal([place(patch) for patch in dataset[number]], found)
 
 
 def test_jitter_stays_near_the_cell_and_inside_the_image(cells, read):

@@ -1,6 +1,7 @@
 """A training without a network: what the loop hands to callbacks, and a step that counts."""
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,7 +24,13 @@ def counting_step(state: TrainState, batch: np.ndarray) -> tuple[TrainState, dic
 
 
 def fake_start(
-    run_dir: Path, steps: int, step: int = 0, checkpoints: Checkpoints | None = None, console: Console | None = None
+    run_dir: Path,
+    steps: int,
+    step: int = 0,
+    checkpoints: Checkpoints | None = None,
+    console: Console | None = None,
+    val_losses: Sequence[float] = (),
+    files_of: Callable[[int], list[str]] = lambda step: [],
 ) -> Start:
     return Start(
         run_dir=run_dir,
@@ -35,6 +42,8 @@ def fake_start(
         identity={"seed": 0},
         examples=np.zeros((1, 2, 2, 1), np.float32),
         reconstruct=lambda params, patches: patches,
+        val_losses=val_losses,
+        files_of=files_of,
     )
 
 

@@ -1,5 +1,6 @@
 """Each callback by itself: what it writes, when it acts, and that a resumed run goes on where the first stood."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -33,16 +34,19 @@ def test_all_follow_the_protocol(callback):
 # --- Checkpoint
 
 
-def saves(tmp_path, val_losses: dict[int, float], *, steps=10, every=4, resumed_at=0) -> list[int]:
-    start = fake_start(tmp_path, steps, resumed_at)
+def saves(tmp_path, val_losses: dict[int, float], *, steps=10, every=4, resumed_at=0, before=()) -> list[int]:
+    start = fake_start(tmp_path, steps, resumed_at, val_losses=before)
     callback = Checkpoint(every)
     callback.on_start(start)
     for step in range(resumed_at + 1, steps + 1):
         metrics = {"val_loss": val_losses[step]} if step in val_losses else {}
         callback.on_event(event(step, last=step == steps, **metrics))
-    for state, loss, identity in (call.args for call in start.checkpoints.save.call_args_list):
+    for state, loss, identity, losses, stopped in (call.args for call in start.checkpoints.save.call_args_list):
         assert loss == val_losses.get(int(state.step))
         assert identity == start.identity
+        assert losses[: len(before)] == list(before)
+        assert set(losses[len(before) :]) <= set(val_losses.values())
+        assert stopped is None
     return [int(call.args[0].step) for call in start.checkpoints.save.call_args_list]
 
 
@@ -53,10 +57,20 @@ def test_checkpoints_come_at_their_cadence_at_the_best_and_at_the_last(tmp_path)
     assert saves(tmp_path, {}, every=100) == [10]
 
 
-def test_best_of_a_resumed_run_is_the_best_that_was_logged_up_to_its_checkpoint(tmp_path):
-    rows = [{"step": 2, "val/loss": 1.0}, {"step": 4, "val/loss": 3.0}, {"step": 5, "val/loss": 0.1}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert saves(tmp_path, {5: 2.0, 6: 1.5, 7: 0.9}, every=100, resumed_at=4) == [7, 10]
+def test_best_of_a_resumed_run_is_the_best_up_to_its_checkpoint(tmp_path):
+    assert saves(tmp_path, {5: 2.0, 6: 1.5, 7: 0.9}, every=100, resumed_at=4, before=[1.0, 3.0]) == [7, 10]
+
+
+def test_checkpoint_holds_all_losses_up_to_it_and_why_the_run_ended(tmp_path):
+    start, callback = fake_start(tmp_path, 10, 2, val_losses=[3.0]), Checkpoint(every=100)
+    callback.on_start(start)
+    for step, loss in ((3, 2.0), (4, 2.5), (5, 1.0)):
+        ended = event(step, last=step == 5, val_loss=loss)
+        callback.on_event(dataclasses.replace(ended, stopped="enough" if ended.last else None))
+    saved = [call.args[1:] for call in start.checkpoints.save.call_args_list]
+    identity = start.identity
+    assert [(loss, stopped) for loss, _, _, stopped in saved] == [(2.0, None), (1.0, "enough")]
+    assert saved[-1] == (1.0, identity, [3.0, 2.0, 2.5, 1.0], "enough")
 
 
 def test_end_waits_until_all_is_on_disk(tmp_path):
@@ -185,7 +199,9 @@ def test_progress_in_a_terminal_is_a_bar(tmp_path, monkeypatch):
 def stop_step(tmp_path, losses, *, patience, min_fraction=0.0, resumed_at=0) -> int | None:
     """The validation (from 1) at which training is asked to stop; one validation at each step."""
     callback = EarlyStopping(patience, min_fraction)
-    callback.on_start(fake_start(tmp_path, len(losses), resumed_at))
+    start = fake_start(tmp_path, len(losses), resumed_at, val_losses=losses[:resumed_at])
+    if callback.on_start(start) is not None:
+        return resumed_at
     for step in range(resumed_at + 1, len(losses) + 1):
         assert callback.on_event(event(step)) is None  # a step without validation counts for nothing
         reason = callback.on_event(event(step, val_loss=losses[step - 1]))
@@ -214,10 +230,9 @@ def test_early_stopping_by_example(tmp_path, losses, patience, min_fraction, exp
 
 @given(losses=st.lists(st.floats(0.1, 1.0), min_size=2, max_size=12), patience=st.integers(1, 4), data=st.data())
 def test_early_stopping_of_a_resumed_run_is_that_of_one_run(tmp_path_factory, losses, patience, data):
+    """Also if it was killed after the reason was given, before the last step."""
     folder = tmp_path_factory.mktemp("run")
-    rows = [{"step": n, "val/loss": loss} for n, loss in enumerate(losses, start=1)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = stop_step(folder, losses, patience=patience, min_fraction=0.05)
     resumed_at = data.draw(st.integers(1, len(losses) - 1))
-    assume(whole is None or resumed_at < whole)
+    assume(whole is None or resumed_at <= whole)
     assert stop_step(folder, losses, patience=patience, min_fraction=0.05, resumed_at=resumed_at) == whole

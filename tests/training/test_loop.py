@@ -1,5 +1,6 @@
 """The loop: the order of what it calls, stops of every kind, and resuming bit for bit."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -43,7 +44,7 @@ def fit_fake(tmp_path, *callbacks, steps=10, state=None, step=counting_step, val
     """Counting steps on batches that nobody looks at."""
     state = fake_state() if state is None else state
     options = {"log_every": 3, "validate_every": 4, **options}
-    start = fake_start(tmp_path, steps, int(state.step))
+    start = fake_start(tmp_path, steps, int(state.step), files_of=lambda step: [f"{step}{c}.tif" for c in "abcdefg"])
     return fit(state, step, itertools.repeat(batch_of(0)), validate, callbacks, start, **options)
 
 
@@ -126,7 +127,8 @@ def test_loss_or_gradient_that_is_not_finite_stops_with_its_step(tmp_path, name,
         return state, info | ({name: jnp.asarray(value)} if int(state.step) == 7 else {})
 
     recorder = Recorder()
-    with pytest.raises(InputError, match=rf"train/{name} is {value} at step 7;.*learning_rate"):
+    files = "7a.tif, 7b.tif, 7c.tif, 7d.tif, 7e.tif and 2 more"
+    with pytest.raises(InputError, match=rf"train/{name} is {value} at step 7, on patches of {files};.*learning_rate"):
         fit_fake(tmp_path, recorder, step=step)
     assert recorder.events[-1].step == 6
     assert recorder.log[-1] == ("", "end")
@@ -158,7 +160,7 @@ def test_checkpoint_before_the_loss_was_lost_is_kept(tmp_path):
 # --- signals
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("where", ["step", "callback", "validation"])
 def test_signal_stops_after_a_last_event(tmp_path, signum, where):
     """It comes in step 4: after that step itself if during it, after the next if the event is on its way already."""
@@ -180,7 +182,9 @@ def test_signal_stops_after_a_last_event(tmp_path, signum, where):
     outcome = fit_fake(tmp_path, recorder, step=step, validate=validate)
     stopped_at = 4 if where == "step" else 5
     assert [(event.step, event.last) for event in recorder.events][-2:] == [(stopped_at - 1, False), (stopped_at, True)]
-    assert "val/loss" in recorder.events[-1].metrics
+    # Validated only if it was due: what is logged is what a run that was never stopped logs.
+    assert ("val/loss" in recorder.events[-1].metrics) == (stopped_at == 4)
+    assert recorder.events[-1].stopped is None
     assert recorder.log[-1] == ("", "end")
     assert int(outcome.state.step) == stopped_at
     assert outcome.signum == signum
@@ -238,16 +242,19 @@ def test_interrupt_hands_the_second_signal_to_the_handler_before_it():
 METHOD = LinearMethod(noise=0.2)
 
 
-def train(folder, steps, step, optimizer):
-    """Up to `steps`, from the last checkpoint of the folder where there is one."""
+def train(folder, steps, step, optimizer, *more):
+    """Up to `steps`, from the last checkpoint of the folder where there is one; `more` callbacks."""
     folder.mkdir(exist_ok=True)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state, latest = init_state(METHOD, optimizer), checkpoints.latest_step()
+        losses = []
         if latest is not None:
-            state = checkpoints.restore(latest, state)
-        start = fake_start(folder, steps, int(state.step), checkpoints)
+            state, record, _ = checkpoints.restore_newest(state)
+            losses = record.val_losses
+        start = fake_start(folder, steps, int(state.step), checkpoints, val_losses=losses)
         batches = (batch_of(k) for k in itertools.count(int(state.step)))
-        callbacks, validate = [JsonLines(), Checkpoint(every=4)], lambda state: float(state.ema["gain"][0])
+        callbacks = [JsonLines(), Checkpoint(every=4), *more]
+        validate = lambda state: float(state.ema["gain"][0])  # noqa: E731
         return fit(state, step, batches, validate, callbacks, start, log_every=1, validate_every=3).state
 
 
@@ -269,6 +276,67 @@ def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(tmp_path, accum
     rows = [{row["step"]: row for row in read_metrics(folder / "metrics.jsonl")} for folder in (whole, broken)]
     assert list(rows[1]) == list(rows[0]) == list(range(1, 13))
     assert [rows[1][n]["train/loss"] for n in range(1, 13)] == [rows[0][n]["train/loss"] for n in range(1, 13)]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_run_that_a_signal_stopped_logs_and_keeps_what_one_that_was_never_stopped_does(tmp_path, signum):
+    optimizer = adamw(steps=12, learning_rate=0.1)
+    step = make_step(METHOD, optimizer, 0.9, seed=1)
+    killer = Recorder(on=lambda number: os.kill(os.getpid(), signum) if number == 6 else None)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = train(whole, 12, step, optimizer)
+    assert int(train(broken, 12, step, optimizer, killer).step) == 7
+    assert_same(train(broken, 12, step, optimizer), expected)
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    with Checkpoints(whole / "checkpoints") as a, Checkpoints(broken / "checkpoints") as b:
+        (best, record, _), (again, record_again, _) = a.restore_best(expected), b.restore_best(expected)
+    assert_same(best, again)
+    assert record == dataclasses.replace(record_again, files=record.files)  # whose names hold a random part
+
+
+def test_early_stop_is_in_the_checkpoint_that_it_ended_with(tmp_path):
+    enough = Recorder(on=lambda number: "enough" if number == 5 else None)
+    optimizer = adamw(steps=12, learning_rate=0.1)
+    state = train(tmp_path, 12, make_step(METHOD, optimizer, 0.9, seed=1), optimizer, enough)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert (int(state.step), checkpoints.record(6).stopped) == (6, "enough")
+
+
+def test_reason_at_the_start_leaves_one_step(tmp_path):
+    """A run that was killed between an early stop's reason and its last step."""
+    recorder = Recorder()
+    recorder.on_start = lambda start: "enough"
+    outcome = fit_fake(tmp_path, recorder, steps=10, state=fake_state(4))
+    assert (int(outcome.state.step), outcome.stopped) == (5, "enough")
+    assert [(event.step, event.last, event.stopped) for event in recorder.events] == [(5, True, "enough")]
+
+
+def test_time_is_accounted_for(tmp_path):
+    def slow(step):
+        time.sleep(0.02)
+
+    outcome = fit_fake(tmp_path, Recorder(on=slow), steps=5)
+    assert set(outcome.seconds) == {"waiting for batches", "steps", "validation", "callbacks"}
+    assert 0.1 <= outcome.seconds["callbacks"] < 1.0
+
+
+def test_next_batch_is_read_while_the_step_computes(tmp_path):
+    order = []
+
+    def step(state, batch):
+        order.append("step")
+        return counting_step(state, batch)
+
+    def batches():
+        while True:
+            order.append("batch")
+            yield batch_of(0)
+
+    fit(
+        fake_state(), step, batches(), lambda s: 0.5, [Recorder(on=lambda n: order.append("event") and None)],
+        fake_start(tmp_path, 3), log_every=1, validate_every=9,
+    )  # fmt: skip
+    assert order == ["batch", "step", "batch", "event", "step", "batch", "event", "step", "event"]
 
 
 def test_nothing_depends_on_the_clock(tmp_path, monkeypatch):

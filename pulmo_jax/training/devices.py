@@ -1,0 +1,105 @@
+"""One program over all devices of all hosts: the state is on each, the rows of a batch are divided.
+
+Every process runs the same job on its own share of each batch. Batches, noise and decisions are functions of (seed,
+step), so that the number of devices changes the order of some sums and nothing else.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pulmo_jax.types import InputError
+
+ROWS = "rows"
+
+
+def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the processes of a job; before any other call of JAX. Without a coordinator this process is alone.
+
+    coordinator: HOST:PORT of the first process; "auto": as SLURM, Open MPI or a TPU pod tell, which also know the rest.
+    """
+    if coordinator is None:
+        return
+    address = None if coordinator == "auto" else coordinator
+    try:
+        jax.distributed.initialize(address, processes, process)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"cluster.coordinator={coordinator} cluster.processes={processes} cluster.process={process}: "
+            f"the processes do not come together ({str(error).partition(chr(10))[0]:.200})"
+        ) from error
+
+
+def all_devices(batch_size: int) -> Mesh:
+    """Raises InputError where they cannot share a batch evenly."""
+    devices = jax.devices()
+    if batch_size % len(devices):
+        raise InputError(
+            f"trainer.batch_size={batch_size} cannot be divided by the {len(devices)} devices; give a multiple of "
+            f"{len(devices)}"
+        )
+    return Mesh(np.array(devices), (ROWS,), axis_types=(AxisType.Auto,))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def on_all(tree: Any, mesh: Mesh) -> Any:
+    """A copy of every array on every device. All processes give the same values."""
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(everywhere(mesh), np.array(leaf)), tree)
+
+
+def divided(share: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The batch of which this process has read `share`: the p-th of n consecutive shares of its rows."""
+    return jax.make_array_from_process_local_data(rows(mesh), share)
+
+
+def here(tree: Any) -> Any:
+    """This process's own copy of what is on all devices, for work that the other processes do not share."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+@contextmanager
+def first_then_others() -> Iterator[None]:
+    """The first process passes the block before the others enter it."""
+    if jax.process_count() > 1 and not is_first():
+        multihost_utils.sync_global_devices("first")
+    yield
+    if jax.process_count() > 1 and is_first():
+        multihost_utils.sync_global_devices("first")
+
+
+def require_same(number: int, what: str) -> None:
+    """Raises InputError where the processes do not have the same."""
+    if jax.process_count() > 1:
+        found = np.ravel(multihost_utils.process_allgather(np.array(number)))
+        if (found != number).any():
+            raise InputError(f"the processes differ in {what} (found {', '.join(map(str, found))})")
+
+
+def agreed(signum: int | None) -> int | None:
+    """A signal that any of the processes has received, so that all stop after the same step."""
+    if jax.process_count() == 1:
+        return signum
+    return int(np.max(multihost_utils.process_allgather(np.array(signum or 0)))) or None
+
+
+def disconnect() -> None:
+    """Training is over: the first process goes on alone, however long it takes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("trained")
+        jax.distributed.shutdown()

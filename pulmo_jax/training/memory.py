@@ -1,0 +1,63 @@
+"""Out of memory, said before or after the fact, with the settings that need it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from pulmo_jax.types import InputError
+
+GIB = 2**30
+
+
+def available_bytes() -> int | None:
+    """What this process may still take of the device's memory, or None where that is not known."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        found = device.memory_stats() or {}
+        return found["bytes_limit"] - found["bytes_in_use"] if "bytes_limit" in found else None
+    limits = [_meminfo("MemAvailable"), _control_group()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def require(needed_bytes: int, what: str, remedy: str) -> None:
+    """Raises InputError where it cannot work: on a CPU the system would kill the process without a word."""
+    available = available_bytes()
+    if available is not None and needed_bytes > available:
+        raise InputError(
+            f"{what} needs {needed_bytes / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are free; {remedy}"
+        )
+
+
+@contextmanager
+def running_out_names(what: str, remedy: str) -> Iterator[None]:
+    """Turns JAX's and Python's errors on a lack of memory into an InputError with the remedy."""
+    try:
+        yield
+    except MemoryError as error:
+        raise InputError(f"out of memory in {what}; {remedy}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"out of memory in {what} ({reason:.120}); {remedy}") from error
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _control_group() -> int | None:
+    """The limit of a container or of a scheduler's job (control groups, version 2), less what is in use for good."""
+    try:
+        folder = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+        limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+        return limit - used + int(cached)
+    except (OSError, ValueError, KeyError):  # no such limit: "max" is no number
+        return None
