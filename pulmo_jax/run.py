@@ -74,8 +74,8 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
             state = checkpoints.restore(step, init_state(method, build_optimizer(config)))
     except DamagedError as error:
         raise InputError(
-            f"{error}\nThe thresholds are for that checkpoint alone; train resume=true hydra.run.dir={path} goes on from "
-            "one that is whole, and calibrates anew"
+            f"{error}\nThe thresholds are for that checkpoint alone; train resume=true hydra.run.dir={path} goes on "
+            "from one that is whole, and calibrates anew"
         ) from error
     return Run(path, config, make_scorer(config, method, state.ema, how), load_calibrations(path), step)
 
@@ -107,7 +107,7 @@ def finished_step(run: Path) -> int:
         except OSError as error:
             raise InputError(f"{run / name}: cannot be read ({error.strerror}); {again}") from error
         if found != digest:
-            raise InputError(f"{run / name}: is not as training wrote it (SHA-256 differs); {again}")
+            raise InputError(f"{run / name}: is not as training wrote it (SHA-256 not that in {FINISHED}); {again}")
     steps = [Path(name).parent.name for name in digests if name.endswith(MANIFEST)]
     if set(digests) != {*SEALED, *(f"checkpoints/{step}/{MANIFEST}" for step in steps)} or len(steps) != 1:
         raise InputError(f"{run / FINISHED}: is not what training writes; {again}")

@@ -211,8 +211,8 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             if _is_disk_full(error):
                 raise InputError(
-                    f"{folder}: cannot be written, the disk is full; earlier checkpoints are whole. Make room, then go on "
-                    "with resume=true"
+                    f"{folder}: cannot be written, the disk is full; earlier checkpoints are whole. Make room, then go "
+                    "on with resume=true"
                 ) from error
             raise
         self._remove_old()
