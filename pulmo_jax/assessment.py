@@ -53,7 +53,7 @@ def assess_and_report(
     warnings = [threshold.warning for threshold in thresholds(run) if threshold.warning]
     labelled = None if data is None else labelled_images(run.config, run.scorer.how, data, reader)
     sections = [
-        *training_sections(run, out_dir),
+        *training_sections(run, out_dir, training or {}),
         *calibration_sections(run, out_dir),
         *validation_sections(run, validation, options.examples, reader, out_dir),
     ]

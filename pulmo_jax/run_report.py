@@ -15,6 +15,7 @@ from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.evaluation.metrics import Estimate, PixelMetrics, image_metrics
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, choose_examples
 from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.callbacks import PROFILE_FIGURE
 from pulmo_jax.reporting.examples import Example, View, reconstructions, score_maps, view
 from pulmo_jax.reporting.report import Section
 from pulmo_jax.reporting.tables import Table, metrics_tables
@@ -27,12 +28,17 @@ def named(run: Run, name: str) -> str:
     return run.config.method["_target_"].rpartition(".")[2].lower() if name == METHOD else name
 
 
-def training_sections(run: Run, out_dir: Path) -> list[Section]:
-    rows = read_metrics(run.path / "metrics.jsonl")
+def training_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[Section]:
+    """Losses; and, of the training that has just ended (its facts in `training`), where the time went."""
+    rows, folder = read_metrics(run.path / "metrics.jsonl"), out_dir / "figures"
     if not rows:
         return []
-    figure = figures.save(figures.loss_curves(rows), out_dir / "figures", "loss_curves")
-    return [Section("Training", f"Parameters of step {run.step}, which has the lowest validation loss.", [figure], [])]
+    drawn = [figures.save(figures.loss_curves(rows), folder, "loss_curves")]
+    if "seconds" in training:
+        drawn.append(figures.save(figures.time_shares(training["seconds"]), folder, "time_shares"))
+    profile = run.path / "figures" / f"{PROFILE_FIGURE}.png"
+    drawn += [profile] if profile.is_file() else []
+    return [Section("Training", f"Parameters of step {run.step}, which has the lowest validation loss.", drawn, [])]
 
 
 def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
@@ -207,7 +213,11 @@ def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
 
 def summary(run: Run, training: Mapping[str, Any]) -> dict[str, str]:
     facts = {"run": str(run.path), "seed": str(run.config.seed)}
-    values = {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in training.items()}
+    values = {
+        key: f"{value:.3g}" if isinstance(value, float) else str(value)
+        for key, value in training.items()
+        if not isinstance(value, Mapping)  # drawn instead
+    }
     return facts | {key.replace("_", " "): value for key, value in values.items()}
 
 

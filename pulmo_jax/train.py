@@ -120,9 +120,11 @@ def train(config: TrainConfig, run_dir: Path) -> float:
             )
             state = devices.on_all(state, mesh)
             step = make_step(method, optimizer, config.trainer.ema_decay, config.seed, devices.everywhere(mesh))
+            compiled = compile_step(step, state, config, data.how, mesh, remedy)
+            begins = time.monotonic()
             outcome = fit(
                 state,
-                compile_step(step, state, config, data.how, mesh, remedy),
+                compiled,
                 (devices.divided(share, mesh) for share in rows),
                 make_validation(method, patches, config.trainer.batch_size, config.seed, mesh),
                 callbacks,
@@ -161,7 +163,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
             "validation_images": len(data.validation.images),
             "skipped_images": len(data.skipped),
             "training_s": round(trained - began, 1),
-            "seconds": {"reading images": ready - began, **outcome.seconds},
+            "seconds": {"reading images": ready - began, "compiling": begins - ready, **outcome.seconds},
         }
         run = Run(run_dir, config, scorer, calibrations, record.step)
         assess_and_report(

@@ -1,14 +1,20 @@
 """Callbacks that draw."""
 
+import time
+from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from pydantic import Field
 
 from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.profile import operations_csv, operations_figure, read_operations
 from pulmo_jax.training.callbacks import Event, Start
+
+PROFILE_FIGURE = "profile"  # its name among the run's figures
 
 
 def patch_grid(patches: Float[np.ndarray, "B P P C"], rebuilt: Float[np.ndarray, "B P P C"], title: str) -> Figure:
@@ -44,3 +50,44 @@ class Reconstructions:
 
     def on_end(self) -> None:
         pass
+
+
+class Profile:
+    """profile/: a trace of some steps, for TensorBoard or ui.perfetto.dev; and what it says, in the report.
+
+    The first steps, which also fill caches, are left out.
+    """
+
+    def __init__(
+        self,
+        after: Annotated[int, Field(ge=1, description="steps before the trace")] = 20,
+        steps: Annotated[int, Field(ge=1, description="steps in the trace")] = 10,
+    ):
+        self.after, self.steps = after, steps
+
+    def on_start(self, start: Start) -> None:
+        self._run_dir, self._first, self._tracing = start.run_dir, start.step + self.after, False
+
+    def on_event(self, event: Event) -> None:
+        if self._tracing and (event.last or event.step == self._first + self.steps):
+            jax.profiler.stop_trace()
+            self._tracing = False
+            self._report(event.step - self._first, 1000 * (time.perf_counter() - self._began))
+        elif event.step == self._first and not event.last:
+            jax.profiler.start_trace(self._folder)
+            self._began, self._tracing = time.perf_counter(), True
+
+    def _report(self, steps: int, wall_ms: float) -> None:
+        operations = read_operations(self._folder)
+        (self._folder / "operations.csv").write_text(operations_csv(operations, steps))
+        if operations:
+            figure = operations_figure(operations, steps, wall_ms / steps)
+            figures.save(figure, self._run_dir / "figures", PROFILE_FIGURE)
+
+    @property
+    def _folder(self) -> Path:
+        return self._run_dir / "profile"
+
+    def on_end(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()

@@ -111,6 +111,21 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def time_shares(seconds: Mapping[str, float]) -> Figure:
+    """Seconds by what a run was doing, in one bar."""
+    total, left = sum(seconds.values()), 0.0
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.7, 0.9), layout="constrained")
+        axes = figure.subplots()
+        for (name, value), colour in zip(seconds.items(), CURVE_COLOURS, strict=False):
+            axes.barh(0, value, left=left, color=colour, label=f"{name}: {value:.3g} s ({value / total:.0%})")
+            left += value
+        axes.set(xlim=(0, total), yticks=[], xlabel="s")
+        axes.spines["left"].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     step, value = np.array(points, float).reshape(-1, 2).T

@@ -12,7 +12,10 @@ from pulmo_jax.reporting.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 CAPTIONS = {
+    "sweep": "The jobs by what was swept: dots are jobs, lines means over seeds, bars one standard deviation over them",
     "loss_curves": "Training and validation loss by step",
+    "time_shares": "Where the time of this training went",
+    "profile": "Time of a training step by kind of operation, traced",
     "calibration": "Scores of the normal validation images, and the image threshold set on them",
     "validation_score_maps": "Normal images that the model was not trained on, and their scores",
     "validation_reconstructions": "The same with what the model makes of them",

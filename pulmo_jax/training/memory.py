@@ -9,6 +9,7 @@ import jax
 from pulmo_jax.types import InputError
 
 GIB = 2**30
+CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int | None:
@@ -55,7 +56,7 @@ def _meminfo(name: str) -> int | None:
 def _control_group() -> int | None:
     """The limit of a container or of a scheduler's job (control groups, version 2), less what is in use for good."""
     try:
-        folder = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+        folder = CONTROL_GROUPS / OWN_GROUP.read_text().strip().rpartition("::/")[2]
         limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
         cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
         return limit - used + int(cached)

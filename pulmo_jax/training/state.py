@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pulmo_jax.methods.base import Method, Params
 
@@ -15,12 +15,12 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step: batches seen; ema: exponential moving average of params, which all inference uses.
+    """step: batches seen, an int32 scalar (while JAX compiles, what describes one); ema: exponential moving average of params, which all inference uses.
 
     Nothing else decides how training goes on: batches and noise are functions of (seed, step).
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Params
     ema: Params
     opt_state: optax.OptState

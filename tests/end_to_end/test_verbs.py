@@ -5,9 +5,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +203,7 @@ def test_second_prediction_does_nothing_again_and_one_bad_file_loses_no_other(ru
 
 
 def test_interrupted_run_goes_on_as_if_nothing_had_happened(crop, cache, tmp_path):
+    """By the warning of a scheduler, whose time is nearly up."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     steps = ["trainer.steps=200", "trainer.log_every=2", "trainer.validate_every=50"]
     call(*train_arguments(crop, whole, *steps), cache=cache)
@@ -211,19 +214,51 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(crop, cache, tmp_pat
         deadline = time.monotonic() + 300
         while count_lines(broken / "metrics.jsonl") < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGUSR1)
         process.wait(timeout=300)
-    assert process.returncode == 130, log.read_text()
+    assert process.returncode == 128 + signal.SIGUSR1, log.read_text()
     assert "Traceback" not in log.read_text()
+    assert "go on with resume=true" in log.read_text()
     assert 3 <= count_lines(broken / "metrics.jsonl") < 100
     again = ["pulmo_jax.train", "+experiment=lung", *SMALL, *steps]  # without data.train: the run knows its images
     call(*again, f"hydra.run.dir={broken}", "resume=true", cache=cache)
-    losses = [
-        {row["step"]: row["train/loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
-        for folder in (whole, broken)
-    ]
-    assert {step: losses[1][step] for step in losses[0]} == losses[0]
-    assert (whole / "calibration.json").read_text() == (broken / "calibration.json").read_text()
+    for name in ("metrics.jsonl", "calibration.json", "baselines.json"):
+        assert (whole / name).read_text() == (broken / name).read_text()
+
+
+def test_two_processes_train_what_one_does(run, crop, cache, tmp_path):
+    """Over loopback; each reads its share of every batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = ["trainer.steps=120", f"cluster.coordinator=127.0.0.1:{port}", "cluster.processes=2"]
+    command = [sys.executable, "-m", *train_arguments(crop, tmp_path / "run", *shared)]
+    environment = os.environ | {"PULMO_JAX_CACHE": str(cache)}
+    logs = [tmp_path / f"log{process}" for process in range(2)]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [*command, f"cluster.process={number}"],
+                    stdout=stack.enter_context(log.open("w")),
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                )
+            )
+            for number, log in enumerate(logs)
+        ]
+        statuses = [process.wait(timeout=300) for process in processes]
+    assert statuses == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
+    alone, together = (read_losses(folder / "metrics.jsonl") for folder in (run, tmp_path / "run"))
+    assert alone.keys() == together.keys()
+    np.testing.assert_allclose([*together.values()], [*alone.values()], rtol=1e-4)
+    thresholds = [json.loads((f / "calibration.json").read_text())["pixel_threshold"] for f in (run, tmp_path / "run")]
+    assert thresholds[1]["value"] == pytest.approx(thresholds[0]["value"], rel=1e-2)
+
+
+def read_losses(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(row["step"], name): row[name] for row in rows for name in row if name.endswith("loss")}
 
 
 def count_lines(path):

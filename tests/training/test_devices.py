@@ -1,0 +1,92 @@
+"""One batch over four simulated devices: the losses of one device, within rounding."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from pulmo_jax.training import devices
+from pulmo_jax.types import InputError
+
+PROGRAM = """
+import jax, numpy as np
+from flax import nnx
+from pulmo_jax.methods.autoencoder import Autoencoder
+from pulmo_jax.models.autoencoder import ConvAutoencoder
+from pulmo_jax.training import devices
+from pulmo_jax.training.optimizers import adamw
+from pulmo_jax.training.state import init_state, make_step
+from pulmo_jax.types import InputError
+
+assert len(jax.devices()) == 4
+method = Autoencoder(ConvAutoencoder(patch_size=16, channels=1, rngs=nnx.Rngs(0), width=8))
+optimizer = adamw(steps=6)
+mesh = devices.all_devices(8)
+
+def losses(place, rows, sharding):
+    state, step, found = place(init_state(method, optimizer)), make_step(method, optimizer, 0.9, 0, sharding), []
+    for number in range(6):
+        batch = rows(np.random.default_rng(number).random((8, 16, 16, 1), np.float32))
+        state, info = step(state, batch)
+        found.append([float(info["loss"]), float(info["gradient_norm"])])
+    return state, batch, found
+
+alone, _, expected = losses(lambda state: state, lambda rows: rows, None)
+shared, batch, found = losses(
+    lambda state: devices.on_all(state, mesh), lambda rows: devices.divided(rows, mesh), devices.everywhere(mesh)
+)
+np.testing.assert_allclose(found, expected, rtol=2e-6)
+assert len(batch.sharding.device_set) == 4 and batch.addressable_shards[0].data.shape == (2, 16, 16, 1)
+for leaf, other in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
+    assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 4
+    assert len(devices.here(leaf).sharding.device_set) == 1
+    np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)
+try:
+    devices.all_devices(6)
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
+def test_batch_divided_among_four_devices_gives_the_losses_of_one():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "trainer.batch_size=6 cannot be divided by the 4 devices; give a multiple of 4" in done.stdout
+
+
+def test_one_process_agrees_with_itself():
+    assert devices.agreed(None) is None
+    assert devices.agreed(15) == 15
+    assert devices.is_first()
+    with devices.first_then_others():
+        devices.require_same(3, "the step")
+    devices.disconnect()
+
+
+def test_copy_on_all_devices_has_a_memory_of_its_own():
+    value = np.arange(4.0, dtype=np.float32)
+    placed = devices.on_all({"a": value}, devices.all_devices(4))
+    value[0] = 9
+    np.testing.assert_array_equal(placed["a"], [0, 1, 2, 3])
+    assert isinstance(devices.here(placed)["a"], jax.Array)
+
+
+def test_coordinator_that_cannot_be_reached_is_an_error_that_names_the_keys(monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("Unable to connect\nto anything")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(InputError, match=r"cluster.coordinator=h:1 cluster.processes=2 .* \(Unable to connect\)"):
+        devices.connect("h:1", 2, 0)
+    devices.connect(None, None, None)
