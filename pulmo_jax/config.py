@@ -132,6 +132,9 @@ class DataConfig(Section):
     augment: Bool = Field(default=True, description="jitter by half the stride, flips and quarter turns")
     threads: Int = Field(default=4, ge=0, le=256, description="reading threads")
     prefetch: Int = Field(default=8, ge=1, description="batches read ahead")
+    decoded_mb: Int = Field(
+        default=8192, ge=0, description="disk for decoded training images, MiB, in the cache; 0: decode for every patch"
+    )
     workers: Int = Field(default=0, ge=0, le=256, description="reading processes; threads are usually enough")
 
     @model_validator(mode="after")

@@ -22,9 +22,18 @@ from pulmo_jax.assessment import assess_and_report, labelled_images
 from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build, check_paths
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
-from pulmo_jax.data.pipeline import Augmentation, Batches, ReadPatch, cells_of_batch, evenly, iterate, training_batches
-from pulmo_jax.data.samples import fetch_lung_ct
+from pulmo_jax.data.pipeline import (
+    Augmentation,
+    Batches,
+    ReadPatches,
+    cells_in_batches,
+    evenly,
+    iterate,
+    training_batches,
+)
+from pulmo_jax.data.samples import cache_folder, fetch_lung_ct
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
+from pulmo_jax.data.scratch import DecodedReader, Scratch
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.inference.assess import calibrate
@@ -102,7 +111,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
         remedy = less_memory(config)
         with (
             Checkpoints(folder / "checkpoints", read_only=not devices.is_first()) as checkpoints,
-            closing(make_batches(config, data, reader, int(state.step))) as rows,
+            closing(make_batches(config, data, reader, int(state.step), console)) as rows,
             running_out_names("training", remedy),
         ):
             start = Start(
@@ -307,19 +316,30 @@ def say(console: Console, data: NormalData, run_dir: Path) -> None:
     )
 
 
-def make_batches(config: TrainConfig, data: NormalData, reader: Reader, start: int) -> Batches:
+def make_batches(config: TrainConfig, data: NormalData, reader: Reader, start: int, console: Console) -> Batches:
     """Training batches from number `start` on; of several processes each reads its own share."""
-    jitter_px = data.sampling.stride // 2 if config.data.augment else 0
+    images, loading = data.training.images, config.data
+    folder = loading.cache or cache_folder()
+    decoded = DecodedReader(reader, images, loading.decoded_mb, folder)
+    if not decoded.fits and loading.decoded_mb:
+        console.print(
+            f"note: {decoded.needed_mb:.0f} MiB of decoded images are more than data.decoded_mb={loading.decoded_mb}; "
+            "each patch is decoded anew, which is slower",
+            highlight=False,
+        )
+    resized = None
+    if loading.resize:
+        shape = (loading.patch_size, loading.patch_size, data.how.channels)
+        resized = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder)
     dataset = training_batches(
         data.training.cells,
-        ReadPatch(data.training.images, data.how, reader),
-        Augmentation(jitter_px, symmetries=config.data.augment),
+        ReadPatches(images, data.how, decoded, resized),
+        Augmentation(data.sampling.stride // 2 if loading.augment else 0, symmetries=loading.augment),
         batch_size=config.trainer.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    loading = config.data
     return iterate(dataset, start, threads=loading.threads, prefetch=loading.prefetch, workers=loading.workers)
 
 
@@ -376,7 +396,8 @@ def write_records(folder: Path, config: TrainConfig, data: NormalData, citation:
 
 
 def files_of_batch(config: TrainConfig, data: NormalData, number: int) -> list[str]:
-    cells = cells_of_batch(data.training.cells, number, batch_size=config.trainer.batch_size, seed=config.seed)
+    batches = cells_in_batches(data.training.cells, batch_size=config.trainer.batch_size, seed=config.seed)
+    cells = np.asarray(batches[number])
     return [data.training.images[i].title for i in np.unique(cells[:, 0])]
 
 
@@ -409,8 +430,8 @@ def reconstruction(method: Method) -> Callable[[Any, np.ndarray], np.ndarray]:
 
 def validation_patches(config: TrainConfig, data: NormalData, reader: Reader) -> np.ndarray:
     """(n, P, P, C): the fixed patches on which the validation loss is measured."""
-    read = ReadPatch(data.validation.images, data.how, reader)
-    return np.stack([read(cell) for cell in evenly(data.validation.cells, config.trainer.validation_patches)])
+    read = ReadPatches(data.validation.images, data.how, reader)
+    return read(evenly(data.validation.cells, config.trainer.validation_patches))
 
 
 def make_validation(

@@ -1,11 +1,12 @@
-"""The one Grain chain: cells -> shuffle -> read and preprocess -> augment -> batch -> prefetch.
+"""The one Grain chain: cells -> shuffle -> batch -> read, preprocess and augment -> prefetch.
 
 Batches are formed inside the MapDataset, so batch k is a function of (seed, k) alone: it does not depend on threads or
-workers, and resuming is a slice.
+workers, and resuming is a slice. What is done to a batch is done to all of its patches at once: on two cores that
+train, each call of Python for a single patch is felt.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from absl import flags
@@ -13,7 +14,8 @@ from absl import logging as absl_logging
 from jaxtyping import Float, Int, Shaped
 
 from pulmo_jax.core.tiling import cut
-from pulmo_jax.data.images import ImageRef, Reader
+from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.scratch import Scratch
 from pulmo_jax.data.transforms import Preprocessing, flip_and_turn, preprocess, resize_bands
 from pulmo_jax.types import InputError, Window
 
@@ -31,50 +33,79 @@ class Augmentation:
     symmetries: bool = True
 
 
+@runtime_checkable
+class PatchReader(Protocol):
+    """`images.Reader`, or `scratch.DecodedReader` around one."""
+
+    def image(self, ref: ImageRef, window: Window | None = None) -> np.ndarray: ...
+
+    def foreground(self, ref: ImageRef, window: Window | None = None) -> np.ndarray | None: ...
+
+
 @dataclass(frozen=True)
-class ReadPatch:
-    """(image, y, x) -> normalised patch (P, P, C), float32."""
+class ReadPatches:
+    """Cells (image, y, x) -> normalised patches, float32. resized: keeps whole images that are shrunk, if given."""
 
     images: list[ImageRef]
     how: Preprocessing
-    reader: Reader
+    reader: PatchReader
+    resized: Scratch | None = None
 
-    def __call__(self, cell: Int[np.ndarray, "3"]) -> Float[np.ndarray, "P P C"]:
-        ref, size = self.images[cell[0]], self.how.patch_size
+    def __call__(self, cells: Int[np.ndarray, "B 3"]) -> Float[np.ndarray, "B P P C"]:
         if self.how.resize:
+            return np.stack([self._shrunk(int(image)) for image in cells[:, 0]])
+        patches, insides = zip(*(self._cut(*cell) for cell in cells.tolist()), strict=True)
+        inside = None if insides[0] is None else np.stack(insides)
+        return preprocess(np.stack(patches), inside, self.how)
+
+    def _cut(self, image: int, y: int, x: int) -> tuple[np.ndarray, np.ndarray | None]:
+        ref, size = self.images[image], self.how.patch_size
+        window = Window(y, x, min(size, ref.shape[0] - y), min(size, ref.shape[1] - x))
+        foreground = self.reader.foreground(ref, window)
+        inside = None if foreground is None else cut(foreground, 0, 0, size)
+        return cut(self.reader.image(ref, window), 0, 0, size), inside
+
+    def _shrunk(self, image: int) -> np.ndarray:
+        ref, size = self.images[image], self.how.patch_size
+
+        def make() -> np.ndarray:
             whole = preprocess(self.reader.image(ref), self.reader.foreground(ref), self.how)
             return resize_bands(whole, size, size)
-        y, x = int(cell[1]), int(cell[2])
-        window = Window(y, x, min(size, ref.shape[0] - y), min(size, ref.shape[1] - x))
-        return cut(
-            preprocess(self.reader.image(ref, window), self.reader.foreground(ref, window), self.how),
-            0,
-            0,
-            size,
-        )
+
+        return make() if self.resized is None else self.resized.get(image, make)
 
 
 @dataclass(frozen=True)
-class RandomPatch(grain.RandomMapTransform):
-    """ReadPatch at a jittered position, then one of the square's symmetries."""
+class ReadBatch(grain.RandomMapTransform):
+    """ReadPatches at jittered positions, each patch then in one of the square's symmetries.
 
-    read: ReadPatch
+    rows: of the batch, those that this process reads; the random numbers are the whole batch's.
+    """
+
+    read: ReadPatches
     augmentation: Augmentation
+    rows: slice
 
     def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, element: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
-        cell, jitter = element.copy(), self.augmentation.jitter_px
-        if jitter and not self.read.how.resize:
-            room = np.maximum(np.array(self.read.images[cell[0]].shape[:2]) - self.read.how.patch_size, 0)
-            cell[1:] = np.clip(cell[1:] + rng.integers(-jitter, jitter + 1, size=2), 0, room)
-        patch = self.read(cell)
-        return flip_and_turn(patch, int(rng.integers(8))) if self.augmentation.symmetries else patch
+        cells, jitter = np.array(element), self.augmentation.jitter_px
+        moves = rng.integers(-jitter, jitter + 1, size=(len(cells), 2))
+        codes = rng.integers(8, size=len(cells)) if self.augmentation.symmetries else np.zeros(len(cells), int)
+        if not self.read.how.resize:
+            shapes = np.array([self.read.images[image].shape[:2] for image in cells[:, 0]])
+            room = np.maximum(shapes - self.read.how.patch_size, 0)
+            cells[:, 1:] = np.clip(cells[:, 1:] + moves, 0, room)
+        patches, codes = self.read(cells[self.rows]), codes[self.rows]
+        for code in range(1, 8):
+            some = codes == code
+            patches[some] = flip_and_turn(patches[some], code)
+        return patches
 
 
 def training_batches(
     cells: Int[np.ndarray, "N 3"],
-    read: ReadPatch,
+    read: ReadPatches,
     augmentation: Augmentation,
     *,
     batch_size: int,
@@ -88,22 +119,16 @@ def training_batches(
     """
     if batch_size % process_count:
         raise InputError(f"trainer.batch_size={batch_size} cannot be divided by {process_count} processes")
-    return (
-        _cells_in_order(cells, seed)
-        .random_map(RandomPatch(read, augmentation))
-        # nothing is dropped of an endless set, whose length is then exact
-        .batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
-    )
+    share = batch_size // process_count
+    rows = slice(process_index * share, (process_index + 1) * share)
+    return cells_in_batches(cells, batch_size=batch_size, seed=seed).random_map(ReadBatch(read, augmentation, rows))
 
 
-def cells_of_batch(cells: Int[np.ndarray, "N 3"], number: int, *, batch_size: int, seed: int) -> Int[np.ndarray, "B 3"]:
-    """The cells that batch `number` of `training_batches` is cut from (before their jitter); reads no file."""
-    return np.asarray(_cells_in_order(cells, seed).batch(batch_size, drop_remainder=True)[number])
-
-
-def _cells_in_order(cells: Int[np.ndarray, "N 3"], seed: int) -> grain.MapDataset:
+def cells_in_batches(cells: Int[np.ndarray, "N 3"], *, batch_size: int, seed: int) -> grain.MapDataset:
+    """An endless MapDataset: element k is the cells (B, 3) that batch k is read at, before their jitter."""
     source = cast(grain.RandomAccessDataSource, cells)
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    # nothing is dropped of an endless set, whose length is then exact
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
 
 
 def iterate(dataset: grain.MapDataset, start: int, *, threads: int, prefetch: int, workers: int = 0) -> Batches:

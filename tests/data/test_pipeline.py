@@ -17,7 +17,7 @@ from references.preprocessing import preprocessing
 
 from pulmo_jax.core.tiling import tile_starts
 from pulmo_jax.data.images import ImageRef, Reader, index_images
-from pulmo_jax.data.pipeline import Augmentation, ReadPatch, cells_of_batch, evenly, iterate, training_batches
+from pulmo_jax.data.pipeline import Augmentation, ReadPatches, cells_in_batches, evenly, iterate, training_batches
 from pulmo_jax.data.transforms import flip_and_turn, preprocess, resize_bands
 from pulmo_jax.types import InputError
 
@@ -60,7 +60,7 @@ def cells() -> np.ndarray:
 @pytest.fixture
 def read(refs):
     reader = Reader()
-    yield ReadPatch(refs, preprocessing(SIZE), reader)
+    yield ReadPatches(refs, preprocessing(SIZE), reader)
     reader.close()
 
 
@@ -77,14 +77,14 @@ def batches_of(dataset, count: int, start: int = 0, threads: int = 0, workers: i
 
 def test_a_patch_is_the_window_of_the_normalised_image(read, refs):
     mask_free = replace(read, how=preprocessing(SIZE, offset=(100.0,), scale=(50.0,), clip=(-1.0, 300.0)))
-    found = mask_free(np.array([1, 0, 17], np.int32))
+    found = mask_free(np.array([[1, 0, 17]], np.int32))[0]
     expected = np.clip((places(1, SHAPES[1])[:8, 17:25] - 100) / 50, -1, 300)
     np.testing.assert_allclose(found[..., 0], expected, rtol=1e-6)
     assert found.dtype == np.float32
 
 
 def test_a_patch_beyond_a_small_image_repeats_its_last_pixels(read):
-    found = read(np.array([3, 0, 4], np.int32))[..., 0]
+    found = read(np.array([[3, 0, 4]], np.int32))[0, ..., 0]
     np.testing.assert_array_equal(found, np.pad(places(3, SHAPES[3]), ((0, 3), (0, 0)), mode="edge")[:, 4:])
 
 
@@ -94,18 +94,18 @@ def test_a_patch_is_filled_outside_of_its_mask(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", places(0, (10, 12)), photometric="minisblack")
     tifffile.imwrite(tmp_path / "masks/a.tif", mask, photometric="minisblack")
     reader = Reader()
-    read = ReadPatch(
+    read = ReadPatches(
         index_images(tmp_path / "a.tif", masks=tmp_path / "masks")[0], preprocessing(SIZE, fill=(-7.0,)), reader
     )
     expected = np.where(mask, places(0, (10, 12)), -7)[2:10, 4:12]
-    np.testing.assert_array_equal(read(np.array([0, 2, 4], np.int32))[..., 0], expected)
+    np.testing.assert_array_equal(read(np.array([[0, 2, 4]], np.int32))[0, ..., 0], expected)
     reader.close()
 
 
 def test_a_resized_image_is_read_whole(read, refs):
     whole = replace(read, how=preprocessing(SIZE, resize=True))
     expected = resize_bands(preprocess(places(0, SHAPES[0])[..., None], None, whole.how), SIZE, SIZE)
-    np.testing.assert_array_equal(whole(np.array([0, 0, 0], np.int32)), expected)
+    np.testing.assert_array_equal(whole(np.array([[0, 0, 0]], np.int32))[0], expected)
 
 
 def test_batches_do_not_depend_on_the_number_of_threads(cells, read):
@@ -125,10 +125,10 @@ def test_batches_do_not_depend_on_the_number_of_processes(cells, read):
 
 
 def test_what_workers_need_can_be_sent_to_them(cells, read):
-    cell = cells[5]
-    here = read(cell)
+    some = cells[5:7]
+    here = read(some)
     there = pickle.loads(pickle.dumps(read))
-    np.testing.assert_array_equal(there(cell), here)
+    np.testing.assert_array_equal(there(some), here)
     there.reader.close()
 
 
@@ -178,7 +178,7 @@ def test_batch_that_processes_cannot_divide_is_refused(cells, read):
 def test_cells_of_a_batch_are_known_without_reading_it(cells, read):
     dataset = training_batches(cells, read, PLAIN, batch_size=4, seed=3)
     for number in (0, 5, 30):
-        found = cells_of_batch(cells, number, batch_size=4, seed=3)
+        found = cells_in_batches(cells, batch_size=4, seed=3)[number]
         np.testing.assert_array_equal([place(patch) for patch in dataset[number]], found)
 
 
@@ -194,7 +194,7 @@ def test_jitter_stays_near_the_cell_and_inside_the_image(cells, read):
         height, width = SHAPES[image]
         assert 0 <= y <= max(height - SIZE, 0)
         assert 0 <= x <= max(width - SIZE, 0)
-        np.testing.assert_array_equal(patch, read(np.array([image, y, x], np.int32)))
+        np.testing.assert_array_equal(patch, read(np.array([[image, y, x]], np.int32))[0])
         moves.append((y - cell_y, x - cell_x))
     assert set(np.ravel(moves)) == set(range(-jitter, jitter + 1))
     assert len(set(moves)) > 30  # of 49: rows and columns move independently, anew in every epoch
