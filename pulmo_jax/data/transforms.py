@@ -53,13 +53,20 @@ def preprocess(
     pixels: Shaped[np.ndarray, "*grid C"], foreground: Bool[np.ndarray, "*grid"] | None, how: Preprocessing
 ) -> Float[np.ndarray, "*grid C"]:
     """Normalised float32 pixels, filled where they are background or not finite."""
-    offset, scale, fill = (np.asarray(values, np.float32) for values in (how.offset, how.scale, how.fill))
+    values = pixels.astype(np.float32, order="C")
+    rows = values.reshape(*values.shape[:-2], -1)  # pixels and their bands as one long axis, which is faster
+    width = rows.shape[-1] // how.channels
+    offset, scale = (np.tile(np.asarray(v, np.float32), width) for v in (how.offset, how.scale))
     with np.errstate(over="ignore"):  # infinite values are clipped or filled
-        values = (pixels.astype(np.float32) - offset) / scale
+        rows -= offset
+        rows /= scale
+    np.clip(rows, *how.clip, out=rows)
     valid = finite(pixels)
     if foreground is not None:
-        valid = valid & foreground
-    return np.where(valid[..., None], np.clip(values, *how.clip), fill)
+        valid &= foreground
+    if not valid.all():
+        values[~valid] = np.asarray(how.fill, np.float32)
+    return values
 
 
 def finite(pixels: Shaped[np.ndarray, "*grid C"]) -> Bool[np.ndarray, "*grid"]:
@@ -82,7 +89,7 @@ def resize_bands(image: Float[np.ndarray, "H W C"], height: int, width: int) -> 
     return np.stack([np.asarray(b.resize((width, height), Image.Resampling.BILINEAR)) for b in bands], axis=-1)
 
 
-def flip_and_turn(patch: Float[np.ndarray, "P P C"], code: int) -> Float[np.ndarray, "P P C"]:
+def flip_and_turn(patches: Float[np.ndarray, "*batch P P C"], code: int) -> Float[np.ndarray, "*batch P P C"]:
     """One of the eight symmetries of the square: `code` 0-3 quarter turns, 4-7 the same mirrored."""
-    turned = np.rot90(patch, code % 4)
-    return np.ascontiguousarray(turned[:, ::-1] if code >= 4 else turned)
+    turned = np.rot90(patches, code % 4, axes=(-3, -2))
+    return np.ascontiguousarray(turned[..., ::-1, :] if code >= 4 else turned)

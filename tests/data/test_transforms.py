@@ -47,6 +47,17 @@ def test_every_dtype_becomes_float32_and_is_left_alone(dtype):
     np.testing.assert_array_equal(pixels, before)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_the_layout_in_memory_does_not_matter(dtype):
+    """Bands one behind the other, every second pixel, a part of a larger image."""
+    pixels = np.random.default_rng(0).integers(0, 200, (8, 10, 2)).astype(dtype)
+    expected = preprocess(pixels, None, TWO_BANDS)
+    planar = np.ascontiguousarray(pixels.transpose(2, 0, 1)).transpose(1, 2, 0)
+    np.testing.assert_array_equal(preprocess(planar, None, TWO_BANDS), expected)
+    np.testing.assert_array_equal(preprocess(planar[::2, 1::3], None, TWO_BANDS), expected[::2, 1::3])
+    np.testing.assert_array_equal(preprocess(pixels[1:4, 2:7], None, TWO_BANDS), expected[1:4, 2:7])
+
+
 def test_a_number_is_finite_in_every_band_or_none():
     pixels = np.ones((2, 3, 2), np.float32)
     pixels[0, 1, 1], pixels[1, 2, 0], pixels[1, 0] = np.nan, np.inf, -np.inf

@@ -18,7 +18,6 @@ class LinearMethod:
     channels: int = 1
     noise: float = 0.0
     halo_px: int = 0
-    halo_px: int = 0
 
     def init(self) -> Params:
         return {"gain": jnp.zeros(self.channels), "offset": jnp.zeros(())}
