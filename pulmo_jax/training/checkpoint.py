@@ -33,6 +33,7 @@ from pulmo_jax.types import InputError
 logging.set_verbosity(logging.ERROR)  # Orbax remarks on options that are as meant
 
 MANIFEST = "MANIFEST"
+SPARE_BYTES = 2**20  # for what Orbax writes beside the arrays
 KEPT = 2  # the last ones, and the best
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -194,6 +195,7 @@ class Checkpoints:
     def _write(self, record: Record, arrays: dict[str, np.ndarray]) -> None:
         folder, unfinished = self.folder / str(record.step), self.folder / f".saving-{record.step}"
         try:
+            _require_room(self.folder, sum(array.nbytes for array in arrays.values()))
             unfinished.mkdir()
             _orbax().save(unfinished.absolute() / "state", arrays)
             files = sorted(path for path in unfinished.rglob("*") if path.is_file())
@@ -277,6 +279,12 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    """Said before Orbax starts, whose many writers would each complain in their own words."""
+    if shutil.disk_usage(folder).free < needed + SPARE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

@@ -306,6 +306,16 @@ def test_state_that_is_not_finite_is_never_saved(copy, value):
     assert steps_on_disk(copy) == [2, 3]
 
 
+def test_disk_without_room_is_said_before_anything_is_written(copy, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Mock(free=2**20))
+    before = contents(copy)
+    with Checkpoints(copy) as checkpoints:
+        checkpoints.save(at_step(4), 0.5, {})
+        with pytest.raises(InputError, match=f"{copy}/4: cannot be written, the disk is full"):
+            checkpoints.wait()
+    assert contents(copy) == before
+
+
 def test_full_disk_is_said_once_and_spoils_no_earlier_checkpoint(copy, monkeypatch):
     before = contents(copy / "3")
 
