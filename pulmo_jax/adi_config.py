@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pulmo_jax.config import Float, Int, Pair, PathLike, Section
+from pulmo_jax.config import Bool, Float, Int, Pair, PathLike, Section
 from pulmo_jax.methods.paco.settings import Frames, Mode, ShrinkageName
 
 
@@ -114,6 +114,7 @@ class DetectConfig(Section):
 
     name: str = Field(default="adi", description="title of the run")
     seed: Int = Field(default=0, ge=0, lt=2**31, description="of the synthetic stack")
+    resume: Bool = Field(default=False, description="in a sweep: what is done in hydra.sweep.dir is not done again")
     data: StackConfig = StackConfig()
     method: PacoConfig = PacoConfig()
     search: SearchConfig = SearchConfig()

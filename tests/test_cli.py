@@ -1,11 +1,16 @@
 """The command line: help that lists everything, errors in a line or two, and no trace of a run that never began."""
 
+import errno
 import io
+import json
 import logging.config
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +19,12 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from rich.console import Console
 
-from pulmo_jax import cli, detect, evaluate, predict, train
+from pulmo_jax import cli, composing, detect, evaluate, predict, train
 from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.config import GIVEN, TrainConfig, argument_schema, find_target
+from pulmo_jax.lock import claim
+from pulmo_jax.stopping import stepping_down, stoppable
+from pulmo_jax.training.interrupt import Interrupt
 from pulmo_jax.types import InputError
 
 EXAMPLES = {
@@ -90,8 +98,9 @@ def test_help_lists_every_key_with_its_default_and_an_example(run, verb, option)
 def test_help_of_train_lists_the_keys_of_every_group(run):
     text = run("train", "--help").out
     for group in GIVEN:
-        for file in (cli.config_dir() / group).glob("*.yaml"):
+        for file in (composing.config_dir() / group).glob("*.yaml"):
             content = OmegaConf.to_container(OmegaConf.load(file))
+            content.pop("defaults", None)
             nodes = {group: content} if "_target_" in content else {f"{group}.{n}": v for n, v in content.items()}
             for where, node in nodes.items():
                 assert f"{where} ({group}={file.stem}): {node['_target_']}" in text
@@ -256,21 +265,6 @@ def test_interrupted_task_is_status_130(run):
     assert "Traceback" not in done.err
 
 
-def test_sweep_goes_on_after_a_job_that_was_refused(run, tmp_path):
-    seeds = []
-
-    def task(config, run_dir):
-        seeds.append(config.seed)
-        if config.seed == 1:
-            raise InputError("seed 1 has no luck")
-        return 0.5
-
-    done = run("train", "-m", "seed=0,1,2", "hydra.sweep.dir=sweep", task=task)
-    assert seeds == [0, 1, 2]
-    assert done.status == 2
-    assert "seed 1 has no luck" in done.err
-
-
 def test_own_experiments_and_groups_are_found_by_config_dir(run, tmp_path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\nseed: 5\n")
@@ -324,20 +318,281 @@ def test_output_that_cannot_be_written_is_an_error_of_status_2(run, tmp_path):
     assert "file/out" in done.err
 
 
+# --- what stops a run
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("SIGINT", 130, "interrupted"),
+        ("SIGTERM", 143, "stopped by SIGTERM"),
+        ("SIGUSR1", 138, "stopped by SIGUSR1"),
+    ],
+)
+def test_signal_ends_any_verb_with_one_line_and_its_status(run, tmp_path, name, status, words):
+    before = signal.getsignal(getattr(signal, name))
+
+    def task(config, run_dir):
+        temporary = run_dir / "temporary"
+        try:
+            temporary.touch()
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(60)
+        finally:
+            temporary.unlink()
+
+    done = run("detect", "hydra.run.dir=out", task=task)
+    assert (done.status, done.err) == (status, f"{words}\n")
+    assert not (tmp_path / "out" / "temporary").exists()
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_signal_that_the_shell_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train_until_warned(order):
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while interrupt.signum is None:
+            time.sleep(0.01)
+        order.append("step done")
+    raise SystemExit(128 + interrupt.signum)
+
+
+def test_schedulers_own_handler_comes_after_the_step():
+    """As submitit's, which sends the job again: it must not tear the step apart."""
+    order = []
+
+    def send_again(signum, frame):
+        order.append("sent again")
+        raise SystemExit(255)
+
+    before = signal.signal(signal.SIGUSR2, send_again)
+    try:
+        with pytest.raises(SystemExit, match="255"), stoppable(), stepping_down():
+            train_until_warned(order)
+        assert order == ["step done", "sent again"]
+        assert signal.getsignal(signal.SIGUSR2) is send_again
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "hint"),
+    [
+        ("train", [], "resume=true hydra.run.dir="),
+        ("detect", [], "call it again"),
+        ("predict", ["run=run", "input=run", "output=out"], "the same command goes on"),
+    ],
+)
+def test_full_disk_is_one_line(run, tmp_path, verb, arguments, hint):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+
+    def task(config, run_dir):
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/map.tif")
+
+    done = run(verb, *arguments, *([] if verb == "predict" else ["hydra.run.dir=out"]), task=task)
+    assert done.status == 2
+    assert len(done.err.splitlines()) == 1
+    assert done.err.startswith("error: the disk is full: /data/map.tif could not be written; what was finished stays.")
+    assert hint in done.err
+
+
+def test_directory_in_use_is_refused_before_anything_is_written(run, tmp_path):
+    with claim(tmp_path / "out"):
+        done = run("train", "hydra.run.dir=out", task=refuse)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.lock"]
+    assert done.status == 2
+    assert f"out is in use by process {os.getpid()} on" in done.err
+
+
+@pytest.mark.parametrize("option", ["--experimental-rerun=x.pickle", "--experimental-rerun", "--exp"])
+def test_nothing_is_unpickled(run, tmp_path, option):
+    (tmp_path / "x.pickle").write_bytes(b"cos\nabort\n(tR.")
+    done = run("train", option, "x.pickle", task=refuse)
+    assert done.status == 2
+    assert done.err.startswith("error: --experimental-rerun would unpickle a file")
+
+
+def test_help_into_a_pipe_that_closes(tmp_path):
+    command = f"{sys.executable} -m pulmo_jax.train --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr == ""
+
+
+# --- sweeps
+
+
+def records(sweep):
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(sweep.glob("*/job.json"))}
+
+
+def lucky_but_for(*unlucky):
+    def task(config, run_dir):
+        if config.seed in unlucky:
+            raise InputError(f"seed {config.seed} has no luck")
+        return config.seed / 8
+
+    return task
+
+
+def test_sweep_goes_on_after_a_job_that_failed_and_says_so(run, tmp_path):
+    done = run("train", "-m", "seed=0,1,2", "hydra.sweep.dir=sweep", task=lucky_but_for(1))
+    assert done.status == 3
+    assert "error: job 1 failed: seed 1 has no luck" in done.err.splitlines()
+    assert f"hydra.sweep.dir={tmp_path / 'sweep'} resume=true" in done.err
+    assert "2 of 3 jobs are done" in done.out
+    assert [(r["status"], r["objective"]) for r in records(tmp_path / "sweep").values()] == [
+        ("done", 0.0), ("failed", None), ("done", 0.25),
+    ]  # fmt: skip
+    assert {"sweep.csv", "sweep.html", "figures"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "search"])
+def test_sweep_of_which_nothing_came_is_status_2(run, tmp_path, sweeper):
+    arguments = ["-m", f"hydra/sweeper={sweeper}", "seed=choice(0,1)", "hydra.sweep.dir=sweep"]
+    arguments += ["hydra.sweeper.n_trials=2"] if sweeper == "search" else []
+    done = run("train", *arguments, task=lucky_but_for(0, 1))
+    assert done.status == 2
+    assert "Traceback" not in done.err
+    assert "has no luck" in done.err
+    assert (tmp_path / "sweep" / "sweep.html").exists()
+
+
+def test_bug_in_one_job_loses_no_other(run, tmp_path):
+    done = run("detect", "-m", "seed=0,1", "hydra.sweep.dir=sweep", task=lambda config, out: 1 // config.seed)
+    assert done.status == 3
+    assert records(tmp_path / "sweep")["0"]["reason"].startswith("ZeroDivisionError")
+    assert "ZeroDivisionError" in (tmp_path / "sweep" / "0" / "traceback.txt").read_text()
+    assert records(tmp_path / "sweep")["1"]["objective"] is None  # of detect: 1 is a count
+
+
+def test_sweep_goes_on_with_the_jobs_that_are_missing(run, tmp_path):
+    ran = []
+
+    def until_2(config, run_dir):
+        ran.append((config.seed, config.resume))
+        if config.seed == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return lucky_but_for(1)(config, run_dir)
+
+    command = ["-m", "seed=0,1,2,3", "hydra.sweep.dir=sweep"]
+    stopped = run("train", *command, task=until_2)
+    assert stopped.status == 143
+    assert f"go on with the same command and hydra.sweep.dir={tmp_path / 'sweep'} resume=true" in stopped.err
+    assert stopped.err.splitlines()[-1] == "stopped by SIGTERM"
+    assert [r["status"] for r in records(tmp_path / "sweep").values()] == ["done", "failed", "interrupted"]
+    assert "interrupted" in (tmp_path / "sweep" / "sweep.csv").read_text()
+
+    refused = run("train", *command, task=refuse)
+    assert refused.status == 2
+    assert "holds a sweep already; resume=true goes on with it" in refused.err
+
+    ran.clear()
+    again = run("train", *command, "resume=true", task=lambda c, d: ran.append((c.seed, c.resume)) or c.seed / 8)
+    assert (again.status, again.err) == (0, "")
+    assert "job 0 is done already; objective 0.0" in again.out
+    assert ran == [(1, True), (2, True), (3, True)]
+    assert [r["objective"] for r in records(tmp_path / "sweep").values()] == [0.0, 0.125, 0.25, 0.375]
+
+
+def test_exit_of_the_training_loop_stops_the_sweep(run, tmp_path):
+    ran = []
+
+    def task(config, run_dir):
+        ran.append(config.seed)
+        raise SystemExit(138)
+
+    done = run("train", "-m", "seed=0,1", "hydra.sweep.dir=sweep", task=task)
+    assert (done.status, ran) == (138, [0])
+    assert records(tmp_path / "sweep")["0"]["reason"] == "stopped by SIGUSR1"
+
+
+def test_two_sweeps_in_one_folder(run, tmp_path):
+    with claim(tmp_path / "sweep"):
+        done = run("train", "-m", "seed=0,1", "hydra.sweep.dir=sweep", task=refuse)
+    assert done.status == 2
+    assert "is in use by process" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trainer.stesp=1,2"], "unknown key trainer.stesp; did you mean trainer.steps?"),
+        (["seed=0,1", "trainer.steps=0"], "trainer.steps=0: input should be greater"),
+        (["trainer.steps=0,-1"], "trainer.steps=0: input should be greater"),
+        (["hydra/sweeper=search", "model.latnt=choice(8,16)"], "unknown key model.latnt"),
+        (["hydra/sweeper=search", "trainer.ema_decay=interval(2,3)"], "trainer.ema_decay=2.0"),
+        (["hydra/launcher=nope", "seed=0,1"], "hydra/launcher/nope"),
+        (["hydra/launcher=ray", "seed=0,1"], "pip install 'pulmo-jax[ray]'"),
+        (["seed=0,1", "+experiment=nope"], "experiment/nope is not there"),
+    ],
+)
+def test_errors_of_a_sweep_show_before_any_job(run, tmp_path, arguments, words):
+    done = run("train", "-m", *arguments, task=refuse)
+    assert done.status == 2
+    assert words in done.err
+    assert len(done.err.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_combination_that_cannot_be_is_said_first_and_the_others_run(run, tmp_path):
+    arguments = ["data.stride=32,64", "data.patch_size=32,64", "hydra.sweep.dir=sweep"]
+    done = run("train", "-m", *arguments, task=lambda config, out: 0.5)
+    assert done.status == 3
+    assert done.err.startswith("warning: data.stride=64 data.patch_size=32: data.stride=64 is above")
+    assert [r["status"] for r in records(tmp_path / "sweep").values()] == ["done", "done", "failed", "done"]
+
+
+def test_search_minimises_and_goes_on_where_it_was(run, tmp_path):
+    """The trials are suggested once more, and answered from their folders."""
+    ran = []
+
+    def task(config, run_dir):
+        ran.append((config.trainer.ema_decay, config.model["latent"]))
+        if len(ran) == 3:
+            raise InputError("no luck")
+        return abs(config.trainer.ema_decay - 0.5)
+
+    command = ["-m", "hydra/sweeper=search", "trainer.ema_decay=interval(0.1,0.9)", "model.latent=choice(8,16)",
+               "hydra.sweeper.sampler.n_startup_trials=2", "hydra.sweep.dir=sweep"]  # fmt: skip
+    first = run("train", *command, "hydra.sweeper.n_trials=5", task=task)
+    assert (first.status, len(ran)) == (3, 5)
+    before = records(tmp_path / "sweep")
+    ran.append(None)
+    second = run("train", *command, "hydra.sweeper.n_trials=7", "resume=true", task=task)
+    assert (second.status, len(ran)) == (3, 8)
+    assert "job 2 failed before, and the search went on from there: no luck" in second.out
+    after = records(tmp_path / "sweep")
+    assert {name: after[name] for name in before} == before
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert best.best_value == min(r["objective"] for r in after.values() if r["objective"] is not None)
+
+
 # --- where the configs are
 
 
 def test_configs_of_the_checkout_are_found():
-    assert (cli.config_dir() / "train.yaml").is_file()
-    assert cli.config_dir() == Path(cli.__file__).parents[1] / "configs"
+    assert (composing.config_dir() / "train.yaml").is_file()
+    assert composing.config_dir() == Path(cli.__file__).parents[1] / "configs"
 
 
 def test_configs_inside_a_wheel_are_found(run, tmp_path_factory, monkeypatch):
     package = tmp_path_factory.mktemp("site-packages") / "pulmo_jax"
-    shutil.copytree(cli.config_dir(), package / "configs")
+    shutil.copytree(composing.config_dir(), package / "configs")
     (package / "configs" / "experiment" / "wheel.yaml").write_text("# @package _global_\nname: from the wheel\n")
-    monkeypatch.setattr(cli, "PACKAGE", package)
-    assert cli.config_dir() == package / "configs"
+    monkeypatch.setattr(composing, "PACKAGE", package)
+    assert composing.config_dir() == package / "configs"
     got = []
     run("train", "+experiment=wheel", "hydra.run.dir=out", task=lambda config, run_dir: got.append(config.name))
     assert got == ["from the wheel"]

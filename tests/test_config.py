@@ -39,14 +39,24 @@ def nodes_of(group: str, file: Path) -> dict[str, dict]:
     """{dotted key: node} of a group's file, interpolations resolved with the schema's defaults."""
     whole = OmegaConf.merge(OmegaConf.create(defaults_of(TrainConfig)), {group: OmegaConf.load(file)})
     content: Any = OmegaConf.to_container(whole[group], resolve=True)
-    return {group: content} if "_target_" in content else {f"{group}.{name}": node for name, node in content.items()}
+    if "_target_" in content:
+        return {group: content}
+    return {f"{group}.{name}": node for name, node in content.items() if name != "defaults"}
+
+
+def pairs(item: Any) -> list[tuple[str, str]]:
+    """Of an entry of a defaults list: {group: choice}, or a name alone."""
+    return list(item.items()) if isinstance(item, DictConfig) else []
 
 
 @cache
 def default_config() -> DictConfig:
     """What Hydra composes by default."""
     values = defaults_of(TrainConfig)
+    chosen = {name: choice for item in OmegaConf.load(CONFIGS / "train.yaml").defaults for name, choice in pairs(item)}
     for group, file in group_files():
+        if chosen[group] != file.stem:
+            continue
         nodes = nodes_of(group, file)
         values[group] = nodes[group] if group in nodes else {key.split(".")[1]: node for key, node in nodes.items()}
     return OmegaConf.create(values)

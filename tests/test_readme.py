@@ -30,7 +30,7 @@ def test_files_that_the_readme_links_to_exist():
 )
 def test_keys_that_the_readme_names_exist(key):
     from pulmo_jax.adi_config import DetectConfig
-    from pulmo_jax.cli import allowed_keys, node_keys
+    from pulmo_jax.composing import allowed_keys, node_keys
     from pulmo_jax.config import TrainConfig
 
     section, name = key.split(".")

@@ -3,11 +3,11 @@
 Figures are made without pyplot and leave matplotlib's settings as they were.
 """
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from pulmo_jax.inference.outputs import atomically
 
 TEXT_WIDTH_IN = 7.0  # of a page in two columns
 COLUMN_WIDTH_IN = 3.4
@@ -81,9 +83,8 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in a user's file name: a box is drawn instead
         for kind, dpi, metadata in (("pdf", PDF_IMAGE_DPI, {"CreationDate": None}), ("png", PNG_DPI, {})):
-            partial = folder / f"{name}.{kind}.partial"
-            figure.savefig(partial, format=kind, dpi=dpi, metadata=metadata)
-            os.replace(partial, folder / f"{name}.{kind}")
+            draw = partial(figure.savefig, format=kind, dpi=dpi, metadata=metadata)
+            atomically(folder / f"{name}.{kind}", draw)
     return folder / f"{name}.png"
 
 

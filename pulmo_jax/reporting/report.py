@@ -1,13 +1,13 @@
 """report.html: one file with everything to look at, to keep, to mail."""
 
 import base64
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 
+from pulmo_jax.inference.outputs import write_text
 from pulmo_jax.reporting.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -72,9 +72,7 @@ def write_report(
         citations=citations,
         warnings=warnings,
     )
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, page)
 
 
 def embed(figure: Path) -> Picture:

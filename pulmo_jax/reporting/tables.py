@@ -112,3 +112,13 @@ def metrics_console(metrics: dict[str, Any]) -> list[rich.table.Table]:
             grid.add_row(*(text.partition(" [")[0] for text in row))
         shown.append(grid)
     return shown
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, float]:
+    """The few figures by which runs are compared, as far as metrics.json has them: of the method, not its baselines."""
+    found = {}
+    for unit in ("image", "pixel"):
+        method = next(iter(metrics.get(unit, {}).values()), {})
+        found |= {f"{unit} {COLUMNS[name]}": method.get(name, {}).get("value") for name in ("auroc", "ap")}
+    found |= {name: metrics.get(name) for name in ("sources", "highest_snr")}  # of a rotating stack
+    return {name: float(value) for name, value in found.items() if value is not None}

@@ -15,7 +15,8 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step: batches seen, an int32 scalar (while JAX compiles, what describes one); ema: exponential moving average of params, which all inference uses.
+    """step: batches seen, an int32 scalar (while JAX compiles, what describes one). ema: exponential moving average of
+    params, which all inference uses.
 
     Nothing else decides how training goes on: batches and noise are functions of (seed, step).
     """

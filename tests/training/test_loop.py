@@ -13,6 +13,7 @@ import pytest
 from references.fake_training import counting_step, fake_start, fake_state
 from references.linear_method import LinearMethod, batch_of
 
+from pulmo_jax.training import interrupt
 from pulmo_jax.training.callbacks import Callback, Checkpoint, JsonLines, read_metrics
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.interrupt import Interrupt
@@ -208,7 +209,9 @@ def test_signal_during_the_last_step_finds_the_training_done(tmp_path):
     assert (int(outcome.state.step), outcome.stopped, outcome.signum) == (10, None, None)
 
 
-def test_second_signal_acts_as_usual(tmp_path):
+def test_second_signal_acts_as_usual(tmp_path, monkeypatch):
+    monkeypatch.setattr(interrupt, "ONE_STOP_S", -1.0)
+
     def kill_twice(step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
@@ -220,14 +223,22 @@ def test_second_signal_acts_as_usual(tmp_path):
     assert recorder.log[-2:] == [("", 3), ("", "end")]
 
 
-def test_interrupt_hands_the_second_signal_to_the_handler_before_it():
+def test_one_ctrl_c_that_arrives_twice_is_one(tmp_path):
+    """From the terminal, and from the launcher that passes it on."""
+    recorder = Recorder(on=lambda step: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and None)
+    outcome = fit_fake(tmp_path, recorder)
+    assert (int(outcome.state.step), outcome.signum) == (2, signal.SIGINT)
+
+
+def test_interrupt_hands_the_second_signal_to_the_handler_before_it(monkeypatch):
+    monkeypatch.setattr(interrupt, "ONE_STOP_S", -1.0)
     received = []
     before = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
     try:
-        with Interrupt() as interrupt:
-            assert interrupt.signum is None
+        with Interrupt() as stop:
+            assert stop.signum is None
             os.kill(os.getpid(), signal.SIGTERM)
-            assert (interrupt.signum, received) == (signal.SIGTERM, [])
+            assert (stop.signum, received) == (signal.SIGTERM, [])
             os.kill(os.getpid(), signal.SIGTERM)
             assert received == [signal.SIGTERM]
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,200 @@
+"""Sweeps as a person calls them: jobs in processes of their own, some of which fail, are killed or stopped."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tifffile
+
+CROP = Path(__file__).parent / "lung_crop"
+SMALL = [
+    "data.patch_size=32", "model.width=8", "model.latent=8", "trainer.batch_size=16", "trainer.validation_patches=16",
+    "calibration.pixel_rate=0.01", "evaluation.examples=1", "~callbacks.figures",
+]  # fmt: skip
+TROUBLE = """
+import os, signal
+from pathlib import Path
+
+class Trouble:
+    def __init__(self, kind: str): self.kind = kind
+    def on_start(self, start):
+        if self.kind == "bug" and not Path("mended").exists(): raise ZeroDivisionError("a bug of mine")
+        if self.kind == "kill": os.kill(os.getpid(), signal.SIGKILL)
+    def on_event(self, event): pass
+    def on_end(self): pass
+"""
+SIDE_BY_SIDE = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "submitit": ["hydra/launcher=submitit_local"],
+}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Of compiled programs, for all of these tests."""
+    return tmp_path_factory.mktemp("sweep_cache")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep_images")
+    for number, page in enumerate(tifffile.imread(CROP / "ct.tif")[:6]):
+        tifffile.imwrite(folder / f"lung_{number}.tif", page)
+    return folder
+
+
+@pytest.fixture
+def command(images, cache, tmp_path, monkeypatch):
+    """Of a sweep in tmp_path / "sweep", whose jobs may use `trouble.Trouble`."""
+    monkeypatch.setenv("PULMO_JAX_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trouble.py").write_text(TROUBLE)
+
+    def make(*more, verb="train", launcher=None):
+        of_training = ["+experiment=lung", f"data.train={images}", *SMALL] if verb == "train" else []
+        launched = SIDE_BY_SIDE.get(launcher, [])
+        return [
+            sys.executable,
+            "-m",
+            f"pulmo_jax.{verb}",
+            "-m",
+            *of_training,
+            *launched,
+            "hydra.sweep.dir=sweep",
+            *more,
+        ]
+
+    return make
+
+
+def troubles(*kinds):
+    return [
+        "plugins=[trouble]",
+        "+callbacks.trouble._target_=trouble.Trouble",
+        f"+callbacks.trouble.kind={','.join(kinds)}",
+    ]
+
+
+def call(command, status=0):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def rows(folder=Path("sweep")):
+    with (folder / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def statuses():
+    return [row["status"] for row in rows()]
+
+
+def steps_done(job):
+    path = Path("sweep") / str(job) / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def start(command):
+    """In a group of its own, so that all of it can be killed."""
+    with Path("log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, Path("log").read_text()
+        assert time.monotonic() < deadline, Path("log").read_text()
+        time.sleep(0.02)
+
+
+def test_jobs_side_by_side_of_which_one_fails(command, tmp_path):
+    keys = [*troubles("bug", "none"), "trainer.steps=2"]
+    failed = call(command(*keys, launcher="joblib"), status=3)
+    assert "Traceback" not in failed.stderr
+    assert "error: job 0 failed: ZeroDivisionError: a bug of mine" in failed.stderr
+    assert statuses() == ["failed", "done"]
+    assert "a bug of mine" in (tmp_path / "sweep" / "0" / "traceback.txt").read_text()
+    page = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert "a bug of mine" in page
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+
+    objective, losses = rows()[1]["objective"], (tmp_path / "sweep" / "1" / "metrics.jsonl").stat().st_mtime_ns
+    (tmp_path / "mended").touch()
+    again = call(command(*keys, "resume=true"))
+    assert f"job 1 is done already; objective {objective}" in again.stdout
+    assert (tmp_path / "sweep" / "1" / "metrics.jsonl").stat().st_mtime_ns == losses
+    assert statuses() == ["done", "done"]
+    assert [row["objective"] for row in rows()] == [objective, objective]  # trouble apart they are the same job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+def test_killed_job_loses_no_other(command, launcher):
+    if launcher == "submitit":
+        pytest.importorskip("submitit")
+    done = call(command(*troubles("none", "kill", "no", "never"), "trainer.steps=2", launcher=launcher), status=3)
+    assert "going on with the others" in done.stderr
+    record = json.loads(Path("sweep/1/job.json").read_text())
+    assert (record["status"], "killed" in record["reason"]) == ("failed", True)
+    assert statuses()[2:] == ["done", "done"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit"])
+def test_stopped_sweep_goes_on_to_the_same_end(command, launcher):
+    if launcher == "submitit":
+        pytest.importorskip("submitit")
+    sweep = command("seed=0,1", "trainer.steps=600", "trainer.log_every=1", launcher=launcher)
+    process = start(sweep)
+    wait_until(lambda: all(steps_done(job) > 2 for job in ((0,) if launcher == "basic" else (0, 1))), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM, Path("log").read_text()
+    assert "Traceback" not in Path("log").read_text()
+    assert set(statuses()) == {"interrupted"}
+    assert {row["reason"] for row in rows()} == {"stopped by SIGTERM"}
+    assert steps_done(0) < 600
+
+    call([*sweep, "resume=true"])
+    assert statuses() == ["done", "done"]
+    assert steps_done(0) == 600
+    resumed = [row["objective"] for row in rows()]
+    call([argument.replace("sweep.dir=sweep", "sweep.dir=straight") for argument in sweep])
+    assert [row["objective"] for row in rows(Path("straight"))] == resumed
+
+
+@pytest.mark.slow
+def test_search_that_was_killed_goes_on(command):
+    sweep = command(
+        "hydra/sweeper=search", "hydra.sweeper.n_trials=4", "hydra.sweeper.sampler.n_startup_trials=2",
+        "optimizer.learning_rate=tag(log,interval(1e-4,1e-2))", "trainer.steps=30", "trainer.checkpoint_every=5",
+        "trainer.log_every=1",
+    )  # fmt: skip
+    process = start(sweep)
+    wait_until(lambda: steps_done(2) > 10, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    before = rows()
+    assert [row["status"] for row in before] == ["done", "done"]
+    done = call([*sweep, "resume=true"])
+    assert "resuming after step" in done.stdout
+    assert statuses() == ["done"] * 4
+    assert rows()[:2] == before
+    assert Path("sweep/optimization_results.yaml").exists()
+
+
+@pytest.mark.slow
+def test_sweep_over_detections(command):
+    small = ["data.synthetic.size=48", "data.synthetic.frames=16", "contrast.rings=0", "search.max_sources=1"]
+    call(command("+experiment=adi", *small, "seed=0,1", verb="detect"))
+    assert statuses() == ["done", "done"]
+    assert [float(row["highest_snr"]) > 0 for row in rows()] == [True, True]
+    assert Path("sweep/figures/sweep.pdf").exists()
