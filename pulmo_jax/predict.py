@@ -7,6 +7,9 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,16 +23,20 @@ from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.inference.outputs import (
     CSV_COLUMNS,
+    PageWriter,
     detection_row,
+    open_map,
+    overlay_step,
     write_json,
-    write_map,
     write_overlay,
     write_text,
 )
-from pulmo_jax.run import Run, missing_masks, open_run, thresholds
-from pulmo_jax.types import ImageTags, InputError
+from pulmo_jax.inference.score import naming_what_to_lower
+from pulmo_jax.run import Run, missing_masks, open_run, thresholds, use_compile_cache
+from pulmo_jax.types import Detection, ImageTags, InputError
 
 SOME_FAILED = 3  # exit status
+MAPS = {"score": np.dtype(np.float32), "pvalue": np.dtype(np.float32), "mask": np.dtype(np.uint8)}
 
 EXAMPLES = """
 Writes, for every image, OUTPUT/maps/NAME_score.tif, NAME_pvalue.tif, NAME_mask.tif and NAME_overlay.png; and for all
@@ -44,6 +51,7 @@ says that some files failed; the others are done, and summary.json names the fai
 def predict(config: PredictConfig, _: Path) -> None:
     """Map every image, one by one; each is finished on disk before the next begins."""
     began, console = time.monotonic(), cli.console()
+    use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
     run = open_run(config.run, config.plugins)
     masks = config.foreground or run.config.data.foreground
     refs, failed = index_images(
@@ -111,38 +119,67 @@ def name_maps(files: list[list[ImageRef]]) -> dict[Path, str]:
 
 def map_file(pages: list[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
     """Score every page, write maps/NAME_*, and return the file's record."""
-    first, calibration = pages[0], run.calibrations["method"]
+    first, rows, images = pages[0], [], []
     require_fit(first, run)
-    scores, p_values, masks, rows, images = [], [], [], [], []
-    for ref in pages:
-        pixels, foreground = reader.image(ref), reader.foreground(ref)
-        score = run.scorer(pixels, foreground)
-        found, mask = find_detections(score, calibration, min_area_px=run.config.calibration.min_area_px)
-        image_score = run.scorer.method.image_score(score)
-        scored = bool(np.isfinite(image_score))
-        images.append(
-            {
-                "filename": ref.name,
-                "page": ref.page,
-                "foreground": "whole image" if ref.mask is None else str(ref.mask),
-                "image_score": image_score if scored else None,
-                "image_p_value": calibration.image_p_value(image_score) if scored else None,
-                "anomalous": scored and image_score > calibration.image_threshold.value,
-                "findings": len(found),
-            }
-        )
-        rows += [detection_row(ref.name, ref.page, detection) for detection in found]
-        number = f"_{ref.page:04d}" if ref.pages > 1 else ""
-        overlay = output / "maps" / f"{name}{number}_overlay.png"
-        write_overlay(overlay, preprocess(pixels, None, run.scorer.how), score, mask, calibration.pixel_threshold.value)
-        scores.append(score)
-        p_values.append(calibration.pixel_p_value(score))
-        masks.append(mask.astype(np.uint8) * 255)
     with open_source(first.path, max_bytes=run.config.data.max_image_mb * 2**20) as source:
         tags: ImageTags = source.tags
-    for kind, maps in (("score", scores), ("pvalue", p_values), ("mask", masks)):
-        write_map(output / "maps" / f"{name}_{kind}.tif", maps, tags)
+    size_px = len(pages) * first.shape[0] * first.shape[1]
+    with ExitStack() as stack:
+        writers = {
+            kind: stack.enter_context(open_map(output / "maps" / f"{name}_{kind}.tif", tags, size_px * dtype.itemsize))
+            for kind, dtype in MAPS.items()
+        }
+        for ref in pages:
+            number = f"_{ref.page:04d}" if ref.pages > 1 else ""
+            overlay = output / "maps" / f"{name}{number}_overlay.png"
+            with naming_what_to_lower(run.scorer.tiles, ref.shape):
+                image, found = map_page(ref, run, reader, writers, overlay)
+            images.append(image)
+            rows += [detection_row(ref.name, ref.page, detection) for detection in found]
     return {"images": images, "detections": rows, "maps": name}
+
+
+def map_page(
+    ref: ImageRef, run: Run, reader: Reader, writers: dict[str, PageWriter], overlay: Path
+) -> tuple[dict[str, Any], list[Detection]]:
+    """Write the maps of one page, and return its part of the record and its findings.
+
+    Of arrays as large as the page no more are held at once than the page and its maps would be.
+    """
+    calibration = run.calibrations["method"]
+    score, thumbnail = score_page(ref, run, reader)
+    image_score = run.scorer.method.image_score(score)
+    found, mask = find_detections(score, calibration, min_area_px=run.config.calibration.min_area_px)
+    values_of: dict[str, Callable[[slice], np.ndarray]] = {
+        "score": lambda rows: score[rows],
+        "pvalue": lambda rows: calibration.pixel_p_value(score[rows]),
+        "mask": lambda rows: mask[rows] * np.uint8(255),
+    }
+    threshold = calibration.pixel_threshold.value
+    with ThreadPoolExecutor() as threads:
+        written = [threads.submit(write_overlay, overlay, thumbnail, score, mask, threshold)]
+        written += [threads.submit(write, score.shape, MAPS[kind], values_of[kind]) for kind, write in writers.items()]
+    for one in written:
+        one.result()
+    scored = bool(np.isfinite(image_score))
+    return {
+        "filename": ref.name,
+        "page": ref.page,
+        "foreground": "whole image" if ref.mask is None else str(ref.mask),
+        "image_score": image_score if scored else None,
+        "image_p_value": calibration.image_p_value(image_score) if scored else None,
+        "anomalous": scored and image_score > calibration.image_threshold.value,
+        "findings": len(found),
+    }, found
+
+
+def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+    """The score map, and the normalised pixels that the overlay shows; the page itself is let go of."""
+    pixels, foreground = reader.image(ref), reader.foreground(ref)
+    if ref.page == ref.pages - 1:
+        reader.close()  # it may keep pages decoded, and none of them will be asked for again
+    step = overlay_step(pixels.shape)
+    return run.scorer(pixels, foreground), preprocess(pixels[::step, ::step], None, run.scorer.how)
 
 
 def require_fit(ref: ImageRef, run: Run) -> None:

@@ -18,14 +18,14 @@ def find_detections(
 
     Returns them by descending peak score, labelled from 1 in that order, and the mask of their pixels.
     """
-    above = (score > calibration.pixel_threshold.value) & np.isfinite(score)
+    mask = (score > calibration.pixel_threshold.value) & np.isfinite(score)
     if foreground is not None:
-        above &= foreground
-    labels, area = label_regions(above)
-    kept = area >= min_area_px
-    kept[0] = False
-    mask = kept[labels]
-    return _describe(score, labels, mask, calibration), mask
+        mask &= foreground
+    labels, area = label_regions(mask)
+    pixel = np.flatnonzero(mask)  # the few that matter: to go by the whole map would copy it
+    kept = (area >= min_area_px)[labels.ravel()[pixel]]
+    mask.flat[pixel[~kept]] = False
+    return _describe(score, labels, pixel[kept], calibration), mask
 
 
 def label_regions(
@@ -34,11 +34,12 @@ def label_regions(
     """8-connected regions, numbered from 1, and the area in pixels of every label (0: outside the mask)."""
     labels = np.empty(mask.shape, np.int32)
     ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
-    return labels, np.bincount(labels.ravel())
+    area = np.bincount(labels[mask], minlength=1)  # of the whole map it would make a copy of twice its size
+    area[0] = mask.size - area.sum()
+    return labels, area
 
 
-def _describe(score: np.ndarray, labels: np.ndarray, mask: np.ndarray, calibration: Calibration) -> list[Detection]:
-    pixel = np.flatnonzero(mask)  # the few that matter: ndimage would sort the whole map
+def _describe(score: np.ndarray, labels: np.ndarray, pixel: np.ndarray, calibration: Calibration) -> list[Detection]:
     if pixel.size == 0:
         return []
     label, value = labels.ravel()[pixel], score.ravel()[pixel]

@@ -39,10 +39,12 @@ def z_score(
 
     A band that was constant in training (an opaque alpha channel) has none: its distance is in the files' units.
     """
-    mean, std = np.asarray(how.mean, np.float32), np.asarray(how.std, np.float32)
+    distance, bands = np.zeros(pixels.shape[:2], np.float32), pixels.shape[2]
     with np.errstate(over="ignore"):
-        distance = np.abs(pixels.astype(np.float32) - mean) / np.where(std > 0, std, 1)
-        return _within(distance.mean(axis=-1), pixels, foreground)
+        for c, (mean, std) in enumerate(zip(how.mean, how.std, strict=True)):
+            band = np.abs(pixels[..., c].astype(np.float32) - np.float32(mean))
+            distance += band / np.float32(std if std > 0 else 1)
+        return _within(distance / bands, pixels, foreground)
 
 
 BASELINES: dict[str, Baseline] = {

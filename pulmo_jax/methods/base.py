@@ -13,9 +13,14 @@ class Method(Protocol):
     """A description without state: all that is learnt is in `params`, which the caller carries.
 
     A score map is made in two stages. `residual` works on tiles of one fixed shape, which the caller blends; so it
-    must return what may be averaged where tiles overlap. `score_map` turns the blended residual of the whole image
-    into the score.
+    must return what may be averaged where tiles overlap. `score_map` turns the blended residual of the image into the
+    score, strip by strip.
     """
+
+    @property
+    def halo_px(self) -> int:
+        """How many rows above and below a pixel its score depends on; 0: its own row alone."""
+        ...
 
     def init(self) -> Params:
         """Parameters before training."""
@@ -34,7 +39,11 @@ class Method(Protocol):
         ...
 
     def score_map(self, residual: Float[ndarray, "H W M"], foreground: Bool[ndarray, "H W"]) -> Float[ndarray, "H W"]:
-        """The anomaly score, larger is less normal: float32, NaN outside the foreground."""
+        """The anomaly score, larger is less normal: float32, NaN outside the foreground.
+
+        Of the whole image or of some of its rows: rows that are `halo_px` or more from where the image was cut must be
+        what they are in the whole image, to the last bit.
+        """
         ...
 
     def image_score(self, scores: Float[ndarray, "H W"]) -> float:

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references.image_operations import blend_tiles
 
-from pulmo_jax.core.tiling import batches, blend_window, cut, map_tiles, summed_weights, tile_starts
+from pulmo_jax.core.tiling import (
+    AHEAD,
+    batches,
+    blend_strips,
+    blend_window,
+    cut,
+    cut_tiles,
+    map_tiles,
+    summed_weights,
+    tile_starts,
+)
 
 lengths = st.integers(1, 90)
 
@@ -67,6 +77,21 @@ def test_cut_repeats_the_last_pixels_beyond_the_end(height, width, tile, data):
     np.testing.assert_array_equal(cut(image, y, x, tile), padded)
     mask = image[..., 0] % 3 == 0
     np.testing.assert_array_equal(cut(mask, y, x, tile), padded[..., 0] % 3 == 0)
+
+
+@given(tilings(), st.integers(1, 3), st.booleans())
+@settings(deadline=None)
+def test_tiles_cut_together_are_those_cut_alone(tiling, bands, planar):
+    """Also of an image whose bands lie one behind the other in memory, and of a mask."""
+    (height, width), tile, stride, _ = tiling
+    image = np.arange(height * width * bands, dtype=np.int32).reshape(bands, height, width).transpose(1, 2, 0)
+    image = image if planar else np.ascontiguousarray(image)
+    starts = tile_starts(height, tile, stride), tile_starts(width, tile, stride)
+    at = np.stack(np.meshgrid(*starts, indexing="ij"), axis=-1).reshape(-1, 2)
+    for pixels in (image, image[..., 0] % 3 == 0):
+        found = cut_tiles(pixels, at, tile)
+        np.testing.assert_array_equal(found, np.stack([cut(pixels, y, x, tile) for y, x in at.tolist()]))
+        assert found.dtype == pixels.dtype
 
 
 @given(tilings(), st.integers(1, 3), st.integers(0, 99))
@@ -161,6 +186,62 @@ def test_summed_weights_are_those_of_all_tiles(length, tile, data):
 
 def test_batches_are_consecutive_and_the_last_is_the_rest():
     positions = np.arange(14).reshape(7, 2)
-    parts = list(batches(positions, 3))
-    assert [len(p) for p in parts] == [3, 3, 1]
-    np.testing.assert_array_equal(np.concatenate(parts), positions)
+    for rows in ([positions], [positions[:1], positions[1:1], positions[1:6], positions[6:]]):
+        parts = list(batches(iter(rows), 3))
+        assert [len(p) for p in parts] == [3, 3, 1]
+        np.testing.assert_array_equal(np.concatenate(parts), positions)
+
+
+# --- strips
+
+
+@given(tilings(), st.integers(0, 99))
+@settings(deadline=None)
+def test_strips_follow_each_other_from_the_top_to_the_bottom(tiling, seed):
+    shape, tile, stride, batch_size = tiling
+    image = np.random.default_rng(seed).uniform(-1, 1, (*shape, 2)).astype(np.float32)
+    tops, strips = zip(*blend_strips(tiles_of(image, tile), shape, tile, stride, batch_size), strict=True)
+    assert list(tops) == np.cumsum([0, *map(len, strips)])[:-1].tolist()
+    whole = map_tiles(tiles_of(image, tile), shape, tile, stride, batch_size)
+    np.testing.assert_array_equal(np.concatenate(strips), whole)
+
+
+def test_a_strip_is_handed_on_as_soon_as_its_rows_are_finished():
+    """So that neither the tiles nor the map of a tall image need ever be there at once."""
+    tile, stride, batch_size, columns = 8, 4, 5, 9
+    done = 0
+
+    def function(at: np.ndarray) -> np.ndarray:
+        nonlocal done
+        done += len(at)
+        return np.zeros((len(at), tile, tile, 1), np.float32)
+
+    for y, _ in blend_strips(function, (400, 40), tile, stride, batch_size):
+        assert done <= (y // stride + 1) * columns + (AHEAD + 2) * batch_size
+    assert y == 396 - 4
+
+
+@given(tilings(), st.floats(0, 1), st.integers(0, 99))
+@settings(deadline=None)
+def test_tiles_that_nobody_wants_are_left_out_and_the_others_lose_nothing(tiling, share, seed):
+    shape, tile, stride, batch_size = tiling
+    rng = np.random.default_rng(seed)
+    image = rng.uniform(-1, 1, (*shape, 2)).astype(np.float32)
+    needed = rng.random(shape) < share / tile**2  # a pixel in some of the tiles
+    seen = []
+
+    def function(at: np.ndarray) -> np.ndarray:
+        seen.extend(map(tuple, at.tolist()))
+        return tiles_of(image, tile)(at)
+
+    def wanted(y: int, xs: np.ndarray) -> np.ndarray:
+        return np.array([needed[y : y + tile, x : x + tile].any() for x in xs])
+
+    strips = list(blend_strips(function, shape, tile, stride, batch_size, wanted))
+    starts = tile_starts(shape[0], tile, stride), tile_starts(shape[1], tile, stride)
+    assert set(seen) == {(y, x) for y in starts[0] for x in starts[1] if needed[y : y + tile, x : x + tile].any()}
+    if not needed.any():
+        assert strips == []
+        return
+    whole = map_tiles(tiles_of(image, tile), shape, tile, stride, batch_size)
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in strips])[needed], whole[needed])

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from pulmo_jax.inference.outputs import (
     CSV_COLUMNS,
     atomically,
     detection_row,
+    open_map,
+    overlay_step,
     thin_out,
     write_json,
-    write_map,
     write_overlay,
     write_text,
 )
@@ -109,6 +111,13 @@ def test_json_is_standard_json(tmp_path, value):
 
 # --- maps
 
+
+def write_map(path: Path, pages: list[np.ndarray], tags: ImageTags) -> None:
+    with open_map(path, tags, sum(page.nbytes for page in pages)) as write:
+        for page in pages:
+            write(page.shape, page.dtype, page.__getitem__)
+
+
 GEO = (
     (33550, 12, 3, (0.5, 0.5, 0.0)),
     (33922, 12, 6, (0.0, 0.0, 0.0, 440720.0, 3751320.0, 0.0)),
@@ -165,12 +174,64 @@ def test_masks_are_maps_of_bytes(tmp_path):
     np.testing.assert_array_equal(found, mask)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (700, 333), (3, 100_000)])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_map_of_any_shape_is_asked_for_a_strip_at_a_time(tmp_path, shape, dtype):
+    page = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    asked = []
+
+    def values_of(rows: slice) -> np.ndarray:
+        asked.append(page[rows])
+        return page[rows]
+
+    with open_map(tmp_path / "a.tif", ImageTags(), page.nbytes) as write:
+        write(shape, np.dtype(dtype), values_of)
+    np.testing.assert_array_equal(np.concatenate(asked), page)
+    assert all(strip.nbytes <= max(outputs.STRIP_BYTES, page[:1].nbytes) for strip in asked)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "a.tif"), page)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.tif")), page)  # by another library
+
+
+def test_map_is_there_only_when_its_last_page_is(tmp_path):
+    def write_two(path: Path, values_of: Callable[[slice], np.ndarray]):
+        with open_map(path, ImageTags(), 2 * page.nbytes) as write:
+            write(page.shape, page.dtype, page.__getitem__)
+            assert path.is_file() == bool(whole)
+            write(page.shape, page.dtype, values_of)
+
+    page, path = np.ones((600, 500), np.float32), tmp_path / "deep" / "a.tif"
+    whole = b""
+    write_two(path, page.__getitem__)
+    assert [p.name for p in path.parent.iterdir()] == ["a.tif"]
+    whole = path.read_bytes()
+
+    def fails(rows: slice) -> np.ndarray:
+        if rows.start > 0:
+            raise OSError("No space left on device")
+        return page[rows]
+
+    with pytest.raises(OSError, match="No space left"):
+        write_two(path, fails)
+    assert path.read_bytes() == whole
+    assert [p.name for p in path.parent.iterdir()] == ["a.tif"]
+
+
+def test_map_beyond_the_limit_of_tiff_is_a_bigtiff(tmp_path):
+    page = np.zeros((8, 8), np.float32)
+    for size, big in ((page.nbytes, False), (2**32, True)):
+        with open_map(tmp_path / "a.tif", ImageTags(), size) as write:
+            write(page.shape, page.dtype, page.__getitem__)
+        with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+            assert tiff.is_bigtiff == big
+
+
 # --- overlays
 
 
 def overlay(path: Path, mask: np.ndarray, image=None, score=None, threshold=1.0) -> np.ndarray:
     """A gray image with scores of 0, if not given; the picture as it is on disk."""
     image = np.full((*mask.shape, 1), 0.4, np.float32) if image is None else image
+    image = image[:: overlay_step(mask.shape), :: overlay_step(mask.shape)]
     score = np.zeros(mask.shape, np.float32) if score is None else score
     write_overlay(path, image, score, mask, threshold)
     with Image.open(path) as picture:

@@ -1,7 +1,11 @@
 """The one path from an image to its score map: full coverage, missing pixels, and nothing that depends on tiling."""
 
+import os
+import subprocess
+import sys
+import tracemalloc
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -14,12 +18,14 @@ from hypothesis import strategies as st
 from references.preprocessing import preprocessing
 
 from pulmo_jax.data.images import ImageRef, Reader
-from pulmo_jax.data.pipeline import ReadPatch
+from pulmo_jax.data.pipeline import ReadPatches
 from pulmo_jax.data.transforms import Preprocessing, preprocess, resize_bands
+from pulmo_jax.inference import score as score_module
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.methods.base import Method
 from pulmo_jax.models.autoencoder import ConvAutoencoder
+from pulmo_jax.types import InputError
 
 SIZE = 8
 HOW = preprocessing(SIZE, channels=2, offset=(100.0, 50.0), scale=(20.0, 10.0), fill=(0.5, 0.25), clip=(-8.0, 8.0))
@@ -33,6 +39,7 @@ class Pointwise:
     """
 
     calls: Counter = field(default_factory=Counter)
+    halo_px: int = 0
 
     def init(self) -> jax.Array:
         return jnp.float32(3.0)
@@ -190,7 +197,7 @@ def test_the_network_sees_in_prediction_what_it_saw_in_training(shape):
     pixels, mask = image(shape, np.float32), image(shape, seed=1)[..., 0] > 60
     pixels[0, 0, 1] = np.nan
     ref = ImageRef(Path("a"), "a", 0, 1, (*shape, 2), "float32", "a")
-    trained_on = ReadPatch([ref], HOW, InMemory(pixels, mask))(np.zeros(3, np.int32))
+    (trained_on,) = ReadPatches([ref], HOW, InMemory(pixels, mask))(np.zeros((1, 3), np.int32))
     seen = []
 
     def spy(params, patches):
@@ -198,7 +205,153 @@ def test_the_network_sees_in_prediction_what_it_saw_in_training(shape):
         return patches
 
     score = scorer()
-    Scorer(score.method, score.params, HOW, score.tiles, spy, spy)(pixels, mask)
-    assert len(seen) == 1
-    for tile in seen[0]:
+    spied = Scorer(score.method, score.params, HOW, score.tiles, spy, spy)
+    spied(pixels, mask)
+    spied.reconstruction(pixels, mask)
+    assert len(seen) == (1 if shape == (1, 1) else 2)  # without a pixel to score nothing is computed
+    for tile in np.concatenate(seen):
         np.testing.assert_array_equal(tile, trained_on)
+
+
+# --- strips of rows, tiles without foreground, memory
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(1, 1), (61, 23), (100, 9)])
+@pytest.mark.parametrize("method", ["pointwise", "autoencoder"])
+def test_the_height_of_the_strips_does_not_change_the_score(monkeypatch, method, shape, dtype):
+    """To the last bit, with a score that looks at its neighbours too."""
+    pixels, foreground = image(shape, dtype), np.indices(shape).sum(axis=0) % 31 > 9
+    score = scorer(autoencoder() if method == "autoencoder" else Pointwise())
+    for mask in (None, foreground):
+        whole = score(pixels, mask)
+        monkeypatch.setattr(score_module, "STRIP_PX", 5 * shape[1])
+        strips = list(score.strips(pixels, mask))
+        monkeypatch.undo()
+        assert [y for y, _ in strips] == np.cumsum([0, *(len(rows) for _, rows in strips)])[:-1].tolist()
+        assert max(len(rows) for _, rows in strips) < 5 + 2 * SIZE
+        np.testing.assert_array_equal(np.concatenate([rows for _, rows in strips]), whole)
+
+
+def test_tiles_without_foreground_are_not_computed():
+    pixels, foreground = image((64, 80)), np.zeros((64, 80), bool)
+    foreground[17:30, 50:53], foreground[63, 0] = True, True
+    method = Pointwise()
+    score = scorer(method, batch_size=1)
+    seen = []
+
+    def counting(params, patches):
+        seen.append(len(patches))
+        return score.residual(params, patches)
+
+    found = Scorer(method, score.params, HOW, score.tiles, counting, score.reconstruct)(pixels, foreground)
+    np.testing.assert_allclose(found, expected_scores(pixels, foreground), atol=1e-4)
+    tiles = [(y, x) for y in range(0, 57, 4) for x in range(0, 73, 4)]
+    assert sum(seen) == sum(foreground[y : y + SIZE, x : x + SIZE].any() for y, x in tiles) < len(tiles) / 8
+    seen.clear()
+    assert np.isnan(
+        Scorer(method, score.params, HOW, score.tiles, counting, counting)(pixels, foreground & False)
+    ).all()
+    assert seen == []
+
+
+def test_the_reconstruction_needs_no_foreground(one_scorer):
+    pixels, foreground = image((24, 40)), np.zeros((24, 40), bool)
+    foreground[2, 3] = True
+    expected = np.where(foreground[..., None], -(pixels.astype(np.float64) - [100, 50]) / [20, 10], -np.array(HOW.fill))
+    np.testing.assert_allclose(one_scorer.reconstruction(pixels, foreground), np.clip(expected, -8, 8), atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_height_of_the_image(monkeypatch):
+    """What NumPy takes besides the image and its map."""
+    monkeypatch.setattr(score_module, "STRIP_PX", 2**12)
+    score, beyond = scorer(autoencoder(), overlap=0.0, batch_size=64), []
+    score(image((16, 64)))
+    for height in (400, 1600):
+        pixels = image((height, 64))
+        tracemalloc.start()
+        found = score(pixels)
+        beyond.append(tracemalloc.get_traced_memory()[1] - found.nbytes)
+        tracemalloc.stop()
+    assert beyond[1] - beyond[0] < found.nbytes / 4
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), np._core._exceptions._ArrayMemoryError((2, 3), np.dtype("f4")),
+              jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")],
+)  # fmt: skip
+def test_out_of_memory_names_the_settings_to_lower(error):
+    def fails(params, patches):
+        raise error
+
+    score = scorer(batch_size=37)
+    starved = Scorer(score.method, score.params, HOW, score.tiles, fails, fails)
+    for function in (starved, starved.reconstruction):
+        with pytest.raises(InputError, match=r"20 x 25 px: lower tiles.batch_size \(now 37.*data.max_image_mb"):
+            function(image((20, 25)))
+
+
+def test_other_errors_of_the_device_are_not_called_a_lack_of_memory():
+    def fails(params, patches):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    score = scorer()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        Scorer(score.method, score.params, HOW, score.tiles, fails, fails)(image((20, 25)))
+
+
+# --- devices
+
+ON_FOUR = """
+import sys
+import jax
+import numpy as np
+sys.path.insert(0, "tests")
+from inference.test_score import autoencoder, image, scorer
+from pulmo_jax.data.transforms import Preprocessing
+
+assert len(jax.local_devices()) == 4
+score = scorer(autoencoder(), batch_size=6)  # which four cannot share evenly
+seen = set()
+compiled = score.residual
+def spy(params, patches):
+    seen.add((patches.shape, tuple(patches.sharding.spec), len(patches.sharding.device_set)))
+    found = compiled(params, patches)
+    assert len(found.sharding.device_set) == 4 and not found.is_fully_replicated
+    return found
+object.__setattr__(score, "residual", spy)
+pixels = image((45, 70))
+foreground = np.indices((45, 70)).sum(axis=0) % 31 > 9
+maps = {"whole": score(pixels), "masked": score(pixels, foreground), "normal": score.reconstruction(pixels)}
+assert seen == {((8, 8, 8, 2), ("tiles",), 4)}, seen
+from dataclasses import replace
+maps["resized"] = scorer(autoencoder(), replace(score.how, resize=True))(pixels)
+np.savez(sys.argv[1], **maps)
+"""
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
+def test_four_devices_give_the_map_of_one(tmp_path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", ON_FOUR, tmp_path / "found.npz"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "found.npz")
+    pixels, foreground = image((45, 70)), np.indices((45, 70)).sum(axis=0) % 31 > 9
+    one = scorer(autoencoder(), batch_size=8)
+    resized = scorer(autoencoder(), replace(HOW, resize=True))
+    expected = {
+        "whole": one(pixels),
+        "masked": one(pixels, foreground),
+        "normal": one.reconstruction(pixels),
+        "resized": resized(pixels),
+    }
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6)

@@ -127,6 +127,36 @@ def test_the_score_map_is_not_a_number_outside_of_the_foreground(score):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@given(
+    st.tuples(st.integers(1, 60), st.integers(1, 12)).flatmap(lambda shape: hnp.arrays(bool, shape)),
+    st.sampled_from([0.0, 0.4, 1.0, 2.5]),
+    st.sampled_from(["l2", "local_mean"]),
+    st.data(),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_strip_with_its_halo_has_the_scores_of_the_whole_image(foreground, sigma, score, data):
+    """To the last bit; also where a part of the image has no background, and needs no weights."""
+    height = len(foreground)
+    foreground[: data.draw(st.integers(0, height))] = True
+    method = halving(score=score, smooth_px=sigma)
+    residual = noisy_patches((*foreground.shape, 2))
+    top = data.draw(st.integers(0, height - 1))
+    bottom = data.draw(st.integers(top + 1, height))
+    above, below = max(top - method.halo_px, 0), min(bottom + method.halo_px, height)
+    strip = method.score_map(residual[above:below], foreground[above:below])[top - above : bottom - above]
+    np.testing.assert_array_equal(strip, method.score_map(residual, foreground)[top:bottom])
+
+
+def test_the_halo_is_as_far_as_the_score_looks():
+    """No less, or strips would be wrong; no more, or they would cost more than they must."""
+    method = halving(score="local_mean", smooth_px=1.5)
+    residual, everywhere = np.zeros((31, 1, 1), np.float32), np.ones((31, 1), bool)
+    residual[15] = 1e3
+    reached = np.flatnonzero(method.score_map(residual, everywhere)[:, 0])
+    assert (reached[0], reached[-1]) == (15 - method.halo_px, 15 + method.halo_px)
+    assert halving(smooth_px=0.0).halo_px == 0
+
+
 def test_the_local_mean_sees_a_shift_that_hides_in_the_noise():
     """What it is for: the mean of many residuals is known better than any one of them."""
     residual = noisy_patches((64, 64, 1))
