@@ -39,6 +39,7 @@ from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.outputs import write_json
 from pulmo_jax.lock import claim
+from pulmo_jax.memory import require, running_out_names
 from pulmo_jax.methods.base import Method
 from pulmo_jax.run import (
     Run,
@@ -57,7 +58,6 @@ from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Callback, Start
 from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
-from pulmo_jax.training.memory import require, running_out_names
 from pulmo_jax.training.state import Metrics, TrainState, init_state, make_step
 from pulmo_jax.types import InputError
 

@@ -79,7 +79,7 @@ def test_maps_of_a_file_are_those_of_its_pages(tmp_path):
     [
         (InputError("damaged"), InputError, "damaged"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
-        (MemoryError(), InputError, r"60 x 50 px: lower tiles.batch_size \(now 64"),
+        (MemoryError(), InputError, r"60 x 50 px; lower tiles.batch_size \(now 64"),
     ],
 )
 def test_a_page_that_fails_leaves_no_map_of_the_pages_before(tmp_path, error, kind, message):

@@ -93,12 +93,12 @@ def logged(run: Path) -> int:
 def moment(run: Path, rng: random.Random, length_s: float) -> Callable[[float], bool]:
     """A test of whether the time to kill has come, given the seconds since the start."""
     kind, delay = rng.randrange(3), rng.random()
-    if kind == 0:
+    last = max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+    if kind == 0 or last == STEPS:
         return lambda seconds: seconds > delay * length_s
     if kind == 1:
         return lambda seconds: bool(list((run / "checkpoints").glob(".saving-*")))
-    saved = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    target = rng.randint(max(saved, default=0) + 1, STEPS)
+    target = rng.randint(last + 1, STEPS)
     return lambda seconds: seconds > 1 and logged(run) == target
 
 

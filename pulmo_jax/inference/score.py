@@ -6,7 +6,7 @@ not grow with its height. Tiles are divided among all devices of this process.
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pulmo_jax.core.tiling import blend_strips, cut_tiles
 from pulmo_jax.data.transforms import Preprocessing, finite, preprocess, resize_bands
+from pulmo_jax.memory import running_out_names
 from pulmo_jax.methods.base import Method, Params
-from pulmo_jax.types import InputError
 
 STRIP_PX = 2**20  # scored at a time; fewer rows of a wide image, so that its strips need no more memory
 
@@ -186,17 +186,10 @@ def on_devices(spec: PartitionSpec) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.local_devices()), ("tiles",), axis_types=(AxisType.Auto,)), spec)
 
 
-@contextmanager
-def naming_what_to_lower(tiles: Tiles, shape: tuple[int, ...]) -> Iterator[None]:
-    """Turns a lack of memory, in NumPy or on the device, into an InputError."""
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        height, width, _ = shape
-        raise InputError(
-            f"out of memory while scoring an image of {height} x {width} px: lower tiles.batch_size (now "
-            f"{tiles.batch_size}; of a finished run in its config.yaml), or leave out such large images by "
-            "data.max_image_mb"
-        ) from error
+def naming_what_to_lower(tiles: Tiles, shape: tuple[int, ...]) -> AbstractContextManager[None]:
+    """A lack of memory becomes an InputError."""
+    return running_out_names(
+        f"scoring an image of {shape[0]} x {shape[1]} px",
+        f"lower tiles.batch_size (now {tiles.batch_size}; of a finished run in its config.yaml), or leave out such "
+        "large images by data.max_image_mb",
+    )

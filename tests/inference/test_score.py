@@ -287,7 +287,7 @@ def test_out_of_memory_names_the_settings_to_lower(error):
     score = scorer(batch_size=37)
     starved = Scorer(score.method, score.params, HOW, score.tiles, fails, fails)
     for function in (starved, starved.reconstruction):
-        with pytest.raises(InputError, match=r"20 x 25 px: lower tiles.batch_size \(now 37.*data.max_image_mb"):
+        with pytest.raises(InputError, match=r"20 x 25 px.*; lower tiles.batch_size \(now 37.*data.max_image_mb"):
             function(image((20, 25)))
 
 

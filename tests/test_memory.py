@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pulmo_jax.training import memory
-from pulmo_jax.training.memory import available_bytes, require, running_out_names
+from pulmo_jax import memory
+from pulmo_jax.memory import available_bytes, require, running_out_names
 from pulmo_jax.types import InputError
 
 
