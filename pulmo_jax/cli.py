@@ -81,7 +81,8 @@ SWEEP = Sweep(None, ExitStack())  # Hydra builds the callback that begins it, an
 
 def console() -> Console:
     """Where people are told what goes on; wide enough for the tables when it is a file."""
-    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else FILE_COLUMNS)
+    terminal = sys.stdout.isatty()  # rich would take a notebook for one
+    return Console(soft_wrap=True, force_terminal=terminal, width=None if terminal else FILE_COLUMNS)
 
 
 def tracker(console: Console, label: str) -> Callable[[Iterable, int], Iterable]:

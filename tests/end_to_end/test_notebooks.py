@@ -12,7 +12,8 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
-FIGURE = re.compile(r"figures\.\w+\(")  # a call of pulmo_jax.reporting.figures or adi_figures
+# Calls of pulmo_jax.reporting.figures, adi_figures or examples that draw.
+FIGURE = re.compile(r"figures\.\w+\(|examples\.(reconstructions|score_maps)\(")
 DEFINITION = re.compile(r"\b(def|class)\s")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -58,7 +59,8 @@ def test_notebook_defines_nothing(path):
 @each_notebook
 def test_notebook_runs_and_shows_its_figures(path, tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # as it is for a reader
-    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):  # nothing of this user's, and nothing left behind
+    # Nothing of this user's, and nothing left behind.
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "PULMO_JAX_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / name))
     notebook = nbformat.read(path, as_version=4)
     folder = tmp_path / "copy"
