@@ -18,13 +18,14 @@ from astropy.io import fits
 from astropy.utils.exceptions import AstropyWarning
 from numpy.lib import format as npy
 
-from pulmo_jax.data.sources.source import decoding
+from pulmo_jax.data.fits_headers import check_fits
+from pulmo_jax.data.sources.source import check_is_file, decoding
 from pulmo_jax.data.sources.tiff import open_tiff
 from pulmo_jax.types import InputError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 2**20
-_MAX_TEXT_BYTES = 64 * 2**20
+_MAX_TEXT_BYTES = 16 * 2**20  # as lines and numbers it takes some ten times as much memory
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # The check of a header found: shape, dtype, and the bytes that the file has for them, None where compressed.
 Check = Callable[[tuple[int, ...], np.dtype, int | None], None]
@@ -41,9 +42,6 @@ def read_array(path: Path, dims: tuple[int, ...], *, what: str = "an array", max
     what: the array's name in messages. max_bytes: limit on its size, checked from the header before memory is taken.
     Raises InputError for what cannot be read or is anything else.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "there is no such file"
-        raise InputError(f"{path}: {found}; name a FITS, TIFF, .npy or text file with {what}")
 
     def check(shape: tuple[int, ...], dtype: np.dtype, available: int | None) -> None:
         _check_layout(path, shape, dtype, dims, what)
@@ -57,12 +55,14 @@ def read_array(path: Path, dims: tuple[int, ...], *, what: str = "an array", max
                 f"the file has {available} bytes for it"
             )
 
-    with decoding(path), _opened(path, max_bytes) as (file, size):
+    with decoding(path), _opened(path, what, max_bytes) as (file, size):
         head = file.read(16)
         file.seek(0)
         if head.startswith(_TIFF_MAGIC):
             array = _read_tiff(path, check, max_bytes)
         elif head.startswith(b"SIMPLE  ="):
+            check_fits(path, file, size)
+            file.seek(0)
             array = _read_fits(path, file, size, dims, what, check)
         elif head.startswith(npy.MAGIC_PREFIX):
             array = _read_npy(file, size, check)
@@ -110,8 +110,9 @@ def _native(dtype: np.dtype) -> np.dtype:
 
 
 @contextmanager
-def _opened(path: Path, max_bytes: int) -> Iterator[tuple[BufferedIOBase, int]]:
+def _opened(path: Path, what: str, max_bytes: int) -> Iterator[tuple[BufferedIOBase, int]]:
     """The file and its size in bytes, unzipped into memory if it is zipped."""
+    check_is_file(path, f"a FITS, TIFF, .npy or text file with {what}")
     with path.open("rb") as file:
         zipped = file.read(2) == _GZIP_MAGIC
         file.seek(0)
@@ -156,7 +157,12 @@ def _read_text(path: Path, file: BufferedIOBase, size: int, what: str, check: Ch
         text = file.read(_MAX_TEXT_BYTES + 1).decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
-    if size > _MAX_TEXT_BYTES or "\0" in text:
+    if size > _MAX_TEXT_BYTES and "\0" not in text:
+        allowed = f"{_MAX_TEXT_BYTES / 2**20:.0f} MB"
+        raise InputError(
+            f"{path}: a text file of {size / 2**20:.1f} MB, the limit is {allowed}; save it as .npy or FITS"
+        )
+    if "\0" in text:
         raise InputError(f"{path}: its content is of no known format; what can be read is FITS, TIFF, .npy and text")
     lines = [line for line in (line.partition("#")[0].strip() for line in text.splitlines()) if line]
     if not lines:

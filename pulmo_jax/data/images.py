@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source
+from pulmo_jax.data.sources.source import decoding, printable
 from pulmo_jax.types import InputError, Source, Window
 
 MEBIBYTE = 2**20
@@ -66,12 +67,16 @@ def index_images(
     Unreadable files come back as Skipped: the caller decides. Raises InputError if there is no image at all.
     """
     root = folder if folder.is_dir() else folder.parent
-    paths = [p for p in list_images(folder) if leave_out is None or leave_out.resolve() not in p.resolve().parents]
+    left_out = leave_out and leave_out.resolve()
+    paths = [p for p in list_images(folder) if left_out is None or left_out not in p.resolve().parents]
     names = [path.relative_to(root).as_posix() for path in paths]
-    mask_of = find_masks(masks, names)
+    with decoding(masks or root):
+        mask_of = find_masks(masks, names)
     refs, skipped = [], []
     for path, name in zip(paths, names, strict=True):
         try:
+            if not is_utf8(name):  # no table, report or map could name it
+                raise InputError(printable(f"{path}: its name is not UTF-8; rename it"))
             mask = mask_of[name]
             if mask is None and require_masks:
                 raise InputError(f"{path}: no mask {masks}/{name}, nor with another image suffix")
@@ -81,8 +86,13 @@ def index_images(
             group = group_of(name, group_regex)
             refs += [ImageRef(path, name, k, pages, (height, width, bands), dtype, group, mask) for k in range(pages)]
         except InputError as error:
-            skipped.append(Skipped(name, str(error)))
+            skipped.append(Skipped(printable(name), str(error)))
     return refs, skipped
+
+
+def is_utf8(name: str) -> bool:
+    """Python holds the bytes of a file name that do not decode as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def group_of(name: str, group_regex: str | None) -> str:

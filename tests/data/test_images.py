@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from references.image_files import noise, write_dicom
+from references.image_files import noise, write_all, write_dicom
 
 from pulmo_jax.data import images
 from pulmo_jax.data.images import ImageRef, Reader, find_mask, find_masks, group_of, index_images, same_scale
@@ -73,6 +73,29 @@ def test_unreadable_files_are_listed_with_the_reason_and_the_others_kept(folder)
     assert [r.name for r in refs] == ["b.tif", "b.tif", "sub/a.png"]
     assert [s.name for s in skipped] == ["a_broken.tif", "empty.png"]
     assert all(s.name in s.reason for s in skipped)
+
+
+def test_listing_reads_headers_alone(tmp_path, reader):
+    """Pixels that cannot be decoded are nothing that it meets."""
+    for name, (path, _) in write_all(tmp_path).items():
+        content = bytearray(path.read_bytes())
+        if path.suffix == ".tif" and name in ("deflate_strips", "lzma", "zstd_big_endian"):
+            with tifffile.TiffFile(path) as tif:
+                start = tif.pages.first.dataoffsets[0]
+        elif path.suffix in (".png", ".gz"):
+            start = len(content) // 2
+        else:
+            path.unlink()
+            continue
+        content[start : start + 50] = bytes(50)
+        path.write_bytes(content)
+    refs, skipped = index_images(tmp_path)
+    assert not skipped
+    first = [ref for ref in refs if ref.page == 0]
+    assert len(first) == 6
+    for ref in first:
+        with pytest.raises(InputError, match="damaged"):
+            reader.image(ref)
 
 
 def test_images_above_the_limit_are_listed_with_the_key_that_raises_it(tmp_path):

@@ -98,7 +98,7 @@ def test_a_pair_of_files_is_refused(tmp_path):
         open_source(tmp_path / "x.hdr")
 
 
-def test_more_than_the_header_declares_is_not_unpacked(tmp_path, monkeypatch):
+def test_more_than_the_header_declares_is_not_kept(tmp_path, monkeypatch):
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the source)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: unpacked)
     data = noise((7, 6, 5), np.int16)
@@ -106,5 +106,26 @@ def test_more_than_the_header_declares_is_not_unpacked(tmp_path, monkeypatch):
     (tmp_path / "x.nii.gz").write_bytes(gzip.compress((tmp_path / "x.nii").read_bytes() + bytes(20 * 2**20)))
     with open_source(tmp_path / "x.nii.gz") as source:
         np.testing.assert_array_equal(source.read(4)[..., 0], data[:, :, 4].T)
-        assert unpacked.seek(0, os.SEEK_END) <= 2**20
+        assert unpacked.seek(0, os.SEEK_END) == (tmp_path / "x.nii").stat().st_size
     assert unpacked.closed
+
+
+def test_a_header_that_was_shortened_is_found_by_the_checksum_at_the_end(tmp_path):
+    """Fewer voxels than there are would be read without a word, were what follows them left alone."""
+    save(tmp_path / "x.nii", noise((7, 6, 5), np.int16))
+    packed = bytearray(gzip.compress((tmp_path / "x.nii").read_bytes(), 0))
+    at = packed.index(np.array([3, 7, 6, 5], "<i2").tobytes())
+    packed[at + 6 : at + 8] = b"\4\0"
+    (tmp_path / "x.nii.gz").write_bytes(packed)
+    with open_source(tmp_path / "x.nii.gz") as source:
+        assert source.shape == (4, 6, 7, 1)
+        with pytest.raises(InputError, match="CRC"):
+            source.read()
+
+
+def test_a_bomb_behind_the_voxels_is_refused(tmp_path):
+    save(tmp_path / "x.nii", noise((7, 6, 5), np.int16))
+    content = (tmp_path / "x.nii").read_bytes()
+    (tmp_path / "x.nii.gz").write_bytes(gzip.compress(content + bytes(80 * 2**20), 1))
+    with open_source(tmp_path / "x.nii.gz") as source, pytest.raises(InputError, match="unpacks to far more"):
+        source.read()

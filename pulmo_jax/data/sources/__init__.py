@@ -8,7 +8,7 @@ from pathlib import Path
 from pulmo_jax.data.sources.dicom import open_dicom
 from pulmo_jax.data.sources.nifti import open_nifti
 from pulmo_jax.data.sources.raster import open_jpeg, open_png
-from pulmo_jax.data.sources.source import ImageSource, decoding
+from pulmo_jax.data.sources.source import ImageSource, check_is_file, decoding
 from pulmo_jax.data.sources.tiff import open_tiff
 from pulmo_jax.types import InputError
 
@@ -26,38 +26,44 @@ def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30) -> ImageSource:
     Raises InputError for what cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "there is no such file"
-        raise InputError(f"{path}: {found}; name an image file")
     with decoding(path):
+        check_is_file(path, "an image file")
         head = _head(path)
         opener = _opener(_unzipped_head(path) if head.startswith(_GZIP_MAGIC) else head)
-    if opener is None:
-        found = "is empty (0 bytes)" if not head else "its content is of no known format"
-        raise InputError(f"{path}: {found}; what can be read is TIFF, PNG, JPEG, DICOM and NIfTI")
-    return opener(path, max_bytes)
+        if opener is None:
+            found = "is empty (0 bytes)" if not head else "its content is of no known format"
+            raise InputError(f"{path}: {found}; what can be read is TIFF, PNG, JPEG, DICOM and NIfTI")
+        return opener(path, max_bytes)
 
 
 def list_images(folder: Path | str) -> list[Path]:
     """The image files of a folder and of its subfolders, sorted, by suffix; a file is listed by itself.
 
-    DICOM files without a suffix are found by their content. Hidden files and folders are left out.
+    DICOM files without a suffix are found by their content. Hidden files and folders are left out, and so are folders,
+    pipes, sockets and devices. A link whose file is not there is listed: to open it tells what is wrong.
+    Raises InputError for a folder that holds no images or one below it that cannot be listed.
     """
     folder = Path(folder)
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder or file")
-    images = sorted(path for path in _visible_files(folder) if path.is_file() and _is_image(path))
-    if not images:
-        allowed = ", ".join(IMAGE_SUFFIXES)
-        raise InputError(f"{folder}: holds no images; what is looked for is {allowed} and DICOM without a suffix")
-    return images
+    with decoding(folder):
+        if folder.is_file():
+            return [folder]
+        if not folder.is_dir():
+            raise InputError(f"{folder}: there is no such folder or file")
+        images = sorted(path for path in _visible_files(folder) if _is_image(path))
+        if not images:
+            allowed = ", ".join(IMAGE_SUFFIXES)
+            raise InputError(f"{folder}: holds no images; what is looked for is {allowed} and DICOM without a suffix")
+        return images
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
     """Files below, through links too; a link back to a folder that it lies in is not followed."""
-    for name, subfolders, files in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a folder that vanished holds nothing
+            raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); allow it or move it away")
+
+    for name, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
         here = Path(name)
         parents = [folder / parent for parent in here.relative_to(folder).parents]
         if any(parent.samefile(here) for parent in parents if parent != here):
@@ -68,14 +74,17 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    if path.name.lower().endswith(IMAGE_SUFFIXES):
-        return True
     # Names of DICOM files are often identifiers, numbers with dots; a DICOMDIR is a table of contents.
+    image = path.name.lower().endswith(IMAGE_SUFFIXES)
     suffixless = path.suffix == "" or path.suffix[1:].isdigit()
-    if not suffixless or path.name.upper() == "DICOMDIR":
+    if not image and (not suffixless or path.name.upper() == "DICOMDIR"):
         return False
-    with decoding(path):
-        return _opener(_head(path)) is open_dicom
+    try:
+        if not path.is_file():
+            return image and path.is_symlink() and not path.exists()
+        return image or _opener(_head(path)) is open_dicom
+    except OSError:  # to open it tells what is wrong
+        return True
 
 
 def _head(path: Path) -> bytes:

@@ -6,6 +6,7 @@ larger values are darker, is inverted within the stored range. A lookup table (p
 refused, not ignored.
 """
 
+import os
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -13,22 +14,26 @@ from typing import Any
 
 import numpy as np
 from pydicom import Dataset, dcmread
+from pydicom.encaps import get_frame
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, RLELossless
 
+from pulmo_jax.data.sources.embedded import check_embedded_size
 from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding, whole_pages
 from pulmo_jax.types import ImageTags, InputError
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom makes them all RGB
+_PIXEL_DATA_HEAD = 12  # bytes of tag, value representation and length; compressed syntaxes have explicit ones
 _MAX_FLOAT32_BITS = 24  # float32 holds whole numbers of up to 24 bits exactly
 
 
 def open_dicom(path: Path, max_bytes: int) -> ImageSource:
     with decoding(path):
-        _check_transfer_syntax(path, read_file_meta_info(path).TransferSyntaxUID)
+        syntax = read_file_meta_info(path).TransferSyntaxUID
+        _check_transfer_syntax(path, syntax)
         header = dcmread(path, stop_before_pixels=True)
         _check_colours(path, header)
         frames = int(header.get("NumberOfFrames") or 1)
@@ -39,6 +44,8 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
         _check_length(path, header, prod(shape) * header.BitsAllocated // 8)
 
         def decode(page: int) -> np.ndarray:
+            if syntax.is_compressed and syntax != RLELossless:
+                check_embedded_size(_encoded(path, page, frames), *shape[1:], "a frame")
             pixels = pixel_array(path, index=page).reshape(shape[1:]).astype(stored, casting="equiv", copy=False)
             if header.PhotometricInterpretation == "MONOCHROME1":
                 pixels = _inverted(pixels, header.BitsStored)
@@ -60,12 +67,22 @@ def _check_transfer_syntax(path: Path, syntax: UID) -> None:
 
 
 def _check_colours(path: Path, header: Dataset) -> None:
-    samples, colours = header.SamplesPerPixel, header.PhotometricInterpretation
+    samples, colours = header.SamplesPerPixel, str(header.PhotometricInterpretation)
     if (samples, colours) not in [(1, grey) for grey in _GREY] + [(3, colour) for colour in _COLOUR]:
         allowed = ", ".join(_GREY + _COLOUR)
-        raise InputError(f"{path}: {colours} with {samples} samples for a pixel; what can be read is {allowed}")
+        raise InputError(f"{path}: {colours:.40} with {samples} samples for a pixel; what can be read is {allowed}")
     if "ModalityLUTSequence" in header:
         raise InputError(f"{path}: has a modality lookup table; save it with rescale slope and intercept instead")
+
+
+def _encoded(path: Path, frame: int, frames: int) -> bytes:
+    """A compressed frame as it stands in the file."""
+    with path.open("rb") as file:
+        header = dcmread(file, stop_before_pixels=True)
+        file.seek(_PIXEL_DATA_HEAD, os.SEEK_CUR)
+        offsets = [header.get(keyword) for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+        extended = (offsets[0], offsets[1]) if offsets[0] and offsets[1] else None
+        return get_frame(file, frame, extended_offsets=extended, number_of_frames=frames)
 
 
 def _check_length(path: Path, header: Dataset, pixel_bytes: int) -> None:

@@ -21,6 +21,7 @@ from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding
 from pulmo_jax.types import ImageTags, InputError
 
 _UNPACKED_AT_ONCE = 2**20  # bytes
+_MAX_FOLLOWING = 64 * 2**20  # bytes behind the pixels, besides as many as the file should have
 _UNIT_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 
@@ -42,7 +43,7 @@ def open_nifti(path: Path, max_bytes: int) -> ImageSource:
         if not zipped and (size := path.stat().st_size) < stop:
             raise InputError(f"{path}: cut off: has {size} bytes, its header says {stop}")
         resources = stack.pop_all()
-        voxels = _unpacker(file, stop, resources) if zipped else lambda: file
+        voxels = _unpacker(path, file, stop, resources) if zipped else lambda: file
 
         def decode(page: int) -> np.ndarray:
             offsets = (start + (channel * k + page) * plane_bytes for channel in range(channels))
@@ -109,16 +110,21 @@ def _read(file: BufferedIOBase, offset: int, size: int) -> bytes:
     return data
 
 
-def _unpacker(file: BufferedIOBase, stop: int, resources: ExitStack) -> Callable[[], BufferedIOBase]:
-    """The first call unpacks `file`, of which the header declares `stop` bytes."""
+def _unpacker(path: Path, file: BufferedIOBase, stop: int, resources: ExitStack) -> Callable[[], BufferedIOBase]:
+    """The first call unpacks `file`, of which the header declares `stop` bytes.
+
+    What follows those is not kept, but read: the checksum, which covers the header too, stands at the very end.
+    """
 
     @cache
     def unpacked() -> BufferedIOBase:
         target = resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (closed with the source)
         file.seek(0)
         with gzip.GzipFile(fileobj=file) as source:
-            while target.tell() <= stop and (chunk := source.read(_UNPACKED_AT_ONCE)):
-                target.write(chunk)
+            while chunk := source.read(_UNPACKED_AT_ONCE):
+                target.write(chunk[: max(0, stop - target.tell())])
+                if source.tell() > 2 * stop + _MAX_FOLLOWING:
+                    raise InputError(f"{path}: damaged: unpacks to far more than the {stop} bytes of its header")
         return target
 
     return unpacked

@@ -12,6 +12,7 @@ import numpy as np
 from pulmo_jax.types import ImageTags, InputError, Window
 
 Shape = tuple[int, int, int, int]  # pages, H, W, C
+_MAX_MESSAGE = 1000  # letters
 WindowReader = Callable[[int, Window], np.ndarray]
 
 
@@ -56,14 +57,44 @@ class ImageSource:
 
 @contextmanager
 def decoding(path: Path) -> Iterator[None]:
-    """Turns whatever a decoder raises into an InputError that names the file and the reason."""
+    """Turns whatever a decoder raises into an InputError that names the file and the reason, in printable letters."""
     try:
         yield
-    except InputError:
+    except InputError as error:
+        if (message := _shortened(printable(str(error)))) != str(error):
+            raise InputError(message) from error
         raise
+    except MemoryError as exc:
+        allowed = "of images, data.max_image_mb leaves out the large"
+        raise InputError(printable(f"{path}: does not fit into memory, or is damaged; {allowed}")) from exc
     except Exception as exc:  # on damaged bytes decoders raise anything, from struct.error to AssertionError
-        reason = f"{type(exc).__name__}: {exc}".partition("\n")[0]
-        raise InputError(f"{path}: cannot be read, it may be damaged or cut off ({reason:.300})") from exc
+        reason = f", it may be damaged or cut off ({type(exc).__name__}: {exc}".partition("\n")[0][:340] + ")"
+        if isinstance(exc, OSError) and exc.errno is not None:  # the system's, no decoder's
+            reason = f" ({exc.strerror})"
+        raise InputError(printable(f"{path}: cannot be read{reason}")) from exc
+
+
+def printable(text: Path | str) -> str:
+    """Letters as they are; control characters and bytes of a name that are no UTF-8 as in Python's repr."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
+
+
+def _shortened(message: str) -> str:
+    """Some formats let one field hold the whole file. The file's name and the advice stand at the ends."""
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:600]} … {message[-300:]}"
+
+
+def check_is_file(path: Path, what: str) -> None:
+    """Refuses folders, broken links, pipes, sockets and devices, of which some would never end or never begin."""
+    if path.is_file():
+        return
+    if path.is_dir():
+        found = "is a folder"
+    elif path.exists():
+        found = "is a pipe, a socket or a device, no regular file"
+    else:
+        found = "is a link to a file that is not there" if path.is_symlink() else "there is no such file"
+    raise InputError(f"{path}: {found}; name {what}")
 
 
 def check_page_size(path: Path, shape: Shape, dtype: np.dtype, max_bytes: int, what: str = "a page") -> None:

@@ -5,7 +5,6 @@ consulted. Directories marked as a reduced copy or a mask are left out, and so a
 Aperio slide. The orientation tag is not applied.
 """
 
-import os
 import re
 import struct
 from contextlib import ExitStack
@@ -20,13 +19,17 @@ from pulmo_jax.types import ImageTags, InputError
 
 _GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 _GDAL_NODATA = 42113
+# Those on which the pixels and their georeference depend.
+_LAYOUT_TAGS = (254, *range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 317, 320)
+_USED_TAGS = {*_LAYOUT_TAGS, *range(322, 326), 338, 339, 347, 530, _GDAL_NODATA, *_GEO_TAGS}
 _METAMORPH_PLANES = 33629
 
 
 def open_tiff(path: Path, max_bytes: int) -> ImageSource:
     with ExitStack() as stack, decoding(path):
         # Flavours of TIFF for which tifffile would guess further pages are read by their directories alone.
-        tif = stack.enter_context(TiffFile(path, is_lsm=False, is_ndpi=False, is_scanimage=False))
+        file = stack.enter_context(path.open("rb", buffering=0))
+        tif = TiffFile(file, name=path.name, is_lsm=False, is_ndpi=False, is_scanimage=False)
         pages = _image_pages(path, tif)
         height, width, channels, dtype = _common_layout(path, pages)
         shape = (len(pages), height, width, channels)
@@ -34,7 +37,7 @@ def open_tiff(path: Path, max_bytes: int) -> ImageSource:
         for page in pages:
             _check_segments(path, page, tif.filehandle.size, max_bytes)
         resources = stack.pop_all()
-        reader = window_reader(tif, pages, dtype, resources)
+        reader = window_reader(file, tif, pages, dtype, resources)
         return ImageSource(path, shape, dtype, _tags(pages[0]), reader, resources)
 
 
@@ -60,19 +63,28 @@ def _directories(path: Path, tif: TiffFile) -> list[TiffPage]:
         directories[page.offset] = page.aspage()
     if not directories:
         raise InputError(f"{path}: damaged or cut off: no image directory can be found")
-    if _next_directory(tif, list(directories)[-1]) != 0:
+    following = 0
+    for page in directories.values():
+        following, codes = _raw_directory(tif, page.offset)
+        if lost := sorted(_USED_TAGS.intersection(codes).difference(page.tags.keys())):
+            raise InputError(f"{path}: damaged: tag {lost[0]} of page {page.index} cannot be read")
+    if following != 0:
         raise InputError(f"{path}: damaged or cut off: no image directory after the first {len(directories)}")
     return list(directories.values())
 
 
-def _next_directory(tif: TiffFile, offset: int) -> int:
-    """Offset of the directory that follows the one at `offset`, 0 if it is the last."""
+def _raw_directory(tif: TiffFile, offset: int) -> tuple[int, list[int]]:
+    """Offset of the directory that follows the one at `offset`, 0 if it is the last, and the codes of its tags.
+
+    tifffile passes over a tag that it cannot read, with a line in its log.
+    """
     file, sizes = tif.filehandle, tif.tiff
     file.seek(offset)
     (tags,) = struct.unpack(sizes.tagnoformat, file.read(sizes.tagnosize))
-    file.seek(tags * sizes.tagsize, os.SEEK_CUR)
+    content = file.read(tags * sizes.tagsize)
     (following,) = struct.unpack(sizes.offsetformat, file.read(sizes.offsetsize))
-    return following
+    codes = [code for (code,) in struct.iter_unpack(f"{sizes.byteorder}H{sizes.tagsize - 2}x", content)]
+    return following, codes
 
 
 def _hidden_images(directories: list[TiffPage]) -> str | None:

@@ -8,19 +8,24 @@ no-data value.
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache, partial
+from io import RawIOBase
 from itertools import product
 from math import ceil
 from pathlib import Path
 
 import numpy as np
 from tifffile import PHOTOMETRIC, FileHandle, TiffFile, TiffPage
-from tifffile.tifffile import jpeg_shape
 
+from pulmo_jax.data.sources.embedded import check_embedded_size
 from pulmo_jax.data.sources.source import WindowReader
 from pulmo_jax.types import InputError, Window
 
 _CACHE_BYTES = 128 * 2**20  # of decoded segments, because neighbouring windows share them
-_JPEG = (7, 33007, 34892)
+_JPEG = (6, 7, 33007, 34892)
+# Segments that are images with a header of their own: JPEG, JPEG 2000, LERC, PNG, WebP.
+_EMBEDDED = (*_JPEG, 33003, 33004, 33005, 34712, 34887, 34933, 34927, 50001)
+# None, CCITT, LZW, deflate, PackBits, LZMA, zstd: their decoders are told how much may come out.
+_BOUNDED = (1, 2, 3, 4, 5, 8, 32946, 50013, 32773, 34925, 34926, 50000)
 _AS_STORED = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.SEPARATED)
 
 
@@ -33,6 +38,9 @@ def pixel_layout(path: Path, page: TiffPage) -> tuple[int, int, int, np.dtype]:
             f"{path}: page {page.index} has samples of {page.bitspersample} bits "
             f"in format {page.sampleformat!r}; save it as integers or floats"
         )
+    if page.compression not in _BOUNDED + _EMBEDDED:
+        name = getattr(page.compression, "name", page.compression)
+        raise InputError(f"{path}: page {page.index} is compressed as {name}; save it with deflate, LZW or JPEG")
     _check_colours(path, page)
     if _colour_space(page) == PHOTOMETRIC.PALETTE:
         return page.imagelength, page.imagewidth, 3, _palette(page).dtype
@@ -47,30 +55,52 @@ def segment_grid(page: TiffPage) -> tuple[int, int, int, int]:
     return height, width, ceil(page.imagelength / height), ceil(page.imagewidth / width)
 
 
-def window_reader(tif: TiffFile, pages: list[TiffPage], dtype: np.dtype, resources: ExitStack) -> WindowReader:
-    """Reads windows of `pages`, whose segments are known to lie inside of the file."""
-
-    @lru_cache(maxsize=1)
-    def mapped(number: int) -> np.ndarray:
-        page = pages[number]
-        stored = np.dtype(page.dtype).newbyteorder(tif.byteorder)
-        return np.memmap(tif.filehandle.path, stored, "r", int(page.dataoffsets[0]), page.shaped)
+def window_reader(
+    file: RawIOBase, tif: TiffFile, pages: list[TiffPage], dtype: np.dtype, resources: ExitStack
+) -> WindowReader:
+    """Reads windows of `pages`, whose segments are known to lie inside of the file that `tif` has open."""
 
     @lru_cache(maxsize=max(1, _CACHE_BYTES // max(map(_segment_bytes, pages))))
     def segment(number: int, index: int) -> np.ndarray:
         return decode_segment(tif.filehandle, pages[number], index)
 
     def read_window(number: int, window: Window) -> np.ndarray:
-        page, (y, x, h, w) = pages[number], window
+        page = pages[number]
         if page.is_final:  # uncompressed, in one piece
-            samples = mapped(number)[:, 0, y : y + h, x : x + w]
+            samples = _stored_samples(file, tif, page, window)
         else:
             samples = _assembled(page, window, partial(segment, number))
         return _pixels(page, samples, dtype)
 
-    resources.callback(mapped.cache_clear)
     resources.callback(segment.cache_clear)
     return read_window
+
+
+def _stored_samples(file: RawIOBase, tif: TiffFile, page: TiffPage, window: Window) -> np.ndarray:
+    """The window (planes, h, w, samples) of pixels stored as they are, in one piece.
+
+    Read and not mapped: to touch a mapped file that someone cuts short kills the process.
+    """
+    y, x, h, w = window
+    planes, _, height, width, samples = page.shaped
+    dtype = np.dtype(page.dtype).newbyteorder(tif.byteorder)
+    pixel, start = samples * dtype.itemsize, int(page.dataoffsets[0])
+    out = np.empty((planes, h, w, samples), dtype)
+    rows, rest = (h, 1) if w == width else (1, h)  # whole rows lie in one piece
+    size, buffer = rows * w * pixel, out.reshape(-1).view(np.uint8).data
+    starts = (start + ((plane * height + y + k) * width + x) * pixel for plane in range(planes) for k in range(rest))
+    for piece, offset in enumerate(starts):
+        file.seek(offset)
+        read_into(file, buffer[piece * size : piece * size + size])
+    return out
+
+
+def read_into(file: RawIOBase, buffer: memoryview) -> None:
+    while count := file.readinto(buffer) or 0:
+        if count == len(buffer):
+            return
+        buffer = buffer[count:]  # the system hands out at most 2 GiB at once
+    raise EOFError("the file ends within its pixels")
 
 
 def decode_segment(file: FileHandle, page: TiffPage, index: int) -> np.ndarray:
@@ -78,18 +108,17 @@ def decode_segment(file: FileHandle, page: TiffPage, index: int) -> np.ndarray:
     offset, size = int(page.dataoffsets[index]), int(page.databytecounts[index])
     file.seek(offset)
     data = file.read(size) if offset and size else None
-    if data and page.compression in _JPEG:
-        _check_jpeg_size(page, data)
+    if data is not None and len(data) < size:
+        raise EOFError("the file ends within its pixels")
+    if data and page.compression in _EMBEDDED:
+        height, width, _, _ = segment_grid(page)
+        check_embedded_size((page.jpegheader or b"") + data, height, width, page.shaped[4], "a strip or tile")
     decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
-    return np.full(shape[1:], page.nodata, page.dtype) if decoded is None else decoded[0]
-
-
-def _check_jpeg_size(page: TiffPage, data: bytes) -> None:
-    """A JPEG decoder allocates what the segment says of itself, whatever the page says."""
-    height, width, _, _ = segment_grid(page)
-    _, found_height, found_width, _ = jpeg_shape(data)
-    if found_height > height or found_width > width:
-        raise ValueError(f"a JPEG of {found_height} x {found_width} px in a tile of {height} x {width} px")
+    if decoded is None:
+        return np.full(shape[1:], page.nodata, page.dtype)
+    if decoded.dtype != page.dtype and page.dtype != bool:
+        raise ValueError(f"a strip or tile of {decoded.dtype} in a page of {page.dtype}")
+    return decoded[0]
 
 
 def _segment_bytes(page: TiffPage) -> int:
@@ -128,7 +157,7 @@ def _pixels(page: TiffPage, samples: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if _colour_space(page) == PHOTOMETRIC.MINISWHITE:
         white = 2**page.bitspersample - 1
         samples = samples.dtype.type(white) - samples if samples.dtype.kind == "u" else ~samples
-    return np.array(samples, dtype)
+    return np.ascontiguousarray(samples, dtype)  # `samples` belongs to nobody else
 
 
 def _colour_space(page: TiffPage) -> int:
