@@ -94,23 +94,24 @@ def finished_step(run: Path) -> int:
     """The checkpoint that the thresholds are for. Raises InputError if the run is not finished, or not as it was."""
     again = f"train resume=true hydra.run.dir={run} makes it anew"
     try:
-        digests: dict[str, str] = json.loads((run / FINISHED).read_text())
+        digests: dict[str, str] = dict(json.loads((run / FINISHED).read_text()))
     except FileNotFoundError:
         raise InputError(
             f"run={run}: training has not finished there; go on with resume=true hydra.run.dir={run}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{run / FINISHED}: cannot be read ({error}); {again}") from error
+    steps = [Path(name).parent.name for name in digests if name.endswith(MANIFEST)]
+    if set(digests) != {*SEALED, *(f"checkpoints/{step}/{MANIFEST}" for step in steps)} or len(steps) != 1:
+        raise InputError(f"{run / FINISHED}: is not what training writes; {again}")
     for name, digest in digests.items():
         try:
             found = _digest(run / name)
         except OSError as error:
-            raise InputError(f"{run / name}: cannot be read ({error.strerror}); {again}") from error
+            reason = f"listed in {FINISHED}, cannot be read ({error.strerror})"
+            raise InputError(f"{run / name}, {reason}; {again}") from error
         if found != digest:
             raise InputError(f"{run / name}: is not as training wrote it (SHA-256 not that in {FINISHED}); {again}")
-    steps = [Path(name).parent.name for name in digests if name.endswith(MANIFEST)]
-    if set(digests) != {*SEALED, *(f"checkpoints/{step}/{MANIFEST}" for step in steps)} or len(steps) != 1:
-        raise InputError(f"{run / FINISHED}: is not what training writes; {again}")
     return int(steps[0])
 
 

@@ -457,7 +457,7 @@ def test_sweep_goes_on_after_a_job_that_failed_and_says_so(run, tmp_path):
     assert {"sweep.csv", "sweep.html", "figures"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
 
 
-@pytest.mark.parametrize("sweeper", ["basic", "search"])
+@pytest.mark.parametrize("sweeper", ["basic", pytest.param("search", marks=pytest.mark.slow)])
 def test_sweep_of_which_nothing_came_is_status_2(run, tmp_path, sweeper):
     arguments = ["-m", f"hydra/sweeper={sweeper}", "seed=choice(0,1)", "hydra.sweep.dir=sweep"]
     arguments += ["hydra.sweeper.n_trials=2"] if sweeper == "search" else []

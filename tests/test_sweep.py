@@ -337,4 +337,4 @@ def test_single_job_needs_no_figure(tmp_path, said):
     run_job(request_of(tmp_path / "0"), lambda resume: 0.5, said.append)
     write_pages(tmp_path)
     assert not (tmp_path / "figures").exists()
-    assert "0.500" in (tmp_path / "sweep.html").read_text()
+    assert "<td>0.5</td>" in (tmp_path / "sweep.html").read_text()

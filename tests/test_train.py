@@ -125,7 +125,7 @@ def test_changed_file_of_a_finished_run_is_refused_and_named(whole, tmp_path, na
     with pytest.raises(InputError, match=rf"{run}/{name}: is not as training wrote it .*resume=true"):
         open_run(run)
     (run / name).unlink()
-    with pytest.raises(InputError, match=rf"{run}/{name}: cannot be read"):
+    with pytest.raises(InputError, match=rf"{run}/{name}, listed in finished.json, cannot be read"):
         open_run(run)
 
 

@@ -177,7 +177,7 @@ def test_every_output_is_there(sweep):
         figures = ("detection_maps", "null_distribution", "null_by_radius", "frames")
         expected = {f"{name}.fits" for name in MAPS}
         expected |= {f"figures/{name}.{kind}" for name in figures for kind in ("pdf", "png")}
-        expected |= {"detections.csv", "metrics.json", "run.json", "config.yaml", "report.html"}
+        expected |= {"detections.csv", "metrics.json", "run.json", "config.yaml", "report.html", "job.json"}
         assert {name for name in names if not name.startswith(".hydra")} == expected
         for name in expected:
             assert (run.path / name).stat().st_size > 0
