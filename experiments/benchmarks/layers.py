@@ -21,10 +21,24 @@ import numpy as np
 import optax
 from flax import nnx
 
-from pulmo_jax.models.autoencoder import ConvAutoencoder, depth_to_space, space_to_depth
+from pulmo_jax.models.autoencoder import ConvAutoencoder
 
 HERE = Path(__file__).parent
 WIDTHS, LATENT = (32, 64, 128), 64
+
+
+def space_to_depth(x: jax.Array, factor: int) -> jax.Array:
+    """Blocks of factor x factor pixels become channels."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // factor, w // factor, factor * factor * c)
+
+
+def depth_to_space(x: jax.Array, factor: int) -> jax.Array:
+    """The inverse of space_to_depth."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, factor, factor, c // factor**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * factor, w * factor, c // factor**2)
 
 
 class Mixed(nnx.Module):

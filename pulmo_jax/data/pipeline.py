@@ -51,12 +51,21 @@ class ReadPatches:
     reader: PatchReader
     resized: Scratch | None = None
 
-    def __call__(self, cells: Int[np.ndarray, "B 3"]) -> Float[np.ndarray, "B P P C"]:
+    def __call__(
+        self, cells: Int[np.ndarray, "B 3"], codes: Int[np.ndarray, "B"] | None = None
+    ) -> Float[np.ndarray, "B P P C"]:
+        """codes: the symmetry of the square that each patch is in (see `flip_and_turn`)."""
+        turns = [0] * len(cells) if codes is None else codes.tolist()
         if self.how.resize:
-            return np.stack([self._shrunk(int(image)) for image in cells[:, 0]])
+            return np.stack(
+                [flip_and_turn(self._shrunk(i), t) for i, t in zip(cells[:, 0].tolist(), turns, strict=True)]
+            )
         patches, insides = zip(*(self._cut(*cell) for cell in cells.tolist()), strict=True)
-        inside = None if insides[0] is None else np.stack(insides)
-        return preprocess(np.stack(patches), inside, self.how)
+        raw = np.stack([flip_and_turn(patch, t) for patch, t in zip(patches, turns, strict=True)])
+        if insides[0] is None:
+            return preprocess(raw, None, self.how)
+        inside = np.stack([flip_and_turn(i[..., None], t)[..., 0] for i, t in zip(insides, turns, strict=True)])
+        return preprocess(raw, inside, self.how)
 
     def _cut(self, image: int, y: int, x: int) -> tuple[np.ndarray, np.ndarray | None]:
         ref, size = self.images[image], self.how.patch_size
@@ -96,11 +105,7 @@ class ReadBatch(grain.RandomMapTransform):
             shapes = np.array([self.read.images[image].shape[:2] for image in cells[:, 0]])
             room = np.maximum(shapes - self.read.how.patch_size, 0)
             cells[:, 1:] = np.clip(cells[:, 1:] + moves, 0, room)
-        patches, codes = self.read(cells[self.rows]), codes[self.rows]
-        for code in range(1, 8):
-            some = codes == code
-            patches[some] = flip_and_turn(patches[some], code)
-        return patches
+        return self.read(cells[self.rows], codes[self.rows])
 
 
 def training_batches(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pulmo_jax.models.autoencoder import COARSEST_PX, ConvAutoencoder, depth_to_space, space_to_depth, strides_for
+from pulmo_jax.models.autoencoder import COARSEST_PX, ConvAutoencoder, affine, by_blocks, by_pixels, strides_for
 
 
 def network(patch_size: int = 32, channels: int = 2, seed: int = 0, **options) -> ConvAutoencoder:
@@ -58,31 +58,70 @@ def test_the_reconstruction_has_the_shape_of_the_patches(patch_size, channels):
     assert reconstruction.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 1, 2, 4), (1, 1, 4, 3, 2), (3, 2, 2, 1, 1)])
-def test_space_to_depth_gathers_blocks_and_is_undone(shape):
-    batch, h, w, channels, factor = shape
-    x = np.arange(prod(shape) * factor, dtype=np.float32).reshape(batch, h * factor, w * factor, channels)
-    deep = np.asarray(space_to_depth(jnp.asarray(x), factor))
-    for y, column in np.ndindex(h, w):
-        block = x[:, y * factor : (y + 1) * factor, column * factor : (column + 1) * factor]
-        np.testing.assert_array_equal(deep[:, y, column], block.reshape(batch, -1))
-    np.testing.assert_array_equal(depth_to_space(jnp.asarray(deep), factor), x)
+def gathered(x: np.ndarray, factor: int) -> np.ndarray:
+    """(B, h, w, factor^2 C): blocks of pixels, cut out one by one."""
+    batch, height, width, _ = x.shape
+    deep = [
+        [x[:, y : y + factor, column : column + factor].reshape(batch, -1) for column in range(0, width, factor)]
+        for y in range(0, height, factor)
+    ]
+    return np.stack([np.stack(row, axis=1) for row in deep], axis=1)
 
 
-def test_a_layer_is_the_convolution_whose_stride_is_its_kernel():
-    """And its mirror in the decoder the transposed convolution."""
-    x, weight = patches(8, 3), jax.random.normal(jax.random.key(2), (4 * 4 * 3, 6))
-    kernel, layout = weight.reshape(4, 4, 3, 6), ("NHWC", "HWIO", "NHWC")
+@pytest.mark.parametrize(
+    ("side", "strides", "channels"), [(1, (4,), 3), (3, (2,), 1), (2, (4, 2), 2), (1, (4, 2, 2), 1)]
+)
+def test_blocks_are_consecutive_for_every_layer_and_are_undone(side, strides, channels):
+    size = side * prod(strides)
+    x = np.arange(2 * size * size * channels, dtype=np.float32).reshape(2, size, size, channels)
+    deep, found = x, by_blocks(jnp.asarray(x), strides)
+    for stride in strides:
+        deep = gathered(deep, stride)
+    np.testing.assert_array_equal(np.asarray(found).reshape(2, side * side, -1), deep.reshape(2, side * side, -1))
+    np.testing.assert_array_equal(by_pixels(found, strides, side), x)
+
+
+def test_layers_are_the_convolutions_whose_strides_are_their_kernels():
+    """And their mirrors in the decoder the transposed convolutions; two of each, in the network's own arithmetic."""
+    two, x, layout = network(32, 3, width=6), patches(32, 3), ("NHWC", "HWIO", "NHWC")
+    assert two.strides == (4, 2)
 
     @jax.jit
     def both_ways(x: jax.Array) -> list[jax.Array]:
-        down = jax.lax.conv_general_dilated(x, kernel, (4, 4), "VALID", dimension_numbers=layout)
-        up = jax.lax.conv_transpose(down, kernel, (4, 4), "VALID", dimension_numbers=layout, transpose_kernel=True)
-        return [space_to_depth(x, 4) @ weight, down, depth_to_space(down @ weight.T, 4), up]
+        down, kernels = x, []
+        for stride, layer in zip(two.strides, two.down, strict=True):
+            kernels.append(layer.kernel[...].reshape(stride, stride, -1, layer.out_features))
+            strides = (stride, stride)
+            down = jax.lax.conv_general_dilated(down, kernels[-1], strides, "VALID", dimension_numbers=layout)
+            down = nnx.silu(down + layer.bias[...])
+        latent = two.to_latent(down.reshape(len(x), -1))
+        up = nnx.silu(two.from_latent(latent)).reshape(-1, *two.coarse)
+        for i in (1, 0):
+            stride, layer = two.strides[i], two.up[i]
+            channels = layer.out_features // stride**2
+            kernel = layer.kernel[...].reshape(-1, stride, stride, channels).transpose(1, 2, 3, 0)
+            strides = (stride, stride)
+            up = jax.lax.conv_transpose(up, kernel, strides, "VALID", dimension_numbers=layout, transpose_kernel=True)
+            bias = layer.bias[...].reshape(stride, stride, channels)
+            up = up + jnp.tile(bias, (up.shape[1] // stride, up.shape[2] // stride, 1))
+            up = nnx.silu(up) if i else up
+        return [two.encode(x), latent, two(x), up]
 
-    found_down, down, found_up, up = both_ways(x)
-    np.testing.assert_allclose(found_down, down, atol=1e-4)
-    np.testing.assert_allclose(found_up, up, atol=1e-3)
+    found_latent, latent, found, expected = both_ways(x)
+    np.testing.assert_allclose(found_latent, latent, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_gradient_of_the_affine_map_is_that_of_its_definition():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((7, 3), (3, 5), (5,), (7, 5))
+    x, kernel, bias, weight = (jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
+
+    def gradients(function: Callable) -> tuple[jax.Array, ...]:
+        return jax.grad(lambda *a: (weight * jnp.sin(function(*a))).sum(), argnums=(0, 1, 2))(x, kernel, bias)
+
+    for found, expected in zip(gradients(affine), gradients(lambda x, k, b: x @ k + b), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_patches_pass_one_by_one_through_the_latent_vector():
