@@ -25,8 +25,8 @@ from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_
 from pulmo_jax.data.pipeline import (
     Augmentation,
     Batches,
+    CellBatches,
     ReadPatches,
-    cells_in_batches,
     evenly,
     iterate,
     training_batches,
@@ -396,8 +396,7 @@ def write_records(folder: Path, config: TrainConfig, data: NormalData, citation:
 
 
 def files_of_batch(config: TrainConfig, data: NormalData, number: int) -> list[str]:
-    batches = cells_in_batches(data.training.cells, batch_size=config.trainer.batch_size, seed=config.seed)
-    cells = np.asarray(batches[number])
+    cells = CellBatches(data.training.cells, config.trainer.batch_size, config.seed)[number]
     return [data.training.images[i].title for i in np.unique(cells[:, 0])]
 
 

@@ -5,7 +5,10 @@ workers, and resuming is a slice. What is done to a batch is done to all of its 
 train, each call of Python for a single patch is felt.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -61,11 +64,8 @@ class ReadPatches:
                 [flip_and_turn(self._shrunk(i), t) for i, t in zip(cells[:, 0].tolist(), turns, strict=True)]
             )
         patches, insides = zip(*(self._cut(*cell) for cell in cells.tolist()), strict=True)
-        raw = np.stack([flip_and_turn(patch, t) for patch, t in zip(patches, turns, strict=True)])
-        if insides[0] is None:
-            return preprocess(raw, None, self.how)
-        inside = np.stack([flip_and_turn(i[..., None], t)[..., 0] for i, t in zip(insides, turns, strict=True)])
-        return preprocess(raw, inside, self.how)
+        inside = None if insides[0] is None else turned(insides, turns)
+        return preprocess(turned(patches, turns), inside, self.how)
 
     def _cut(self, image: int, y: int, x: int) -> tuple[np.ndarray, np.ndarray | None]:
         ref, size = self.images[image], self.how.patch_size
@@ -82,6 +82,39 @@ class ReadPatches:
             return resize_bands(whole, size, size)
 
         return make() if self.resized is None else self.resized.get(image, make)
+
+
+def turned(patches: Sequence[np.ndarray], codes: Sequence[int]) -> Shaped[np.ndarray, "B P P ..."]:
+    """Each in its symmetry of the square, in one array."""
+    batch = np.empty((len(patches), *patches[0].shape), patches[0].dtype)
+    for target, patch, code in zip(batch, patches, codes, strict=True):
+        target[...] = flip_and_turn(patch, code)
+    return batch
+
+
+@dataclass(frozen=True)
+class CellBatches:
+    """Element k, of endlessly many, is the cells (B, 3) that batch k is read at, before their jitter.
+
+    Cells are shuffled anew in every epoch; an epoch's last cells share a batch with the next one's first.
+    """
+
+    cells: Int[np.ndarray, "N 3"]
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, k: int) -> Int[np.ndarray, "B 3"]:
+        epochs, places = np.divmod(k * self.batch_size + np.arange(self.batch_size), len(self.cells))
+        parts = [permutation(self.seed, int(e), len(self.cells))[places[epochs == e]] for e in np.unique(epochs)]
+        return self.cells[np.concatenate(parts)]
+
+
+@lru_cache(maxsize=8)
+def permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "N"]:
+    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -126,14 +159,8 @@ def training_batches(
         raise InputError(f"trainer.batch_size={batch_size} cannot be divided by {process_count} processes")
     share = batch_size // process_count
     rows = slice(process_index * share, (process_index + 1) * share)
-    return cells_in_batches(cells, batch_size=batch_size, seed=seed).random_map(ReadBatch(read, augmentation, rows))
-
-
-def cells_in_batches(cells: Int[np.ndarray, "N 3"], *, batch_size: int, seed: int) -> grain.MapDataset:
-    """An endless MapDataset: element k is the cells (B, 3) that batch k is read at, before their jitter."""
-    source = cast(grain.RandomAccessDataSource, cells)
-    # nothing is dropped of an endless set, whose length is then exact
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
+    batches = cast(grain.RandomAccessDataSource, CellBatches(cells, batch_size, seed))
+    return grain.MapDataset.source(batches).seed(seed).random_map(ReadBatch(read, augmentation, rows))
 
 
 def iterate(dataset: grain.MapDataset, start: int, *, threads: int, prefetch: int, workers: int = 0) -> Batches:

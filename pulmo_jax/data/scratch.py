@@ -18,7 +18,7 @@ import numpy as np
 from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.types import InputError, Window
 
-READS_HELD = 128  # whose pages stay in memory
+READS_HELD = 512  # whose pages stay in memory
 MEBIBYTE = 2**20
 
 

@@ -89,7 +89,7 @@ def resize_bands(image: Float[np.ndarray, "H W C"], height: int, width: int) -> 
     return np.stack([np.asarray(b.resize((width, height), Image.Resampling.BILINEAR)) for b in bands], axis=-1)
 
 
-def flip_and_turn(patch: Shaped[np.ndarray, "P P C"], code: int) -> Shaped[np.ndarray, "P P C"]:
+def flip_and_turn(patch: Shaped[np.ndarray, "P P *C"], code: int) -> Shaped[np.ndarray, "P P *C"]:
     """One of the eight symmetries of the square, as a view: `code` 0-3 quarter turns, 4-7 the same mirrored."""
     turned = np.rot90(patch, code % 4)
     return turned[:, ::-1] if code >= 4 else turned

@@ -17,7 +17,7 @@ from references.preprocessing import preprocessing
 
 from pulmo_jax.core.tiling import tile_starts
 from pulmo_jax.data.images import ImageRef, Reader, index_images
-from pulmo_jax.data.pipeline import Augmentation, ReadPatches, cells_in_batches, evenly, iterate, training_batches
+from pulmo_jax.data.pipeline import Augmentation, CellBatches, ReadPatches, evenly, iterate, training_batches
 from pulmo_jax.data.transforms import flip_and_turn, preprocess, resize_bands
 from pulmo_jax.types import InputError
 
@@ -178,7 +178,7 @@ def test_batch_that_processes_cannot_divide_is_refused(cells, read):
 def test_cells_of_a_batch_are_known_without_reading_it(cells, read):
     dataset = training_batches(cells, read, PLAIN, batch_size=4, seed=3)
     for number in (0, 5, 30):
-        found = cells_in_batches(cells, batch_size=4, seed=3)[number]
+        found = CellBatches(cells, 4, 3)[number]
         np.testing.assert_array_equal([place(patch) for patch in dataset[number]], found)
 
 
