@@ -116,7 +116,7 @@ def time_shares(seconds: Mapping[str, float]) -> Figure:
     """Seconds by what a run was doing, in one bar."""
     total, left = sum(seconds.values()), 0.0
     with style():
-        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.7, 0.9), layout="constrained")
+        figure = Figure(figsize=(TEXT_WIDTH_IN, 0.9), layout="constrained")
         axes = figure.subplots()
         for (name, value), colour in zip(seconds.items(), CURVE_COLOURS, strict=False):
             axes.barh(0, value, left=left, color=colour, label=f"{name}: {value:.3g} s ({value / total:.0%})")
