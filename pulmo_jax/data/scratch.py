@@ -18,7 +18,8 @@ import numpy as np
 from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.types import InputError, Window
 
-READS_HELD = 512  # whose pages stay in memory
+HELD_BYTES = 48 * 2**20  # of the file, in memory
+READ_BYTES = 160 * 2**10  # about what a patch of an image touches
 MEBIBYTE = 2**20
 
 
@@ -34,7 +35,7 @@ class Scratch:
         sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
         ends = np.cumsum([-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]).tolist()
         self._starts, self._made = [0, *ends[:-1]], [False] * len(sizes)
-        self._reads, self._lock = 0, threading.Lock()
+        self._touched, self._lock = 0, threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process at the first write
@@ -53,13 +54,15 @@ class Scratch:
         """A view of an array; `make` gives it the first time."""
         shape, dtype, start = self._shapes[index], self._dtypes[index], self._starts[index]
         view = np.frombuffer(self._map, dtype, prod(shape), start).reshape(shape)
+        touched = min(view.nbytes, READ_BYTES)
         if not self._made[index]:
-            view[...] = make()
+            view[...], touched = make(), view.nbytes
             self._made[index] = True
         with self._lock:
-            self._reads += 1
-            if self._reads % READS_HELD == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._touched += touched
+            if self._touched > HELD_BYTES and hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)  # of a file: nothing is lost, it is read again when needed
+                self._touched = 0
         view.flags.writeable = False
         return view
 

@@ -74,7 +74,7 @@ def test_nothing_is_left_on_the_disk(refs, tmp_path):
 
 
 def test_pages_that_were_let_go_of_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "READS_HELD", 3)
+    monkeypatch.setattr(scratch, "HELD_BYTES", 40_000)
     arrays = [np.random.default_rng(i).normal(size=(40, 50)) for i in range(10)]
     made = Scratch([(40, 50)] * 10, [np.dtype(float)] * 10, tmp_path)
     for _ in range(3):
