@@ -4,7 +4,6 @@ So it is the same for every launcher, and after any kind of end: nothing is kept
 """
 
 import csv
-import errno
 import hashlib
 import io
 import json
@@ -27,13 +26,12 @@ from pulmo_jax.reporting.figures import save
 from pulmo_jax.reporting.report import Section, write_report
 from pulmo_jax.reporting.sweep_figures import sweep_figure
 from pulmo_jax.reporting.tables import UNDEFINED, Table, headline
+from pulmo_jax.resources import is_disk_full
 from pulmo_jax.types import InputError
 
 RECORD, REFUSED, TRACEBACK = "job.json", "refused.json", "traceback.txt"
 JOB_LOCK = "job.lock"  # held while the job runs, so that a job that was killed is told from one that runs
 STOP = ".stop"  # in the sweep's folder: jobs that were queued when it was stopped do not begin
-FULL = {errno.ENOSPC, errno.EDQUOT}
-FULL_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ def write_record(
     try:
         write_json(request.folder / RECORD, record)
     except OSError as error:
-        if status == "running" or error.errno not in FULL:
+        if status == "running" or not is_disk_full(error):
             raise
 
 
@@ -230,16 +228,10 @@ def later_job_done(folder: Path) -> bool:
 
 
 def disk_full(error: BaseException, folder: Path) -> str | None:
-    """What to say if that, or what it came from, is a full disk; the libraries below wrap and rename it."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if (isinstance(link, OSError) and link.errno in FULL) or any(words in str(link) for words in FULL_WORDS):
-            return f"the disk is full: {getattr(link, 'filename', None) or folder} could not be written"
-    return None
+    """What to say if that is a full disk, with the file that could not be written where it is known."""
+    if not is_disk_full(error):
+        return None
+    return f"the disk is full: {getattr(error, 'filename', None) or folder} could not be written"
 
 
 def collect(sweep: Path) -> list[Row]:
@@ -309,7 +301,7 @@ def bearing_full_disk(sweep: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if not is_disk_full(error):
             raise
         print(f"error: the disk is full: the tables of {sweep} are not up to date", file=sys.stderr)
 

@@ -39,8 +39,8 @@ from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.outputs import write_json
 from pulmo_jax.lock import claim
-from pulmo_jax.memory import require, running_out_names
 from pulmo_jax.methods.base import Method
+from pulmo_jax.resources import require, running_out_names
 from pulmo_jax.run import (
     Run,
     build_method,
@@ -320,20 +320,22 @@ def make_batches(config: TrainConfig, data: NormalData, reader: Reader, start: i
     """Training batches from number `start` on; of several processes each reads its own share."""
     images, loading = data.training.images, config.data
     folder = loading.cache or cache_folder()
-    decoded = DecodedReader(reader, images, loading.decoded_mb, folder)
-    if not decoded.fits and loading.decoded_mb:
-        console.print(
-            f"note: {decoded.needed_mb:.0f} MiB of decoded images are more than data.decoded_mb={loading.decoded_mb}; "
-            "each patch is decoded anew, which is slower",
-            highlight=False,
-        )
-    resized = None
-    if loading.resize:
+    if loading.resize and loading.decoded_mb:  # what is kept of an image is small: what it is shrunk to
         shape = (loading.patch_size, loading.patch_size, data.how.channels)
-        resized = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder)
+        shrunk = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder)
+        read = ReadPatches(images, data.how, reader, shrunk)
+    else:
+        decoded = DecodedReader(reader, images, loading.decoded_mb, folder)
+        read = ReadPatches(images, data.how, decoded)
+        if not decoded.fits and loading.decoded_mb:
+            console.print(
+                f"note: {decoded.needed_mb:.0f} MiB of decoded images are more than data.decoded_mb="
+                f"{loading.decoded_mb}; each patch is decoded anew, which is slower",
+                highlight=False,
+            )
     dataset = training_batches(
         data.training.cells,
-        ReadPatches(images, data.how, decoded, resized),
+        read,
         Augmentation(data.sampling.stride // 2 if loading.augment else 0, symmetries=loading.augment),
         batch_size=config.trainer.batch_size,
         seed=config.seed,

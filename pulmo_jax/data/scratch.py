@@ -30,19 +30,19 @@ class Scratch:
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype], folder: Path):
-        """Reserves the room. Raises OSError where there is not enough."""
+        """Reserves the room. Raises InputError where there is not enough."""
         self._shapes, self._dtypes, self._folder = list(shapes), list(dtypes), folder
         sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
         ends = np.cumsum([-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]).tolist()
         self._starts, self._made = [0, *ends[:-1]], [False] * len(sizes)
         self._touched, self._lock = 0, threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process at the first write
-                os.posix_fallocate(file.fileno(), 0, ends[-1])
-            else:
-                file.truncate(ends[-1])
-            self._map = mmap.mmap(file.fileno(), ends[-1])
+        try:
+            self._map = _room(folder, ends[-1])
+        except OSError as error:
+            raise InputError(
+                f"{folder}: no room for {ends[-1] / MEBIBYTE:.0f} MiB of decoded images ({error.strerror}); make room, "
+                "give another folder with PULMO_JAX_CACHE, or set data.decoded_mb=0, which is slower"
+            ) from error
 
     def __getstate__(self) -> tuple:
         return self._shapes, self._dtypes, self._folder
@@ -67,6 +67,17 @@ class Scratch:
         return view
 
 
+def _room(folder: Path, size: int) -> mmap.mmap:
+    """Of a file without a name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process at the first write
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+        return mmap.mmap(file.fileno(), size)
+
+
 class DecodedReader:
     """A `Reader` that decodes each image once. `fits` is False, and nothing is kept, beyond `limit_mb`.
 
@@ -83,15 +94,9 @@ class DecodedReader:
         self.fits = self.needed_mb <= limit_mb
         self._pixels = self._masks = None
         if self.fits:
-            try:
-                self._pixels = Scratch(shapes, dtypes, folder)
-                flags = [np.dtype(bool)] * len(shapes)
-                self._masks = Scratch([shape[:2] for shape in shapes], flags, folder) if masked else None
-            except OSError as error:
-                raise InputError(
-                    f"{folder}: no room for {self.needed_mb:.0f} MiB of decoded images ({error.strerror}); make room, "
-                    "give another folder with PULMO_JAX_CACHE, or set data.decoded_mb=0, which is slower"
-                ) from error
+            self._pixels = Scratch(shapes, dtypes, folder)
+            flags = [np.dtype(bool)] * len(shapes)
+            self._masks = Scratch([shape[:2] for shape in shapes], flags, folder) if masked else None
 
     def image(self, ref: ImageRef, window: Window | None = None) -> np.ndarray:
         """(h, w, C) in the file's dtype, not to be written to."""

@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from pulmo_jax.resources import is_disk_full
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
@@ -35,7 +36,6 @@ logging.set_verbosity(logging.ERROR)  # Orbax remarks on options that are as mea
 MANIFEST = "MANIFEST"
 SPARE_BYTES = 2**20  # for what Orbax writes beside the arrays
 KEPT = 2  # the last ones, and the best
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DamagedError(InputError):
@@ -211,7 +211,7 @@ class Checkpoints:
             _flush(self.folder)
         except Exception as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if _is_disk_full(error):
+            if is_disk_full(error):
                 raise InputError(
                     f"{folder}: cannot be written, the disk is full; earlier checkpoints are whole. Make room, then go "
                     "on with resume=true"
@@ -285,15 +285,6 @@ def _require_room(folder: Path, needed: int) -> None:
     """Said before Orbax starts, whose many writers would each complain in their own words."""
     if shutil.disk_usage(folder).free < needed + SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Orbax's writers hide the number of the error in a text."""
-    while error is not None:
-        if getattr(error, "errno", None) in DISK_FULL or any(os.strerror(n) in str(error) for n in DISK_FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _require_finite(arrays: Mapping[str, np.ndarray], step: int) -> None:

@@ -1,5 +1,7 @@
-"""Out of memory, said before or after the fact, with the settings that need it."""
+"""What a run may run out of, memory and room on the disk: known before or after the fact, and said in words."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ import jax
 from pulmo_jax.types import InputError
 
 GIB = 2**30
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -43,6 +46,17 @@ def running_out_names(what: str, remedy: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0]
         raise InputError(f"out of memory in {what} ({reason:.120}); {remedy}") from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether that, or what it came from, is a full disk: libraries wrap it, and hide its number in a text."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if getattr(error, "errno", None) in DISK_FULL or any(os.strerror(n) in str(error) for n in DISK_FULL):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _meminfo(name: str) -> int | None:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pulmo_jax import memory
-from pulmo_jax.memory import available_bytes, require, running_out_names
+from pulmo_jax import resources
+from pulmo_jax.resources import available_bytes, require, running_out_names
 from pulmo_jax.types import InputError
 
 
@@ -15,11 +15,11 @@ def test_what_is_free_is_within_what_there_is():
 
 
 def test_more_than_is_free_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 2**30)
+    monkeypatch.setattr(resources, "available_bytes", lambda: 3 * 2**30)
     require(3 * 2**30, "a step", "lower trainer.batch_size")
     with pytest.raises(InputError, match=r"a step needs 4.0 GiB of memory, 3.0 GiB are free; lower trainer.batch_size"):
         require(2**32, "a step", "lower trainer.batch_size")
-    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    monkeypatch.setattr(resources, "available_bytes", lambda: None)
     require(2**60, "a step", "")
 
 
@@ -27,13 +27,13 @@ def test_limit_of_a_control_group_counts_without_its_cache(monkeypatch, tmp_path
     files = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 1\ninactive_file 200\n"}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(resources, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(resources, "OWN_GROUP", tmp_path / "own")
     (tmp_path / "own").write_text("0::/\n")
-    assert memory._control_group() == 500
+    assert resources._control_group() == 500
     assert available_bytes() == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._control_group() is None
+    assert resources._control_group() is None
 
 
 def test_allocation_that_xla_refuses_names_the_remedy():
