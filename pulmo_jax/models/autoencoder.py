@@ -3,9 +3,9 @@
 Strided convolutions that do not overlap are one matrix product over rearranged pixels, forwards and backwards. All the
 rearranging is done once, to the pixels that come in and to those that go out: between them, layers only change shapes.
 On two CPU cores a training step of 64 patches of 64x64 takes 12 ms so (experiments/benchmarks/train_step.py). Measured
-when it still took 19: 52 ms with a residual 3x3 convolution at each scale, 167 ms with the usual stride-2 3x3 layers and
-350 ms where these are transposed (layers.py there). On the sample CT 1,500 steps of the first kind reached a lower loss
-than 500 of the second.
+when it still took 19: 52 ms with a residual 3x3 convolution at each scale, 167 ms with the usual stride-2 3x3 layers
+and 350 ms where these are transposed (layers.py there). On the sample CT 1,500 steps of the first kind reached a lower
+loss than 500 of the second.
 """
 
 from collections.abc import Sequence
