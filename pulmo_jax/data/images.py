@@ -16,8 +16,8 @@ from pulmo_jax.data.sources.source import decoding, printable
 from pulmo_jax.types import InputError, Source, Window
 
 MEBIBYTE = 2**20
-OPEN_FILES_PER_THREAD = 100
-OPEN_BYTES_PER_THREAD = 128 * MEBIBYTE  # an open file may keep its last page decoded
+OPEN_FILES_PER_THREAD = 32
+OPEN_BYTES_PER_THREAD = 16 * MEBIBYTE  # an open file may keep its last page decoded
 
 
 @dataclass(frozen=True)
