@@ -1,10 +1,14 @@
 """PACO's maps of 100x100 px x 252 frames, beside NumPy and VIP, in one run; and how time and memory grow.
 
     python experiments/benchmarks/paco.py [--rounds 7] [--vip PYTHON] [--scale]
+    python experiments/benchmarks/paco.py --robust [--rounds 7] [--real FOLDER]
 
 Writes paco.json and paco.md beside this file. Ours (float32) and two float64 NumPy versions take turns on the same
 cube; wall and CPU seconds are the least of all rounds, because other work on the machine only ever adds. --vip: a
 Python that has vip_hci 2.1.1. --scale: the table of sizes, up to 1024x1024x200, each in a process of its own.
+--robust: the robust map beside exact and fast, on the same cube, on that with 5 % of bad frames and on a real one
+(FOLDER: cube_with_planet.fits, parallactic_angles.fits, psf.fits), and nothing else; the rest of paco.json stays. What
+it costs depends on the values, as they decide how many iterations are made.
 """
 
 import argparse
@@ -27,6 +31,7 @@ HERE = Path(__file__).parent
 FRAMES, SIDE, RADIUS, FWHM_PX = 252, 100, 4, 4.6
 SIZES = ((252, 100, 100), (100, 200, 200), (200, 256, 256), (100, 512, 512), (200, 512, 512), (200, 1024, 1024))
 SCALE_MEMORY_MB = 512
+REAL = HERE.parents[2] / "shared" / "data" / "adi_betapic"
 VIP = """
 import sys, time, numpy as np
 from vip_hci.invprob.paco import FastPACO
@@ -50,19 +55,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--vip", type=Path)
     parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--robust", action="store_true")
+    parser.add_argument("--real", type=Path, default=REAL)
     parser.add_argument("--one", nargs=4, metavar=("MODE", "FRAMES", "HEIGHT", "WIDTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options.one[0], *map(int, options.one[1:]))))
         return
-    results: dict[str, Any] = {"machine": machine(), "limits": limits(), "maps": compare(options.rounds)}
-    results["work"] = work()
-    results["process"] = {mode: start_cold_then_warm(mode) for mode in ("fast", "exact")}
-    if options.vip:
-        results["vip_cpu_s"] = time_vip(options.vip)
-    if options.scale:
-        results["scale"] = [in_process(mode, *size) for mode in ("fast", "exact") for size in SIZES]
-    (HERE / "paco.json").write_text(json.dumps(results, indent=1) + "\n")
+    file = HERE / "paco.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if options.robust:
+        results["robust"] = robust(options.rounds, options.real)
+    else:
+        kept = {name: results[name] for name in ("robust",) if name in results}
+        results = {"machine": machine(), "limits": limits(), "maps": compare(options.rounds)} | kept
+        results["work"] = work()
+        results["process"] = {mode: start_cold_then_warm(mode) for mode in ("fast", "exact")}
+        if options.vip:
+            results["vip_cpu_s"] = time_vip(options.vip)
+        if options.scale:
+            results["scale"] = [in_process(mode, *size) for mode in ("fast", "exact") for size in SIZES]
+    file.write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "paco.md").write_text(as_markdown(results))
     print(as_markdown(results))
 
@@ -82,6 +95,10 @@ def compare(rounds: int) -> dict[str, dict[str, float]]:
         "NumPy tuned by hand, fast": lambda: paco_numpy.fast_maps(double, angles, psf, RADIUS),
         "NumPy tuned by hand, exact": lambda: paco_numpy.exact_maps(double, angles, psf, RADIUS),
     }
+    return take_turns(candidates, rounds)
+
+
+def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
     for run in candidates.values():
         run()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
@@ -95,6 +112,28 @@ def compare(rounds: int) -> dict[str, dict[str, float]]:
                "cpu_s": min(c for _, c in pairs)}
         for name, pairs in times.items()
     }  # fmt: skip
+
+
+def robust(rounds: int, real: Path) -> dict[str, Any]:
+    """Times of the three modes taking turns on each stack, and peak memory of a process that makes one map."""
+    from pulmo_jax.data.adi import load_stack
+    from pulmo_jax.methods import paco
+
+    cube, angles, psf = stack(FRAMES, SIDE, SIDE)
+    bad = cube.copy()
+    bad[np.random.default_rng(1).choice(FRAMES, FRAMES // 20, replace=False)] *= 5
+    stacks = {f"{FRAMES} frames of white noise": (cube, angles, psf), "5 % of them with 5 times the noise": (bad, angles, psf)}
+    if real.exists():
+        names = ("cube_with_planet.fits", "parallactic_angles.fits", "psf.fits")
+        found = load_stack(*(real / name for name in names))
+        stacks[f"beta Pictoris, {len(found.cube)} frames"] = (found.cube, found.angles_deg, found.psf)
+    modes = ("fast", "exact", "robust")
+    rows = {
+        name: take_turns({mode: lambda s=s, mode=mode: paco.likelihood_maps(*s, mode) for mode in modes}, rounds)
+        for name, s in stacks.items()
+    }
+    peak = {mode: in_process(mode, FRAMES, SIDE, SIDE)["peak_mb"] for mode in modes}
+    return {"machine": machine(), "load": os.getloadavg()[0], "stacks": rows, "peak_mb": peak}
 
 
 def limits() -> dict[str, float]:
@@ -287,6 +326,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"| {mode} | {row['cold_s']:.1f} | {row['cached_s']:.1f} | {row['peak_mb']:.0f} |"
         for mode, row in results["process"].items()
     ]
+    if "robust" in results:
+        lines += robust_lines(results["robust"])
     if "scale" in results:
         lines += PAPER.format(**paper(results)).splitlines()
         lines += [
@@ -300,6 +341,25 @@ def as_markdown(results: dict[str, Any]) -> str:
                 f"{row['seconds'] / values * 1e9:.0f} | {row['peak_mb']:.0f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def robust_lines(of: dict[str, Any]) -> list[str]:
+    lines = [
+        "", "## Robust", "",
+        f"`python experiments/benchmarks/paco.py --robust`: {', '.join(f'{k} {v}' for k, v in of['machine'].items())}; "
+        f"load of the machine at the end {of['load']:.1f}. Memory: a whole process of the synthetic stack.", "",
+        "| | fast, wall s | exact | robust | robust, median | robust, CPU s | robust over exact |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name, rows in of["stacks"].items():
+        fast, exact, robust = (rows[mode] for mode in ("fast", "exact", "robust"))
+        lines.append(
+            f"| {name} | {fast['wall_s']:.2f} | {exact['wall_s']:.2f} | {robust['wall_s']:.2f} | "
+            f"{robust['median_s']:.2f} | {robust['cpu_s']:.2f} | {robust['wall_s'] / exact['wall_s']:.1f} |"
+        )
+    peak = of["peak_mb"]
+    lines.append(f"| peak memory, MB | {peak['fast']:.0f} | {peak['exact']:.0f} | {peak['robust']:.0f} | | | |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ loss than 500 of the second.
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Annotated, Literal
 
 import jax
@@ -23,22 +22,24 @@ COARSEST_PX = 4  # the side at which the encoder stops halving
 
 def by_blocks(x: Float[Array, "B H W C"], strides: Sequence[int]) -> Float[Array, "B N C"]:
     """Pixels in the order in which strided layers gather them, finest stride first: the first layer's block of
-    strides[0]^2 pixels is consecutive, so is the second's block of strides[1]^2 such blocks, and so on."""
-    batch, height, _, channels = x.shape
-    sizes = (height // prod(strides), *reversed(strides))
-    n = len(sizes)
-    pairs = [axis for k in range(n) for axis in (1 + k, 1 + n + k)]
-    return x.reshape(batch, *sizes, *sizes, channels).transpose(0, *pairs, 2 * n + 1).reshape(batch, -1, channels)
+    strides[0]^2 pixels is consecutive, so is the second's block of strides[1]^2 such blocks, and so on.
+
+    Stride by stride: XLA compiles one transposition of all axes into gigabytes of code.
+    """
+    batch, side, _, channels = x.shape
+    for stride in strides:
+        side //= stride
+        x = x.reshape(batch, side, stride, side, stride, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, -1, channels)
 
 
 def by_pixels(x: Float[Array, "B N C"], strides: Sequence[int], side: int) -> Float[Array, "B H W C"]:
     """The inverse of by_blocks; side: of the image in coarsest blocks."""
     batch, _, channels = x.shape
-    sizes = (side, *reversed(strides))
-    n, height = len(sizes), side * prod(strides)
-    rows, columns = range(1, 2 * n + 1, 2), range(2, 2 * n + 1, 2)
-    blocks = x.reshape(batch, *(size for size in sizes for _ in range(2)), channels)
-    return blocks.transpose(0, *rows, *columns, 2 * n + 1).reshape(batch, height, height, channels)
+    for stride in reversed(strides):
+        x = x.reshape(batch, side, side, stride, stride, -1).transpose(0, 1, 3, 2, 4, 5)
+        side *= stride
+    return x.reshape(batch, side, side, channels)
 
 
 @jax.custom_vjp
