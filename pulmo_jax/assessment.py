@@ -24,6 +24,7 @@ from pulmo_jax.run_report import (
     assessment_sections,
     calibration_sections,
     citations,
+    distance_sections,
     example_views,
     named,
     summary,
@@ -42,20 +43,25 @@ def assess_and_report(
     console: Console,
     training: Mapping[str, Any] | None = None,
     validation: Sequence[ImageRef] = (),
+    caveats: Sequence[str] = (),
 ) -> None:
     """Test where there is something to test on; metrics.json, metrics.md, figures/ and report.html in any case.
 
     training, validation: facts and validation images of the training that has just ended, for its own report.
+    caveats: what must be known of it.
     """
     reader = Reader(run.config.data.max_image_mb)
     metrics: dict[str, Any] = {"training": dict(training)} if training else {}
     metrics["calibration"] = describe_calibration(run)
-    warnings = [threshold.warning for threshold in thresholds(run) if threshold.warning]
+    warnings = [*caveats, *(threshold.warning for threshold in thresholds(run) if threshold.warning)]
+    for caveat in caveats:
+        console.print(f"warning: {caveat}", highlight=False)
     labelled = None if data is None else labelled_images(run.config, run.scorer.how, data, reader)
     sections = [
         *training_sections(run, out_dir, training or {}),
         *calibration_sections(run, out_dir),
         *validation_sections(run, validation, options.examples, reader, out_dir),
+        *(distance_sections(run, validation, reader, out_dir) if validation else []),
     ]
     if labelled is not None:
         refs, truth_of = labelled

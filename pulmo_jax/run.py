@@ -27,7 +27,7 @@ from pulmo_jax.inference.outputs import write_json, write_text
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
 from pulmo_jax.training.checkpoint import MANIFEST, Checkpoints, DamagedError
-from pulmo_jax.training.state import init_state
+from pulmo_jax.training.state import TrainState, init_state, learnt
 from pulmo_jax.types import InputError
 
 PACKAGES = (
@@ -65,6 +65,12 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
 
     plugins: packages that may be imported for it. The run's own list is not trusted.
     """
+    config, how, method, state, step = load_run(path, plugins)
+    return Run(path, config, make_scorer(config, method, learnt(method, state), how), load_calibrations(path), step)
+
+
+def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Preprocessing, Method, TrainState, int]:
+    """A finished run as training left it: config, preprocessing, method, state, step."""
     step = finished_step(path)
     config = load_config(path).model_copy(update={"plugins": plugins})
     how = Preprocessing.load(path / "preprocessing.json")
@@ -77,7 +83,7 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
             f"{error}\nThe thresholds are for that checkpoint alone; train resume=true hydra.run.dir={path} goes on "
             "from one that is whole, and calibrates anew"
         ) from error
-    return Run(path, config, make_scorer(config, method, state.ema, how), load_calibrations(path), step)
+    return config, how, method, state, step
 
 
 def finish(run: Path, step: int) -> None:

@@ -5,15 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from pulmo_jax.data.images import ImageRef, Reader
+from pulmo_jax.data.pipeline import ReadPatches
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.calibration import Threshold
 from pulmo_jax.evaluation.detection import find_detections
+from pulmo_jax.evaluation.distance_law import chi_squared_p_value, hotelling_p_value
 from pulmo_jax.evaluation.metrics import Estimate, PixelMetrics, image_metrics
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, choose_examples
+from pulmo_jax.methods.patch_gaussian import PatchGaussian
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.callbacks import PROFILE_FIGURE
 from pulmo_jax.reporting.examples import Example, View, reconstructions, score_maps, view
@@ -22,6 +26,8 @@ from pulmo_jax.reporting.tables import Table, metrics_tables
 from pulmo_jax.run import Run, thresholds
 from pulmo_jax.training.callbacks import read_metrics
 
+LAW_IMAGES, TILES_AT_ONCE = 32, 16  # for the figure of distances
+
 
 def named(run: Run, name: str) -> str:
     """A score's name for people: the run's for its method."""
@@ -29,16 +35,18 @@ def named(run: Run, name: str) -> str:
 
 
 def training_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[Section]:
-    """Losses; and, of the training that has just ended (its facts in `training`), where the time went."""
+    """Losses of a method that descends; and, of the training that has just ended (its facts in `training`), where the time went."""
     rows, folder = read_metrics(run.path / "metrics.jsonl"), out_dir / "figures"
     if not rows:
         return []
-    drawn = [figures.save(figures.loss_curves(rows), folder, "loss_curves")]
+    descends = any("train/loss" in row for row in rows)
+    drawn = [figures.save(figures.loss_curves(rows), folder, "loss_curves")] if descends else []
     if "seconds" in training:
         drawn.append(figures.save(figures.time_shares(training["seconds"]), folder, "time_shares"))
     profile = run.path / "figures" / f"{PROFILE_FIGURE}.png"
     drawn += [profile] if profile.is_file() else []
-    return [Section("Training", f"Parameters of step {run.step}, which has the lowest validation loss.", drawn, [])]
+    how = f"Parameters of step {run.step}, which has the lowest validation loss." if descends else "One pass."
+    return [Section("Training", how, drawn, [])]
 
 
 def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
@@ -65,6 +73,45 @@ def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: 
     }
     paths = [figures.save(figure, out_dir / "figures", name) for name, figure in drawn.items()]
     return [Section("Validation images", "Normal, not trained on.", paths)]
+
+
+def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_dir: Path) -> list[Section]:
+    """How far the windows of normal images, held out from the fit, are from the Gaussian's mean."""
+    method = run.scorer.method
+    if not isinstance(method, PatchGaussian):
+        return []
+    picked = [refs[i] for i in np.unique(np.linspace(0, len(refs) - 1, min(LAW_IMAGES, len(refs))).astype(int))]
+    distance, n = window_distances(method, run, picked, reader), float(run.scorer.params["gaussian"].n.min())
+    nominal, d = np.geomspace(1e-4, 0.5, 24), method.dimensions
+    laws = {"chi-squared": chi_squared_p_value(distance, d)}
+    if n > d:
+        laws["Hotelling"] = hotelling_p_value(distance, d, n)
+    observed = {name: (p <= nominal[:, None]).mean(1) for name, p in laws.items()}
+    figure = figures.distance_law(np.sort(distance), d, nominal, observed)
+    text = (
+        f"{distance.size} windows of {len(picked)} normal images that the fit has not seen, against what Gaussian data "
+        f"would give: {d} dimensions, learnt from {n:.0f} windows{'' if method.locations == 'pooled' else ' a place'}. "
+        "Where the curve is above the diagonal, p-values of theory promise too few false alarms; the thresholds are "
+        "from the calibration, which assumes no law."
+    )
+    return [Section("Distances of normal windows", text, [figures.save(figure, out_dir / "figures", "distances")], [])]
+
+
+def window_distances(method: PatchGaussian, run: Run, refs: Sequence[ImageRef], reader: Reader) -> np.ndarray:
+    """Squared Mahalanobis distances of the windows that lie in the foreground, of tiles side by side."""
+    read, size = ReadPatches(list(refs), run.scorer.how, reader), run.scorer.how.patch_size
+    measure = jax.jit(lambda params, batch, inside: (method.distances(params, batch), method.whole(inside)))
+    found = []
+    for i, ref in enumerate(refs):
+        height, width = (size, size) if run.scorer.how.resize else ref.shape[:2]
+        ys, xs = range(0, max(height - size, 0) + 1, size), range(0, max(width - size, 0) + 1, size)
+        cells = np.array([(i, y, x) for y in ys for x in xs])
+        for first in range(0, len(cells), TILES_AT_ONCE):
+            some = np.resize(cells[first : first + TILES_AT_ONCE], (TILES_AT_ONCE, 3))  # repeated: one shape to compile
+            distance, whole = map(np.asarray, measure(run.scorer.params, *read.with_inside(some)))
+            count = min(TILES_AT_ONCE, len(cells) - first)
+            found.append(distance[:count][whole[:count]])
+    return np.concatenate(found)
 
 
 def shown(threshold: Threshold) -> str:

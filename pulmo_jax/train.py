@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,27 @@ from rich.console import Console
 
 from pulmo_jax import cli
 from pulmo_jax.assessment import assess_and_report, labelled_images
-from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build, check_paths
+from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build, check_paths, find_target
 from pulmo_jax.data import lung_ct
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
-from pulmo_jax.data.pipeline import (
-    Augmentation,
-    Batches,
-    CellBatches,
-    ReadPatches,
-    evenly,
-    iterate,
-    training_batches,
-)
-from pulmo_jax.data.samples import cache_folder, fetch_lung_ct
-from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
-from pulmo_jax.data.scratch import DecodedReader, Scratch
-from pulmo_jax.data.splits import split_by_group
+from pulmo_jax.data.images import Reader
+from pulmo_jax.data.pipeline import evenly, iterate
+from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.outputs import write_json
 from pulmo_jax.lock import claim
-from pulmo_jax.methods.base import Method
+from pulmo_jax.methods.base import Method, OnePass
+from pulmo_jax.normal_images import (
+    NormalData,
+    describe_images,
+    files_of_batch,
+    patch_reader,
+    read_normal_images,
+    shuffled,
+    single_pass,
+    validation_patches,
+)
+from pulmo_jax.pretrained import Pretrained, open_base, start_from, with_base
 from pulmo_jax.resources import require, running_out_names
 from pulmo_jax.run import (
     Run,
@@ -58,7 +58,7 @@ from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Callback, Start
 from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
-from pulmo_jax.training.state import Metrics, TrainState, init_state, make_step
+from pulmo_jax.training.state import Metrics, TrainState, init_state, learnt, make_pass, make_step
 from pulmo_jax.types import InputError
 
 EXAMPLE_PATCHES = 8  # that the figures of a run in progress show
@@ -75,17 +75,6 @@ writes RUN/report.html.
 """
 
 
-@dataclass(frozen=True)
-class NormalData:
-    """The images that a run learns from and calibrates on, each read once."""
-
-    training: Scan
-    validation: Scan
-    sampling: Sampling
-    how: Preprocessing
-    skipped: list[Skipped]
-
-
 def train(config: TrainConfig, run_dir: Path) -> float:
     """The whole job; returns the best validation loss, which a sweep may minimise."""
     began = time.monotonic()
@@ -94,30 +83,39 @@ def train(config: TrainConfig, run_dir: Path) -> float:
     with workplace(run_dir) as (folder, console):
         config, citation = with_images(config, run_dir, console)
         refuse_or_resume(run_dir, config.resume)
+        base = open_base(config)
+        config = with_base(config, base)
         callbacks = build_callbacks(config)
         mesh = devices.all_devices(config.trainer.batch_size)
         reader = Reader(config.data.max_image_mb)
-        data = read_normal_images(config.data, config.seed, reader, console)
+        require_one_frame(config)
+        stride = config.data.patch_size // (1 if sees_once(config) else 2)
+        data = read_normal_images(config.data, config.seed, reader, console, stride, base.how if base else None)
         if (test := labelled_data(config.data)) is not None:
             labelled_images(config, data.how, test, reader)  # what is wrong with them is said before training
         method, optimizer = build_method(config, data.how), build_optimizer(config)
-        identity = identify(config, data)
-        state, before = restore_last(run_dir / "checkpoints", init_state(method, optimizer), identity, console)
+        one_pass = isinstance(method, OnePass)
+        identity = identify(config, data, base)
+        fresh = start_from(init_state(method, optimizer), config, data, base)
+        state, before = restore_last(run_dir / "checkpoints", fresh, identity, console)
         write_records(folder, config, data, citation)
         say(console, data, run_dir)
         patches = validation_patches(config, data, reader)
+        read = patch_reader(config.data, data, reader, console)
+        batches = (single_pass if one_pass else shuffled)(config, data, read)
+        steps = len(batches) if one_pass else config.trainer.steps
         ready = time.monotonic()
 
         remedy = less_memory(config)
         with (
             Checkpoints(folder / "checkpoints", read_only=not devices.is_first()) as checkpoints,
-            closing(make_batches(config, data, reader, int(state.step), console)) as rows,
+            closing(iterate(batches, int(state.step), **how_to_read(config.data))) as rows,
             running_out_names("training", remedy),
         ):
             start = Start(
                 run_dir=folder,
                 step=int(state.step),
-                steps=int(state.step) if before.stopped else config.trainer.steps,
+                steps=int(state.step) if before.stopped else steps,
                 batch_size=config.trainer.batch_size,
                 console=console,
                 checkpoints=checkpoints,
@@ -128,8 +126,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
                 files_of=lambda step: files_of_batch(config, data, step - 1),
             )
             state = devices.on_all(state, mesh)
-            step = make_step(method, optimizer, config.trainer.ema_decay, config.seed, devices.everywhere(mesh))
-            compiled = compile_step(step, state, config, data.how, mesh, remedy)
+            compiled = compile_step(method, optimizer, state, config, data.how, mesh, remedy)
             begins = time.monotonic()
             outcome = fit(
                 state,
@@ -139,7 +136,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
                 callbacks,
                 start,
                 log_every=config.trainer.log_every,
-                validate_every=config.trainer.validate_every,
+                validate_every=steps if one_pass else config.trainer.validate_every,
                 agreed=devices.agreed,
             )
             stop_if_interrupted(outcome, run_dir, console)
@@ -148,10 +145,11 @@ def train(config: TrainConfig, run_dir: Path) -> float:
                 return math.nan  # the first process alone knows the best
             best, record, damaged = checkpoints.restore_best(devices.here(outcome.state))
         tell_damage(damaged, console)
+        caveats = method.caveats(best.params) if isinstance(method, OnePass) else ()
         assert record.val_loss is not None  # the best of those that have one
         trained = time.monotonic()
 
-        scorer = make_scorer(config, method, best.ema, data.how)
+        scorer = make_scorer(config, method, learnt(method, best), data.how)
         calibrations = calibrate(
             scorer,
             data.validation.images,
@@ -184,6 +182,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
             console,
             training=facts,
             validation=data.validation.images,
+            caveats=caveats,
         )
         console.print(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}", highlight=False)
     return record.val_loss
@@ -242,71 +241,6 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
     return callbacks
 
 
-def read_normal_images(data: DataConfig, seed: int, reader: Reader, console: Console) -> NormalData:
-    """List, split, decode every image once, and fit the normalisation."""
-    assert data.train is not None  # with_images saw to it
-    options: dict[str, Any] = {
-        "masks": data.foreground,
-        "group_regex": data.group_regex,
-        "max_image_mb": data.max_image_mb,
-        "require_masks": data.foreground is not None,
-    }
-    refs, skipped = index_images(data.train, **options)
-    val_refs, val_skipped = index_images(data.val, **options) if data.val is not None else ([], [])
-    settle([*skipped, *val_skipped], data.on_error, console)
-    if not refs or (data.val is not None and not val_refs):
-        raise InputError(f"{data.train if not refs else data.val}: none of its images can be read")
-    refs, odd = alike(refs, refs[0])
-    val_refs, val_odd = alike(val_refs, refs[0])
-    settle([*odd, *val_odd], data.on_error, console)
-    if data.val is None:
-        refs, val_refs = split_by_group(refs, data.val_fraction, seed)
-    stride = data.stride or data.patch_size // 2
-    sampling = Sampling(data.patch_size, stride, data.min_foreground, data.foreground_range, data.resize)
-    training = scan_images(refs, sampling, reader, cli.tracker(console, "reading training images"))
-    settle(training.skipped, data.on_error, console)
-    validation = scan_images(val_refs, sampling, reader, cli.tracker(console, "reading validation images"))
-    settle(validation.skipped, data.on_error, console)
-    how = fit_preprocessing(training, sampling, data.normalize, data.value_range, data.percentiles, data.clip)
-    unused = [*skipped, *val_skipped, *odd, *val_odd, *training.skipped, *validation.skipped]
-    return NormalData(training, validation, sampling, how, unused)
-
-
-def alike(refs: list[ImageRef], first: ImageRef) -> tuple[list[ImageRef], list[Skipped]]:
-    """Those with the bands and depth of `first`, and the others with the reason."""
-    odd = [
-        Skipped(
-            ref.name,
-            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but {first.name} has {first.shape[2]} of {first.dtype}; "
-            "all images of a run must be alike: convert the files",
-        )
-        for ref in refs
-        if ref.shape[2] != first.shape[2] or not same_scale(ref.dtype, first.dtype)
-    ]
-    names = {skipped.name for skipped in odd}
-    return [ref for ref in refs if ref.name not in names], odd
-
-
-def settle(skipped: list[Skipped], on_error: str, console: Console) -> None:
-    """Files that cannot be used stop the run, or are named and left out, as the config says."""
-    if skipped and on_error == "stop":
-        more = f"\n({len(skipped) - 1} more; data.on_error=skip leaves such files out)" if len(skipped) > 1 else ""
-        hint = "" if more else "\nRepair or remove it, or leave such files out with data.on_error=skip."
-        raise InputError(skipped[0].reason.splitlines()[0] + more + hint)
-    for file in skipped:
-        console.print(f"left out: {file.reason}", markup=False, highlight=False)
-
-
-def describe_images(data: NormalData) -> dict[str, Any]:
-    """What was trained on, calibrated on and left out, for the run's records."""
-    return {
-        "training": [ref.title for ref in data.training.images],
-        "validation": [ref.title for ref in data.validation.images],
-        "skipped": [asdict(file) for file in data.skipped],
-        "training_patches": len(data.training.cells),
-    }
-
-
 def say(console: Console, data: NormalData, run_dir: Path) -> None:
     console.print(
         f"{len(data.training.images)} training images with {len(data.training.cells)} patches of "
@@ -316,36 +250,7 @@ def say(console: Console, data: NormalData, run_dir: Path) -> None:
     )
 
 
-def make_batches(config: TrainConfig, data: NormalData, reader: Reader, start: int, console: Console) -> Batches:
-    """Training batches from number `start` on; of several processes each reads its own share."""
-    images, loading = data.training.images, config.data
-    folder = loading.cache or cache_folder()
-    if loading.resize and loading.decoded_mb:  # what is kept of an image is small: what it is shrunk to
-        shape = (loading.patch_size, loading.patch_size, data.how.channels)
-        shrunk = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder)
-        read = ReadPatches(images, data.how, reader, shrunk)
-    else:
-        decoded = DecodedReader(reader, images, loading.decoded_mb, folder)
-        read = ReadPatches(images, data.how, decoded)
-        if not decoded.fits and loading.decoded_mb:
-            console.print(
-                f"note: {decoded.needed_mb:.0f} MiB of decoded images are more than data.decoded_mb="
-                f"{loading.decoded_mb}; each patch is decoded anew, which is slower",
-                highlight=False,
-            )
-    dataset = training_batches(
-        data.training.cells,
-        read,
-        Augmentation(data.sampling.stride // 2 if loading.augment else 0, symmetries=loading.augment),
-        batch_size=config.trainer.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return iterate(dataset, start, threads=loading.threads, prefetch=loading.prefetch, workers=loading.workers)
-
-
-def identify(config: TrainConfig, data: NormalData) -> dict[str, Any]:
+def identify(config: TrainConfig, data: NormalData, base: Pretrained | None) -> dict[str, Any]:
     """What a resumed run must share with the run that it goes on with, in comparable form."""
     cells = hashlib.sha256(data.training.cells.tobytes())
     for ref in data.training.images:
@@ -360,6 +265,7 @@ def identify(config: TrainConfig, data: NormalData) -> dict[str, Any]:
         "optimizer": config.optimizer,
         "training patches": cells.hexdigest(),
         "preprocessing": hashlib.sha256(repr(data.how).encode()).hexdigest(),
+        **({"method.base_run": base.digest} if base else {}),
     }
 
 
@@ -397,9 +303,19 @@ def write_records(folder: Path, config: TrainConfig, data: NormalData, citation:
     write_json(folder / "run.json", {"citation": citation, **provenance()})
 
 
-def files_of_batch(config: TrainConfig, data: NormalData, number: int) -> list[str]:
-    cells = CellBatches(data.training.cells, config.trainer.batch_size, config.seed)[number]
-    return [data.training.images[i].title for i in np.unique(cells[:, 0])]
+def require_one_frame(config: TrainConfig) -> None:
+    """A Gaussian at each place needs the same places in every image."""
+    if config.method.get("locations") == "each" and not config.data.resize:
+        raise InputError(
+            "method.locations=each needs data.resize=true: aligned images are then shrunk to data.patch_size, whatever "
+            "their size, and a place is the same in all; for images that are not aligned take method.locations=pooled"
+        )
+
+
+def sees_once(config: TrainConfig) -> bool:
+    """Whether the method counts every patch once: patches then need not overlap."""
+    target = find_target(config.method, "method", config.plugins)
+    return isinstance(target, type) and issubclass(target, OnePass)
 
 
 def less_memory(config: TrainConfig) -> str:
@@ -410,11 +326,16 @@ def less_memory(config: TrainConfig) -> str:
 
 
 def compile_step(
-    step: Any, state: TrainState, config: TrainConfig, how: Preprocessing, mesh: Mesh, remedy: str
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    method: Method, optimizer: Any, state: TrainState, config: TrainConfig, how: Preprocessing, mesh: Mesh, remedy: str
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The program of the step. Raises InputError where it and the batches read ahead do not fit into memory."""
     shape = (config.trainer.batch_size, how.patch_size, how.patch_size, how.channels)
-    batch = jax.ShapeDtypeStruct(shape, np.float32, sharding=devices.rows(mesh))
+    batch: Any = jax.ShapeDtypeStruct(shape, np.float32, sharding=devices.rows(mesh))
+    if isinstance(method, OnePass):
+        step: Any = make_pass(method, devices.everywhere(mesh))
+        batch = batch, jax.ShapeDtypeStruct(shape[:3], bool, sharding=devices.rows(mesh))
+    else:
+        step = make_step(method, optimizer, config.trainer.ema_decay, config.seed, devices.everywhere(mesh))
     program = step.lower(state, batch).compile()
     analysis = program.memory_analysis()
     on_host = math.prod(shape) * 4 // jax.process_count() * (config.data.prefetch + 2)
@@ -423,16 +344,14 @@ def compile_step(
     return program
 
 
-def reconstruction(method: Method) -> Callable[[Any, np.ndarray], np.ndarray]:
+def how_to_read(loading: DataConfig) -> dict[str, int]:
+    return {"threads": loading.threads, "prefetch": loading.prefetch, "workers": loading.workers}
+
+
+def reconstruction(method: Method) -> Callable[[TrainState, np.ndarray], np.ndarray]:
     """Of patches that one process looks at by itself."""
-    reconstruct = jax.jit(method.reconstruct)
-    return lambda params, patches: np.asarray(reconstruct(devices.here(params), patches))
-
-
-def validation_patches(config: TrainConfig, data: NormalData, reader: Reader) -> np.ndarray:
-    """(n, P, P, C): the fixed patches on which the validation loss is measured."""
-    read = ReadPatches(data.validation.images, data.how, reader)
-    return read(evenly(data.validation.cells, config.trainer.validation_patches))
+    reconstruct = jax.jit(lambda state, patches: method.reconstruct(learnt(method, state), patches))
+    return lambda state, patches: np.asarray(reconstruct(devices.here(state), patches))
 
 
 def make_validation(
@@ -444,11 +363,11 @@ def make_validation(
     batches = devices.on_all(whole.reshape(-1, size, *patches.shape[1:]), mesh)
 
     @jax.jit
-    def mean_loss(params: Any, batches: jax.Array) -> jax.Array:
-        keys = jax.random.split(jax.random.key(seed), len(batches))
+    def mean_loss(state: TrainState, batches: jax.Array) -> jax.Array:
+        params, keys = learnt(method, state), jax.random.split(jax.random.key(seed), len(batches))
         return jax.lax.map(lambda item: method.train_loss(params, *item), (batches, keys)).mean()
 
-    return lambda state: float(mean_loss(state.ema, batches))
+    return lambda state: float(mean_loss(state, batches))
 
 
 def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> None:

@@ -68,10 +68,13 @@ class Moments(NamedTuple):
     comoment: Float[Array, "P P"]
 
 
-def moments(samples: Float[Array, "T P"]) -> Moments:
-    mean = samples.sum(0) / max(len(samples), 1)
+def moments(samples: Float[Array, "T P"], weights: Float[Array, "T"] | None = None) -> Moments:
+    """weights: of each sample, 1 by default; their sum is n."""
+    w = jnp.ones(len(samples), samples.dtype) if weights is None else weights
+    n = w.sum()
+    mean = w @ samples / jnp.where(n > 0, n, 1)
     deviations = samples - mean
-    return Moments(jnp.asarray(len(samples), samples.dtype), mean, deviations.T @ deviations)
+    return Moments(n, mean, (w[:, None] * deviations).T @ deviations)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -81,6 +84,24 @@ def merge(a: Moments, b: Moments) -> Moments:
     step = b.mean - a.mean
     comoment = a.comoment + b.comoment + a.n * share * jnp.outer(step, step)
     return Moments(n, a.mean + share * step, comoment)
+
+
+def add_at_places(of: Moments, samples: Float[Array, "N B P"], weights: Float[Array, "N B"], at_once: int) -> Moments:
+    """The moments of N places, each with its own B samples more. Worked on `at_once` places at a time, in the memory
+    that `of` has where the caller gives it away."""
+    n = len(samples)
+    size = int(np.clip(at_once, 1, n))
+
+    def add_some(i: Array, state: Moments) -> Moments:
+        start = jnp.minimum(i * size, n - size)
+        new = jnp.arange(size) + start >= i * size  # the last part begins early, to be as large as the others
+        some, x, w = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), (state, samples, weights)
+        )
+        more = jax.vmap(lambda m, x, w: merge(m, moments(x, w)))(some, x, w * new[:, None])
+        return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0), state, more)
+
+    return jax.lax.fori_loop(0, -(-n // size), add_some, of)
 
 
 def covariance(of: Moments) -> Float[Array, "P P"]:

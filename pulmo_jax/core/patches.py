@@ -6,9 +6,10 @@ on, as its flat index y W + x, so that every pixel of every patch is one sum of 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def disc(radius: float) -> Int[np.ndarray, "P 2"]:
@@ -87,3 +88,24 @@ def gather_pairs(
     pair = lags.pair_lag * products.shape[1] + flat[lags.pair_first]
     index = locations[..., None, None] + jnp.asarray(pair, locations.dtype)
     return products.reshape(-1).at[index].get(mode="promise_in_bounds")
+
+
+def windows(maps: Shaped[Array, "B H W C"], side: int, stride: int) -> Shaped[Array, "B R S P"]:
+    """Square windows of `side` on a grid of `stride`, from the first pixel on: their side^2 C numbers, row by row."""
+    if side == 1:
+        return maps[:, ::stride, ::stride]
+    height, width = (length - side + 1 for length in maps.shape[1:3])
+    parts = [maps[:, dy : dy + height : stride, dx : dx + width : stride] for dy in range(side) for dx in range(side)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def whole_windows(inside: Bool[Array, "B H W"], side: int, stride: int) -> Bool[Array, "B R S"]:
+    """Which of the windows lie inside with every pixel."""
+    window, strides = (1, side, side), (1, stride, stride)
+    return jax.lax.reduce_window(inside, True, jax.lax.bitwise_and, window, strides, "VALID")
+
+
+def between_windows(count: int, side: int, stride: int, size: int) -> Float[np.ndarray, "H R"]:
+    """Weights that interpolate what is known at the middles of `count` windows to `size` pixels; constant beyond."""
+    middles = np.arange(count) * stride + (side - 1) / 2
+    return np.stack([np.interp(np.arange(size), middles, one) for one in np.eye(count)], axis=1)

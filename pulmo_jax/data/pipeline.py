@@ -1,4 +1,4 @@
-"""The one Grain chain: cells -> shuffle -> batch -> read, preprocess and augment -> prefetch.
+"""The one Grain chain: cells -> shuffle -> batch -> read, preprocess and augment -> prefetch; or every cell once.
 
 Batches are formed inside the MapDataset, so batch k is a function of (seed, k) alone: it does not depend on threads or
 workers, and resuming is a slice. What is done to a batch is done to all of its patches at once: on two cores that
@@ -14,18 +14,20 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 from absl import flags
 from absl import logging as absl_logging
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from pulmo_jax.core.tiling import cut
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.scratch import Scratch
-from pulmo_jax.data.transforms import Preprocessing, flip_and_turn, preprocess, resize_bands
+from pulmo_jax.data.transforms import Preprocessing, finite, flip_and_turn, preprocess, resize_bands
 from pulmo_jax.types import InputError, Window
 
 absl_logging.set_verbosity(absl_logging.ERROR)  # on import Grain warns of a profiler that is not used here
 import grain.python as grain  # noqa: E402
 
-Batches = grain.DatasetIterator  # of (B, P, P, C) float32
+MapDataset = grain.MapDataset
+Batches = grain.DatasetIterator  # of (B, P, P, C) float32, or of these and (B, P, P) bool
+WHOLE = 0.999  # of a shrunk pixel that is foreground, roundings aside
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,21 @@ class ReadPatches:
         patches, insides = zip(*(self._cut(*cell) for cell in cells.tolist()), strict=True)
         inside = None if insides[0] is None else turned(insides, turns)
         return preprocess(turned(patches, turns), inside, self.how)
+
+    def with_inside(self, cells: Int[np.ndarray, "B 3"]) -> tuple[np.ndarray, Bool[np.ndarray, "B P P"]]:
+        """The patches, and which of their pixels are a number, foreground, and not beyond the image's end."""
+        return self(cells), np.stack([self._inside(*cell) for cell in cells.tolist()])
+
+    def _inside(self, image: int, y: int, x: int) -> Bool[np.ndarray, "P P"]:
+        ref, size = self.images[image], self.how.patch_size
+        window = None if self.how.resize else Window(y, x, min(size, ref.shape[0] - y), min(size, ref.shape[1] - x))
+        foreground = self.reader.foreground(ref, window)
+        inside = np.ones(window[2:] if window else ref.shape[:2], bool) if foreground is None else foreground
+        if not np.issubdtype(ref.dtype, np.integer):
+            inside = inside & finite(self.reader.image(ref, window))
+        if self.how.resize:
+            return resize_bands(inside[..., None].astype(np.float32), size, size)[..., 0] > WHOLE
+        return np.pad(inside, [(0, size - length) for length in inside.shape])
 
     def _cut(self, image: int, y: int, x: int) -> tuple[np.ndarray, np.ndarray | None]:
         ref, size = self.images[image], self.how.patch_size
@@ -155,12 +172,59 @@ def training_batches(
 
     Side by side the shares are the batch of one process, to the last bit.
     """
-    if batch_size % process_count:
-        raise InputError(f"trainer.batch_size={batch_size} cannot be divided by {process_count} processes")
-    share = batch_size // process_count
+    share = shares(batch_size, process_count)
     rows = slice(process_index * share, (process_index + 1) * share)
     batches = cast(grain.RandomAccessDataSource, CellBatches(cells, batch_size, seed))
     return grain.MapDataset.source(batches).seed(seed).random_map(ReadBatch(read, augmentation, rows))
+
+
+@dataclass(frozen=True)
+class CellsInOrder:
+    """Element k is the cells (B, 3) of batch k of one pass, the last one shorter."""
+
+    cells: Int[np.ndarray, "N 3"]
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.cells) // self.batch_size)
+
+    def __getitem__(self, k: int) -> Int[np.ndarray, "B 3"]:
+        return self.cells[k * self.batch_size : (k + 1) * self.batch_size]
+
+
+@dataclass(frozen=True)
+class ReadOnce(grain.MapTransform):
+    """Some rows of a batch and their pixels that count; where the batch ends early, rows without any."""
+
+    read: ReadPatches
+    rows: slice
+
+    def map(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, element: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        cells, size = np.array(element)[self.rows], self.read.how.patch_size
+        shape = (self.rows.stop - self.rows.start, size, size)
+        patches, inside = np.zeros((*shape, self.read.how.channels), np.float32), np.zeros(shape, bool)
+        if len(cells):
+            patches[: len(cells)], inside[: len(cells)] = self.read.with_inside(cells)
+        return patches, inside
+
+
+def every_patch_once(
+    cells: Int[np.ndarray, "N 3"], read: ReadPatches, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> grain.MapDataset:
+    """Batches of (patches (B, P, P, C), inside (B, P, P)) in the order of the images, or a process's share of each."""
+    share = shares(batch_size, process_count)
+    rows = slice(process_index * share, (process_index + 1) * share)
+    batches = cast(grain.RandomAccessDataSource, CellsInOrder(cells, batch_size))
+    return grain.MapDataset.source(batches).map(ReadOnce(read, rows))
+
+
+def shares(batch_size: int, processes: int) -> int:
+    """Rows of a batch for each process. Raises InputError where they do not come out even."""
+    if batch_size % processes:
+        raise InputError(f"trainer.batch_size={batch_size} cannot be divided by {processes} processes")
+    return batch_size // processes
 
 
 def iterate(dataset: grain.MapDataset, start: int, *, threads: int, prefetch: int, workers: int = 0) -> Batches:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from pulmo_jax.data.transforms import Preprocessing, brightness, finite
-from pulmo_jax.methods.autoencoder import smooth_within
+from pulmo_jax.methods.score_maps import smooth_within
 
 LOCAL_MEAN_PX = 4.0  # the default smoothing of the autoencoder's score
 

@@ -17,15 +17,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
-from scipy.ndimage import gaussian_filter
 
 from pulmo_jax.core.ssim import ssim_map
 from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.score_maps import ImageStatistic, image_statistic, smooth_within, smoothing_radius
 
 Loss = Literal["l2", "l1", "ssim"]
 Score = Literal["local_mean", "l2", "l1", "ssim"]
-ImageScore = Literal["max", "mean", "top1"]
-MIN_WEIGHT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Autoencoder:
     ] = "local_mean"
     smooth_px: Annotated[float, Field(ge=0, description="sigma of the score's Gaussian smoothing")] = 4.0
     image_statistic: Annotated[
-        ImageScore,
+        ImageStatistic,
         Field(description="an image's score: its highest pixel, the mean of all, or the mean of its top 1 %"),
     ] = "max"
     noise_sigma: Annotated[float, Field(ge=0, description="sd of the noise to remove; 0: plain autoencoder")] = 0.2
@@ -81,18 +79,7 @@ class Autoencoder:
         return np.where(foreground, total / bands, np.float32(np.nan))
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        if self.image_statistic == "top1":
-            values = scores[np.isfinite(scores)]
-            keep = max(1, values.size // 100)
-            return float(np.partition(values, -keep)[-keep:].mean(dtype=np.float64)) if values.size else float("nan")
-        highest, total, count = -np.inf, 0.0, 0
-        for row in scores:  # one by one: a copy of the finite ones of a large image would be as large again
-            values = row[np.isfinite(row)]
-            highest = max(highest, values.max(initial=-np.inf))
-            total, count = total + values.sum(dtype=np.float64), count + values.size
-        if count == 0:
-            return float("nan")
-        return float(highest if self.image_statistic == "max" else total / count)
+        return image_statistic(scores, self.image_statistic)
 
 
 def difference(
@@ -113,24 +100,3 @@ def coarse_noise(key: Key[Array, ""], shape: tuple[int, ...], cell_px: int) -> F
     batch, height, width, channels = shape
     grid = (batch, -(-height // cell_px), -(-width // cell_px), channels)
     return jax.image.resize(jax.random.normal(key, grid), shape, "linear")
-
-
-def smooth_within(
-    maps: Float[np.ndarray, "H W M"], foreground: Bool[np.ndarray, "H W"], sigma_px: float
-) -> Float[np.ndarray, "H W M"]:
-    """Gaussian smoothing that neither leaks in from the background nor fades towards it (normalised convolution,
-    Knutsson & Westin 1993)."""
-    values = maps if foreground.all() else np.where(foreground[..., None], maps, np.float32(0))
-    if sigma_px == 0:
-        return values
-    radius = smoothing_radius(sigma_px)
-    smooth = gaussian_filter(values, sigma_px, axes=(0, 1), radius=radius)
-    if values is maps:  # the weight is 1 at every pixel
-        return smooth
-    weight = gaussian_filter(foreground.astype(np.float32), sigma_px, radius=radius)
-    return smooth / np.maximum(weight, MIN_WEIGHT)[..., None]
-
-
-def smoothing_radius(sigma_px: float) -> int:
-    """Where the Gaussian is cut off, px."""
-    return int(4 * sigma_px + 0.5)

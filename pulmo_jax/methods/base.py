@@ -49,3 +49,21 @@ class Method(Protocol):
     def image_score(self, scores: Float[ndarray, "H W"]) -> float:
         """One number for an image from its score map; NaN where nothing was scored."""
         ...
+
+
+@runtime_checkable
+class OnePass(Protocol):
+    """A `Method` that does not descend but counts: it sees every training patch once, and then knows its parameters.
+
+    `init` gives what is counted, of nothing yet; `finish` makes of it what all other functions take as `params`.
+    """
+
+    def update(self, params: Params, batch: Float[Array, "B P P C"], inside: Bool[Array, "B P P"]) -> Params:
+        """With a batch; inside: the pixels that count, none of a patch that only fills the batch."""
+        ...
+
+    def finish(self, params: Params) -> Params: ...
+
+    def caveats(self, params: Params) -> tuple[str, ...]:
+        """What must be known of what was counted. Raises InputError where nothing can be made of it."""
+        ...

@@ -95,6 +95,7 @@ class ConvAutoencoder(nnx.Module):
             bool, Field(description="recompute activations in the backward pass: less memory, more time")
         ] = False,
     ):
+        self.patch_size, self.channels = patch_size, channels
         self.strides = tuple(strides_for(patch_size))
         self.features = tuple(width * min(2**i, 4) for i in range(len(self.strides)))
         self.dtype, self.remat = dtype, remat
@@ -118,14 +119,23 @@ class ConvAutoencoder(nnx.Module):
             x = nnx.silu(self._apply(layer, x))
         return self._apply(self.to_latent, x.reshape(batch, -1))
 
+    def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]:
+        """What each layer of the encoder gives, finest first, float32."""
+        batch, x = x.shape[0], by_blocks(x, self.strides)
+        maps = []
+        for i, layer in enumerate(self.down):
+            x = nnx.silu(self._apply(layer, x))
+            blocks = x.reshape(batch, -1, self.features[i])
+            maps.append(by_pixels(blocks, self.strides[i + 1 :], self.coarse[0]).astype(jnp.float32))
+        return maps
+
     def decode(self, z: Float[Array, "B D"]) -> Float[Array, "B P P C"]:
         x = nnx.silu(self._apply(self.from_latent, z))
         for i in reversed(range(len(self.strides))):
             x = self._apply(self.up[i], x)
             if i > 0:  # the last layer gives pixels, which have no bound
                 x = nnx.silu(x)
-        channels = self.up[0].out_features // self.strides[0] ** 2
-        return by_pixels(x.reshape(len(z), -1, channels), self.strides, self.coarse[0])
+        return by_pixels(x.reshape(len(z), -1, self.channels), self.strides, self.coarse[0])
 
     def _apply(self, layer: nnx.Linear, x: Float[Array, "..."]) -> Float[Array, "N O"]:
         """To as many consecutive numbers at a time as the layer takes."""

@@ -44,7 +44,7 @@ class Reconstructions:
     def on_event(self, event: Event) -> None:
         if event.last or event.step % self.every == 0:
             patches = self._start.examples
-            rebuilt = np.asarray(self._start.reconstruct(event.state.ema, patches))
+            rebuilt = np.asarray(self._start.reconstruct(event.state, patches))
             figure = patch_grid(patches, rebuilt, f"validation patches, step {event.step}")
             figures.save(figure, self._start.run_dir / "figures" / "training", f"step_{event.step:06d}")
 

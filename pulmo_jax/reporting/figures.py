@@ -17,6 +17,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from scipy import stats
 
 from pulmo_jax.inference.outputs import atomically
 
@@ -303,4 +304,34 @@ def p_value_calibration(
         axes.set(xlim=limits, ylim=(positive.min() / 1.5, min(1.0, positive.max() * 1.5)), box_aspect=1)
         axes.set(xlabel=f"nominal false-alarm rate per {unit}", ylabel="observed false-alarm rate")
         axes.legend()
+    return figure
+
+
+def distance_law(
+    distance: Float[np.ndarray, "n"],
+    dimensions: int,
+    nominal: Float[np.ndarray, "N"],
+    observed: Mapping[str, Float[np.ndarray, "N"]],
+) -> Figure:
+    """Squared Mahalanobis distances, ascending, against chi-squared's quantiles; and how often p-values of theory are
+    at most each nominal rate."""
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN, 3.1), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        levels = (np.arange(distance.size) + 0.5) / distance.size
+        shown = np.unique(np.geomspace(1, distance.size, 400).round().astype(int))  # dense in the upper tail
+        expected = stats.chi2.isf(1 - levels[-shown], dimensions)
+        both = (expected.min() / dimensions, expected.max() / dimensions)
+        left.plot(both, both, color="0.4", lw=0.8, ls="--", label="Gaussian")
+        left.plot(expected / dimensions, distance[-shown] / dimensions, color=BLUE, label="normal windows, held out")
+        left.set(xscale="log", yscale="log", box_aspect=1)
+        left.set(xlabel="chi-squared quantile / dimensions", ylabel="squared distance / dimensions")
+        left.legend()
+        limits = (nominal.min() / 1.5, min(1.0, nominal.max() * 1.5))
+        right.plot(limits, limits, color="0.4", lw=0.8, ls="--", label="as in theory")
+        for (name, rate), colour in zip(observed.items(), CURVE_COLOURS, strict=False):
+            right.plot(nominal[rate > 0], rate[rate > 0], color=colour, marker="o", ms=3, label=name)
+        right.set(xscale="log", yscale="log", xlim=limits, box_aspect=1)
+        right.set(xlabel="nominal false-alarm rate per window", ylabel="observed false-alarm rate")
+        right.legend()
     return figure

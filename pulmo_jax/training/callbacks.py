@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from pulmo_jax.methods.base import Params
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.state import TrainState
 
@@ -28,7 +27,7 @@ class Start:
     """A run about to step.
 
     step: where it begins, above 0 when resumed; val_losses: those up to there. identity: stored with each checkpoint,
-    must agree on resuming. examples: a few validation patches; reconstruct: (params, patches) -> patches, compiled.
+    must agree on resuming. examples: a few validation patches; reconstruct: (state, patches) -> patches, compiled.
     files_of: the files that the batch of a step was cut from.
     """
 
@@ -40,7 +39,7 @@ class Start:
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
     examples: np.ndarray
-    reconstruct: Callable[[Params, np.ndarray], np.ndarray]
+    reconstruct: Callable[[TrainState, np.ndarray], np.ndarray]
     val_losses: Sequence[float] = ()
     files_of: Callable[[int], list[str]] = lambda step: []
 

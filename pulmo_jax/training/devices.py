@@ -6,6 +6,7 @@ step), so that the number of devices changes the order of some sums and nothing 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,9 +60,9 @@ def on_all(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(everywhere(mesh), np.array(leaf)), tree)
 
 
-def divided(share: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The batch of which this process has read `share`: the p-th of n consecutive shares of its rows."""
-    return jax.make_array_from_process_local_data(rows(mesh), share)
+def divided(share: Any, mesh: Mesh) -> Any:
+    """The batch, an array or several, of which this process has read `share`: the p-th of n consecutive ones."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, rows(mesh)), share)
 
 
 def here(tree: Any) -> Any:

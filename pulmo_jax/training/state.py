@@ -7,16 +7,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from pulmo_jax.methods.base import Method, Params
+from pulmo_jax.methods.base import Method, OnePass, Params
 
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
     """step: batches seen, an int32 scalar (while JAX compiles, what describes one). ema: exponential moving average of
-    params, which all inference uses.
+    params, which all inference uses; of a method that counts in one pass there is none, and no optimizer's state.
 
     Nothing else decides how training goes on: batches and noise are functions of (seed, step).
     """
@@ -29,6 +29,8 @@ class TrainState(flax.struct.PyTreeNode):
 
 def init_state(method: Method, optimizer: optax.GradientTransformation) -> TrainState:
     params = method.init()
+    if isinstance(method, OnePass):
+        return TrainState(jnp.zeros((), jnp.int32), params, (), ())
     # Copies: shared buffers could not be donated.
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
@@ -58,3 +60,21 @@ def make_step(
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+
+
+def make_pass(
+    method: OnePass, sharding: jax.sharding.Sharding | None = None
+) -> Callable[[TrainState, tuple[Float[Array, "B P P C"], Bool[Array, "B P P"]]], tuple[TrainState, Metrics]]:
+    """The jitted step of a method that counts: (state, (batch, inside)) -> (state, metrics)."""
+
+    def step(state: TrainState, batch: tuple[jax.Array, jax.Array]) -> tuple[TrainState, Metrics]:
+        patches, inside = batch
+        params = method.update(state.params, patches, inside)
+        return state.replace(step=state.step + 1, params=params), {"foreground": inside.mean()}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+
+
+def learnt(method: Method, state: TrainState) -> Params:
+    """The parameters for inference: the averaged ones, or what a method makes of all that it has counted."""
+    return method.finish(state.params) if isinstance(method, OnePass) else state.ema

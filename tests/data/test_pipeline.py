@@ -17,7 +17,15 @@ from references.preprocessing import preprocessing
 
 from pulmo_jax.core.tiling import tile_starts
 from pulmo_jax.data.images import ImageRef, Reader, index_images
-from pulmo_jax.data.pipeline import Augmentation, CellBatches, ReadPatches, evenly, iterate, training_batches
+from pulmo_jax.data.pipeline import (
+    Augmentation,
+    CellBatches,
+    ReadPatches,
+    evenly,
+    every_patch_once,
+    iterate,
+    training_batches,
+)
 from pulmo_jax.data.transforms import flip_and_turn, preprocess, resize_bands
 from pulmo_jax.types import InputError
 
@@ -223,3 +231,52 @@ def test_validation_patches_are_spread_evenly_over_the_list(length, count):
         gaps = np.diff(chosen)
         assert gaps.min() >= 1
         assert np.ptp(gaps) <= 1
+
+
+# --- one pass
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_one_pass_has_every_patch_once_in_order(read, cells, batch_size):
+    dataset = every_patch_once(cells, read, batch_size=batch_size)
+    assert len(dataset) == -(-len(cells) // batch_size)
+    patches, inside = (np.concatenate(parts) for parts in zip(*(dataset[k] for k in range(len(dataset))), strict=True))
+    assert patches.shape[0] == len(dataset) * batch_size
+    np.testing.assert_array_equal(patches[: len(cells)], read(cells))
+    assert not inside[len(cells) :].any()
+
+
+def test_pixels_beyond_the_image_do_not_count(read, cells):
+    _, inside = read.with_inside(cells)
+    for (image, y, x), one in zip(cells.tolist(), inside, strict=True):
+        height, width = (min(SIZE, length - start) for length, start in zip(SHAPES[image], (y, x), strict=True))
+        expected = np.zeros((SIZE, SIZE), bool)
+        expected[:height, :width] = True
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_shares_of_one_pass_are_the_rows_of_one_process(read, cells):
+    whole = every_patch_once(cells, read, batch_size=6)
+    parts = [every_patch_once(cells, read, batch_size=6, process_index=i, process_count=3) for i in range(3)]
+    for k in (0, len(whole) - 1):
+        for item in (0, 1):
+            np.testing.assert_array_equal(np.concatenate([part[k][item] for part in parts]), whole[k][item])
+    with pytest.raises(InputError, match="cannot be divided by 4 processes"):
+        every_patch_once(cells, read, batch_size=6, process_count=4)
+
+
+def test_missing_and_masked_pixels_do_not_count(tmp_path):
+    image = np.ones((8, 8), np.float32)
+    image[2, 3] = np.nan
+    mask = np.ones((8, 8), np.uint8)
+    mask[5, 5] = 0
+    for folder, pixels in (("images", image), ("masks", mask)):
+        (tmp_path / folder).mkdir()
+        tifffile.imwrite(tmp_path / folder / "a.tif", pixels, photometric="minisblack")
+    (ref,), _ = index_images(tmp_path / "images", masks=tmp_path / "masks")
+    for resize in (False, True):
+        how = replace(preprocessing(patch_size=8), dtype="float32", resize=resize)
+        _, inside = ReadPatches([ref], how, Reader()).with_inside(np.array([(0, 0, 0)]))
+        expected = np.ones((8, 8), bool)
+        expected[2, 3] = expected[5, 5] = False
+        np.testing.assert_array_equal(inside[0], expected)

@@ -14,8 +14,9 @@ from hypothesis.extra import numpy as hnp
 from references import image_operations
 
 from pulmo_jax.core.ssim import ssim_map
-from pulmo_jax.methods.autoencoder import Autoencoder, coarse_noise, difference, smooth_within
+from pulmo_jax.methods.autoencoder import Autoencoder, coarse_noise, difference
 from pulmo_jax.methods.base import Method
+from pulmo_jax.methods.score_maps import smooth_within
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.training.state import init_state, make_step
 

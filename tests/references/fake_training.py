@@ -41,7 +41,7 @@ def fake_start(
         checkpoints=checkpoints or Mock(spec=Checkpoints),
         identity={"seed": 0},
         examples=np.zeros((1, 2, 2, 1), np.float32),
-        reconstruct=lambda params, patches: patches,
+        reconstruct=lambda state, patches: patches,
         val_losses=val_losses,
         files_of=files_of,
     )

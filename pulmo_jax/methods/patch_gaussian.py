@@ -1,0 +1,343 @@
+"""A Gaussian of patches: the normal is a mean and a covariance, at every location or of all locations together.
+
+It is PACO's model of the noise (Flasseur et al. 2018, A&A 618, A138) for ordinary images. With the anomaly's shape
+unknown its likelihood is the Mahalanobis distance: on pixels that is the RX detector (Reed & Yu 1990, IEEE TASSP
+38:1760), on a network's features at every location PaDiM (Defard et al. 2021, ICPR). With a known shape it is the
+matched filter, b / sqrt(a).
+
+Nothing descends: one pass over the normal images counts, adds and multiplies, and what it has added up (number, mean,
+co-moments) can be added to what another machine has. Departures from PaDiM: the covariance is shrunk by a formula
+instead of a ridge of 0.01, and factorised instead of inverted; the network is ours, trained on the same images.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+from pydantic import Field
+from scipy.ndimage import minimum_filter
+
+from pulmo_jax.core import covariance, likelihood, patches
+from pulmo_jax.core.covariance import Moments
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.score_maps import ImageStatistic, image_statistic, smooth_within, smoothing_radius
+from pulmo_jax.types import InputError
+
+What = Literal["features", "residual"]
+Locations = Literal["pooled", "each"]
+Score = Literal["mahalanobis", "matched"]
+Polarity = Literal["both", "bright", "dark"]
+ShrinkageName = Literal["paco", "oas", "fixed"]  # those that need no more than the covariance and the number of samples
+LOCATIONS_AT_ONCE = 64
+PART_INSIDE = 1e-6  # weight of a window that is partly background, where others are near
+SEED = 0  # of the choice among a network's features
+
+
+@runtime_checkable
+class FeatureNetwork(Protocol):
+    """A network that shows what it sees: square maps of its layers, each side a divisor of the patch's."""
+
+    patch_size: int
+    channels: int
+
+    def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]: ...
+
+
+class Gaussian(NamedTuple):
+    """What scoring needs, of one location or of N.
+
+    whitener: L^-1 of the covariance L L', so that a product whitens; log_determinant: of L L'. shrinkage: rho.
+    """
+
+    n: Float[Array, "*N"]
+    mean: Float[Array, "*N D"]
+    whitener: Float[Array, "*N D D"]
+    log_determinant: Float[Array, "*N"]
+    shrinkage: Float[Array, "*N"]
+    singular: Bool[Array, "*N"]
+
+
+@dataclass(frozen=True)
+class PatchGaussian:
+    """Implements methods.base.Method and OnePass.
+
+    network: what the Gaussian is of: pixels (models.identity.Identity), or a trained network's features or residual.
+    """
+
+    network: Any  # nnx.Module and FeatureNetwork; there is no type for both
+    base_run: Annotated[str | None, Field(description="run whose trained network, patches and scale are used")] = None
+    merge_runs: Annotated[
+        tuple[str, ...], Field(description="finished runs of the same method, whose counts are added to this one's")
+    ] = ()
+    of: Annotated[
+        What, Field(description="features: of the network (of model identity the pixels); residual: what it leaves")
+    ] = "features"
+    locations: Annotated[
+        Locations,
+        Field(description="pooled: one Gaussian for all; each: one at every place of images that are aligned"),
+    ] = "pooled"
+    window_px: Annotated[int, Field(ge=1, description="side of the windows, px of the maps that they are cut from")] = 8
+    stride_px: Annotated[int, Field(ge=1, description="grid of the windows, px of the same maps")] = 4
+    n_features: Annotated[
+        int | None, Field(ge=1, description="so many of a network's features, picked at random; null: all")
+    ] = 100
+    shrinkage: Annotated[ShrinkageName, Field(description="how the weight of the diagonal is found")] = "paco"
+    rho: Annotated[float | None, Field(ge=0, le=1, description="that weight, of shrinkage=fixed")] = None
+    floor: Annotated[
+        float, Field(gt=0, le=1, description="least sd of a dimension, as a share of the mean one: of constant regions")
+    ] = 0.01
+    score: Annotated[
+        Score, Field(description="mahalanobis: squared distance over its dimensions; matched: SNR of Gaussian blobs")
+    ] = "mahalanobis"
+    blob_sigmas_px: Annotated[
+        tuple[float, ...], Field(min_length=1, description="sizes of the blobs that score=matched looks for")
+    ] = (1.0, 1.5, 2.0)
+    polarity: Annotated[Polarity, Field(description="blobs brighter than the normal, darker, or both")] = "both"
+    smooth_px: Annotated[float, Field(ge=0, description="sigma of the score's Gaussian smoothing")] = 2.0
+    image_statistic: Annotated[
+        ImageStatistic,
+        Field(description="an image's score: its highest pixel, the mean of all, or the mean of its top 1 %"),
+    ] = "max"
+    memory_mb: Annotated[
+        int, Field(ge=1, description="for counting, besides the state itself: fewer locations at a time, MiB")
+    ] = 256
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, FeatureNetwork):
+            raise InputError(f"method: the model {type(self.network).__name__} has no feature_maps; use another one")
+        if (self.shrinkage == "fixed") != (self.rho is not None):
+            raise InputError(
+                f"method.rho={self.rho} with method.shrinkage={self.shrinkage}: fixed needs a rho, others need none"
+            )
+        if self.window_px > self.map_side:
+            raise InputError(
+                f"method.window_px={self.window_px}: the maps of patches of {self.network.patch_size} px have "
+                f"{self.map_side} px; give a smaller window"
+            )
+        if self.score == "matched" and self.cell_px > 1:
+            raise InputError("method.score=matched needs pixels or a residual: nobody knows a blob's look in features")
+        if self.score == "matched" and max(self.blob_sigmas_px) > self.window_px / 3:
+            raise InputError(
+                f"method.blob_sigmas_px={list(self.blob_sigmas_px)}: a blob must fit into its window of "
+                f"{self.window_px} px, sigma at most a third of it"
+            )
+
+    # --- geometry
+
+    @cached_property
+    def map_shapes(self) -> list[tuple[int, int, int]]:
+        """(h, w, F) of the maps that the windows are cut from."""
+        size, channels = self.network.patch_size, self.network.channels
+        if self.of == "residual":
+            return [(size, size, channels)]
+        graph, state = nnx.split(self.network)
+        patch = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+        maps = jax.eval_shape(lambda state, x: nnx.merge(graph, state).feature_maps(x), state, patch)
+        return [tuple(m.shape[1:]) for m in maps]
+
+    @property
+    def map_side(self) -> int:
+        return self.map_shapes[0][0]
+
+    @property
+    def cell_px(self) -> int:
+        """Pixels of the patch to a pixel of the maps."""
+        return self.network.patch_size // self.map_side
+
+    @cached_property
+    def chosen(self) -> np.ndarray:
+        """Which of all layers' features are used, ascending."""
+        total = sum(shape[-1] for shape in self.map_shapes)
+        if self.n_features is None or self.n_features >= total or self.cell_px == 1:
+            return np.arange(total)
+        return np.sort(np.random.default_rng(SEED).choice(total, self.n_features, replace=False))
+
+    @property
+    def dimensions(self) -> int:
+        return self.window_px**2 * len(self.chosen)
+
+    @property
+    def rows(self) -> int:
+        """Windows along a side of the patch."""
+        return (self.map_side - self.window_px) // self.stride_px + 1
+
+    @property
+    def window_side(self) -> int:
+        """Of a window, px of the patch."""
+        return self.window_px * self.cell_px
+
+    @property
+    def halo_px(self) -> int:
+        return smoothing_radius(self.smooth_px) + self.window_side // 2 + self.stride_px * self.cell_px + 1
+
+    # --- learning
+
+    def init(self) -> Params:
+        shape = (self.rows**2,) if self.locations == "each" else ()
+        d = self.dimensions
+        empty = Moments(jnp.zeros(shape), jnp.zeros((*shape, d)), jnp.zeros((*shape, d, d)))
+        return {"network": jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param)), "moments": empty}
+
+    def update(self, params: Params, batch: Float[Array, "B P P C"], inside: Bool[Array, "B P P"]) -> Params:
+        """With the windows of a batch that lie inside with every pixel."""
+        x = self.vectors(params, batch)
+        d, weights = x.shape[-1], self.whole(inside).astype(x.dtype)
+        if self.locations == "pooled":
+            moments = covariance.merge(params["moments"], covariance.moments(x.reshape(-1, d), weights.ravel()))
+        else:
+            by_place = jnp.moveaxis(x.reshape(len(x), -1, d), 0, 1), weights.reshape(len(x), -1).T
+            at_once = self.memory_mb * 2**20 // (3 * x.dtype.itemsize * d * (d + len(x)))
+            moments = covariance.add_at_places(params["moments"], *by_place, at_once)
+        return {**params, "moments": moments}
+
+    def whole(self, inside: Bool[Array, "B P P"]) -> Bool[Array, "B R S"]:
+        return patches.whole_windows(inside, self.window_side, self.stride_px * self.cell_px)
+
+    def finish(self, params: Params) -> Params:
+        """The Gaussians of what was counted."""
+        moments: Moments = params["moments"]
+        floor = self.floor**2 * variances(moments).mean()
+        if self.locations == "pooled":
+            gaussian = self._fit(moments, floor)
+        else:
+            gaussian = jax.lax.map(lambda one: self._fit(one, floor), moments, batch_size=LOCATIONS_AT_ONCE)
+        return {"network": params["network"], "gaussian": gaussian}
+
+    def caveats(self, params: Params) -> tuple[str, ...]:
+        """What must be known of a fit, from its moments. Raises InputError where there is nothing to learn from."""
+        moments: Moments = params["moments"]
+        if not float(moments.n.max()):
+            raise InputError(
+                f"no window of {self.window_side} px lies wholly inside the foreground; give a smaller method.window_px"
+            )
+        if not float(variances(moments).max()):
+            raise InputError("the training images do not vary at all: there is no normal variation to learn")
+        least, d = int(moments.n.min()), self.dimensions
+        where = "" if self.locations == "pooled" else " at some place"
+        if least >= 2 * d:
+            return ()
+        return (
+            f"{least} windows{where} for a covariance of {d} dimensions: it rests on its shrinkage; give more images, "
+            "or a smaller method.window_px or method.n_features",
+        )
+
+    def _fit(self, moments: Moments, floor: Float[Array, ""]) -> Gaussian:
+        s = covariance.covariance(moments._replace(n=jnp.maximum(moments.n, 1)))
+        s = s + jnp.diag(jnp.maximum(floor - jnp.diag(s), 0))
+        rho = covariance.shrinkage_factor(self.shrinkage, self.rho)(s, s[:0], moments.n)
+        lower, singular = covariance.factorise(covariance.shrink(s, rho), jnp.diag(s) > 0)
+        whitener = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(s), dtype=s.dtype), lower=True)
+        log_determinant = 2 * jnp.log(jnp.diag(lower)).sum()
+        return Gaussian(moments.n, moments.mean, whitener, log_determinant, rho, singular)
+
+    def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
+        """Negative log-likelihood of the windows, nats per dimension."""
+        gaussian, d = params["gaussian"], self.dimensions
+        distance = self.distances(params, batch)
+        log_determinant = jnp.broadcast_to(gaussian.log_determinant.reshape(-1), (self.rows**2,))
+        return 0.5 * (distance.mean() + log_determinant.mean()) / d + 0.5 * jnp.log(2 * jnp.pi)
+
+    # --- scoring
+
+    def vectors(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S D"]:
+        """What the Gaussian is of, at every window."""
+        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
+        network: Any = nnx.merge(graph, params["network"], rest)
+        if self.of == "residual":
+            maps = x - network(x)
+        else:
+            layers = network.feature_maps(x)
+            maps = jnp.concatenate([enlarge(layer, self.map_side) for layer in layers], axis=-1)
+            maps = maps if len(self.chosen) == maps.shape[-1] else maps[..., self.chosen]
+        return patches.windows(maps, self.window_px, self.stride_px)
+
+    def distances(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S"]:
+        """Squared Mahalanobis distance of every window; chi-squared with D degrees of freedom for Gaussian ones."""
+        return (self.whitened(params, x) ** 2).sum(-1)
+
+    def whitened(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S D"]:
+        gaussian, v = params["gaussian"], self.vectors(params, x)
+        if self.locations == "pooled":
+            return (v - gaussian.mean) @ gaussian.whitener.T
+        batch, *grid, d = v.shape
+        deviations = v.reshape(batch, -1, d) - gaussian.mean
+        return jnp.einsum("bnd,ned->bne", deviations, gaussian.whitener).reshape(batch, *grid, d)
+
+    def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        """What the network makes of the patches."""
+        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
+        network: Any = nnx.merge(graph, params["network"], rest)
+        return network(patches)
+
+    def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
+        """The distance over its dimensions, which is about 1 where all is normal; or each blob's SNR."""
+        if self.score == "matched":
+            return self.to_pixels(self.blob_terms(params, patches)[0])
+        return self.to_pixels(self.distances(params, patches)[..., None] / self.dimensions)
+
+    def blob_terms(
+        self, params: Params, x: Float[Array, "B P P C"]
+    ) -> tuple[Float[Array, "B R S J"], Float[Array, "B R S J"]]:
+        """SNR and amplitude (normalised units) of every blob at every window: b / sqrt(a) and b / a."""
+        gaussian, v = params["gaussian"], self.vectors(params, x)
+        templates = jnp.asarray(blobs(self.window_px, self.blob_sigmas_px, len(self.chosen)), v.dtype)
+        whitened = jnp.einsum("...ed,jd->...je", gaussian.whitener, templates)  # L^-1 h
+        weights = jnp.einsum("...ed,...je->...jd", gaussian.whitener, whitened)  # C^-1 h
+        grid = () if self.locations == "pooled" else v.shape[1:3]
+        mean, a, weights = (part.reshape(*grid, *part.shape[part.ndim - kept :]) for part, kept in (
+            (gaussian.mean, 1), ((whitened**2).sum(-1), 1), (weights, 2)))  # fmt: skip
+        b = jnp.einsum("...d,...jd->...j", v - mean, weights)
+        a = jnp.broadcast_to(a, b.shape)
+        return likelihood.snr(a, b), likelihood.flux(a, b)
+
+    def to_pixels(self, at_windows: Float[Array, "B R S M"]) -> Float[Array, "B P P M"]:
+        size = self.network.patch_size
+        weights = patches.between_windows(self.rows, self.window_side, self.stride_px * self.cell_px, size)
+        along = jnp.asarray(weights, at_windows.dtype)
+        return jnp.einsum("yr,brsm,xs->byxm", along, at_windows, along)
+
+    def score_map(
+        self, residual: Float[np.ndarray, "H W M"], foreground: Bool[np.ndarray, "H W"]
+    ) -> Float[np.ndarray, "H W"]:
+        """Smoothed over windows that lie inside; those on the edge serve where there are no others."""
+        strongest = {"both": np.abs, "bright": np.positive, "dark": np.negative}[self.polarity]
+        score = residual[..., 0] if self.score == "mahalanobis" else strongest(residual).max(axis=-1)
+        weight = np.ones(foreground.shape, np.float32)
+        if not foreground.all():
+            reach = self.window_side + self.stride_px * self.cell_px
+            weight = np.where(minimum_filter(foreground, reach, mode="nearest"), np.float32(1), np.float32(PART_INSIDE))
+        both = np.stack([np.where(np.isfinite(score), score, 0) * weight, weight], axis=-1).astype(np.float32)
+        smooth = smooth_within(both, foreground, self.smooth_px)
+        return np.where(foreground, smooth[..., 0] / np.maximum(smooth[..., 1], np.float32(1e-12)), np.float32(np.nan))
+
+    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
+        return image_statistic(scores, self.image_statistic)
+
+
+def variances(moments: Moments) -> Float[Array, "*N D"]:
+    return jnp.diagonal(moments.comoment, axis1=-2, axis2=-1) / jnp.maximum(moments.n, 1)[..., None]
+
+
+def enlarge(maps: Float[Array, "B h w F"], side: int) -> Float[Array, "B s s F"]:
+    """Each pixel repeated."""
+    times = side // maps.shape[1]
+    return maps.repeat(times, axis=1).repeat(times, axis=2) if times > 1 else maps
+
+
+def blobs(side: int, sigmas_px: tuple[float, ...], channels: int) -> Float[np.ndarray, "J D"]:
+    """Gaussian blobs of height 1 in the middle of a window, the same in every band."""
+    distance = np.arange(side) - (side - 1) / 2
+    radius_squared = distance[:, None] ** 2 + distance**2
+    shapes = [np.exp(-radius_squared / (2 * sigma**2)) for sigma in sigmas_px]
+    return np.stack([np.repeat(shape[..., None], channels, axis=-1).ravel() for shape in shapes])
+
+
+def merged(a: Params, b: Params) -> Params:
+    """The moments of two runs together, which saw different images through the same network."""
+    join = covariance.merge if a["moments"].n.ndim == 0 else jax.vmap(covariance.merge)
+    return {**a, "moments": join(a["moments"], b["moments"])}

@@ -1,0 +1,117 @@
+"""What a run takes over from earlier ones: a trained network, and what other machines have counted."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pulmo_jax.config import TrainConfig
+from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.methods.base import OnePass, Params
+from pulmo_jax.methods.patch_gaussian import merged
+from pulmo_jax.normal_images import NormalData
+from pulmo_jax.run import FINISHED, load_run
+from pulmo_jax.training.state import TrainState, learnt
+from pulmo_jax.types import InputError
+
+
+# Of the preprocessing, what decides the numbers inside the foreground.
+SCALE = ("channels", "dtype", "patch_size", "resize", "offset", "scale", "clip")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A finished run whose network another one builds on. digest: of all that decides what it computes."""
+
+    path: Path
+    config: TrainConfig
+    how: Preprocessing
+    network: Params
+    digest: str
+
+
+def open_base(config: TrainConfig) -> Pretrained | None:
+    """The run that method.base_run names. Raises InputError if it is none, or not of a network."""
+    name = config.method.get("base_run")
+    if name is None:
+        return None
+    path = Path(name).absolute()
+    before, how, method, state, _ = load_run(path, config.plugins)
+    if isinstance(method, OnePass):
+        raise InputError(
+            f"method.base_run={path}: its method has no network of its own; give the run of an autoencoder"
+        )
+    digest = hashlib.sha256((path / FINISHED).read_bytes()).hexdigest()
+    return Pretrained(path, before, how, learnt(method, state), digest)
+
+
+def with_base(config: TrainConfig, base: Pretrained | None) -> TrainConfig:
+    """The network's own description and patches, which the config cannot choose anew."""
+    if base is None:
+        return config
+    of = base.config
+    data = {"patch_size": of.data.patch_size, "resize": of.data.resize}
+    if config.data.stride is not None:
+        data["stride"] = min(config.data.stride, of.data.patch_size)
+    return config.model_copy(
+        update={
+            "model": of.model,
+            "data": config.data.model_copy(update=data),
+            "method": {**config.method, "base_run": str(base.path)},
+        }
+    )
+
+
+def start_from(fresh: TrainState, config: TrainConfig, data: NormalData, base: Pretrained | None) -> TrainState:
+    """The state before training, with the base's network and with what other runs have counted."""
+    if base is not None:
+        require_unseen(data, base)
+        fresh = fresh.replace(params={**fresh.params, "network": base.network})
+    elif config.method.get("of") is not None and jax.tree.leaves(fresh.params["network"]):
+        raise InputError(
+            "method.base_run is null, and the model's parameters are random; give method.base_run=RUN, the run "
+            "directory of a trained autoencoder, or model=identity for the pixels themselves"
+        )
+    for name in config.method.get("merge_runs") or ():
+        fresh = fresh.replace(params=merged(fresh.params, counted(Path(name), fresh.params, config, data)))
+    return fresh
+
+
+def require_unseen(data: NormalData, base: Pretrained) -> None:
+    """Thresholds from images that the network was trained on would be too low."""
+    trained = set(json.loads((base.path / "images.json").read_text())["training"])
+    seen = sorted(trained & {ref.title for ref in data.validation.images})
+    if seen and base.config.data.train == data_root(data):
+        raise InputError(
+            f"method.base_run={base.path} was trained on {len(seen)} of the {len(data.validation.images)} validation "
+            f"images ({seen[0]}, …); give the same seed, data.val_fraction and data.group_regex, or the same data.val"
+        )
+
+
+def data_root(data: NormalData) -> Path:
+    """The folder that validation images come from."""
+    ref = data.validation.images[0]
+    return ref.path.parents[len(Path(ref.name).parts) - 1]
+
+
+def counted(path: Path, like: Params, config: TrainConfig, data: NormalData) -> Any:
+    """What another run has counted. Raises InputError where it counted something else."""
+    before, how, _, state, _ = load_run(path.absolute(), config.plugins)
+    ignored = ("base_run", "merge_runs")
+    mine, theirs = ({k: v for k, v in c.method.items() if k not in ignored} for c in (config, before))
+    if mine != theirs:
+        different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        raise InputError(f"method.merge_runs: {path} was made with another method.{', method.'.join(different)}")
+    if any(getattr(how, name) != getattr(data.how, name) for name in SCALE):
+        raise InputError(
+            f"method.merge_runs: {path} has another normalisation; train all with data.normalize=fixed and the same "
+            "data.value_range, or with the same method.base_run"
+        )
+    networks = [jax.tree.leaves(params["network"]) for params in (like, state.params)]
+    if any(not np.array_equal(a, b) for a, b in zip(*networks, strict=True)):
+        raise InputError(f"method.merge_runs: {path} saw its images through another network")
+    return state.params

@@ -1,0 +1,139 @@
+"""Patch Gaussians as a person trains, merges and uses them, on a small crop of a real CT."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from pulmo_jax.run import load_run
+
+CROP = Path(__file__).parent / "lung_crop"
+SETS = {"train": range(8), "more": range(4), "val": range(8, 12), "test": range(12, 17)}
+SMALL = ["trainer.validation_patches=32", "trainer.batch_size=16", "calibration.pixel_rate=0.01"]
+
+
+def call(*arguments, cache, status=0):
+    """Run a verb; returns what it printed."""
+    environment = os.environ | {"PULMO_JAX_CACHE": str(cache), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == status, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def crop(tmp_path_factory):
+    root = tmp_path_factory.mktemp("crop")
+    pages = {name: tifffile.imread(CROP / f"{name}.tif") for name in ("ct", "lungs", "nodule")}
+    for folder, indices in SETS.items():
+        for i in indices:
+            for sub, name in ((folder, "ct"), ("foreground", "lungs"), ("test_masks", "nodule")):
+                if sub != "test_masks" or folder == "test":
+                    (root / sub).mkdir(exist_ok=True)
+                    tifffile.imwrite(root / sub / f"lung_{i:02d}.tif", pages[name][i])
+    return root
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def arguments(crop, run, experiment, *more, train="train"):
+    return [
+        "pulmo_jax.train", f"+experiment={experiment}", f"data.train={crop / train}", f"data.val={crop / 'val'}",
+        f"data.foreground={crop / 'foreground'}", *SMALL, f"hydra.run.dir={run}", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def network(crop, cache, tmp_path_factory):
+    """A trained autoencoder."""
+    run = tmp_path_factory.mktemp("runs") / "network"
+    call(*arguments(crop, run, "lung", "data.patch_size=32", "model.width=16", "trainer.steps=40"), cache=cache)
+    return run
+
+
+def test_the_residual_of_a_network_is_whitened_tested_and_mapped(network, crop, cache, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    test = [f"data.test={crop / 'test'}", f"data.test_masks={crop / 'test_masks'}"]
+    call(*arguments(crop, run, "lung_residual", f"method.base_run={network}", *test), cache=cache)
+    assert json.loads((run / "metrics.json").read_text())["pixel"]["patchgaussian"]["auroc"]["value"] > 0.7
+    assert (run / "figures" / "distances.png").is_file()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row for row in rows if "val/loss" in row] == rows[-1:]
+    call("pulmo_jax.predict", f"run={run}", f"input={crop / 'test'}", f"output={out}", cache=cache)
+    score = tifffile.imread(out / "maps" / "lung_12_score.tif")
+    assert np.isfinite(score).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["method.locations=each", "data.resize=true"]])
+def test_features_of_a_network_are_modelled(network, crop, cache, tmp_path, more):
+    if more:
+        network = tmp_path / "whole"
+        small = ["data.patch_size=32", "model.width=16", "trainer.steps=20", "data.resize=true"]
+        call(*arguments(crop, network, "lung", *small), cache=cache)
+    run = tmp_path / "run"
+    said = call(*arguments(crop, run, "lung_features", f"method.base_run={network}", *more), cache=cache)
+    assert ("rests on its shrinkage" in said) == bool(more)
+    _, how, _, state, _ = load_run(run)
+    assert (how.patch_size, how.resize) == (32, bool(more))
+    assert state.params["moments"].mean.shape[:-1] == ((64,) if more else ())
+
+
+def test_counts_are_merged_and_an_interrupted_pass_goes_on(crop, cache, tmp_path):
+    same = ["data.patch_size=32", "data.normalize=fixed", "data.value_range=[-1024,600]"]
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    both = ["callbacks.checkpoint.every=1", *same]
+    call(*arguments(crop, whole, "lung_covariance", *both), cache=cache)
+    for step in sorted((whole / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]:
+        counted = load_run(whole)[3].params["moments"]
+        os.rename(step, tmp_path / "last")  # as if it had been killed after the step before
+    call(*arguments(crop, whole, "lung_covariance", *both, "resume=true"), cache=cache)
+    again = load_run(whole)[3].params["moments"]
+    np.testing.assert_array_equal(again.comoment, counted.comoment)
+
+    call(*arguments(crop, first, "lung_covariance", *same, train="more"), cache=cache)
+    merge = f"method.merge_runs=[{first},{whole}]"
+    call(*arguments(crop, second, "lung_covariance", *same, merge, train="more"), cache=cache)
+    once, twice = (load_run(run)[3].params["moments"] for run in (first, second))
+    assert float(twice.n) == 2 * float(once.n) + float(counted.n)
+    expected = (2 * float(once.n) * once.mean + float(counted.n) * counted.mean) / float(twice.n)
+    np.testing.assert_allclose(twice.mean, expected, rtol=1e-4)
+
+    other = arguments(crop, tmp_path / "refused", "lung_covariance", merge, "data.patch_size=32")
+    assert "has another normalisation" in call(*other, cache=cache, status=2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["lung_residual"], "give method.base_run=RUN"),
+        (["lung_covariance", "method.locations=each"], "method.locations=each needs data.resize=true"),
+        (["lung_residual", "method.base_run=nowhere"], "training has not finished there"),
+        (["lung_covariance", "method.window_px=65"], "method.window_px=65: the maps of patches of 64 px have 64 px"),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_sentence(crop, cache, tmp_path, more, message):
+    said = call(*arguments(crop, tmp_path / "run", *more), cache=cache, status=2)
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_network_of_other_images_is_refused(network, crop, cache, tmp_path):
+    rgb, mixed = tmp_path / "rgb", tmp_path / "mixed"
+    for folder, kind in ((rgb, np.uint8), (mixed, np.float32)):
+        folder.mkdir()
+        for i in range(3):
+            shape = (64, 64, 3) if folder == rgb else (64, 64)
+            tifffile.imwrite(folder / f"{i}.tif", np.full(shape, i, kind))
+    for folder in (rgb, mixed):
+        command = ["pulmo_jax.train", "+experiment=lung_residual", f"method.base_run={network}", f"data.train={folder}"]
+        said = call(*command, f"hydra.run.dir={tmp_path / 'run'}", cache=cache, status=2)
+        assert "method.base_run was trained on 1 of" in said
