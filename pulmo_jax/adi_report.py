@@ -11,31 +11,42 @@ from rich.console import Console
 
 from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.core.geometry import rotation_deg
-from pulmo_jax.data.adi import RotatingStack
+from pulmo_jax.data.adi import SpectralStack
 from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.evaluation.null_field import null_values
 from pulmo_jax.inference.point_sources import Search
-from pulmo_jax.methods.paco import Observation
-from pulmo_jax.reporting import adi_figures, figures
+from pulmo_jax.methods.paco.channels import Channels
+from pulmo_jax.reporting import adi_figures, figures, spectral_figures
 from pulmo_jax.reporting.report import Section, write_report
 from pulmo_jax.reporting.tables import Table
 from pulmo_jax.types import PointSource
 
 CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2018. Exoplanet detection in angular differential
 imaging by statistical learning of the nonstationary patch covariances. The PACO algorithm. A&A 618, A138."""
+ROBUST_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2020. Robustness to bad frames in angular
+differential imaging: a local weighting approach. A&A 634, A2."""
+SPECTRAL_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2020. PACO ASDI: an algorithm for exoplanet
+detection and characterization in direct imaging with integral field spectrographs. A&A 637, A9."""
 
+UNLIKE = 1e-2  # probability below which a source's spectrum is said to be another one than looked for
 TAIL = 1e-6  # below it a probability rests on the normal distribution's tail alone
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A run of `detect`. truth: (y, x, flux) of each known source of a synthetic stack."""
+    """A run of `detect`. truth: (y, x, flux) of each known source of a synthetic stack, flux the mean over channels;
+    spectrum: of all of them, of mean 1, None if it is not known."""
 
     config: DetectConfig
-    stack: RotatingStack
-    of: Observation
+    stack: SpectralStack
+    of: Channels
     truth: Sequence[tuple[float, float, float]]
     contrast: Contrast | None = None
+    spectrum: np.ndarray | None = None
+
+    @property
+    def spectral(self) -> bool:
+        return len(self.of.each) > 1
 
 
 def write_adi_report(result: Result, search: Search, out_dir: Path, console: Console) -> None:
@@ -48,11 +59,16 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
         summary=summary(result, search),
         sections=[
             source_section(result, search, table, out_dir),
+            *([spectra_section(result, search, out_dir)] if result.spectral else []),
             null_section(result, search, out_dir),
             *([contrast_section(result, search, result.contrast, out_dir)] if result.contrast is not None else []),
             stack_section(result, search, out_dir),
         ],
-        citations=[CITATION],
+        citations=[
+            CITATION,
+            *([ROBUST_CITATION] if result.config.method.mode == "robust" else []),
+            *([SPECTRAL_CITATION] if result.spectral else []),
+        ],
         warnings=[*result.stack.caveats, *search.caveats],
     )
 
@@ -80,9 +96,48 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
     return Section("Sources", text, [figures.save(figure, out_dir / "figures", "detection_maps")], [table])
 
 
+def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
+    using, n_spectra = search.combination, len(search.combination.spectra)
+    neighbours = [float(np.median(np.diag(r, 1))) for r in using.correlation]
+    looked_for = "flat" if n_spectra == 1 and np.ptp(using.spectra) == 0 else "given"
+    text = (
+        f"Maps, SNR and flux are those of {len(result.of.each)} channels together, for a source whose spectrum is "
+        f"{looked_for}; its flux is the mean over them, if its spectrum is that one. Their noise is correlated: "
+        "between neighbouring channels by "
+        f"{neighbours[0]:.2f} at {using.separation_px[0]:.0f} px from the centre, {neighbours[-1]:.2f} at "
+        f"{using.separation_px[-1]:.0f} px, and the combination allows for that. "
+    )
+    if n_spectra > 1:
+        text += (
+            f"Of {n_spectra} spectra the one with the highest SNR is taken at every pixel. The null's map is made in "
+            f"the same way, and false-alarm probabilities count {n_spectra} trials, which is an upper limit. Limits "
+            "are those of the first one. "
+        )
+    if not search.spectra:
+        return Section("Spectra", text)
+    figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result))
+    text += (
+        "Below, the unbiased flux of every source in every channel, in units of the channel's PSF. Thick bars: the "
+        "likelihood's error; thin ones: the scatter at blank positions of the same separation."
+    )
+    if unlike := [str(s.label) for s in search.spectra if s.template_probability < UNLIKE]:
+        text += (
+            f" Source {', '.join(unlike)} does not have the spectrum that was looked for: its flux of all channels "
+            "together means little, take those of the channels, or search again with data.spectrum."
+        )
+    return Section("Spectra", text, [figures.save(figure, out_dir / "figures", "spectra")], [])
+
+
+def known_spectra(sources: Sequence[PointSource], result: Result) -> list[np.ndarray | None]:
+    """Of the injected source that each is, if any."""
+    shares = None if result.spectrum is None else result.spectrum[result.of.kept]
+    truth = [None if shares is None else nearest_known(source, result) for source in sources]
+    return [None if shares is None or t is None else t[2] * shares for t in truth]
+
+
 def null_section(result: Result, search: Search, out_dir: Path) -> Section:
     of, null, profile = result.of, search.null.snr, search.profile
-    values, n_independent = null_values(null, of.centre, of.psf.fwhm_px)
+    values, n_independent = null_values(null, of.centre, of.fwhm_px)
     folder = out_dir / "figures"
     radial = adi_figures.null_by_radius(
         profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale
@@ -93,6 +148,11 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
         "(where the field rotates little the noise subtracts itself too), above 1 it overstates. The highest value is "
         f"{values.max():.2f}, in about {n_independent} independent ones."
     )
+    if (n_spectra := len(search.combination.spectra)) > 1:
+        text += (
+            f" It is the best of {n_spectra} spectra everywhere, so its mean is above 0 and its spread smaller than "
+            "that of one spectrum, by which SNRs are calibrated and which the figure by separation shows."
+        )
     saved = [
         figures.save(adi_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"),
         figures.save(radial, folder, "null_by_radius"),
@@ -125,15 +185,16 @@ def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir
 
 
 def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
-    of = result.of
-    cube, angles = result.stack.cube[of.kept], of.angles_deg
+    of, centre = result.of.reference, result.of.centre
+    channel = np.flatnonzero(result.of.kept)[len(result.of.each) // 2]
+    cube, angles = result.stack.cube[channel][of.kept], of.angles_deg
     shown = adi_figures.shown_frames(len(angles), result.config.frames_shown)
     places = None
     if search.sources:
-        dy, dx = (v - c for v, c in zip((search.sources[0].y, search.sources[0].x), of.centre, strict=True))
+        dy, dx = (v - c for v, c in zip((search.sources[0].y, search.sources[0].x), centre, strict=True))
         theta = np.arctan2(dy, dx) - np.deg2rad(angles[shown])
-        places = np.array(of.centre) + np.hypot(dy, dx) * np.stack([np.sin(theta), np.cos(theta)], -1)
-    figure = adi_figures.frames_strip(cube, angles, of.centre, places, result.config.frames_shown)
+        places = np.array(centre) + np.hypot(dy, dx) * np.stack([np.sin(theta), np.cos(theta)], -1)
+    figure = adi_figures.frames_strip(cube, angles, centre, places, result.config.frames_shown)
     maps = search.maps
     rho = maps.shrinkage[np.isfinite(maps.shrinkage)]
     rows = [
@@ -146,8 +207,13 @@ def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
         ["locations with a singular covariance", str(int(maps.singular.sum()))],
         ["error of the PSF's expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the SNR's noise"],
     ]
+    text = ""
+    if result.spectral:
+        first, last = result.of.wavelengths[[0, -1]]
+        rows.insert(0, ["channels", f"{len(result.of.each)} of {len(result.of.kept)}, {first:g} to {last:g}"])
+        text = f"Frames, PSF and pixels are those of the middle channel, {result.stack.wavelengths[channel]:g}."
     table = Table("What was computed", ["", ""], rows, [])
-    return Section("The stack", "", [figures.save(figure, out_dir / "figures", "frames")], [table])
+    return Section("The stack", text, [figures.save(figure, out_dir / "figures", "frames")], [table])
 
 
 def source_table(sources: Sequence[PointSource], result: Result) -> Table:
@@ -170,7 +236,7 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
     if result.truth:
         columns.append("truth")
         rows = [[*row, known(s, result)] for row, s in zip(rows, sources, strict=True)]
-    missed = [t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.of.psf.fwhm_px for s in sources)]
+    missed = [t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.of.fwhm_px for s in sources)]
     notes = [f"Not found: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
     return Table(
         counted(len(sources), "source"), columns, rows, notes if sources or missed else ["No peak is high enough."]
@@ -183,9 +249,16 @@ def counted(n: int, thing: str) -> str:
 
 def known(source: PointSource, result: Result) -> str:
     """The injected source that this is, if any."""
-    y, x, flux = min(result.truth, key=lambda t: np.hypot(t[0] - source.y, t[1] - source.x))
-    near = np.hypot(y - source.y, x - source.x) <= result.of.psf.fwhm_px
-    return f"{y:.2f}, {x:.2f}; {flux:g}" if near else "none: a false alarm"
+    truth = nearest_known(source, result)
+    return "none: a false alarm" if truth is None else f"{truth[0]:.2f}, {truth[1]:.2f}; {truth[2]:g}"
+
+
+def nearest_known(source: PointSource, result: Result) -> tuple[float, float, float] | None:
+    def distance(known: tuple[float, float, float]) -> float:
+        return float(np.hypot(known[0] - source.y, known[1] - source.x))
+
+    nearest = min(result.truth, key=distance, default=None)
+    return nearest if nearest is not None and distance(nearest) <= result.of.fwhm_px else None
 
 
 def for_console(table: Table) -> rich.table.Table:
@@ -203,7 +276,8 @@ def summary(result: Result, search: Search) -> dict[str, str]:
     config = result.config
     return {
         "stack": str(config.data.cube or f"synthetic, seed {config.seed}"),
-        "frames": f"{len(result.of.deviations)} of {result.of.shape[0]} x {result.of.shape[1]} px",
+        "frames": f"{len(result.of.reference.deviations)} of {result.of.shape[0]} x {result.of.shape[1]} px",
+        **({"channels": str(len(result.of.each))} if result.spectral else {}),
         "method": f"PACO, {config.method.mode}, shrinkage {config.method.shrinkage}",
         "sources": str(len(search.sources)),
         "highest SNR": f"{np.nanmax(search.maps.snr):.2f}",

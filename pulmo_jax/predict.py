@@ -31,7 +31,7 @@ from pulmo_jax.inference.outputs import (
     write_overlay,
     write_text,
 )
-from pulmo_jax.inference.score import naming_what_to_lower
+from pulmo_jax.inference.score import detail_names, naming_what_to_lower
 from pulmo_jax.run import Run, missing_masks, open_run, thresholds, use_compile_cache
 from pulmo_jax.types import Detection, ImageTags, InputError
 
@@ -39,9 +39,10 @@ SOME_FAILED = 3  # exit status
 MAPS = {"score": np.dtype(np.float32), "pvalue": np.dtype(np.float32), "mask": np.dtype(np.uint8)}
 
 EXAMPLES = """
-Writes, for every image, OUTPUT/maps/NAME_score.tif, NAME_pvalue.tif, NAME_mask.tif and NAME_overlay.png; and for all
-of them OUTPUT/detections.csv and OUTPUT/summary.json. A second call goes on where the first stopped. Exit status 3
-says that some files failed; the others are done, and summary.json names the failed.
+Writes, for every image, OUTPUT/maps/NAME_score.tif, NAME_pvalue.tif, NAME_mask.tif and NAME_overlay.png (of a run with
+method.score=matched also NAME_amplitude.tif and NAME_blob_sigma.tif); and for all of them OUTPUT/detections.csv and
+OUTPUT/summary.json. A second call goes on where the first stopped. Exit status 3 says that some files failed; the
+others are done, and summary.json names the failed.
 
   python -m pulmo_jax.predict run=RUN input=image.tif output=results
   python -m pulmo_jax.predict run=RUN input=FOLDER output=results foreground=LUNG_MASKS
@@ -127,7 +128,7 @@ def map_file(pages: list[ImageRef], name: str, run: Run, reader: Reader, output:
     with ExitStack() as stack:
         writers = {
             kind: stack.enter_context(open_map(output / "maps" / f"{name}_{kind}.tif", tags, size_px * dtype.itemsize))
-            for kind, dtype in MAPS.items()
+            for kind, dtype in maps_of(run).items()
         }
         for ref in pages:
             number = f"_{ref.page:04d}" if ref.pages > 1 else ""
@@ -147,18 +148,21 @@ def map_page(
     Of arrays as large as the page no more are held at once than the page and its maps would be.
     """
     calibration = run.calibrations["method"]
-    score, thumbnail = score_page(ref, run, reader)
+    score, details, thumbnail = score_page(ref, run, reader)
     image_score = run.scorer.method.image_score(score)
     found, mask = find_detections(score, calibration, min_area_px=run.config.calibration.min_area_px)
     values_of: dict[str, Callable[[slice], np.ndarray]] = {
         "score": lambda rows: score[rows],
         "pvalue": lambda rows: calibration.pixel_p_value(score[rows]),
         "mask": lambda rows: mask[rows] * np.uint8(255),
+        **{name: values.__getitem__ for name, values in details.items()},
     }
     threshold = calibration.pixel_threshold.value
     with ThreadPoolExecutor() as threads:
         written = [threads.submit(write_overlay, overlay, thumbnail, score, mask, threshold)]
-        written += [threads.submit(write, score.shape, MAPS[kind], values_of[kind]) for kind, write in writers.items()]
+        written += [
+            threads.submit(write, score.shape, maps_of(run)[kind], values_of[kind]) for kind, write in writers.items()
+        ]
     for one in written:
         one.result()
     scored = bool(np.isfinite(image_score))
@@ -173,13 +177,22 @@ def map_page(
     }, found
 
 
-def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
-    """The score map, and the normalised pixels that the overlay shows; the page itself is let go of."""
+def maps_of(run: Run) -> dict[str, np.dtype]:
+    """The maps that are written of every image: what all methods give, and what this one adds."""
+    return MAPS | dict.fromkeys(detail_names(run.scorer.method), np.dtype(np.float32))
+
+
+def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """The score map, the method's other maps, and the normalised pixels that the overlay shows; the page itself is let
+    go of. An amplitude is in the file's units, those of the bands' mean."""
     pixels, foreground = reader.image(ref), reader.foreground(ref)
     if ref.page == ref.pages - 1:
         reader.close()  # it may keep pages decoded, and none of them will be asked for again
     step = overlay_step(pixels.shape)
-    return run.scorer(pixels, foreground), preprocess(pixels[::step, ::step], None, run.scorer.how)
+    details = run.scorer.details(pixels, foreground)
+    if "amplitude" in details:
+        details["amplitude"] *= np.float32(np.mean(run.scorer.how.scale))
+    return run.scorer(pixels, foreground), details, preprocess(pixels[::step, ::step], None, run.scorer.how)
 
 
 def require_fit(ref: ImageRef, run: Run) -> None:

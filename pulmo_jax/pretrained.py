@@ -18,7 +18,6 @@ from pulmo_jax.run import FINISHED, load_run
 from pulmo_jax.training.state import TrainState, learnt
 from pulmo_jax.types import InputError
 
-
 # Of the preprocessing, what decides the numbers inside the foreground.
 SCALE = ("channels", "dtype", "patch_size", "resize", "offset", "scale", "clip")
 

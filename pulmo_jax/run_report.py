@@ -35,7 +35,8 @@ def named(run: Run, name: str) -> str:
 
 
 def training_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[Section]:
-    """Losses of a method that descends; and, of the training that has just ended (its facts in `training`), where the time went."""
+    """Losses of a method that descends; and, of the training that has just ended (its facts in `training`), where the
+    time went."""
     rows, folder = read_metrics(run.path / "metrics.jsonl"), out_dir / "figures"
     if not rows:
         return []

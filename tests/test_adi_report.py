@@ -17,12 +17,15 @@ from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.adi_report import Result, known, source_table, summary, write_adi_report
 from pulmo_jax.config import validate
 from pulmo_jax.core.geometry import frame_position
-from pulmo_jax.data.adi import RotatingStack
+from pulmo_jax.data.adi import SpectralStack
+from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import parallactic_angles, synthetic_psf
 from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.evaluation.null_field import null_profile
-from pulmo_jax.inference.point_sources import Search
-from pulmo_jax.methods.paco import LikelihoodMaps, observe
+from pulmo_jax.inference.point_sources import Search, SourceSpectrum
+from pulmo_jax.methods.paco import LikelihoodMaps
+from pulmo_jax.methods.paco.channels import observe_channels
+from pulmo_jax.methods.paco.spectral import Combination, as_spectra
 from pulmo_jax.types import PointSource
 
 FRAMES, HEIGHT, WIDTH = 12, 41, 47
@@ -41,19 +44,27 @@ def source(label: int = 1, y: float = 28.1, x: float = 29.9, **changes: float) -
     return PointSource(**values)
 
 
-def result(truth=TRUTH, contrast: Contrast | None = None, drop: int | None = None, **changes: Any) -> Result:
+def result(
+    truth=TRUTH, contrast: Contrast | None = None, drop: int | None = None, channels: int = 1, **changes: Any
+) -> Result:
     """`changes`: of the config's data section."""
     rng = np.random.default_rng(0)
     cube = rng.normal(size=(FRAMES, HEIGHT, WIDTH)).astype(np.float32) + 100
     if drop is not None:
         cube[drop] = np.nan
     angles = parallactic_angles(FRAMES, 60.0)
-    stack = RotatingStack(cube, angles, synthetic_psf(), ("psf.fits: the PSF is <cut> & squared",))
+    cubes, stamps = (np.stack([part] * channels) for part in (cube, synthetic_psf()))
+    wavelengths = 1 + 0.1 * np.arange(channels)
+    stack = SpectralStack(cubes, angles, stamps, wavelengths, None, ("psf.fits: the PSF is <cut> & squared",))
     config = validate(DetectConfig, {"data": changes})
-    return Result(config, stack, observe(cube, angles, stack.psf, CENTRE), truth, contrast)
+    psfs = [prepare_psf(stamp, flux="none") for stamp in stamps]
+    of = observe_channels(cubes, angles, psfs, wavelengths, CENTRE)
+    return Result(config, stack, of, truth, contrast, np.linspace(0.5, 1.5, channels) if channels > 1 else np.ones(1))
 
 
-def search(made: Result, *sources: PointSource, caveats: tuple[str, ...] = ()) -> Search:
+def search(
+    made: Result, *sources: PointSource, caveats: tuple[str, ...] = (), templates: np.ndarray | None = None
+) -> Search:
     rng = np.random.default_rng(1)
     shape = (HEIGHT, WIDTH)
     snr = rng.normal(size=shape)
@@ -67,9 +78,15 @@ def search(made: Result, *sources: PointSource, caveats: tuple[str, ...] = ()) -
     )  # fmt: skip
     null = replace(maps, snr=0.8 * rng.permuted(snr))
     profile = null_profile(null.snr, CENTRE, 4.6)
+    n = len(made.of.each)
+    r = np.stack([np.eye(n) * (1 - share) + share for share in (0.625, 0.25)])
+    combination = Combination(np.array([7.0, 15.0]), r, as_spectra(templates, n))
+    level = np.linspace(40.0, 160.0, n)
+    spectra = [SourceSpectrum(s.label, made.of.wavelengths, level, level / 20, level / 10, 0, 0.5) for s in sources]
     return Search(
         maps=maps, sources=list(sources), fits=[], residual=made.of, null=null, profile=profile,
-        snr_calibrated=snr / 0.8, n_patch=49, caveats=caveats,
+        snr_calibrated=snr / 0.8, n_patch=49, caveats=caveats, combination=combination,
+        template=np.zeros(shape, int), spectra=spectra,
     )  # fmt: skip
 
 
@@ -138,7 +155,7 @@ def test_nothing_found_is_said():
 @pytest.mark.parametrize(("offset", "same"), [(4.5, True), (4.7, False)])
 def test_source_is_the_known_one_within_one_fwhm(offset, same):
     made = result(truth=TRUTH[:1])
-    assert made.of.psf.fwhm_px == pytest.approx(4.6, abs=0.05)
+    assert made.of.fwhm_px == pytest.approx(4.6, abs=0.05)
     assert (known(source(y=28.0 + offset, x=30.0), made) != "none: a false alarm") == same
 
 
@@ -184,7 +201,7 @@ def test_null_is_judged_outside_of_one_fwhm(tmp_path, undrawn):
     made = result(truth=())
     found = search(made)
     y, x = np.indices((HEIGHT, WIDTH))
-    outside = np.hypot(y - CENTRE[0], x - CENTRE[1]) > made.of.psf.fwhm_px
+    outside = np.hypot(y - CENTRE[0], x - CENTRE[1]) > made.of.fwhm_px
     snr = np.where(outside, found.null.snr, 77.0)
     values = snr[outside & np.isfinite(snr)]
     section = adi_report.null_section(made, replace(found, null=replace(found.null, snr=snr)), tmp_path)
@@ -232,3 +249,54 @@ def test_circle_follows_the_source_through_the_frames(tmp_path, monkeypatch, und
     shown = adi_report.adi_figures.shown_frames(len(angles), n)
     y, x = frame_position(*(jnp.asarray(v) for v in (28.1, 29.9, angles[shown], CENTRE)))
     np.testing.assert_allclose(places, np.stack([y, x], -1), atol=1e-4)
+
+
+# --- several wavelengths
+
+
+def test_page_of_several_wavelengths_tells_how_they_are_combined(tmp_path, undrawn):
+    made = result(channels=3)
+    text, _ = written(made, search(made, source()), tmp_path)
+    for words in (
+        "Spectra", "3 channels together", "spectrum is flat", "0.62 at 7 px", "0.25 at 15 px", "A&amp;A 637, A9",
+        "3 of 3, 1 to 1.2", "middle channel, 1.1",
+    ):  # fmt: skip
+        assert words in text
+    assert "trials" not in text
+    assert (tmp_path / "figures" / "spectra.png").exists()
+
+
+def test_page_of_one_wavelength_says_nothing_of_spectra(tmp_path, undrawn):
+    made = result()
+    text, _ = written(made, search(made, source()), tmp_path)
+    for words in ("Spectra", "channel", "A&amp;A 637"):
+        assert words not in text
+    assert not (tmp_path / "figures" / "spectra.png").exists()
+
+
+def test_trials_of_a_set_of_spectra_are_told(tmp_path, undrawn):
+    made = result(channels=3)
+    templates = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    text, _ = written(made, search(made, source(), templates=templates), tmp_path)
+    assert "count 2 trials" in text
+    assert "the best of 2 spectra everywhere" in text
+    assert "spectrum is given" in text
+
+
+def test_a_source_of_another_spectrum_is_told(tmp_path, undrawn):
+    made = result(channels=3)
+    found = search(made, source(), source(2, 35.0, 5.0))
+    text, _ = written(made, found, tmp_path)
+    assert "does not have the spectrum" not in text
+    found.spectra[1] = replace(found.spectra[1], template_probability=1e-4)
+    text, _ = written(made, found, tmp_path)
+    assert "Source 2 does not have the spectrum" in text
+
+
+def test_known_spectrum_is_that_of_the_injected_source_nearby():
+    made = result(channels=3)
+    known_one, none = adi_report.known_spectra([source(), source(2, 35.0, 5.0)], made)
+    assert known_one is not None
+    np.testing.assert_allclose(known_one, [50.0, 100.0, 150.0])
+    assert none is None
+    assert adi_report.known_spectra([source()], replace(made, spectrum=None)) == [None]

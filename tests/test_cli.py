@@ -116,7 +116,7 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
 
 def test_help_of_detect_lists_its_experiment_ranges_and_choices(run):
     text = run("detect", "--help").out
-    assert "experiments: adi\n" in text
+    assert "experiments: adi, epochs\n" in text
     assert "[>= 0, <= 1; default null]" in text  # method.rho
     assert "[paco | oas | ledoit_wolf | fixed | cv; default paco]" in text
     assert "[1 | -1; default 1]" in text  # data.angle_sign
@@ -142,7 +142,7 @@ def test_help_of_detect_lists_no_group_of_training(run):
         ("train", ["foo.bar=1"], "unknown key foo.bar"),
         ("train", ["hydra.foo=1"], "unknown key hydra.foo"),
         ("train", ["~data.foo"], "data.foo"),
-        ("train", ["+experiment=nope"], "experiment/nope is not there; there are: adi, lung"),
+        ("train", ["+experiment=nope"], "experiment/nope is not there; there are: adi, epochs, lung"),
         ("train", ["model=nope"], "model/nope is not there; there are: conv_autoencoder"),
         ("train", ["model=null"], "must be a string or a list. Got NoneType"),
         ("train", ["data.clip=[1,"], "data.clip=[1, is not understood"),

@@ -95,7 +95,7 @@ def test_groups_list_every_key_of_their_signatures_with_its_default(group, file)
     """A key that a file left out could not be set without "+"; a value that differs would make --help lie."""
     for where, node in nodes_of(group, file).items():
         fields = argument_schema(find_target(node, where, ()), GIVEN[group]).model_fields
-        values = {key: value for key, value in node.items() if key != "_target_"}
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in node.items() if key != "_target_"}
         assert values == {name: field.default for name, field in fields.items()}, where
         for name, field in fields.items():
             assert field.description, f"{where}.{name} has no description, so --help does not list it"

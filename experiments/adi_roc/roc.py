@@ -1,21 +1,29 @@
 """Do injected planets stand out more in PACO's maps than in those of full-frame PCA?
 
     python experiments/adi_roc/roc.py --cube C.fits --angles A.fits --psf P.fits      a stack without planets
-    python experiments/adi_roc/roc.py --synthetic 0
+    python experiments/adi_roc/roc.py --synthetic 0 1 2 3 --bad 0.05                  several stacks, by their seeds
 
 At several separations, sources are put into the stack in several directions, one at a time. A map's score of a place
 is its highest signal-to-noise ratio within half a FWHM. Positive: the place of an injected source; negative: the same
 place in the map without it. Area under the ROC curve, over all places and fluxes, with a 95 % bootstrap interval over
-places; and the share of sources above the highest of the negatives. PCA: principal components of the mean-subtracted
-frames taken out (Soummer et al. 2012; Amara & Quanz 2012), frames derotated by cubic splines and averaged, flux in a
-disc of one FWHM over the standard deviation of that in annuli.
+places; and the share of sources above the highest of the negatives. --bad: that share of the frames is made bad, their
+deviation from the mean frame times 3 to 10; fluxes are those for the stack as it was. PCA: principal components of the
+mean-subtracted frames taken out (Soummer et al. 2012; Amara & Quanz 2012), frames derotated by cubic splines and
+averaged, flux in a disc of one FWHM over the standard deviation of that in annuli.
 """
 
 import argparse
 import json
+import os
+import platform
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads for matrices this small would wait for each other
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import map_coordinates
@@ -35,7 +43,12 @@ from pulmo_jax.methods.paco.tracks import prepare
 SEPARATIONS_FWHM = (2.0, 4.0, 7.0)
 BRIGHTNESS = (0.4, 0.7, 1.0)  # times the flux of a mean SNR of 5 in the exact map
 COMPONENTS = (5, 10, 20)
-PACO = {"exact": Settings(), "fast": Settings(mode="fast")}
+PACO = {
+    "PACO, exact": Settings(),
+    "PACO, fast": Settings(mode="fast"),
+    "PACO, robust": Settings(mode="robust", weights_error=1e-2),
+}
+Scores = dict[str, tuple[np.ndarray, np.ndarray]]
 REPLICATES = 1000
 
 
@@ -43,24 +56,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("cube", "angles", "psf", "out"):
         parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--synthetic", type=int, metavar="SEED")
+    parser.add_argument("--synthetic", type=int, nargs="+", metavar="SEED")
     parser.add_argument("--directions", type=int, default=12)
+    parser.add_argument("--bad", type=float, default=0.0, metavar="SHARE")
     options = parser.parse_args()
+    began = time.monotonic()
     if options.synthetic is None:
-        stack = load_stack(options.cube, options.angles, options.psf)
+        stacks = [load_stack(options.cube, options.angles, options.psf)]
     else:
-        stack = rotating_stack(options.synthetic, planets=()).stack
-    of = observe(stack.cube, stack.angles_deg, prepare_psf(stack.psf))
-    scores = score_all(of, options.directions)
-    table = {name: summarise(*values) for name, values in scores.items()}
-    print(json.dumps(table, indent=1))
+        stacks = [rotating_stack(seed, planets=()).stack for seed in options.synthetic]
+    parts = []
+    for seed, stack in zip(options.synthetic or [0], stacks, strict=True):
+        psf = prepare_psf(stack.psf)
+        spoilt = spoil(stack.cube, options.bad, seed)
+        clean, of = (observe(cube, stack.angles_deg, psf) for cube in (stack.cube, spoilt))
+        parts.append(score_all(of, options.directions, clean))
+    scores = {name: tuple(map(np.concatenate, zip(*(part[name] for part in parts), strict=True))) for name in parts[0]}
+    result: dict[str, Any] = {"seconds": time.monotonic() - began, "machine": machine(), "bad": options.bad}
+    result |= {"places": len(scores["PACO, exact"][0]), "stacks": len(stacks)}
+    result["methods"] = {name: summarise(*values) for name, values in scores.items()}
+    print(as_markdown(result))
     if options.out:
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def score_all(of: Observation, directions: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For every method its scores (places,) without and (places, fluxes) with a source."""
-    stack, patch = prepare(of, Settings())
+def spoil(cube: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """That share of the frames with their deviation from the mean frame times 3 to 10."""
+    rng = np.random.default_rng(seed + 1000)
+    chosen = rng.choice(len(cube), round(share * len(cube)), replace=False)
+    mean, cube = cube.mean(0), cube.copy()
+    cube[chosen] = mean + rng.uniform(3, 10, len(chosen))[:, None, None] * (cube[chosen] - mean)
+    return cube
+
+
+def score_all(of: Observation, directions: int, clean: Observation) -> Scores:
+    """For every method its scores (places,) without and (places, fluxes) with a source, whose flux is that of a mean
+    SNR of 5 in `clean`."""
+    stack, patch = prepare(clean, Settings())
     separation = separation_map(of.shape, of.centre)
     blank = maps_of(of)
     spread = {name: null_profile(noise_map(of, name), of.centre, of.psf.fwhm_px).std_at(separation) for name in blank}
@@ -73,7 +105,8 @@ def score_all(of: Observation, directions: int) -> dict[str, tuple[np.ndarray, n
         if limit is None or not np.isfinite(limit[1]):
             continue
         for place in places:
-            with_source = [maps_of(inject(of, place, share * limit[1])) for share in BRIGHTNESS]
+            flux = limit[1] * clean.unit / of.unit
+            with_source = [maps_of(inject(of, place, share * flux)) for share in BRIGHTNESS]
             for name in blank:
                 negatives[name].append(score(blank[name] / spread[name], place, of.psf.fwhm_px))
                 positives[name].append(
@@ -142,6 +175,26 @@ def summarise(negative: np.ndarray, positive: np.ndarray) -> dict[str, object]:
 def area(negative: np.ndarray, positive: np.ndarray) -> float:
     labels = np.r_[np.zeros(negative.size), np.ones(positive.size)]
     return float(roc_auc_score(labels, np.r_[negative, positive.ravel()]))
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['places']} places in {result['stacks']} stacks, {result['bad']:.0%} of the frames bad; "
+        f"{result['seconds']:.0f} s.", "",
+        "| | AUC | 95 % interval | " + " | ".join(f"AUC at {b:g}" for b in BRIGHTNESS) + " | above all blank places |",
+        "| --- |" + " --- |" * (len(BRIGHTNESS) + 3),
+    ]  # fmt: skip
+    for name, row in result["methods"].items():
+        low, high = row["interval"]
+        by_brightness = " | ".join(f"{v:.3f}" for v in row["auc_by_brightness"].values())
+        found = row["found_without_false_alarm"]
+        lines.append(f"| {name} | {row['auc']:.3f} | {low:.3f} to {high:.3f} | {by_brightness} | {found:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, Any]:
+    return {"cpus": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__,
+            "numpy": np.__version__}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -35,6 +35,14 @@ def write_fits(
     atomically(path, lambda target: hdu.writeto(target))
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys, dotted."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def as_stored(image: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
     size = np.abs(image[np.isfinite(image) & (image != 0)])
     fits_in = not size.size or (size.max() < FLOAT32.max and size.min() > FLOAT32.tiny)

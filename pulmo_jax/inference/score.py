@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pulmo_jax.core.tiling import blend_strips, cut_tiles
 from pulmo_jax.data.transforms import Preprocessing, finite, preprocess, resize_bands
-from pulmo_jax.methods.base import Method, Params
+from pulmo_jax.methods.base import Detailed, Method, Params
 from pulmo_jax.resources import running_out_names
 
 STRIP_PX = 2**20  # scored at a time; fewer rows of a wide image, so that its strips need no more memory
@@ -71,6 +71,19 @@ class Scorer:
         with naming_what_to_lower(self.tiles, pixels.shape):
             return gathered(self._blend(self.reconstruct, pixels, foreground), np.empty(pixels.shape, np.float32))
 
+    def details(
+        self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
+    ) -> dict[str, Float[np.ndarray, "H W"]]:
+        """What else the method says of every pixel, by name; NaN where there is no score."""
+        names = detail_names(self.method)
+        if not names:
+            return {}
+        with naming_what_to_lower(self.tiles, pixels.shape):
+            strips = self._blend(jax.jit(cast(Detailed, self.method).details), pixels, foreground)
+            maps = gathered(strips, np.empty((*pixels.shape[:2], len(names)), np.float32))
+        maps[~Inside(pixels, foreground)(0, len(pixels))] = np.nan
+        return {name: maps[..., i] for i, name in enumerate(names)}
+
     def strips(self, pixels: np.ndarray, foreground: np.ndarray | None) -> Strips:
         """The score map from the top to the bottom, in strips of about STRIP_PX pixels."""
         height, width = pixels.shape[:2]
@@ -114,6 +127,10 @@ class Scorer:
         devices = len(jax.local_devices())
         batch_size = -(-self.tiles.batch_size // devices) * devices
         yield from blend_strips(of_tiles, (height, width), size, self.tiles.stride(size), batch_size, wanted)
+
+
+def detail_names(method: Method) -> tuple[str, ...]:
+    return method.detail_names if isinstance(method, Detailed) else ()
 
 
 @dataclass(frozen=True)

@@ -67,3 +67,15 @@ class OnePass(Protocol):
     def caveats(self, params: Params) -> tuple[str, ...]:
         """What must be known of what was counted. Raises InputError where nothing can be made of it."""
         ...
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """A `Method` that has more to say of a pixel than its score: prediction writes a map for each of the names."""
+
+    @property
+    def detail_names(self) -> tuple[str, ...]: ...
+
+    def details(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
+        """One map for each name; normalised units."""
+        ...

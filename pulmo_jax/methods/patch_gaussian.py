@@ -10,8 +10,9 @@ co-moments) can be added to what another machine has. Departures from PaDiM: the
 instead of a ridge of 0.01, and factorised instead of inverted; the network is ours, trained on the same images.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -62,9 +63,20 @@ class Gaussian(NamedTuple):
     singular: Bool[Array, "*N"]
 
 
+def exact_products(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A GPU's TF32 would round products to three digits, too few for a covariance."""
+
+    @wraps(function)
+    def exactly(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments)
+
+    return exactly
+
+
 @dataclass(frozen=True)
 class PatchGaussian:
-    """Implements methods.base.Method and OnePass.
+    """Implements methods.base.Method, OnePass and Detailed.
 
     network: what the Gaussian is of: pixels (models.identity.Identity), or a trained network's features or residual.
     """
@@ -183,6 +195,7 @@ class PatchGaussian:
         empty = Moments(jnp.zeros(shape), jnp.zeros((*shape, d)), jnp.zeros((*shape, d, d)))
         return {"network": jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param)), "moments": empty}
 
+    @exact_products
     def update(self, params: Params, batch: Float[Array, "B P P C"], inside: Bool[Array, "B P P"]) -> Params:
         """With the windows of a batch that lie inside with every pixel."""
         x = self.vectors(params, batch)
@@ -198,6 +211,7 @@ class PatchGaussian:
     def whole(self, inside: Bool[Array, "B P P"]) -> Bool[Array, "B R S"]:
         return patches.whole_windows(inside, self.window_side, self.stride_px * self.cell_px)
 
+    @exact_products
     def finish(self, params: Params) -> Params:
         """The Gaussians of what was counted."""
         moments: Moments = params["moments"]
@@ -260,6 +274,7 @@ class PatchGaussian:
         """Squared Mahalanobis distance of every window; chi-squared with D degrees of freedom for Gaussian ones."""
         return (self.whitened(params, x) ** 2).sum(-1)
 
+    @exact_products
     def whitened(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S D"]:
         gaussian, v = params["gaussian"], self.vectors(params, x)
         if self.locations == "pooled":
@@ -280,6 +295,7 @@ class PatchGaussian:
             return self.to_pixels(self.blob_terms(params, patches)[0])
         return self.to_pixels(self.distances(params, patches)[..., None] / self.dimensions)
 
+    @exact_products
     def blob_terms(
         self, params: Params, x: Float[Array, "B P P C"]
     ) -> tuple[Float[Array, "B R S J"], Float[Array, "B R S J"]]:
@@ -294,6 +310,18 @@ class PatchGaussian:
         b = jnp.einsum("...d,...jd->...j", v - mean, weights)
         a = jnp.broadcast_to(a, b.shape)
         return likelihood.snr(a, b), likelihood.flux(a, b)
+
+    @property
+    def detail_names(self) -> tuple[str, ...]:
+        return ("amplitude", "blob_sigma") if self.score == "matched" else ()
+
+    def details(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
+        """Height (normalised units) and sigma (px) of the blob with the strongest SNR at every window."""
+        snr, amplitude = self.blob_terms(params, patches)
+        best = jnp.argmax({"both": abs, "bright": jnp.positive, "dark": jnp.negative}[self.polarity](snr), axis=-1)
+        height = jnp.take_along_axis(amplitude, best[..., None], axis=-1)[..., 0]
+        sigma = jnp.asarray(self.blob_sigmas_px, snr.dtype)[best]
+        return self.to_pixels(jnp.stack([height, sigma], axis=-1))
 
     def to_pixels(self, at_windows: Float[Array, "B R S M"]) -> Float[Array, "B P P M"]:
         size = self.network.patch_size

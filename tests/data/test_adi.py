@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
-from pulmo_jax.data.adi import load_stack
+from pulmo_jax.data.adi import load_channels, load_spectra, load_stack
 from pulmo_jax.data.psf import fit_gaussian
 from pulmo_jax.types import InputError
 
@@ -77,7 +77,7 @@ def test_cubes_of_other_axes_are_refused(tmp_path):
     assert "(21, 24)" in refusal(tmp_path, "cube", cube=CUBE[0])
     message = refusal(tmp_path, "cube", cube=np.stack([CUBE, CUBE]))
     assert "(2, 12, 21, 24)" in message
-    assert "not supported yet" in message
+    assert "data.wavelengths" in message
 
 
 def test_another_number_of_angles(tmp_path):
@@ -182,3 +182,100 @@ def test_real_stack():
     assert stack.caveats == ()
     np.testing.assert_array_equal(stack.cube, fits.getdata(REAL / "cube_with_planet.fits"))
     np.testing.assert_array_equal(stack.angles_deg, fits.getdata(REAL / "parallactic_angles.fits")[:, 0])
+
+
+# --- several wavelengths
+
+CHANNELS = np.stack([CUBE, CUBE + 1, CUBE + 2])
+WAVELENGTHS = np.array([1.0, 1.2, 1.5])
+PSFS = np.stack([PSF, 2 * PSF, 3 * PSF])
+
+
+def load_several(folder: Path, cube=CHANNELS, wavelengths=WAVELENGTHS, psf=PSFS, spectrum=None, angles=ANGLES):
+    arrays = {"cube": cube, "angles": angles, "psf": psf, "wavelengths": wavelengths, "spectrum": spectrum}
+    for name, array in arrays.items():
+        if array is not None:
+            np.save(folder / f"{name}.npy", array)
+    paths = {name: folder / f"{name}.npy" for name, array in arrays.items() if array is not None}
+    return load_channels(**paths)
+
+
+def test_channels_that_fit_are_as_they_were(tmp_path):
+    stack = load_several(tmp_path, spectrum=np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(stack.cube, CHANNELS)
+    np.testing.assert_array_equal(stack.wavelengths, WAVELENGTHS)
+    np.testing.assert_array_equal(stack.psf, PSFS)
+    np.testing.assert_array_equal(stack.spectra, [[1.0, 2.0, 3.0]])
+    assert stack.caveats == ()
+    assert load_several(tmp_path).spectra is None
+
+
+def test_without_wavelengths_it_is_a_stack_of_one(tmp_path):
+    load(tmp_path)
+    stack = load_channels(*(tmp_path / f"{name}.npy" for name in ("cube", "angles", "psf")))
+    np.testing.assert_array_equal(stack.cube, CUBE[None])
+    np.testing.assert_array_equal(stack.psf, PSF[None])
+    assert len(stack.wavelengths) == 1
+
+
+@pytest.mark.parametrize("cube", [CUBE, CUBE[None], CUBE[..., None]], ids=["3-D", "(1,T,H,W)", "(T,H,W,1)"])
+def test_one_wavelength_of_one_channel(tmp_path, cube):
+    stack = load_several(tmp_path, cube=cube, wavelengths=np.array([2.2]), psf=PSF)
+    np.testing.assert_array_equal(stack.cube, CUBE[None])
+    np.testing.assert_array_equal(stack.psf, PSF[None])
+
+
+def test_channels_are_put_into_the_order_of_their_wavelengths(tmp_path):
+    order = [2, 0, 1]
+    spectra = np.array([[1.0, 2, 3], [4, 5, 6]])
+    stack = load_several(tmp_path, CHANNELS[order], WAVELENGTHS[order], PSFS[order], spectra[:, order])
+    np.testing.assert_array_equal(stack.cube, CHANNELS)
+    np.testing.assert_array_equal(stack.wavelengths, WAVELENGTHS)
+    np.testing.assert_array_equal(stack.psf, PSFS)
+    np.testing.assert_array_equal(stack.spectra, spectra)
+    (caveat,) = stack.caveats
+    assert caveat.startswith(str(tmp_path / "wavelengths.npy"))
+    assert "order of their wavelengths" in caveat
+
+
+@pytest.mark.parametrize("psf", [PSF, PSF[None]])
+def test_one_psf_for_all_channels_is_said_where_they_lie_far_apart(tmp_path, psf):
+    stack = load_several(tmp_path, psf=psf)
+    np.testing.assert_array_equal(stack.psf, np.stack([PSF] * 3))
+    (caveat,) = stack.caveats
+    assert "one PSF is used for all 3 channels" in caveat
+    assert "1.50 from" in caveat
+    assert load_several(tmp_path, psf=psf, wavelengths=np.array([1.0, 1.01, 1.02])).caveats == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "file", "words"),
+    [
+        ({"wavelengths": WAVELENGTHS[:2]}, "wavelengths", "holds 2 wavelengths"),
+        ({"cube": CUBE}, "wavelengths", "has one channel, (T, H, W)"),
+        ({"cube": np.swapaxes(np.repeat(CHANNELS, 2, 0), 0, 1)[:, :3]}, "wavelengths", "Axis 1 of the cube"),
+        ({"wavelengths": np.array([1.0, 0.0, 1.2])}, "wavelengths", "0 of channel 1"),
+        ({"wavelengths": np.array([1.0, -1.0, np.nan])}, "wavelengths", "2 of 3 wavelengths are not above 0"),
+        ({"wavelengths": np.array([1.0, 1.2, 1.0])}, "wavelengths", "2 channels have the wavelength 1"),
+        ({"psf": PSFS[:2]}, "psf", "holds 2 images of the PSF"),
+        ({"psf": PSFS * [[[1]], [[-1]], [[1]]]}, "psf", "no positive flux"),
+        ({"spectrum": np.ones(4)}, "spectrum", "shape (4,), the stack has 3 channels"),
+        ({"spectrum": np.ones((3, 2))}, "spectrum", "shape (3, 2), the stack has 3 channels"),
+        ({"angles": ANGLES[:5]}, "angles", "holds 5 angles"),
+        ({"cube": CHANNELS[:, :, 0, 0]}, "cube", "(3, 12)"),
+    ],
+    ids=str,
+)
+def test_channels_that_do_not_fit_are_refused(tmp_path, changes, file, words):
+    with pytest.raises(InputError) as error:
+        load_several(tmp_path, **changes)
+    assert str(error.value).startswith(f"{tmp_path / file}.npy: ")
+    assert words in str(error.value)
+
+
+def test_a_spectrum_may_be_a_column_of_text(tmp_path):
+    path = tmp_path / "spectrum.txt"
+    path.write_text("1\n2.5\n3\n")
+    np.testing.assert_array_equal(load_spectra(path, 3), [[1, 2.5, 3]])
+    path.write_text("1 2.5 3\n4 5 6\n")
+    np.testing.assert_array_equal(load_spectra(path, 3), [[1, 2.5, 3], [4, 5, 6]])

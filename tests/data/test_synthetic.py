@@ -5,9 +5,17 @@ import time
 import numpy as np
 import pytest
 from references import paco
+from scipy.ndimage import map_coordinates
 
 from pulmo_jax.data.psf import fit_gaussian, prepare_psf
-from pulmo_jax.data.synthetic import FWHM_PX, PSF_SIDE, parallactic_angles, rotating_stack, synthetic_psf
+from pulmo_jax.data.synthetic import (
+    FWHM_PX,
+    PSF_SIDE,
+    parallactic_angles,
+    rotating_stack,
+    spectral_stack,
+    synthetic_psf,
+)
 
 
 def added(planets: tuple, **options) -> tuple[np.ndarray, np.ndarray]:
@@ -221,3 +229,48 @@ def test_quasi_static_speckles_have_the_psf_s_size(long):
         product = (relative * np.roll(relative, -shift, axis=2))[:, pairs].mean()
         correlation = product / 0.08**2
         assert correlation == pytest.approx(np.exp(-4 * np.log(2) * (shift / FWHM_PX) ** 2), abs=0.08)
+
+
+# --- several wavelengths
+
+
+def test_one_channel_is_the_rotating_stack():
+    one, expected = spectral_stack(2, 1, frames=4, size=40), rotating_stack(2, frames=4, size=40)
+    np.testing.assert_array_equal(one.stack.cube, expected.stack.cube[None])
+    np.testing.assert_array_equal(one.stack.psf, expected.stack.psf[None])
+    assert one.planets == expected.planets
+    assert one.spectrum.tolist() == [1.0]
+
+
+def test_channels_have_the_spectrum_and_psfs_as_wide_as_their_wavelengths():
+    planet = (37.3, 26.8, 1000.0)
+    full, empty = (spectral_stack(4, 3, frames=3, size=48, planets=planets) for planets in ((planet,), ()))
+    np.testing.assert_allclose(full.stack.wavelengths, [1, 1.15, 1.3])
+    np.testing.assert_allclose(full.spectrum, [0.5, 1, 1.5])
+    for channel, (psf, share) in enumerate(zip(full.stack.psf, full.spectrum, strict=True)):
+        assert fit_gaussian(psf)[1] == pytest.approx(FWHM_PX * full.stack.wavelengths[channel], rel=0.02)
+        assert prepare_psf(psf).flux == pytest.approx(1, rel=1e-3)
+        frames = full.stack.cube[channel].astype(float) - empty.stack.cube[channel]
+        for frame, (y, x) in zip(frames, paco.tracks(full.stack.angles_deg, *planet[:2], (24, 24)), strict=True):
+            offsets = paco.disc(4)
+            found = frame[round(y) + offsets[:, 0], round(x) + offsets[:, 1]]
+            expected = share * 1000 * paco.shift_psf(psf, y - round(y), x - round(x), offsets)
+            np.testing.assert_allclose(found, expected, atol=1e-2)
+    other = spectral_stack(4, 3, frames=3, size=48, spectrum=np.array([2.0, 2.0, 5.0]))
+    np.testing.assert_allclose(other.spectrum, np.array([2, 2, 5]) / 3)
+
+
+def test_speckles_stand_at_multiples_of_the_wavelength():
+    """Frames scaled about the centre by lambda_0 / lambda look alike; as they are they do not."""
+    cube = spectral_stack(5, 2, frames=40, size=80, planets=()).stack.cube.mean(1).astype(float)
+    y, x = np.indices(cube.shape[1:])
+    ring = (np.hypot(y - 40, x - 40) > 18) & (np.hypot(y - 40, x - 40) < 28)
+    at = np.stack([40 + (y - 40) * 1.3, 40 + (x - 40) * 1.3])
+    back = map_coordinates(cube[1], at, order=3)
+    assert np.corrcoef(cube[0][ring], back[ring])[0, 1] > 0.95
+    left = [
+        image[ring]
+        - np.poly1d(np.polyfit(np.hypot(y - 40, x - 40)[ring], image[ring], 3))(np.hypot(y - 40, x - 40)[ring])
+        for image in cube
+    ]
+    assert abs(np.corrcoef(*left)[0, 1]) < 0.5

@@ -535,7 +535,7 @@ def broken(files: dict[str, str], folder: Path, what: str) -> dict[str, str]:
         ("angles not finite", "angles", "frame 5"),
         ("no rotation", "angles", "33 degrees"),
         ("one frame", "cube", "at least 2"),
-        ("two colours", "cube", "Multi-wavelength"),
+        ("two colours", "cube", "data.wavelengths"),
         ("all not finite", "cube", "0 usable frames"),
         ("constant", "cube", "0 usable frames"),
         ("psf negative", "psf", "no positive flux"),

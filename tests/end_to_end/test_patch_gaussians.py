@@ -72,6 +72,35 @@ def test_the_residual_of_a_network_is_whitened_tested_and_mapped(network, crop, 
     assert np.isfinite(score).any()
 
 
+def test_blobs_are_mapped_with_their_height_and_size(cache, tmp_path):
+    rng, y, x = np.random.default_rng(0), *np.mgrid[:64, :64]
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+    for i in range(10):
+        tifffile.imwrite(tmp_path / "train" / f"{i}.tif", rng.normal(1000, 10, (64, 64)).astype(np.float32))
+    blob = 120 * np.exp(-((y - 30) ** 2 + (x - 22) ** 2) / (2 * 2.0**2))
+    tifffile.imwrite(tmp_path / "test" / "a.tif", (rng.normal(1000, 10, (64, 64)) + blob).astype(np.float32))
+    run, out = tmp_path / "run", tmp_path / "out"
+    matched = ["method.score=matched", "method.window_px=15", "method.stride_px=1", "method.blob_sigmas_px=[1,2,4]"]
+    command = [
+        "pulmo_jax.train",
+        "+experiment=lung_covariance",
+        f"data.train={tmp_path / 'train'}",
+        "data.patch_size=32",
+    ]
+    call(*command, *SMALL, *matched, "method.smooth_px=0", f"hydra.run.dir={run}", cache=cache)
+    call("pulmo_jax.predict", f"run={run}", f"input={tmp_path / 'test'}", f"output={out}", cache=cache)
+    score, height, sigma = (
+        tifffile.imread(out / "maps" / f"a_{name}.tif") for name in ("score", "amplitude", "blob_sigma")
+    )
+    peak = np.unravel_index(score.argmax(), score.shape)
+    assert abs(peak[0] - 30) <= 1
+    assert abs(peak[1] - 22) <= 1
+    assert abs(height[peak] - 120) < 15
+    assert abs(sigma[peak] - 2) < 0.1
+    assert score[peak] > 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["method.locations=each", "data.resize=true"]])
 def test_features_of_a_network_are_modelled(network, crop, cache, tmp_path, more):

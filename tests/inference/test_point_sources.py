@@ -123,7 +123,7 @@ def test_empirical_errors_are_wider_where_the_covariance_is_learnt_from_few_fram
 
 def test_nothing_is_left_of_what_was_found(searches):
     for search in searches:
-        left = compute_maps(search.residual, SETTINGS).snr
+        left = compute_maps(search.residual.each[0], SETTINGS).snr
         assert np.nanmax(left) < 5
         for y, x, _ in PLANETS:
             assert abs(left[round(y), round(x)]) < 4
@@ -134,7 +134,7 @@ def test_nothing_is_found_where_there_is_nothing():
     for seed in range(100, 105):
         search = find_sources(stack(seed, []), SETTINGS)
         assert search.sources == []
-        assert search.residual.deviations.shape == (FRAMES, SIDE, SIDE)
+        assert search.residual.each[0].deviations.shape == (FRAMES, SIDE, SIDE)
         assert np.nanmax(search.null.snr) < 5
 
 
@@ -144,7 +144,7 @@ def test_two_sources_one_and_a_half_fwhm_apart():
     search = find_sources(stack(7, pair), SETTINGS)
     assert len(search.sources) == 2
     assert (abs(pulls(search, pair)) < 4).all()
-    assert np.nanmax(compute_maps(search.residual, SETTINGS).snr) < 5
+    assert np.nanmax(compute_maps(search.residual.each[0], SETTINGS).snr) < 5
 
 
 # --- how it is asked
@@ -274,4 +274,4 @@ def test_the_real_cube_with_its_angles_reversed_has_no_peak(beta_pictoris):
     of = real("cube_with_planet", "parallactic_angles")
     assert np.nanmax(compute_maps(of, SETTINGS, angles_deg=-of.angles_deg).snr) < 5
     assert np.nanmax(beta_pictoris.null.snr) < 5
-    assert np.nanmax(compute_maps(beta_pictoris.residual, SETTINGS).snr) < 5
+    assert np.nanmax(compute_maps(beta_pictoris.residual.each[0], SETTINGS).snr) < 5

@@ -20,7 +20,7 @@ from pulmo_jax.methods import paco
 assert len(jax.devices()) == 4
 given = np.load(sys.argv[1])
 found = {}
-for mode in ("exact", "fast"):
+for mode in ("exact", "fast", "robust"):
     maps = paco.likelihood_maps(given["cube"], given["angles"], given["psf"], mode, patch_radius_px=2.0, memory_mb=1)
     found |= {f"{mode} {name}": getattr(maps, name) for name in ("a", "b", "snr", "n_frames", "shrinkage")}
 np.savez(sys.argv[2], **found)
@@ -52,7 +52,7 @@ def test_four_devices_compute_the_maps_of_one(tmp_path):
         pytest.fail("four devices did not come to an end within 300 s")
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "found.npz")
-    for mode in ("exact", "fast"):
+    for mode in ("exact", "fast", "robust"):
         with jax.enable_x64(True):
             assert len(jax.local_devices()) == 1
             expected = paco.likelihood_maps(*given.values(), mode, patch_radius_px=2.0, memory_mb=1)

@@ -3,6 +3,8 @@
 A PSF shifted by less than half a pixel is a polynomial in the shift (`core.psf`), so each location needs a few filters
 and not one for every pixel and frame that passes it. A rotation takes no pixel out of its ring around the centre, so
 the field is worked ring by ring: its locations' filters are laid on all frames, then its pixels' tracks collect them.
+
+The robust map (Flasseur et al. 2020, A&A 634, A2) is the same with weights: in each patch every frame has its own.
 """
 
 from functools import partial
@@ -15,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pulmo_jax.core import geometry, patches
 from pulmo_jax.core.psf import linear_terms, terms
-from pulmo_jax.methods.paco.background import Background, Program, Template, filters_at
+from pulmo_jax.methods.paco.background import Background, Program, Template, filters_at, robust_filters_at
 
 REACH_PX = 0.5 * 2**0.5 + 0.01  # from a track's place to the pixel nearest to it, and a rounding
 
@@ -32,17 +34,18 @@ class Scene(NamedTuple):
 
 
 class Filtered(NamedTuple):
-    """A ring's locations in C chunks of N: each filter laid on every frame, the Gram matrix as a polynomial in the
-    shift, and the state of the covariance."""
+    """A ring's locations in C chunks of N: each filter laid on every frame, times its weight; the Gram matrix as a
+    polynomial in the shift; the state of the covariance; and the frames' weights, None where all are 1."""
 
     frames: Float[Array, "C T J N"]
     gram: Float[Array, "C Q N"]
-    state: Float[Array, "C N 3"]
+    state: Float[Array, "C N 4"]
+    weights: Float[Array, "C T N"] | None
 
 
 @partial(jax.jit, static_argnames=("program",))
 def score_rings(scene: Scene, rings: geometry.Ring, program: Program) -> tuple[Array, Array]:
-    """(R, 3, M): a, b and the frames used at every pixel; (R, N, 3): the locations' state. One ring a device."""
+    """(R, 3, M): a, b and the frames used at every pixel; (R, N, 4): the locations' state. One ring a device."""
 
     def one_by_one(scene: Scene, rings: geometry.Ring) -> tuple[Array, Array]:
         return jax.lax.map(lambda ring: score_ring(scene, ring, program), rings)
@@ -63,17 +66,26 @@ def score_ring(scene: Scene, ring: geometry.Ring, program: Program) -> tuple[Arr
     filtered = jax.lax.map(partial(filter_frames, scene, program), chunks)
     order = jnp.arange(ring.locations.size, dtype=jnp.int32)
     slot = jnp.zeros(scene.whole.size, jnp.int32).at[ring.locations].set(order)  # of a pixel in the ring
-    return collect(scene, filtered, slot, jnp.asarray(ring.pixels), program), filtered.state.reshape(-1, 3)
+    return collect(scene, filtered, slot, jnp.asarray(ring.pixels), program), filtered.state.reshape(-1, 4)
 
 
 def filter_frames(scene: Scene, program: Program, locations: Int[Array, "N"]) -> Filtered:
     deviations = patches.extract(scene.deviations, locations, program.flat_offsets)  # (T, N, P)
-    weights, gram, state = filters_at(locations, deviations, scene.background, scene.template, program)
+    frame_weights = None
+    if program.mode == "robust":
+        n = scene.background.n[locations]
+        (weights, gram, state), frames = robust_filters_at(deviations, n, scene.template, program)
+        deviations, frame_weights = frames
+    else:
+        weights, gram, state = filters_at(locations, deviations, scene.background, scene.template, program)
     polynomial = jnp.einsum("qij,nij->qn", scene.template.product, gram)
     middle = jnp.zeros((), state.dtype)
     at_middle = jnp.stack(terms(middle, middle, 2 * program.degree)) @ polynomial
     relative = state.at[:, 2].divide(jnp.where(at_middle > 0, at_middle, jnp.inf))
-    return Filtered(jnp.einsum("npj,tnp->tjn", weights, deviations), polynomial, relative)
+    filtered = jnp.einsum("npj,tnp->tjn", weights, deviations)
+    if frame_weights is not None:
+        filtered *= frame_weights[:, None]
+    return Filtered(filtered, polynomial, relative, frame_weights)
 
 
 def collect(
@@ -98,6 +110,9 @@ def collect(
         b = sum(polynomials[q] * take(frame, first + j * n_each) for j, q in enumerate(linear_terms(program.degree)))
         first = chunk * (n_products * n_each) + place
         a = sum(polynomial * take(gram, first + q * n_each) for q, polynomial in enumerate(polynomials))
+        if filtered.weights is not None:
+            weights = jax.lax.dynamic_index_in_dim(filtered.weights, step, 1, keepdims=False).reshape(-1)
+            a *= take(weights, chunk * n_each + place)
         return (sums[0] + jnp.where(usable, a, 0), sums[1] + jnp.where(usable, b, 0), sums[2] + usable), None
 
     zero = jnp.zeros(len(pixels), scene.deviations.dtype)

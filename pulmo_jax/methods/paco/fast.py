@@ -54,7 +54,7 @@ def filter_field(
     chunks: Int[Array, "C N"],
     program: Program,
 ) -> tuple[Array, Array]:
-    """(P, locations): the filters; (4, locations): a, and the covariance's state. Chunks are spread over devices."""
+    """(P, locations): the filters; (5, locations): a, and the covariance's state. Chunks are spread over devices."""
 
     def one_by_one(chunks: Array) -> tuple[Array, Array]:
         def of_chunk(locations: Array) -> tuple[Array, Array]:

@@ -1,6 +1,6 @@
 """PACO's maps: at every pixel the likelihood terms of a source there, summed along its track through the frames.
 
-Flasseur, Denis, Thiébaut, Langlois 2018 (A&A 618, A138), "F18" in this package.
+Flasseur, Denis, Thiébaut, Langlois 2018 (A&A 618, A138), "F18" in this package; robust mode: 2020 (A&A 634, A2).
 """
 
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pulmo_jax.core import geometry, patches
 from pulmo_jax.core.psf import ShiftExpansion, centred, expand
+from pulmo_jax.core.robust import MAX_ITERATIONS
 from pulmo_jax.data.psf import Psf
 from pulmo_jax.methods.paco import exact, fast
 from pulmo_jax.methods.paco.background import Background, Program, Template, learn
@@ -25,6 +26,7 @@ from pulmo_jax.types import InputError
 FWHM_TO_RADIUS = 0.9  # a Gaussian has fallen to a tenth there; 4 px, that is 49 pixels, for F18's 4.6 px
 MIN_RADIUS_PX = 1.5
 CACHE_BYTES = 8 * 2**20  # of a step on a CPU: larger ones are slower
+ROBUST_COPIES = 4  # of a patch's frames, that an iteration works on
 MIN_SIDE = 3  # of the field of locations, for splines
 
 Track = Callable[[Iterable, int], Iterable]
@@ -82,16 +84,20 @@ def compute_maps(
     """The maps of an observation.
 
     angles_deg: other angles than its own: the maps then hold its noise and no source. background: of another
-    observation in the same units, of which the noise is then taken to be. track: shows progress over an iterable of
-    known length.
+    observation in the same units, of which the noise is then taken to be; not in robust mode, where noise differs from
+    frame to frame. track: shows progress over an iterable of known length.
     """
+    robust = settings.mode == "robust"
+    if robust and background is not None:
+        raise InputError("mode='robust' learns the noise of each frame, so it cannot be another stack's; use 'exact'")
     plan = make_plan(of, settings)
     angles = jnp.asarray(of.angles_deg if angles_deg is None else angles_deg, of.deviations.dtype)
     with jax.default_matmul_precision("highest"):  # a GPU's TF32 would round to three digits
-        noise = background or learn(of.deviations, plan.program.offsets, settings.frames == "effective")
-        compute = exact_sums if settings.mode == "exact" else fast_sums
+        offsets = () if robust else plan.program.offsets
+        noise = background or learn(of.deviations, offsets, settings.frames == "effective")
+        compute = fast_sums if settings.mode == "fast" else exact_sums
         sums, states = compute(of, plan, noise, angles, track)
-    return as_maps(sums.reshape(3, *of.shape), states.reshape(3, *of.shape), of, plan)
+    return as_maps(sums.reshape(3, *of.shape), states.reshape(4, *of.shape), of, plan)
 
 
 class Plan(NamedTuple):
@@ -110,20 +116,21 @@ def make_plan(of: Observation, settings: Settings) -> Plan:
     whole = patches.whole_patches(of.usable, offsets, settings.usable_share)
     n_whole, dtype = int(whole.sum()), of.deviations.dtype
     sides = [np.ptp(np.flatnonzero(whole.any(axis))) + 1 if n_whole else 0 for axis in (1, 0)]
-    if min(sides) < (1 if settings.mode == "exact" else MIN_SIDE):
+    if min(sides) < (MIN_SIDE if settings.mode == "fast" else 1):
         raise InputError(
             f"patches of {len(offsets)} px fit in {n_whole} places into frames of {of.shape[0]} x {of.shape[1]} px "
             f"with {int(of.usable.sum())} usable pixels, too few; give a smaller patch_radius_px"
         )
     budget = settings.memory_mb * 2**20
-    patch_bytes = dtype.itemsize * len(offsets) * (len(of.deviations) + 4 * len(offsets))
+    copies = ROBUST_COPIES if settings.mode == "robust" else 1
+    patch_bytes = dtype.itemsize * len(offsets) * (copies * len(of.deviations) + 4 * len(offsets))
     chunk = int(np.clip(step_bytes(budget) // patch_bytes, 1, n_whole))
-    tolerance = settings.psf_error if settings.mode == "exact" else None
+    tolerance = None if settings.mode == "fast" else settings.psf_error
     expansion = expand_psf(of.psf.stamp.tobytes(), len(of.psf.stamp), offsets.tobytes(), tolerance)
     places = tuple((int(dy), int(dx)) for dy, dx in offsets)
     program = Program(
         settings.mode, settings.shrinkage, settings.rho, expansion.degree, places, of.shape, chunk,
-        len(jax.local_devices()),
+        len(jax.local_devices()), settings.weights_error,
     )  # fmt: skip
     template = Template(*(jnp.asarray(part, dtype) for part in expansion[1:4]))
     return Plan(program, expansion, template, whole, budget)
@@ -165,9 +172,9 @@ def expand_psf(stamp: bytes, side: int, offsets: bytes, tolerance: float | None)
 def exact_sums(
     of: Observation, plan: Plan, noise: Background, angles: Array, track: Track
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(3, pixels): a, b and the number of frames; (3, pixels): the state of each location's covariance, or NaN."""
+    """(3, pixels): a, b and the number of frames; (4, pixels): the state of each location's covariance, or NaN."""
     program, n_pixels, dtype = plan.program, plan.whole.size, of.deviations.dtype
-    n_filtered = len(angles) * len(plan.template.terms) + len(plan.template.product)
+    n_filtered = len(angles) * (len(plan.template.terms) + (program.mode == "robust")) + len(plan.template.product)
     n_rounds = -(-int(plan.whole.sum()) * n_filtered * dtype.itemsize // (plan.budget * program.n_devices))
     rings = geometry.rings(plan.whole, of.centre, exact.REACH_PX, n_rounds * program.n_devices, program.chunk)
     scene = exact.Scene(
@@ -178,7 +185,7 @@ def exact_sums(
         jnp.asarray(of.centre, dtype),
         jnp.asarray(plan.whole.ravel()),
     )
-    sums, states = np.zeros((3, n_pixels)), np.full((3, n_pixels), np.nan)
+    sums, states = np.zeros((3, n_pixels)), np.full((4, n_pixels), np.nan)
     for i in track(range(0, len(rings.pixels), program.n_devices), n_rounds):
         ring = geometry.Ring(*(part[i : i + program.n_devices] for part in rings))
         ring_sums, ring_states = exact.score_rings(scene, ring, program)
@@ -209,14 +216,14 @@ def fast_sums(
             sums, jnp.asarray(first), of.deviations, weights, a_map, between, nearest, angles, centre,
             program=program, corner=corner, n_batch=n_batch,
         )  # fmt: skip
-    states = np.full((3, plan.whole.size), np.nan)
+    states = np.full((4, plan.whole.size), np.nan)
     states[:, locations] = np.asarray(state[1:])
     states[:, ~plan.whole.ravel()] = np.nan
     return np.asarray(sums, np.float64), states
 
 
 def as_maps(
-    sums: Float[np.ndarray, "3 H W"], states: Float[np.ndarray, "3 H W"], of: Observation, plan: Plan
+    sums: Float[np.ndarray, "3 H W"], states: Float[np.ndarray, "4 H W"], of: Observation, plan: Plan
 ) -> LikelihoodMaps:
     """In the units of the frames, with what is undefined as NaN and what must be said as caveats."""
     a, b, n_frames = sums
@@ -234,14 +241,13 @@ def as_maps(
         singular=singular,
         psf_error=plan.expansion.error,
         snr_error=float(np.sqrt(np.max(states[2], initial=0, where=np.isfinite(states[0])))),
-        caveats=of.caveats + statistics_caveats(states[0], singular, of, len(plan.program.offsets)),
+        caveats=of.caveats + statistics_caveats(states, of, len(plan.program.offsets)),
     )
 
 
-def statistics_caveats(
-    rho: Float[np.ndarray, "H W"], singular: Bool[np.ndarray, "H W"], of: Observation, n_patch: int
-) -> tuple[str, ...]:
-    caveats = []
+def statistics_caveats(states: Float[np.ndarray, "4 H W"], of: Observation, n_patch: int) -> tuple[str, ...]:
+    caveats, rho = [], states[0]
+    n_locations, n_singular, n_unsettled = (int((s > 0).sum()) for s in (np.isfinite(rho), states[1], states[3]))
     if len(of.psf.stamp) // 2 < usual_radius(of.psf):
         side = len(of.psf.stamp)
         caveats.append(f"the PSF's stamp of {side} x {side} px cuts it off: patches are small, and fluxes too high")
@@ -250,9 +256,14 @@ def statistics_caveats(
             f"{len(of.deviations)} frames are fewer than the {n_patch} pixels of a patch: the covariance rests on its "
             f"shrinkage (median rho {np.nanmedian(rho):.2f}), and faint sources are lost"
         )
-    if singular.any():
+    if n_singular:
         caveats.append(
-            f"the covariance is singular at {int(singular.sum())} of {int(np.isfinite(rho).sum())} locations, where "
+            f"the covariance is singular at {n_singular} of {n_locations} locations, where "
             "pixels are taken as independent; choose a shrinkage that is not 0"
+        )
+    if n_unsettled:
+        caveats.append(
+            f"the frames' weights did not settle within {MAX_ITERATIONS} iterations at {n_unsettled} of {n_locations} "
+            "locations; give a larger weights_error or more shrinkage, or compare with mode='exact'"
         )
     return tuple(caveats)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Bool, Float, Int
 
-from pulmo_jax.core import covariance, geometry, likelihood, patches, psf
+from pulmo_jax.core import covariance, geometry, likelihood, patches, psf, robust
 from pulmo_jax.methods.paco.maps import footprint
 from pulmo_jax.methods.paco.observation import Observation
 from pulmo_jax.methods.paco.settings import Settings, ShrinkageName
@@ -39,12 +39,13 @@ class Stack(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """What the computation along a track is compiled for."""
+    """What the computation along a track is compiled for. weights_error: of robust mode, None in others."""
 
     shrinkage: ShrinkageName
     rho: float | None
     offsets: tuple[tuple[int, int], ...]
     shape: tuple[int, int]
+    weights_error: float | None = None
 
 
 class Trail(NamedTuple):
@@ -55,7 +56,8 @@ class Trail(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Mean and Cholesky factor of the covariance of the patch at each frame's place on a track."""
+    """Mean and Cholesky factor of the covariance of the patch at each frame's place on a track, in that frame: in
+    robust mode s_t L."""
 
     mean: Float[Array, "T P"]
     lower: Float[Array, "T P P"]
@@ -92,7 +94,8 @@ def prepare(of: Observation, settings: Settings) -> tuple[Stack, Patch]:
         jnp.asarray(of.centre, dtype),
     )
     places = tuple((int(dy), int(dx)) for dy, dx in offsets)
-    return stack, Patch(settings.shrinkage, settings.rho, places, of.shape)
+    weights_error = settings.weights_error if settings.mode == "robust" else None
+    return stack, Patch(settings.shrinkage, settings.rho, places, of.shape, weights_error)
 
 
 def positions(stack: Stack, place: Float[Array, "2"]) -> Float[Array, "T 2"]:
@@ -117,12 +120,16 @@ def learn(stack: Stack, trail: Trail, place: Float[Array, "2"], flux: Float[Arra
     pixel, shift = geometry.nearest(positions(stack, place))
     stamps, corner = psf.shift(stack.stamp, shift), pixel - len(stack.stamp) // 2
 
-    def at(centre: Int[Array, "2"]) -> Noise:
+    def at(frame_and_centre: tuple[Array, Array]) -> Noise:
+        frame, centre = frame_and_centre
         y, x = (centre + offsets).T
         location = centre[0] * patch.shape[1] + centre[1]
         usable = stack.usable[location + flat]
         source = psf.render(stamps, corner, y[:, None], x[:, None]).T  # (T, P)
         samples = patches.extract(stack.deviations, location, flat) + flux * jnp.where(usable, source, 0)
+        if patch.weights_error is not None:
+            fit = robust.scale_mixture(samples, stack.n[location], shrinkage, patch.weights_error)
+            return Noise(fit.statistics.mean, fit.statistics.factor.lower / jnp.sqrt(fit.weights[frame]))
         mean = samples.mean(0)
         s = covariance.sample_covariance(samples - mean)
         rho = shrinkage(s, samples - mean, stack.n[location])
@@ -130,8 +137,8 @@ def learn(stack: Stack, trail: Trail, place: Float[Array, "2"], flux: Float[Arra
 
     # Whole batches only: XLA would compile a smaller last one a second time.
     n_frames = len(trail.pixel)
-    padded = jnp.pad(trail.pixel, ((0, -n_frames % LOCATIONS_AT_ONCE), (0, 0)), mode="edge")
-    noise = jax.lax.map(at, padded, batch_size=LOCATIONS_AT_ONCE)
+    frames = jnp.minimum(jnp.arange(n_frames + -n_frames % LOCATIONS_AT_ONCE), n_frames - 1)
+    noise = jax.lax.map(at, (frames, trail.pixel[frames]), batch_size=LOCATIONS_AT_ONCE)
     return Noise(noise.mean[:n_frames], noise.lower[:n_frames])
 
 

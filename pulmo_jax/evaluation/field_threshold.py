@@ -1,0 +1,58 @@
+"""A threshold on the highest value of a field, from fields that hold noise alone."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import binom, gumbel_r
+
+from pulmo_jax.types import InputError
+
+CONFIDENCE = 0.95
+EULER = 0.5772156649015329
+
+
+@dataclass(frozen=True, eq=False)
+class FieldThreshold:
+    """The value that noise alone exceeds anywhere in a field with a probability of at most `level`.
+
+    level: what was asked for, or 1 / (n + 1) where n fields cannot say less. low, high: distribution-free 95 % interval
+    of the quantile, infinite where no field reaches so far. certified: the probability that noise exceeds the highest
+    of all is below this one, with 95 % confidence (the rule of three). maxima: of each field, sorted.
+    """
+
+    value: float
+    level: float
+    low: float
+    high: float
+    certified: float
+    maxima: Float[np.ndarray, "n"] = field(repr=False)
+
+    def false_alarm(self, value: float) -> float:
+        """Probability of noise being as high: (1 + number of fields that are) / (1 + n), never below 1 / (n + 1)."""
+        return float((1 + np.sum(self.maxima >= value)) / (1 + len(self.maxima)))
+
+    def extrapolated(self, value: float) -> float:
+        """The same by Gumbel's distribution with the maxima's mean and spread: beyond them all, an assumption."""
+        scale = max(float(self.maxima.std(ddof=1)) * np.sqrt(6) / np.pi, 1e-12)
+        return float(gumbel_r.sf(value, loc=self.maxima.mean() - EULER * scale, scale=scale))
+
+
+def field_threshold(maxima: Float[np.ndarray, "n"], level: float) -> FieldThreshold:
+    """From the highest values of n fields of noise, taken as independent. Raises InputError for fewer than two."""
+    n, ordered = len(maxima), np.sort(maxima)
+    if n < 2:
+        raise InputError(f"{n} null fields tell nothing of a threshold; give at least 2")
+    above = int(np.floor(level * (n + 1) + 1e-9)) - 1  # maxima that may lie at or above the threshold
+    above, level = (above, level) if above >= 0 else (0, 1 / (n + 1))
+    tail = (1 - CONFIDENCE) / 2
+    # The k-th smallest is below the quantile with the probability that fewer than k of n lie below it.
+    low, high = binom.ppf(tail, n, 1 - level), binom.ppf(1 - tail, n, 1 - level) + 1
+    return FieldThreshold(
+        value=float(ordered[n - 1 - above]),
+        level=level,
+        low=float(ordered[int(low) - 1]) if low >= 1 else -np.inf,
+        high=float(ordered[int(high) - 1]) if high <= n else np.inf,
+        certified=float(1 - (1 - CONFIDENCE) ** (1 / n)),
+        maxima=ordered,
+    )

@@ -1,0 +1,185 @@
+"""Figures of several epochs combined: maps, what each epoch says, the tracks on the sky, and the noise.
+
+Maps are drawn with y upwards, the sky with north up and east to the left.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib import colormaps, patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from pulmo_jax.evaluation.field_threshold import FieldThreshold
+from pulmo_jax.reporting.figures import (
+    BLUE,
+    COLUMN_WIDTH_IN,
+    GREEN,
+    ORANGE,
+    SKY,
+    TEXT_WIDTH_IN,
+    VERMILLION,
+    literal,
+    style,
+)
+
+BACKGROUND = "0.85"  # where there is no value
+MAX_COLUMNS = 5
+SNR_LIMIT = 5.0
+SHOWN_SAMPLES = 60
+WHITE = [patheffects.withStroke(linewidth=2.2, foreground="white")]
+MARK: dict[str, Any] = {"marker": "o", "ms": 9, "mfc": "none", "mec": "black", "mew": 0.9, "ls": "none"}
+STAR: dict[str, Any] = {"marker": "+", "ms": 6, "mec": "black", "mew": 1.0, "ls": "none"}
+
+
+def combined_maps(
+    criterion: Float[np.ndarray, "H W"],
+    snr_combined: Float[np.ndarray, "H W"],
+    threshold: float,
+    centre: tuple[float, float],
+    places: Float[np.ndarray, "N 2"],
+    names: tuple[str, str],
+) -> Figure:
+    """The criterion, and the SNR of a constant flux, with what was found (y, x); names: of the two maps."""
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.86, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        grey = {"bad": BACKGROUND}
+        top = max(threshold, float(np.nanmax(criterion, initial=0)))
+        image = left.imshow(
+            criterion, origin="lower", vmin=0, vmax=top, cmap=colormaps["viridis"].with_extremes(**grey)
+        )
+        bar = figure.colorbar(image, ax=left, location="bottom", label=names[0], shrink=0.85)
+        bar.ax.axvline(threshold, color="white", lw=1.5)
+        bar.ax.plot(threshold, 1.0, "v", color="black", ms=4, clip_on=False, transform=bar.ax.get_xaxis_transform())
+        limit = max(SNR_LIMIT, math.ceil(float(np.nanmax(abs(snr_combined), initial=0))))
+        image = right.imshow(
+            snr_combined, origin="lower", vmin=-limit, vmax=limit, cmap=colormaps["RdBu_r"].with_extremes(**grey)
+        )
+        figure.colorbar(image, ax=right, location="bottom", label=names[1], shrink=0.85)
+        for axes in (left, right):
+            axes.autoscale(False)
+            _mark(axes, [(centre[1], centre[0])], STAR)
+            _mark(axes, [(x, y) for y, x in places], MARK)
+            axes.set(xlabel="x (px)", ylabel="y (px)" if axes is left else "")
+    return figure
+
+
+def _mark(axes: Axes, points: Sequence[tuple[float, float]], look: dict[str, Any]) -> None:
+    axes.plot(*np.reshape(points, (-1, 2)).T, **look, path_effects=WHITE)
+
+
+def snr_by_epoch(snr: Float[np.ndarray, "N E"], labels: Sequence[str], combined: Sequence[float]) -> Figure:
+    """The SNR at each epoch along each of N tracks, and that of all epochs together."""
+    n_tracks, n_epochs = snr.shape
+    with style():
+        figure = Figure(figsize=(max(COLUMN_WIDTH_IN, 0.5 * n_epochs + 1.5), 2.4), layout="constrained")
+        axes = figure.subplots()
+        colours = (BLUE, VERMILLION, GREEN, "0.3")
+        for i, (values, together) in enumerate(zip(snr, combined, strict=True)):
+            at = np.arange(n_epochs) + 0.12 * (i - (n_tracks - 1) / 2)
+            colour = colours[i % len(colours)]
+            axes.errorbar(
+                at, values, np.where(np.isfinite(values), 1.0, np.nan), fmt="o", color=colour, lw=0.8, capsize=2
+            )
+            axes.axhline(together, color=colour, ls="--", lw=0.9)
+            axes.annotate(
+                "all epochs", (1, together), xycoords=("axes fraction", "data"), xytext=(0, 2), fontsize=6.5,
+                textcoords="offset points", ha="right", va="bottom", color=colour,
+            )  # fmt: skip
+        axes.axhline(0, color="0.6", lw=0.6)
+        axes.set_xticks(range(n_epochs), [literal(label) for label in labels], rotation=30, ha="right")
+        axes.set(ylabel="SNR", xlim=(-0.6, n_epochs - 0.4))
+        axes.margins(y=0.15)
+    return figure
+
+
+def epoch_maps(
+    snr: Sequence[Float[np.ndarray, "H W"]],
+    labels: Sequence[str],
+    centres: Sequence[tuple[float, float]],
+    places: Float[np.ndarray, "N E 2"],
+) -> Figure:
+    """The SNR map of each epoch, and where the N tracks are in it, (y, x)."""
+    columns = min(MAX_COLUMNS, len(snr))
+    rows = -(-len(snr) // columns)
+    side = min(2.2, TEXT_WIDTH_IN / columns)
+    with style():
+        figure = Figure(figsize=(max(columns * side, 2.6), rows * side * 1.12 + 0.6), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False)
+        shown = colormaps["RdBu_r"].with_extremes(bad=BACKGROUND)
+        image = None
+        for i, axes in enumerate(panels.flat):
+            if i >= len(snr):
+                axes.set_visible(False)
+                continue
+            image = axes.imshow(snr[i], origin="lower", vmin=-SNR_LIMIT, vmax=SNR_LIMIT, cmap=shown)
+            axes.autoscale(False)
+            _mark(axes, [(centres[i][1], centres[i][0])], STAR)
+            _mark(axes, [(x, y) for y, x in places[:, i]], MARK)
+            axes.set_title(literal(labels[i]))
+            axes.tick_params(labelleft=i % columns == 0)
+        if image is not None:
+            figure.colorbar(image, ax=panels, location="bottom", label="SNR of one epoch", shrink=0.5, extend="both")
+    return figure
+
+
+def tracks_on_sky(
+    sky: Float[np.ndarray, "E 2"],
+    labels: Sequence[str],
+    orbit: Float[np.ndarray, "S 2"],
+    samples: Float[np.ndarray, "M S 2"],
+    sample_places: Float[np.ndarray, "N E 2"],
+    unit: str,
+) -> Figure:
+    """One source's best orbit, others that are as likely, and where each is at the dates; all (north, east)."""
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.7, 3.9), layout="constrained")
+        axes = figure.subplots()
+        for path in samples[:SHOWN_SAMPLES]:
+            axes.plot(path[:, 1], path[:, 0], color="0.6", lw=0.4, alpha=0.5)
+        axes.plot(orbit[:, 1], orbit[:, 0], color=BLUE, lw=1.3)
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(sky)))
+        for i, label in enumerate(labels):
+            axes.plot(*sample_places[:, i, ::-1].T, ".", ms=1.5, color=colours[i], alpha=0.3)
+            axes.plot(
+                sky[i, 1], sky[i, 0], "o", ms=5, color=colours[i], mec="white", mew=0.6, label=literal(label), zorder=4
+            )
+        axes.plot(0, 0, **STAR)
+        reach = 1.25 * float(np.hypot(*sky.T).max())
+        spread = float(np.percentile(np.hypot(*samples.reshape(-1, 2).T), 90)) if samples.size else reach
+        reach = float(np.clip(spread, reach, 2 * reach))
+        axes.set(xlim=(reach, -reach), ylim=(-reach, reach), aspect="equal")
+        axes.set(xlabel=f"east ({unit})", ylabel=f"north ({unit})")
+        lines = [Line2D([], [], color=BLUE, label="best orbit")]
+        lines += [Line2D([], [], color="0.6", lw=0.6, label="equally likely ones")] if len(samples) else []
+        places, _ = axes.get_legend_handles_labels()
+        axes.legend(handles=[*lines, *places], loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+def null_maxima(
+    nulls: Sequence[FieldThreshold], names: Sequence[str], threshold: float, found: Sequence[float]
+) -> Figure:
+    """The highest criterion of each field of noise, of several kinds, with the interval of each threshold; the one that
+    holds, and what was found."""
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.6, 2.6), layout="constrained")
+        axes = figure.subplots()
+        maxima = np.concatenate([null.maxima for null in nulls])
+        n = max(8, int(1.5 * np.sqrt(len(nulls[0].maxima))))
+        bins = np.linspace(maxima.min(), maxima.max() + 1e-9, n + 1)
+        for null, name, colour in zip(nulls, names, (SKY, ORANGE), strict=False):
+            axes.hist(null.maxima, bins=bins, histtype="stepfilled", color=colour, alpha=0.45, label=name)
+            low, high = max(null.low, null.maxima[0]), min(null.high, null.maxima[-1])
+            axes.axvspan(low, high, color=colour, alpha=0.25, lw=0)
+        axes.axvline(threshold, color="black", label="threshold")
+        for i, value in enumerate(found):
+            axes.axvline(value, color=BLUE, ls="--", label=None if i else "found, or the highest")
+        axes.set(xlabel="highest criterion of a field", ylabel=f"fields of noise (of {len(nulls[0].maxima)})")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
+    return figure

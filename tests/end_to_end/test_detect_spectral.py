@@ -1,0 +1,149 @@
+"""`detect` on several wavelengths: a synthetic stack and files, what is written, and what is refused."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from astropy.io import fits
+
+from pulmo_jax import detect
+from pulmo_jax.adi_config import DetectConfig
+from pulmo_jax.config import validate
+from pulmo_jax.data.synthetic import spectral_stack
+from pulmo_jax.types import InputError
+
+PLANET = (33.0, 35.0, 2500.0)
+WHOLE: dict[str, Any] = {"frames": 26, "size": 46, "rotation_deg": 150.0, "planets": [list(PLANET)]}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def made():
+    return spectral_stack(0, 2, WHOLE["frames"], WHOLE["size"], WHOLE["rotation_deg"], (PLANET,))
+
+
+def run(cache: Path, folder: Path, **data: Any) -> Path:
+    values = {"data": data, "method": {"patch_radius_px": 2.5}, "contrast": {"rings": 2, "directions": 2}}
+    detect.detect(validate(DetectConfig, values | {"compile_cache": str(cache)}), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def synthetic(cache, tmp_path_factory) -> Path:
+    return run(cache, tmp_path_factory.mktemp("synthetic"), synthetic=WHOLE | {"channels": 2})
+
+
+def files(folder: Path, made, **changes: Any) -> dict[str, Any]:
+    stack = made.stack
+    arrays = {
+        "cube": stack.cube,
+        "angles": stack.angles_deg,
+        "psf": stack.psf,
+        "wavelengths": stack.wavelengths,
+    } | changes
+    for name, array in arrays.items():
+        fits.writeto(folder / f"{name}.fits", np.asarray(array))
+    return {name: str(folder / f"{name}.fits") for name in arrays}
+
+
+def rows(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_spectra_of_a_synthetic_stack_come_back(synthetic, made):
+    sources, spectra = rows(synthetic, "detections"), rows(synthetic, "spectra")
+    source = min(sources, key=lambda row: np.hypot(float(row["y"]) - PLANET[0], float(row["x"]) - PLANET[1]))
+    of_source = [row for row in spectra if row["label"] == source["label"]]
+    assert len(spectra) == 2 * len(sources)
+    for row, wavelength, share in zip(of_source, made.stack.wavelengths, made.spectrum, strict=True):
+        assert float(row["wavelength"]) == pytest.approx(wavelength)
+        assert abs(float(row["flux"]) - share * PLANET[2]) < 4 * float(row["flux_std_empirical"])
+        assert float(row["flux"]) == pytest.approx(share * PLANET[2], rel=0.25)
+
+
+def test_outputs_of_several_wavelengths(synthetic):
+    metrics = json.loads((synthetic / "metrics.json").read_text())
+    assert metrics["wavelengths"] == [1.0, 1.3]
+    r = np.array(metrics["spectral_correlation"]["correlation"])
+    assert r.shape[1:] == (2, 2)
+    header = fits.getheader(synthetic / "snr.fits")
+    assert (header["NCHANNEL"], header["WAVEMIN"], header["WAVEMAX"], header["NSPECTRA"]) == (2, 1.0, 1.3, 1)
+    assert (header["CENTERY"], header["CENTERX"]) == (23, 23)
+    for name in ("figures/spectra.png", "contrast.csv", "throughput.fits", "snr_null.fits"):
+        assert (synthetic / name).stat().st_size > 0
+    page = (synthetic / "report.html").read_text()
+    for words in ("2 channels together", "A&amp;A 637, A9"):
+        assert words in page
+    assert not (synthetic / "template.fits").exists()
+
+
+def test_files_with_a_set_of_spectra_and_scaled_frames(cache, made, tmp_path, synthetic):
+    spectra = np.stack([made.spectrum[::-1], made.spectrum])
+    given = files(tmp_path, made, spectrum=spectra)
+    folder = run(cache, tmp_path / "run", **given, spectral_scaling=True)
+    template: Any = fits.getdata(folder / "template.fits")
+    assert template[round(PLANET[0]), round(PLANET[1])] == 1
+    assert fits.getheader(folder / "snr.fits")["NSPECTRA"] == 2
+    [row] = [row for row in rows(folder, "detections") if abs(float(row["y"]) - PLANET[0]) < 1]
+    assert abs(float(row["x"]) - PLANET[1]) < 0.5
+    assert float(row["flux_debiased"]) == pytest.approx(PLANET[2], rel=0.25)
+    assert (fits.getheader(folder / "snr.fits")["CENTERY"]) == 23
+    scaled: Any = fits.getdata(folder / "snr.fits")
+    plain: Any = fits.getdata(synthetic / "snr.fits")
+    assert scaled.shape == plain.shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "words"),
+    [
+        ({"wavelengths": np.array([1.0, 1.1, 1.2])}, "wavelengths", "holds 3 wavelengths"),
+        ({"wavelengths": np.array([1.0, 1.0])}, "wavelengths", "2 channels have the wavelength 1"),
+        ({"wavelengths": np.array([1.0, -1.0])}, "wavelengths", "not above 0"),
+        ({"spectrum": np.ones(3)}, "spectrum", "the stack has 2 channels"),
+        ({"spectrum": np.array([1.0, -1.0])}, "spectrum", "not negative"),
+        ({"spectrum": np.zeros(2)}, "spectrum", "not all 0"),
+        ({"psf": np.ones((3, 9, 9))}, "psf", "3 images of the PSF"),
+        ({"cube": np.ones((2, 26, 46, 46))}, "cube", "no channel can be used"),
+    ],
+    ids=["count", "equal", "negative", "length", "spectrum negative", "spectrum empty", "psfs", "bad channels"],
+)
+def test_what_does_not_fit_is_refused_by_name(cache, made, tmp_path, changes, named, words):
+    given = files(tmp_path, made, **changes)
+    with pytest.raises(InputError) as error:
+        run(cache, tmp_path / "run", **given)
+    assert given[named] in str(error.value)
+    assert words in str(error.value)
+
+
+def test_a_cube_of_several_wavelengths_needs_them(cache, made, tmp_path):
+    given = files(tmp_path, made)
+    del given["wavelengths"]
+    with pytest.raises(InputError, match="needs its wavelengths too: data.wavelengths"):
+        run(cache, tmp_path / "run", **given)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"wavelengths": __file__}, "data.wavelengths belongs to a data.cube"),
+        ({"cube": __file__, "angles": __file__, "psf": str(Path(__file__).parents[1] / "conftest.py"),
+          "spectrum": __file__}, "data.spectrum needs data.wavelengths"),
+        ({"synthetic": {"channels": 0}}, "data.synthetic.channels"),
+    ],
+    ids=["wavelengths alone", "spectrum alone", "no channels"],
+)  # fmt: skip
+def test_keys_that_do_not_belong_together(data, words):
+    with pytest.raises(InputError, match=words):
+        validate(DetectConfig, {"data": data})
+
+
+def test_flat_is_the_default_spectrum():
+    assert validate(DetectConfig, {"data": {"spectrum": "flat"}}) == validate(DetectConfig, {})
