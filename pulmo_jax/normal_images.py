@@ -13,6 +13,7 @@ from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_
 from pulmo_jax.data.pipeline import (
     Augmentation,
     CellBatches,
+    CellsInOrder,
     MapDataset,
     ReadPatches,
     evenly,
@@ -161,8 +162,10 @@ def patch_reader(loading: DataConfig, data: NormalData, reader: Reader, console:
     return ReadPatches(images, data.how, decoded)
 
 
-def files_of_batch(config: TrainConfig, data: NormalData, number: int) -> list[str]:
-    cells = CellBatches(data.training.cells, config.trainer.batch_size, config.seed)[number]
+def files_of_batch(config: TrainConfig, data: NormalData, once: bool, number: int) -> list[str]:
+    """The images that a batch is cut from, in one pass or shuffled."""
+    cells, size = data.training.cells, config.trainer.batch_size
+    cells = CellsInOrder(cells, size)[number] if once else CellBatches(cells, size, config.seed)[number]
     return [data.training.images[i].title for i in np.unique(cells[:, 0])]
 
 

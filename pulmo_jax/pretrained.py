@@ -4,15 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from pulmo_jax.config import TrainConfig
 from pulmo_jax.data.transforms import Preprocessing
-from pulmo_jax.methods.base import OnePass, Params
-from pulmo_jax.methods.patch_gaussian import merged
+from pulmo_jax.methods.base import Method, OnePass, Params
+from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
 from pulmo_jax.normal_images import NormalData
 from pulmo_jax.run import FINISHED, load_run
 from pulmo_jax.training.state import TrainState, learnt
@@ -20,6 +19,9 @@ from pulmo_jax.types import InputError
 
 # Of the preprocessing, what decides the numbers inside the foreground.
 SCALE = ("channels", "dtype", "patch_size", "resize", "offset", "scale", "clip")
+
+# Of the method, what decides what is counted.
+COUNTED = ("of", "locations", "window_px", "stride_px", "n_features")
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,20 @@ def with_base(config: TrainConfig, base: Pretrained | None) -> TrainConfig:
     )
 
 
-def start_from(fresh: TrainState, config: TrainConfig, data: NormalData, base: Pretrained | None) -> TrainState:
+def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretrained | None) -> TrainState:
     """The state before training, with the base's network and with what other runs have counted."""
+    if not isinstance(method, PatchGaussian):
+        return fresh
     if base is not None:
         require_unseen(data, base)
         fresh = fresh.replace(params={**fresh.params, "network": base.network})
-    elif config.method.get("of") is not None and jax.tree.leaves(fresh.params["network"]):
+    elif jax.tree.leaves(fresh.params["network"]):
         raise InputError(
             "method.base_run is null, and the model's parameters are random; give method.base_run=RUN, the run "
             "directory of a trained autoencoder, or model=identity for the pixels themselves"
         )
-    for name in config.method.get("merge_runs") or ():
-        fresh = fresh.replace(params=merged(fresh.params, counted(Path(name), fresh.params, config, data)))
+    for name in method.merge_runs:
+        fresh = fresh.replace(params=merged(fresh.params, counted(Path(name), fresh.params, method, data)))
     return fresh
 
 
@@ -97,13 +101,13 @@ def data_root(data: NormalData) -> Path:
     return ref.path.parents[len(Path(ref.name).parts) - 1]
 
 
-def counted(path: Path, like: Params, config: TrainConfig, data: NormalData) -> Any:
+def counted(path: Path, like: Params, method: PatchGaussian, data: NormalData) -> Params:
     """What another run has counted. Raises InputError where it counted something else."""
-    before, how, _, state, _ = load_run(path.absolute(), config.plugins)
-    ignored = ("base_run", "merge_runs")
-    mine, theirs = ({k: v for k, v in c.method.items() if k not in ignored} for c in (config, before))
-    if mine != theirs:
-        different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    _, how, other, state, _ = load_run(path.absolute())
+    if not isinstance(other, PatchGaussian):
+        raise InputError(f"method.merge_runs: {path} is the run of another method; give runs of patch Gaussians")
+    different = [name for name in COUNTED if getattr(other, name) != getattr(method, name)]
+    if different:
         raise InputError(f"method.merge_runs: {path} was made with another method.{', method.'.join(different)}")
     if any(getattr(how, name) != getattr(data.how, name) for name in SCALE):
         raise InputError(
@@ -111,6 +115,8 @@ def counted(path: Path, like: Params, config: TrainConfig, data: NormalData) -> 
             "data.value_range, or with the same method.base_run"
         )
     networks = [jax.tree.leaves(params["network"]) for params in (like, state.params)]
-    if any(not np.array_equal(a, b) for a, b in zip(*networks, strict=True)):
+    if len(networks[0]) != len(networks[1]) or any(
+        a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(*networks, strict=True)
+    ):
         raise InputError(f"method.merge_runs: {path} saw its images through another network")
     return state.params

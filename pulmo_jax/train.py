@@ -96,7 +96,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
         method, optimizer = build_method(config, data.how), build_optimizer(config)
         one_pass = isinstance(method, OnePass)
         identity = identify(config, data, base)
-        fresh = start_from(init_state(method, optimizer), config, data, base)
+        fresh = start_from(init_state(method, optimizer), method, data, base)
         state, before = restore_last(run_dir / "checkpoints", fresh, identity, console)
         write_records(folder, config, data, citation)
         say(console, data, run_dir)
@@ -123,7 +123,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
                 examples=patches[:: max(1, len(patches) // EXAMPLE_PATCHES)][:EXAMPLE_PATCHES],
                 reconstruct=reconstruction(method),
                 val_losses=before.val_losses,
-                files_of=lambda step: files_of_batch(config, data, step - 1),
+                files_of=lambda step: files_of_batch(config, data, one_pass, step - 1),
             )
             state = devices.on_all(state, mesh)
             compiled = compile_step(method, optimizer, state, config, data.how, mesh, remedy)

@@ -36,7 +36,7 @@ def images(tmp_path_factory):
     return folder
 
 
-def no_report(run, data, options, seed, folder, console, *, training, validation):
+def no_report(run, data, options, seed, folder, console, *, training, validation, caveats):
     write_json(folder / "metrics.json", {"training": training})
 
 

@@ -152,7 +152,7 @@ def main() -> None:
     result = {"machine": machine, "best": best, "gflop": gflop, "matmul_gflops": rate}
     (HERE / "patch_gaussian.json").write_text(json.dumps(result, indent=1) + "\n")
     rows = [
-        f"| {name} | {row['seconds']:.2f} | {best['anomalib']['seconds'] / row['seconds']:.0f} | "
+        f"| {name} | {row['seconds']:.2f} | {best['anomalib']['seconds'] / row['seconds']:.1f} | "
         f"{row['peak_mb']:.0f} | {row['before_mb']:.0f} |"
         for name, row in best.items()
         if "before_mb" in row

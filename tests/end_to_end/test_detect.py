@@ -36,7 +36,7 @@ SMALL = [
     f"data.synthetic.frames={FRAMES}", f"data.synthetic.size={SIZE}", f"data.synthetic.rotation_deg={ROTATION_DEG}",
     "data.synthetic.planets=[[34,36,1000]]",
 ]  # fmt: skip
-MAPS = ("snr", "flux", "flux_std", "a", "b", "snr_calibrated", "snr_null")
+MAPS = ("snr", "flux", "flux_std", "a", "b", "snr_calibrated", "snr_null", "a_null", "b_null")
 PSF_TIMES = 7.0
 SCALE, STAR_FLUX = 0.027, 2e5
 
@@ -249,7 +249,7 @@ def test_header_says_what_the_map_is(sweep, name):
         hdu: Any = hdus[0]
         assert len(hdus) == 1
         header = hdu.header
-    units = {"flux": "psf", "flux_std": "psf", "a": "psf-2", "b": "psf-1"}
+    units = {"flux": "psf", "flux_std": "psf", "a": "psf-2", "b": "psf-1", "a_null": "psf-2", "b_null": "psf-1"}
     assert (header["OBJECT"], header.get("BUNIT", "")) == (name, units.get(name, ""))
     assert (header["CENTERY"], header["CENTERX"]) == CENTRE
     assert (header["CRPIX2"], header["CRPIX1"]) == (CENTRE[0] + 1, CENTRE[1] + 1)

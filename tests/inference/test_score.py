@@ -268,11 +268,13 @@ def test_memory_does_not_grow_with_the_height_of_the_image(monkeypatch):
     score, beyond = scorer(autoencoder(), overlap=0.0, batch_size=64), []
     score(image((16, 64)))
     for height in (400, 1600):
-        pixels = image((height, 64))
-        tracemalloc.start()
-        found = score(pixels)
-        beyond.append(tracemalloc.get_traced_memory()[1] - found.nbytes)
-        tracemalloc.stop()
+        pixels, peaks = image((height, 64)), []
+        for _ in range(5):  # on a busy machine a thread may lag behind, with a strip more in its hands
+            tracemalloc.start()
+            found = score(pixels)
+            peaks.append(tracemalloc.get_traced_memory()[1] - found.nbytes)
+            tracemalloc.stop()
+        beyond.append(min(peaks))
     assert beyond[1] - beyond[0] < found.nbytes / 4
 
 
