@@ -85,6 +85,7 @@ def test_outputs_of_several_wavelengths(synthetic):
     assert not (synthetic / "template.fits").exists()
 
 
+@pytest.mark.slow
 def test_files_with_a_set_of_spectra_and_scaled_frames(cache, made, tmp_path, synthetic):
     spectra = np.stack([made.spectrum[::-1], made.spectrum])
     given = files(tmp_path, made, spectrum=spectra)

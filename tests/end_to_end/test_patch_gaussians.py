@@ -72,6 +72,7 @@ def test_the_residual_of_a_network_is_whitened_tested_and_mapped(network, crop, 
     assert np.isfinite(score).any()
 
 
+@pytest.mark.slow
 def test_blobs_are_mapped_with_their_height_and_size(cache, tmp_path):
     rng, y, x = np.random.default_rng(0), *np.mgrid[:64, :64]
     for name in ("train", "test"):
@@ -116,6 +117,7 @@ def test_features_of_a_network_are_modelled(network, crop, cache, tmp_path, more
     assert state.params["moments"].mean.shape[:-1] == ((64,) if more else ())
 
 
+@pytest.mark.slow
 def test_counts_are_merged_and_an_interrupted_pass_goes_on(crop, cache, tmp_path):
     same = ["data.patch_size=32", "data.normalize=fixed", "data.value_range=[-1024,600]"]
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
@@ -155,6 +157,7 @@ def test_what_cannot_work_is_said_in_a_sentence(crop, cache, tmp_path, more, mes
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_network_of_other_images_is_refused(network, crop, cache, tmp_path):
     rgb, mixed = tmp_path / "rgb", tmp_path / "mixed"
     for folder, kind in ((rgb, np.uint8), (mixed, np.float32)):

@@ -22,6 +22,8 @@ from pulmo_jax.inference.epochs import (
 )
 from pulmo_jax.methods.paco.epochs import EpochMap, Star, criterion, prepare, sample
 
+pytestmark = pytest.mark.slow
+
 STAR = Star(1.75, 51.4)
 DAYS = (0.0, 200.0, 420.0, 610.0, 800.0)
 TRUE = (9.0, 0.15, 0.9, 0.7, 0.5, 1.0)  # au, e, inclination, omega, node, mean anomaly

@@ -14,6 +14,8 @@ from pulmo_jax.inference.point_sources import Noise, Search, find_sources, proba
 from pulmo_jax.methods.paco import Settings, observe
 from pulmo_jax.methods.paco.channels import Channels, observe_channels
 
+pytestmark = pytest.mark.slow
+
 FRAMES, SIZE, ROTATION_DEG = 40, 52, 110.0
 CENTRE = (26.0, 26.0)
 PLANETS = ((39.4, 34.2, 900.0), (19.7, 43.3, 600.0))

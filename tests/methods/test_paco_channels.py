@@ -200,6 +200,7 @@ def scaled_patch(scale: float) -> Settings:
     return Settings(patch_radius_px=2.5 * scale)
 
 
+@pytest.mark.slow
 def test_interpolation_biases_neither_the_nulls_spread_nor_the_flux():
     """Maps of noise have the same spread, and what a source adds to them is the same, scaled or not."""
     spread, added = [], []
@@ -225,6 +226,7 @@ def test_interpolation_biases_neither_the_nulls_spread_nor_the_flux():
     assert scaled.mean() / plain.mean() == pytest.approx(1, abs=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
 def test_flux_of_every_channel_comes_back(scaled):
     """Algorithm 3, over several stacks, in units of each channel's own PSF; and the place, which they share."""

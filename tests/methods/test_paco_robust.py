@@ -109,12 +109,14 @@ def test_float32_with_the_usual_settings_is_near_it():
     assert not any("settle" in caveat for caveat in found.caveats)
 
 
+@pytest.mark.slow
 def test_equal_weights_make_the_exact_map(monkeypatch):
     monkeypatch.setattr(robust, "squared_scales", lambda of: jnp.ones_like(of.deviations[:, 0]))
     found = case().maps(weights_error=0.77)  # compiled for this test alone
     assert_maps_alike(found, case().maps(mode="exact"), (*FIELDS, "shrinkage", "n_frames"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["times 1e-20", "static frame", "permuted"])
 def test_maps_do_not_depend_on(how):
     rng, (cube, angles), factor = np.random.default_rng(7), (case().cube, case().angles), 1.0
@@ -131,6 +133,7 @@ def test_maps_do_not_depend_on(how):
     np.testing.assert_allclose(found.flux / factor, expected.flux, rtol=0, atol=1e-9 * np.nanmax(abs(expected.flux)))
 
 
+@pytest.mark.slow
 def test_memory_only_cuts_the_work_into_more_steps():
     rng = np.random.default_rng(0)
     of = paco.observe(rng.normal(size=(30, 60, 60)), np.linspace(0, 80, 30), prepare_psf(synthetic_psf()))
@@ -186,6 +189,7 @@ def test_injections_are_those_into_the_cube(flux):
     np.testing.assert_allclose([a[0] / of.unit**2, b[0] / of.unit], expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_flux_is_algorithm_3_s_fixed_point():
     """And its error is smaller than where bad frames weigh as much as good ones."""
     of, fits = case().observed(), {}
@@ -220,6 +224,7 @@ def corrupted(cube: np.ndarray, seed: int) -> np.ndarray:
     return cube
 
 
+@pytest.mark.slow
 def test_bad_frames_leave_the_noise_and_a_source_as_they_are():
     """Same noise with and without bad frames, over three stacks; robust keeps what exact loses."""
     angles, psf = np.linspace(0, 90, FRAMES), prepare_psf(synthetic_psf())
