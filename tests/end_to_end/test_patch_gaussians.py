@@ -142,6 +142,7 @@ def test_counts_are_merged_and_an_interrupted_pass_goes_on(crop, cache, tmp_path
     assert "has another normalisation" in call(*other, cache=cache, status=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -241,6 +241,7 @@ def test_flux_of_every_channel_comes_back(scaled):
     np.testing.assert_allclose(np.mean(place, axis=0), PLACE, atol=0.1)
 
 
+@pytest.mark.slow
 def test_exact_flux_without_noise():
     """A source so bright that noise is nothing: what is left is interpolation's error."""
     made = channels(noise(5) * 1e-3 + sources(1e3), scaled=True)
@@ -263,6 +264,7 @@ def test_place_is_that_of_the_highest_likelihood_of_all_channels():
     assert all(joint.place_covariance[i, i] < fit.place_covariance[i, i] for fit in alone for i in (0, 1))
 
 
+@pytest.mark.slow
 def test_a_source_outside_of_every_frame_does_not_stop_the_search():
     fit = fit_source(channels(noise(0)), SETTINGS, np.array([400.0, 400.0]))
     assert not np.isfinite(fit.flux).any()

@@ -173,6 +173,7 @@ def test_turning_a_field_turns_its_sky():
         np.testing.assert_allclose((exact, finer), expected, atol=0.1)
 
 
+@pytest.mark.slow
 def test_refining_finds_the_orbit_that_the_source_is_on():
     """Without noise, from a start and a shape that are somewhat wrong, almost all of the criterion comes back."""
     true, days = (9.0, 0.15, 0.9, 0.7, 0.5, 1.0), (0.0, 200.0, 420.0, 610.0, 800.0)

@@ -102,6 +102,7 @@ def test_maps_are_the_reference_s():
     assert not any("settle" in caveat for caveat in found.caveats)
 
 
+@pytest.mark.slow
 def test_float32_with_the_usual_settings_is_near_it():
     with jax.enable_x64(False):
         found = case().maps(damaged(case().cube), psf_error=1e-3, weights_error=1e-3)
@@ -150,6 +151,7 @@ def test_memory_only_cuts_the_work_into_more_steps():
     assert_maps_alike(maps[2], maps[64], tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_settle_are_told():
     with jax.enable_x64(False):
         found = case().maps(psf_error=1e-3, weights_error=1e-12)
@@ -179,6 +181,7 @@ def reference_sums(cube: np.ndarray, place: tuple[float, float]) -> tuple[float,
     return reference.source_sums(cube, along, case().psf, offsets, usable, reference.learner(cube, offsets))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flux", [0.0, 12.0])
 def test_injections_are_those_into_the_cube(flux):
     of, place = case().observed(), (6.3, 12.8)
