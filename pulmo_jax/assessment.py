@@ -157,7 +157,8 @@ def figures_of_merit(run: Run, assessment: Assessment, replicates: int, seed: in
             named(run, name): {metric: asdict(estimate) for metric, estimate in state.estimates().items()}
             for name, state in assessment.pixels.items()
         }
-        found, lesions = assessment.peak_in_lesion
+    found, lesions = assessment.peak_in_lesion
+    if assessment.pixels is not None and lesions:
         result["lesions"] = {
             "recall_by_size": [asdict(row) for row in assessment.pixels[METHOD].recall_by_size()],
             "images_with_highest_pixel_in_lesion": found,

@@ -7,6 +7,7 @@ it, 3 some files or jobs failed, 128 and the signal's number (130 SIGINT, 138 SI
 import gc
 import importlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -33,7 +34,16 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track as rich_track
 
-from pulmo_jax.composing import SCHEMAS, checked, config_dir, defaults_of, explain, foreign_experiment, print_help
+from pulmo_jax.composing import (
+    SCHEMAS,
+    checked,
+    config_dir,
+    defaults_of,
+    explain,
+    foreign_experiment,
+    primary_config,
+    print_help,
+)
 from pulmo_jax.config import Section
 from pulmo_jax.lock import claim, in_use
 from pulmo_jax.stopping import Stopped, stepping_down, stoppable
@@ -115,12 +125,15 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
 
 def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
     """The exit status. Faults of the program are raised, and whatever is no Exception."""
-    schema, job = SCHEMAS[verb], Job(verb, task, call=f"{time.time_ns()}-{os.getpid()}", parent=os.getpid())
+    job = Job(verb, task, call=f"{time.time_ns()}-{os.getpid()}", parent=os.getpid())
     if any(argument.startswith("--e") for argument in sys.argv[1:]):  # Hydra takes abbreviations
         return fail("--experimental-rerun would unpickle a file, which may hold any program; give the keys again")
     if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
         return fail(foreign)
-    ConfigStore.instance().store(name=f"{verb}_defaults", node=defaults_of(schema))
+    sys.argv[1:] = [re.sub(r"^output\.aligned=", "aligned=", argument) for argument in sys.argv[1:]]
+    primary = primary_config(verb, sys.argv[1:])
+    schema = SCHEMAS[primary]
+    ConfigStore.instance().store(name=f"{primary}_defaults", node=defaults_of(schema))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and this module alone decides what a person sees
     with ExitStack() as SWEEP.held:
         SWEEP.folder = None
@@ -128,7 +141,7 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print_help(verb, schema, examples)
             else:
-                launch(verb, job)
+                launch(primary, job)
             sys.stdout.flush()
             return end_sweep(None) if SWEEP.folder else fail(job.failures[-1]) if job.failures else 0
         except Exception as error:
@@ -139,12 +152,12 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
             raise
 
 
-def launch(verb: str, job: "Job") -> None:
+def launch(primary: str, job: "Job") -> None:
     """Call Hydra; and again, for the rest of a sweep, if its launcher gave up over a job that was killed."""
     arguments = sys.argv
     while True:
         try:
-            hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name=verb)(job)()
+            hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name=primary)(job)()
             return
         except Exception:
             if SWEEP.folder is None:
@@ -200,7 +213,7 @@ class Job:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return self.in_sweep(raw, run_dir)
         try:
-            return self.task(checked(raw, SCHEMAS[self.verb]), run_dir)
+            return self.task(checked(raw, schema_at_hand()), run_dir)
         except InputError as error:
             self.failures.append(str(error))
         except Exception as error:
@@ -212,7 +225,7 @@ class Job:
         return None
 
     def in_sweep(self, raw: DictConfig, folder: Path) -> float | None:
-        schema, hydra_config = SCHEMAS[self.verb], HydraConfig.get()
+        schema, hydra_config = schema_at_hand(), HydraConfig.get()
         sweep = Path(hydra_config.sweep.dir).absolute()
 
         def work(resume: bool) -> Any:
@@ -249,6 +262,11 @@ class Job:
             objective = run_job(request, work, say)
         write_tables(sweep)
         return objective
+
+
+def schema_at_hand() -> type[Section]:
+    """Of the primary config that Hydra has composed."""
+    return SCHEMAS[str(HydraConfig.get().job.config_name)]
 
 
 def can_resume(schema: type[Section]) -> bool:

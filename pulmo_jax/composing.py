@@ -29,16 +29,20 @@ from pulmo_jax.config import (
     unknown_key,
     validate,
 )
+from pulmo_jax.landmark_config import LandmarkConfig, check_landmark_nodes
+from pulmo_jax.methods.located import Locator
 from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parent
 MAX_MESSAGE_LINES = 2
-SCHEMAS: dict[str, type[Section]] = {
+VERBS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "detect": DetectConfig,
 }
+TASKS = {"landmarks": "train"}  # what else a verb does, by the `task` of an experiment
+SCHEMAS = VERBS | {"landmarks": LandmarkConfig}  # by the name of the primary config
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
 C = TypeVar("C", bound=Section)
 
@@ -63,7 +67,29 @@ def checked(raw: DictConfig, schema: type[C]) -> C:
     check_paths(config)
     if isinstance(config, TrainConfig):
         check_nodes(config)
+    if isinstance(config, LandmarkConfig):
+        check_landmark_nodes(config)
     return config
+
+
+def primary_config(verb: str, arguments: list[str]) -> str:
+    """The verb's own, or that of the task which the experiment names: its keys are others."""
+    task = next((task_of(file) for file in experiment_files(arguments)), None)
+    return str(task) if TASKS.get(str(task)) == verb else verb
+
+
+def experiment_files(arguments: list[str]) -> list[Path]:
+    """Of the experiments that a command line names, those that are there; the user's own come first."""
+    text = "\n".join(arguments)
+    own = re.findall(r"(?m)^(?:--config-dir|-cd)[=\n](.+)$", text)
+    names = re.findall(r"(?m)^\+?experiment=(\w+)$", text)
+    files = [Path(folder) / "experiment" / f"{name}.yaml" for name in names for folder in [*own, config_dir()]]
+    return [file for file in files if file.is_file()]
+
+
+def task_of(experiment: Path) -> Any:
+    content = OmegaConf.load(experiment)
+    return content.get("task") if isinstance(content, DictConfig) else None
 
 
 def explain(error: Exception, schema: type[Section]) -> str:
@@ -127,7 +153,7 @@ def print_help(verb: str, schema: type[Section], examples: str) -> None:
     print_keys(schema, "")
     for group in GIVEN:
         if group in schema.model_fields and not is_section(schema.model_fields[group].annotation):
-            print_group(group)
+            print_group(group, schema)
     if experiments:
         print(f"\nexperiments: {', '.join(experiments)}")
         print("\n--config-dir DIR  your own experiments and groups     --multirun, -m  a sweep: key=a,b,c")
@@ -146,7 +172,7 @@ def foreign_experiment(verb: str, arguments: list[str]) -> str | None:
     """What is wrong with an experiment of ours that another verb runs, or that lacks its plus."""
     for name in re.findall(r"(?m)^\+?experiment=(\w+)$", "\n".join(arguments)):
         file = config_dir() / "experiment" / f"{name}.yaml"
-        owners = [v for v in SCHEMAS if file.is_file() and name in experiments_of(v)]
+        owners = [v for v in VERBS if file.is_file() and name in experiments_of(v)]
         if owners and verb not in owners:
             ours = ", ".join(experiments_of(verb)) or "none"
             return f"experiment={name} is run by python -m pulmo_jax.{owners[0]}; {verb} has: {ours}"
@@ -166,15 +192,18 @@ def print_keys(schema: type[BaseModel], prefix: str) -> None:
             print(f"  {prefix + name:<38} {field.description} [{constraint(field)}{default}]")
 
 
-def print_group(group: str) -> None:
+def print_group(group: str, schema: type[Section]) -> None:
     """The keys of every choice of a config group, from the signatures of their targets."""
     for file in sorted((config_dir() / group).glob("*.yaml")):
         choice: Any = OmegaConf.to_container(OmegaConf.load(file))
         parts = {f"{group}.{name}": node for name, node in choice.items() if name != "defaults"}
         nodes = {group: choice} if "_target_" in choice else parts
         for where, node in nodes.items():
+            target = find_target(node, where, ())
+            if group == "method" and issubclass(target, Locator) != (schema is LandmarkConfig):
+                continue
             print(f"\n{where} ({group}={file.stem}): {node['_target_']}")
-            print_keys(argument_schema(find_target(node, where, ()), GIVEN[group]), f"{where}.")
+            print_keys(argument_schema(target, GIVEN[group]), f"{where}.")
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:

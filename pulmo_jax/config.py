@@ -70,7 +70,7 @@ Node = dict[str, Any]
 # What the program itself gives to the targets of these groups; a config may not set it.
 GIVEN = {
     "model": ("patch_size", "channels", "rngs"),
-    "method": ("network",),
+    "method": ("network", "n_landmarks", "mirror", "seed"),
     "optimizer": ("steps",),
     "callbacks": (),
 }
@@ -119,6 +119,9 @@ class DataConfig(Section):
     val_fraction: Float = Field(default=0.2, gt=0, lt=1, description="share of the groups held out where val is null")
     on_error: Literal["stop", "skip"] = Field(default="stop", description="what an unreadable training file does")
     max_image_mb: Int = Field(default=2048, ge=1, description="largest decoded image that is accepted, MiB")
+    align_run: RunFolder | None = Field(
+        default=None, description="a landmark run: all images and masks are first warped into its lung frame"
+    )
     resize: Bool = Field(default=False, description="shrink whole images to patch_size instead of cutting patches")
     patch_size: Int = Field(default=64, ge=8, multiple_of=4, description="side of the square patches, px")
     stride: Int | None = Field(default=None, ge=1, description="grid of training patches, px; null: half of patch_size")
@@ -224,6 +227,7 @@ class TrainConfig(Section):
     )
     resume: Bool = Field(default=False, description="go on from the last checkpoint of hydra.run.dir")
     plugins: tuple[str, ...] = Field(default=(), description="packages of yours that _target_ may name")
+    task: Literal["anomalies"] = Field(default="anomalies", description="kind of job; an experiment sets it")
     data: DataConfig = DataConfig()
     model: Node
     method: Node
@@ -246,13 +250,18 @@ class PredictConfig(Section):
         default=None, description="folder of same-named foreground masks; null: the run's"
     )
     overwrite: Bool = Field(default=False, description="compute again what is there already")
+    aligned: Bool = Field(
+        default=False, description="of a landmark run: write the images warped into its lung frame too"
+    )
     plugins: tuple[str, ...] = Field(default=(), description="packages of yours that the run's _target_ may name")
 
 
 class EvaluateDataConfig(Section):
     """What to evaluate on."""
 
-    test: PathLike = Field(description="folder of test images; without test_masks its subfolders are the classes")
+    test: PathLike = Field(
+        description="folder of test images; without test_masks its subfolders are the classes; of a landmark run a CSV"
+    )
     test_masks: PathLike | None = Field(default=None, description="folder of same-named masks of the findings")
     foreground: PathLike | None = Field(
         default=None, description="folder of same-named foreground masks; null: the run's"
@@ -261,6 +270,7 @@ class EvaluateDataConfig(Section):
     group_regex: Regex | None = Field(
         default=None, description="its first group in a file's name is the patient; null: as in the run"
     )
+    images: PathLike | None = Field(default=None, description="of a landmark run: folder of the images in the CSV")
 
 
 class EvaluateConfig(Section):
@@ -334,13 +344,15 @@ def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any
 
 def check_nodes(config: TrainConfig) -> None:
     """Judge every `_target_` node without building it. Raises InputError."""
+    given = {**GIVEN, "method": ("network",)}
     for group in ("model", "method", "optimizer"):
-        _check_node(getattr(config, group), group, config.plugins, GIVEN[group])
+        check_node(getattr(config, group), group, config.plugins, given[group])
     for name, node in config.callbacks.items():
-        _check_node(node, f"callbacks.{name}", config.plugins, GIVEN["callbacks"])
+        check_node(node, f"callbacks.{name}", config.plugins)
 
 
-def _check_node(node: Node, where: str, plugins: tuple[str, ...], given: Iterable[str]) -> None:
+def check_node(node: Node, where: str, plugins: tuple[str, ...], given: Iterable[str] = ()) -> None:
+    """given: what the program will call the target with. Raises InputError."""
     check_arguments(find_target(node, where, plugins), node, where, given)
 
 
@@ -390,7 +402,7 @@ def check_arguments(target: Any, node: Node, where: str, given: Iterable[str]) -
     if refused and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         group = where.split(".")[0]
         raise InputError(f"{where}._target_={node['_target_']}: takes no {', '.join(refused)}, so it is no {group}")
-    schema = argument_schema(target, given)
+    schema = argument_schema(target, GIVEN[where.split(".")[0]])
     values = {key: value for key, value in node.items() if key != "_target_"}
     try:
         checked = schema.model_validate(values)
@@ -404,6 +416,8 @@ def check_paths(config: Section) -> None:
     data = getattr(config, "data", None)
     folders = {"foreground": getattr(config, "foreground", None)}
     folders |= {f"data.{key}": getattr(data, key, None) for key in ("train", "val", "test", "test_masks", "foreground")}
+    if getattr(config, "task", None) == "landmarks" or (isinstance(config, EvaluateConfig) and config.data.images):
+        folders = {"data.images": data and data.images}
     for key, path in folders.items():
         if path is not None and not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"

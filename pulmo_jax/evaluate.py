@@ -3,23 +3,56 @@
 from pathlib import Path
 
 from pulmo_jax import cli
+from pulmo_jax.aligning import align_data
 from pulmo_jax.assessment import assess_and_report
 from pulmo_jax.config import EvaluateConfig
-from pulmo_jax.run import open_run
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.landmark_table import read_landmarks
+from pulmo_jax.landmark_assessment import assess_landmarks
+from pulmo_jax.landmark_data import labelled
+from pulmo_jax.landmark_run import open_landmark_run
+from pulmo_jax.run import open_run, task_of
+from pulmo_jax.types import InputError
 
 EXAMPLES = """
 Writes metrics.json, metrics.md, report.html and figures/ into RUN/evaluation/TIME, or into hydra.run.dir=DIR.
 
   python -m pulmo_jax.evaluate run=RUN data.test=DIR data.test_masks=DIR2     images with masks of the findings
   python -m pulmo_jax.evaluate run=RUN data.test=DIR                          subfolders are classes, one "normal"
+  python -m pulmo_jax.evaluate run=RUN data.images=DIR data.test=TEST.csv     of a landmark run
 """
 
 
 def evaluate(config: EvaluateConfig, out_dir: Path) -> None:
     """The run's own scorer and thresholds on labelled images."""
+    if task_of(config.run) == "landmarks":
+        return evaluate_landmarks(config, out_dir)
     console = cli.console()
     run = open_run(config.run, config.plugins)
-    assess_and_report(run, config.data, config.evaluation, config.seed, out_dir, console)
+    data, trained = config.data, run.config.data
+    if trained.align_run is not None:
+        data = data.model_copy(update={"foreground": data.foreground or trained.foreground})
+        data = align_data(data, trained.align_run, out_dir / "aligned", trained.max_image_mb, console)
+    assess_and_report(run, data, config.evaluation, config.seed, out_dir, console)
+    console.print(f"see {out_dir / 'report.html'}", highlight=False)
+
+
+def evaluate_landmarks(config: EvaluateConfig, out_dir: Path) -> None:
+    """A landmark run's errors on the images of another table."""
+    console, data = cli.console(), config.data
+    run = open_landmark_run(config.run, config.plugins)
+    if data.images is None or not data.test.is_file():
+        raise InputError(
+            f"data.test={data.test}: {config.run} finds landmarks; give data.images=DIR data.test=TABLE.csv"
+        )
+    options = run.config.data.model_copy(update={"group_regex": data.group_regex or run.config.data.group_regex})
+    index = index_images(data.images, group_regex=options.group_regex, max_image_mb=options.max_image_mb)
+    n_points = len(run.mirror)
+    table = read_landmarks(data.test, data.images, n_points=n_points, on_error=options.on_error, index=index)
+    for note in table.notes():
+        console.print(f"note: {note}", markup=False, highlight=False)
+    tested = labelled(table.refs, table.points, run.size, options, console, "test")
+    assess_landmarks(run, tested, out_dir, console, seed=config.seed, notes=table.notes())
     console.print(f"see {out_dir / 'report.html'}", highlight=False)
 
 

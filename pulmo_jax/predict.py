@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pulmo_jax import cli
+from pulmo_jax.aligning import align_input, write_in_images
 from pulmo_jax.config import PredictConfig
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale, stem
 from pulmo_jax.data.sources import open_source
@@ -32,7 +33,8 @@ from pulmo_jax.inference.outputs import (
     write_text,
 )
 from pulmo_jax.inference.score import detail_names, naming_what_to_lower
-from pulmo_jax.run import Run, missing_masks, open_run, thresholds, use_compile_cache
+from pulmo_jax.landmark_prediction import predict_landmarks
+from pulmo_jax.run import Run, missing_masks, open_run, task_of, thresholds, use_compile_cache
 from pulmo_jax.types import Detection, ImageTags, InputError
 
 SOME_FAILED = 3  # exit status
@@ -46,21 +48,33 @@ others are done, and summary.json names the failed.
 
   python -m pulmo_jax.predict run=RUN input=image.tif output=results
   python -m pulmo_jax.predict run=RUN input=FOLDER output=results foreground=LUNG_MASKS
+
+Of a landmark run: OUTPUT/landmarks.csv, overlays/ and, with aligned=true, the images in the lung frame in aligned/.
+
+  python -m pulmo_jax.predict run=LANDMARK_RUN input=FOLDER output=results aligned=true
 """
 
 
 def predict(config: PredictConfig, _: Path) -> None:
     """Map every image, one by one; each is finished on disk before the next begins."""
+    if task_of(config.run) == "landmarks":
+        return predict_landmarks(config)
+    if config.aligned:
+        raise InputError(f"aligned=true: {config.run} finds no landmarks to align by; give a landmark run")
     began, console = time.monotonic(), cli.console()
     use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
     run = open_run(config.run, config.plugins)
-    masks = config.foreground or run.config.data.foreground
+    data = run.config.data
+    source, masks, aligned = config.input, config.foreground or data.foreground, []
+    if data.align_run is not None:
+        aligned = align_input(data.align_run, source, masks, config.output, data.max_image_mb, console)
+        source, masks = config.output / "aligned" / "images", config.output / "aligned" / "foreground"
     refs, failed = index_images(
-        config.input,
+        source,
         masks=masks,
-        max_image_mb=run.config.data.max_image_mb,
+        max_image_mb=data.max_image_mb,
         require_masks=config.foreground is not None,
-        leave_out=config.output,
+        leave_out=None if aligned else config.output,
     )
     files = group_by_file(refs)
     names = name_maps(files)
@@ -92,6 +106,8 @@ def predict(config: PredictConfig, _: Path) -> None:
     rows = [row for record in records for row in record["detections"]]
     write_text(config.output / "detections.csv", as_csv(rows))
     write_json(config.output / "summary.json", summarise(run, records, rows, failed))
+    if data.align_run is not None:
+        write_in_images(data.align_run, aligned, rows, config.output)
     console.print(
         f"{len(records)} files mapped ({resumed} of them by an earlier call), {len(failed)} failed, "
         f"{len(rows)} findings, {time.monotonic() - began:.0f} s; see {config.output}",

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from pulmo_jax.config import TrainConfig
+from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.methods.base import Method, OnePass, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
 from pulmo_jax.normal_images import NormalData
-from pulmo_jax.run import FINISHED, load_run
+from pulmo_jax.run import FINISHED, load_config, load_run
 from pulmo_jax.training.state import TrainState, learnt
 from pulmo_jax.types import InputError
 
@@ -21,7 +22,7 @@ from pulmo_jax.types import InputError
 SCALE = ("channels", "dtype", "patch_size", "resize", "offset", "scale", "clip")
 
 # Of the method, what decides what is counted.
-COUNTED = ("of", "locations", "window_px", "stride_px", "n_features")
+COUNTED = ("of", "locations", "window_px", "stride", "n_features")
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,51 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
             "method.base_run is null, and the model's parameters are random; give method.base_run=RUN, the run "
             "directory of a trained autoencoder, or model=identity for the pixels themselves"
         )
+    require_fit_windows(method, data)
+    once = {data_root(data.training).resolve(): {ref.title for ref in data.training.images}}
     for name in method.merge_runs:
+        require_new(Path(name).absolute(), once)
         fresh = fresh.replace(params=merged(fresh.params, counted(Path(name), fresh.params, method, data)))
     return fresh
+
+
+def require_fit_windows(method: PatchGaussian, data: NormalData) -> None:
+    """Raises InputError where no image has room for a single window."""
+    side, first = method.window_side, data.training.images[0]
+    if not data.how.resize and all(min(ref.shape[:2]) < side for ref in data.training.images):
+        raise InputError(
+            f"{first.path}: {first.shape[0]}x{first.shape[1]} px; it and all other training images are smaller than "
+            f"the windows of {side} px; give a smaller method.window_px, or larger images"
+        )
+
+
+def require_new(path: Path, counted_once: dict[Path, set[str]]) -> None:
+    """Every image counts once. Adds the images of the run at `path` to `counted_once`. Raises InputError."""
+    before, titles = load_config(path).data.train, set(json.loads((path / "images.json").read_text())["training"])
+    assert before is not None  # a finished run has them
+    twice = sorted(counted_once.get(before.resolve(), set()) & titles)
+    if twice:
+        raise InputError(
+            f"method.merge_runs: {len(twice)} of the training images of {path} ({twice[0]}, …) are counted already, here "
+            "or in another of the runs; every image counts once"
+        )
+    counted_once[before.resolve()] = counted_once.get(before.resolve(), set()) | titles
 
 
 def require_unseen(data: NormalData, base: Pretrained) -> None:
     """Thresholds from images that the network was trained on would be too low."""
     trained = set(json.loads((base.path / "images.json").read_text())["training"])
     seen = sorted(trained & {ref.title for ref in data.validation.images})
-    if seen and base.config.data.train == data_root(data):
+    if seen and base.config.data.train == data_root(data.validation):
         raise InputError(
             f"method.base_run={base.path} was trained on {len(seen)} of the {len(data.validation.images)} validation "
             f"images ({seen[0]}, …); give the same seed, data.val_fraction and data.group_regex, or the same data.val"
         )
 
 
-def data_root(data: NormalData) -> Path:
-    """The folder that validation images come from."""
-    ref = data.validation.images[0]
+def data_root(scan: Scan) -> Path:
+    """The folder that images come from."""
+    ref = scan.images[0]
     return ref.path.parents[len(Path(ref.name).parts) - 1]
 
 

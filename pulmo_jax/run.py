@@ -86,9 +86,9 @@ def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Pr
     return config, how, method, state, step
 
 
-def finish(run: Path, step: int) -> None:
+def finish(run: Path, step: int, sealed: tuple[str, ...] = SEALED) -> None:
     """Seals the run: from now on it is open for prediction, with the checkpoint of `step`."""
-    write_json(run / FINISHED, {name: _digest(run / name) for name in (*SEALED, f"checkpoints/{step}/{MANIFEST}")})
+    write_json(run / FINISHED, {name: _digest(run / name) for name in (*sealed, f"checkpoints/{step}/{MANIFEST}")})
 
 
 def unfinish(run: Path) -> None:
@@ -96,7 +96,7 @@ def unfinish(run: Path) -> None:
     (run / FINISHED).unlink(missing_ok=True)
 
 
-def finished_step(run: Path) -> int:
+def finished_step(run: Path, sealed: tuple[str, ...] = SEALED) -> int:
     """The checkpoint that the thresholds are for. Raises InputError if the run is not finished, or not as it was."""
     again = f"train resume=true hydra.run.dir={run} makes it anew"
     try:
@@ -108,7 +108,7 @@ def finished_step(run: Path) -> int:
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{run / FINISHED}: cannot be read ({error}); {again}") from error
     steps = [Path(name).parent.name for name in digests if name.endswith(MANIFEST)]
-    if set(digests) != {*SEALED, *(f"checkpoints/{step}/{MANIFEST}" for step in steps)} or len(steps) != 1:
+    if set(digests) != {*sealed, *(f"checkpoints/{step}/{MANIFEST}" for step in steps)} or len(steps) != 1:
         raise InputError(f"{run / FINISHED}: is not what training writes; {again}")
     for name, digest in digests.items():
         try:
@@ -126,9 +126,20 @@ def _digest(path: Path) -> str:
 
 
 def load_config(run: Path) -> TrainConfig:
+    if task_of(run) != "anomalies":
+        raise InputError(f"run={run}: is of task={task_of(run)}; give a run that maps anomalies")
+    return validate(TrainConfig, load_values(run))
+
+
+def load_values(run: Path) -> dict[str, Any]:
     """Plain values alone: an interpolation, which could read the environment, stays the text that it is."""
     values: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=False)
-    return validate(TrainConfig, values)
+    return values if isinstance(values, dict) else {}
+
+
+def task_of(run: Path) -> str:
+    """What kind of job made the run."""
+    return str(load_values(run).get("task", "anomalies"))
 
 
 def make_scorer(config: TrainConfig, method: Method, params: Params, how: Preprocessing) -> Scorer:
@@ -142,7 +153,7 @@ def build_method(config: TrainConfig, how: Preprocessing) -> Method:
     return build(config.method, "method", config.plugins, network=network)
 
 
-def build_optimizer(config: TrainConfig) -> Any:
+def build_optimizer(config: Any) -> Any:
     return build(config.optimizer, "optimizer", config.plugins, steps=config.trainer.steps)
 
 

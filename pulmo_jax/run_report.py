@@ -18,6 +18,7 @@ from pulmo_jax.evaluation.distance_law import chi_squared_p_value, hotelling_p_v
 from pulmo_jax.evaluation.metrics import Estimate, PixelMetrics, image_metrics
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, choose_examples
 from pulmo_jax.methods.patch_gaussian import PatchGaussian
+from pulmo_jax.models.identity import Identity
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.callbacks import PROFILE_FIGURE
 from pulmo_jax.reporting.examples import Example, View, reconstructions, score_maps, view
@@ -68,12 +69,16 @@ def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: 
         return []
     picked = [refs[i] for i in np.unique(np.linspace(0, len(refs) - 1, min(count, len(refs))).astype(int))]
     views = [view(example(run, ref, Truth(abnormal=False), reader)) for ref in picked]
-    drawn = {
-        "validation_score_maps": score_maps(views, "Normal validation images"),
-        "validation_reconstructions": reconstructions(views),
-    }
+    drawn = {"validation_score_maps": score_maps(views, "Normal validation images")}
+    if rebuilds(run):
+        drawn["validation_reconstructions"] = reconstructions(views)
     paths = [figures.save(figure, out_dir / "figures", name) for name, figure in drawn.items()]
     return [Section("Validation images", "Normal, not trained on.", paths)]
+
+
+def rebuilds(run: Run) -> bool:
+    """Whether the model makes something of an image that is not the image itself."""
+    return run.config.model["_target_"] != f"{Identity.__module__}.{Identity.__qualname__}"
 
 
 def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_dir: Path) -> list[Section]:
@@ -142,7 +147,7 @@ def assessment_sections(
         for kind, title in galleries.items()
         if views[kind]
     ]
-    several = (views["hits"] or views["misses"])[:2] + views["false_alarms"][:2]
+    several = (views["hits"] or views["misses"])[:2] + views["false_alarms"][:2] if rebuilds(run) else []
     pairs = [figures.save(reconstructions(several), folder, "reconstructions")] if several else []
     n = scores["test"]
     text = f"{n['abnormal_images']} abnormal and {n['normal_images']} normal images in {n['groups']} groups."
@@ -173,12 +178,13 @@ def curve_figures(run: Run, assessment: Assessment) -> dict[str, Any]:
     if assessment.pixels is None:
         return result
     states = {k: s for k, s in assessment.pixels.items() if s.positives.n and s.negatives.n}
+    method = assessment.pixels[METHOD]
+    if method.negatives.n:
+        result["false_alarms_pixels"] = false_alarm_figure(run, method)
     if states:
-        method = states[METHOD]
         pixel_curves = [pixel_curve(run, name, state) for name, state in states.items()]
         prevalence = method.positives.n / (method.positives.n + method.negatives.n)
         result["roc_pr_pixels"] = figures.roc_and_pr(pixel_curves, "Pixels", prevalence)
-        result["false_alarms_pixels"] = false_alarm_figure(run, method)
         threshold = thresholds(run)[0]
         result["scores_pixels"] = figures.score_histogram(
             binned(method.negatives), binned(method.positives), threshold.value, interval(threshold), "pixel"

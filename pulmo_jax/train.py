@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pulmo_jax import cli
+from pulmo_jax.aligning import align_data
 from pulmo_jax.assessment import assess_and_report, labelled_images
-from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, build, check_paths, find_target
+from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, check_paths, find_target
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import Reader
 from pulmo_jax.data.pipeline import evenly, iterate
@@ -27,6 +27,8 @@ from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.outputs import write_json
+from pulmo_jax.landmark_config import LandmarkConfig
+from pulmo_jax.landmark_training import train_landmarks
 from pulmo_jax.lock import claim
 from pulmo_jax.methods.base import Method, OnePass
 from pulmo_jax.normal_images import (
@@ -55,10 +57,11 @@ from pulmo_jax.run import (
     use_compile_cache,
 )
 from pulmo_jax.training import devices
-from pulmo_jax.training.callbacks import Callback, Start
-from pulmo_jax.training.checkpoint import Checkpoints, Record
-from pulmo_jax.training.loop import Outcome, fit
+from pulmo_jax.training.callbacks import Start
+from pulmo_jax.training.checkpoint import Checkpoints
+from pulmo_jax.training.loop import fit
 from pulmo_jax.training.state import Metrics, TrainState, init_state, learnt, make_pass, make_step
+from pulmo_jax.training_job import build_callbacks, refuse_or_resume, restore_last, stop_if_interrupted, tell_damage
 from pulmo_jax.types import InputError
 
 EXAMPLE_PATCHES = 8  # that the figures of a run in progress show
@@ -72,11 +75,14 @@ writes RUN/report.html.
   python -m pulmo_jax.train +experiment=lung data.train=DIR data.test=DIR2 data.test_masks=DIR3
   python -m pulmo_jax.train +experiment=lung hydra.run.dir=RUN resume=true
   python -m pulmo_jax.train -m +experiment=lung model.latent=16,64 seed=0,1,2
+  python -m pulmo_jax.train +experiment=landmarks                       landmarks; with --help: the keys of these jobs
 """
 
 
-def train(config: TrainConfig, run_dir: Path) -> float:
+def train(config: TrainConfig | LandmarkConfig, run_dir: Path) -> float:
     """The whole job; returns the best validation loss, which a sweep may minimise."""
+    if isinstance(config, LandmarkConfig):
+        return train_landmarks(config, run_dir)
     began = time.monotonic()
     devices.connect(config.cluster.coordinator, config.cluster.processes, config.cluster.process)
     use_compile_cache(config.trainer.compile_cache)
@@ -85,7 +91,8 @@ def train(config: TrainConfig, run_dir: Path) -> float:
         refuse_or_resume(run_dir, config.resume)
         base = open_base(config)
         config = with_base(config, base)
-        callbacks = build_callbacks(config)
+        as_given, config = config, with_alignment(config, folder, console)
+        callbacks = build_callbacks(config.callbacks, config.plugins)
         mesh = devices.all_devices(config.trainer.batch_size)
         reader = Reader(config.data.max_image_mb)
         require_one_frame(config)
@@ -98,7 +105,7 @@ def train(config: TrainConfig, run_dir: Path) -> float:
         identity = identify(config, data, base)
         fresh = start_from(init_state(method, optimizer), method, data, base)
         state, before = restore_last(run_dir / "checkpoints", fresh, identity, console)
-        write_records(folder, config, data, citation)
+        write_records(folder, as_given, data, citation)
         say(console, data, run_dir)
         patches = validation_patches(config, data, reader)
         read = patch_reader(config.data, data, reader, console)
@@ -224,21 +231,12 @@ def with_images(config: TrainConfig, run_dir: Path, console: Console) -> tuple[T
     return config.model_copy(update={"data": data.model_copy(update=folders | given)}), lung_ct.CITATION
 
 
-def refuse_or_resume(run_dir: Path, resume: bool) -> None:
-    """A finished or broken-off run is never overwritten."""
-    if not resume and Checkpoints(run_dir / "checkpoints", read_only=True).steps():
-        raise InputError(
-            f"{run_dir} already holds a run; resume=true goes on with it, hydra.run.dir=DIR starts another elsewhere"
-        )
-
-
-def build_callbacks(config: TrainConfig) -> list[Callback]:
-    callbacks = [build(node, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()]
-    for name, callback in zip(config.callbacks, callbacks, strict=True):
-        if not isinstance(callback, Callback):
-            target = config.callbacks[name]["_target_"]
-            raise InputError(f"callbacks.{name}._target_={target}: has no on_start, on_event and on_end")
-    return callbacks
+def with_alignment(config: TrainConfig, folder: Path, console: Console) -> TrainConfig:
+    """With data.align_run the folders of images and masks are those of their copies in the lung frame."""
+    if config.data.align_run is None:
+        return config
+    aligned = align_data(config.data, config.data.align_run, folder / "aligned", config.data.max_image_mb, console)
+    return config.model_copy(update={"data": aligned})
 
 
 def say(console: Console, data: NormalData, run_dir: Path) -> None:
@@ -267,31 +265,6 @@ def identify(config: TrainConfig, data: NormalData, base: Pretrained | None) -> 
         "preprocessing": hashlib.sha256(repr(data.how).encode()).hexdigest(),
         **({"method.base_run": base.digest} if base else {}),
     }
-
-
-def restore_last(
-    folder: Path, fresh: TrainState, identity: dict[str, Any], console: Console
-) -> tuple[TrainState, Record]:
-    """The newest checkpoint that is whole, or the fresh state. Raises InputError where config or data have changed."""
-    with devices.first_then_others(), Checkpoints(folder, read_only=not devices.is_first()) as checkpoints:
-        found = checkpoints.restore_newest(fresh)
-    state, record, damaged = found or (fresh, Record(0, None, [], identity), [])
-    tell_damage(damaged, console)
-    changed = [key for key, value in identity.items() if record.identity.get(key) != value]
-    if changed:
-        raise InputError(
-            f"resume=true: {', '.join(changed)} differ from those of the run in {folder.parent}; "
-            "give the same ones, or start anew with another hydra.run.dir"
-        )
-    devices.require_same(record.step, f"the last checkpoint in {folder}; give all processes the same hydra.run.dir")
-    if found:
-        console.print(f"resuming after step {record.step}", highlight=False)
-    return state, record
-
-
-def tell_damage(damaged: list[str], console: Console) -> None:
-    for sentence in damaged:
-        console.print(f"warning: {sentence}", markup=False, highlight=False)
 
 
 def write_records(folder: Path, config: TrainConfig, data: NormalData, citation: str) -> None:
@@ -368,15 +341,6 @@ def make_validation(
         return jax.lax.map(lambda item: method.train_loss(params, *item), (batches, keys)).mean()
 
     return lambda state: float(mean_loss(state, batches))
-
-
-def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> None:
-    """After a signal the checkpoint is on disk and nothing more is done."""
-    if outcome.stopped:
-        console.print(outcome.stopped, highlight=False)
-    if outcome.signum is not None:
-        console.print(f"go on with resume=true hydra.run.dir={run_dir}", highlight=False)
-        sys.exit(128 + outcome.signum)
 
 
 def labelled_data(data: DataConfig) -> EvaluateDataConfig | None:

@@ -109,3 +109,9 @@ def between_windows(count: int, side: int, stride: int, size: int) -> Float[np.n
     """Weights that interpolate what is known at the middles of `count` windows to `size` pixels; constant beyond."""
     middles = np.arange(count) * stride + (side - 1) / 2
     return np.stack([np.interp(np.arange(size), middles, one) for one in np.eye(count)], axis=1)
+
+
+def nearest_windows(count: int, side: int, stride: int, size: int) -> Float[np.ndarray, "H R"]:
+    """Weights that give each of `size` pixels what is known at the window whose middle pixel is nearest."""
+    middles = np.arange(count) * stride + side // 2
+    return np.eye(count)[np.abs(np.arange(size)[:, None] - middles).argmin(axis=1)]

@@ -111,19 +111,19 @@ def turned(patches: Sequence[np.ndarray], codes: Sequence[int]) -> Shaped[np.nda
 
 @dataclass(frozen=True)
 class CellBatches:
-    """Element k, of endlessly many, is the cells (B, 3) that batch k is read at, before their jitter.
+    """Element k, of endlessly many, is the cells (B, 3) that batch k is read at, before their jitter; or rows (B, 1).
 
     Cells are shuffled anew in every epoch; an epoch's last cells share a batch with the next one's first.
     """
 
-    cells: Int[np.ndarray, "N 3"]
+    cells: Int[np.ndarray, "N A"]
     batch_size: int
     seed: int
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, k: int) -> Int[np.ndarray, "B 3"]:
+    def __getitem__(self, k: int) -> Int[np.ndarray, "B A"]:
         epochs, places = np.divmod(k * self.batch_size + np.arange(self.batch_size), len(self.cells))
         parts = [permutation(self.seed, int(e), len(self.cells))[places[epochs == e]] for e in np.unique(epochs)]
         return self.cells[np.concatenate(parts)]

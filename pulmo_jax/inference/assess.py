@@ -34,7 +34,7 @@ class Truth:
 class Assessment:
     """What `assess` learnt, by score name (METHOD and the baselines).
 
-    pixels: None where no masks are given. image_scores, abnormal, groups: one entry for each image that was scored.
+    pixels: None where nothing is known of any. image_scores, abnormal, groups: one entry for each scored image.
     peak_in_lesion: (images whose highest pixel lies in a lesion, images with lesions).
     """
 
@@ -161,13 +161,18 @@ def truth_by_folder(refs: Sequence[ImageRef], folder: Path, normal_name: str) ->
     """
     classes = {ref.name.split("/")[0] if "/" in ref.name else "images outside of any" for ref in refs}
     if folder.name == normal_name and classes == {"images outside of any"}:
-        return lambda ref: Truth(abnormal=False)
+        return whole_normal
     if "images outside of any" in classes or normal_name not in classes:
         raise InputError(
             f"{folder}: without data.test_masks, images must lie in subfolders by class, one of them "
             f"{normal_name} (data.normal_name); found {', '.join(sorted(classes))}"
         )
-    return lambda ref: Truth(not _is_normal(ref, normal_name))
+    return lambda ref: whole_normal(ref) if _is_normal(ref, normal_name) else Truth(abnormal=True)
+
+
+def whole_normal(ref: ImageRef) -> Truth:
+    """Of a normal image every pixel is known to be normal."""
+    return Truth(False, np.zeros(ref.shape[:2], bool))
 
 
 def _is_normal(ref: ImageRef, normal_name: str) -> bool:

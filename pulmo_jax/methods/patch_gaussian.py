@@ -94,7 +94,9 @@ class PatchGaussian:
         Field(description="pooled: one Gaussian for all; each: one at every place of images that are aligned"),
     ] = "pooled"
     window_px: Annotated[int, Field(ge=1, description="side of the windows, px of the maps that they are cut from")] = 8
-    stride_px: Annotated[int, Field(ge=1, description="grid of the windows, px of the same maps")] = 4
+    stride_px: Annotated[
+        int | None, Field(ge=1, description="grid of the windows, px of the same maps; null: 4, of score=matched 1")
+    ] = None
     n_features: Annotated[
         int | None, Field(ge=1, description="so many of a network's features, picked at random; null: all")
     ] = 100
@@ -107,10 +109,13 @@ class PatchGaussian:
         Score, Field(description="mahalanobis: squared distance over its dimensions; matched: SNR of Gaussian blobs")
     ] = "mahalanobis"
     blob_sigmas_px: Annotated[
-        tuple[float, ...], Field(min_length=1, description="sizes of the blobs that score=matched looks for")
+        tuple[Annotated[float, Field(gt=0)], ...],
+        Field(min_length=1, description="sizes of the blobs that score=matched looks for"),
     ] = (1.0, 1.5, 2.0)
     polarity: Annotated[Polarity, Field(description="blobs brighter than the normal, darker, or both")] = "both"
-    smooth_px: Annotated[float, Field(ge=0, description="sigma of the score's Gaussian smoothing")] = 2.0
+    smooth_px: Annotated[
+        float | None, Field(ge=0, description="sigma of the score's smoothing; null: 2, of score=matched 0")
+    ] = None
     image_statistic: Annotated[
         ImageStatistic,
         Field(description="an image's score: its highest pixel, the mean of all, or the mean of its top 1 %"),
@@ -170,13 +175,23 @@ class PatchGaussian:
         return np.sort(np.random.default_rng(SEED).choice(total, self.n_features, replace=False))
 
     @property
+    def stride(self) -> int:
+        """px of the maps. A matched filter knows a blob only where its template stands: at every pixel."""
+        return self.stride_px or (1 if self.score == "matched" else 4)
+
+    @property
+    def smoothing(self) -> float:
+        """px. Of an SNR it would leave a part."""
+        return (0.0 if self.score == "matched" else 2.0) if self.smooth_px is None else self.smooth_px
+
+    @property
     def dimensions(self) -> int:
         return self.window_px**2 * len(self.chosen)
 
     @property
     def rows(self) -> int:
         """Windows along a side of the patch."""
-        return (self.map_side - self.window_px) // self.stride_px + 1
+        return (self.map_side - self.window_px) // self.stride + 1
 
     @property
     def window_side(self) -> int:
@@ -185,7 +200,7 @@ class PatchGaussian:
 
     @property
     def halo_px(self) -> int:
-        return smoothing_radius(self.smooth_px) + self.window_side // 2 + self.stride_px * self.cell_px + 1
+        return smoothing_radius(self.smoothing) + self.window_side // 2 + self.stride * self.cell_px + 1
 
     # --- learning
 
@@ -209,7 +224,7 @@ class PatchGaussian:
         return {**params, "moments": moments}
 
     def whole(self, inside: Bool[Array, "B P P"]) -> Bool[Array, "B R S"]:
-        return patches.whole_windows(inside, self.window_side, self.stride_px * self.cell_px)
+        return patches.whole_windows(inside, self.window_side, self.stride * self.cell_px)
 
     @exact_products
     def finish(self, params: Params) -> Params:
@@ -268,7 +283,7 @@ class PatchGaussian:
             layers = network.feature_maps(x)
             maps = jnp.concatenate([enlarge(layer, self.map_side) for layer in layers], axis=-1)
             maps = maps if len(self.chosen) == maps.shape[-1] else maps[..., self.chosen]
-        return patches.windows(maps, self.window_px, self.stride_px)
+        return patches.windows(maps, self.window_px, self.stride)
 
     def distances(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S"]:
         """Squared Mahalanobis distance of every window; chi-squared with D degrees of freedom for Gaussian ones."""
@@ -324,8 +339,10 @@ class PatchGaussian:
         return self.to_pixels(jnp.stack([height, sigma], axis=-1))
 
     def to_pixels(self, at_windows: Float[Array, "B R S M"]) -> Float[Array, "B P P M"]:
-        size = self.network.patch_size
-        weights = patches.between_windows(self.rows, self.window_side, self.stride_px * self.cell_px, size)
+        """Between the windows' middles; of a matched filter, whose maxima that would lower, the nearest window's."""
+        size, along_side = self.network.patch_size, (self.rows, self.window_side, self.stride * self.cell_px)
+        of_nearest = self.score == "matched"
+        weights = (patches.nearest_windows if of_nearest else patches.between_windows)(*along_side, size)
         along = jnp.asarray(weights, at_windows.dtype)
         return jnp.einsum("yr,brsm,xs->byxm", along, at_windows, along)
 
@@ -337,10 +354,10 @@ class PatchGaussian:
         score = residual[..., 0] if self.score == "mahalanobis" else strongest(residual).max(axis=-1)
         weight = np.ones(foreground.shape, np.float32)
         if not foreground.all():
-            reach = self.window_side + self.stride_px * self.cell_px
+            reach = self.window_side + self.stride * self.cell_px
             weight = np.where(minimum_filter(foreground, reach, mode="nearest"), np.float32(1), np.float32(PART_INSIDE))
         both = np.stack([np.where(np.isfinite(score), score, 0) * weight, weight], axis=-1).astype(np.float32)
-        smooth = smooth_within(both, foreground, self.smooth_px)
+        smooth = smooth_within(both, foreground, self.smoothing)
         return np.where(foreground, smooth[..., 0] / np.maximum(smooth[..., 1], np.float32(1e-12)), np.float32(np.nan))
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
@@ -358,8 +375,8 @@ def enlarge(maps: Float[Array, "B h w F"], side: int) -> Float[Array, "B s s F"]
 
 
 def blobs(side: int, sigmas_px: tuple[float, ...], channels: int) -> Float[np.ndarray, "J D"]:
-    """Gaussian blobs of height 1 in the middle of a window, the same in every band."""
-    distance = np.arange(side) - (side - 1) / 2
+    """Gaussian blobs of height 1 on the pixel in the middle of a window, the same in every band."""
+    distance = np.arange(side) - side // 2
     radius_squared = distance[:, None] ** 2 + distance**2
     shapes = [np.exp(-radius_squared / (2 * sigma**2)) for sigma in sigmas_px]
     return np.stack([np.repeat(shape[..., None], channels, axis=-1).ravel() for shape in shapes])

@@ -122,14 +122,17 @@ class Checkpoints:
             raise DamagedError(f"{path}: its text does not have the SHA-256 in its first line")
         return Record(**json.loads(text))
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
+    def restore(self, step: int, like: TrainState, *, as_written: bool = False) -> TrainState:
         """The state after a step, each file and each array of it verified; `like` gives structure and shapes.
 
+        as_written: shapes and dtypes are those on the disk, as of a model whose sizes come from its data.
         Raises DamagedError naming the file or array that is not as it was written, InputError for another architecture.
         """
         folder, record = self.folder / str(step), self.record(step)
         wanted = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in _plain(like).items()}
         stored = {name: (array["shape"], array["dtype"]) for name, array in record.arrays.items()}
+        if as_written:
+            wanted = {name: stored.get(name, leaf) for name, leaf in wanted.items()}
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
                 shapes = f"{name} is {_words(stored.get(name))} there and {_words(wanted.get(name))} here"

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from pulmo_jax.methods.base import Method, OnePass, Params
+from pulmo_jax.methods.located import Descended
 
 Metrics = dict[str, jax.Array]
 
@@ -27,7 +28,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
 
 
-def init_state(method: Method, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(method: Method | Descended, optimizer: optax.GradientTransformation) -> TrainState:
     params = method.init()
     if isinstance(method, OnePass):
         return TrainState(jnp.zeros((), jnp.int32), params, (), ())
@@ -36,20 +37,20 @@ def init_state(method: Method, optimizer: optax.GradientTransformation) -> Train
 
 
 def make_step(
-    method: Method,
+    method: Method | Descended,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     seed: int,
     sharding: jax.sharding.Sharding | None = None,
-) -> Callable[[TrainState, Float[Array, "B P P C"]], tuple[TrainState, Metrics]]:
-    """The jitted training step (state, batch (B, P, P, C)) -> (state, metrics); the state's buffers are donated.
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The jitted training step (state, batch) -> (state, metrics); the state's buffers are donated.
 
     sharding: where the new state is, if on several devices; the batch's rows may be divided among them.
     The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that it forgets the random start (as in
     TensorFlow's ExponentialMovingAverage).
     """
 
-    def step(state: TrainState, batch: Float[Array, "B P P C"]) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, gradient = jax.value_and_grad(method.train_loss)(state.params, batch, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

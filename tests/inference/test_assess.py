@@ -307,7 +307,12 @@ def test_mask_of_another_size_is_named(tmp_path):
 def test_truth_by_folder():
     refs = [ref(name) for name in ("healthy/a.tif", "healthy/deep/b.tif", "tumour/c.tif", "tumour/healthy/d.tif")]
     truth_of = truth_by_folder(refs, Path("test"), "healthy")
-    assert [truth_of(r) for r in refs] == [Truth(False), Truth(False), Truth(True), Truth(True)]
+    found = [truth_of(r) for r in refs]
+    assert [truth.abnormal for truth in found] == [False, False, True, True]
+    assert [truth.mask is None for truth in found] == [False, False, True, True]  # normal images are so everywhere
+    assert all(
+        not truth.mask.any() and truth.mask.shape == r.shape[:2] for truth, r in zip(found[:2], refs, strict=False)
+    )
 
 
 def test_folder_called_normal_holds_normal_images():

@@ -34,7 +34,7 @@ def distance(sample: np.ndarray, mean: np.ndarray, c: np.ndarray) -> float:
 
 
 def blob(side: int, sigma: float, channels: int) -> np.ndarray:
-    middle = (side - 1) / 2
+    middle = side // 2
     return np.array(
         [
             np.exp(-((y - middle) ** 2 + (x - middle) ** 2) / (2 * sigma**2))

@@ -1,0 +1,83 @@
+"""Contrast of square images before a template search: SAHS, CLAHE, z-score; each image by its own pixels alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+LEVELS = 256
+ABOVE_SIGMAS, BELOW_SIGMAS = 2.5, 2.0
+
+
+def _unit(images: Array, low: Array, high: Array) -> Array:
+    """[low, high] to [0, 1], clipped; an image of one level is 0."""
+    low, span = low[:, None, None], (high - low)[:, None, None]
+    return jnp.where(span > 0, jnp.clip((images - low) / jnp.where(span > 0, span, 1), 0, 1), 0)
+
+
+def sahs(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+    """Statistical asymmetrical histogram stretching to 0-255.
+
+    The limits are mean + 2.5 sigma of the pixels above the mean, and mean - 2.0 sigma of those below it, each sigma
+    the root mean square distance of that side from the mean (the contrast step of PulmoAlign 2025).
+    """
+    mean = images.mean((1, 2))
+    step = images - mean[:, None, None]
+
+    def sigma(side: Array) -> Array:
+        return jnp.sqrt((jnp.where(side, step, 0) ** 2).sum((1, 2)) / jnp.maximum(side.sum((1, 2)), 1))
+
+    return 255 * _unit(images, mean - BELOW_SIGMAS * sigma(step < 0), mean + ABOVE_SIGMAS * sigma(step > 0))
+
+
+def zscore(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+    """Each image at mean 0 and standard deviation 1; an image of one level is 0."""
+    step = images - images.mean((1, 2), keepdims=True)
+    sigma = jnp.sqrt((step**2).mean((1, 2), keepdims=True))
+    return jnp.where(sigma > 0, step / jnp.where(sigma > 0, sigma, 1), 0)
+
+
+def clahe(images: Float[Array, "B S S"], tiles: int = 4, clip: float = 2.0) -> Float[Array, "B S S"]:
+    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994, Graphics Gems IV, VIII.5) to 0-255.
+
+    OpenCV's form: each image at 256 levels between its extremes, `tiles` x `tiles` histograms cut at `clip` times their
+    mean count, what was cut spread evenly, and the four nearest tiles' tables blended bilinearly. The last rows and
+    columns are mirrored where S is no multiple of `tiles`.
+    """
+    side = images.shape[-1]
+    more = -side % tiles
+    levels = jnp.round(255 * _unit(images, images.min((1, 2)), images.max((1, 2)))).astype(jnp.int32)
+    padded = jnp.pad(levels, ((0, 0), (0, more), (0, more)), mode="reflect") if more else levels
+    size = (side + more) // tiles
+    limit = max(int(clip * size**2 / LEVELS), 1)
+    tables = jax.vmap(lambda image: _tables(image, tiles, size, limit))(padded)
+    return jax.vmap(lambda image, of: _blend(image, of, size))(levels, tables)
+
+
+def _tables(levels: Array, tiles: int, size: int, limit: int) -> Array:
+    """(tiles, tiles, 256): what each tile makes of each level."""
+    parts = levels.reshape(tiles, size, tiles, size).swapaxes(1, 2).reshape(tiles**2, -1)
+    counts = jax.vmap(lambda part: jnp.zeros(LEVELS, jnp.int32).at[part].add(1))(parts)
+    cut = jnp.minimum(counts, limit)
+    excess = (counts - cut).sum(1)[:, None]
+    each, rest = excess // LEVELS, excess % LEVELS
+    stride = jnp.maximum(LEVELS // jnp.maximum(rest, 1), 1)
+    index = jnp.arange(LEVELS)
+    extra = (index % stride == 0) & (index // stride < rest)
+    total = jnp.cumsum(cut + each + extra, axis=1)
+    return jnp.round(total * (255 / size**2)).reshape(tiles, tiles, LEVELS)
+
+
+def _blend(levels: Array, tables: Array, size: int) -> Array:
+    tiles, side = len(tables), len(levels)
+    place = (np.arange(side) / size - 0.5).astype(np.float32)
+    first = np.floor(place).astype(int)
+    share = jnp.asarray(place - first)
+    near, far = np.clip(first, 0, tiles - 1), np.clip(first + 1, 0, tiles - 1)
+
+    def of(rows: np.ndarray, columns: np.ndarray) -> Array:
+        return tables[rows[:, None], columns[None], levels]
+
+    top = of(near, near) * (1 - share) + of(near, far) * share
+    bottom = of(far, near) * (1 - share) + of(far, far) * share
+    return top * (1 - share[:, None]) + bottom * share[:, None]

@@ -1,0 +1,37 @@
+"""Batches of working images and their landmarks: a function of (seed, step), like those of patches."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pulmo_jax.data.pipeline import CellBatches, MapDataset, grain
+
+Batch = tuple[np.ndarray, np.ndarray]  # (B, S, S), (B, K, 2)
+
+
+@dataclass(frozen=True)
+class ReadLandmarks(grain.MapTransform):
+    """Rows (B, 1) -> their images and points."""
+
+    images: Float[np.ndarray, "N S S"]
+    points: Float[np.ndarray, "N K 2"]
+
+    def map(self, element: Int[np.ndarray, "B 1"]) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows = np.asarray(element)[:, 0]
+        return np.asarray(self.images[rows]), self.points[rows]
+
+
+def shuffled_batches(
+    images: Float[np.ndarray, "N S S"], points: Float[np.ndarray, "N K 2"], batch_size: int, seed: int
+) -> MapDataset:
+    """Endlessly many; every epoch in an order of its own."""
+    rows = np.arange(len(images), dtype=np.int32)[:, None]
+    batches = cast(grain.RandomAccessDataSource, CellBatches(rows, batch_size, seed))
+    return MapDataset.source(batches).map(ReadLandmarks(images, points))
+
+
+def rows_of_batch(count: int, batch_size: int, seed: int, step: int) -> Int[np.ndarray, "B"]:
+    """Which images the batch of a step, from 0, is made of."""
+    return CellBatches(np.arange(count, dtype=np.int32)[:, None], batch_size, seed)[step][:, 0]

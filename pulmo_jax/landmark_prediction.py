@@ -1,0 +1,153 @@
+"""python -m pulmo_jax.predict of a landmark run: a table of landmarks, overlays, and images in the lung frame."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pulmo_jax import cli
+from pulmo_jax.config import PredictConfig
+from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.landmark_table import landmarks_csv
+from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.inference.lung_frames import into_frame, write_image
+from pulmo_jax.inference.outputs import write_json, write_text
+from pulmo_jax.landmark_data import read_working
+from pulmo_jax.landmark_run import Found, LandmarkRun, open_landmark_run
+from pulmo_jax.reporting.landmark_figures import LandmarkExample, write_overlay
+from pulmo_jax.run import FINISHED, use_compile_cache
+
+AT_ONCE = 64  # images between two writings
+SOME_FAILED = 3  # exit status
+Record = dict[str, Any]
+
+
+def predict_landmarks(config: PredictConfig) -> None:
+    """Find, draw and write, some images at a time; what is on the disk from an earlier call is not done again."""
+    began, console = time.monotonic(), cli.console()
+    use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
+    run = open_landmark_run(config.run, config.plugins)
+    data = run.config.data
+    refs, failed = index_images(config.input, max_image_mb=data.max_image_mb, leave_out=config.output)
+    digest = hashlib.sha256((config.run / FINISHED).read_bytes()).hexdigest()
+    kept = (
+        {} if config.overwrite else {ref.title: r for ref in refs if (r := finished(ref, digest, config)) is not None}
+    )
+    todo = [ref for ref in refs if ref.title not in kept]
+    records = dict(kept)
+    for some in cli.tracker(console, f"locating, {AT_ONCE} images at a time")(chunks(todo), -(-len(todo) // AT_ONCE)):
+        working, skipped = read_working(some, run.size, data.max_image_mb, data.threads, quietly)
+        failed += skipped
+        if working.refs:
+            found = run.find(working)
+            draw(run, working.refs, found, config)
+            for i, ref in enumerate(working.refs):
+                records[ref.title] = record_of(ref, i, found, digest)
+                write_json(record_path(ref, config.output), records[ref.title])
+    ordered = [records[ref.title] for ref in refs if ref.title in records]
+    if ordered:
+        write_text(config.output / "landmarks.csv", as_table(ordered))
+    doubtful = [record["filename"] for record in ordered if all(record["low"])]
+    failures = [{"filename": file.name, "reason": file.reason} for file in failed]
+    write_json(config.output / "summary.json", summarise(run, ordered, doubtful, failures))
+    console.print(
+        f"{len(ordered)} images ({len(kept)} of them by an earlier call), {len(doubtful)} of low quality throughout, "
+        f"{len(failed)} failed, {time.monotonic() - began:.0f} s; see {config.output}",
+        highlight=False,
+    )
+    if failed:
+        for file in failed:
+            print(f"failed: {file.reason}", file=sys.stderr)
+        sys.exit(SOME_FAILED)
+
+
+def chunks(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
+    return (refs[first : first + AT_ONCE] for first in range(0, len(refs), AT_ONCE))
+
+
+def quietly(items: Iterable, _: int) -> Iterable:
+    return items
+
+
+def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: PredictConfig) -> None:
+    """The overlay of every image and, where asked for, the image in the lung frame; by threads."""
+    reader = Reader(run.config.data.max_image_mb)
+
+    def one(i: int) -> None:
+        ref, image = refs[i], reader.image(refs[i])
+        overlay = config.output / "overlays" / f"{file_name(ref)}.png"
+        shown = LandmarkExample(ref.title, to_bytes(image), found.points[i], found.covariance[i], doubtful=found.low[i])
+        write_overlay(overlay, shown)
+        if config.aligned:
+            write_image(aligned_path(ref, config.output), into_frame(image, found.points[i], run.frame))
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(one, range(len(refs))))
+    reader.close()
+
+
+def file_name(ref: ImageRef) -> str:
+    """With the suffix, so that a.png and a.tif do not meet; pages are numbered."""
+    return ref.name if ref.pages == 1 else f"{ref.name}_{ref.page:04d}"
+
+
+def aligned_path(ref: ImageRef, output: Path) -> Path:
+    return output / "aligned" / f"{file_name(ref)}.tif"
+
+
+def record_path(ref: ImageRef, output: Path) -> Path:
+    return output / "records" / f"{file_name(ref)}.json"
+
+
+def key_of(ref: ImageRef, digest: str) -> list[Any]:
+    """Changes when the run or the file does."""
+    status = ref.path.stat()
+    return [digest, status.st_size, status.st_mtime_ns]
+
+
+def record_of(ref: ImageRef, i: int, found: Found, digest: str) -> Record:
+    unlike = float(found.surprise[i])
+    return {
+        "key": key_of(ref, digest),
+        "filename": ref.title,
+        "points": found.points[i].tolist(),
+        "std": found.std[i].tolist(),
+        "low": found.low[i].tolist(),
+        "surprise": unlike if np.isfinite(unlike) else None,
+    }
+
+
+def finished(ref: ImageRef, digest: str, config: PredictConfig) -> Record | None:
+    """An earlier call's record, if it is of the same run and file and all that is asked for is there."""
+    try:
+        record = json.loads(record_path(ref, config.output).read_text())
+    except (OSError, ValueError):
+        return None
+    wanted = [config.output / "overlays" / f"{file_name(ref)}.png"]
+    wanted += [aligned_path(ref, config.output)] if config.aligned else []
+    same = isinstance(record, dict) and record.get("key") == key_of(ref, digest)
+    return record if same and all(path.is_file() for path in wanted) else None
+
+
+def as_table(records: Sequence[Record]) -> str:
+    columns = {name: np.array([record[name] for record in records]) for name in ("points", "std", "low")}
+    return landmarks_csv([r["filename"] for r in records], columns["points"], columns["std"], columns["low"])
+
+
+def summarise(run: LandmarkRun, records: Sequence[Record], doubtful: list[str], failed: list[dict]) -> dict[str, Any]:
+    return {
+        "run": str(run.path.absolute()),
+        "step": run.step,
+        "n_images": len(records),
+        "surprise_limit": run.calibration.surprise_limit,
+        "low_quality_rate": run.calibration.rate,
+        "low_quality_images": doubtful,
+        "landmarks_of_low_quality": int(sum(sum(record["low"]) for record in records)),
+        "failed": failed,
+    }

@@ -1,0 +1,188 @@
+"""Landmarks by eigenpatches: PCA templates slid over a search region (PulmoAlign 2025), alone or with a shape prior.
+
+As published: the region is the bounding box of a landmark's training positions, the template the largest rectangle that
+stays inside the image for every anchor of it, and the landmark the anchor with the smallest L2 residual.
+
+With the prior, coarse to fine: on each scale smaller templates make a map of likelihoods for each landmark
+(`eigenpatch_stages`); the shape model makes of all maps the posterior of all points together, around which the next
+scale searches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from pulmo_jax.core import contrast, pca, shape_model
+from pulmo_jax.core.pca import Subspace
+from pulmo_jax.core.shape_model import ShapeModel
+from pulmo_jax.methods.eigenpatch_stages import Scale, Stage, fit_stage, nearest_anchors, posterior, search
+from pulmo_jax.methods.located import Located
+from pulmo_jax.types import InputError
+
+Contrast = Literal["sahs", "clahe", "zscore", "none"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Template(NamedTuple):
+    """One landmark's template and the first anchor of its region, px. variances, rest: as in `Subspace`."""
+
+    first: Float[Array, "2"]
+    mean: Float[Array, "h w"]
+    components: Float[Array, "M h w"]
+    variances: Float[Array, "M"]
+    rest: Float[Array, ""]
+
+
+class EigenpatchParams(NamedTuple):
+    """templates: of the published search, one for each landmark, or none. stages: of the search with a prior, or none.
+    offset: mean of training points minus their anchors, px, of the published search."""
+
+    shape: ShapeModel
+    templates: tuple[Template, ...]
+    stages: tuple[Stage, ...]
+    offset: Float[Array, "2"]
+
+
+@dataclass(frozen=True)
+class Eigenpatch:
+    """Implements methods.located.Locator and Fitted. All from `scales` on is of the search with a prior alone."""
+
+    size: Annotated[int, Field(ge=16, description="side of the working images, px")] = 64
+    contrast: Annotated[
+        Contrast, Field(description="sahs: asymmetric stretch; clahe: by 4x4 tiles; zscore; none: as the files have it")
+    ] = "sahs"
+    variance: Annotated[float, Field(gt=0, le=1, description="share that the components of a template keep")] = 0.95
+    prior: Annotated[bool, Field(description="with a model of the shape, coarse to fine; false: as published")] = True
+    images_at_once: Annotated[int, Field(ge=1, description="whose products fit into a core's cache")] = 8
+    sharpness: Annotated[
+        float, Field(gt=0, description="of prior=false: exponent of the residual in the spread about its minimum")
+    ] = 50.0
+    scales: Annotated[tuple[Count, ...], Field(description="working px for each px of a stage, coarse to fine")] = (
+        2,
+        1,
+    )
+    templates: Annotated[tuple[Count, ...], Field(description="side of each stage's templates, px of it, odd")] = (
+        9,
+        15,
+    )
+    reaches: Annotated[
+        tuple[Count, ...], Field(description="how far around the last stage's answer each later one searches, px of it")
+    ] = (5,)
+    pose: Annotated[float, Field(ge=0, description="sd of the free pose, in sides of the image")] = 0.08
+    folds: Annotated[int, Field(ge=2, description="of the training images, for likelihoods of images not seen")] = 4
+    background: Annotated[int, Field(ge=1, description="patches of an image that stand for anywhere in it")] = 4
+    ridge: Annotated[float, Field(gt=0, description="on the energies' weights")] = 0.001
+    iterations: Annotated[int, Field(ge=1, description="of the posterior of all points together")] = 12
+    damping: Annotated[float, Field(gt=0, le=1, description="share of each iteration's step that is taken")] = 0.5
+    seed: Annotated[int, Field(ge=0, description="of the choice of background patches")] = 0
+
+    def __post_init__(self) -> None:
+        if not len(self.scales) == len(self.templates) == len(self.reaches) + 1:
+            raise InputError(
+                f"eigenpatch: {len(self.scales)} scales, {len(self.templates)} templates, {len(self.reaches)} reaches "
+                "given; give a template for each scale, and a reach for each but the first."
+            )
+        if any(self.size % scale for scale in self.scales) or any(side % 2 == 0 for side in self.templates):
+            raise InputError(
+                f"eigenpatch: scales={list(self.scales)}, templates={list(self.templates)} for size={self.size}; "
+                "give scales that divide the size, and odd templates."
+            )
+
+    def prepare(self, images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+        by_name: dict[str, Callable[[Array], Array]] = {
+            "sahs": contrast.sahs, "clahe": contrast.clahe, "zscore": contrast.zscore, "none": lambda images: images
+        }  # fmt: skip
+        return by_name[self.contrast](images)
+
+    def fit(self, images: Float[np.ndarray, "N S S"], points: Float[np.ndarray, "N K 2"]) -> EigenpatchParams:
+        """points: working px. Raises InputError for images of another size, too few, or points that are no numbers."""
+        if images.shape[1:] != (self.size, self.size) or len(images) < 2 * self.folds:
+            raise InputError(
+                f"eigenpatch: {len(images)} training images of {images.shape[1]}x{images.shape[2]} px given; at least "
+                f"{2 * self.folds} of {self.size}x{self.size} px are needed: add images or change size or folds."
+            )
+        shape = shape_model.fit_shape_model(points, self.pose * self.size)
+        ready = np.asarray(jax.jit(self.prepare)(jnp.asarray(images, jnp.float32)))
+        if self.prior:
+            return EigenpatchParams(shape, (), self._fit_stages(ready, points, shape), jnp.zeros(2))
+        anchors, offset = nearest_anchors(points, 1, self.size)
+        templates = tuple(fit_template(ready, anchors[:, k], self.variance) for k in range(points.shape[1]))
+        return EigenpatchParams(shape, templates, (), jnp.asarray(offset, jnp.float32))
+
+    def skeleton(self, n_landmarks: int) -> EigenpatchParams:
+        """The structure of what `fit` gives, its arrays empty."""
+        none = jnp.zeros(0)
+        shape, template = ShapeModel(none, none, none, none), Template(none, none, none, none, none)
+        subspace = Subspace(none, none, none, none)
+        stage = Stage(none, none, none, subspace, subspace, none)
+        if self.prior:
+            return EigenpatchParams(shape, (), (stage,) * len(self.scales), none)
+        return EigenpatchParams(shape, (template,) * n_landmarks, (), none)
+
+    def locate(self, params: EigenpatchParams, images: Float[Array, "B S S"]) -> Located:
+        """All landmarks of all images. covariance: of the posterior; as published, of the anchors about the best one
+        where the likelihood goes as residual^-sharpness (as for Gaussian noise of unknown size)."""
+        ready = self.prepare(images)
+        if not self.prior:
+            each = [self._smallest(template, ready) for template in params.templates]
+            points, spreads = (jnp.stack(parts, 1) for parts in zip(*each, strict=True))
+            return Located(points + params.offset, spreads)
+        found = Located(jnp.broadcast_to(params.shape.mean, (len(images), *params.shape.mean.shape)), jnp.zeros(0))
+        for i, stage in enumerate(params.stages):
+            maps = search(stage, self._scale(i), ready, found.points if i else None)
+            found = posterior(params.shape, stage, self._scale(i), maps)
+        return found
+
+    def _smallest(self, template: Template, ready: Float[Array, "B S S"]) -> tuple[Array, Array]:
+        residual = residual_maps(template, ready, self.images_at_once)
+        anchors = jnp.indices(residual.shape[1:]).reshape(2, -1).T
+        flat = residual.reshape(len(ready), -1)
+        best = anchors[flat.argmin(1)]
+        step = (anchors - best[:, None]).astype(ready.dtype)
+        share = jax.nn.softmax(-self.sharpness * jnp.log(jnp.maximum(flat, jnp.finfo(flat.dtype).tiny)), axis=-1)
+        spread = jnp.einsum("ba,bai,baj->bij", share, step, step)
+        return best + template.first, spread + jnp.eye(2, dtype=spread.dtype) / 12
+
+    def _scale(self, i: int) -> Scale:
+        posterior = (self.iterations, self.damping)
+        return Scale(
+            self.scales[i], self.templates[i], *posterior, self.variance, self.folds, self.background, self.ridge
+        )
+
+    def _fit_stages(self, ready: np.ndarray, points: np.ndarray, shape: ShapeModel) -> tuple[Stage, ...]:
+        stages, found = [], None
+        for i in range(len(self.scales)):
+            reach = self.reaches[i - 1] if i else None
+            stage, found = fit_stage(self._scale(i), reach, ready, points, shape, found, self.seed + i)
+            stages.append(stage)
+        return tuple(stages)
+
+
+def fit_template(
+    images: Float[np.ndarray, "N S S"], anchors: Float[np.ndarray, "N 2"] | np.ndarray, variance: float
+) -> Template:
+    """The largest rectangle that stays inside the images for every anchor of the training anchors' bounding box."""
+    low, high = anchors.min(0), anchors.max(0)
+    height, width = np.array(images.shape[1:]) - (high - low)
+    patches = np.stack(
+        [image[y : y + height, x : x + width] for image, (y, x) in zip(images, anchors - low, strict=True)]
+    )
+    of = pca.fit(patches.reshape(len(images), -1), variance)
+    mean, components = of.mean.reshape(height, width), of.components.reshape(-1, height, width)
+    return Template(jnp.asarray(low, jnp.float32), mean, components, of.variances, of.rest)
+
+
+def residual_maps(template: Template, images: Float[Array, "B S S"], at_once: int = 8) -> Float[Array, "B y x"]:
+    """The squared L2 reconstruction error at every anchor of the template's region."""
+    rows = len(template.mean)
+    of = Subspace(
+        template.mean.ravel(), template.components.reshape(len(template.components), -1), template.variances,
+        template.rest,
+    )  # fmt: skip
+    return pca.window_residuals(of, images, rows, at_once)

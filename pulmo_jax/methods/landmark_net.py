@@ -1,0 +1,219 @@
+"""Landmarks by an ensemble of small networks, trained from scratch in one program.
+
+Each member gives every landmark a heat map, whose mean is the position (models/landmark_net.py). All members see the
+same batches under jitter of their own, from initial parameters of their own; `vmap` over them makes one program. The
+answer is the mean over members and over the image and its mirror image; its covariance is that of their mixture: the
+mean spread of the heat maps plus the spread between answers (Lakshminarayanan et al. 2017, "Deep ensembles", Sec. 2.4).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+from pydantic import Field
+from scipy.optimize import linear_sum_assignment
+
+from pulmo_jax.core import jitter
+from pulmo_jax.methods.located import Located, Params
+from pulmo_jax.models.landmark_net import LandmarkNet, grid_px
+from pulmo_jax.types import InputError
+
+Loss = Literal["laplace", "wing", "l1", "l2"]
+Batch = tuple[Float[Array, "B S S"], Float[Array, "B K 2"]]
+WING_WIDTH, WING_CURVE = 5.0, 1.0  # % of the side: where the wing becomes straight, and its curvature before
+LEAST_SD = 0.25  # % of the side, of the Laplacian: no label is surer
+
+
+@dataclass(frozen=True)
+class LandmarkNetwork:
+    """Implements methods.located.Locator and Descended.
+
+    mirror: which landmark each one becomes in the image reflected left to right (`mirror_permutation`).
+    """
+
+    n_landmarks: int
+    mirror: tuple[int, ...]
+    size: Annotated[int, Field(ge=32, le=1024, description="side of the working images, px")] = 96
+    members: Annotated[int, Field(ge=1, le=32, description="networks in the ensemble")] = 3
+    seed: Annotated[int, Field(ge=0, description="of the initial parameters")] = 0
+    widths: Annotated[
+        tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
+        Field(min_length=3, description="features at strides 2, 4, 8, ...; heat maps have stride 4"),
+    ] = (16, 32, 64, 128, 128)
+    blocks: Annotated[int, Field(ge=1, description="residual blocks at each stride from 4 on")] = 1
+    loss: Annotated[
+        Loss, Field(description="laplace: likelihood, by the heat map's mean and spread; others: of its mean alone")
+    ] = "laplace"
+    rotation_deg: Annotated[float, Field(ge=0, description="jitter: sd of the rotation")] = 8.0
+    scale: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the scale")] = 0.1
+    aspect: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of height over width")] = 0.06
+    shear: Annotated[float, Field(ge=0, description="jitter: sd of the shear")] = 0.05
+    shift: Annotated[float, Field(ge=0, description="jitter: sd of the shift, in sides of the image")] = 0.05
+    flip: Annotated[float, Field(ge=0, le=1, description="jitter: share of mirrored images")] = 0.5
+    gamma: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the power of intensities")] = 0.25
+    field: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.1
+    noise: Annotated[float, Field(ge=0, description="jitter: sd of pixel noise, of the image's range")] = 0.02
+    flip_average: Annotated[bool, Field(description="locate in the mirrored image too, and average")] = True
+
+    def __post_init__(self) -> None:
+        coarsest = 2 ** len(self.widths)
+        if self.size % coarsest:
+            raise InputError(
+                f"method.size={self.size}: {len(self.widths)} method.widths halve it as often, so it must be a "
+                f"multiple of {coarsest}"
+            )
+        if sorted(self.mirror) != list(range(self.n_landmarks)):
+            raise InputError(f"mirror={list(self.mirror)}: it must hold each of 0 to {self.n_landmarks - 1} once")
+
+    def network(self, key: Key[Array, ""]) -> LandmarkNet:
+        return LandmarkNet(
+            n_landmarks=self.n_landmarks, widths=self.widths, blocks=self.blocks, rngs=nnx.Rngs(params=key)
+        )
+
+    @cached_property
+    def graph(self) -> nnx.GraphDef[Any]:
+        return nnx.graphdef(nnx.eval_shape(lambda: self.network(jax.random.key(0))))
+
+    def init(self) -> Params:
+        """Of all members: every array has a leading axis."""
+        keys = jax.random.split(jax.random.key(self.seed), self.members)
+        return jax.vmap(lambda key: nnx.state(self.network(key), nnx.Param))(keys)
+
+    # --- learning
+
+    def train_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
+        """Mean over members, images and landmarks; landmarks that the jitter moved out of the image do not count."""
+        keys = jax.random.split(key, self.members)
+        return jax.vmap(self._member_loss, in_axes=(0, None, 0))(params, batch, keys).mean()
+
+    def _member_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
+        images, points = self.jittered(batch, key)
+        found = self._heat(params, images)
+        losses = point_losses(found, points, self.loss, self.size)
+        inside = ((points >= 0) & (points <= self.size - 1)).all(-1)
+        return jnp.where(inside, losses, 0).sum() / jnp.maximum(inside.sum(), 1)
+
+    def jittered(self, batch: Batch, key: Key[Array, ""]) -> Batch:
+        """The batch as a member sees it: moved, mirrored, with other intensities."""
+        images, points = batch
+        move, flip, look = jax.random.split(key, 3)
+        affine = jitter.random_affine(
+            move,
+            len(images),
+            self.size,
+            rotation_deg=self.rotation_deg,
+            scale=self.scale,
+            aspect=self.aspect,
+            shear=self.shear,
+            shift=self.shift,
+        )
+        images, points = jitter.warp_images(images, affine), jitter.warp_points(points, affine, self.size)
+        images = jitter.random_intensity(look, images, gamma=self.gamma, field=self.field, noise=self.noise)
+        flipped = jax.random.bernoulli(flip, self.flip, (len(images),))
+        return jitter.mirrored_where(flipped, images, points, jnp.asarray(self.mirror))
+
+    # --- locating
+
+    def locate(self, params: Params, images: Float[Array, "B S S"]) -> Located:
+        """The mean over members and mirror images, and the covariance of the mixture of their heat maps."""
+        both = jnp.concatenate([images, images[..., ::-1]]) if self.flip_average else images
+        found = jax.vmap(self._heat, in_axes=(0, None))(params, both)
+        if self.flip_average:
+            plain, mirrored = (jax.tree.map(lambda a, at=at: a[:, at], found) for at in halves(len(images)))
+            found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), plain, self._unmirrored(mirrored))
+        return pooled(found)
+
+    def _unmirrored(self, found: Located) -> Located:
+        mirror = jnp.asarray(self.mirror)
+        points = jax.vmap(lambda points: jitter.mirror_points(points, self.size, mirror))(found.points)
+        return Located(points, found.covariance[..., mirror, :, :] * jnp.array([[1, -1], [-1, 1]]))
+
+    def _heat(self, params: Params, images: Float[Array, "B S S"]) -> Located:
+        """Mean and covariance of one member's heat maps, px."""
+        logits = nnx.merge(self.graph, params)(standardised(images))
+        return moments(jax.nn.softmax(logits.reshape(len(images), -1, self.n_landmarks), axis=1), self.size)
+
+
+def halves(count: int) -> tuple[slice, slice]:
+    """The first so many rows, and those after them."""
+    return slice(None, count), slice(count, None)
+
+
+def standardised(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+    """Mean 0 and sd 1 of every image, whatever its units; a constant image gives zeros."""
+    centred = images - images.mean((1, 2), keepdims=True)
+    largest = jnp.maximum(jnp.abs(centred).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
+    unit = centred / largest  # squares of 16-bit values or of tiny ones stay in range
+    return unit / jnp.maximum(jnp.sqrt((unit**2).mean((1, 2), keepdims=True)), 1e-6)
+
+
+def moments(heat: Float[Array, "B N K"], size: int) -> Located:
+    """Mean and covariance of probabilities over the cells of a square grid that covers a square image of `size` px."""
+    side = round(heat.shape[1] ** 0.5)
+    centres = grid_px(side, size)
+    y, x = jnp.repeat(centres, side), jnp.tile(centres, side)
+    points = jnp.einsum("bnk,nd->bkd", heat, jnp.stack([y, x], -1))
+    dy, dx = y[:, None] - points[:, None, :, 0], x[:, None] - points[:, None, :, 1]
+    yy, yx, xx = ((heat * product).sum(1) for product in (dy * dy, dy * dx, dx * dx))
+    covariance = jnp.stack([jnp.stack([yy, yx], -1), jnp.stack([yx, xx], -1)], -2)
+    return Located(points, covariance)
+
+
+def pooled(found: Located) -> Located:
+    """Of answers (M, B, ...): their mean; the mean of their covariances plus the covariance of their points."""
+    points = found.points.mean(0)
+    apart = found.points - points
+    between = jnp.einsum("mbkd,mbke->bkde", apart, apart) / len(apart)
+    return Located(points, found.covariance.mean(0) + between)
+
+
+def point_losses(found: Located, points: Float[Array, "B K 2"], loss: Loss, size: int) -> Float[Array, "B K"]:
+    """Of every landmark, distances in % of the side.
+
+    laplace: negative log-likelihood of a bivariate Laplacian with the heat map's mean and covariance (Kumar et al.
+    2020, LUVLi, Eq. 9; there the covariance has a branch of its own). wing: Feng et al. 2018, "Wing loss", Eq. 5.
+    """
+    percent = 100 / size
+    apart = (found.points - points) * percent
+    if loss == "laplace":
+        return laplace(apart, found.covariance * percent**2 + LEAST_SD**2 * jnp.eye(2))
+    if loss == "wing":
+        return wing(apart).sum(-1)
+    return (jnp.abs(apart) if loss == "l1" else apart**2).sum(-1)
+
+
+def wing(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    size = jnp.abs(x)
+    step = WING_WIDTH - WING_WIDTH * math.log1p(WING_WIDTH / WING_CURVE)
+    near = WING_WIDTH * jnp.log1p(size / WING_CURVE)
+    return jnp.where(size < WING_WIDTH, near, size - step)
+
+
+def laplace(apart: Float[Array, "*B 2"], covariance: Float[Array, "*B 2 2"]) -> Float[Array, "*B"]:
+    """log|C| / 2 + sqrt(3 d' C^-1 d), up to a constant; smooth at 0."""
+    yy, yx, xx = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
+    dy, dx = apart[..., 0], apart[..., 1]
+    determinant = yy * xx - yx**2
+    squared = (xx * dy**2 - 2 * yx * dy * dx + yy * dx**2) / determinant
+    return 0.5 * jnp.log(determinant) + jnp.sqrt(3 * squared + 1e-6)
+
+
+def mirror_permutation(points: Float[np.ndarray, "N K 2"]) -> Int[np.ndarray, "K"]:
+    """Which landmark each one becomes under reflection: the assignment with the least squared distances between
+    the mean shape and its mirror image about the vertical through its centre.
+
+    Landmarks that it does not assign to each other both ways stay what they are; so does every one where a shape has
+    no left and right, and then jitter and averages had better not flip.
+    """
+    mean = points.mean(0)
+    reflected = np.stack([mean[:, 0], 2 * mean[:, 1].mean() - mean[:, 1]], -1)
+    cost = ((mean[:, None] - reflected[None]) ** 2).sum(-1)
+    mirror = linear_sum_assignment(cost)[1]
+    own = np.arange(len(mirror))
+    return np.where(mirror[mirror] == own, mirror, own)

@@ -1,0 +1,47 @@
+"""The Protocols of the landmark methods, and what they answer."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+Params = PyTree[Any]
+
+
+class Located(NamedTuple):
+    """Landmarks of a batch of working images, (y, x) in working pixels, and how sure each is.
+
+    covariance: px^2, of the method's own making; a run scales it by what its validation images show.
+    """
+
+    points: Float[Array, "B K 2"]
+    covariance: Float[Array, "B K 2 2"]
+
+
+@runtime_checkable
+class Locator(Protocol):
+    """A description without state, with the side of its square working images as the field `size`."""
+
+    def locate(self, params: Params, images: Float[Array, "B S S"]) -> Located: ...
+
+
+@runtime_checkable
+class Fitted(Locator, Protocol):
+    """A `Locator` that is learnt in one go."""
+
+    def fit(self, images: Float[np.ndarray, "N S S"], points: Float[np.ndarray, "N K 2"]) -> Params: ...
+
+    def skeleton(self, n_landmarks: int) -> Params:
+        """Parameters of the structure that `fit` gives, with arrays of any shape and dtype."""
+        ...
+
+
+@runtime_checkable
+class Descended(Locator, Protocol):
+    """A `Locator` that is trained step by step."""
+
+    def init(self) -> Params: ...
+
+    def train_loss(
+        self, params: Params, batch: tuple[Float[Array, "B S S"], Float[Array, "B K 2"]], key: Key[Array, ""]
+    ) -> Float[Array, ""]: ...

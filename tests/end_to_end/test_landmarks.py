@@ -1,0 +1,178 @@
+"""Landmarks as a person trains, uses and tests them, on drawn chests; every call is a process of its own."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from references.chest_phantoms import write_set
+
+from pulmo_jax.landmark_run import open_landmark_run
+from pulmo_jax.types import InputError
+
+K = 10
+NET = [
+    "method=landmark_net", "method.size=32", "method.widths=[8,8,16]", "method.members=2", "trainer.batch_size=8",
+    "trainer.steps=8", "trainer.validate_every=4", "trainer.checkpoint_every=4", "trainer.log_every=2",
+]  # fmt: skip
+
+
+def call(*arguments, status=0):
+    """Run a verb; returns what it printed."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    environment = os.environ | {"PYTHONWARNINGS": "default"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == status, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+def read(table):
+    return list(csv.DictReader(table.read_text().splitlines()))
+
+
+def points_of(row):
+    return np.array([[float(row[f"{axis}{k + 1}"]) for axis in "yx"] for k in range(K)])
+
+
+@pytest.fixture(scope="module")
+def chests(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("chests") / "set", {"train": 40, "val": 16, "test": 12})
+
+
+def arguments(chests, run, *more):
+    tables = [f"data.{name}={chests / name}.csv" for name in ("train", "val", "test")]
+    return ["pulmo_jax.train", "+experiment=landmarks", f"data.images={chests / 'images'}", *tables,
+            "evaluation.replicates=20", f"hydra.run.dir={run}", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(chests, tmp_path_factory):
+    """A run by eigenpatches."""
+    folder = tmp_path_factory.mktemp("runs") / "eigenpatch"
+    text = call(*arguments(chests, folder))
+    assert "40 training and 16 validation images with 10 landmarks" in text
+    return folder
+
+
+def test_a_run_beats_the_mean_shape_and_writes_what_a_report_needs(run):
+    found = json.loads((run / "metrics.json").read_text())
+    error = {name: of["px"]["mean"]["value"] for name, of in found["errors"].items()}
+    assert list(error) == ["Eigenpatch", "mean shape", "ridge", "kernel ridge"]
+    assert error["Eigenpatch"] < 0.4 * error["mean shape"]
+    assert len(found["by_landmark"]) == K
+    assert set(found["by_class"]) == {"Normal-test", "Shadow-test"}
+    assert 0.8 < found["coverage"]["0.95"]["value"] <= 1
+    rows = read(run / "landmark_errors.csv")
+    assert len(rows) == 12 * K
+    mean = np.mean([float(row["Eigenpatch"]) for row in rows])
+    assert mean == pytest.approx(error["Eigenpatch"], rel=1e-5)
+    page = (run / "report.html").read_text()
+    for name in ("cumulative_errors", "error_by_landmark", "class_comparison", "coverage", "failures", "aligned"):
+        assert (run / "figures" / f"{name}.png").stat().st_size > 5000
+    assert page.count("data:image/png") >= 7
+
+
+def test_prediction_writes_the_users_own_columns_in_the_images_own_pixels(run, chests, tmp_path):
+    """An image of twice the pixels, and one of another shape and depth, have their landmarks where they lie in them."""
+    source, inside = chests / "images" / "Normal-test000.png", tmp_path / "in"
+    (inside / "sub").mkdir(parents=True)
+    pixels = np.asarray(Image.open(source))
+    Image.fromarray(pixels).save(inside / "a.png")
+    Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(inside / "sub" / "large.png")
+    tifffile.imwrite(inside / "deep.tif", pixels.astype(np.uint16)[:, 8:-8] * 200)
+    text = call(
+        "pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", "output.aligned=true"
+    )
+    assert "3 images" in text
+    rows = {row["filename"]: row for row in read(tmp_path / "out" / "landmarks.csv")}
+    assert set(rows) == {"a.png", "deep.tif", "sub/large.png"}
+    points = {
+        n: np.array([[float(row[f"{axis}{k + 1}"]) for axis in "yx"] for k in range(K)]) for n, row in rows.items()
+    }
+    truth = next(row for row in read(chests / "test.csv") if row["filename"] == source.name)
+    expected = np.array([[float(truth[f"{axis}{k + 1}"]) for axis in "yx"] for k in range(K)])
+    assert np.abs(points["a.png"] - expected).max() < 3
+    np.testing.assert_allclose(points["sub/large.png"], 2 * points["a.png"] + 0.5, atol=0.5)
+    np.testing.assert_allclose(points["deep.tif"], points["a.png"] - [0, 8], atol=2)
+    assert all(float(rows["a.png"][f"std{k + 1}"]) > 0 for k in range(K))
+    assert {rows["a.png"][f"quality{k + 1}"] for k in range(K)} <= {"ok", "low"}
+    assert tifffile.imread(tmp_path / "out" / "aligned" / "deep.tif.tif").dtype == np.uint16
+    assert (tmp_path / "out" / "overlays" / "sub" / "large.png.png").is_file()
+    again = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", "aligned=true")
+    assert "3 images (3 of them by an earlier call)" in again
+
+
+def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run, chests, tmp_path):
+    inside = tmp_path / "in"
+    inside.mkdir()
+    Image.fromarray(np.full((80, 80), 9, np.uint8)).save(inside / "gray.png")
+    (inside / "broken.png").write_bytes((chests / "images" / "Normal-test000.png").read_bytes()[:300])
+    Image.fromarray(np.array([[7]], np.uint8)).save(inside / "tiny.png")
+    text = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", status=3)
+    assert "broken.png" in text
+    rows = read(tmp_path / "out" / "landmarks.csv")
+    assert [row["filename"] for row in rows] == ["gray.png", "tiny.png"]
+    assert all(row[f"quality{k + 1}"] == "low" for row in rows for k in range(K))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["low_quality_images"] == ["gray.png", "tiny.png"]
+    assert [file["filename"] for file in summary["failed"]] == ["broken.png"]
+
+
+def test_evaluate_gives_on_the_same_table_what_training_gave(run, chests, tmp_path):
+    call("pulmo_jax.evaluate", f"run={run}", f"data.images={chests / 'images'}", f"data.test={chests / 'test.csv'}",
+         f"hydra.run.dir={tmp_path / 'ev'}")  # fmt: skip
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (run, tmp_path / "ev"))
+    of = [found["errors"]["Eigenpatch"]["px"]["mean"]["value"] for found in (before, after)]
+    assert of[0] == pytest.approx(of[1], rel=1e-4)
+    assert before["coverage"]["0.95"]["value"] == pytest.approx(after["coverage"]["0.95"]["value"], abs=0.01)
+    text = call("pulmo_jax.evaluate", f"run={run}", f"data.test={chests / 'images'}", status=2)
+    assert "give data.images=DIR data.test=TABLE.csv" in text
+
+
+def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    (copy / "calibration.json").write_text((copy / "calibration.json").read_text().replace("1", "2", 1))
+    with pytest.raises(InputError, match=r"calibration.json: is not as training wrote it"):
+        open_landmark_run(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["data.images=nowhere"], ["data.images=nowhere: does not exist"]),
+        (["method=autoencoder"], ["finds no landmarks", "eigenpatch, landmark_net"]),
+        (["data.val=null", "data.test={train}"], ["40 images are in both the training and the test table"]),
+        (["data.train={bad}"], ["bad.csv: 2 of 5 rows cannot be used", "gone.png", "data.on_error=skip"]),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_left_behind(chests, tmp_path, changes, words):
+    lines = (chests / "train.csv").read_text().splitlines()
+    (tmp_path / "bad.csv").write_text(
+        "\n".join([*lines[:4], "gone.png," + lines[5].partition(",")[2], lines[6].rpartition(",")[0] + ",left"])
+    )
+    given = [text.format(train=chests / "train.csv", bad=tmp_path / "bad.csv") for text in changes]
+    text = call(*arguments(chests, tmp_path / "run"), *given, status=2)
+    for word in words:
+        assert word in text
+    assert not (tmp_path / "run" / "finished.json").exists()
+
+
+@pytest.mark.slow  # two networks are compiled
+def test_a_network_that_was_stopped_goes_on_to_the_same_end(chests, tmp_path):
+    """Bit for bit: losses, and the landmarks that are found."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    call(*arguments(chests, whole, *NET))
+    call(*arguments(chests, halves, *NET))
+    subprocess.run(["rm", "-rf", halves / "checkpoints" / "8", halves / "finished.json"], check=True)  # as after a kill
+    text = call(*arguments(chests, halves, *NET, "resume=true"))
+    assert "resuming after step 4" in text
+    assert (whole / "metrics.jsonl").read_text() == (halves / "metrics.jsonl").read_text()
+    rows = [json.loads((folder / "metrics.json").read_text())["errors"] for folder in (whole, halves)]
+    assert rows[0] == rows[1]
+    assert "LandmarkNetwork" in rows[0]
