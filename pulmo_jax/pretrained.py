@@ -105,8 +105,8 @@ def require_new(path: Path, counted_once: dict[Path, set[str]]) -> None:
     twice = sorted(counted_once.get(before.resolve(), set()) & titles)
     if twice:
         raise InputError(
-            f"method.merge_runs: {len(twice)} of the training images of {path} ({twice[0]}, …) are counted already, here "
-            "or in another of the runs; every image counts once"
+            f"method.merge_runs: {len(twice)} of the training images of {path} ({twice[0]}, …) are counted already, "
+            "here or in another of the runs; every image counts once"
         )
     counted_once[before.resolve()] = counted_once.get(before.resolve(), set()) | titles
 

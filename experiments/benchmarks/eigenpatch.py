@@ -112,7 +112,7 @@ def measure(prior: bool, train: tuple, val: tuple, repeats: int) -> tuple[dict, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=Path("../shared/data/chest_landmarks"))
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--loop-images", type=int, default=16)
     options = parser.parse_args()
     train, val = (read(options.images, split) for split in ("train", "val"))

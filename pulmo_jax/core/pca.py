@@ -64,12 +64,12 @@ def _fourier(length: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle).astype(np.float32), -np.sin(angle).astype(np.float32)
 
 
-def row_spectrum(templates: Float[Array, "M h w"], width: int) -> Float[Array, "2 f D M"]:
+def row_spectrum(templates: Float[Array, "M h w"], width: int) -> tuple[Float[Array, "f D M"], Float[Array, "f D M"]]:
     """What real and imaginary parts of an image's Fourier coefficients along its rows, of h rows, are multiplied by to
     give those of the correlation: D = 2h rows for each frequency of a circle of length `width`."""
     parts = _fourier(width, templates.shape[2])
     real, imaginary = (jnp.einsum("xf,mhx->fhm", part, templates) for part in parts)
-    return jnp.stack([jnp.concatenate([real, imaginary], 1), jnp.concatenate([-imaginary, real], 1)])
+    return jnp.concatenate([real, imaginary], 1), jnp.concatenate([-imaginary, real], 1)
 
 
 def correlate(images: Float[Array, "B H W"], templates: Float[Array, "M h w"]) -> Float[Array, "x B y M"]:
@@ -81,9 +81,9 @@ def correlate(images: Float[Array, "B H W"], templates: Float[Array, "M h w"]) -
     return _correlate(images, row_spectrum(templates, images.shape[2]), templates.shape[2])
 
 
-def _correlate(images: Array, spectrum: Array, columns: int) -> Array:
+def _correlate(images: Array, spectrum: tuple[Array, Array], columns: int) -> Array:
     count, height, width = images.shape
-    waves, rows = spectrum.shape[1], spectrum.shape[2] // 2
+    waves, rows = len(spectrum[0]), spectrum[0].shape[1] // 2
     n_y, n_x = height - rows + 1, width - columns + 1
     image_parts = [jnp.einsum("xf,bhx->fbh", part, images) for part in _fourier(width, width)]
     index = np.arange(n_y)[:, None] + np.arange(rows)
