@@ -69,12 +69,12 @@ class LandmarkDataConfig(Section):
 class LandmarkTrainerConfig(Section):
     """The loop of a network; a method that is fitted in one go has none."""
 
-    steps: Int = Field(default=2000, ge=1, description="training steps, one batch each")
-    batch_size: Int = Field(default=32, ge=1, description="images in a batch")
+    steps: Int = Field(default=5000, ge=1, description="training steps, one batch each")
+    batch_size: Int = Field(default=8, ge=1, description="images in a batch")
     log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
-    validate_every: Int = Field(default=200, ge=1, description="steps between validations")
+    validate_every: Int = Field(default=250, ge=1, description="steps between validations")
     checkpoint_every: Int = Field(default=500, ge=1, description="steps between checkpoints")
-    ema_decay: Float = Field(default=0.99, ge=0, lt=1, description="of the averaged parameters that inference uses")
+    ema_decay: Float = Field(default=0.999, ge=0, lt=1, description="of the averaged parameters that inference uses")
     compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
 
 

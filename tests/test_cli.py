@@ -554,6 +554,7 @@ def test_combination_that_cannot_be_is_said_first_and_the_others_run(run, tmp_pa
     assert [r["status"] for r in records(tmp_path / "sweep").values()] == ["done", "done", "failed", "done"]
 
 
+@pytest.mark.slow
 def test_search_minimises_and_goes_on_where_it_was(run, tmp_path):
     """The trials are suggested once more, and answered from their folders."""
     ran = []

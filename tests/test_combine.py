@@ -69,6 +69,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_fixed_place_writes_everything(runs, tmp_path, capsys):
     out = tmp_path / "out"
     assert detect.detect(configured(runs, str(tmp_path / "cache")), out) >= 0

@@ -33,12 +33,14 @@ def test_keys_that_the_readme_names_exist(key):
     from pulmo_jax.adi_config import DetectConfig
     from pulmo_jax.composing import allowed_keys
     from pulmo_jax.config import TrainConfig
+    from pulmo_jax.landmark_config import LandmarkConfig
 
     section, name = key.split(".")
     nodes = [yaml.safe_load(file.read_text()) for file in (ROOT / "configs" / section).glob("*.yaml")]
     assert name in (
         *allowed_keys(TrainConfig, [section]),
         *allowed_keys(DetectConfig, [section]),
+        *allowed_keys(LandmarkConfig, [section]),
         *(key for node in nodes for key in node),
     )
 

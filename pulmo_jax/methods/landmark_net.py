@@ -20,6 +20,7 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 
 from pulmo_jax.core import jitter
+from pulmo_jax.core.shape_model import ShapeModel, point_covariances, with_gaussians
 from pulmo_jax.methods.located import Located, Params
 from pulmo_jax.models.landmark_net import LandmarkNet, grid_px
 from pulmo_jax.types import InputError
@@ -28,6 +29,7 @@ Loss = Literal["laplace", "wing", "l1", "l2"]
 Batch = tuple[Float[Array, "B S S"], Float[Array, "B K 2"]]
 WING_WIDTH, WING_CURVE = 5.0, 1.0  # % of the side: where the wing becomes straight, and its curvature before
 LEAST_SD = 0.25  # % of the side, of the Laplacian: no label is surer
+LEAST_SD_PX = 0.1  # of a landmark beside its shape: no precision is infinite
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,12 @@ class LandmarkNetwork:
     seed: Annotated[int, Field(ge=0, description="of the initial parameters")] = 0
     widths: Annotated[
         tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
-        Field(min_length=3, description="features at strides 2, 4, 8, ...; heat maps have stride 4"),
+        Field(min_length=3, description="features of the first layer, and after each halving"),
     ] = (16, 32, 64, 128, 128)
-    blocks: Annotated[int, Field(ge=1, description="residual blocks at each stride from 4 on")] = 1
+    stem_stride: Annotated[
+        Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice that")
+    ] = 2
+    blocks: Annotated[int, Field(ge=1, description="residual blocks after each halving")] = 1
     loss: Annotated[
         Loss, Field(description="laplace: likelihood, by the heat map's mean and spread; others: of its mean alone")
     ] = "laplace"
@@ -62,18 +67,22 @@ class LandmarkNetwork:
     flip_average: Annotated[bool, Field(description="locate in the mirrored image too, and average")] = True
 
     def __post_init__(self) -> None:
-        coarsest = 2 ** len(self.widths)
+        coarsest = self.stem_stride * 2 ** (len(self.widths) - 1)
         if self.size % coarsest:
             raise InputError(
-                f"method.size={self.size}: {len(self.widths)} method.widths halve it as often, so it must be a "
-                f"multiple of {coarsest}"
+                f"method.size={self.size}: with method.stem_stride={self.stem_stride} and {len(self.widths)} "
+                f"method.widths it must be a multiple of {coarsest}"
             )
         if sorted(self.mirror) != list(range(self.n_landmarks)):
             raise InputError(f"mirror={list(self.mirror)}: it must hold each of 0 to {self.n_landmarks - 1} once")
 
     def network(self, key: Key[Array, ""]) -> LandmarkNet:
         return LandmarkNet(
-            n_landmarks=self.n_landmarks, widths=self.widths, blocks=self.blocks, rngs=nnx.Rngs(params=key)
+            n_landmarks=self.n_landmarks,
+            stem_stride=self.stem_stride,
+            widths=self.widths,
+            blocks=self.blocks,
+            rngs=nnx.Rngs(params=key),
         )
 
     @cached_property
@@ -171,6 +180,13 @@ def pooled(found: Located) -> Located:
     apart = found.points - points
     between = jnp.einsum("mbkd,mbke->bkde", apart, apart) / len(apart)
     return Located(points, found.covariance.mean(0) + between)
+
+
+def shaped(found: Located, model: ShapeModel) -> Located:
+    """The posterior where each landmark was seen with an independent Gaussian error of its covariance."""
+    least = LEAST_SD_PX**2 * jnp.eye(2)
+    posterior = jax.vmap(with_gaussians, in_axes=(None, 0, 0))(model, found.points, found.covariance + least)
+    return Located(posterior.points, jax.vmap(point_covariances)(posterior.covariance))
 
 
 def point_losses(found: Located, points: Float[Array, "B K 2"], loss: Loss, size: int) -> Float[Array, "B K"]:

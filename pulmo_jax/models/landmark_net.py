@@ -43,13 +43,14 @@ def _plain_backward(stride: int, x: jax.Array, kernel: jax.Array, g: jax.Array) 
     return jax.vjp(partial(_plain, stride), x, kernel)[1](g)
 
 
-FORWARD = {stride: one_by_one(partial(_plain, stride)) for stride in (1, 2)}
-BACKWARD = {stride: one_by_one(partial(_plain_backward, stride)) for stride in (1, 2)}
+STRIDES = (1, 2, 4)
+FORWARD = {stride: one_by_one(partial(_plain, stride)) for stride in STRIDES}
+BACKWARD = {stride: one_by_one(partial(_plain_backward, stride)) for stride in STRIDES}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolve(stride: int, x: Float[Array, "B H W I"], kernel: Float[Array, "h w I O"]) -> Float[Array, "B y x O"]:
-    """A convolution at every `stride`-th pixel, 1 or 2, zeros around the image; fast under vmap over kernels."""
+    """A convolution at every `stride`-th pixel, 1, 2 or 4, zeros around the image; fast under vmap over kernels."""
     return FORWARD[stride](x, kernel)
 
 
@@ -109,15 +110,16 @@ class Block(nnx.Module):
 
 
 class LandmarkNet(nnx.Module):
-    """Logits of one heat map per landmark, at stride 4.
+    """Logits of one heat map per landmark, at twice the stride of the first layer.
 
-    widths: features at strides 2, 4, 8, ..., multiples of 8; blocks: residual blocks at each of these from 4 on.
-    The side of the images must be a multiple of 2**len(widths).
+    stem_stride: of that layer, 2 or 4; widths: features after it and after each halving, multiples of 8; blocks:
+    residual blocks after each halving. The side of the images must be a multiple of the coarsest stride,
+    stem_stride * 2**(len(widths) - 1).
     """
 
-    def __init__(self, *, n_landmarks: int, widths: tuple[int, ...], blocks: int, rngs: nnx.Rngs):
+    def __init__(self, *, n_landmarks: int, stem_stride: int, widths: tuple[int, ...], blocks: int, rngs: nnx.Rngs):
         steps = list(pairwise(widths))
-        self.stem = Conv(1, widths[0], 5, 2, rngs=rngs)
+        self.stem = Conv(1, widths[0], 2 * stem_stride, stem_stride, rngs=rngs)
         self.norms = nnx.List([Norm(fine) for fine, _ in steps])
         self.down = nnx.List([Conv(fine, coarse, stride=2, rngs=rngs) for fine, coarse in steps])
         self.blocks = nnx.List([nnx.List([Block(coarse, rngs=rngs) for _ in range(blocks)]) for _, coarse in steps])

@@ -322,6 +322,7 @@ def test_what_is_wrong_with_a_stack_is_said_and_the_planet_found(job, planted, t
 # --- geometry
 
 
+@pytest.mark.slow
 def test_field_that_rotates_the_other_way(job, files, planted, tmp_path):
     turned = write_stack(tmp_path / "turned", planted.cube, -planted.angles_deg, PSF_TIMES * planted.psf)
     one, other = job(files, "one"), job(turned | {"data.angle_sign": -1}, "other")
@@ -430,6 +431,7 @@ def test_scale_and_star_give_arcsec_and_contrasts(limits):
     assert (limits.path / "figures" / "contrast_curve.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_psf_flux_changes_the_flux_and_nothing_else(job, files, planted):
     """A flux over what the PSF was divided by is a multiple of the PSF as given, whatever that is."""
     kinds: dict[str, dict[str, Any]] = {kind: {"data.psf_flux": kind} for kind in ("fwhm", "peak", "none")}

@@ -58,6 +58,7 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_spectra_of_a_synthetic_stack_come_back(synthetic, made):
     sources, spectra = rows(synthetic, "detections"), rows(synthetic, "spectra")
     source = min(sources, key=lambda row: np.hypot(float(row["y"]) - PLANET[0], float(row["x"]) - PLANET[1]))

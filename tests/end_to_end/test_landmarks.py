@@ -123,6 +123,7 @@ def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run
     assert [file["filename"] for file in summary["failed"]] == ["broken.png"]
 
 
+@pytest.mark.slow
 def test_evaluate_gives_on_the_same_table_what_training_gave(run, chests, tmp_path):
     call("pulmo_jax.evaluate", f"run={run}", f"data.images={chests / 'images'}", f"data.test={chests / 'test.csv'}",
          f"hydra.run.dir={tmp_path / 'ev'}")  # fmt: skip

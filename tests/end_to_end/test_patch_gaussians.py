@@ -59,6 +59,7 @@ def network(crop, cache, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_residual_of_a_network_is_whitened_tested_and_mapped(network, crop, cache, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     test = [f"data.test={crop / 'test'}", f"data.test_masks={crop / 'test_masks'}"]
@@ -120,7 +121,7 @@ def test_features_of_a_network_are_modelled(network, crop, cache, tmp_path, more
 @pytest.mark.slow
 def test_counts_are_merged_and_an_interrupted_pass_goes_on(crop, cache, tmp_path):
     same = ["data.patch_size=32", "data.normalize=fixed", "data.value_range=[-1024,600]"]
-    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    whole, first, alone, second = (tmp_path / name for name in ("whole", "first", "alone", "second"))
     both = ["callbacks.checkpoint.every=1", *same]
     call(*arguments(crop, whole, "lung_covariance", *both), cache=cache)
     for step in sorted((whole / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]:
@@ -131,12 +132,18 @@ def test_counts_are_merged_and_an_interrupted_pass_goes_on(crop, cache, tmp_path
     np.testing.assert_array_equal(again.comoment, counted.comoment)
 
     call(*arguments(crop, first, "lung_covariance", *same, train="more"), cache=cache)
+    call(*arguments(crop, alone, "lung_covariance", *same, train="test"), cache=cache)
     merge = f"method.merge_runs=[{first},{whole}]"
-    call(*arguments(crop, second, "lung_covariance", *same, merge, train="more"), cache=cache)
-    once, twice = (load_run(run)[3].params["moments"] for run in (first, second))
-    assert float(twice.n) == 2 * float(once.n) + float(counted.n)
-    expected = (2 * float(once.n) * once.mean + float(counted.n) * counted.mean) / float(twice.n)
-    np.testing.assert_allclose(twice.mean, expected, rtol=1e-4)
+    call(*arguments(crop, second, "lung_covariance", *same, merge, train="test"), cache=cache)
+    *parts, together = (load_run(run)[3].params["moments"] for run in (first, whole, alone, second))
+    assert float(together.n) == sum(float(part.n) for part in parts)
+    expected = sum(float(part.n) * part.mean for part in parts) / float(together.n)
+    np.testing.assert_allclose(together.mean, expected, rtol=1e-4)
+
+    for train, twice in (("test", f"[{first},{first}]"), ("more", f"[{first}]")):
+        more = [*same, f"method.merge_runs={twice}"]
+        said = call(*arguments(crop, tmp_path / "no", "lung_covariance", *more, train=train), cache=cache, status=2)
+        assert "every image counts once" in said
 
     other = arguments(crop, tmp_path / "refused", "lung_covariance", merge, "data.patch_size=32")
     assert "has another normalisation" in call(*other, cache=cache, status=2)

@@ -116,6 +116,7 @@ def wait_until(condition, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_jobs_side_by_side_of_which_one_fails(command, tmp_path):
     keys = [*troubles("bug", "none"), "trainer.steps=2"]
     failed = call(command(*keys, launcher="joblib"), status=3)

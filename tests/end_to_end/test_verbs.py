@@ -226,6 +226,7 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(crop, cache, tmp_pat
         assert (whole / name).read_text() == (broken / name).read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(run, crop, cache, tmp_path):
     """Over loopback; each reads its share of every batch."""
     with socket.socket() as free:
@@ -271,6 +272,7 @@ def test_run_is_never_overwritten(run, crop, cache):
     assert "resume=true" in again.stderr
 
 
+@pytest.mark.slow
 def test_unreadable_training_file_stops_before_training_or_is_left_out(crop, cache, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
@@ -288,6 +290,7 @@ def test_unreadable_training_file_stops_before_training_or_is_left_out(crop, cac
     assert len(listed["training"]) + len(listed["validation"]) == len(SETS["train"])
 
 
+@pytest.mark.slow
 def test_users_own_experiment_and_callback(crop, cache, tmp_path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(

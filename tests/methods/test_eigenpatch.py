@@ -82,6 +82,7 @@ def test_template_is_the_largest_inside_and_maps_are_those_of_a_loop():
             )
 
 
+@pytest.mark.slow
 def test_the_prior_tells_a_landmark_from_its_double(with_prior, without):
     method, params = with_prior
     tests, truth = scenes(60, seed=1)

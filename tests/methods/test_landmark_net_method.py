@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.methods.landmark_net import (
     WING_CURVE,
     WING_WIDTH,
@@ -19,6 +20,7 @@ from pulmo_jax.methods.landmark_net import (
     moments,
     point_losses,
     pooled,
+    shaped,
     standardised,
     wing,
 )
@@ -70,7 +72,7 @@ def test_it_is_what_a_landmark_job_trains():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"size": 36}, "method.size=36.*method.widths.*multiple of 8"),
+        ({"size": 36}, "method.size=36.*method.stem_stride=2 and 3 method.widths.*multiple of 8"),
         ({"mirror": (1, 1, 2)}, r"mirror=\[1, 1, 2\].*0 to 2"),
         ({"mirror": (1, 0)}, r"mirror=\[1, 0\]"),
     ],
@@ -190,6 +192,7 @@ def test_every_loss_pulls_towards_the_point(loss):
 # --- locating
 
 
+@pytest.mark.slow
 def test_the_answer_for_a_mirrored_image_is_mirrored():
     mirrored = locate()(initial(), blobs(4)[0][..., ::-1])
     here, order = found(), jnp.array(small().mirror)
@@ -224,6 +227,28 @@ def test_members_and_seeds_start_differently():
     for a, b in kernels:
         assert float(jnp.abs(a[0] - a[1]).max()) > 0.01
         assert float(jnp.abs(a - b).max()) > 0.01
+
+
+def test_with_a_shape_the_answer_is_the_product_of_two_gaussians():
+    random = np.random.default_rng(0)
+    shapes = (
+        np.array([[10, 9], [10, 22], [22, 16]]) + random.normal(0, 1, (50, 1, 2)) + random.normal(0, 0.3, (50, 3, 2))
+    )
+    model = fit_shape_model(shapes.astype(np.float32))
+    here = found()
+    covariance = np.asarray(model.lower, np.float64) @ np.asarray(model.lower, np.float64).T
+    result = shaped(here, model)
+    for b in range(4):
+        seen = np.zeros((6, 6))
+        for k in range(3):
+            seen[2 * k : 2 * k + 2, 2 * k : 2 * k + 2] = here.covariance[b, k]
+        precision = np.linalg.inv(covariance) + np.linalg.inv(seen)
+        weighted = np.linalg.solve(covariance, np.ravel(model.mean)) + np.linalg.solve(seen, np.ravel(here.points[b]))
+        np.testing.assert_allclose(result.points[b].ravel(), np.linalg.solve(precision, weighted), atol=1e-2)
+        posterior = np.linalg.inv(precision)
+        for k in range(3):
+            block = posterior[2 * k : 2 * k + 2, 2 * k : 2 * k + 2]
+            np.testing.assert_allclose(result.covariance[b, k], block, rtol=1e-2, atol=1e-2)
 
 
 # --- learning
@@ -262,6 +287,7 @@ def test_jitter_is_decided_by_the_key_and_moves_points_with_the_image():
     assert (one[1][:, 0, 1] < one[1][:, 1, 1]).all()  # mirrored, and the left one is still the left one
 
 
+@pytest.mark.slow
 def test_training_finds_the_spots():
     method = small(scale=0.03, rotation_deg=3.0, shift=0.02)
     optimizer = optax.adam(1e-2)

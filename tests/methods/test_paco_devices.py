@@ -27,6 +27,7 @@ np.savez(sys.argv[2], **found)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
 def test_four_devices_compute_the_maps_of_one(tmp_path):
     """In float64; a pixel is missing, so that the number of locations is no multiple of four."""

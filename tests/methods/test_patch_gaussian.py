@@ -261,6 +261,30 @@ def test_the_loss_is_the_gaussian_negative_log_likelihood():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_matched_filter_stands_at_every_pixel_and_is_not_smoothed():
+    """At the border, where no window has its middle, the nearest one's answer stands."""
+    method = pixels(channels=1, score="matched", blob_sigmas_px=(1.0,), stride_px=None, smooth_px=None)
+    assert (method.stride, method.smoothing, method.rows) == (1, 0, 13)
+    at_windows = np.random.default_rng(0).normal(size=(1, 13, 13, 1))
+    found = np.asarray(method.to_pixels(jnp.asarray(at_windows)))[0, ..., 0]
+    middle = np.clip(np.arange(16) - 2, 0, 12)
+    np.testing.assert_allclose(found, at_windows[0, ..., 0][np.ix_(middle, middle)], rtol=1e-6)
+
+
+def test_an_injected_blob_is_found_on_its_pixel_with_its_height_and_size():
+    method = pixels(channels=1, window_px=9, score="matched", blob_sigmas_px=(1.0, 2.0), stride_px=None, smooth_px=None)
+    params = method.finish(learn(method, [texture(200, channels=1, seed=s) for s in range(3)]))
+    patch = texture(1, channels=1, seed=9)
+    y, x = np.indices((16, 16))
+    patch[0, ..., 0] += 5 * np.exp(-((y - 7) ** 2 + (x - 8) ** 2) / (2 * 2.0**2))
+    score = method.score_map(np.asarray(method.residual(params, jnp.asarray(patch)))[0], np.ones((16, 16), bool))
+    peak = tuple(map(int, np.unravel_index(score.argmax(), score.shape)))
+    assert peak == (7, 8)
+    height, sigma = np.asarray(method.details(params, jnp.asarray(patch)))[0, *peak]
+    assert sigma == 2
+    assert abs(height - 5) < 1.5
+
+
 def test_the_map_between_windows_is_interpolated():
     method = pixels(patch_size=16, channels=1, window_px=4, stride_px=4)
     at_windows = jnp.asarray(np.arange(4.0)[None, :, None, None] + np.zeros((1, 4, 4, 1)))

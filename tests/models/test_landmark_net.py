@@ -8,7 +8,7 @@ from flax import nnx
 
 from pulmo_jax.models.landmark_net import Block, LandmarkNet, Norm, convolve, doubled, grid_px
 
-SMALL = {"n_landmarks": 4, "widths": (8, 8, 16), "blocks": 1}
+SMALL = {"n_landmarks": 4, "stem_stride": 2, "widths": (8, 8, 16), "blocks": 1}
 
 
 def slow_convolution(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
@@ -33,8 +33,8 @@ def weighted(stride: int, x: jax.Array, kernel: jax.Array, weights: jax.Array) -
     return (convolve(stride, x, kernel) * weights).sum()
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 3, 4, 8])
 def test_the_convolution_is_the_slow_loop(stride, size):
     x, kernel = random(2, 8, 8, 3), random(size, size, 3, 4, seed=1)
     expected = slow_convolution(x, kernel, stride)
@@ -112,11 +112,14 @@ def test_the_cells_cover_the_image(count, side):
     np.testing.assert_allclose(grid_px(count, side), pixels.mean(1), atol=1e-5)
 
 
-def test_heat_maps_have_stride_4():
-    for side, widths in ((32, (8, 8, 16)), (96, (8, 8, 8, 8, 8))):
-        net = LandmarkNet(n_landmarks=4, widths=widths, blocks=2, rngs=nnx.Rngs(0))
-        maps = nnx.eval_shape(lambda net, x: net(x), net, jnp.zeros((2, side, side)))
-        assert maps.shape == (2, side // 4, side // 4, 4)
+@pytest.mark.parametrize(("side", "stride", "widths"), [(32, 2, (8, 8, 16)), (96, 2, 5 * (8,)), (192, 4, 5 * (8,))])
+def test_heat_maps_have_twice_the_stride_of_the_first_layer(side, stride, widths):
+    def maps() -> jax.Array:
+        net = LandmarkNet(n_landmarks=4, stem_stride=stride, widths=widths, blocks=2, rngs=nnx.Rngs(0))
+        return net(jnp.zeros((2, side, side)))
+
+    cells = side // (2 * stride)
+    assert jax.eval_shape(maps).shape == (2, cells, cells, 4)
 
 
 def test_an_image_does_not_see_the_others_of_its_batch():
