@@ -46,8 +46,14 @@ def align_data(data: D, align_run: Path, folder: Path, max_image_mb: int, consol
     run = open_landmark_run(align_run)
     masks = {name: getattr(data, name) for name in MASKS}
     keys = [key for key in IMAGES if getattr(data, key, None) is not None]
+    where: dict[str, str] = {}
     for key in keys:
-        align_folder(run, getattr(data, key), folder, key, masks, max_image_mb, console)
+        for image in align_folder(run, getattr(data, key), folder, key, masks, max_image_mb, console):
+            if where.setdefault(image.name, key) != key:  # their foreground masks would be one
+                raise InputError(
+                    f"data.align_run: {image.ref.name} is in data.{key} and in data.{where[image.name]}; give the "
+                    "images of all folders names of their own"
+                )
     written = [*keys, "foreground", *(["test_masks"] if data.test_masks is not None else [])]
     return data.model_copy(update={key: folder / key for key in written})
 
