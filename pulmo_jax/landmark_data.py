@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -213,7 +213,3 @@ def describe_sets(sets: LandmarkSets) -> dict[str, Any]:
     """What was learnt from, calibrated on and left out, for the run's records."""
     test = {} if sets.test is None else {"test": sets.test.titles}
     return {"training": sets.training.titles, "validation": sets.validation.titles, **test, "notes": sets.notes}
-
-
-def as_records(skipped: Sequence[Skipped]) -> list[dict[str, str]]:
-    return [asdict(file) for file in skipped]

@@ -5,7 +5,7 @@
 LANDMARK_RUN: of `train +experiment=landmarks` on chest X-rays. The patients' folds of ../chest_xray/study.py, five
 seeds; whole images shrunk to 64 px. An autoencoder, and Gaussians of 8x8 patches pooled and at each place, each with
 and without data.align_run. Writes results.json, the table in README.md and aligned.png beside this file. Runs that WORK
-holds are taken as they are. About 40 minutes on two cores.
+holds are taken as they are.
 """
 
 import argparse
