@@ -90,7 +90,7 @@ def align_folder(
             raise InputError(unreadable[0].reason)
         found = run.find(working)
         doubtful += int(found.low.all(1).sum())
-        aligned = [Aligned(ref, aligned_name(ref), p) for ref, p in zip(some, found.points, strict=True)]
+        aligned = [Aligned(ref, f"{ref.file_name}.tif", p) for ref, p in zip(some, found.points, strict=True)]
         write_aligned(run, aligned, folder, key, mask_of, max_image_mb)
         done += aligned
     if doubtful > MANY * len(refs):
@@ -127,11 +127,6 @@ def write_in_images(align_run: Path, images: Sequence[Aligned], rows: Sequence[d
         found.append({"filename": image.ref.title, "y": y, "x": x, **kept})
     columns = ["filename", "y", "x", "label", "peak_score", "p_value", "p_value_image"]
     write_text(output / "in_images" / "detections.csv", as_csv(columns, found))
-
-
-def aligned_name(ref: ImageRef) -> str:
-    """With the suffix, so that a.png and a.tif do not meet; pages are numbered."""
-    return f"{ref.name}.tif" if ref.pages == 1 else f"{ref.name}_{ref.page:04d}.tif"
 
 
 def write_aligned(

@@ -70,7 +70,7 @@ Node = dict[str, Any]
 # What the program itself gives to the targets of these groups; a config may not set it.
 GIVEN = {
     "model": ("patch_size", "channels", "rngs"),
-    "method": ("network", "n_landmarks", "mirror", "seed"),
+    "method": ("network", "n_landmarks", "mirror", "shapes", "seed"),
     "optimizer": ("steps",),
     "callbacks": (),
 }

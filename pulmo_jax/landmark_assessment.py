@@ -101,28 +101,26 @@ def test(run: LandmarkRun, labelled: Labelled) -> Tested:
 def figures_of_merit(run: LandmarkRun, tested: Tested, replicates: int, seed: int) -> dict[str, Any]:
     """metrics.json: errors by method and unit, by landmark, by class; coverage; what was flagged."""
     labelled, own, found = tested.labelled, tested.own, tested.found
+    drawn = (replicates, seed, labelled.groups)
     squared = metrics.squared_distance(found.points, found.covariance, labelled.points)
     classes = labelled.classes
     several = len(set(classes)) > 1
     normal = next((name for name in sorted(set(classes)) if name.lower() == run.config.data.normal_name.lower()), None)
     return {
         "errors": {
-            name: {unit: _plain(e) for unit, e in metrics.summary(errors, tested.sizes, replicates, seed).items()}
+            name: {unit: _plain(e) for unit, e in metrics.summary(errors, tested.sizes, *drawn).items()}
             for name, errors in tested.errors.items()
         },
-        "by_landmark": [_plain(e) for e in metrics.by_landmark(own, replicates, seed)],
-        "by_class": {n: _plain(e) for n, e in metrics.by_class(own, classes, replicates, seed).items()}
-        if several
-        else {},
+        "by_landmark": [_plain(e) for e in metrics.by_landmark(own, *drawn)],
+        "by_class": {n: _plain(e) for n, e in metrics.by_class(own, classes, *drawn).items()} if several else {},
         "class_shift": {
             name: {"difference_px": asdict(shift.difference), "p_value": shift.p_value}
-            for name, shift in metrics.class_shift(own, classes, normal, replicates, seed).items()
+            for name, shift in metrics.class_shift(own, classes, normal, *drawn).items()
         }
         if several and normal
         else {},
         "coverage": {
-            str(level): asdict(e)
-            for level, e in zip(LEVELS, metrics.coverage(squared, LEVELS, replicates, seed), strict=True)
+            str(level): asdict(e) for level, e in zip(LEVELS, metrics.coverage(squared, LEVELS, *drawn), strict=True)
         },
         "quality": quality(run, tested),
         "test": {"images": len(labelled.refs), "landmarks": own.shape[1], "groups": len(set(labelled.groups))},
@@ -138,6 +136,7 @@ def quality(run: LandmarkRun, tested: Tested) -> dict[str, Any]:
         "mean_error_ok_px": float(own[~low].mean()) if (~low).any() else None,
         "mean_error_low_px": float(own[low].mean()) if low.any() else None,
         "covariance_factor": run.calibration.covariance_factor,
+        "coverage_95_held_out_validation": run.calibration.held_out_coverage,
     }
 
 
@@ -167,7 +166,7 @@ def metric_tables(found: Mapping[str, Any]) -> list[Table]:
             for name, e in found["by_class"].items()
         ]
         columns = ["class", "mean", "median", "mean minus that of the normal class", "p"]
-        tables.append(Table("By class, px", columns, rows, ["p: permutation of the images, two-sided."]))
+        tables.append(Table("By class, px", columns, rows, ["p: permutation of the groups, two-sided."]))
     rows = [[level, cell(e)] for level, e in found["coverage"].items() if level in ("0.68", "0.95")]
     tables.append(Table("Regions of the landmarks", ["nominal", "share of truths inside"], rows, []))
     of = found["quality"]
@@ -177,7 +176,7 @@ def metric_tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
-    parts = ["# Landmarks\n\nIn brackets: 95 % intervals, by bootstrap over images.\n"]
+    parts = ["# Landmarks\n\nIn brackets: 95 % intervals, by bootstrap over groups of images.\n"]
     for table in tables:
         lines = [f"## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
         parts.append(

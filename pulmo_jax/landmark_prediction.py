@@ -24,7 +24,6 @@ from pulmo_jax.reporting.landmark_figures import LandmarkExample, write_overlay
 from pulmo_jax.run import FINISHED, use_compile_cache
 
 AT_ONCE = 64  # images between two writings
-SOME_FAILED = 3  # exit status
 Record = dict[str, Any]
 
 
@@ -64,7 +63,7 @@ def predict_landmarks(config: PredictConfig) -> None:
     if failed:
         for file in failed:
             print(f"failed: {file.reason}", file=sys.stderr)
-        sys.exit(SOME_FAILED)
+        sys.exit(cli.SOME_FAILED)
 
 
 def chunks(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
@@ -81,7 +80,7 @@ def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: Predi
 
     def one(i: int) -> None:
         ref, image = refs[i], reader.image(refs[i])
-        overlay = config.output / "overlays" / f"{file_name(ref)}.png"
+        overlay = config.output / "overlays" / f"{ref.file_name}.png"
         shown = LandmarkExample(ref.title, to_bytes(image), found.points[i], found.covariance[i], doubtful=found.low[i])
         write_overlay(overlay, shown)
         if config.aligned:
@@ -92,17 +91,12 @@ def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: Predi
     reader.close()
 
 
-def file_name(ref: ImageRef) -> str:
-    """With the suffix, so that a.png and a.tif do not meet; pages are numbered."""
-    return ref.name if ref.pages == 1 else f"{ref.name}_{ref.page:04d}"
-
-
 def aligned_path(ref: ImageRef, output: Path) -> Path:
-    return output / "aligned" / f"{file_name(ref)}.tif"
+    return output / "aligned" / f"{ref.file_name}.tif"
 
 
 def record_path(ref: ImageRef, output: Path) -> Path:
-    return output / "records" / f"{file_name(ref)}.json"
+    return output / "records" / f"{ref.file_name}.json"
 
 
 def key_of(ref: ImageRef, digest: str) -> list[Any]:
@@ -129,7 +123,7 @@ def finished(ref: ImageRef, digest: str, config: PredictConfig) -> Record | None
         record = json.loads(record_path(ref, config.output).read_text())
     except (OSError, ValueError):
         return None
-    wanted = [config.output / "overlays" / f"{file_name(ref)}.png"]
+    wanted = [config.output / "overlays" / f"{ref.file_name}.png"]
     wanted += [aligned_path(ref, config.output)] if config.aligned else []
     same = isinstance(record, dict) and record.get("key") == key_of(ref, digest)
     return record if same and all(path.is_file() for path in wanted) else None

@@ -16,7 +16,8 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from pulmo_jax.config import GIVEN, build, find_target, validate
 from pulmo_jax.core.lung_frame import LungFrame, frame_of, lung_frame
 from pulmo_jax.core.ppca import PPCA
-from pulmo_jax.evaluation.landmark_metrics import scale_covariance
+from pulmo_jax.core.shape_model import ShapeModel
+from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
 from pulmo_jax.evaluation.landmark_quality import (
     SurpriseModel,
     attained_rate,
@@ -29,7 +30,7 @@ from pulmo_jax.evaluation.landmark_quality import (
 from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
 from pulmo_jax.inference.outputs import atomically, write_json
 from pulmo_jax.landmark_config import LandmarkConfig, check_landmark_nodes
-from pulmo_jax.landmark_data import LandmarkSets, WorkingImages
+from pulmo_jax.landmark_data import Labelled, LandmarkSets, WorkingImages
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
 from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
@@ -48,6 +49,7 @@ class LandmarkCalibration:
 
     covariance_factor: makes the region of 95 % hold 95 % of the landmarks. std_limits: working px, of each landmark;
     surprise_limit: of an image, nats: what lies above is of low quality. rate: that both keep on images like those.
+    held_out_coverage: of the region of 95 %, each fifth of the groups by the factor of the others; None with fewer.
     """
 
     covariance_factor: FiniteFloat
@@ -55,6 +57,7 @@ class LandmarkCalibration:
     surprise_limit: FiniteFloat
     rate: FiniteFloat
     n_images: int
+    held_out_coverage: FiniteFloat | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class LandmarkRun:
     params: Params
     step: int
     mirror: tuple[int, ...]
+    shapes: ShapeModel
     frame: LungFrame
     calibration: LandmarkCalibration
     look: SurpriseModel
@@ -103,10 +107,12 @@ class LandmarkRun:
         return Found(points, covariance, std_px(covariance), low | outside, unlike)
 
 
-def build_locator(config: LandmarkConfig, n_landmarks: int, mirror: tuple[int, ...]) -> Locator:
+def build_locator(
+    config: LandmarkConfig, n_landmarks: int, mirror: tuple[int, ...], shapes: ShapeModel | None
+) -> Locator:
     """The method as the config describes it; of what the program gives it takes what its signature names."""
     target = find_target(config.method, "method", config.plugins)
-    given = {"n_landmarks": n_landmarks, "mirror": mirror, "seed": config.seed}
+    given = {"n_landmarks": n_landmarks, "mirror": mirror, "shapes": shapes, "seed": config.seed}
     taken = {name: value for name, value in given.items() if name in target.__init__.__annotations__}
     assert set(given) <= set(GIVEN["method"])
     return build(config.method, "method", config.plugins, **taken)
@@ -114,7 +120,7 @@ def build_locator(config: LandmarkConfig, n_landmarks: int, mirror: tuple[int, .
 
 def working_size(config: LandmarkConfig) -> int:
     """Side of the working images, which the method's keys say alone."""
-    return build_locator(config, 1, (0,)).size  # pyright: ignore[reportAttributeAccessIssue]
+    return build_locator(config, 1, (0,), None).size  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def mirror_of(points: Float[np.ndarray, "N K 2"]) -> tuple[int, ...]:
@@ -122,7 +128,14 @@ def mirror_of(points: Float[np.ndarray, "N K 2"]) -> tuple[int, ...]:
 
 
 def make_run(
-    path: Path, config: LandmarkConfig, method: Locator, params: Params, step: int, sets: LandmarkSets
+    path: Path,
+    config: LandmarkConfig,
+    method: Locator,
+    params: Params,
+    step: int,
+    mirror: tuple[int, ...],
+    shapes: ShapeModel,
+    sets: LandmarkSets,
 ) -> LandmarkRun:
     """What stands beside the learnt parameters: the frame, baselines, what an image looks like, and the calibration."""
     training, validation = sets.training, sets.validation
@@ -130,18 +143,14 @@ def make_run(
     frame = lung_frame(training.points, config.frame_px)
     look = fit_surprise(jnp.asarray(images))
     locate = locator(method, params)
-    calibration = calibrate(
-        locate(validation.working.pixels), validation.square_points, surprises(look, validation.working.pixels)
-    )
+    calibration = calibrate(locate(validation.working.pixels), validation, surprises(look, validation.working.pixels))
     baselines = fit_baselines(images, points, config.seed)
-    mirror = mirror_of(training.square_points)
-    return LandmarkRun(path, config, method, params, step, mirror, frame, calibration, look, baselines, locate)
+    return LandmarkRun(path, config, method, params, step, mirror, shapes, frame, calibration, look, baselines, locate)
 
 
-def calibrate(
-    located: Positions, truth: Float[np.ndarray, "N K 2"], unlike: Float[np.ndarray, "N"]
-) -> LandmarkCalibration:
-    """Of validation images, in working px."""
+def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray, "N"]) -> LandmarkCalibration:
+    """By what was found in the validation images, in working px."""
+    truth = validation.square_points
     factor = scale_covariance(located.points, located.covariance, truth)
     return LandmarkCalibration(
         covariance_factor=float(factor),
@@ -149,6 +158,7 @@ def calibrate(
         surprise_limit=float(threshold(unlike, LOW_RATE)),
         rate=attained_rate(len(truth), LOW_RATE),
         n_images=len(truth),
+        held_out_coverage=held_out_coverage(located.points, located.covariance, truth, validation.groups),
     )
 
 
@@ -172,6 +182,7 @@ def save_run(run: LandmarkRun) -> None:
     arrays = {f"look.{name}": value for name, value in run.look.distribution._asdict().items()}
     arrays["look.smoothing_px"] = run.look.smoothing_px
     arrays |= {f"baselines.{name}": value for name, value in run.baselines._asdict().items()}
+    arrays |= {f"shapes.{name}": value for name, value in run.shapes._asdict().items()}
 
     def write(path: Path) -> None:
         with path.open("wb") as file:  # savez would add a suffix to the temporary name
@@ -191,20 +202,21 @@ def open_landmark_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
     check_landmark_nodes(config)
     facts = json.loads((path / "landmarks.json").read_text())
     mirror = tuple(facts["mirror"])
-    method = build_locator(config, facts["n_landmarks"], mirror)
-    params = restore(path, method, config, len(mirror), step)
     calibration = read_calibration(path / "calibration.json")
     with np.load(path / "companions.npz", allow_pickle=False) as arrays:
         of = {
             part: {n.partition(".")[2]: arrays[n] for n in arrays if n.startswith(part)}
-            for part in ("look", "baselines")
+            for part in ("look", "baselines", "shapes")
         }
+    shapes = ShapeModel(**{name: jnp.asarray(value) for name, value in of["shapes"].items()})
+    method = build_locator(config, facts["n_landmarks"], mirror, shapes)
+    params = restore(path, method, config, len(mirror), step)
     smoothing_px = float(of["look"].pop("smoothing_px"))
     distribution = PPCA(**{name: jnp.asarray(value) for name, value in of["look"].items()})
     frame = frame_of(np.array(facts["frame_points"]), facts["frame_px"])
     return LandmarkRun(
-        path, config, method, params, step, mirror, frame, calibration, SurpriseModel(distribution, smoothing_px),
-        Baselines(**of["baselines"]), locator(method, params),
+        path, config, method, params, step, mirror, shapes, frame, calibration,
+        SurpriseModel(distribution, smoothing_px), Baselines(**of["baselines"]), locator(method, params),
     )  # fmt: skip
 
 

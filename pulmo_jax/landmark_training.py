@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from pulmo_jax import cli
+from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.data import radiographs
 from pulmo_jax.data.landmark_batches import rows_of_batch, shuffled_batches
 from pulmo_jax.data.pipeline import iterate
@@ -59,7 +60,9 @@ def train_landmarks(config: LandmarkConfig, run_dir: Path) -> float:
         refuse_or_resume(run_dir, config.resume)
         size = working_size(config)
         sets = read_sets(config.data, size, config.seed, console)
-        method = build_locator(config, sets.training.points.shape[1], mirror_of(sets.training.square_points))
+        points = sets.training.square_points
+        mirror, shapes = mirror_of(points), fit_shape_model(points)
+        method = build_locator(config, points.shape[1], mirror, shapes)
         write_records(run_dir, config, sets, citation)
         say(console, sets, run_dir)
         if isinstance(method, Fitted):
@@ -67,7 +70,7 @@ def train_landmarks(config: LandmarkConfig, run_dir: Path) -> float:
         else:
             assert isinstance(method, Descended)  # the config was judged
             learnt = descend(method, config, sets, run_dir, console)
-        run = make_run(run_dir, config, method, learnt.params, learnt.step, sets)
+        run = make_run(run_dir, config, method, learnt.params, learnt.step, mirror, shapes, sets)
         save_run(run)
         facts = {
             "training_images": len(sets.training.refs),

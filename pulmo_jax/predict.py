@@ -37,7 +37,6 @@ from pulmo_jax.landmark_prediction import predict_landmarks
 from pulmo_jax.run import Run, missing_masks, open_run, task_of, thresholds, use_compile_cache
 from pulmo_jax.types import Detection, ImageTags, InputError
 
-SOME_FAILED = 3  # exit status
 MAPS = {"score": np.dtype(np.float32), "pvalue": np.dtype(np.float32), "mask": np.dtype(np.uint8)}
 
 EXAMPLES = """
@@ -116,7 +115,7 @@ def predict(config: PredictConfig, _: Path) -> None:
     if failed:
         for file in failed:
             print(f"failed: {file.reason}", file=sys.stderr)
-        sys.exit(SOME_FAILED)
+        sys.exit(cli.SOME_FAILED)
 
 
 def group_by_file(refs: list[ImageRef]) -> list[list[ImageRef]]:

@@ -40,6 +40,11 @@ class ImageRef:
     def title(self) -> str:
         return self.name if self.pages == 1 else f"{self.name}[{self.page}]"
 
+    @property
+    def file_name(self) -> str:
+        """For what is made of it. With the suffix, so that a.png and a.tif do not meet; pages are numbered."""
+        return self.name if self.pages == 1 else f"{self.name}_{self.page:04d}"
+
 
 @dataclass(frozen=True)
 class Skipped:

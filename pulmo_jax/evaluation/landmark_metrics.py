@@ -1,7 +1,8 @@
-"""Errors of landmarks and the calibration of their uncertainties, with 95 % bootstrap intervals over images.
+"""Errors of landmarks and the calibration of their uncertainties, with 95 % bootstrap intervals over groups of images.
 
 N images, K landmarks; points are (y, x) in px of the image. A landmark without a truth is NaN there and counts nowhere.
-Chi-squared has two degrees of freedom throughout: a point has two coordinates.
+Chi-squared has two degrees of freedom throughout: a point has two coordinates. Groups, such as patients, are what is
+drawn anew; without their names each image is one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
 from pulmo_jax.core.histogram import percentile_interval
@@ -33,7 +34,7 @@ class Errors(NamedTuple):
 class Shift(NamedTuple):
     """How much larger a class's mean error is than the reference's.
 
-    p_value: of a permutation test on the images' mean errors, two-sided; None with fewer than two images in either.
+    p_value: of a permutation of the groups, two-sided; None with fewer than two groups in either.
     """
 
     difference: Estimate
@@ -59,43 +60,78 @@ def with_interval(
     statistic: Callable[[np.ndarray], np.ndarray],
     replicates: int = REPLICATES,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> list[Estimate]:
-    """Each element of `statistic(values)`, a 1-D array, with a percentile interval: whole images are drawn anew."""
-    n = len(values)
+    """Each element of `statistic(values)`, a 1-D array, with a percentile interval: whole groups are drawn anew."""
+    rows = _rows_of_groups(_names(len(values), groups))
+    n = len(rows)
     rng = np.random.default_rng(seed)
     main = np.atleast_1d(statistic(values))
-    drawn = np.array([statistic(values[rng.integers(0, n, n)]) for _ in range(replicates if n > 1 else 0)], float)
+    drawn = np.array(
+        [
+            statistic(values[np.concatenate([rows[i] for i in rng.integers(0, n, n)])])
+            for _ in range(replicates if n > 1 else 0)
+        ],
+        float,
+    )
     return [_estimate(value, column, n) for value, column in zip(main, drawn.reshape(-1, main.size).T, strict=True)]
 
 
-def _estimate(value: float, replicates: np.ndarray, n_images: int) -> Estimate:
+def _names(n: int, groups: Sequence[str] | None) -> Shaped[np.ndarray, "n"]:
+    return np.arange(n) if groups is None else np.array(groups)
+
+
+def _rows_of_groups(names: Shaped[np.ndarray, "n"]) -> list[Int[np.ndarray, "m"]]:
+    """Which images each group has."""
+    return [np.flatnonzero(names == name) for name in np.unique(names)]
+
+
+def _estimate(value: float, replicates: np.ndarray, n_groups: int) -> Estimate:
     if np.isnan(value):
         return Estimate(None, reason="there are no such landmarks with a truth")
-    low, high = percentile_interval(replicates.astype(np.float64), n_images)
-    reason = "no interval: it takes two images" if low is None else ""
+    low, high = percentile_interval(replicates.astype(np.float64), n_groups)
+    reason = "no interval: it takes two groups" if low is None else ""
     return Estimate(float(value), low, high, reason=reason, skipped=int(np.isnan(replicates).sum()))
 
 
-def error_figures(errors: Float[np.ndarray, "N K"], replicates: int = REPLICATES, seed: int = 0) -> Errors:
+def error_figures(
+    errors: Float[np.ndarray, "N K"],
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> Errors:
     """Mean and median over all landmarks of all images."""
-    return Errors(*with_interval(errors, lambda drawn: _mean_and_median(drawn[~np.isnan(drawn)]), replicates, seed))
+    of_known = lambda drawn: _mean_and_median(drawn[~np.isnan(drawn)])  # noqa: E731
+    return Errors(*with_interval(errors, of_known, replicates, seed, groups))
 
 
 def _mean_and_median(values: np.ndarray) -> np.ndarray:
     return np.array([values.mean(), np.median(values)]) if values.size else np.full(2, np.nan)
 
 
-def by_landmark(errors: Float[np.ndarray, "N K"], replicates: int = REPLICATES, seed: int = 0) -> list[Errors]:
+def by_landmark(
+    errors: Float[np.ndarray, "N K"],
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> list[Errors]:
     """Mean and median over the images, for each landmark."""
-    return [error_figures(column[:, None], replicates, seed) for column in errors.T]
+    return [error_figures(column[:, None], replicates, seed, groups) for column in errors.T]
 
 
 def by_class(
-    errors: Float[np.ndarray, "N K"], labels: Sequence[str], replicates: int = REPLICATES, seed: int = 0
+    errors: Float[np.ndarray, "N K"],
+    labels: Sequence[str],
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, Errors]:
     """Mean and median over the landmarks of each class of images, by name."""
-    member = np.array(labels)
-    return {name: error_figures(errors[member == name], replicates, seed) for name in sorted(set(labels))}
+    member, group = np.array(labels), _names(len(errors), groups).astype(str)
+    return {
+        name: error_figures(errors[member == name], replicates, seed, group[member == name].tolist())
+        for name in sorted(set(labels))
+    }
 
 
 def class_shift(
@@ -104,33 +140,44 @@ def class_shift(
     reference: str,
     replicates: int = REPLICATES,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, Shift]:
     """Of every other class, how much larger its mean error is than that of the class `reference`.
 
-    Images are drawn anew within each class. Raises InputError if no image is of the reference.
+    Groups are drawn anew within each class. Raises InputError if no image is of the reference.
     """
     member, names = np.array(labels), sorted(set(labels))
     if reference not in names:
         raise InputError(f"No image is of the class {reference!r}, to compare with; the classes are {names}.")
-    of_image = _image_means(errors)
-    known = {name: of_image[(member == name) & ~np.isnan(of_image)] for name in names}
+    of_image, group = _image_means(errors), _names(len(errors), groups)
+    known = {}
+    for name in names:
+        inside = (member == name) & ~np.isnan(of_image)
+        rows = _rows_of_groups(group[inside])
+        known[name] = np.array([[of_image[inside][r].sum(), r.size] for r in rows]).reshape(-1, 2)
     return {name: _shift(known[name], known[reference], replicates, seed) for name in names if name != reference}
 
 
-def _shift(values: np.ndarray, reference: np.ndarray, replicates: int, seed: int) -> Shift:
-    if min(values.size, reference.size) == 0:
+def _shift(values: Float[np.ndarray, "G 2"], reference: Float[np.ndarray, "H 2"], replicates: int, seed: int) -> Shift:
+    """Of groups' sums of their images' mean errors, and their numbers of images."""
+    n, m = len(values), len(reference)
+    if min(n, m) == 0:
         return Shift(Estimate(None, reason="there are no landmarks with a truth in one of the two"), None)
-    difference = float(values.mean() - reference.mean())
-    if min(values.size, reference.size) < 2:
-        return Shift(Estimate(difference, reason="no interval: it takes two images of each class"), None)
+    difference = float(_mean(values) - _mean(reference))
+    if min(n, m) < 2:
+        return Shift(Estimate(difference, reason="no interval: it takes two groups of each class"), None)
     rng = np.random.default_rng(seed)
-    drawn = [rng.choice(x, (replicates, x.size)).mean(1) for x in (values, reference)]
-    low, high = percentile_interval(drawn[0] - drawn[1], min(values.size, reference.size))
-    both = np.concatenate([values, reference])
-    shuffled = rng.permuted(np.tile(both, (replicates, 1)), axis=1)
-    null = shuffled[:, : values.size].mean(1) - shuffled[:, values.size :].mean(1)
+    drawn = [_mean(x[rng.integers(0, len(x), (replicates, len(x)))]) for x in (values, reference)]
+    low, high = percentile_interval(drawn[0] - drawn[1], min(n, m))
+    shuffled = np.concatenate([values, reference])[rng.permuted(np.tile(np.arange(n + m), (replicates, 1)), axis=1)]
+    null = _mean(shuffled[:, :n]) - _mean(shuffled[:, n:])
     at_least = np.sum(np.abs(null) >= abs(difference) - 1e-12)
     return Shift(Estimate(difference, low, high), float((1 + at_least) / (1 + replicates)))
+
+
+def _mean(groups: Float[np.ndarray, "*R G 2"]) -> Float[np.ndarray, "*R"]:
+    """Over the images of groups of (sum, number)."""
+    return np.asarray(groups[..., 0].sum(-1) / groups[..., 1].sum(-1))
 
 
 def cumulative_error(errors: Float[np.ndarray, "N K"]) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
@@ -195,6 +242,7 @@ def coverage(
     levels: Sequence[float] = LEVELS,
     replicates: int = REPLICATES,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> list[Estimate]:
     """The share of truths inside their region, for regions of each nominal level. squared: `squared_distance`."""
     limits = stats.chi2.ppf(np.array(levels), 2)
@@ -203,11 +251,42 @@ def coverage(
         known = drawn[~np.isnan(drawn)]
         return (known[:, None] <= limits).mean(0) if known.size else np.full(limits.size, np.nan)
 
-    return with_interval(squared, shares, replicates, seed)
+    return with_interval(squared, shares, replicates, seed, groups)
+
+
+def held_out_coverage(
+    points: Float[np.ndarray, "N K 2"],
+    covariance: Float[np.ndarray, "N K 2 2"],
+    truth: Float[np.ndarray, "N K 2"],
+    groups: Sequence[str],
+    folds: int = 5,
+    level: float = 0.95,
+) -> float | None:
+    """The share of truths inside their region of `level`, each group's covariances scaled by what the groups of the
+    other folds show (`scale_covariance`). None with fewer groups than folds, or where a part has no truth.
+    """
+    rows = _rows_of_groups(np.array(groups))
+    if len(rows) < folds:
+        return None
+    fold = np.zeros(len(points), int)
+    for number, of_group in enumerate(rows):
+        fold[of_group] = number % folds
+    squared, inside = squared_distance(points, covariance, truth), np.full(truth.shape[:2], np.nan)
+    for here in range(folds):
+        held = fold == here
+        if np.isnan(squared[~held]).all():
+            return None
+        factor = scale_covariance(points[~held], covariance[~held], truth[~held], level)
+        inside[held] = squared[held] / factor <= stats.chi2.ppf(level, 2)
+    return float(inside[~np.isnan(squared)].mean())
 
 
 def summary(
-    errors: Float[np.ndarray, "N K"], sizes: Int[np.ndarray, "N 2"], replicates: int = REPLICATES, seed: int = 0
+    errors: Float[np.ndarray, "N K"],
+    sizes: Int[np.ndarray, "N 2"],
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> Mapping[Unit, Errors]:
     """Mean and median in every unit."""
-    return {unit: error_figures(in_unit(errors, sizes, unit), replicates, seed) for unit in UNITS}
+    return {unit: error_figures(in_unit(errors, sizes, unit), replicates, seed, groups) for unit in UNITS}

@@ -4,10 +4,11 @@ Each member gives every landmark a heat map, whose mean is the position (models/
 same batches under jitter of their own, from initial parameters of their own; `vmap` over them makes one program. The
 answer is the mean over members and over the image and its mirror image; its covariance is that of their mixture: the
 mean spread of the heat maps plus the spread between answers (Lakshminarayanan et al. 2017, "Deep ensembles", Sec. 2.4).
+A Gaussian of the training shapes then says what all points together make likely (core/shape_model.py).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -37,10 +38,12 @@ class LandmarkNetwork:
     """Implements methods.located.Locator and Descended.
 
     mirror: which landmark each one becomes in the image reflected left to right (`mirror_permutation`).
+    shapes: of the training images, working px; `shape_prior` needs it.
     """
 
     n_landmarks: int
     mirror: tuple[int, ...]
+    shapes: ShapeModel | None = field(compare=False)
     size: Annotated[int, Field(ge=32, le=1024, description="side of the working images, px")] = 96
     members: Annotated[int, Field(ge=1, le=32, description="networks in the ensemble")] = 3
     seed: Annotated[int, Field(ge=0, description="of the initial parameters")] = 0
@@ -62,9 +65,10 @@ class LandmarkNetwork:
     shift: Annotated[float, Field(ge=0, description="jitter: sd of the shift, in sides of the image")] = 0.05
     flip: Annotated[float, Field(ge=0, le=1, description="jitter: share of mirrored images")] = 0.5
     gamma: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the power of intensities")] = 0.25
-    field: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.1
+    shading: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.1
     noise: Annotated[float, Field(ge=0, description="jitter: sd of pixel noise, of the image's range")] = 0.02
     flip_average: Annotated[bool, Field(description="locate in the mirrored image too, and average")] = True
+    shape_prior: Annotated[bool, Field(description="weigh what is seen with a Gaussian of the training shapes")] = True
 
     def __post_init__(self) -> None:
         coarsest = self.stem_stride * 2 ** (len(self.widths) - 1)
@@ -123,20 +127,25 @@ class LandmarkNetwork:
             shift=self.shift,
         )
         images, points = jitter.warp_images(images, affine), jitter.warp_points(points, affine, self.size)
-        images = jitter.random_intensity(look, images, gamma=self.gamma, field=self.field, noise=self.noise)
+        images = jitter.random_intensity(look, images, gamma=self.gamma, field=self.shading, noise=self.noise)
         flipped = jax.random.bernoulli(flip, self.flip, (len(images),))
         return jitter.mirrored_where(flipped, images, points, jnp.asarray(self.mirror))
 
     # --- locating
 
     def locate(self, params: Params, images: Float[Array, "B S S"]) -> Located:
-        """The mean over members and mirror images, and the covariance of the mixture of their heat maps."""
+        """The mean over members and mirror images and the covariance of the mixture of their heat maps, or what the
+        shape makes of them."""
         both = jnp.concatenate([images, images[..., ::-1]]) if self.flip_average else images
         found = jax.vmap(self._heat, in_axes=(0, None))(params, both)
         if self.flip_average:
             plain, mirrored = (jax.tree.map(lambda a, at=at: a[:, at], found) for at in halves(len(images)))
             found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), plain, self._unmirrored(mirrored))
-        return pooled(found)
+        seen = pooled(found)
+        if not self.shape_prior:
+            return seen
+        assert self.shapes is not None
+        return shaped(seen, self.shapes)
 
     def _unmirrored(self, found: Located) -> Located:
         mirror = jnp.asarray(self.mirror)

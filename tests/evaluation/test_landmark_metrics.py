@@ -81,7 +81,7 @@ def test_intervals_hold_the_true_mean_as_often_as_they_say_when_images_differ():
 def test_one_image_has_no_interval():
     estimate = metrics.error_figures(np.ones((1, 3))).mean
     assert (estimate.value, estimate.low, estimate.high) == (1, None, None)
-    assert "two images" in estimate.reason
+    assert "two groups" in estimate.reason
 
 
 def test_classes_are_told_apart():
@@ -187,3 +187,46 @@ def test_summary_holds_every_unit():
     figures = metrics.summary(errors, np.full((N, 2), 299), 20)
     assert figures["px_at_224"].mean.value == pytest.approx(errors.mean() * 224 / 299)
     assert figures["percent_of_diagonal"].median.value == pytest.approx(np.median(errors) * 100 / np.hypot(299, 299))
+
+
+# --- groups
+
+
+def test_copies_of_an_image_in_its_group_tell_nothing_new():
+    errors, names = RNG.gamma(2, size=(12, K)), [f"patient {i}" for i in range(12)]
+    alone = metrics.error_figures(errors, 300, groups=names).mean
+    copied = metrics.error_figures(np.concatenate([errors, errors]), 300, groups=names * 2).mean
+    as_if_new = metrics.error_figures(np.concatenate([errors, errors]), 300).mean
+    np.testing.assert_allclose((copied.value, copied.low, copied.high), (alone.value, alone.low, alone.high))
+    assert as_if_new.high - as_if_new.low < 0.85 * (alone.high - alone.low)
+
+
+def test_copies_do_not_make_a_shift_significant():
+    errors, labels = RNG.gamma(2, size=(10, K)), ["a", "b"] * 5
+    names = [f"patient {i}" for i in range(10)]
+    alone = metrics.class_shift(errors, labels, "a", 400, groups=names)["b"]
+    copied = metrics.class_shift(np.repeat(errors, 8, 0), np.repeat(labels, 8).tolist(), "a", 400,
+                                 groups=np.repeat(names, 8).tolist())["b"]  # fmt: skip
+    assert copied.p_value == pytest.approx(alone.p_value)
+    assert copied.difference.value == pytest.approx(alone.difference.value)
+    assert (copied.difference.low, copied.difference.high) == pytest.approx(
+        (alone.difference.low, alone.difference.high)
+    )
+
+
+def test_held_out_coverage_is_that_of_the_level_whatever_the_scale():
+    truth = RNG.normal(size=(400, K, 2))
+    covariance = np.broadcast_to(np.diag([4.0, 0.25]), (400, K, 2, 2))
+    points = truth + RNG.normal(size=truth.shape) * [2.0, 0.5]
+    names = [str(i // 2) for i in range(400)]
+    for scale in (0.01, 1, 100):
+        assert metrics.held_out_coverage(points, covariance * scale, truth, names) == pytest.approx(0.95, abs=0.01)
+
+
+def test_held_out_coverage_by_hand():
+    """Five images, of which the last is three times as far off: judged by the others it is outside, and they inside."""
+    truth = np.zeros((5, 1, 2))
+    points = np.array([1, 1, 1, 1, 3.0])[:, None, None] * [0.0, 1.0]
+    covariance = np.broadcast_to(np.eye(2), (5, 1, 2, 2))
+    assert metrics.held_out_coverage(points, covariance, truth, list("abcde")) == pytest.approx(0.8)
+    assert metrics.held_out_coverage(points, covariance, truth, list("abcdd")) is None

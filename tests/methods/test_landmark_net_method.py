@@ -29,11 +29,12 @@ from pulmo_jax.types import InputError
 
 SIDE = 32
 TABLE = Path(__file__).parents[3] / "shared/data/chest_landmarks/landmarks_train.csv"
-STILL = dict.fromkeys(("rotation_deg", "scale", "aspect", "shear", "shift", "flip", "gamma", "field", "noise"), 0.0)
+STILL = dict.fromkeys(("rotation_deg", "scale", "aspect", "shear", "shift", "flip", "gamma", "shading", "noise"), 0.0)
 
 
 def small(**options) -> LandmarkNetwork:
-    options = {"n_landmarks": 3, "mirror": (1, 0, 2), "size": SIDE, "widths": (8, 8, 8), "members": 2} | options
+    given = {"n_landmarks": 3, "mirror": (1, 0, 2), "shapes": None, "shape_prior": False}
+    options = given | {"size": SIDE, "widths": (8, 8, 8), "members": 2} | options
     return LandmarkNetwork(**options)
 
 
@@ -249,6 +250,8 @@ def test_with_a_shape_the_answer_is_the_product_of_two_gaussians():
         for k in range(3):
             block = posterior[2 * k : 2 * k + 2, 2 * k : 2 * k + 2]
             np.testing.assert_allclose(result.covariance[b, k], block, rtol=1e-2, atol=1e-2)
+    whole = jax.jit(small(shapes=model, shape_prior=True).locate)(initial(), blobs(4)[0])
+    np.testing.assert_allclose(whole.points, result.points, atol=1e-3)
 
 
 # --- learning
