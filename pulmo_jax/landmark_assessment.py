@@ -274,7 +274,9 @@ def aligned_figure(run: LandmarkRun, tested: Tested, which: np.ndarray, reader: 
     for i in which:
         image = to_bytes(reader.image(tested.labelled.refs[i]))
         warped = into_frame(image[..., None], tested.found.points[i], run.frame)[..., 0]
-        shown.append(LandmarkExample(tested.labelled.refs[i].title, warped, run.frame.points))
+        shown.append(
+            LandmarkExample(tested.labelled.refs[i].title, warped, run.frame.points, label="the frame's landmarks")
+        )
     return draw.gallery(shown, "In the lung frame")
 
 

@@ -43,6 +43,7 @@ class LandmarkExample:
     """One image with its landmarks, (y, x) in px.
 
     image: gray or RGB, 0 to 255. covariance: px^2, None for none. truth: NaN or None where unknown. doubtful: flagged.
+    label: what the points are.
     """
 
     title: str
@@ -51,6 +52,7 @@ class LandmarkExample:
     covariance: Float[np.ndarray, "K 2 2"] | None = None
     truth: Float[np.ndarray, "K 2"] | None = None
     doubtful: Bool[np.ndarray, "K"] | None = None
+    label: str = "predicted"
 
 
 def ellipses(points: Float[np.ndarray, "K 2"], covariance: Float[np.ndarray, "K 2 2"]) -> Float[np.ndarray, "K E 2"]:
@@ -136,10 +138,33 @@ def _show(axes: Axes, example: LandmarkExample) -> None:
     if example.truth is not None:
         axes.plot(*example.truth.T[::-1], "D", ls="", mfc="none", mec=SKY, mew=0.7, ms=3.5, label="truth")
     if not doubtful.all():
-        axes.plot(*example.points[~doubtful].T[::-1], "o", mfc=ORANGE, ms=2.6, label="predicted", **dot)
+        axes.plot(*example.points[~doubtful].T[::-1], "o", mfc=ORANGE, ms=2.6, label=example.label, **dot)
     if doubtful.any():
-        axes.plot(*example.points[doubtful].T[::-1], "X", mfc=VERMILLION, ms=4.5, label="predicted, doubtful", **dot)
+        axes.plot(
+            *example.points[doubtful].T[::-1], "X", mfc=VERMILLION, ms=4.5, label=f"{example.label}, doubtful", **dot
+        )
     axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def shape_clouds(
+    given: Float[np.ndarray, "N K 2"], aligned: Float[np.ndarray, "N K 2"], mean: Float[np.ndarray, "K 2"]
+) -> Figure:
+    """The landmarks of many images as they lie there, and as shapes: moved, scaled and turned onto their mean."""
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, points in ((left, given), (right, aligned)):
+            for k in range(points.shape[1]):
+                axes.plot(
+                    *points[:, k].T[::-1], ".", ls="", ms=2, mec="none", color=CURVE_COLOURS[k % len(CURVE_COLOURS)]
+                )
+            axes.set_aspect("equal")
+            axes.invert_yaxis()
+        right.plot(*mean.T[::-1], "D", ls="", mfc="none", mec="black", mew=0.8, ms=4, label="mean shape")
+        left.set(title="as they lie in their images", xlabel="x / px", ylabel="y / px")
+        right.set(title="laid over each other", xlabel="x / size of the shape", ylabel="y / size of the shape")
+        figure.legend(loc="outside lower center")
+    return figure
 
 
 def cumulative_errors(errors: Mapping[str, Float[np.ndarray, "n"]], unit: str) -> Figure:

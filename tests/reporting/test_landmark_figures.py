@@ -98,6 +98,17 @@ def test_overlay_of_a_large_image_is_thinned_out_and_of_points_outside_whole(tmp
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0.png", "1.png"]
 
 
+def test_shapes_are_shown_as_given_and_laid_over_each_other(tmp_path):
+    given = RNG.uniform(0, 100, (N, K, 2))
+    aligned = given / 100 - 0.5
+    figure = landmarks.shape_clouds(given, aligned, aligned.mean(0))
+    figures.save(figure, tmp_path, "shapes")
+    for axes, points in zip(figure.axes, (given, aligned), strict=True):
+        for k, line in enumerate(axes.get_lines()[:K]):
+            np.testing.assert_array_equal(np.stack([line.get_ydata(), line.get_xdata()], -1), points[:, k])
+    np.testing.assert_array_equal(figure.axes[1].get_lines()[K].get_xdata(), aligned.mean(0)[:, 1])
+
+
 def test_cumulative_curves_hold_the_shares(tmp_path):
     errors = {
         name: metrics.cumulative_error(RNG.gamma(2, s, (N, K)))[0] for name, s in (("net", 1), ("mean $ shape", 3))
