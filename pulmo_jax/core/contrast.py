@@ -1,12 +1,14 @@
-"""Contrast of square images before a template search: SAHS, CLAHE, z-score; each image by its own pixels alone."""
+"""Contrast of square images: SAHS, CLAHE, z-score, of the whole or by place; each image by its own pixels alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.ndimage import gaussian_filter1d
 
 LEVELS = 256
 ABOVE_SIGMAS, BELOW_SIGMAS = 2.5, 2.0
+LEAST_LOCAL_SD = 0.1  # of the image's own: what varies less stays faint
 
 
 def _unit(images: Array, low: Array, high: Array) -> Array:
@@ -35,6 +37,21 @@ def zscore(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
     step = images - images.mean((1, 2), keepdims=True)
     sigma = jnp.sqrt((step**2).mean((1, 2), keepdims=True))
     return jnp.where(sigma > 0, step / jnp.where(sigma > 0, sigma, 1), 0)
+
+
+def local_zscore(images: Float[Array, "B S S"], sigma_px: float) -> Float[Array, "B S S"]:
+    """Each pixel less the Gaussian-weighted mean about it, over the sd of such differences about it.
+
+    sigma_px: of the Gaussian; beyond the edge, the nearest pixel. An image of one level is 0.
+    """
+    blur = jnp.asarray(gaussian_filter1d(np.eye(images.shape[-1]), sigma_px, axis=0, mode="nearest"), images.dtype)
+
+    def blurred(x: Array) -> Array:
+        return jnp.einsum("ij,bjk,lk->bil", blur, x, blur, precision="highest")
+
+    whole = zscore(images)
+    step = whole - blurred(whole)
+    return step / jnp.sqrt(blurred(step**2) + LEAST_LOCAL_SD**2)
 
 
 def clahe(images: Float[Array, "B S S"], tiles: int = 4, clip: float = 2.0) -> Float[Array, "B S S"]:

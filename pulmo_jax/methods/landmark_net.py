@@ -21,6 +21,7 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 
 from pulmo_jax.core import jitter
+from pulmo_jax.core.contrast import local_zscore
 from pulmo_jax.core.shape_model import ShapeModel, point_covariances, with_gaussians
 from pulmo_jax.methods.located import Located, Params
 from pulmo_jax.models.landmark_net import LandmarkNet, grid_px
@@ -55,6 +56,10 @@ class LandmarkNetwork:
         Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice that")
     ] = 2
     blocks: Annotated[int, Field(ge=1, description="residual blocks after each halving")] = 1
+    local_contrast: Annotated[
+        float,
+        Field(ge=0, le=1, description="a second channel: contrast within so many sides of the image (sd); 0: none"),
+    ] = 0.0625
     loss: Annotated[
         Loss, Field(description="laplace: likelihood, by the heat map's mean and spread; others: of its mean alone")
     ] = "laplace"
@@ -83,6 +88,7 @@ class LandmarkNetwork:
     def network(self, key: Key[Array, ""]) -> LandmarkNet:
         return LandmarkNet(
             n_landmarks=self.n_landmarks,
+            channels=2 if self.local_contrast else 1,
             stem_stride=self.stem_stride,
             widths=self.widths,
             blocks=self.blocks,
@@ -154,7 +160,9 @@ class LandmarkNetwork:
 
     def _heat(self, params: Params, images: Float[Array, "B S S"]) -> Located:
         """Mean and covariance of one member's heat maps, px."""
-        logits = nnx.merge(self.graph, params)(standardised(images))
+        whole = standardised(images)
+        seen = [whole, local_zscore(whole, self.local_contrast * self.size)] if self.local_contrast else [whole]
+        logits = nnx.merge(self.graph, params)(jnp.stack(seen, -1))
         return moments(jax.nn.softmax(logits.reshape(len(images), -1, self.n_landmarks), axis=1), self.size)
 
 

@@ -112,14 +112,23 @@ class Block(nnx.Module):
 class LandmarkNet(nnx.Module):
     """Logits of one heat map per landmark, at twice the stride of the first layer.
 
-    stem_stride: of that layer, 2 or 4; widths: features after it and after each halving, multiples of 8; blocks:
-    residual blocks after each halving. The side of the images must be a multiple of the coarsest stride,
-    stem_stride * 2**(len(widths) - 1).
+    channels: of the images. stem_stride: of that layer, 2 or 4. widths: features after it and after each halving,
+    multiples of 8. blocks: residual blocks after each halving. The side of the images must be a multiple of the
+    coarsest stride, stem_stride * 2**(len(widths) - 1).
     """
 
-    def __init__(self, *, n_landmarks: int, stem_stride: int, widths: tuple[int, ...], blocks: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        n_landmarks: int,
+        channels: int,
+        stem_stride: int,
+        widths: tuple[int, ...],
+        blocks: int,
+        rngs: nnx.Rngs,
+    ):
         steps = list(pairwise(widths))
-        self.stem = Conv(1, widths[0], 2 * stem_stride, stem_stride, rngs=rngs)
+        self.stem = Conv(channels, widths[0], 2 * stem_stride, stem_stride, rngs=rngs)
         self.norms = nnx.List([Norm(fine) for fine, _ in steps])
         self.down = nnx.List([Conv(fine, coarse, stride=2, rngs=rngs) for fine, coarse in steps])
         self.blocks = nnx.List([nnx.List([Block(coarse, rngs=rngs) for _ in range(blocks)]) for _, coarse in steps])
@@ -128,8 +137,8 @@ class LandmarkNet(nnx.Module):
         self.last = Norm(widths[1])
         self.head = nnx.Linear(widths[1], n_landmarks, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "B S S"]) -> Float[Array, "B h w K"]:
-        x, scales = self.stem(images[..., None]), []
+    def __call__(self, images: Float[Array, "B S S C"]) -> Float[Array, "B h w K"]:
+        x, scales = self.stem(images), []
         for norm, down, blocks in zip(self.norms, self.down, self.blocks, strict=True):
             x = down(nnx.silu(norm(x)))
             for block in blocks:

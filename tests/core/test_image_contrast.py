@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import eigenpatch as reference
+from scipy.ndimage import gaussian_filter
 from skimage.exposure import equalize_adapthist
 
 from pulmo_jax.core import contrast
@@ -27,6 +28,18 @@ def test_sahs_is_that_of_a_loop_over_pixels():
     expected = np.array([reference.sahs(image) for image in images])
     np.testing.assert_allclose(found, expected, atol=0.01)
     assert (expected == 255).any()  # the limits do cut
+
+
+@pytest.mark.parametrize("sigma", [2.0, 5.5])
+def test_local_zscore_is_that_of_filters(sigma):
+    images = scenes()
+    found = np.asarray(jax.jit(contrast.local_zscore, static_argnums=1)(jnp.asarray(images), sigma))
+    for image, result in zip(images.astype(float), found, strict=True):
+        whole = (image - image.mean()) / image.std()
+        step = whole - gaussian_filter(whole, sigma, mode="nearest")
+        local = np.sqrt(gaussian_filter(step**2, sigma, mode="nearest") + contrast.LEAST_LOCAL_SD**2)
+        np.testing.assert_allclose(result, step / local, atol=1e-4)
+    np.testing.assert_array_equal(contrast.local_zscore(jnp.full((1, 8, 8), 7.0), sigma), 0)
 
 
 @pytest.mark.parametrize("name", ["sahs", "zscore", "clahe"])

@@ -8,7 +8,7 @@ from flax import nnx
 
 from pulmo_jax.models.landmark_net import Block, LandmarkNet, Norm, convolve, doubled, grid_px
 
-SMALL = {"n_landmarks": 4, "stem_stride": 2, "widths": (8, 8, 16), "blocks": 1}
+SMALL = {"n_landmarks": 4, "channels": 2, "stem_stride": 2, "widths": (8, 8, 16), "blocks": 1}
 
 
 def slow_convolution(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
@@ -115,8 +115,8 @@ def test_the_cells_cover_the_image(count, side):
 @pytest.mark.parametrize(("side", "stride", "widths"), [(32, 2, (8, 8, 16)), (96, 2, 5 * (8,)), (192, 4, 5 * (8,))])
 def test_heat_maps_have_twice_the_stride_of_the_first_layer(side, stride, widths):
     def maps() -> jax.Array:
-        net = LandmarkNet(n_landmarks=4, stem_stride=stride, widths=widths, blocks=2, rngs=nnx.Rngs(0))
-        return net(jnp.zeros((2, side, side)))
+        options = {"n_landmarks": 4, "channels": 1, "stem_stride": stride, "widths": widths, "blocks": 2}
+        return LandmarkNet(**options, rngs=nnx.Rngs(0))(jnp.zeros((2, side, side, 1)))
 
     cells = side // (2 * stride)
     assert jax.eval_shape(maps).shape == (2, cells, cells, 4)
@@ -124,7 +124,7 @@ def test_heat_maps_have_twice_the_stride_of_the_first_layer(side, stride, widths
 
 def test_an_image_does_not_see_the_others_of_its_batch():
     net = nnx.jit(LandmarkNet(**SMALL, rngs=nnx.Rngs(0)))
-    images = jnp.asarray(random(3, 32, 32))
+    images = jnp.asarray(random(3, 32, 32, 2))
     np.testing.assert_allclose(net(images)[1:2], net(images[1:2]), atol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_every_pixel_and_every_parameter_counts():
     def total(state: nnx.State, images: jax.Array) -> jax.Array:
         return (nnx.merge(graph, state)(images) * weights).sum()
 
-    by_parameter, by_pixel = jax.jit(jax.grad(total, argnums=(0, 1)))(state, jnp.asarray(random(1, 32, 32)))
+    by_parameter, by_pixel = jax.jit(jax.grad(total, argnums=(0, 1)))(state, jnp.asarray(random(1, 32, 32, 2)))
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(by_parameter))
     assert float(jnp.abs(by_pixel).min()) > 0
 
