@@ -1,0 +1,120 @@
+"""Images in the lung frame, from a landmark run to findings in the pixels of the images that they were."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from references.chest_phantoms import phantom, write_set
+from rich.console import Console
+
+from pulmo_jax.aligning import align_folder
+from pulmo_jax.landmark_run import open_landmark_run
+from pulmo_jax.types import InputError
+
+SHAPE = (96, 96)
+
+
+def call(*arguments, status=0):
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == status, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def landmarks(tmp_path_factory) -> Path:
+    """A run that finds the ten points of drawn chests."""
+    chests = write_set(tmp_path_factory.mktemp("chests") / "set", {"train": 40, "val": 16})
+    run = tmp_path_factory.mktemp("runs") / "landmarks"
+    tables = [f"data.{name}={chests / name}.csv" for name in ("train", "val")]
+    call("pulmo_jax.train", "+experiment=landmarks", f"data.images={chests / 'images'}", *tables,
+         "evaluation.replicates=20", f"hydra.run.dir={run}")  # fmt: skip
+    return run
+
+
+def draw(folder: Path, names: list[str], seed: int, lesion: bool = False) -> dict[str, np.ndarray]:
+    """Chests in new poses; the landmarks of each. With a lesion, a bright spot lies at the eighth landmark."""
+    rng, points = np.random.default_rng(seed), {}
+    folder.mkdir(parents=True)
+    for name in names:
+        image, points[name] = phantom(rng, SHAPE)
+        if lesion:
+            distance = np.hypot(*(np.moveaxis(np.indices(SHAPE), 0, -1) - points[name][7] * [1, 1]).transpose(2, 0, 1))
+            image = np.clip(image + 110 * np.exp(-((distance / 3) ** 2)), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / name)
+    return points
+
+
+def test_what_lies_at_a_landmark_lies_at_the_landmark_of_the_frame(landmarks, tmp_path):
+    """Masks show it: a square about the eighth landmark, and a foreground of the left half."""
+    points = draw(tmp_path / "in", ["a.png", "b.png", "c.png"], seed=5)
+    for name, truth in points.items():
+        y, x = np.rint(truth[7]).astype(int)
+        square, left = np.zeros((2, *SHAPE), np.uint8)
+        square[y - 4 : y + 5, x - 4 : x + 5], left[:, : SHAPE[1] // 2] = 255, 255
+        for folder, mask in (("squares", square), ("left", left)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(mask).save(tmp_path / folder / name)
+    run, masks = open_landmark_run(landmarks), {"foreground": tmp_path / "left", "test_masks": tmp_path / "squares"}
+    done = align_folder(run, tmp_path / "in", tmp_path / "out", "test", masks, 64, Console(quiet=True))
+    assert [image.name for image in done] == ["a.png.tif", "b.png.tif", "c.png.tif"]
+    scale = run.frame.size / SHAPE[0]
+    for image in done:
+        np.testing.assert_allclose(image.points, points[image.ref.name], atol=3)
+        square = tifffile.imread(tmp_path / "out" / "test_masks" / image.name) > 0
+        assert np.abs(np.argwhere(square).mean(0) - run.frame.points[7]).max() < 4 * scale
+        assert tifffile.imread(tmp_path / "out" / "test" / image.name).shape == (run.frame.size,) * 2
+        left = tifffile.imread(tmp_path / "out" / "foreground" / image.name) > 0
+        y, x = np.rint(run.frame.points).astype(int).T
+        sides = points[image.ref.name][:, 1] - (SHAPE[1] - 1) / 2
+        clear = np.abs(sides) > 6
+        np.testing.assert_array_equal(left[y, x][clear], (sides < 0)[clear])
+
+
+def test_a_mask_of_another_size_is_named(landmarks, tmp_path):
+    draw(tmp_path / "in", ["a.png"], seed=1)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.ones((5, 5), np.uint8)).save(tmp_path / "masks" / "a.png")
+    run = open_landmark_run(landmarks)
+    with pytest.raises(InputError, match=r"masks/a\.png: the mask is \(1, 5, 5, 1\).*its image a\.png"):
+        align_folder(run, tmp_path / "in", tmp_path / "out", "test", {"foreground": tmp_path / "masks"}, 64, Console())
+
+
+@pytest.mark.slow
+def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
+    """Trained and predicted with the verbs, on images as they are."""
+    draw(tmp_path / "normal", [f"n{i:02d}.png" for i in range(60)], seed=2)
+    draw(tmp_path / "val", [f"v{i:02d}.png" for i in range(30)], seed=3)
+    points = draw(tmp_path / "ill", [f"i{i}.png" for i in range(6)], seed=4, lesion=True)
+    run = tmp_path / "run"
+    text = call("pulmo_jax.train", "+experiment=lung_aligned", f"data.align_run={landmarks}", "data.patch_size=64",
+                f"data.train={tmp_path / 'normal'}", f"data.val={tmp_path / 'val'}", f"hydra.run.dir={run}",
+                "evaluation.replicates=20")  # fmt: skip
+    assert "aligning train images" in text
+    call("pulmo_jax.predict", f"run={run}", f"input={tmp_path / 'ill'}", f"output={tmp_path / 'out'}")
+    with (tmp_path / "out" / "in_images" / "detections.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    for name, truth in points.items():
+        best = max((row for row in rows if row["filename"] == name), key=lambda row: float(row["peak_score"]))
+        assert np.hypot(float(best["y"]) - truth[7][0], float(best["x"]) - truth[7][1]) < 6
+        score = tifffile.imread(tmp_path / "out" / "in_images" / f"{Path(name).stem}.png_score.tif")
+        assert score.shape == SHAPE
+        peak = np.unravel_index(np.nanargmax(score), SHAPE)
+        assert np.hypot(*(peak - truth[7])) < 6
+    assert json.loads((run / "run.json").read_text())
+
+
+def test_the_same_name_in_two_folders_is_refused(landmarks, tmp_path):
+    draw(tmp_path / "train", ["a.png", "b.png", "c.png"], seed=1)
+    draw(tmp_path / "val", ["a.png", "d.png"], seed=2)
+    text = call("pulmo_jax.train", "+experiment=lung_aligned", f"data.align_run={landmarks}",
+                f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", f"hydra.run.dir={tmp_path / 'run'}",
+                status=2)  # fmt: skip
+    assert "a.png is in data.val and in data.train" in text
