@@ -16,21 +16,18 @@ from pydantic import BaseModel
 
 from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.config import (
-    GIVEN,
     EvaluateConfig,
     PredictConfig,
     Section,
     TrainConfig,
     allowed_keys,
-    argument_schema,
-    check_nodes,
     check_paths,
-    find_target,
     unknown_key,
     validate,
 )
 from pulmo_jax.landmark_config import LandmarkConfig, check_landmark_nodes
 from pulmo_jax.methods.located import Locator
+from pulmo_jax.nodes import GIVEN, argument_schema, check_nodes, find_target
 from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parent

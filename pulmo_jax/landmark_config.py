@@ -4,18 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pulmo_jax.config import (
-    Bool,
-    Float,
-    Int,
-    Node,
-    PathLike,
-    Regex,
-    Section,
-    check_node,
-    find_target,
-)
+from pulmo_jax.config import Bool, Float, Int, Node, PathLike, Regex, Section
 from pulmo_jax.methods.located import Descended, Fitted
+from pulmo_jax.nodes import check_node, find_target
 from pulmo_jax.types import InputError
 
 LANDMARK_METHODS = "eigenpatch, landmark_net"

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from pulmo_jax.config import GIVEN, build, find_target, validate
+from pulmo_jax.config import validate
 from pulmo_jax.core.lung_frame import LungFrame, frame_of, lung_frame
 from pulmo_jax.core.ppca import PPCA
 from pulmo_jax.core.shape_model import ShapeModel
@@ -34,6 +34,7 @@ from pulmo_jax.landmark_data import Labelled, LandmarkSets, WorkingImages
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
 from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
+from pulmo_jax.nodes import GIVEN, build, find_target
 from pulmo_jax.run import build_optimizer, finish, finished_step, load_values
 from pulmo_jax.training.checkpoint import Checkpoints, DamagedError
 from pulmo_jax.training.state import TrainState, init_state

@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from omegaconf import OmegaConf
 
-from pulmo_jax.config import GIVEN, Section, TrainConfig, build, validate
+from pulmo_jax.config import Section, TrainConfig, validate
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.transforms import Preprocessing
@@ -26,6 +26,7 @@ from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibr
 from pulmo_jax.inference.outputs import write_json, write_text
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
+from pulmo_jax.nodes import GIVEN, build
 from pulmo_jax.training.checkpoint import MANIFEST, Checkpoints, DamagedError
 from pulmo_jax.training.state import TrainState, init_state, learnt
 from pulmo_jax.types import InputError

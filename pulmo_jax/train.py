@@ -19,7 +19,7 @@ from rich.console import Console
 from pulmo_jax import cli
 from pulmo_jax.aligning import align_data
 from pulmo_jax.assessment import assess_and_report, labelled_images
-from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, check_paths, find_target
+from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, check_paths
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import Reader
 from pulmo_jax.data.pipeline import evenly, iterate
@@ -31,6 +31,7 @@ from pulmo_jax.landmark_config import LandmarkConfig
 from pulmo_jax.landmark_training import train_landmarks
 from pulmo_jax.lock import claim
 from pulmo_jax.methods.base import Method, OnePass
+from pulmo_jax.nodes import find_target
 from pulmo_jax.normal_images import (
     NormalData,
     describe_images,

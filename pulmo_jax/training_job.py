@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pulmo_jax.config import Node, build
+from pulmo_jax.config import Node
+from pulmo_jax.nodes import build
 from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Callback
 from pulmo_jax.training.checkpoint import Checkpoints, Record

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from pulmo_jax import cli, composing, detect, evaluate, predict, train
 from pulmo_jax.adi_config import DetectConfig
-from pulmo_jax.config import GIVEN, TrainConfig, argument_schema, find_target
+from pulmo_jax.config import TrainConfig
 from pulmo_jax.lock import claim
+from pulmo_jax.nodes import GIVEN, argument_schema, find_target
 from pulmo_jax.stopping import stepping_down, stoppable
 from pulmo_jax.training.interrupt import Interrupt
 from pulmo_jax.types import InputError

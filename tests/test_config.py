@@ -11,21 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from pulmo_jax.cli import defaults_of
-from pulmo_jax.config import (
-    GIVEN,
-    HOMES,
-    EvaluateConfig,
-    PredictConfig,
-    Section,
-    TrainConfig,
-    argument_schema,
-    build,
-    check_nodes,
-    check_paths,
-    describe_errors,
-    find_target,
-    validate,
-)
+from pulmo_jax.config import EvaluateConfig, PredictConfig, Section, TrainConfig, check_paths, describe_errors, validate
+from pulmo_jax.nodes import GIVEN, HOMES, argument_schema, build, check_nodes, find_target
 from pulmo_jax.types import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -297,7 +284,7 @@ def test_target_that_is_not_allowed_is_not_even_imported(module, where):
 def test_config_cannot_lead_through_the_program_to_another_module(module):
     left_behind = module("intruder", COUNT)
     inner = {"_target_": "intruder.Count", "path": "x"}
-    node = {"_target_": "pulmo_jax.config.build", "node": inner, "where": "callbacks.x", "plugins": ["intruder"]}
+    node = {"_target_": "pulmo_jax.nodes.build", "node": inner, "where": "callbacks.x", "plugins": ["intruder"]}
     with pytest.raises(InputError, match="only pulmo_jax.methods and the packages"):
         build(node, "method", (), network=None)
     assert not left_behind.exists()
