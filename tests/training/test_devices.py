@@ -15,6 +15,7 @@ PROGRAM = """
 import jax, numpy as np
 from flax import nnx
 from pulmo_jax.methods.autoencoder import Autoencoder
+from pulmo_jax.methods.landmark_net import LandmarkNetwork
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.training import devices
 from pulmo_jax.training.optimizers import adamw
@@ -26,24 +27,38 @@ method = Autoencoder(ConvAutoencoder(patch_size=16, channels=1, rngs=nnx.Rngs(0)
 optimizer = adamw(steps=6)
 mesh = devices.all_devices(8)
 
-def losses(place, rows, sharding):
+def patches(rng):
+    return rng.random((8, 16, 16, 1), np.float32)
+
+def losses(method, draw, place, rows, sharding):
     state, step, found = place(init_state(method, optimizer)), make_step(method, optimizer, 0.9, 0, sharding), []
     for number in range(6):
-        batch = rows(np.random.default_rng(number).random((8, 16, 16, 1), np.float32))
+        batch = rows(draw(np.random.default_rng(number)))
         state, info = step(state, batch)
         found.append([float(info["loss"]), float(info["gradient_norm"])])
     return state, batch, found
 
-alone, _, expected = losses(lambda state: state, lambda rows: rows, None)
-shared, batch, found = losses(
-    lambda state: devices.on_all(state, mesh), lambda rows: devices.divided(rows, mesh), devices.everywhere(mesh)
-)
+ALONE = (lambda state: state, lambda rows: rows, None)
+SHARED = (lambda state: devices.on_all(state, mesh), lambda rows: devices.divided(rows, mesh), devices.everywhere(mesh))
+alone, _, expected = losses(method, patches, *ALONE)
+shared, batch, found = losses(method, patches, *SHARED)
 np.testing.assert_allclose(found, expected, rtol=2e-6)
 assert len(batch.sharding.device_set) == 4 and batch.addressable_shards[0].data.shape == (2, 16, 16, 1)
 for leaf, other in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
     assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 4
     assert len(devices.here(leaf).sharding.device_set) == 1
     np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)
+
+network = LandmarkNetwork(3, (1, 0, 2), None, size=32, widths=(8, 8, 8), members=2, shape_prior=False)
+
+def images_and_points(rng):
+    return rng.random((8, 32, 32), np.float32), rng.uniform(4, 28, (8, 3, 2)).astype(np.float32)
+
+*_, expected = losses(network, images_and_points, *ALONE)
+_, (images, points), found = losses(network, images_and_points, *SHARED)
+np.testing.assert_allclose(found, expected, rtol=1e-4)
+assert images.addressable_shards[0].data.shape == (2, 32, 32) and points.addressable_shards[0].data.shape == (2, 3, 2)
+
 try:
     devices.all_devices(6)
 except InputError as error:
