@@ -30,6 +30,7 @@ from pulmo_jax.reporting.report import Section, write_report
 from pulmo_jax.reporting.tables import Table, cell, markdown_row
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.68, 0.8, 0.9, 0.95, 0.99)
+NOTABLE_PX = 0.5  # of the labels' own floor
 UNIT_NAMES = {"px": "px", "px_at_224": "px at 224", "percent_of_diagonal": "% of the diagonal"}
 
 
@@ -103,16 +104,18 @@ def figures_of_merit(run: LandmarkRun, tested: Tested, replicates: int, seed: in
     labelled, own, found = tested.labelled, tested.own, tested.found
     drawn = (replicates, seed, labelled.groups)
     squared = metrics.squared_distance(found.points, found.covariance, labelled.points)
-    classes = labelled.classes
+    classes, of, groups = labelled.classes, np.array(labelled.classes), np.array(labelled.groups)
+
+    def in_units(errors: np.ndarray, which: Any = np.s_[:]) -> dict[str, Any]:
+        found = metrics.summary(errors[which], tested.sizes[which], replicates, seed, groups[which].tolist())
+        return {unit: {name: asdict(estimate) for name, estimate in e._asdict().items()} for unit, e in found.items()}
+
     several = len(set(classes)) > 1
     normal = next((name for name in sorted(set(classes)) if name.lower() == run.config.data.normal_name.lower()), None)
     return {
-        "errors": {
-            name: {unit: _plain(e) for unit, e in metrics.summary(errors, tested.sizes, *drawn).items()}
-            for name, errors in tested.errors.items()
-        },
-        "by_landmark": [_plain(e) for e in metrics.by_landmark(own, *drawn)],
-        "by_class": {n: _plain(e) for n, e in metrics.by_class(own, classes, *drawn).items()} if several else {},
+        "errors": {name: in_units(errors) for name, errors in tested.errors.items()},
+        "by_landmark": [in_units(column) for column in np.split(own, own.shape[1], axis=1)],
+        "by_class": {name: in_units(own, of == name) for name in (sorted(set(classes)) if several else [])},
         "class_shift": {
             name: {"difference_px": asdict(shift.difference), "p_value": shift.p_value}
             for name, shift in metrics.class_shift(own, classes, normal, *drawn).items()
@@ -124,6 +127,7 @@ def figures_of_merit(run: LandmarkRun, tested: Tested, replicates: int, seed: in
         },
         "quality": quality(run, tested),
         "test": {"images": len(labelled.refs), "landmarks": own.shape[1], "groups": len(set(labelled.groups))},
+        "label_floor_px": metrics.label_floor_px(labelled.points),
     }
 
 
@@ -140,33 +144,31 @@ def quality(run: LandmarkRun, tested: Tested) -> dict[str, Any]:
     }
 
 
-def _plain(errors: Errors) -> dict[str, Any]:
-    return {name: asdict(estimate) for name, estimate in errors._asdict().items()}
-
-
 def metric_tables(found: Mapping[str, Any]) -> list[Table]:
     units = [f"{figure}, {name}" for name in UNIT_NAMES.values() for figure in ("mean", "median")]
-    rows = [
-        [name, *(cell(of[unit][figure]) for unit in UNIT_NAMES for figure in ("mean", "median"))]
-        for name, of in found["errors"].items()
-    ]
-    tables = [Table("Errors", ["method", *units], rows, [])]
-    rows = [[str(k + 1), cell(e["mean"]), cell(e["median"])] for k, e in enumerate(found["by_landmark"])]
-    tables.append(Table("By landmark, px", ["landmark", "mean", "median"], rows, []))
+
+    def cells(of: Mapping[str, Any]) -> list[str]:
+        return [cell(of[unit][figure]) for unit in UNIT_NAMES for figure in ("mean", "median")]
+
+    floor = found["label_floor_px"]
+    note = f"The labels lie on a grid: a perfect prediction would err by {floor:.1f} px on average."
+    rows = [[name, *cells(of)] for name, of in found["errors"].items()]
+    tables = [Table("Errors", ["method", *units], rows, [note] if floor >= NOTABLE_PX else [])]
+    rows = [[str(k + 1), *cells(of)] for k, of in enumerate(found["by_landmark"])]
+    tables.append(Table("By landmark", ["landmark", *units], rows, []))
     if found["by_class"]:
         shift = found["class_shift"]
         rows = [
             [
                 name,
-                cell(e["mean"]),
-                cell(e["median"]),
+                *cells(of),
                 cell(shift[name]["difference_px"]) if name in shift else "",
                 f"{shift[name]['p_value']:.3g}" if name in shift and shift[name]["p_value"] is not None else "",
             ]
-            for name, e in found["by_class"].items()
+            for name, of in found["by_class"].items()
         ]
-        columns = ["class", "mean", "median", "mean minus that of the normal class", "p"]
-        tables.append(Table("By class, px", columns, rows, ["p: permutation of the groups, two-sided."]))
+        columns = ["class", *units, "mean minus that of the normal class, px", "p"]
+        tables.append(Table("By class", columns, rows, ["p: permutation of the groups, two-sided."]))
     rows = [[level, cell(e)] for level, e in found["coverage"].items() if level in ("0.68", "0.95")]
     tables.append(Table("Regions of the landmarks", ["nominal", "share of truths inside"], rows, []))
     of = found["quality"]
@@ -220,7 +222,7 @@ def report_sections(
 ) -> list[Section]:
     folder, own, labelled = out_dir / "figures", tested.own, tested.labelled
     cumulative = {name: metrics.cumulative_error(errors)[0] for name, errors in tested.errors.items()}
-    estimates = [_errors(e) for e in found["by_landmark"]]
+    estimates = [_errors(of["px"]) for of in found["by_landmark"]]
     curves = [
         figures.save(draw.cumulative_errors(cumulative, "px"), folder, "cumulative_errors"),
         figures.save(draw.error_by_landmark(own, estimates, "px"), folder, "error_by_landmark"),
@@ -228,7 +230,7 @@ def report_sections(
     if found["by_class"]:
         means, classes = own.mean(1), np.array(labelled.classes)
         of_image = {name: means[classes == name] for name in found["by_class"]}
-        by_class = {name: _errors(e) for name, e in found["by_class"].items()}
+        by_class = {name: _errors(of["px"]) for name, of in found["by_class"].items()}
         curves.append(figures.save(draw.class_comparison(of_image, by_class, "px"), folder, "class_comparison"))
     levels = [Estimate(**found["coverage"][str(level)]) for level in LEVELS]
     coverage = figures.save(draw.coverage_calibration(np.array(LEVELS), levels), folder, "coverage")

@@ -5,8 +5,8 @@ Chi-squared has two degrees of freedom throughout: a point has two coordinates. 
 drawn anew; without their names each image is one.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ LEVELS = (0.68, 0.95)
 REFERENCE_PX = 224  # the side of the images of many networks
 Unit = Literal["px", "px_at_224", "percent_of_diagonal"]
 UNITS: tuple[Unit, ...] = ("px", "px_at_224", "percent_of_diagonal")
+CELL_RADIUS = (math.sqrt(2) + math.asinh(1)) / 6  # mean distance of a square's points from its centre, in sides
+USES = 5  # of each coordinate, on average, before few distinct ones are called a grid
 
 
 class Errors(NamedTuple):
@@ -44,6 +46,18 @@ class Shift(NamedTuple):
 def radial_errors(points: Float[np.ndarray, "N K 2"], truth: Float[np.ndarray, "N K 2"]) -> Float[np.ndarray, "N K"]:
     """Euclidean distances, px of the image."""
     return np.hypot(*np.moveaxis(points - truth, -1, 0))
+
+
+def label_floor_px(truth: Float[np.ndarray, "N K 2"]) -> float:
+    """The mean error of a perfect prediction where labels lie on a square grid, px; 0 where they do not.
+
+    They do if they have few distinct coordinates: a label made at 64x64 and stored at 299 has a step of 4.67 px.
+    """
+    known = truth[~np.isnan(truth)]
+    distinct = np.unique(known)
+    if distinct.size < 2 or known.size < USES * distinct.size:
+        return 0.0
+    return CELL_RADIUS * float(np.ptp(distinct)) / (distinct.size - 1)
 
 
 def in_unit(errors: Float[np.ndarray, "N K"], sizes: Int[np.ndarray, "N 2"], unit: Unit) -> Float[np.ndarray, "N K"]:
@@ -107,31 +121,6 @@ def error_figures(
 
 def _mean_and_median(values: np.ndarray) -> np.ndarray:
     return np.array([values.mean(), np.median(values)]) if values.size else np.full(2, np.nan)
-
-
-def by_landmark(
-    errors: Float[np.ndarray, "N K"],
-    replicates: int = REPLICATES,
-    seed: int = 0,
-    groups: Sequence[str] | None = None,
-) -> list[Errors]:
-    """Mean and median over the images, for each landmark."""
-    return [error_figures(column[:, None], replicates, seed, groups) for column in errors.T]
-
-
-def by_class(
-    errors: Float[np.ndarray, "N K"],
-    labels: Sequence[str],
-    replicates: int = REPLICATES,
-    seed: int = 0,
-    groups: Sequence[str] | None = None,
-) -> dict[str, Errors]:
-    """Mean and median over the landmarks of each class of images, by name."""
-    member, group = np.array(labels), _names(len(errors), groups).astype(str)
-    return {
-        name: error_figures(errors[member == name], replicates, seed, group[member == name].tolist())
-        for name in sorted(set(labels))
-    }
 
 
 def class_shift(
@@ -233,7 +222,7 @@ def scale_covariance(
     known = np.sort(squared[~np.isnan(squared)])
     if known.size == 0:
         raise InputError("Uncertainties cannot be calibrated: no validation image has a landmark with a truth.")
-    rank = min(known.size, ceil(level * (n_images + 1) / n_images * known.size - 1e-9))
+    rank = min(known.size, math.ceil(level * (n_images + 1) / n_images * known.size - 1e-9))
     return float(known[rank - 1] / stats.chi2.ppf(level, 2))
 
 

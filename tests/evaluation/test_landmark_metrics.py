@@ -46,7 +46,7 @@ def test_unknown_truths_count_nowhere():
     figures = metrics.error_figures(errors, 50)
     assert figures.mean.value == pytest.approx(known.mean())
     assert figures.median.value == pytest.approx(np.median(known))
-    assert metrics.by_landmark(errors, 50)[2].mean.value is None
+    assert metrics.error_figures(errors[:, [2]], 50).mean.value is None
     assert 3 not in metrics.failures(errors, N)
     assert len(metrics.failures(errors, N)) == N - 1
     squared = metrics.squared_distance(points, covariance, truth)
@@ -87,9 +87,6 @@ def test_one_image_has_no_interval():
 def test_classes_are_told_apart():
     errors = metrics.radial_errors(*simulated()[::2])
     labels = ["Normal"] * 25 + ["COVID"] * 15
-    classes = metrics.by_class(errors, labels, 50)
-    assert list(classes) == ["COVID", "Normal"]
-    assert classes["COVID"].median.value == pytest.approx(np.median(errors[25:]))
     errors[25:] += 2
     shift = metrics.class_shift(errors, labels, "Normal")["COVID"]
     assert shift.difference.value == pytest.approx(errors[25:].mean() - errors[:25].mean())
@@ -230,3 +227,15 @@ def test_held_out_coverage_by_hand():
     covariance = np.broadcast_to(np.eye(2), (5, 1, 2, 2))
     assert metrics.held_out_coverage(points, covariance, truth, list("abcde")) == pytest.approx(0.8)
     assert metrics.held_out_coverage(points, covariance, truth, list("abcdd")) is None
+
+
+def test_labels_of_a_coarse_grid_have_a_floor():
+    rng = np.random.default_rng(0)
+    fine = rng.uniform(0, 299, (300, 5, 2))
+    step = 299 / 64
+    coarse = np.rint(np.floor(fine / step) * step)  # stored as whole px
+    expected = np.hypot(*((rng.uniform(-step / 2, step / 2, (200_000, 2))).T)).mean()
+    assert metrics.label_floor_px(coarse) == pytest.approx(expected, rel=0.01)
+    assert expected == pytest.approx(1.79, abs=0.01)
+    assert metrics.label_floor_px(fine) == 0
+    assert metrics.label_floor_px(np.full((3, 5, 2), np.nan)) == 0

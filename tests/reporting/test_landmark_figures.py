@@ -122,10 +122,17 @@ def test_cumulative_curves_hold_the_shares(tmp_path):
     assert figures.save(landmarks.cumulative_errors({"alone": errors["net"]}, "px"), tmp_path, "alone").exists()
 
 
+def by_class(errors, labels, replicates):
+    of = np.array(labels)
+    return {name: metrics.error_figures(errors[of == name], replicates) for name in sorted(set(labels))}
+
+
 def test_boxes_by_landmark_and_class_hold_medians_and_means(tmp_path):
     errors = RNG.gamma(2, size=(N, K))
     errors[:, 2] = np.nan
-    figure = landmarks.error_by_landmark(errors, metrics.by_landmark(errors, 50), "px")
+    figure = landmarks.error_by_landmark(
+        errors, [metrics.error_figures(column[:, None], 50) for column in errors.T], "px"
+    )
     figures.save(figure, tmp_path, "landmarks")
     lines = [np.unique(line.get_ydata()) for line in figure.axes[0].get_lines()]
     horizontal = [y[0] for y in lines if y.size == 1]
@@ -134,7 +141,7 @@ def test_boxes_by_landmark_and_class_hold_medians_and_means(tmp_path):
     labels = ["Normal"] * 8 + ["COVID_$1"] * 4
     known = np.delete(errors, 2, axis=1)
     of_image = {name: known[np.array(labels) == name].mean(1) for name in set(labels)}
-    figure = landmarks.class_comparison(of_image, metrics.by_class(known, labels, 50), "px")
+    figure = landmarks.class_comparison(of_image, by_class(known, labels, 50), "px")
     figures.save(figure, tmp_path, "classes")
     assert "8 images" in texts(figure)
 
@@ -144,7 +151,7 @@ def test_class_of_one_image_is_drawn_without_interval(tmp_path):
     labels = ["a", "a", "b"]
     of_image = {"a": errors[:2].mean(1), "b": errors[2:].mean(1)}
     assert figures.save(
-        landmarks.class_comparison(of_image, metrics.by_class(errors, labels, 20), "px"), tmp_path, "one"
+        landmarks.class_comparison(of_image, by_class(errors, labels, 20), "px"), tmp_path, "one"
     ).exists()
 
 
