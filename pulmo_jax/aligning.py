@@ -1,8 +1,14 @@
-"""Images and masks in the lung frame of a landmark run (`data.align_run`): a place is the same in all of them."""
+"""Images and masks in the lung frame of a landmark run (`data.align_run`): a place is the same in all of them.
 
-from collections.abc import Sequence
+Below a folder, KEY/NAME.tif holds the pages of the image NAME in the frame, foreground/NAME.tif what of the frame lies
+in the image and in the mask that it had, and KEY.json what they were made of, so that no file is warped twice.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,47 +21,83 @@ from rich.console import Console
 from pulmo_jax import cli
 from pulmo_jax.config import DataConfig, EvaluateDataConfig
 from pulmo_jax.core.lung_frame import to_image
-from pulmo_jax.data.images import ImageRef, Reader, find_masks, index_images, stem
-from pulmo_jax.data.sources import open_source
-from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, write_image
-from pulmo_jax.inference.outputs import as_csv, write_text
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, find_masks, fingerprint, index_images
+from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, write_image, write_pages
+from pulmo_jax.inference.outputs import as_csv, write_json, write_text
 from pulmo_jax.landmark_data import read_working
 from pulmo_jax.landmark_run import LandmarkRun, open_landmark_run
 from pulmo_jax.types import InputError
 
-IMAGES, MASKS = ("train", "val", "test"), ("foreground", "test_masks")
-AT_ONCE = 64  # images
+IMAGES = ("train", "val", "test")
+AT_ONCE = 64  # pages, or those of one file
 MANY = 0.1  # share of images of low quality that is worth a warning
 D = TypeVar("D", DataConfig, EvaluateDataConfig)
 
 
 @dataclass(frozen=True)
+class Masks:
+    """Folders of masks, None for none. required: an image without a foreground mask is of no use."""
+
+    foreground: Path | None = None
+    truth: Path | None = None
+    required: bool = False
+
+
+@dataclass(frozen=True)
 class Aligned:
-    """An image in the frame. name: its path below `folder`; points: the landmarks in the image that it was, px."""
+    """The pages of a file in the frame.
 
-    ref: ImageRef
+    name: of the file in the frame. points: the landmarks in each page, px. doubtful: pages of which all landmarks are
+    of low quality.
+    """
+
+    pages: tuple[ImageRef, ...]
     name: str
-    points: Float[np.ndarray, "K 2"]
+    points: Float[np.ndarray, "n K 2"]
+    doubtful: int
 
 
-def align_data(data: D, align_run: Path, folder: Path, max_image_mb: int, console: Console) -> D:
+def open_frame(align_run: Path, plugins: tuple[str, ...], digest: str = "") -> LandmarkRun:
+    """digest: of the run that images were aligned by before, which this one must be."""
+    run = open_landmark_run(align_run, plugins)
+    if digest and run.digest != digest:
+        raise InputError(
+            f"data.align_run={align_run}: is not the run that the images were aligned by in training, it has been "
+            "trained again; bring that one back, or train again with this one"
+        )
+    return run
+
+
+def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, console: Console) -> D:
     """The same data with every folder of images and of masks replaced by its copy in the frame, in `folder`.
 
-    There is a foreground mask for every image: what of the frame lies in the image and in the mask that it had.
+    Raises InputError for an image that cannot be read, or that two folders have by the same name.
     """
-    run = open_landmark_run(align_run)
-    masks = {name: getattr(data, name) for name in MASKS}
-    keys = [key for key in IMAGES if getattr(data, key, None) is not None]
+    masks = Masks(data.foreground, data.test_masks)
     where: dict[str, str] = {}
-    for key in keys:
-        for image in align_folder(run, getattr(data, key), folder, key, masks, max_image_mb, console):
+    for key in (key for key in IMAGES if getattr(data, key, None) is not None):
+        done, skipped = align_folder(run, getattr(data, key), folder, key, masks, max_image_mb, console)
+        if skipped:
+            raise InputError(f"{skipped[0].reason}\n({len(skipped)} images of data.{key} cannot be aligned)")
+        for image in done:
             if where.setdefault(image.name, key) != key:  # their foreground masks would be one
                 raise InputError(
-                    f"data.align_run: {image.ref.name} is in data.{key} and in data.{where[image.name]}; give the "
+                    f"data.align_run: {image.pages[0].name} is in data.{key} and in data.{where[image.name]}; give the "
                     "images of all folders names of their own"
                 )
-    written = [*keys, "foreground", *(["test_masks"] if data.test_masks is not None else [])]
+    keep_only(folder / "foreground", set(where))
+    written = [*dict.fromkeys(where.values()), "foreground", *(["test_masks"] if masks.truth is not None else [])]
     return data.model_copy(update={key: folder / key for key in written})
+
+
+def align_input(
+    run: LandmarkRun, source: Path, masks: Masks, output: Path, max_image_mb: int, console: Console
+) -> tuple[list[Aligned], list[Skipped]]:
+    """output/aligned/images and output/aligned/foreground, of what is to be predicted."""
+    folder = output / "aligned"
+    done, skipped = align_folder(run, source, folder, "images", masks, max_image_mb, console, leave_out=output)
+    keep_only(folder / "foreground", {image.name for image in done})
+    return done, skipped
 
 
 def align_folder(
@@ -63,105 +105,170 @@ def align_folder(
     source: Path,
     folder: Path,
     key: str,
-    masks: dict[str, Path | None],
+    masks: Masks,
     max_image_mb: int,
     console: Console,
     leave_out: Path | None = None,
-) -> list[Aligned]:
-    """Writes NAME.tif for every image of `source` into folder/key, folder/foreground and, of masks, folder/test_masks.
-
-    Raises InputError for an image that cannot be read.
-    """
-    refs, skipped = index_images(source, max_image_mb=max_image_mb, leave_out=leave_out or folder)
-    if skipped:
-        raise InputError(
-            f"{skipped[0].reason}\n({len(skipped)} of {len(skipped) + len(refs)} images cannot be aligned)"
-        )
-    mask_of = {name: find_masks(path, [ref.name for ref in refs]) for name, path in masks.items()}
-    starts = range(0, len(refs), AT_ONCE)
+) -> tuple[list[Aligned], list[Skipped]]:
+    """Every file of `source` in the frame, and those that cannot be read. Files of an earlier call are taken as they
+    are where nothing has changed, and removed where their image is gone."""
+    refs, skipped = index_images(
+        source,
+        masks=masks.foreground,
+        max_image_mb=max_image_mb,
+        require_masks=masks.required,
+        leave_out=leave_out or folder,
+    )
+    truth = find_masks(masks.truth, [ref.name for ref in refs])
+    files = by_file(refs)
+    before = read_notes(folder / f"{key}.json")
+    notes: dict[str, Any] = {}
     done: list[Aligned] = []
-    doubtful = 0
-    for first in cli.tracker(console, f"aligning {key} images, {AT_ONCE} at a time")(starts, len(starts)):
-        some = refs[first : first + AT_ONCE]
-        working, unreadable = read_working(
-            some, run.size, max_image_mb, run.config.data.threads, lambda items, _: items
-        )
-        if unreadable:
-            raise InputError(unreadable[0].reason)
-        found = run.find(working)
-        doubtful += int(found.low.all(1).sum())
-        aligned = [Aligned(ref, f"{ref.file_name}.tif", p) for ref, p in zip(some, found.points, strict=True)]
-        write_aligned(run, aligned, folder, key, mask_of, max_image_mb)
-        done += aligned
-    if doubtful > MANY * len(refs):
-        console.print(
-            f"warning: {doubtful} of {len(refs)} {key} images look unlike those of {run.path}: their landmarks are "
-            "of low quality, and so is their alignment",
-            highlight=False,
-        )
-    return done
+    for some in cli.tracker(console, f"aligning {key} images")(list(chunks(files)), len(list(chunks(files)))):
+        todo = []
+        for pages in some:
+            name = f"{pages[0].name}.tif"
+            made_of = [run.digest, *map(fingerprint, (pages[0].path, pages[0].mask, truth[pages[0].name]))]
+            notes[name] = {"made_of": made_of}
+            if before.get(name, {}).get("made_of") == made_of and (folder / key / name).is_file():
+                notes[name] = before[name]
+                done.append(Aligned(pages, name, np.array(before[name]["points"]), before[name]["doubtful"]))
+            else:
+                todo.append(pages)
+        fresh, unreadable = find_all(run, todo, max_image_mb)
+        write_all(run, fresh, folder, key, truth, max_image_mb)
+        for image in fresh:
+            notes[image.name] |= {"points": image.points.tolist(), "doubtful": image.doubtful}
+        done, skipped = done + fresh, skipped + unreadable
+        kept = {image.name for image in done}
+        write_json(folder / f"{key}.json", {name: note for name, note in notes.items() if name in kept})
+    for kind in (key, *(["test_masks"] if masks.truth is not None else [])):
+        keep_only(folder / kind, {image.name for image in done})
+    warn_of_doubt(run, done, key, console)
+    return sorted(done, key=lambda image: image.name), skipped
 
 
-def align_input(
-    align_run: Path, source: Path, masks: Path | None, output: Path, max_image_mb: int, console: Console
-) -> list[Aligned]:
-    """output/aligned/images and output/aligned/foreground, of what is to be predicted."""
-    run, folder = open_landmark_run(align_run), output / "aligned"
-    return align_folder(run, source, folder, "images", {"foreground": masks}, max_image_mb, console, leave_out=output)
+def chunks(files: Sequence[tuple[ImageRef, ...]]) -> Iterator[list[tuple[ImageRef, ...]]]:
+    """Of files with AT_ONCE pages in all, or of one."""
+    some: list[tuple[ImageRef, ...]] = []
+    for pages in files:
+        if some and sum(map(len, some)) + len(pages) > AT_ONCE:
+            yield some
+            some = []
+        some.append(pages)
+    if some:
+        yield some
 
 
-def write_in_images(align_run: Path, images: Sequence[Aligned], rows: Sequence[dict[str, Any]], output: Path) -> None:
-    """Where the scores and findings of aligned images lie in the images that they were: in_images/NAME_score.tif, NaN
-    beyond the frame, and in_images/detections.csv, y and x in px of the image."""
-    frame = open_landmark_run(align_run).frame
-    by_name = {image.name: image for image in images}
-    for image in images:
-        scores = tifffile.imread(output / "maps" / f"{stem(image.name)}_score.tif")
-        back = out_of_frame(scores, image.points, frame, image.ref.shape[:2])
-        write_image(output / "in_images" / f"{stem(image.name)}_score.tif", back[..., None])
-    found = []
-    for row in rows:
-        image = by_name[row["filename"]]
-        y, x = to_image(jnp.array([row["y"], row["x"]], float), jnp.asarray(image.points, float), frame).tolist()
-        kept = {key: row[key] for key in ("label", "peak_score", "p_value", "p_value_image")}
-        found.append({"filename": image.ref.title, "y": y, "x": x, **kept})
-    columns = ["filename", "y", "x", "label", "peak_score", "p_value", "p_value_image"]
-    write_text(output / "in_images" / "detections.csv", as_csv(columns, found))
+def read_notes(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
-def write_aligned(
+def find_all(
+    run: LandmarkRun, files: Sequence[tuple[ImageRef, ...]], max_image_mb: int
+) -> tuple[list[Aligned], list[Skipped]]:
+    """The landmarks of every page; files of which a page cannot be read."""
+    refs = [ref for pages in files for ref in pages]
+    if not refs:
+        return [], []
+    working, bad = read_working(refs, run.size, max_image_mb, run.config.data.threads, lambda items, _: items)
+    row_of = {(ref.path, ref.page): row for row, ref in enumerate(working.refs)}
+    found = run.find(working) if working.refs else None
+    done, skipped = [], []
+    for pages in files:
+        rows = [row for ref in pages if (row := row_of.get((ref.path, ref.page))) is not None]
+        if len(rows) < len(pages) or found is None:
+            reason = next(file.reason for file in bad if file.name in {ref.title for ref in pages})
+            skipped.append(Skipped(pages[0].name, reason))
+        elif not np.isfinite(found.points[rows]).all():
+            skipped.append(Skipped(pages[0].name, f"{pages[0].path}: no landmarks can be found in it; leave it out"))
+        else:
+            doubtful = int(found.low[rows].all(1).sum())
+            done.append(Aligned(pages, f"{pages[0].name}.tif", found.points[rows], doubtful))
+    return done, skipped
+
+
+def write_all(
     run: LandmarkRun,
     images: Sequence[Aligned],
     folder: Path,
     key: str,
-    mask_of: dict[str, dict[str, Path | None]],
+    truth: dict[str, Path | None],
     max_image_mb: int,
 ) -> None:
     reader = Reader(max_image_mb)
 
     def one(image: Aligned) -> None:
-        pixels = reader.image(image.ref)
-        write_image(folder / key / image.name, into_frame(pixels, image.points, run.frame))
-        shape = (*image.ref.shape[:2], 1)
-        for name, masks in mask_of.items():
-            path = masks[image.ref.name]
-            if path is None and name != "foreground":
-                continue
-            mask = np.full(shape, 255, np.uint8) if path is None else read_mask(path, image.ref)
-            warped = into_frame(mask, image.points, run.frame) > 127
-            write_image(folder / name / image.name, warped.astype(np.uint8) * np.uint8(255))
+        def frames(of_page: Callable[[ImageRef], np.ndarray]) -> np.ndarray:
+            pairs = zip(image.pages, image.points, strict=True)
+            return np.stack([into_frame(of_page(ref), points, run.frame) for ref, points in pairs])
+
+        mask = truth[image.pages[0].name]
+        if mask is not None:
+            marked = frames(lambda ref: mask_of(replace(ref, mask=mask), reader))
+            write_pages(folder / "test_masks" / image.name, black_and_white(marked))
+        seen = frames(partial(mask_of, reader=reader))
+        write_pages(folder / "foreground" / image.name, black_and_white(seen))
+        write_pages(folder / key / image.name, frames(reader.image))  # the last: where it is, the others are
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(one, images))
     reader.close()
 
 
-def read_mask(path: Path, ref: ImageRef) -> np.ndarray:
-    with open_source(path) as source:
-        if source.shape[1:3] != ref.shape[:2] or source.shape[0] not in (1, ref.pages):
-            raise InputError(
-                f"{path}: the mask is {source.shape} (pages, H, W, C), its image {ref.path.name} has {ref.pages} pages "
-                f"of {ref.shape[:2]}; they must agree (one page serves all)"
-            )
-        inside = np.any(source.read(min(ref.page, source.shape[0] - 1)), axis=-1)
-    return np.where(inside, 255, 0).astype(np.uint8)[..., None]
+def mask_of(ref: ImageRef, reader: Reader) -> np.ndarray:
+    """(H, W, 1), 0 or 255; of an image without a mask 255 everywhere."""
+    inside = reader.foreground(ref)
+    return np.where(np.ones(ref.shape[:2], bool) if inside is None else inside, 255, 0).astype(np.uint8)[..., None]
+
+
+def black_and_white(warped: np.ndarray) -> np.ndarray:
+    return np.where(warped > 127, 255, 0).astype(np.uint8)
+
+
+def keep_only(folder: Path, names: set[str]) -> None:
+    """What an earlier call wrote of images that are gone would be taken for one of these."""
+    for path in list(folder.rglob("*.tif")):
+        if path.relative_to(folder).as_posix() not in names:
+            path.unlink()
+
+
+def warn_of_doubt(run: LandmarkRun, images: Sequence[Aligned], key: str, console: Console) -> None:
+    doubtful, total = sum(image.doubtful for image in images), sum(len(image.pages) for image in images)
+    if doubtful > MANY * total:
+        console.print(
+            f"warning: {doubtful} of {total} {key} images look unlike those of {run.path}: their landmarks are of low "
+            "quality, and so is their alignment",
+            highlight=False,
+        )
+
+
+def write_in_images(
+    run: LandmarkRun, images: Sequence[Aligned], maps: dict[str, str], rows: Sequence[dict[str, Any]], output: Path
+) -> None:
+    """Where the scores and findings of aligned images lie in the images that they were: in_images/NAME_score.tif, NaN
+    beyond the frame, and in_images/detections.csv, y and x in px of the image.
+
+    maps: what the maps of each file that was mapped are called.
+    """
+    by_name = {image.name: image for image in images}
+    for name, called in maps.items():
+        image = by_name[name]
+        scores = tifffile.imread(output / "maps" / f"{called}_score.tif").reshape(
+            len(image.pages), *(run.frame.size,) * 2
+        )
+        for ref, points, score in zip(image.pages, image.points, scores, strict=True):
+            back = out_of_frame(score, points, run.frame, ref.shape[:2])
+            write_image(output / "in_images" / f"{ref.file_name}_score.tif", back[..., None])
+    found = []
+    for row in rows:
+        image, page = by_name[row["filename"]], row["page"]
+        place, points = jnp.array([row["y"], row["x"]], float), jnp.asarray(image.points[page], float)
+        y, x = to_image(place, points, run.frame).tolist()
+        kept = {key: row[key] for key in ("label", "peak_score", "p_value", "p_value_image")}
+        found.append({"filename": image.pages[page].title, "y": y, "x": x, **kept})
+    columns = ["filename", "y", "x", "label", "peak_score", "p_value", "p_value_image"]
+    write_text(output / "in_images" / "detections.csv", as_csv(columns, found))

@@ -246,6 +246,13 @@ class EvaluateDataConfig(Section):
         default=None, description="its first group in a file's name is the patient; null: as in the run"
     )
     images: PathLike | None = Field(default=None, description="of a landmark run: folder of the images in the CSV")
+    class_regex: Regex | None = Field(
+        default=None,
+        description="of a landmark run: its first group in a file's name is the class; null: as in the run",
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="of a landmark run: what a row or file that is of no use does"
+    )
 
 
 class EvaluateConfig(Section):

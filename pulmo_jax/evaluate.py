@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from pulmo_jax import cli
-from pulmo_jax.aligning import align_data
+from pulmo_jax.aligning import align_data, open_frame
 from pulmo_jax.assessment import assess_and_report
 from pulmo_jax.config import EvaluateConfig
 from pulmo_jax.data.images import index_images
-from pulmo_jax.data.landmark_table import read_landmarks
+from pulmo_jax.data.landmark_table import read_landmarks, without_row
 from pulmo_jax.landmark_assessment import assess_landmarks
+from pulmo_jax.landmark_config import LandmarkEvaluationConfig
 from pulmo_jax.landmark_data import labelled
 from pulmo_jax.landmark_run import open_landmark_run
 from pulmo_jax.run import open_run, task_of
@@ -32,7 +33,8 @@ def evaluate(config: EvaluateConfig, out_dir: Path) -> None:
     data, trained = config.data, run.config.data
     if trained.align_run is not None:
         data = data.model_copy(update={"foreground": data.foreground or trained.foreground})
-        data = align_data(data, trained.align_run, out_dir / "aligned", trained.max_image_mb, console)
+        frame = open_frame(trained.align_run, config.plugins, run.scorer.how.aligned_by)
+        data = align_data(frame, data, out_dir / "aligned", trained.max_image_mb, console)
     assess_and_report(run, data, config.evaluation, config.seed, out_dir, console)
     console.print(f"see {out_dir / 'report.html'}", highlight=False)
 
@@ -45,14 +47,20 @@ def evaluate_landmarks(config: EvaluateConfig, out_dir: Path) -> None:
         raise InputError(
             f"data.test={data.test}: {config.run} finds landmarks; give data.images=DIR data.test=TABLE.csv"
         )
-    options = run.config.data.model_copy(update={"group_regex": data.group_regex or run.config.data.group_regex})
+    if data.test_masks is not None or data.foreground is not None:
+        raise InputError(
+            f"{config.run} finds landmarks: data.test_masks and data.foreground are of no use; leave them out"
+        )
+    own = {key: getattr(data, key) or getattr(run.config.data, key) for key in ("group_regex", "class_regex")}
+    options = run.config.data.model_copy(update=own | {"on_error": data.on_error, "normal_name": data.normal_name})
     index = index_images(data.images, group_regex=options.group_regex, max_image_mb=options.max_image_mb)
-    n_points = len(run.mirror)
-    table = read_landmarks(data.test, data.images, n_points=n_points, on_error=options.on_error, index=index)
-    for note in table.notes():
+    table = read_landmarks(data.test, data.images, n_points=run.n_landmarks, on_error=options.on_error, index=index)
+    notes = table.notes() + without_row([table])
+    for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     tested = labelled(table.refs, table.points, run.size, options, console, "test")
-    assess_landmarks(run, tested, out_dir, console, seed=config.seed, notes=table.notes())
+    how = LandmarkEvaluationConfig(replicates=config.evaluation.replicates, examples=config.evaluation.examples)
+    assess_landmarks(run, tested, out_dir, console, options=how, normal=data.normal_name, seed=config.seed, notes=notes)
     console.print(f"see {out_dir / 'report.html'}", highlight=False)
 
 

@@ -58,6 +58,7 @@ def assess_landmarks(
     console: Console,
     *,
     options: LandmarkEvaluationConfig | None = None,
+    normal: str | None = None,
     seed: int | None = None,
     training: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -65,13 +66,20 @@ def assess_landmarks(
 ) -> None:
     """metrics.json, metrics.md, landmark_errors.csv, figures/ and report.html.
 
-    training: facts of the training that has just ended. chosen_on: the images are those of the validation, on which
-    checkpoint and uncertainties were set, so that the errors are a little too good.
+    normal: the class that others are compared with. training: facts of the training that has just ended. chosen_on: the
+    images are those of the validation, on which checkpoint and uncertainties were set, so that the errors are a little
+    too good.
     """
     options, seed = options or run.config.evaluation, run.config.seed if seed is None else seed
     tested = test(run, labelled)
-    found = figures_of_merit(run, tested, options.replicates, seed)
+    normal = (normal or run.config.data.normal_name).lower()
+    found = figures_of_merit(run, tested, normal, options.replicates, seed)
     warnings = list(notes)
+    if found["by_class"] and not found["class_shift"]:
+        warnings.append(
+            f"The classes are {', '.join(found['by_class'])}, and none is data.normal_name={normal}: no class is "
+            "compared with the normal one."
+        )
     if chosen_on:
         warnings.insert(0, "No test table was given: these are the validation images, on which the checkpoint was "
                         "chosen and the uncertainties were calibrated.")  # fmt: skip
@@ -94,12 +102,12 @@ def test(run: LandmarkRun, labelled: Labelled) -> Tested:
     """The run's landmarks and the baselines', and their errors in px of each image."""
     working, found = labelled.working, run.find(labelled.working)
     errors = {run.config.method["_target_"].rpartition(".")[2]: metrics.radial_errors(found.points, labelled.points)}
-    for name, points in run.baselines.locate(working.pixels).items():
+    for name, points in run.companions.baselines.locate(working.pixels).items():
         errors[name] = metrics.radial_errors(working.to_images(points), labelled.points)
     return Tested(labelled, found, errors)
 
 
-def figures_of_merit(run: LandmarkRun, tested: Tested, replicates: int, seed: int) -> dict[str, Any]:
+def figures_of_merit(run: LandmarkRun, tested: Tested, normal_name: str, replicates: int, seed: int) -> dict[str, Any]:
     """metrics.json: errors by method and unit, by landmark, by class; coverage; what was flagged."""
     labelled, own, found = tested.labelled, tested.own, tested.found
     drawn = (replicates, seed, labelled.groups)
@@ -111,7 +119,7 @@ def figures_of_merit(run: LandmarkRun, tested: Tested, replicates: int, seed: in
         return {unit: {name: asdict(estimate) for name, estimate in e._asdict().items()} for unit, e in found.items()}
 
     several = len(set(classes)) > 1
-    normal = next((name for name in sorted(set(classes)) if name.lower() == run.config.data.normal_name.lower()), None)
+    normal = next((name for name in sorted(set(classes)) if name.lower() == normal_name), None)
     return {
         "errors": {name: in_units(errors) for name, errors in tested.errors.items()},
         "by_landmark": [in_units(column) for column in np.split(own, own.shape[1], axis=1)],

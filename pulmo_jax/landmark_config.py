@@ -60,7 +60,7 @@ class LandmarkDataConfig(Section):
 class LandmarkTrainerConfig(Section):
     """The loop of a network; a method that is fitted in one go has none."""
 
-    steps: Int = Field(default=5000, ge=1, description="training steps, one batch each")
+    steps: Int = Field(default=6600, ge=1, description="training steps, one batch each")
     batch_size: Int = Field(default=8, ge=1, description="images in a batch")
     log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: Int = Field(default=250, ge=1, description="steps between validations")

@@ -1,10 +1,10 @@
 """Images with landmarks, as a landmark job sees them: listed, split, read once, letterboxed."""
 
 import re
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from rich.console import Console
 
 from pulmo_jax import cli
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
-from pulmo_jax.data.landmark_table import LandmarkTable, read_landmarks
+from pulmo_jax.data.landmark_table import LandmarkTable, read_landmarks, without_row
 from pulmo_jax.data.letterbox import Letterbox, into_square, letterbox_of
 from pulmo_jax.data.samples import cache_folder
+from pulmo_jax.data.scratch import room
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.landmark_config import LandmarkDataConfig
 from pulmo_jax.types import InputError
@@ -90,7 +91,8 @@ def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) 
         for path in (data.val, data.test)
     ]
     tables = [("training", training), ("validation", others[0]), ("test", others[1])]
-    notes = [note for _, table in tables if table is not None for note in notes_of(table, others)]
+    given = [table for _, table in tables if table is not None]
+    notes = [note for table in given for note in table.notes()] + without_row(given)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     require_apart([(name, table) for name, table in tables if table is not None], data)
@@ -101,12 +103,6 @@ def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) 
         parts |= divided(training, data.val_fraction, seed)
     sets = {name: labelled(refs, points, size, data, console, name) for name, (refs, points) in parts.items()}
     return LandmarkSets(sets["training"], sets["validation"], sets.get("test"), notes)
-
-
-def notes_of(table: LandmarkTable, others: Sequence[LandmarkTable | None]) -> list[str]:
-    """Images without a row are worth a word only where one table is to hold all of them."""
-    several = any(other is not None for other in others)
-    return [note for note in table.notes() if not (several and "images without a row" in note)]
 
 
 def divided(table: LandmarkTable, share: float, seed: int) -> dict[str, tuple[list[ImageRef], np.ndarray]]:
@@ -160,12 +156,17 @@ def labelled(
 
 
 def classes_of(names: Sequence[str], class_regex: str | None) -> tuple[str, ...]:
-    """The class of each image by its name; all of one class, "", where that gives none or one for nearly every name."""
+    """The class of each image by its file's name, or by its folder where that tells none apart; all of one class, "",
+    where both give none or one for nearly every name."""
     if class_regex is None:
         return ("",) * len(names)
+    paths = [PurePosixPath(name) for name in names]
     found = tuple(
-        (match[min(1, match.re.groups)] or "") if (match := re.search(class_regex, name)) else "" for name in names
+        (match[min(1, match.re.groups)] or "") if (match := re.search(class_regex, path.name)) else "" for path in paths
     )
+    if len(set(found)) == 1:
+        folders = tuple(path.parent.name for path in paths)
+        found = folders if len(set(folders)) > 1 else found
     return found if len(set(found)) <= min(MOST_CLASSES, max(1, len(names) // 2)) else ("",) * len(names)
 
 
@@ -181,7 +182,7 @@ def read_working(
         except InputError as error:
             return Skipped(ref.title, str(error))
 
-    pixels = room(len(refs), size)
+    pixels = square_room(len(refs), size)
     kept, skipped = [], []
     with ThreadPoolExecutor(threads) as pool:
         for ref, result in zip(refs, track(pool.map(square, refs), len(refs)), strict=True):
@@ -195,16 +196,14 @@ def read_working(
     return WorkingImages(tuple(kept), pixels[: len(kept)], boxes), skipped
 
 
-def room(count: int, size: int) -> np.ndarray:
-    """(N, S, S) float32 in a temporary file, so that memory does not grow with the number of images."""
-    folder = cache_folder()
+def square_room(count: int, size: int) -> Float[np.ndarray, "N S S"]:
+    """In a temporary file, so that memory does not grow with the number of images."""
+    folder, needed = cache_folder(), count * size**2 * 4
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return np.memmap(file, np.float32, "w+", shape=(count, size, size))
+        return np.frombuffer(room(folder, max(needed, 1)), np.float32, count * size**2).reshape(count, size, size)
     except OSError as error:
         raise InputError(
-            f"{folder}: no room for {count * size**2 * 4 / 2**20:.0f} MiB of shrunk images ({error.strerror}); make "
+            f"{folder}: no room for {needed / 2**20:.0f} MiB of shrunk images ({error.strerror}); make "
             "room or give another folder with PULMO_JAX_CACHE"
         ) from error
 

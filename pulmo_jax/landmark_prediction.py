@@ -1,6 +1,5 @@
 """python -m pulmo_jax.predict of a landmark run: a table of landmarks, overlays, and images in the lung frame."""
 
-import hashlib
 import json
 import sys
 import time
@@ -13,7 +12,7 @@ import numpy as np
 
 from pulmo_jax import cli
 from pulmo_jax.config import PredictConfig
-from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, fingerprint, index_images
 from pulmo_jax.data.landmark_table import landmarks_csv
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.inference.lung_frames import into_frame, write_image
@@ -21,7 +20,8 @@ from pulmo_jax.inference.outputs import write_json, write_text
 from pulmo_jax.landmark_data import read_working
 from pulmo_jax.landmark_run import Found, LandmarkRun, open_landmark_run
 from pulmo_jax.reporting.landmark_figures import LandmarkExample, write_overlay
-from pulmo_jax.run import FINISHED, use_compile_cache
+from pulmo_jax.run import use_compile_cache
+from pulmo_jax.types import InputError
 
 AT_ONCE = 64  # images between two writings
 Record = dict[str, Any]
@@ -32,9 +32,8 @@ def predict_landmarks(config: PredictConfig) -> None:
     began, console = time.monotonic(), cli.console()
     use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
     run = open_landmark_run(config.run, config.plugins)
-    data = run.config.data
+    data, digest = run.config.data, run.digest
     refs, failed = index_images(config.input, max_image_mb=data.max_image_mb, leave_out=config.output)
-    digest = hashlib.sha256((config.run / FINISHED).read_bytes()).hexdigest()
     kept = (
         {} if config.overwrite else {ref.title: r for ref in refs if (r := finished(ref, digest, config)) is not None}
     )
@@ -45,8 +44,10 @@ def predict_landmarks(config: PredictConfig) -> None:
         failed += skipped
         if working.refs:
             found = run.find(working)
-            draw(run, working.refs, found, config)
-            for i, ref in enumerate(working.refs):
+            for i, (ref, wrong) in enumerate(zip(working.refs, draw(run, working.refs, found, config), strict=True)):
+                if wrong is not None:
+                    failed.append(Skipped(ref.title, wrong))
+                    continue
                 records[ref.title] = record_of(ref, i, found, digest)
                 write_json(record_path(ref, config.output), records[ref.title])
     ordered = [records[ref.title] for ref in refs if ref.title in records]
@@ -74,11 +75,20 @@ def quietly(items: Iterable, _: int) -> Iterable:
     return items
 
 
-def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: PredictConfig) -> None:
-    """The overlay of every image and, where asked for, the image in the lung frame; by threads."""
+def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: PredictConfig) -> list[str | None]:
+    """The overlay of every image and, where asked for, the image in the lung frame; by threads. What went wrong with
+    each, None for nothing."""
     reader = Reader(run.config.data.max_image_mb)
 
-    def one(i: int) -> None:
+    def one(i: int) -> str | None:
+        if not (np.isfinite(found.points[i]).all() and np.isfinite(found.std[i]).all()):
+            return f"{refs[i].path}: no landmarks can be found in it, its values may be too large; leave it out"
+        try:
+            return write_one(i)
+        except (InputError, OSError) as error:
+            return str(error)
+
+    def write_one(i: int) -> None:
         ref, image = refs[i], reader.image(refs[i])
         overlay = config.output / "overlays" / f"{ref.file_name}.png"
         shown = LandmarkExample(ref.title, to_bytes(image), found.points[i], found.covariance[i], doubtful=found.low[i])
@@ -87,8 +97,9 @@ def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: Predi
             write_image(aligned_path(ref, config.output), into_frame(image, found.points[i], run.frame))
 
     with ThreadPoolExecutor() as threads:
-        list(threads.map(one, range(len(refs))))
+        wrong = list(threads.map(one, range(len(refs))))
     reader.close()
+    return wrong
 
 
 def aligned_path(ref: ImageRef, output: Path) -> Path:
@@ -101,8 +112,7 @@ def record_path(ref: ImageRef, output: Path) -> Path:
 
 def key_of(ref: ImageRef, digest: str) -> list[Any]:
     """Changes when the run or the file does."""
-    status = ref.path.stat()
-    return [digest, status.st_size, status.st_mtime_ns]
+    return [digest, fingerprint(ref.path)]
 
 
 def record_of(ref: ImageRef, i: int, found: Found, digest: str) -> Record:

@@ -4,19 +4,21 @@ config.yaml, landmarks.json, calibration.json, companions.npz and checkpoints/ a
 read; finished.json, written last, says how they were (see `pulmo_jax.run`).
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from pulmo_jax.config import validate
-from pulmo_jax.core.lung_frame import LungFrame, frame_of, lung_frame
+from pulmo_jax.core.lung_frame import LungFrame, flipped, frame_of, lung_frame
 from pulmo_jax.core.ppca import PPCA
-from pulmo_jax.core.shape_model import ShapeModel
+from pulmo_jax.core.shape_model import ShapeModel, fit_shape_model
 from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
 from pulmo_jax.evaluation.landmark_quality import (
     SurpriseModel,
@@ -30,12 +32,12 @@ from pulmo_jax.evaluation.landmark_quality import (
 from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
 from pulmo_jax.inference.outputs import atomically, write_json
 from pulmo_jax.landmark_config import LandmarkConfig, check_landmark_nodes
-from pulmo_jax.landmark_data import Labelled, LandmarkSets, WorkingImages
+from pulmo_jax.landmark_data import Labelled, WorkingImages
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
 from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
 from pulmo_jax.nodes import GIVEN, build, find_target
-from pulmo_jax.run import build_optimizer, finish, finished_step, load_values
+from pulmo_jax.run import FINISHED, build_optimizer, finish, finished_step, load_values
 from pulmo_jax.training.checkpoint import Checkpoints, DamagedError
 from pulmo_jax.training.state import TrainState, init_state
 from pulmo_jax.types import InputError
@@ -74,6 +76,20 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Companions:
+    """What the training images say by themselves, and stands beside the learnt parameters.
+
+    mirror: `mirror_permutation`. shapes: working px. look: of an image of a chest.
+    """
+
+    mirror: tuple[int, ...]
+    shapes: ShapeModel
+    frame: LungFrame
+    look: SurpriseModel
+    baselines: Baselines
+
+
+@dataclass(frozen=True)
 class LandmarkRun:
     """A finished run."""
 
@@ -82,13 +98,22 @@ class LandmarkRun:
     method: Locator
     params: Params
     step: int
-    mirror: tuple[int, ...]
-    shapes: ShapeModel
-    frame: LungFrame
+    companions: Companions
     calibration: LandmarkCalibration
-    look: SurpriseModel
-    baselines: Baselines
     locate: Locate
+
+    @property
+    def frame(self) -> LungFrame:
+        return self.companions.frame
+
+    @property
+    def digest(self) -> str:
+        """Changes when the run is trained again."""
+        return hashlib.sha256((self.path / FINISHED).read_bytes()).hexdigest()
+
+    @property
+    def n_landmarks(self) -> int:
+        return len(self.companions.mirror)
 
     @property
     def size(self) -> int:
@@ -98,22 +123,34 @@ class LandmarkRun:
     def find(self, working: WorkingImages) -> Found:
         """The landmarks of images, with calibrated uncertainties and quality flags."""
         located, limits = self.locate(working.pixels), self.calibration
-        unlike = surprises(self.look, working.pixels)
+        unlike = surprises(self.companions.look, working.pixels)
         covariance = located.covariance * limits.covariance_factor
         low = low_quality(std_px(covariance), np.array(limits.std_limits), unlike, limits.surprise_limit)
         points, scales = working.to_images(located.points), working.scales
         last = np.array([ref.shape[:2] for ref in working.refs])[:, None] - 0.5
         covariance = covariance / (scales[:, None, :, None] * scales[:, None, None, :])
         outside = ((points < -0.5) | (points > last)).any(-1)
-        return Found(points, covariance, std_px(covariance), low | outside, unlike)
+        folded = np.array([on_folds(of_image, self.frame) for of_image in points]).reshape(outside.shape)
+        return Found(points, covariance, std_px(covariance), low | outside | folded, unlike)
 
 
-def build_locator(
-    config: LandmarkConfig, n_landmarks: int, mirror: tuple[int, ...], shapes: ShapeModel | None
-) -> Locator:
-    """The method as the config describes it; of what the program gives it takes what its signature names."""
+def on_folds(points: Float[np.ndarray, "K 2"], frame: LungFrame) -> Bool[np.ndarray, "K"]:
+    """Landmarks at a triangle of the frame's mesh that is turned over in the image: no chest lies so."""
+    over = np.asarray(turned_over(jnp.asarray(points, jnp.float32), frame))
+    return np.isin(np.arange(len(points)), frame.triangles[over])
+
+
+turned_over = jax.jit(flipped)
+
+
+def build_locator(config: LandmarkConfig, companions: Companions | None) -> Locator:
+    """The method as the config describes it; of what the program gives it takes what its signature names.
+
+    Without companions it is only good for being looked at.
+    """
     target = find_target(config.method, "method", config.plugins)
-    given = {"n_landmarks": n_landmarks, "mirror": mirror, "shapes": shapes, "seed": config.seed}
+    mirror, shapes = (companions.mirror, companions.shapes) if companions else ((0,), None)
+    given = {"n_landmarks": len(mirror), "mirror": mirror, "shapes": shapes, "seed": config.seed}
     taken = {name: value for name, value in given.items() if name in target.__init__.__annotations__}
     assert set(given) <= set(GIVEN["method"])
     return build(config.method, "method", config.plugins, **taken)
@@ -121,11 +158,19 @@ def build_locator(
 
 def working_size(config: LandmarkConfig) -> int:
     """Side of the working images, which the method's keys say alone."""
-    return build_locator(config, 1, (0,), None).size  # pyright: ignore[reportAttributeAccessIssue]
+    return build_locator(config, None).size  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def mirror_of(points: Float[np.ndarray, "N K 2"]) -> tuple[int, ...]:
-    return tuple(mirror_permutation(points).tolist())
+def fit_companions(config: LandmarkConfig, training: Labelled) -> Companions:
+    """Raises InputError for landmarks or images of which they cannot be made."""
+    images, points = training.working.pixels, training.square_points
+    return Companions(
+        mirror=tuple(mirror_permutation(points).tolist()),
+        shapes=fit_shape_model(points),
+        frame=lung_frame(training.points, config.frame_px),
+        look=fit_surprise(jnp.asarray(images)),
+        baselines=fit_baselines(images, points, config.seed, training.groups),
+    )
 
 
 def make_run(
@@ -134,29 +179,27 @@ def make_run(
     method: Locator,
     params: Params,
     step: int,
-    mirror: tuple[int, ...],
-    shapes: ShapeModel,
-    sets: LandmarkSets,
+    companions: Companions,
+    validation: Labelled,
 ) -> LandmarkRun:
-    """What stands beside the learnt parameters: the frame, baselines, what an image looks like, and the calibration."""
-    training, validation = sets.training, sets.validation
-    images, points = training.working.pixels, training.square_points
-    frame = lung_frame(training.points, config.frame_px)
-    look = fit_surprise(jnp.asarray(images))
+    """The method as it was learnt, calibrated on the validation images."""
     locate = locator(method, params)
-    calibration = calibrate(locate(validation.working.pixels), validation, surprises(look, validation.working.pixels))
-    baselines = fit_baselines(images, points, config.seed)
-    return LandmarkRun(path, config, method, params, step, mirror, shapes, frame, calibration, look, baselines, locate)
+    unlike = surprises(companions.look, validation.working.pixels)
+    calibration = calibrate(locate(validation.working.pixels), validation, unlike)
+    return LandmarkRun(path, config, method, params, step, companions, calibration, locate)
 
 
 def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray, "N"]) -> LandmarkCalibration:
     """By what was found in the validation images, in working px."""
     truth = validation.square_points
+    seen = unlike[np.isfinite(unlike)]  # an image of one gray sets no limit
+    if not seen.size:
+        raise InputError(f"none of the {len(unlike)} validation images shows more than one gray; give others")
     factor = scale_covariance(located.points, located.covariance, truth)
     return LandmarkCalibration(
         covariance_factor=float(factor),
         std_limits=tuple(threshold(std_px(located.covariance * factor), LOW_RATE).tolist()),
-        surprise_limit=float(threshold(unlike, LOW_RATE)),
+        surprise_limit=float(threshold(seen, LOW_RATE)),
         rate=attained_rate(len(truth), LOW_RATE),
         n_images=len(truth),
         held_out_coverage=held_out_coverage(located.points, located.covariance, truth, validation.groups),
@@ -173,17 +216,18 @@ def surprises(look: SurpriseModel, images: Float[np.ndarray, "N S S"]) -> Float[
 def save_run(run: LandmarkRun) -> None:
     """All but the checkpoint, which is there; then the run is open for use."""
     facts = {
-        "n_landmarks": len(run.mirror),
-        "mirror": run.mirror,
+        "n_landmarks": run.n_landmarks,
+        "mirror": run.companions.mirror,
         "frame_points": run.frame.points.tolist(),
         "frame_px": run.frame.size,
     }
     write_json(run.path / "landmarks.json", facts)
     write_json(run.path / "calibration.json", asdict(run.calibration))
-    arrays = {f"look.{name}": value for name, value in run.look.distribution._asdict().items()}
-    arrays["look.smoothing_px"] = run.look.smoothing_px
-    arrays |= {f"baselines.{name}": value for name, value in run.baselines._asdict().items()}
-    arrays |= {f"shapes.{name}": value for name, value in run.shapes._asdict().items()}
+    beside = run.companions
+    arrays = {f"look.{name}": value for name, value in beside.look.distribution._asdict().items()}
+    arrays["look.smoothing_px"] = beside.look.smoothing_px
+    arrays |= {f"baselines.{name}": value for name, value in beside.baselines._asdict().items()}
+    arrays |= {f"shapes.{name}": value for name, value in beside.shapes._asdict().items()}
 
     def write(path: Path) -> None:
         with path.open("wb") as file:  # savez would add a suffix to the temporary name
@@ -210,15 +254,14 @@ def open_landmark_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
             for part in ("look", "baselines", "shapes")
         }
     shapes = ShapeModel(**{name: jnp.asarray(value) for name, value in of["shapes"].items()})
-    method = build_locator(config, facts["n_landmarks"], mirror, shapes)
-    params = restore(path, method, config, len(mirror), step)
     smoothing_px = float(of["look"].pop("smoothing_px"))
     distribution = PPCA(**{name: jnp.asarray(value) for name, value in of["look"].items()})
     frame = frame_of(np.array(facts["frame_points"]), facts["frame_px"])
-    return LandmarkRun(
-        path, config, method, params, step, mirror, shapes, frame, calibration,
-        SurpriseModel(distribution, smoothing_px), Baselines(**of["baselines"]), locator(method, params),
-    )  # fmt: skip
+    look = SurpriseModel(distribution, smoothing_px)
+    companions = Companions(mirror, shapes, frame, look, Baselines(**of["baselines"]))
+    method = build_locator(config, companions)
+    params = restore(path, method, config, len(mirror), step)
+    return LandmarkRun(path, config, method, params, step, companions, calibration, locator(method, params))
 
 
 def restore(path: Path, method: Locator, config: LandmarkConfig, n_landmarks: int, step: int) -> Params:

@@ -14,7 +14,6 @@ import numpy as np
 from rich.console import Console
 
 from pulmo_jax import cli
-from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.data import radiographs
 from pulmo_jax.data.landmark_batches import rows_of_batch, shuffled_batches
 from pulmo_jax.data.pipeline import iterate
@@ -25,7 +24,7 @@ from pulmo_jax.inference.outputs import write_json
 from pulmo_jax.landmark_assessment import assess_landmarks
 from pulmo_jax.landmark_config import LandmarkConfig
 from pulmo_jax.landmark_data import LandmarkSets, describe_sets, read_sets
-from pulmo_jax.landmark_run import build_locator, fitted_state, make_run, mirror_of, save_run, working_size
+from pulmo_jax.landmark_run import build_locator, fit_companions, fitted_state, make_run, save_run, working_size
 from pulmo_jax.lock import claim
 from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
 from pulmo_jax.resources import running_out_names
@@ -35,7 +34,15 @@ from pulmo_jax.training.callbacks import Start
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.loop import fit
 from pulmo_jax.training.state import init_state, make_step
-from pulmo_jax.training_job import build_callbacks, refuse_or_resume, restore_last, stop_if_interrupted, tell_damage
+from pulmo_jax.training_job import (
+    build_callbacks,
+    refuse_another,
+    refuse_or_resume,
+    restore_last,
+    stop_if_interrupted,
+    tell_damage,
+)
+from pulmo_jax.types import InputError
 
 TABLES = ("train", "val", "test")
 PREFETCH = 4  # batches read ahead
@@ -60,17 +67,19 @@ def train_landmarks(config: LandmarkConfig, run_dir: Path) -> float:
         refuse_or_resume(run_dir, config.resume)
         size = working_size(config)
         sets = read_sets(config.data, size, config.seed, console)
-        points = sets.training.square_points
-        mirror, shapes = mirror_of(points), fit_shape_model(points)
-        method = build_locator(config, points.shape[1], mirror, shapes)
+        identity = identify(config, sets)
+        refuse_another(run_dir / "checkpoints", identity)
+        with console.status("looking at the training images"):
+            companions = fit_companions(config, sets.training)
+        method = build_locator(config, companions)
         write_records(run_dir, config, sets, citation)
         say(console, sets, run_dir)
         if isinstance(method, Fitted):
-            learnt = fit_at_once(method, config, sets, run_dir, console)
+            learnt = fit_at_once(method, sets, identity, run_dir, console)
         else:
             assert isinstance(method, Descended)  # the config was judged
-            learnt = descend(method, config, sets, run_dir, console)
-        run = make_run(run_dir, config, method, learnt.params, learnt.step, mirror, shapes, sets)
+            learnt = descend(method, config, sets, identity, run_dir, console)
+        run = make_run(run_dir, config, method, learnt.params, learnt.step, companions, sets.validation)
         save_run(run)
         facts = {
             "training_images": len(sets.training.refs),
@@ -91,6 +100,8 @@ def with_sample(config: LandmarkConfig, run_dir: Path, console: Console) -> tupl
     data, citation = config.data, ""
     if data.images is None and config.resume and (run_dir / "config.yaml").is_file():
         before = load_values(run_dir)["data"]
+        if "images" not in before:
+            raise InputError(f"resume=true: {run_dir} is no landmark run; give another hydra.run.dir")
         data = data.model_copy(update={key: before[key] and Path(before[key]) for key in ("images", *TABLES)})
     if data.images is None:
         sample = fetch_radiographs(data.cache, console)
@@ -137,24 +148,32 @@ def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
     }
 
 
-def fit_at_once(method: Fitted, config: LandmarkConfig, sets: LandmarkSets, run_dir: Path, console: Console) -> Learnt:
+def fit_at_once(
+    method: Fitted, sets: LandmarkSets, identity: dict[str, Any], run_dir: Path, console: Console
+) -> Learnt:
     """What a method learns without steps, kept in a checkpoint as any other's."""
-    identity, began = identify(config, sets), time.monotonic()
+    began, training = time.monotonic(), sets.training
     with console.status("fitting"):
-        params = method.fit(np.asarray(sets.training.working.pixels), sets.training.square_points)
+        params = method.fit(np.asarray(training.working.pixels), training.square_points, training.groups)
     error = validation_error(method, sets)(params)
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        if checkpoints.latest_step() is not None:  # resumed: what is there was fitted to the same
-            shutil.rmtree(run_dir / "checkpoints" / "1")
+        for step in checkpoints.steps():  # resumed: what is there was fitted to the same
+            shutil.rmtree(run_dir / "checkpoints" / str(step))
         checkpoints.save(fitted_state(params), error, identity, [error])
     return Learnt(params, 1, error, {"fitting_s": round(time.monotonic() - began, 1)})
 
 
-def descend(method: Descended, config: LandmarkConfig, sets: LandmarkSets, run_dir: Path, console: Console) -> Learnt:
+def descend(
+    method: Descended,
+    config: LandmarkConfig,
+    sets: LandmarkSets,
+    identity: dict[str, Any],
+    run_dir: Path,
+    console: Console,
+) -> Learnt:
     """Step by step; the best checkpoint on the validation images is the one that is used."""
     optimizer, trainer, training = build_optimizer(config), config.trainer, sets.training
     callbacks, mesh = build_callbacks(config.callbacks, config.plugins), devices.all_devices(trainer.batch_size)
-    identity = identify(config, sets)
     state, before = restore_last(run_dir / "checkpoints", init_state(method, optimizer), identity, console)
     batches = shuffled_batches(training.working.pixels, training.square_points, trainer.batch_size, config.seed)
     remedy = f"lower trainer.batch_size (now {trainer.batch_size}), method.members or method.size"

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from pulmo_jax import cli
-from pulmo_jax.aligning import align_input, write_in_images
+from pulmo_jax.aligning import Masks, align_input, open_frame, write_in_images
 from pulmo_jax.config import PredictConfig
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale, stem
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, fingerprint, index_images, same_scale, stem
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.detection import find_detections
@@ -64,31 +64,34 @@ def predict(config: PredictConfig, _: Path) -> None:
     use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
     run = open_run(config.run, config.plugins)
     data = run.config.data
-    source, masks, aligned = config.input, config.foreground or data.foreground, []
+    source, masks, frame, aligned, unaligned = config.input, config.foreground or data.foreground, None, [], []
     if data.align_run is not None:
-        aligned = align_input(data.align_run, source, masks, config.output, data.max_image_mb, console)
+        frame = open_frame(data.align_run, config.plugins, run.scorer.how.aligned_by)
+        given = Masks(masks, required=config.foreground is not None)
+        aligned, unaligned = align_input(frame, source, given, config.output, data.max_image_mb, console)
         source, masks = config.output / "aligned" / "images", config.output / "aligned" / "foreground"
     refs, failed = index_images(
         source,
         masks=masks,
         max_image_mb=data.max_image_mb,
         require_masks=config.foreground is not None,
-        leave_out=None if aligned else config.output,
+        leave_out=None if frame else config.output,
     )
-    files = group_by_file(refs)
+    failed += unaligned
+    files = by_file(refs)
     names = name_maps(files)
     for warning in [missing_masks(refs, run), *(t.warning for t in thresholds(run))]:
         if warning:
             console.print(f"warning: {warning}", highlight=False)
 
-    fingerprint = fingerprint_run(run)
+    digest = fingerprint_run(run)
     reader, records, resumed = Reader(run.config.data.max_image_mb), [], 0
     for pages in cli.tracker(console, "mapping images")(files, len(files)):
         record_path = config.output / "records" / f"{pages[0].name}.json"
         key = {
-            "run": fingerprint,
-            "image": fingerprint_file(pages[0].path),
-            "mask": fingerprint_file(pages[0].mask),
+            "run": digest,
+            "image": fingerprint(pages[0].path),
+            "mask": fingerprint(pages[0].mask),
         }
         record = None if config.overwrite else finished_record(record_path, key, config.output)
         if record is not None:
@@ -105,8 +108,9 @@ def predict(config: PredictConfig, _: Path) -> None:
     rows = [row for record in records for row in record["detections"]]
     write_text(config.output / "detections.csv", as_csv(rows))
     write_json(config.output / "summary.json", summarise(run, records, rows, failed))
-    if data.align_run is not None:
-        write_in_images(data.align_run, aligned, rows, config.output)
+    if frame is not None:
+        maps = {record["images"][0]["filename"]: record["maps"] for record in records}
+        write_in_images(frame, aligned, maps, rows, config.output)
     console.print(
         f"{len(records)} files mapped ({resumed} of them by an earlier call), {len(failed)} failed, "
         f"{len(rows)} findings, {time.monotonic() - began:.0f} s; see {config.output}",
@@ -118,22 +122,14 @@ def predict(config: PredictConfig, _: Path) -> None:
         sys.exit(cli.SOME_FAILED)
 
 
-def group_by_file(refs: list[ImageRef]) -> list[list[ImageRef]]:
-    """The pages of each file together."""
-    files: dict[Path, list[ImageRef]] = {}
-    for ref in refs:
-        files.setdefault(ref.path, []).append(ref)
-    return list(files.values())
-
-
-def name_maps(files: list[list[ImageRef]]) -> dict[Path, str]:
+def name_maps(files: Sequence[tuple[ImageRef, ...]]) -> dict[Path, str]:
     """What the maps of each file are called: its name without suffix, or with it where two would be called alike."""
     stems = {pages[0].path: PurePosixPath(stem(pages[0].name)) for pages in files}
     count = Counter(stems.values())
     return {pages[0].path: str(s) if count[s := stems[pages[0].path]] == 1 else pages[0].name for pages in files}
 
 
-def map_file(pages: list[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
+def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
     """Score every page, write maps/NAME_*, and return the file's record."""
     first, rows, images = pages[0], [], []
     require_fit(first, run)
@@ -225,13 +221,6 @@ def fingerprint_run(run: Run) -> str:
     for name in ("config.yaml", "preprocessing.json", "calibration.json"):
         digest.update((run.path / name).read_bytes())
     return digest.hexdigest()
-
-
-def fingerprint_file(path: Path | None) -> list[int] | None:
-    if path is None:
-        return None
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def finished_record(path: Path, key: dict[str, Any], output: Path) -> dict[str, Any] | None:

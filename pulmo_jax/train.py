@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pulmo_jax import cli
-from pulmo_jax.aligning import align_data
+from pulmo_jax.aligning import align_data, open_frame
 from pulmo_jax.assessment import assess_and_report, labelled_images
 from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, check_paths
 from pulmo_jax.data import lung_ct
@@ -92,13 +92,15 @@ def train(config: TrainConfig | LandmarkConfig, run_dir: Path) -> float:
         refuse_or_resume(run_dir, config.resume)
         base = open_base(config)
         config = with_base(config, base)
-        as_given, config = config, with_alignment(config, folder, console)
+        as_given = config
+        config, frame = with_alignment(config, folder, console)
         callbacks = build_callbacks(config.callbacks, config.plugins)
         mesh = devices.all_devices(config.trainer.batch_size)
         reader = Reader(config.data.max_image_mb)
         require_one_frame(config)
         stride = config.data.patch_size // (1 if sees_once(config) else 2)
         data = read_normal_images(config.data, config.seed, reader, console, stride, base.how if base else None)
+        data = replace(data, how=replace(data.how, aligned_by=frame))
         if (test := labelled_data(config.data)) is not None:
             labelled_images(config, data.how, test, reader)  # what is wrong with them is said before training
         method, optimizer = build_method(config, data.how), build_optimizer(config)
@@ -222,6 +224,8 @@ def with_images(config: TrainConfig, run_dir: Path, console: Console) -> tuple[T
         return config.model_copy(update={"data": data.model_copy(update=absolute)}), cited
     if data.val is not None:
         raise InputError(f"data.val={data.val} is given without data.train; give both, or none for the sample")
+    if data.align_run is not None:
+        raise InputError(f"data.align_run={data.align_run}: the sample holds no chest X-rays; give data.train=DIR")
     sample = fetch_lung_ct(data.cache, console)
     folders = {name: sample / name for name in ("train", "val", "test", "test_masks", "foreground")}
     given = {name: getattr(data, name) for name in ("test", "test_masks") if data.test is not None}
@@ -232,12 +236,14 @@ def with_images(config: TrainConfig, run_dir: Path, console: Console) -> tuple[T
     return config.model_copy(update={"data": data.model_copy(update=folders | given)}), lung_ct.CITATION
 
 
-def with_alignment(config: TrainConfig, folder: Path, console: Console) -> TrainConfig:
-    """With data.align_run the folders of images and masks are those of their copies in the lung frame."""
+def with_alignment(config: TrainConfig, folder: Path, console: Console) -> tuple[TrainConfig, str]:
+    """With data.align_run the folders of images and masks are those of their copies in the lung frame; and the digest
+    of the landmark run, "" without one."""
     if config.data.align_run is None:
-        return config
-    aligned = align_data(config.data, config.data.align_run, folder / "aligned", config.data.max_image_mb, console)
-    return config.model_copy(update={"data": aligned})
+        return config, ""
+    run = open_frame(config.data.align_run, config.plugins)
+    aligned = align_data(run, config.data, folder / "aligned", config.data.max_image_mb, console)
+    return config.model_copy(update={"data": aligned}), run.digest
 
 
 def say(console: Console, data: NormalData, run_dir: Path) -> None:

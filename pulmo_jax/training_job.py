@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pulmo_jax.config import Node
 from pulmo_jax.nodes import build
 from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Callback
-from pulmo_jax.training.checkpoint import Checkpoints, Record
+from pulmo_jax.training.checkpoint import Checkpoints, DamagedError, Record
 from pulmo_jax.training.loop import Outcome
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
@@ -42,16 +43,28 @@ def restore_last(
         found = checkpoints.restore_newest(fresh)
     state, record, damaged = found or (fresh, Record(0, None, [], identity), [])
     tell_damage(damaged, console)
+    require_same(folder, record, identity)
+    devices.require_same(record.step, f"the last checkpoint in {folder}; give all processes the same hydra.run.dir")
+    if found:
+        console.print(f"resuming after step {record.step}", highlight=False)
+    return state, record
+
+
+def require_same(folder: Path, record: Record, identity: dict[str, Any]) -> None:
     changed = [key for key, value in identity.items() if record.identity.get(key) != value]
     if changed:
         raise InputError(
             f"resume=true: {', '.join(changed)} differ from those of the run in {folder.parent}; "
             "give the same ones, or start anew with another hydra.run.dir"
         )
-    devices.require_same(record.step, f"the last checkpoint in {folder}; give all processes the same hydra.run.dir")
-    if found:
-        console.print(f"resuming after step {record.step}", highlight=False)
-    return state, record
+
+
+def refuse_another(folder: Path, identity: dict[str, Any]) -> None:
+    """`restore_last`'s judgement of config and data, before anything of the run that is there is written over."""
+    checkpoints = Checkpoints(folder, read_only=True)
+    for step in reversed(checkpoints.steps()):
+        with suppress(DamagedError):
+            return require_same(folder, checkpoints.record(step), identity)
 
 
 def tell_damage(damaged: list[str], console: Console) -> None:

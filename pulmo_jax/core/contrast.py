@@ -23,6 +23,7 @@ def sahs(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
     The limits are mean + 2.5 sigma of the pixels above the mean, and mean - 2.0 sigma of those below it, each sigma
     the root mean square distance of that side from the mean (the contrast step of PulmoAlign 2025).
     """
+    images = zscore(images)  # which changes no more than the units
     mean = images.mean((1, 2))
     step = images - mean[:, None, None]
 
@@ -33,10 +34,13 @@ def sahs(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
 
 
 def zscore(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
-    """Each image at mean 0 and standard deviation 1; an image of one level is 0."""
-    step = images - images.mean((1, 2), keepdims=True)
-    sigma = jnp.sqrt((step**2).mean((1, 2), keepdims=True))
-    return jnp.where(sigma > 0, step / jnp.where(sigma > 0, sigma, 1), 0)
+    """Each image at mean 0 and standard deviation 1, whatever its units; an image of one level is 0."""
+    largest = jnp.maximum(jnp.abs(images).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
+    step = images / largest
+    step = step - step.mean((1, 2), keepdims=True)
+    most = jnp.maximum(jnp.abs(step).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
+    unit = step / most  # squares of 16-bit values, of tiny ones or of a float's largest stay in range
+    return unit / jnp.maximum(jnp.sqrt((unit**2).mean((1, 2), keepdims=True)), 1e-6)
 
 
 def local_zscore(images: Float[Array, "B S S"], sigma_px: float) -> Float[Array, "B S S"]:

@@ -95,6 +95,22 @@ def index_images(
     return refs, skipped
 
 
+def by_file(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
+    """The pages of each file together."""
+    files: dict[Path, list[ImageRef]] = {}
+    for ref in refs:
+        files.setdefault(ref.path, []).append(ref)
+    return [tuple(pages) for pages in files.values()]
+
+
+def fingerprint(path: Path | None) -> list[int] | None:
+    """Changes when the file does."""
+    if path is None:
+        return None
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def is_utf8(name: str) -> bool:
     """Python holds the bytes of a file name that do not decode as lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
@@ -104,11 +120,13 @@ def group_of(name: str, group_regex: str | None) -> str:
     """The group that an image belongs to: a patient, a slide, a set of near-copies.
 
     The first group (or whole match) of the expression, in the file's own name or else in the path with its subfolders.
+    Of an aligned image, which has .tif behind its file's name, in that name too.
     """
     if group_regex is None:
         return name
     try:
-        match = re.search(group_regex, name.rpartition("/")[2]) or re.search(group_regex, name)
+        spellings = [spelling for whole in (name, stem(name)) for spelling in (whole.rpartition("/")[2], whole)]
+        match = next((found for text in spellings if (found := re.search(group_regex, text))), None)
     except re.error as error:
         raise InputError(f"data.group_regex={group_regex!r} is not a regular expression: {error}") from error
     group = match and match[min(1, match.re.groups)]

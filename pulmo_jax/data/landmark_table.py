@@ -48,10 +48,6 @@ class LandmarkTable:
         return tuple(ref.title for ref in self.refs)
 
     @property
-    def paths(self) -> tuple[Path, ...]:
-        return tuple(ref.path for ref in self.refs)
-
-    @property
     def sizes(self) -> Int[np.ndarray, "N 2"]:
         """Height and width of each image, px."""
         return np.array([ref.shape[:2] for ref in self.refs], np.int64)
@@ -63,16 +59,22 @@ class LandmarkTable:
         return np.any((self.points < -0.5) | (self.points > last), axis=-1)
 
     def notes(self) -> list[str]:
-        """What a user should know: rows left out, points outside of their image, images without a row."""
+        """What a user should know: rows left out, points outside of their image."""
         beyond = self.outside
         names = [self.names[i] for i in np.flatnonzero(beyond.any(1))]
         reasons = [row.reason for row in self.skipped]
         notes = (
             (reasons, f"rows left out: {len(reasons)} ({first(reasons, '; ')})"),
             (names, f"points outside of their image: {beyond.sum()}, in {len(names)} images ({first(names)})"),
-            (self.unlabelled, f"images without a row: {len(self.unlabelled)} ({first(self.unlabelled)})"),
         )
         return [f"{self.path}: {note}" for of, note in notes if of]
+
+
+def without_row(tables: Sequence[LandmarkTable]) -> list[str]:
+    """A sentence on the images of the folder that none of its tables names, if there are any."""
+    names = sorted(set.intersection(*(set(table.unlabelled) for table in tables)))
+    where = ", ".join(str(table.path) for table in tables)
+    return [f"{where}: images without a row: {len(names)} ({first(names)})"] if names else []
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Scratch:
         self._starts, self._made = [0, *ends[:-1]], [False] * len(sizes)
         self._touched, self._lock = 0, threading.Lock()
         try:
-            self._map = _room(folder, ends[-1])
+            self._map = room(folder, ends[-1])
         except OSError as error:
             raise InputError(
                 f"{folder}: no room for {ends[-1] / MEBIBYTE:.0f} MiB of decoded images ({error.strerror}); make room, "
@@ -67,8 +67,8 @@ class Scratch:
         return view
 
 
-def _room(folder: Path, size: int) -> mmap.mmap:
-    """Of a file without a name."""
+def room(folder: Path, size: int) -> mmap.mmap:
+    """So many bytes of a file without a name. OSError where the disk has none."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process at the first write

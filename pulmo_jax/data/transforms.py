@@ -21,6 +21,7 @@ class Preprocessing:
     mean, std: per band, of the training foreground in the files' units (for the z-score baseline).
     clip: normalised limits, wide enough that an anomaly keeps its contrast and one dead pixel cannot blind a patch.
     patch_size: side of the network's input. resize: whole images are shrunk to that side, not cut into patches.
+    aligned_by: digest of the landmark run in whose frame the images are; "" for images as they are.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -35,6 +36,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     clip: tuple[float, float]
+    aligned_by: str = ""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")

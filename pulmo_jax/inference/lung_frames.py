@@ -1,6 +1,7 @@
 """Images in the lung frame, in their own bands and depth, and maps of the frame back in the image."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,17 @@ def filled(pixels: np.ndarray) -> np.ndarray:
 
 def write_image(path: Path, image: Shaped[np.ndarray, "H W C"]) -> None:
     """A deflated TIFF, whole or not at all."""
-    kind = "rgb" if image.shape[-1] == 3 else "minisblack"
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
-    atomically(path, lambda temporary: tifffile.imwrite(temporary, pixels, photometric=kind, compression="zlib"))
+    write_pages(path, image[None])
+
+
+def write_pages(path: Path, pages: Shaped[np.ndarray, "N H W C"]) -> None:
+    """The same, of images of one shape."""
+    bands = pages.shape[-1]
+    kind: dict[str, Any] = {"photometric": "rgb" if bands == 3 else "minisblack"}
+    if bands > 1:
+        kind["planarconfig"] = "contig"  # else bands might be taken for rows
+    if bands not in (1, 3):
+        kind["extrasamples"] = ("unspecified",) * (bands - 1)
+    pixels = pages[..., 0] if bands == 1 else pages
+    pixels = pixels[0] if len(pages) == 1 else pixels
+    atomically(path, lambda temporary: tifffile.imwrite(temporary, pixels, compression="zlib", **kind))

@@ -8,7 +8,7 @@ With the prior, coarse to fine: on each scale smaller templates make a map of li
 scale searches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from pydantic import Field
 from pulmo_jax.core import contrast, pca, shape_model
 from pulmo_jax.core.pca import Subspace
 from pulmo_jax.core.shape_model import ShapeModel
-from pulmo_jax.methods.eigenpatch_stages import Scale, Stage, fit_stage, nearest_anchors, posterior, search
+from pulmo_jax.methods.eigenpatch_stages import Scale, Stage, fit_stage, fold_of, nearest_anchors, posterior, search
 from pulmo_jax.methods.located import Located
 from pulmo_jax.types import InputError
 
@@ -100,17 +100,33 @@ class Eigenpatch:
         }  # fmt: skip
         return by_name[self.contrast](images)
 
-    def fit(self, images: Float[np.ndarray, "N S S"], points: Float[np.ndarray, "N K 2"]) -> EigenpatchParams:
-        """points: working px. Raises InputError for images of another size, too few, or points that are no numbers."""
+    def fit(
+        self,
+        images: Float[np.ndarray, "N S S"],
+        points: Float[np.ndarray, "N K 2"],
+        groups: Sequence[str] | None = None,
+    ) -> EigenpatchParams:
+        """points: working px. groups: images of one stay together in the folds; None: each image is one.
+
+        Raises InputError for images of another size, too few of them or groups, or points that are no numbers.
+        """
         if images.shape[1:] != (self.size, self.size) or len(images) < 2 * self.folds:
             raise InputError(
                 f"eigenpatch: {len(images)} training images of {images.shape[1]}x{images.shape[2]} px given; at least "
                 f"{2 * self.folds} of {self.size}x{self.size} px are needed: add images or change size or folds."
             )
+        groups = [str(i) for i in range(len(images))] if groups is None else groups
+        if len(set(groups)) < self.folds:
+            raise InputError(
+                f"eigenpatch: {len(set(groups))} groups of training images (data.group_regex) given; at least "
+                f"method.folds={self.folds} are needed: add images or lower it."
+            )
         shape = shape_model.fit_shape_model(points, self.pose * self.size)
         ready = np.asarray(jax.jit(self.prepare)(jnp.asarray(images, jnp.float32)))
         if self.prior:
-            return EigenpatchParams(shape, (), self._fit_stages(ready, points, shape), jnp.zeros(2))
+            return EigenpatchParams(
+                shape, (), self._fit_stages(ready, points, shape, fold_of(groups, self.folds)), jnp.zeros(2)
+            )
         anchors, offset = nearest_anchors(points, 1, self.size)
         templates = tuple(fit_template(ready, anchors[:, k], self.variance) for k in range(points.shape[1]))
         return EigenpatchParams(shape, templates, (), jnp.asarray(offset, jnp.float32))
@@ -155,11 +171,13 @@ class Eigenpatch:
             self.scales[i], self.templates[i], *posterior, self.variance, self.folds, self.background, self.ridge
         )
 
-    def _fit_stages(self, ready: np.ndarray, points: np.ndarray, shape: ShapeModel) -> tuple[Stage, ...]:
+    def _fit_stages(
+        self, ready: np.ndarray, points: np.ndarray, shape: ShapeModel, fold: np.ndarray
+    ) -> tuple[Stage, ...]:
         stages, found = [], None
         for i in range(len(self.scales)):
             reach = self.reaches[i - 1] if i else None
-            stage, found = fit_stage(self._scale(i), reach, ready, points, shape, found, self.seed + i)
+            stage, found = fit_stage(self._scale(i), reach, ready, points, shape, found, fold, self.seed + i)
             stages.append(stage)
         return tuple(stages)
 

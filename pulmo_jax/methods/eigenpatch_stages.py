@@ -5,6 +5,7 @@ A template that fits everywhere says little. So each anchor has four energies (M
 weighted sum is minus the logarithm of the likelihood; the weights are those of a softmax over the anchors.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -139,11 +140,13 @@ def fit_stage(
     points: Float[np.ndarray, "N K 2"],
     shape: ShapeModel,
     found: Float[np.ndarray, "N K 2"] | None,
+    fold: Int[np.ndarray, "N"],
     seed: int,
 ) -> tuple[Stage, Float[np.ndarray, "N K 2"]]:
     """The stage, and where it finds the training points by components that have not seen them: where the next searches.
 
     reach: px of the scale around `found`; None: the first stage, which searches the training positions' boxes.
+    fold: of each image.
     """
     anchors, offset = nearest_anchors(points, how.pixel, images.shape[-1])
     centre, inside = boxes(anchors)
@@ -156,8 +159,8 @@ def fit_stage(
     centres = np.tile(centre, (len(images), 1, 1))
     if known is not None:
         centres = np.asarray(around(stage, how.pixel, images.shape[-1], known))
-    landmark, anywhere = _subspaces(how, images, anchors, centres, inside, seed)
-    maps = _unseen(stage, how, jnp.asarray(images), known, landmark, anywhere)
+    landmark, anywhere = _subspaces(how, images, anchors, centres, inside, fold, seed)
+    maps = _unseen(stage, how, jnp.asarray(images), known, landmark, anywhere, fold)
     weights = _weights(how, maps, anchors - centres, inside, shape)
     last = [jax.tree.map(lambda leaf: leaf[-1], of) for of in (landmark, anywhere)]
     stage = stage._replace(landmark=last[0], anywhere=last[1], weights=jnp.asarray(weights, jnp.float32))
@@ -165,11 +168,13 @@ def fit_stage(
     return stage, np.asarray(located.points)
 
 
-def fold_of(count: int, folds: int) -> Int[np.ndarray, "N"]:
-    return np.arange(count) % folds
+def fold_of(groups: Sequence[str], folds: int) -> Int[np.ndarray, "N"]:
+    """Of each image, in turn; those of a group are in one fold."""
+    order = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return np.array([order[group] % folds for group in groups])
 
 
-def _subspaces(how: Scale, images, anchors, centres, inside, seed: int) -> tuple[Subspace, Subspace]:
+def _subspaces(how: Scale, images, anchors, centres, inside, fold, seed: int) -> tuple[Subspace, Subspace]:
     """Of patches at the landmarks and anywhere, with leading axes (folds + 1, K); the last is of all images."""
     rng = np.random.default_rng(seed)
     half, reach = how.template // 2, inside.shape[-1] // 2
@@ -177,7 +182,6 @@ def _subspaces(how: Scale, images, anchors, centres, inside, seed: int) -> tuple
     windows = sliding_window_view(padded(small, half + reach), (how.template,) * 2, axis=(1, 2))
     image = np.arange(len(images))
     many = np.repeat(image, how.background)
-    fold = fold_of(len(images), how.folds)
     pairs = []
     for k in range(anchors.shape[1]):
         at = np.argwhere(inside[k]) - reach
@@ -193,9 +197,8 @@ def _subspaces(how: Scale, images, anchors, centres, inside, seed: int) -> tuple
     return jax.tree.map(split, both[0]), jax.tree.map(split, both[1])
 
 
-def _unseen(stage: Stage, how: Scale, images: Array, known: Array | None, landmark, anywhere) -> Maps:
+def _unseen(stage: Stage, how: Scale, images: Array, known: Array | None, landmark, anywhere, fold) -> Maps:
     """The energies of every image by the components of the folds that it is not in."""
-    fold = fold_of(len(images), how.folds)
     energies = jax.jit(lambda stage, images, points: search(stage, how, images, points))
     parts, order = [], []
     for held_out in range(how.folds):

@@ -1,5 +1,6 @@
 """What a landmark method has to beat: the mean shape, ridge and RBF kernel ridge on z-normalised pixels."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.linalg import solve
 from sklearn.metrics.pairwise import euclidean_distances
-from sklearn.model_selection import KFold
+from sklearn.model_selection import GroupKFold
 
 from pulmo_jax.core import contrast
 from pulmo_jax.types import InputError
@@ -55,24 +56,34 @@ def rbf(a: Float[np.ndarray, "A P"], b: Float[np.ndarray, "B P"], width: float) 
     return np.exp(-euclidean_distances(a, b, squared=True) / width)
 
 
-def fit_baselines(images: Float[np.ndarray, "N S S"], points: Float[np.ndarray, "N K 2"], seed: int = 0) -> Baselines:
-    """seed: of the five folds of the training images by whose mean error alpha and the width are chosen.
+def fit_baselines(
+    images: Float[np.ndarray, "N S S"],
+    points: Float[np.ndarray, "N K 2"],
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> Baselines:
+    """seed: of the five folds by whose mean error alpha and the width are chosen; groups stay together in them, and
+    without their names each image is one.
 
-    Raises InputError for fewer images than folds.
+    Raises InputError for fewer groups than folds.
     """
-    if len(images) < FOLDS:
+    groups = [str(i) for i in range(len(images))] if groups is None else groups
+    if len(set(groups)) < FOLDS:
         raise InputError(
-            f"landmark baselines: {len(images)} training image(s) given; at least {FOLDS} are needed: add images."
+            f"landmark baselines: {len(images)} training image(s) in {len(set(groups))} group(s) given; at least "
+            f"{FOLDS} are needed: add images, or change data.group_regex."
         )
+    shuffled = GroupKFold(FOLDS, shuffle=True, random_state=seed)
+    folds = list(shuffled.split(points, groups=groups))
     x, mean = normalised_pixels(images), points.mean(0)
     centred = x - x.mean(0)
     scale = float((centred**2).sum(1).mean()) or 1.0
-    linear, alpha = best_kernel({1.0: centred @ centred.T / scale}, RIDGE_ALPHAS, points, seed)
+    linear, alpha = best_kernel({1.0: centred @ centred.T / scale}, RIDGE_ALPHAS, points, folds)
     weights = centred.T @ dual_weights(linear, points, alpha) / scale
     squared = euclidean_distances(x, squared=True)
     typical = float(np.median(squared[~np.eye(len(x), dtype=bool)])) or 1.0
     radials = {width * typical: np.exp(-squared / (width * typical)) for width in RBF_WIDTHS}
-    kernel, alpha = best_kernel(radials, RBF_ALPHAS, points, seed)
+    kernel, alpha = best_kernel(radials, RBF_ALPHAS, points, folds)
     width = next(width for width, radial in radials.items() if radial is kernel)
     arrays = (
         mean, x, np.concatenate([weights, -x.mean(0)[None] @ weights]), width, dual_weights(kernel, points, alpha)
@@ -84,10 +95,9 @@ def best_kernel(
     kernels: dict[float, Float[np.ndarray, "N N"]],
     alphas: tuple[float, ...],
     points: Float[np.ndarray, "N K 2"],
-    seed: int,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[Float[np.ndarray, "N N"], float]:
-    """The kernel and alpha of least cross-validated mean error."""
-    folds = list(KFold(FOLDS, shuffle=True, random_state=seed).split(points))
+    """The kernel and alpha of least mean error on the second part of each fold, learnt on the first."""
     pairs = [(kernel, alpha) for kernel in kernels.values() for alpha in alphas]
     errors = [np.mean([held_out_error(*pair, points, *fold) for fold in folds]) for pair in pairs]
     return pairs[int(np.argmin(errors))]

@@ -21,7 +21,7 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 
 from pulmo_jax.core import jitter
-from pulmo_jax.core.contrast import local_zscore
+from pulmo_jax.core.contrast import local_zscore, zscore
 from pulmo_jax.core.shape_model import ShapeModel, point_covariances, with_gaussians
 from pulmo_jax.methods.located import Located, Params
 from pulmo_jax.models.landmark_net import LandmarkNet, grid_px
@@ -31,7 +31,7 @@ Loss = Literal["laplace", "wing", "l1", "l2"]
 Batch = tuple[Float[Array, "B S S"], Float[Array, "B K 2"]]
 WING_WIDTH, WING_CURVE = 5.0, 1.0  # % of the side: where the wing becomes straight, and its curvature before
 LEAST_SD = 0.25  # % of the side, of the Laplacian: no label is surer
-LEAST_SD_PX = 0.1  # of a landmark beside its shape: no precision is infinite
+LEAST_SD_PX = 0.1  # of a landmark: none is known without error
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LandmarkNetwork:
     n_landmarks: int
     mirror: tuple[int, ...]
     shapes: ShapeModel | None = field(compare=False)
-    size: Annotated[int, Field(ge=32, le=1024, description="side of the working images, px")] = 96
+    size: Annotated[int, Field(ge=32, le=1024, description="side of the working images, px")] = 192
     members: Annotated[int, Field(ge=1, le=32, description="networks in the ensemble")] = 3
     seed: Annotated[int, Field(ge=0, description="of the initial parameters")] = 0
     widths: Annotated[
@@ -54,7 +54,7 @@ class LandmarkNetwork:
     ] = (16, 32, 64, 128, 128)
     stem_stride: Annotated[
         Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice that")
-    ] = 2
+    ] = 4
     blocks: Annotated[int, Field(ge=1, description="residual blocks after each halving")] = 1
     local_contrast: Annotated[
         float,
@@ -64,14 +64,14 @@ class LandmarkNetwork:
         Loss, Field(description="laplace: likelihood, by the heat map's mean and spread; others: of its mean alone")
     ] = "laplace"
     rotation_deg: Annotated[float, Field(ge=0, description="jitter: sd of the rotation")] = 8.0
-    scale: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the scale")] = 0.1
-    aspect: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of height over width")] = 0.06
+    scale: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the scale")] = 0.12
+    aspect: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of height over width")] = 0.12
     shear: Annotated[float, Field(ge=0, description="jitter: sd of the shear")] = 0.05
     shift: Annotated[float, Field(ge=0, description="jitter: sd of the shift, in sides of the image")] = 0.05
     flip: Annotated[float, Field(ge=0, le=1, description="jitter: share of mirrored images")] = 0.5
-    gamma: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the power of intensities")] = 0.25
-    shading: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.1
-    noise: Annotated[float, Field(ge=0, description="jitter: sd of pixel noise, of the image's range")] = 0.02
+    gamma: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the power of intensities")] = 0.4
+    shading: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.2
+    noise: Annotated[float, Field(ge=0, description="jitter: sd of pixel noise, of the image's range")] = 0.03
     flip_average: Annotated[bool, Field(description="locate in the mirrored image too, and average")] = True
     shape_prior: Annotated[bool, Field(description="weigh what is seen with a Gaussian of the training shapes")] = True
 
@@ -148,6 +148,7 @@ class LandmarkNetwork:
             plain, mirrored = (jax.tree.map(lambda a, at=at: a[:, at], found) for at in halves(len(images)))
             found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), plain, self._unmirrored(mirrored))
         seen = pooled(found)
+        seen = Located(seen.points, seen.covariance + LEAST_SD_PX**2 * jnp.eye(2))
         if not self.shape_prior:
             return seen
         assert self.shapes is not None
@@ -160,7 +161,7 @@ class LandmarkNetwork:
 
     def _heat(self, params: Params, images: Float[Array, "B S S"]) -> Located:
         """Mean and covariance of one member's heat maps, px."""
-        whole = standardised(images)
+        whole = zscore(images)
         seen = [whole, local_zscore(whole, self.local_contrast * self.size)] if self.local_contrast else [whole]
         logits = nnx.merge(self.graph, params)(jnp.stack(seen, -1))
         return moments(jax.nn.softmax(logits.reshape(len(images), -1, self.n_landmarks), axis=1), self.size)
@@ -169,14 +170,6 @@ class LandmarkNetwork:
 def halves(count: int) -> tuple[slice, slice]:
     """The first so many rows, and those after them."""
     return slice(None, count), slice(count, None)
-
-
-def standardised(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
-    """Mean 0 and sd 1 of every image, whatever its units; a constant image gives zeros."""
-    centred = images - images.mean((1, 2), keepdims=True)
-    largest = jnp.maximum(jnp.abs(centred).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
-    unit = centred / largest  # squares of 16-bit values or of tiny ones stay in range
-    return unit / jnp.maximum(jnp.sqrt((unit**2).mean((1, 2), keepdims=True)), 1e-6)
 
 
 def moments(heat: Float[Array, "B N K"], size: int) -> Located:
@@ -201,8 +194,7 @@ def pooled(found: Located) -> Located:
 
 def shaped(found: Located, model: ShapeModel) -> Located:
     """The posterior where each landmark was seen with an independent Gaussian error of its covariance."""
-    least = LEAST_SD_PX**2 * jnp.eye(2)
-    posterior = jax.vmap(with_gaussians, in_axes=(None, 0, 0))(model, found.points, found.covariance + least)
+    posterior = jax.vmap(with_gaussians, in_axes=(None, 0, 0))(model, found.points, found.covariance)
     return Located(posterior.points, jax.vmap(point_covariances)(posterior.covariance))
 
 

@@ -1,5 +1,6 @@
 """The Protocols of the landmark methods, and what they answer."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,7 +30,12 @@ class Locator(Protocol):
 class Fitted(Locator, Protocol):
     """A `Locator` that is learnt in one go."""
 
-    def fit(self, images: Float[np.ndarray, "N S S"], points: Float[np.ndarray, "N K 2"]) -> Params: ...
+    def fit(
+        self,
+        images: Float[np.ndarray, "N S S"],
+        points: Float[np.ndarray, "N K 2"],
+        groups: Sequence[str] | None = None,
+    ) -> Params: ...
 
     def skeleton(self, n_landmarks: int) -> Params:
         """Parameters of the structure that `fit` gives, with arrays of any shape and dtype."""

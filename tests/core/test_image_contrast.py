@@ -30,6 +30,17 @@ def test_sahs_is_that_of_a_loop_over_pixels():
     assert (expected == 255).any()  # the limits do cut
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 65535.0, 1e15, 3e37])
+def test_intensities_lose_their_units(unit):
+    images = np.random.default_rng(0).gamma(2, 1, (2, 8, 8))
+    expected = (images - images.mean((1, 2), keepdims=True)) / images.std((1, 2), keepdims=True)
+    np.testing.assert_allclose(contrast.zscore(jnp.asarray(images * unit, jnp.float32)), expected, atol=1e-4)
+
+
+def test_a_constant_image_becomes_zero():
+    np.testing.assert_array_equal(contrast.zscore(jnp.full((1, 8, 8), 7.0)), 0)
+
+
 @pytest.mark.parametrize("sigma", [2.0, 5.5])
 def test_local_zscore_is_that_of_filters(sigma):
     images = scenes()

@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 
 from pulmo_jax.data.images import Reader, Skipped, index_images
-from pulmo_jax.data.landmark_table import landmarks_csv, read_landmarks
+from pulmo_jax.data.landmark_table import landmarks_csv, read_landmarks, without_row
 from pulmo_jax.types import InputError
 
 HEADER = "filename,x1,y1,x2,y2,x3,y3"
@@ -35,7 +35,7 @@ def test_points_are_y_x_in_the_order_of_the_table(folder):
     path = table(folder, "c.png,1,2,3.5,4e0,-0.5,6", "sub/d.tif,7,8,9,10,11,12")
     found = read_landmarks(path, folder)
     assert found.names == ("c.png", "sub/d.tif")
-    assert found.paths == (folder / "c.png", folder / "sub/d.tif")
+    assert tuple(ref.path for ref in found.refs) == (folder / "c.png", folder / "sub/d.tif")
     assert found.sizes.tolist() == [[20, 30], [20, 30]]
     assert found.points.dtype == np.float64
     assert found.points.tolist() == [[[2, 1], [4, 3.5], [6, -0.5]], [[8, 7], [10, 9], [12, 11]]]
@@ -97,11 +97,11 @@ def test_points_outside_of_their_image_are_kept_and_counted(folder):
 
 def test_notes_name_images_without_a_row_and_rows_left_out(folder):
     found = read_landmarks(table(folder, "a.png,1,2,3,4,5,6", "none.png,1,2,3,4,5,6"), folder, on_error="skip")
-    left_out, unlabelled = found.notes()
+    (left_out,), (unlabelled,) = found.notes(), without_row([found])
     assert "rows left out: 1 (line 3: none.png: " in left_out
     assert unlabelled.endswith("images without a row: 3 (b.png, c.png, sub/d.tif)")
     whole = table(folder, *(f"{name},1,2,3,4,5,6" for name in ("a.png", "b.png", "c.png", "sub/d.tif")))
-    assert read_landmarks(whole, folder).notes() == []
+    assert read_landmarks(whole, folder).notes() == without_row([read_landmarks(whole, folder), found]) == []
 
 
 BAD_ROWS = {

@@ -1,7 +1,6 @@
 """Images in the lung frame, from a landmark run to findings in the pixels of the images that they were."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from PIL import Image
 from references.chest_phantoms import phantom, write_set
 from rich.console import Console
 
-from pulmo_jax.aligning import align_folder
+from pulmo_jax.aligning import Masks, align_folder
+from pulmo_jax.data.images import index_images
 from pulmo_jax.landmark_run import open_landmark_run
 from pulmo_jax.types import InputError
 
@@ -62,18 +62,20 @@ def test_what_lies_at_a_landmark_lies_at_the_landmark_of_the_frame(landmarks, tm
         for folder, mask in (("squares", square), ("left", left)):
             (tmp_path / folder).mkdir(exist_ok=True)
             Image.fromarray(mask).save(tmp_path / folder / name)
-    run, masks = open_landmark_run(landmarks), {"foreground": tmp_path / "left", "test_masks": tmp_path / "squares"}
-    done = align_folder(run, tmp_path / "in", tmp_path / "out", "test", masks, 64, Console(quiet=True))
+    run, masks = open_landmark_run(landmarks), Masks(tmp_path / "left", tmp_path / "squares")
+    done, failed = align_folder(run, tmp_path / "in", tmp_path / "out", "test", masks, 64, Console(quiet=True))
+    assert not failed
     assert [image.name for image in done] == ["a.png.tif", "b.png.tif", "c.png.tif"]
     scale = run.frame.size / SHAPE[0]
     for image in done:
-        np.testing.assert_allclose(image.points, points[image.ref.name], atol=3)
+        truth = points[image.pages[0].name]
+        np.testing.assert_allclose(image.points[0], truth, atol=3)
         square = tifffile.imread(tmp_path / "out" / "test_masks" / image.name) > 0
         assert np.abs(np.argwhere(square).mean(0) - run.frame.points[7]).max() < 4 * scale
         assert tifffile.imread(tmp_path / "out" / "test" / image.name).shape == (run.frame.size,) * 2
         left = tifffile.imread(tmp_path / "out" / "foreground" / image.name) > 0
         y, x = np.rint(run.frame.points).astype(int).T
-        sides = points[image.ref.name][:, 1] - (SHAPE[1] - 1) / 2
+        sides = truth[:, 1] - (SHAPE[1] - 1) / 2
         clear = np.abs(sides) > 6
         np.testing.assert_array_equal(left[y, x][clear], (sides < 0)[clear])
 
@@ -82,9 +84,38 @@ def test_a_mask_of_another_size_is_named(landmarks, tmp_path):
     draw(tmp_path / "in", ["a.png"], seed=1)
     (tmp_path / "masks").mkdir()
     Image.fromarray(np.ones((5, 5), np.uint8)).save(tmp_path / "masks" / "a.png")
-    run = open_landmark_run(landmarks)
+    run, masks = open_landmark_run(landmarks), Masks(tmp_path / "masks")
     with pytest.raises(InputError, match=r"masks/a\.png: the mask is \(1, 5, 5, 1\).*its image a\.png"):
-        align_folder(run, tmp_path / "in", tmp_path / "out", "test", {"foreground": tmp_path / "masks"}, 64, Console())
+        align_folder(run, tmp_path / "in", tmp_path / "out", "test", masks, 64, Console(quiet=True))
+
+
+def test_nothing_is_warped_twice_and_nothing_stays_of_images_that_are_gone(landmarks, tmp_path):
+    """One file of two pages, one of another size that cannot be read, and one that goes away."""
+    inside, out = tmp_path / "in", tmp_path / "out"
+    draw(inside, ["a.png", "gone.png"], seed=1)
+    rng = np.random.default_rng(2)
+    tifffile.imwrite(inside / "two.tif", np.stack([phantom(rng, SHAPE)[0] for _ in range(2)]))
+    (inside / "cut.png").write_bytes((inside / "a.png").read_bytes()[:200])
+    run = open_landmark_run(landmarks)
+
+    def align():
+        return align_folder(run, inside, out, "images", Masks(), 64, Console(quiet=True))
+
+    first, failed = align()
+    assert [image.name for image in first] == ["a.png.tif", "gone.png.tif", "two.tif.tif"]
+    assert [file.name for file in failed] == ["cut.png"]
+    assert tifffile.imread(out / "images" / "two.tif.tif").shape == (2, run.frame.size, run.frame.size)
+    assert tifffile.imread(out / "foreground" / "two.tif.tif").shape == (2, run.frame.size, run.frame.size)
+    made = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    (inside / "gone.png").unlink()
+    Image.fromarray(phantom(rng, SHAPE)[0]).save(inside / "a.png")
+    second, _ = align()
+    changed = {path.name for path in (out / "images").iterdir() if path.stat().st_mtime_ns != made[path]}
+    assert changed == {"a.png.tif"}
+    assert [image.name for image in second] == ["a.png.tif", "two.tif.tif"]
+    np.testing.assert_allclose(second[1].points, first[2].points)
+    refs, _ = index_images(out / "images", group_regex=r"^([a-z]+)\.(?:png|tif)$")
+    assert [ref.group for ref in refs] == ["a", "two", "two"]  # the user's own names, and pages stay together
 
 
 @pytest.mark.slow
@@ -93,12 +124,15 @@ def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
     draw(tmp_path / "normal", [f"n{i:02d}.png" for i in range(60)], seed=2)
     draw(tmp_path / "val", [f"v{i:02d}.png" for i in range(30)], seed=3)
     points = draw(tmp_path / "ill", [f"i{i}.png" for i in range(6)], seed=4, lesion=True)
+    pages = [np.asarray(Image.open(tmp_path / "ill" / f"i{i}.png")) for i in (0, 1)]
+    tifffile.imwrite(tmp_path / "ill" / "two.tif", np.stack(pages), photometric="minisblack")
     run = tmp_path / "run"
     text = call("pulmo_jax.train", "+experiment=lung_aligned", f"data.align_run={landmarks}", "data.patch_size=64",
                 f"data.train={tmp_path / 'normal'}", f"data.val={tmp_path / 'val'}", f"hydra.run.dir={run}",
                 "evaluation.replicates=20")  # fmt: skip
     assert "aligning train images" in text
     call("pulmo_jax.predict", f"run={run}", f"input={tmp_path / 'ill'}", f"output={tmp_path / 'out'}")
+    assert tifffile.imread(tmp_path / "out" / "in_images" / "two.tif_0001_score.tif").shape == SHAPE
     with (tmp_path / "out" / "in_images" / "detections.csv").open() as table:
         rows = list(csv.DictReader(table))
     for name, truth in points.items():
@@ -108,7 +142,16 @@ def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
         assert score.shape == SHAPE
         peak = np.unravel_index(np.nanargmax(score), SHAPE)
         assert np.hypot(*(peak - truth[7])) < 6
-    assert json.loads((run / "run.json").read_text())
+    again = call("pulmo_jax.predict", f"run={run}", f"input={tmp_path / 'ill'}", f"output={tmp_path / 'out'}")
+    assert "7 files mapped (7 of them by an earlier call)" in again
+    try:
+        (landmarks / "finished.json").write_text((landmarks / "finished.json").read_text() + "\n")
+        text = call(
+            "pulmo_jax.predict", f"run={run}", f"input={tmp_path / 'ill'}", f"output={tmp_path / 'o'}", status=2
+        )
+    finally:
+        (landmarks / "finished.json").write_text((landmarks / "finished.json").read_text()[:-1])
+    assert "is not the run that the images were aligned by in training" in text
 
 
 def test_the_same_name_in_two_folders_is_refused(landmarks, tmp_path):

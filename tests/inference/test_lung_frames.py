@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import tifffile
 from references.chest_phantoms import phantom
 
 from pulmo_jax.core.lung_frame import lung_frame
-from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, shrunk, spacing, write_image
+from pulmo_jax.data.sources import open_source
+from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, shrunk, spacing, write_pages
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,13 @@ def test_a_map_of_the_frame_lies_on_the_image_again(chests):
     assert np.isnan(out_of_frame(aligned, points[3] * 0.3, frame, images[3].shape)).any()
 
 
-def test_files_are_whole_tiffs(tmp_path):
-    for image in (np.zeros((4, 5, 1), np.uint16), np.zeros((4, 5, 3), np.uint8)):
-        write_image(tmp_path / "sub" / "a.tif", image)
-        assert tifffile.imread(tmp_path / "sub" / "a.tif").shape == image.squeeze().shape
+@pytest.mark.parametrize("pages", [1, 2, 3])
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_pages_and_bands_are_read_as_they_were_written(tmp_path, pages, bands, dtype):
+    written = np.random.default_rng(0).integers(0, 200, (pages, 6, 7, bands)).astype(dtype)
+    write_pages(tmp_path / "sub" / "a.tif", written)
+    with open_source(tmp_path / "sub" / "a.tif") as source:
+        assert source.shape == written.shape
+        for page in range(pages):
+            np.testing.assert_array_equal(source.read(page), written[page])

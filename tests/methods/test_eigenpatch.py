@@ -12,7 +12,7 @@ from references import eigenpatch as reference
 
 from pulmo_jax.methods import eigenpatch_stages
 from pulmo_jax.methods.eigenpatch import Eigenpatch, fit_template, residual_maps
-from pulmo_jax.methods.eigenpatch_stages import softmax_weights
+from pulmo_jax.methods.eigenpatch_stages import fold_of, softmax_weights
 from pulmo_jax.methods.located import Fitted, Locator
 from pulmo_jax.types import InputError
 
@@ -199,6 +199,13 @@ def test_settings_that_do_not_go_together_are_named(keys, message):
 def test_images_of_another_size_are_named():
     with pytest.raises(InputError, match="32x32 px given; at least 8 of 64x64"):
         Eigenpatch().fit(*scenes(20))
+
+
+def test_images_of_a_group_are_in_one_fold():
+    np.testing.assert_array_equal(fold_of(["b", "a", "b", "c", "d", "a"], 3), [0, 1, 0, 2, 0, 1])
+    images, points = scenes(20)
+    with pytest.raises(InputError, match=r"2 groups of training images \(data.group_regex\) given; at least"):
+        Eigenpatch(size=images.shape[1]).fit(images, points, ["a"] * 10 + ["b"] * 10)
 
 
 def real(split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -58,8 +58,9 @@ def test_the_best_of_the_training_folds_is_chosen():
     features = rng.normal(size=(60, 3))
     points = (features @ rng.normal(size=(3, 4))).reshape(60, 2, 2)
     useful, useless = features @ features.T, np.eye(60)
+    folds = [(np.flatnonzero(np.arange(60) % 3 != i), np.flatnonzero(np.arange(60) % 3 == i)) for i in range(3)]
     for order in ({1.0: useless, 2.0: useful}, {1.0: useful, 2.0: useless}):
-        kernel, alpha = landmark_baselines.best_kernel(order, (100.0, 1e-3), points, seed=0)
+        kernel, alpha = landmark_baselines.best_kernel(order, (100.0, 1e-3), points, folds)
         assert kernel is useful
         assert alpha == 1e-3
 
@@ -83,5 +84,21 @@ def test_images_that_are_all_alike_give_the_mean_shape():
 
 def test_fewer_images_than_folds_are_named():
     images, points = spots(4)
-    with pytest.raises(InputError, match=r"4 training image\(s\) given; at least 5"):
+    with pytest.raises(InputError, match=r"4 training image\(s\) in 4 group\(s\) given; at least 5"):
         fit_baselines(images, points, 0)
+
+
+def test_copies_in_other_folds_would_choose_to_learn_by_heart():
+    """Noisy points, and every image four times: by group the choice is that of each image once."""
+    images, points = spots(40)
+    points = points + np.random.default_rng(1).normal(0, 6, points.shape).astype(np.float32)
+    tests, truth = spots(40, seed=2)
+    four, names = [np.tile(a, (4,) + (1,) * (a.ndim - 1)) for a in (images, points)], [str(i) for i in range(40)] * 4
+    grouped, each, once = (
+        error(fit_baselines(*given).locate(tests)["kernel ridge"], truth)
+        for given in ((*four, 0, names), (*four, 0), (images, points, 0))
+    )
+    assert grouped < 0.8 * each
+    assert grouped < 1.3 * once
+    with pytest.raises(InputError, match=r"8 training image\(s\) in 2 group\(s\) given"):
+        fit_baselines(images[:8], points[:8], 0, ["a"] * 4 + ["b"] * 4)

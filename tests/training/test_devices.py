@@ -49,7 +49,7 @@ for leaf, other in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=T
     assert len(devices.here(leaf).sharding.device_set) == 1
     np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)
 
-network = LandmarkNetwork(3, (1, 0, 2), None, size=32, widths=(8, 8, 8), members=2, shape_prior=False)
+network = LandmarkNetwork(3, (1, 0, 2), None, size=32, stem_stride=2, widths=(8, 8, 8), members=2, shape_prior=False)
 
 def images_and_points(rng):
     return rng.random((8, 32, 32), np.float32), rng.uniform(4, 28, (8, 3, 2)).astype(np.float32)
