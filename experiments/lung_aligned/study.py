@@ -65,7 +65,7 @@ def main() -> None:
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     write_table(results)
-    shutil.copy(runs["patch Gaussian, each place", True][0] / "figures" / "score_maps_hits.png", HERE / "aligned.png")
+    shutil.copy(runs["autoencoder", True][0] / "figures" / "score_maps_hits.png", HERE / "aligned.png")
 
 
 def train(work: Path, name: str, aligned: bool, seed: int, landmarks: Path) -> Path:

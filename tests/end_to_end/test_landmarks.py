@@ -114,13 +114,15 @@ def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run
     Image.fromarray(np.full((80, 80), 9, np.uint8)).save(inside / "gray.png")
     (inside / "broken.png").write_bytes((chests / "images" / "Normal-test000.png").read_bytes()[:300])
     Image.fromarray(np.array([[7]], np.uint8)).save(inside / "tiny.png")
+    chest = np.asarray(Image.open(chests / "images" / "Normal-test000.png")).astype(np.float32)
+    tifffile.imwrite(inside / "sentinel.tif", np.where(chest < 40, np.float32(-3.4e38), chest))
     text = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", status=3)
     assert "broken.png" in text
     rows = read(tmp_path / "out" / "landmarks.csv")
-    assert [row["filename"] for row in rows] == ["gray.png", "tiny.png"]
+    assert [row["filename"] for row in rows] == ["gray.png", "sentinel.tif", "tiny.png"]
     assert all(row[f"quality{k + 1}"] == "low" for row in rows for k in range(K))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["low_quality_images"] == ["gray.png", "tiny.png"]
+    assert summary["low_quality_images"] == ["gray.png", "sentinel.tif", "tiny.png"]
     assert [file["filename"] for file in summary["failed"]] == ["broken.png"]
 
 
@@ -134,6 +136,30 @@ def test_evaluate_gives_on_the_same_table_what_training_gave(run, chests, tmp_pa
     assert before["coverage"]["0.95"]["value"] == pytest.approx(after["coverage"]["0.95"]["value"], abs=0.01)
     text = call("pulmo_jax.evaluate", f"run={run}", f"data.test={chests / 'images'}", status=2)
     assert "give data.images=DIR data.test=TABLE.csv" in text
+
+
+def test_evaluation_leaves_out_what_it_is_told_to(run, chests, tmp_path):
+    lines = (chests / "test.csv").read_text().splitlines()
+    (tmp_path / "some.csv").write_text("\n".join([*lines[:6], "gone.png," + lines[6].partition(",")[2]]))
+    given = [f"run={run}", f"data.images={chests / 'images'}", f"data.test={tmp_path / 'some.csv'}"]
+    text = call("pulmo_jax.evaluate", *given, f"hydra.run.dir={tmp_path / 'a'}", status=2)
+    assert "some.csv: 1 of 6 rows cannot be used" in text
+    call("pulmo_jax.evaluate", *given, "data.on_error=skip", "data.class_regex='^(.*)-'", "evaluation.replicates=20",
+         "data.normal_name=Shadow", f"hydra.run.dir={tmp_path / 'b'}")  # fmt: skip
+    found = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert found["test"]["images"] == 5
+    assert set(found["by_class"]) == {"Normal", "Shadow"}
+    assert set(found["class_shift"]) == {"Normal"}
+    text = call("pulmo_jax.evaluate", *given, f"data.test_masks={chests / 'images'}", status=2)
+    assert "data.test_masks and data.foreground are of no use" in text
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run, chests):
+    files = [path for path in run.rglob("*") if path.is_file() and ".hydra" not in path.parts]
+    before = [path.read_bytes() for path in files]
+    text = call(*arguments(chests, run), "resume=true", "seed=5", status=2)
+    assert "resume=true: seed differ from those of the run" in text
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
