@@ -96,6 +96,8 @@ def align_input(
     """output/aligned/images and output/aligned/foreground, of what is to be predicted."""
     folder = output / "aligned"
     done, skipped = align_folder(run, source, folder, "images", masks, max_image_mb, console, leave_out=output)
+    if not done:
+        raise InputError(f"{skipped[0].reason}\n(none of the {len(skipped)} images can be aligned)")
     keep_only(folder / "foreground", {image.name for image in done})
     return done, skipped
 
@@ -121,14 +123,14 @@ def align_folder(
     )
     truth = find_masks(masks.truth, [ref.name for ref in refs])
     files = by_file(refs)
-    before = read_notes(folder / f"{key}.json")
+    before, digest = read_notes(folder / f"{key}.json"), run.digest
     notes: dict[str, Any] = {}
     done: list[Aligned] = []
     for some in cli.tracker(console, f"aligning {key} images")(list(chunks(files)), len(list(chunks(files)))):
         todo = []
         for pages in some:
             name = f"{pages[0].name}.tif"
-            made_of = [run.digest, *map(fingerprint, (pages[0].path, pages[0].mask, truth[pages[0].name]))]
+            made_of = [digest, *map(fingerprint, (pages[0].path, pages[0].mask, truth[pages[0].name]))]
             notes[name] = {"made_of": made_of}
             if before.get(name, {}).get("made_of") == made_of and (folder / key / name).is_file():
                 notes[name] = before[name]
