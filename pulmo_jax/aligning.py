@@ -22,8 +22,9 @@ from pulmo_jax import cli
 from pulmo_jax.config import DataConfig, EvaluateDataConfig
 from pulmo_jax.core.lung_frame import to_image
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, find_masks, fingerprint, index_images
+from pulmo_jax.files import write_json, write_text
 from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, write_image, write_pages
-from pulmo_jax.inference.outputs import as_csv, write_json, write_text
+from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.landmark_data import read_working
 from pulmo_jax.landmark_run import LandmarkRun, open_landmark_run
 from pulmo_jax.types import InputError

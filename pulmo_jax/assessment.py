@@ -15,8 +15,8 @@ from pulmo_jax.config import EvaluateDataConfig, EvaluationConfig, TrainConfig
 from pulmo_jax.data.images import ImageRef, Reader, index_images, same_scale
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.evaluation.metrics import image_metrics
+from pulmo_jax.files import write_json, write_text
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, assess, truth_by_folder, truth_by_masks
-from pulmo_jax.inference.outputs import write_json, write_text
 from pulmo_jax.reporting.report import write_report
 from pulmo_jax.reporting.tables import metrics_console, metrics_markdown
 from pulmo_jax.run import Run, missing_masks, thresholds

@@ -22,9 +22,10 @@ from pulmo_jax.combine_report import CombinedResult, Epoch, write_combined_repor
 from pulmo_jax.core.kepler import Orbit, period_days
 from pulmo_jax.data.arrays import read_array
 from pulmo_jax.evaluation.null_field import null_profile, separation_map
+from pulmo_jax.files import write_json, write_text
 from pulmo_jax.inference.epochs import Plan, Track, combine
 from pulmo_jax.inference.fits import flatten, write_fits
-from pulmo_jax.inference.outputs import as_csv, write_json, write_text
+from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.methods.paco.epochs import EpochMap, Star
 from pulmo_jax.run import provenance, save_config, use_compile_cache
 from pulmo_jax.types import InputError

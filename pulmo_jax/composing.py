@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.config import (
     EvaluateConfig,
+    IngestConfig,
     PredictConfig,
     Section,
     TrainConfig,
@@ -37,6 +38,7 @@ VERBS: dict[str, type[Section]] = {
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "detect": DetectConfig,
+    "ingest": IngestConfig,
 }
 TASKS = {"landmarks": "train"}  # what else a verb does, by the `task` of an experiment
 SCHEMAS = VERBS | {"landmarks": LandmarkConfig}  # by the name of the primary config

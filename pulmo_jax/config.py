@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from pulmo_jax.data.sources.store import is_store
 from pulmo_jax.types import InputError
 
 Int = Annotated[int, Strict()]
@@ -231,6 +232,22 @@ class PredictConfig(Section):
     plugins: tuple[str, ...] = Field(default=(), description="packages of yours that the run's _target_ may name")
 
 
+class IngestConfig(Section):
+    """python -m pulmo_jax.ingest"""
+
+    input: PathLike | None = Field(default=None, description="folder of images; subfolders are the classes")
+    output: PathLike = Field(description="the store, an HDF5 file; made, or added to")
+    verify: Bool = Field(default=False, description="instead, read every image of the store again and compare")
+    group_regex: Regex | None = Field(
+        default=None, description="its first group in a file's name is the patient; null: each file and its copies"
+    )
+    near_bits: Int = Field(
+        default=6, ge=0, le=20, description="of 63 of the perceptual hash, that near copies may differ in"
+    )
+    threads: Int = Field(default=4, ge=1, le=256, description="decoding threads")
+    max_image_mb: Int = Field(default=2048, ge=1, description="largest decoded image that is accepted, MiB")
+
+
 class EvaluateDataConfig(Section):
     """What to evaluate on."""
 
@@ -322,8 +339,8 @@ def check_paths(config: Section) -> None:
     if getattr(config, "task", None) == "landmarks" or (isinstance(config, EvaluateConfig) and config.data.images):
         folders = {"data.images": data and data.images}
     for key, path in folders.items():
-        if path is not None and not path.is_dir():
+        if path is not None and not path.is_dir() and not is_store(path):
             what = "is a file" if path.exists() else "does not exist"
-            raise InputError(f"{key}={path}: {what}; give a folder of images")
+            raise InputError(f"{key}={path}: {what}; give a folder of images, or a store of them")
     if isinstance(config, PredictConfig) and not config.input.exists():
         raise InputError(f"input={config.input}: does not exist; give an image or a folder of images")

@@ -21,8 +21,9 @@ from pulmo_jax.data.observing_date import observed_mjd
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import SyntheticSpectralStack, spectral_stack
 from pulmo_jax.evaluation.contrast import Contrast, contrast_curve, throughput_map
+from pulmo_jax.files import write_json, write_text
 from pulmo_jax.inference.fits import flatten, write_fits
-from pulmo_jax.inference.outputs import as_csv, write_json, write_text
+from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum, find_sources
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.methods.paco.channels import observe_channels

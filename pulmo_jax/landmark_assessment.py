@@ -18,8 +18,9 @@ from pulmo_jax.data.pipeline import evenly
 from pulmo_jax.evaluation import landmark_metrics as metrics
 from pulmo_jax.evaluation.landmark_metrics import Errors
 from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.files import write_json, write_text
 from pulmo_jax.inference.lung_frames import into_frame
-from pulmo_jax.inference.outputs import as_csv, write_json, write_text
+from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.landmark_config import LandmarkEvaluationConfig
 from pulmo_jax.landmark_data import Labelled
 from pulmo_jax.landmark_run import Found, LandmarkRun

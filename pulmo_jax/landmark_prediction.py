@@ -15,8 +15,8 @@ from pulmo_jax.config import PredictConfig
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, fingerprint, index_images
 from pulmo_jax.data.landmark_table import landmarks_csv
 from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.files import write_json, write_text
 from pulmo_jax.inference.lung_frames import into_frame, write_image
-from pulmo_jax.inference.outputs import write_json, write_text
 from pulmo_jax.landmark_data import read_working
 from pulmo_jax.landmark_run import Found, LandmarkRun, open_landmark_run
 from pulmo_jax.reporting.landmark_figures import LandmarkExample, write_overlay

@@ -29,8 +29,8 @@ from pulmo_jax.evaluation.landmark_quality import (
     surprise,
     threshold,
 )
+from pulmo_jax.files import atomically, write_json
 from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
-from pulmo_jax.inference.outputs import atomically, write_json
 from pulmo_jax.landmark_config import LandmarkConfig, check_landmark_nodes
 from pulmo_jax.landmark_data import Labelled, WorkingImages
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines

@@ -19,8 +19,8 @@ from pulmo_jax.data.landmark_batches import rows_of_batch, shuffled_batches
 from pulmo_jax.data.pipeline import iterate
 from pulmo_jax.data.samples import fetch_radiographs
 from pulmo_jax.evaluation.landmark_metrics import radial_errors
+from pulmo_jax.files import write_json
 from pulmo_jax.inference.locate import in_batches
-from pulmo_jax.inference.outputs import write_json
 from pulmo_jax.landmark_assessment import assess_landmarks
 from pulmo_jax.landmark_config import LandmarkConfig
 from pulmo_jax.landmark_data import LandmarkSets, describe_sets, read_sets

@@ -22,16 +22,8 @@ from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, fingerprin
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.detection import find_detections
-from pulmo_jax.inference.outputs import (
-    CSV_COLUMNS,
-    PageWriter,
-    detection_row,
-    open_map,
-    overlay_step,
-    write_json,
-    write_overlay,
-    write_text,
-)
+from pulmo_jax.files import write_json, write_text
+from pulmo_jax.inference.outputs import CSV_COLUMNS, PageWriter, detection_row, open_map, overlay_step, write_overlay
 from pulmo_jax.inference.score import detail_names, naming_what_to_lower
 from pulmo_jax.landmark_prediction import predict_landmarks
 from pulmo_jax.run import Run, missing_masks, open_run, task_of, thresholds, use_compile_cache

@@ -23,7 +23,7 @@ from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibration
-from pulmo_jax.inference.outputs import write_json, write_text
+from pulmo_jax.files import write_json, write_text
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
 from pulmo_jax.nodes import GIVEN, build

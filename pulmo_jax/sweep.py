@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from pulmo_jax.inference.outputs import write_json, write_text
+from pulmo_jax.files import write_json, write_text
 from pulmo_jax.lock import claim, in_use
 from pulmo_jax.reporting.figures import save
 from pulmo_jax.reporting.report import Section, write_report

@@ -25,8 +25,8 @@ from pulmo_jax.data.images import Reader
 from pulmo_jax.data.pipeline import evenly, iterate
 from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.files import write_json
 from pulmo_jax.inference.assess import calibrate
-from pulmo_jax.inference.outputs import write_json
 from pulmo_jax.landmark_config import LandmarkConfig
 from pulmo_jax.landmark_training import train_landmarks
 from pulmo_jax.lock import claim

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 
 from pulmo_jax import cli
 from pulmo_jax.config import TrainConfig
-from pulmo_jax.inference.outputs import write_json
+from pulmo_jax.files import write_json
 from pulmo_jax.lock import claim
 from pulmo_jax.run import finished_step, open_run
 from pulmo_jax.train import train

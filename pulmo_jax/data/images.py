@@ -13,6 +13,7 @@ import numpy as np
 
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source
 from pulmo_jax.data.sources.source import decoding, printable
+from pulmo_jax.data.sources.store import in_store, is_store, opened
 from pulmo_jax.types import InputError, Source, Window
 
 MEBIBYTE = 2**20
@@ -71,7 +72,8 @@ def index_images(
     group_regex: see `group_of`; default: each file is a group.
     Unreadable files come back as Skipped: the caller decides. Raises InputError if there is no image at all.
     """
-    root = folder if folder.is_dir() else folder.parent
+    stored = is_store(folder)
+    root = folder if folder.is_dir() or stored else folder.parent
     left_out = leave_out and leave_out.resolve()
     paths = [p for p in list_images(folder) if left_out is None or left_out not in p.resolve().parents]
     names = [path.relative_to(root).as_posix() for path in paths]
@@ -88,7 +90,7 @@ def index_images(
             with open_source(path, max_bytes=max_image_mb * MEBIBYTE) as source:
                 pages, height, width, bands = source.shape
                 dtype = source.dtype.name
-            group = group_of(name, group_regex)
+            group = opened(folder).by_name[name][0].group if stored and not group_regex else group_of(name, group_regex)
             refs += [ImageRef(path, name, k, pages, (height, width, bands), dtype, group, mask) for k in range(pages)]
         except InputError as error:
             skipped.append(Skipped(printable(name), str(error)))
@@ -107,7 +109,8 @@ def fingerprint(path: Path | None) -> list[int] | None:
     """Changes when the file does."""
     if path is None:
         return None
-    status = path.stat()
+    place = in_store(path)
+    status = (place[0] if place else path).stat()
     return [status.st_size, status.st_mtime_ns]
 
 

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +17,7 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
+from pulmo_jax.files import atomically, replacing
 from pulmo_jax.types import Detection, ImageTags
 
 OVERLAY_PX = 2048  # longer sides are thinned out in the overlay, which is for eyes
@@ -33,32 +32,6 @@ CSV_COLUMNS = (
 
 
 PageWriter = Callable[[tuple[int, int], np.dtype, Callable[[slice], np.ndarray]], None]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside this one, which takes its place when the block ends well: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the path and rename."""
-    with replacing(path) as temporary:
-        write(temporary)
-
-
-def write_text(path: Path, text: str) -> None:
-    atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def as_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 
 from pulmo_jax.evaluation.landmark_metrics import Errors
 from pulmo_jax.evaluation.metrics import Estimate
-from pulmo_jax.inference.outputs import atomically, overlay_step
+from pulmo_jax.files import atomically
+from pulmo_jax.inference.outputs import overlay_step
 from pulmo_jax.reporting.figures import (
     BLUE,
     COLUMN_WIDTH_IN,

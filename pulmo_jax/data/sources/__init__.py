@@ -1,4 +1,4 @@
-"""Image files: TIFF, PNG, JPEG, DICOM and NIfTI behind one `open_source`."""
+"""Image files: TIFF, PNG, JPEG, DICOM, NIfTI and the records of a store behind one `open_source`."""
 
 import gzip
 import os
@@ -9,6 +9,7 @@ from pulmo_jax.data.sources.dicom import open_dicom
 from pulmo_jax.data.sources.nifti import open_nifti
 from pulmo_jax.data.sources.raster import open_jpeg, open_png
 from pulmo_jax.data.sources.source import ImageSource, check_is_file, decoding
+from pulmo_jax.data.sources.store import in_store, is_store, open_record, opened
 from pulmo_jax.data.sources.tiff import open_tiff
 from pulmo_jax.types import InputError
 
@@ -26,6 +27,8 @@ def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30) -> ImageSource:
     Raises InputError for what cannot be read.
     """
     path = Path(path)
+    if (place := in_store(path)) is not None:
+        return open_record(*place, max_bytes)
     with decoding(path):
         check_is_file(path, "an image file")
         head = _head(path)
@@ -46,7 +49,7 @@ def list_images(folder: Path | str) -> list[Path]:
     folder = Path(folder)
     with decoding(folder):
         if folder.is_file():
-            return [folder]
+            return sorted(folder / name for name in opened(folder).by_name) if is_store(folder) else [folder]
         if not folder.is_dir():
             raise InputError(f"{folder}: there is no such folder or file")
         images = sorted(path for path in _visible_files(folder) if _is_image(path))
