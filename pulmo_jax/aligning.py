@@ -127,7 +127,7 @@ def align_folder(
     before, digest = read_notes(folder / f"{key}.json"), run.digest
     notes: dict[str, Any] = {}
     done: list[Aligned] = []
-    for some in cli.tracker(console, f"aligning {key} images")(list(chunks(files)), len(list(chunks(files)))):
+    for some in cli.tracker(console, f"aligning {titled(key)}")(list(chunks(files)), len(list(chunks(files)))):
         todo = []
         for pages in some:
             name = f"{pages[0].name}.tif"
@@ -149,6 +149,10 @@ def align_folder(
         keep_only(folder / kind, {image.name for image in done})
     warn_of_doubt(run, done, key, console)
     return sorted(done, key=lambda image: image.name), skipped
+
+
+def titled(key: str) -> str:
+    return key if key == "images" else f"{key} images"
 
 
 def chunks(files: Sequence[tuple[ImageRef, ...]]) -> Iterator[list[tuple[ImageRef, ...]]]:
@@ -243,7 +247,7 @@ def warn_of_doubt(run: LandmarkRun, images: Sequence[Aligned], key: str, console
     doubtful, total = sum(image.doubtful for image in images), sum(len(image.pages) for image in images)
     if doubtful > MANY * total:
         console.print(
-            f"warning: {doubtful} of {total} {key} images look unlike those of {run.path}: their landmarks are of low "
+            f"warning: {doubtful} of {total} {titled(key)} look unlike those of {run.path}: their landmarks are of low "
             "quality, and so is their alignment",
             highlight=False,
         )

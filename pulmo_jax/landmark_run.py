@@ -43,6 +43,7 @@ from pulmo_jax.training.state import TrainState, init_state
 from pulmo_jax.types import InputError
 
 SEALED = ("landmarks.json", "calibration.json", "companions.npz")
+TINY = 4  # times larger an image may be made for the method, before all of its landmarks are of low quality
 LOW_RATE = 0.02  # of the validation's landmarks, and of its images, that are called of low quality
 
 
@@ -130,8 +131,9 @@ class LandmarkRun:
         last = np.array([ref.shape[:2] for ref in working.refs])[:, None] - 0.5
         covariance = covariance / (scales[:, None, :, None] * scales[:, None, None, :])
         outside = ((points < -0.5) | (points > last)).any(-1)
+        tiny = np.array([max(ref.shape[:2]) * TINY < self.size for ref in working.refs])[:, None]
         folded = np.array([on_folds(of_image, self.frame) for of_image in points]).reshape(outside.shape)
-        return Found(points, covariance, std_px(covariance), low | outside | folded, unlike)
+        return Found(points, covariance, std_px(covariance), low | outside | folded | tiny, unlike)
 
 
 def on_folds(points: Float[np.ndarray, "K 2"], frame: LungFrame) -> Bool[np.ndarray, "K"]:

@@ -114,15 +114,16 @@ def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run
     Image.fromarray(np.full((80, 80), 9, np.uint8)).save(inside / "gray.png")
     (inside / "broken.png").write_bytes((chests / "images" / "Normal-test000.png").read_bytes()[:300])
     Image.fromarray(np.array([[7]], np.uint8)).save(inside / "tiny.png")
+    Image.open(chests / "images" / "Normal-test000.png").resize((12, 12)).save(inside / "small.png")
     chest = np.asarray(Image.open(chests / "images" / "Normal-test000.png")).astype(np.float32)
     tifffile.imwrite(inside / "sentinel.tif", np.where(chest < 40, np.float32(-3.4e38), chest))
     text = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", status=3)
     assert "broken.png" in text
     rows = read(tmp_path / "out" / "landmarks.csv")
-    assert [row["filename"] for row in rows] == ["gray.png", "sentinel.tif", "tiny.png"]
+    assert [row["filename"] for row in rows] == ["gray.png", "sentinel.tif", "small.png", "tiny.png"]
     assert all(row[f"quality{k + 1}"] == "low" for row in rows for k in range(K))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["low_quality_images"] == ["gray.png", "sentinel.tif", "tiny.png"]
+    assert summary["low_quality_images"] == ["gray.png", "sentinel.tif", "small.png", "tiny.png"]
     assert [file["filename"] for file in summary["failed"]] == ["broken.png"]
 
 
@@ -138,6 +139,7 @@ def test_evaluate_gives_on_the_same_table_what_training_gave(run, chests, tmp_pa
     assert "give data.images=DIR data.test=TABLE.csv" in text
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_out_what_it_is_told_to(run, chests, tmp_path):
     lines = (chests / "test.csv").read_text().splitlines()
     (tmp_path / "some.csv").write_text("\n".join([*lines[:6], "gone.png," + lines[6].partition(",")[2]]))
