@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from rich.console import Console
 
-from pulmo_jax import cli, composing, detect, evaluate, predict, train
+from pulmo_jax import cli, composing, detect, evaluate, ingest, predict, train
 from pulmo_jax.adi_config import DetectConfig
 from pulmo_jax.config import TrainConfig
 from pulmo_jax.lock import claim
@@ -33,6 +33,7 @@ EXAMPLES = {
     "predict": predict.EXAMPLES,
     "evaluate": evaluate.EXAMPLES,
     "detect": detect.EXAMPLES,
+    "ingest": ingest.EXAMPLES,
 }
 
 

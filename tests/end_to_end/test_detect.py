@@ -331,6 +331,7 @@ def test_field_that_rotates_the_other_way(job, files, planted, tmp_path):
     assert one.rows() == other.rows()
 
 
+@pytest.mark.slow
 def test_centre_off_the_grid(job, planted, tmp_path):
     dy, dx = 0.3, -0.4
     cube = np.stack([shift(frame.astype(float), dy, dx) for frame in planted.cube])
@@ -343,6 +344,7 @@ def test_centre_off_the_grid(job, planted, tmp_path):
     assert (header["CRPIX2"], header["CRPIX1"]) == pytest.approx((25.3, 24.6))
 
 
+@pytest.mark.slow
 def test_north_turns_the_position_angle_alone(job, files):
     up, turned = job(files, "up"), job(files | {"data.north_deg": 30}, "turned")
     before, after = up.only(), turned.only()

@@ -142,6 +142,7 @@ def test_detections_agree_with_the_maps(predicted):
         assert np.count_nonzero(mask[y : y + h, x : x + w]) >= int(row["area_px"])
 
 
+@pytest.mark.slow
 def test_an_image_scores_the_same_in_calibration_prediction_and_evaluation(run, crop, cache, tmp_path):
     call("pulmo_jax.predict", f"run={run}", f"input={crop / 'val'}", f"output={tmp_path}", cache=cache)
     images = json.loads((tmp_path / "summary.json").read_text())["images"]
@@ -167,6 +168,7 @@ def masks_below(classes, crop):
     return masks
 
 
+@pytest.mark.slow
 def test_evaluation_with_masks_repeats_what_training_found(run, crop, cache, tmp_path):
     test = [f"data.test={crop / 'test'}", f"data.test_masks={crop / 'test_masks'}"]
     call("pulmo_jax.evaluate", f"run={run}", *test, f"hydra.run.dir={tmp_path}", cache=cache)

@@ -93,6 +93,7 @@ def test_the_prior_tells_a_landmark_from_its_double(with_prior, without):
     assert with_the_prior.mean() < 0.4 * by_mean.mean()
 
 
+@pytest.mark.slow
 def test_the_finer_scale_is_the_more_precise(with_prior):
     method, params = with_prior
     coarse = Eigenpatch(**SMALL | {"scales": (2,), "templates": (5,), "reaches": ()})

@@ -11,7 +11,7 @@ import pytest
 from pulmo_jax.training import devices
 from pulmo_jax.types import InputError
 
-PROGRAM = """
+COMMON = """
 import jax, numpy as np
 from flax import nnx
 from pulmo_jax.methods.autoencoder import Autoencoder
@@ -40,6 +40,8 @@ def losses(method, draw, place, rows, sharding):
 
 ALONE = (lambda state: state, lambda rows: rows, None)
 SHARED = (lambda state: devices.on_all(state, mesh), lambda rows: devices.divided(rows, mesh), devices.everywhere(mesh))
+"""
+PATCHES = """
 alone, _, expected = losses(method, patches, *ALONE)
 shared, batch, found = losses(method, patches, *SHARED)
 np.testing.assert_allclose(found, expected, rtol=2e-6)
@@ -48,7 +50,12 @@ for leaf, other in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=T
     assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 4
     assert len(devices.here(leaf).sharding.device_set) == 1
     np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)
-
+try:
+    devices.all_devices(6)
+except InputError as error:
+    print(error)
+"""
+LANDMARKS = """
 network = LandmarkNetwork(3, (1, 0, 2), None, size=32, stem_stride=2, widths=(8, 8, 8), members=2, shape_prior=False)
 
 def images_and_points(rng):
@@ -58,26 +65,25 @@ def images_and_points(rng):
 _, (images, points), found = losses(network, images_and_points, *SHARED)
 np.testing.assert_allclose(found, expected, rtol=1e-4)
 assert images.addressable_shards[0].data.shape == (2, 32, 32) and points.addressable_shards[0].data.shape == (2, 3, 2)
-
-try:
-    devices.all_devices(6)
-except InputError as error:
-    print(error)
 """
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
-def test_batch_divided_among_four_devices_gives_the_losses_of_one():
+@pytest.mark.parametrize(
+    "program", [PATCHES, pytest.param(LANDMARKS, marks=pytest.mark.slow)], ids=["patches", "landmarks"]
+)
+def test_batch_divided_among_four_devices_gives_the_losses_of_one(program):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", COMMON + program],
         capture_output=True,
         text=True,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "trainer.batch_size=6 cannot be divided by the 4 devices; give a multiple of 4" in done.stdout
+    if program is PATCHES:
+        assert "trainer.batch_size=6 cannot be divided by the 4 devices; give a multiple of 4" in done.stdout
 
 
 def test_one_process_agrees_with_itself():
