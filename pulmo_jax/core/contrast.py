@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter1d
 
 LEVELS = 256
 ABOVE_SIGMAS, BELOW_SIGMAS = 2.5, 2.0
+FLAT = 1e-6  # of an image's largest value: what differs less is rounding
 LEAST_LOCAL_SD = 0.1  # of the image's own: what varies less stays faint
 
 
@@ -38,8 +39,9 @@ def zscore(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
     largest = jnp.maximum(jnp.abs(images).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
     step = images / largest
     step = step - step.mean((1, 2), keepdims=True)
-    most = jnp.maximum(jnp.abs(step).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
-    unit = step / most  # squares of 16-bit values, of tiny ones or of a float's largest stay in range
+    most = jnp.abs(step).max((1, 2), keepdims=True)
+    seen = most > FLAT
+    unit = jnp.where(seen, step / jnp.where(seen, most, 1), 0)  # squares of tiny or of huge values stay in range
     return unit / jnp.maximum(jnp.sqrt((unit**2).mean((1, 2), keepdims=True)), 1e-6)
 
 

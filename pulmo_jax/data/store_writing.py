@@ -62,7 +62,7 @@ def ingest_folder(
     max_image_mb: int,
     tracker: Tracker,
 ) -> Ingested:
-    """Raises InputError where a name is in the store with other content, or for a folder without images."""
+    """Raises InputError where a name is in the store with other content, or for a folder without images to read."""
     old = read_records(target)
     refs, failed = index_images(folder, max_image_mb=max_image_mb)
     log = Log(part_of(target))
@@ -82,16 +82,26 @@ def ingest_folder(
                 log.append(entry for entry in done if isinstance(entry, Entry))
                 unreadable |= {e.name: e for e in done if isinstance(e, Skipped)}
             reader.close()
-        bad = {contents[ref.path] for ref in todo if ref.name in unreadable}
-        failed += unreadable.values()
+        bad = {contents[ref.path]: unreadable[ref.name] for ref in todo if ref.name in unreadable}
+        gone = {ref.name: bad[contents[ref.path]] for ref in refs if contents[ref.path] in bad}  # copies of them too
+        failed += [
+            file
+            if name == file.name
+            else Skipped(name, f"{folder / name}: is a copy of {file.name}, which is unreadable")
+            for name, file in gone.items()
+        ]
         kept = [ref for ref in refs if contents[ref.path] not in bad]
+        if not kept:
+            raise InputError(f"{failed[0].reason}\n(none of the {len(failed)} images can be read)")
         records = combine(old, kept, contents, log.entries, group_regex, near_bits)
         if records != old:
             write_store(target, records, log)
     finally:
         log.close()
+        if not log.entries:
+            part_of(target).unlink()
     write_json(target.with_name("metadata.json"), describe(records))
-    part_of(target).unlink()
+    part_of(target).unlink(missing_ok=True)
     return Ingested(records, len(todo) - len(unreadable), len(kept) - len(todo) + len(unreadable), failed)
 
 

@@ -159,14 +159,26 @@ def test_a_name_with_other_content_is_refused_and_the_store_stays(folder, tmp_pa
     with pytest.raises(InputError, match=r"s\.h5: 1 of these names are in the store with other content \(no/a\.png\)"):
         ingest(folder, tmp_path / "s.h5")
     assert (tmp_path / "s.h5").read_bytes() == bytes_before
+    assert not part_of(tmp_path / "s.h5").exists()
 
 
 def test_a_file_that_cannot_be_read_is_named_and_the_others_are_there(folder, tmp_path):
     (folder / "no" / "cut.png").write_bytes((folder / "no" / "a.png").read_bytes()[:200])
     (folder / "no" / "empty.jpg").write_bytes(b"")
+    for name in ("half.jpg", "half again.jpg"):  # a whole header, and few of the pixels
+        (folder / "no" / name).write_bytes((folder / "no" / "b.jpg").read_bytes()[:-300])
     done = ingest(folder, tmp_path / "s.h5")
-    assert sorted(file.name for file in done.failed) == ["no/cut.png", "no/empty.jpg"]
+    broken = ["no/cut.png", "no/empty.jpg", "no/half again.jpg", "no/half.jpg"]
+    assert sorted(file.name for file in done.failed) == broken
     assert len(done.records) == 8
+
+
+def test_a_folder_of_which_nothing_can_be_read_makes_no_store(folder, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "half.jpg").write_bytes((folder / "no" / "b.jpg").read_bytes()[:-300])
+    with pytest.raises(InputError, match=r"(?s)half\.jpg.*\(none of the 1 images can be read\)"):
+        ingest(tmp_path / "bad", tmp_path / "out" / "s.h5")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_log_that_is_cut_off_anywhere_keeps_what_is_whole(tmp_path):
