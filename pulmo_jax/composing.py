@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from pulmo_jax.adi_config import DetectConfig
+from pulmo_jax.classifier_config import ClassifierConfig, check_classifier_nodes
 from pulmo_jax.config import (
     EvaluateConfig,
     IngestConfig,
@@ -27,6 +28,7 @@ from pulmo_jax.config import (
     validate,
 )
 from pulmo_jax.landmark_config import LandmarkConfig, check_landmark_nodes
+from pulmo_jax.methods.classes import Classifier
 from pulmo_jax.methods.located import Locator
 from pulmo_jax.nodes import GIVEN, argument_schema, check_nodes, find_target
 from pulmo_jax.types import InputError
@@ -40,8 +42,9 @@ VERBS: dict[str, type[Section]] = {
     "detect": DetectConfig,
     "ingest": IngestConfig,
 }
-TASKS = {"landmarks": "train"}  # what else a verb does, by the `task` of an experiment
-SCHEMAS = VERBS | {"landmarks": LandmarkConfig}  # by the name of the primary config
+TASKS = {"landmarks": "train", "classes": "train"}  # what else a verb does, by the `task` of an experiment
+SCHEMAS = VERBS | {"landmarks": LandmarkConfig, "classes": ClassifierConfig}  # by the name of the primary config
+METHODS: dict[type, type[Section]] = {Locator: LandmarkConfig, Classifier: ClassifierConfig}
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
 C = TypeVar("C", bound=Section)
 
@@ -68,6 +71,8 @@ def checked(raw: DictConfig, schema: type[C]) -> C:
         check_nodes(config)
     if isinstance(config, LandmarkConfig):
         check_landmark_nodes(config)
+    if isinstance(config, ClassifierConfig):
+        check_classifier_nodes(config)
     return config
 
 
@@ -199,10 +204,15 @@ def print_group(group: str, schema: type[Section]) -> None:
         nodes = {group: choice} if "_target_" in choice else parts
         for where, node in nodes.items():
             target = find_target(node, where, ())
-            if group == "method" and issubclass(target, Locator) != (schema is LandmarkConfig):
+            if group == "method" and task_of_method(target) is not schema:
                 continue
             print(f"\n{where} ({group}={file.stem}): {node['_target_']}")
             print_keys(argument_schema(target, GIVEN[group]), f"{where}.")
+
+
+def task_of_method(target: type) -> type[Section]:
+    """The schema of the jobs that a method is for."""
+    return next((schema for kind, schema in METHODS.items() if issubclass(target, kind)), TrainConfig)
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:

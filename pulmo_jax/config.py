@@ -335,7 +335,9 @@ def check_paths(config: Section) -> None:
     """Every folder of images that is given must be there. Raises InputError that names the key."""
     data = getattr(config, "data", None)
     folders = {"foreground": getattr(config, "foreground", None)}
-    folders |= {f"data.{key}": getattr(data, key, None) for key in ("train", "val", "test", "test_masks", "foreground")}
+    folders |= {
+        f"data.{key}": getattr(data, key, None) for key in ("root", "train", "val", "test", "test_masks", "foreground")
+    }
     if getattr(config, "task", None) == "landmarks" or (isinstance(config, EvaluateConfig) and config.data.images):
         folders = {"data.images": data and data.images}
     for key, path in folders.items():

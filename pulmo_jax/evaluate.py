@@ -5,6 +5,10 @@ from pathlib import Path
 from pulmo_jax import cli
 from pulmo_jax.aligning import align_data, open_frame
 from pulmo_jax.assessment import assess_and_report
+from pulmo_jax.classifier_assessment import assess_test_set
+from pulmo_jax.classifier_config import ClassifierEvaluationConfig
+from pulmo_jax.classifier_data import read_classes
+from pulmo_jax.classifier_run import open_classifier_run
 from pulmo_jax.config import EvaluateConfig
 from pulmo_jax.data.images import index_images
 from pulmo_jax.data.landmark_table import read_landmarks, without_row
@@ -21,13 +25,14 @@ Writes metrics.json, metrics.md, report.html and figures/ into RUN/evaluation/TI
   python -m pulmo_jax.evaluate run=RUN data.test=DIR data.test_masks=DIR2     images with masks of the findings
   python -m pulmo_jax.evaluate run=RUN data.test=DIR                          subfolders are classes, one "normal"
   python -m pulmo_jax.evaluate run=RUN data.images=DIR data.test=TEST.csv     of a landmark run
+  python -m pulmo_jax.evaluate run=RUN data.test=DIR_OR_STORE                 of a classification run: DIR/yes, DIR/no
 """
 
 
 def evaluate(config: EvaluateConfig, out_dir: Path) -> None:
     """The run's own scorer and thresholds on labelled images."""
-    if task_of(config.run) == "landmarks":
-        return evaluate_landmarks(config, out_dir)
+    if (task := task_of(config.run)) != "anomalies":
+        return {"landmarks": evaluate_landmarks, "classes": evaluate_classes}[task](config, out_dir)
     console = cli.console()
     run = open_run(config.run, config.plugins)
     data, trained = config.data, run.config.data
@@ -61,6 +66,23 @@ def evaluate_landmarks(config: EvaluateConfig, out_dir: Path) -> None:
     tested = labelled(table.refs, table.points, run.size, options, console, "test")
     how = LandmarkEvaluationConfig(replicates=config.evaluation.replicates, examples=config.evaluation.examples)
     assess_landmarks(run, tested, out_dir, console, options=how, normal=data.normal_name, seed=config.seed, notes=notes)
+    console.print(f"see {out_dir / 'report.html'}", highlight=False)
+
+
+def evaluate_classes(config: EvaluateConfig, out_dir: Path) -> None:
+    """A classification run's figures of merit on the images of other class folders."""
+    console, data = cli.console(), config.data
+    run = open_classifier_run(config.run, config.plugins)
+    if data.test_masks is not None or data.foreground is not None or data.images is not None:
+        raise InputError(
+            f"{config.run} tells classes apart: data.test_masks, data.foreground and data.images are of no use; leave "
+            "them out"
+        )
+    own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
+    options = run.config.data.model_copy(update=own)
+    found = read_classes(data.test, options, run.size, console, run.classes)
+    how = ClassifierEvaluationConfig(replicates=config.evaluation.replicates, examples=config.evaluation.examples)
+    assess_test_set(run, found, out_dir, console, how, config.seed)
     console.print(f"see {out_dir / 'report.html'}", highlight=False)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from rich.console import Console
 from pulmo_jax import cli
 from pulmo_jax.data import radiographs
 from pulmo_jax.data.landmark_batches import rows_of_batch, shuffled_batches
-from pulmo_jax.data.pipeline import iterate
 from pulmo_jax.data.samples import fetch_radiographs
 from pulmo_jax.evaluation.landmark_metrics import radial_errors
 from pulmo_jax.files import write_json
@@ -27,21 +25,12 @@ from pulmo_jax.landmark_data import LandmarkSets, describe_sets, read_sets
 from pulmo_jax.landmark_run import build_locator, fit_companions, fitted_state, make_run, save_run, working_size
 from pulmo_jax.lock import claim
 from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
-from pulmo_jax.resources import running_out_names
 from pulmo_jax.run import build_optimizer, load_values, provenance, save_config, unfinish, use_compile_cache
 from pulmo_jax.training import devices
-from pulmo_jax.training.callbacks import Start
 from pulmo_jax.training.checkpoint import Checkpoints
-from pulmo_jax.training.loop import fit
 from pulmo_jax.training.state import init_state, make_step
-from pulmo_jax.training_job import (
-    build_callbacks,
-    refuse_another,
-    refuse_or_resume,
-    restore_last,
-    stop_if_interrupted,
-    tell_damage,
-)
+from pulmo_jax.training_job import descend as stepwise
+from pulmo_jax.training_job import refuse_another, refuse_or_resume
 from pulmo_jax.types import InputError
 
 TABLES = ("train", "val", "test")
@@ -173,55 +162,29 @@ def descend(
 ) -> Learnt:
     """Step by step; the best checkpoint on the validation images is the one that is used."""
     optimizer, trainer, training = build_optimizer(config), config.trainer, sets.training
-    callbacks, mesh = build_callbacks(config.callbacks, config.plugins), devices.all_devices(trainer.batch_size)
-    state, before = restore_last(run_dir / "checkpoints", init_state(method, optimizer), identity, console)
-    batches = shuffled_batches(training.working.pixels, training.square_points, trainer.batch_size, config.seed)
-    remedy = f"lower trainer.batch_size (now {trainer.batch_size}), method.members or method.size"
-    error = validation_error(method, sets)
+    mesh, error = devices.all_devices(trainer.batch_size), validation_error(method, sets)
 
     def files_of(step: int) -> list[str]:
-        rows = rows_of_batch(len(training.refs), trainer.batch_size, config.seed, step - 1)
+        rows = rows_of_batch(len(training.refs), trainer.batch_size, config.seed, step)
         return [training.titles[row] for row in rows]
 
-    with (
-        Checkpoints(run_dir / "checkpoints") as checkpoints,
-        closing(iterate(batches, int(state.step), threads=config.data.threads, prefetch=PREFETCH)) as rows,
-        running_out_names("training", remedy),
-    ):
-        start = Start(
-            run_dir=run_dir,
-            step=int(state.step),
-            steps=int(state.step) if before.stopped else trainer.steps,
-            batch_size=trainer.batch_size,
-            console=console,
-            checkpoints=checkpoints,
-            identity=identity,
-            examples=np.empty(0),
-            reconstruct=lambda _, examples: examples,
-            val_losses=before.val_losses,
-            files_of=files_of,
-        )
-        step = make_step(method, optimizer, trainer.ema_decay, config.seed, devices.everywhere(mesh))
-        outcome = fit(
-            devices.on_all(state, mesh),
-            step,
-            (devices.divided(batch, mesh) for batch in rows),
-            lambda state: error(devices.here(state.ema)),
-            callbacks,
-            start,
-            log_every=trainer.log_every,
-            validate_every=trainer.validate_every,
-        )
-        stop_if_interrupted(outcome, run_dir, console)
-        best, record, damaged = checkpoints.restore_best(devices.here(outcome.state))
-    tell_damage(damaged, console)
-    assert record.val_loss is not None  # the best of those that have one
-    facts = {
-        "steps": int(outcome.state.step),
-        "stopped_early": before.stopped or outcome.stopped or "no",
-        "best_val_loss": record.val_loss,
-        "seconds": dict(outcome.seconds),
-    }
+    best, record, facts = stepwise(
+        init_state(method, optimizer),
+        make_step(method, optimizer, trainer.ema_decay, config.seed, devices.everywhere(mesh)),
+        shuffled_batches(training.working.pixels, training.square_points, trainer.batch_size, config.seed),
+        lambda state: error(state.ema),
+        config,
+        run_dir,
+        console,
+        mesh=mesh,
+        identity=identity,
+        files_of=files_of,
+        images_in_batch=trainer.batch_size,
+        threads=config.data.threads,
+        prefetch=PREFETCH,
+        remedy=f"lower trainer.batch_size (now {trainer.batch_size}), method.members or method.size",
+    )
+    assert record.val_loss is not None
     return Learnt(best.ema, record.step, record.val_loss, facts)
 
 

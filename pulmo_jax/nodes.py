@@ -18,7 +18,7 @@ from pulmo_jax.types import InputError
 # What the program itself gives to the targets of these groups; a config may not set it.
 GIVEN = {
     "model": ("patch_size", "channels", "rngs"),
-    "method": ("network", "n_landmarks", "mirror", "shapes", "seed"),
+    "method": ("network", "n_landmarks", "mirror", "shapes", "seed", "n_classes", "normal", "class_weights"),
     "optimizer": ("steps",),
     "callbacks": (),
 }

@@ -17,6 +17,7 @@ import numpy as np
 
 from pulmo_jax import cli
 from pulmo_jax.aligning import Masks, align_input, open_frame, write_in_images
+from pulmo_jax.classifier_prediction import predict_classes
 from pulmo_jax.config import PredictConfig
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, fingerprint, index_images, same_scale, stem
 from pulmo_jax.data.sources import open_source
@@ -43,13 +44,17 @@ others are done, and summary.json names the failed.
 Of a landmark run: OUTPUT/landmarks.csv, overlays/ and, with aligned=true, the images in the lung frame in aligned/.
 
   python -m pulmo_jax.predict run=LANDMARK_RUN input=FOLDER output=results aligned=true
+
+Of a classification run: OUTPUT/predictions.csv, and in overlays/ where in each image the decision comes from.
+
+  python -m pulmo_jax.predict run=CLASSIFICATION_RUN input=FOLDER_OR_STORE output=results
 """
 
 
 def predict(config: PredictConfig, _: Path) -> None:
     """Map every image, one by one; each is finished on disk before the next begins."""
-    if task_of(config.run) == "landmarks":
-        return predict_landmarks(config)
+    if (task := task_of(config.run)) != "anomalies":
+        return {"landmarks": predict_landmarks, "classes": predict_classes}[task](config)
     if config.aligned:
         raise InputError(f"aligned=true: {config.run} finds no landmarks to align by; give a landmark run")
     began, console = time.monotonic(), cli.console()

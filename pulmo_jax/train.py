@@ -19,6 +19,8 @@ from rich.console import Console
 from pulmo_jax import cli
 from pulmo_jax.aligning import align_data, open_frame
 from pulmo_jax.assessment import assess_and_report, labelled_images
+from pulmo_jax.classifier_config import ClassifierConfig
+from pulmo_jax.classifier_training import train_classes
 from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, check_paths
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import Reader
@@ -77,13 +79,16 @@ writes RUN/report.html.
   python -m pulmo_jax.train +experiment=lung hydra.run.dir=RUN resume=true
   python -m pulmo_jax.train -m +experiment=lung model.latent=16,64 seed=0,1,2
   python -m pulmo_jax.train +experiment=landmarks                       landmarks; with --help: the keys of these jobs
+  python -m pulmo_jax.train +experiment=brain_mri data.root=DIR         classes, cross-validated; DIR/yes and DIR/no
 """
 
 
-def train(config: TrainConfig | LandmarkConfig, run_dir: Path) -> float:
+def train(config: TrainConfig | LandmarkConfig | ClassifierConfig, run_dir: Path) -> float:
     """The whole job; returns the best validation loss, which a sweep may minimise."""
     if isinstance(config, LandmarkConfig):
         return train_landmarks(config, run_dir)
+    if isinstance(config, ClassifierConfig):
+        return train_classes(config, run_dir)
     began = time.monotonic()
     devices.connect(config.cluster.coordinator, config.cluster.processes, config.cluster.process)
     use_compile_cache(config.trainer.compile_cache)

@@ -1,19 +1,23 @@
 """What every training job does around its loop: nothing is overwritten, nothing is lost, every end is told."""
 
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from pulmo_jax.config import Node
+from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.nodes import build
+from pulmo_jax.resources import running_out_names
 from pulmo_jax.training import devices
-from pulmo_jax.training.callbacks import Callback
+from pulmo_jax.training.callbacks import Callback, Start
 from pulmo_jax.training.checkpoint import Checkpoints, DamagedError, Record
-from pulmo_jax.training.loop import Outcome
+from pulmo_jax.training.loop import Outcome, fit
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
@@ -79,3 +83,70 @@ def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> No
     if outcome.signum is not None:
         console.print(f"go on with resume=true hydra.run.dir={run_dir}", highlight=False)
         sys.exit(128 + outcome.signum)
+
+
+def descend(
+    fresh: TrainState,
+    step: Callable[[TrainState, Any], Any],
+    batches: MapDataset,
+    validate: Callable[[TrainState], float],
+    config: Any,
+    run_dir: Path,
+    console: Console,
+    *,
+    mesh: Mesh,
+    identity: dict[str, Any],
+    files_of: Callable[[int], list[str]],
+    images_in_batch: int,
+    threads: int,
+    prefetch: int,
+    remedy: str,
+    last: bool = False,
+) -> tuple[TrainState, Record, dict[str, Any]]:
+    """Step by step, from the newest checkpoint on if there is one: (state, its record, facts of the training).
+
+    The state is the one with the lowest validation loss, or the last one. config: of a job, with its trainer and its
+    callbacks. files_of: those of the batch of a step, from 0. remedy: what to do where memory runs out.
+    """
+    callbacks = build_callbacks(config.callbacks, config.plugins)
+    state, before = restore_last(run_dir / "checkpoints", fresh, identity, console)
+    with (
+        Checkpoints(run_dir / "checkpoints") as checkpoints,
+        closing(iterate(batches, int(state.step), threads=threads, prefetch=prefetch)) as rows,
+        running_out_names("training", remedy),
+    ):
+        start = Start(
+            run_dir=run_dir,
+            step=int(state.step),
+            steps=int(state.step) if before.stopped else config.trainer.steps,
+            batch_size=images_in_batch,
+            console=console,
+            checkpoints=checkpoints,
+            identity=identity,
+            examples=np.empty(0),
+            reconstruct=lambda _, examples: examples,
+            val_losses=before.val_losses,
+            files_of=lambda number: files_of(number - 1),
+        )
+        outcome = fit(
+            devices.on_all(state, mesh),
+            step,
+            (devices.divided(batch, mesh) for batch in rows),
+            lambda state: validate(devices.here(state)),
+            callbacks,
+            start,
+            log_every=config.trainer.log_every,
+            validate_every=config.trainer.validate_every,
+        )
+        stop_if_interrupted(outcome, run_dir, console)
+        here = devices.here(outcome.state)
+        found, record, damaged = (checkpoints.restore_newest(here) if last else None) or checkpoints.restore_best(here)
+    tell_damage(damaged, console)
+    assert record.val_loss is not None  # the last one, and the best of those that have one
+    facts = {
+        "steps": int(outcome.state.step),
+        "stopped_early": before.stopped or outcome.stopped or "no",
+        "val_loss": record.val_loss,
+        "seconds": dict(outcome.seconds),
+    }
+    return found, record, facts

@@ -548,6 +548,7 @@ def test_errors_of_a_sweep_show_before_any_job(run, tmp_path, arguments, words):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_combination_that_cannot_be_is_said_first_and_the_others_run(run, tmp_path):
     arguments = ["data.stride=32,64", "data.patch_size=32,64", "hydra.sweep.dir=sweep"]
     done = run("train", "-m", *arguments, task=lambda config, out: 0.5)

@@ -31,6 +31,7 @@ def test_files_that_the_readme_links_to_exist():
 )
 def test_keys_that_the_readme_names_exist(key):
     from pulmo_jax.adi_config import DetectConfig
+    from pulmo_jax.classifier_config import ClassifierConfig
     from pulmo_jax.composing import allowed_keys
     from pulmo_jax.config import TrainConfig
     from pulmo_jax.landmark_config import LandmarkConfig
@@ -41,6 +42,7 @@ def test_keys_that_the_readme_names_exist(key):
         *allowed_keys(TrainConfig, [section]),
         *allowed_keys(DetectConfig, [section]),
         *allowed_keys(LandmarkConfig, [section]),
+        *allowed_keys(ClassifierConfig, [section]),
         *(key for node in nodes for key in node),
     )
 

@@ -50,14 +50,24 @@ def local_zscore(images: Float[Array, "B S S"], sigma_px: float) -> Float[Array,
 
     sigma_px: of the Gaussian; beyond the edge, the nearest pixel. An image of one level is 0.
     """
-    blur = jnp.asarray(gaussian_filter1d(np.eye(images.shape[-1]), sigma_px, axis=0, mode="nearest"), images.dtype)
-
-    def blurred(x: Array) -> Array:
-        return jnp.einsum("ij,bjk,lk->bil", blur, x, blur, precision="highest")
-
     whole = zscore(images)
-    step = whole - blurred(whole)
-    return step / jnp.sqrt(blurred(step**2) + LEAST_LOCAL_SD**2)
+    step = whole - blurred(whole, sigma_px)
+    return step / jnp.sqrt(blurred(step**2, sigma_px) + LEAST_LOCAL_SD**2)
+
+
+def asymmetry(images: Float[Array, "B S S"], sigma_px: float) -> Float[Array, "B S S"]:
+    """The absolute difference between each image and itself reflected left to right, both blurred: the more, the less
+    exactly the two sides must lie on each other. What grows on one side alone shows in it, anatomy hardly does."""
+    smooth = blurred(images, sigma_px)
+    return jnp.abs(smooth - smooth[..., ::-1])
+
+
+def blurred(images: Float[Array, "B S S"], sigma_px: float) -> Float[Array, "B S S"]:
+    """By a Gaussian; beyond the edge, the nearest pixel."""
+    if not sigma_px:
+        return images
+    blur = jnp.asarray(gaussian_filter1d(np.eye(images.shape[-1]), sigma_px, axis=0, mode="nearest"), images.dtype)
+    return jnp.einsum("ij,bjk,lk->bil", blur, images, blur, precision="highest")
 
 
 def clahe(images: Float[Array, "B S S"], tiles: int = 4, clip: float = 2.0) -> Float[Array, "B S S"]:

@@ -8,12 +8,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source
 from pulmo_jax.data.sources.source import decoding, printable
-from pulmo_jax.data.sources.store import in_store, is_store, opened
+from pulmo_jax.data.sources.store import Store, in_store, is_store, opened
 from pulmo_jax.types import InputError, Source, Window
 
 MEBIBYTE = 2**20
@@ -21,14 +22,14 @@ OPEN_FILES_PER_THREAD = 32
 OPEN_BYTES_PER_THREAD = 16 * MEBIBYTE  # an open file may keep its last page decoded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRef:
     """One page of one file: what the header says, and where its foreground mask is.
 
     name: path relative to the folder it was found in, with "/"; group: what must stay together in a split.
     """
 
-    path: Path
+    folder: Path
     name: str
     page: int
     pages: int
@@ -36,6 +37,10 @@ class ImageRef:
     dtype: str
     group: str
     mask: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
 
     @property
     def title(self) -> str:
@@ -72,29 +77,45 @@ def index_images(
     group_regex: see `group_of`; default: each file is a group.
     Unreadable files come back as Skipped: the caller decides. Raises InputError if there is no image at all.
     """
-    stored = is_store(folder)
-    root = folder if folder.is_dir() or stored else folder.parent
-    left_out = leave_out and leave_out.resolve()
-    paths = [p for p in list_images(folder) if left_out is None or left_out not in p.resolve().parents]
-    names = [path.relative_to(root).as_posix() for path in paths]
+    store = opened(folder) if is_store(folder) else None
+    root = folder if folder.is_dir() or store else folder.parent
+    names = stored_names(store) if store else listed_names(folder, root, leave_out)
     with decoding(masks or root):
         mask_of = find_masks(masks, names)
-    refs, skipped = [], []
-    for path, name in zip(paths, names, strict=True):
+    refs, skipped, limit = [], [], max_image_mb * MEBIBYTE
+    once: dict[Any, Any] = {}  # of equal values one is kept
+    for name in names:
+        path = f"{root}/{name}" if store else root / name  # a Path keeps its parts, and Python its names
         try:
-            if not is_utf8(name):  # no table, report or map could name it
-                raise InputError(printable(f"{path}: its name is not UTF-8; rename it"))
+            require_utf8(path, name)
             mask = mask_of[name]
             if mask is None and require_masks:
                 raise InputError(f"{path}: no mask {masks}/{name}, nor with another image suffix")
-            with open_source(path, max_bytes=max_image_mb * MEBIBYTE) as source:
-                pages, height, width, bands = source.shape
-                dtype = source.dtype.name
-            group = opened(folder).by_name[name][0].group if stored and not group_regex else group_of(name, group_regex)
-            refs += [ImageRef(path, name, k, pages, (height, width, bands), dtype, group, mask) for k in range(pages)]
+            pages, shape, dtype = store.header(name, limit) if store else header(root / name, limit)
+            group = store.by_name[name][0].group if store and not group_regex else group_of(name, group_regex)
+            name, shape, dtype, group = (once.setdefault(value, value) for value in (name, shape, dtype, group))
+            refs += [ImageRef(root, name, page, pages, shape, dtype, group, mask) for page in range(pages)]
         except InputError as error:
             skipped.append(Skipped(printable(name), str(error)))
     return refs, skipped
+
+
+def header(path: Path, max_bytes: int) -> tuple[int, tuple[int, int, int], str]:
+    """Pages, shape and dtype."""
+    with open_source(path, max_bytes=max_bytes) as source:
+        pages, height, width, bands = source.shape
+        return pages, (height, width, bands), source.dtype.name
+
+
+def listed_names(folder: Path, root: Path, leave_out: Path | None) -> list[str]:
+    left_out = leave_out and leave_out.resolve()
+    paths = (path for path in list_images(folder) if left_out is None or left_out not in path.resolve().parents)
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
+def stored_names(store: Store) -> list[str]:
+    """In the order of paths, in which a folder comes before what begins with its name."""
+    return sorted(store.by_name, key=lambda name: name.replace("/", "\0"))
 
 
 def by_file(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
@@ -114,9 +135,12 @@ def fingerprint(path: Path | None) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def is_utf8(name: str) -> bool:
-    """Python holds the bytes of a file name that do not decode as lone surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+def require_utf8(path: Path | str, name: str) -> None:
+    """No table, report or map could name it: Python holds bytes that do not decode as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(printable(f"{path}: its name is not UTF-8; rename it")) from None
 
 
 def group_of(name: str, group_regex: str | None) -> str:

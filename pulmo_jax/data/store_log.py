@@ -4,14 +4,16 @@ harm. What is whole of it is used when ingesting goes on; a last entry that is c
 import json
 import os
 import struct
+import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HEAD = b"pulmo_jax store part 1\n"
+HEAD = b"pulmo_jax store part 2\n"
 SIZES = struct.Struct("<QI")  # of the JSON, and the checksum of JSON and chunks
+AT_ONCE = 64  # entries that may be lost where the machine, not the process alone, goes down
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Logged:
 
 
 class Log:
-    """Opened for appending; `entries` are those that are whole."""
+    """Opened for appending, by any number of threads; `entries` are those that are whole."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("r+b" if path.exists() else "w+b")
         self.entries = list(self._whole())
@@ -68,21 +70,23 @@ class Log:
         self.file.seek(good)
         self.file.truncate()
 
-    def append(self, entries: Iterable[Entry]) -> None:
-        """All of them are on the disk on return. OSError, such as of a full disk, leaves those before."""
-        for entry in entries:
-            lengths = [len(chunk) for chunk in entry.chunks]
-            text = json.dumps(entry.facts | {"chunk_bytes": lengths}).encode()
-            checksum = zlib.crc32(text)
-            for chunk in entry.chunks:
-                checksum = zlib.crc32(chunk, checksum)
+    def append(self, entry: Entry) -> None:
+        """OSError, such as of a full disk, leaves those before."""
+        lengths = [len(chunk) for chunk in entry.chunks]
+        text = json.dumps(entry.facts | {"chunk_bytes": lengths}).encode()
+        checksum = zlib.crc32(text)
+        for chunk in entry.chunks:
+            checksum = zlib.crc32(chunk, checksum)
+        with self.lock:
             self.file.write(SIZES.pack(len(text), checksum) + text)
             start = self.file.tell()
             for chunk in entry.chunks:
                 self.file.write(chunk)
+            self.file.flush()
             self.entries.append(Logged(entry.facts, start, lengths))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+            due = len(self.entries) % AT_ONCE == 0
+        if due:  # meanwhile others append
+            os.fsync(self.file.fileno())
 
     def chunks(self, entry: Logged) -> list[bytes]:
         self.file.seek(entry.start)

@@ -1,26 +1,28 @@
 """From a folder of images to a store, new or larger: each file is decoded once, copies of it never.
 
-Pages are decoded and packed by a pool, some at a time, into a log beside the store (data/store_log.py), which a kill
-does not harm and the next call goes on with. Only when all are there is the store made: what it held is copied as it
-stands, the log's chunks are put behind it as they are, and the new file takes the old one's place by renaming.
+Files are decoded and packed by a pool, page by page, into a log beside the store (data/store_log.py), which a kill does
+not harm and the next call goes on with. Only when all are there is the store made: what it held is copied as it stands,
+the log's chunks are put behind it as they are, and the new file takes the old one's place by renaming.
 """
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, group_of, index_images
-from pulmo_jax.data.near_copies import copies, look_of
+from pulmo_jax.data.images import MEBIBYTE, Skipped, group_of, require_utf8
+from pulmo_jax.data.near_copies import joined_groups, look_of
+from pulmo_jax.data.sources import list_images, open_source
+from pulmo_jax.data.sources.source import check_is_file, decoding, printable
 from pulmo_jax.data.sources.store import (
-    INDEX,
     SCHEMA,
     VERSION,
     Record,
@@ -29,6 +31,7 @@ from pulmo_jax.data.sources.store import (
     corners,
     describe,
     digest,
+    index_of,
     pack,
     pixel_digest,
     tiles_of,
@@ -37,8 +40,6 @@ from pulmo_jax.data.store_log import Entry, Log, Logged
 from pulmo_jax.files import replacing, write_json
 from pulmo_jax.types import InputError
 
-AT_ONCE = 64  # pages between two writings to the log
-BLOCK = 2**20  # bytes that a hash takes at a time
 Tracker = Callable[[str], Callable[[Iterable[Any], int], Iterable[Any]]]
 
 
@@ -64,45 +65,41 @@ def ingest_folder(
 ) -> Ingested:
     """Raises InputError where a name is in the store with other content, or for a folder without images to read."""
     old = read_records(target)
-    refs, failed = index_images(folder, max_image_mb=max_image_mb)
+    root = folder if folder.is_dir() else folder.parent
+    paths = {path.relative_to(root).as_posix(): path for path in list_images(folder)}
     log = Log(part_of(target))
     try:
         with ThreadPoolExecutor(threads) as pool:
-            paths = sorted({ref.path for ref in refs})
-            contents = dict(zip(paths, tracker("reading files")(pool.map(content_of, paths), len(paths)), strict=True))
-            require_same_content(target, old, refs, contents)
-            there = {(r.content, r.page) for r in old} | {(e.facts["content"], e.facts["page"]) for e in log.entries}
-            first = {(contents[ref.path], ref.page): ref for ref in reversed(refs)}
-            todo = [ref for key, ref in first.items() if key not in there]
-            reader, unreadable = Reader(max_image_mb), {}
-            for some in tracker(f"decoding, {AT_ONCE} images at a time")(
-                chunked(todo, AT_ONCE), -(-len(todo) // AT_ONCE)
-            ):
-                done = list(pool.map(lambda ref: prepared(ref, contents[ref.path], reader), some))
-                log.append(entry for entry in done if isinstance(entry, Entry))
-                unreadable |= {e.name: e for e in done if isinstance(e, Skipped)}
-            reader.close()
-        bad = {contents[ref.path]: unreadable[ref.name] for ref in todo if ref.name in unreadable}
-        gone = {ref.name: bad[contents[ref.path]] for ref in refs if contents[ref.path] in bad}  # copies of them too
-        failed += [
-            file
-            if name == file.name
-            else Skipped(name, f"{folder / name}: is a copy of {file.name}, which is unreadable")
-            for name, file in gone.items()
-        ]
-        kept = [ref for ref in refs if contents[ref.path] not in bad]
+            read = tracker("reading files")(pool.map(content_or_reason, paths.values(), paths), len(paths))
+            found = dict(zip(paths, read, strict=True))
+            contents = {name: content for name, content in found.items() if isinstance(content, str)}
+            groups = {name: group_of(name, group_regex) for name in contents}
+            require_same_content(target, old, contents)
+            there = {record.content for record in old} | logged(log).keys()
+            first = {content: name for name, content in reversed(contents.items()) if content not in there}
+            todo = {name: content for content, name in reversed(first.items())}
+            put = pool.map(lambda name: put_into(log, paths[name], todo[name], max_image_mb), todo)
+            reasons = dict(zip(todo, tracker("decoding")(put, len(todo)), strict=True))
+        for name, content in contents.items():
+            if reason := reasons.get(first.get(content, "")):
+                copy = f"{paths[name]}: is a copy of {first[content]}, which is unreadable"
+                found[name] = Skipped(name, reason if name in todo else copy)
+        failed = [file for file in found.values() if isinstance(file, Skipped)]
+        kept = {name: content for name, content in found.items() if isinstance(content, str)}
         if not kept:
             raise InputError(f"{failed[0].reason}\n(none of the {len(failed)} images can be read)")
-        records = combine(old, kept, contents, log.entries, group_regex, near_bits)
+        pages = logged(log)
+        records = joined([*old, *added(old, kept, groups, pages)], near_bits)
         if records != old:
-            write_store(target, records, log)
+            write_store(target, records, pages, log)
     finally:
         log.close()
         if not log.entries:
             part_of(target).unlink()
     write_json(target.with_name("metadata.json"), describe(records))
     part_of(target).unlink(missing_ok=True)
-    return Ingested(records, len(todo) - len(unreadable), len(kept) - len(todo) + len(unreadable), failed)
+    decoded = sum(len(pages[content]) for name, content in todo.items() if name in kept)
+    return Ingested(records, decoded, sum(record.name in kept for record in records) - decoded, failed)
 
 
 def part_of(target: Path) -> Path:
@@ -113,22 +110,26 @@ def read_records(target: Path) -> list[Record]:
     if not target.exists():
         return []
     with Store(target) as store:
-        return store.records
+        return list(store.records)
 
 
 def content_of(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_same_content(
-    target: Path, old: Sequence[Record], refs: Sequence[ImageRef], contents: dict[Path, str]
-) -> None:
-    before = {record.name: record.content for record in old}
-    other = sorted({ref.name for ref in refs if before.get(ref.name, contents[ref.path]) != contents[ref.path]})
+def content_or_reason(path: Path, name: str) -> str | Skipped:
+    try:
+        require_utf8(path, name)
+        with decoding(path):
+            check_is_file(path, "an image file")
+            return content_of(path)
+    except InputError as error:
+        return Skipped(printable(name), str(error))
+
+
+def require_same_content(target: Path, old: Sequence[Record], contents: Mapping[str, str]) -> None:
+    other = sorted({record.name for record in old if contents.get(record.name, record.content) != record.content})
     if other:
         raise InputError(
             f"{target}: {len(other)} of these names are in the store with other content ({', '.join(other[:5])}); "
@@ -136,122 +137,95 @@ def require_same_content(
         )
 
 
-def chunked(items: Sequence[ImageRef], size: int) -> Iterable[Sequence[ImageRef]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def prepared(ref: ImageRef, content: str, reader: Reader) -> Entry | Skipped:
-    """The page decoded, described and packed."""
+def put_into(log: Log, path: Path, content: str, max_image_mb: int) -> str:
+    """All pages of a file, each decoded, described and packed; or why not, "" if so."""
     try:
-        page = reader.image(ref)
+        with open_source(path, max_bytes=max_image_mb * MEBIBYTE) as source:
+            pages, height, width, channels = source.shape
+            file = {"pages": pages, "content": content, "height": height, "width": width, "channels": channels,
+                    "dtype": source.dtype.name, "file_bytes": path.stat().st_size}  # fmt: skip
+            for number in range(pages):
+                page = source.read(number)
+                facts = file | {"page": number, "pixels": pixel_digest(page), "look": look_of(page)}
+                log.append(Entry(facts, [pack(tile) for tile in tiles_of(page)]))
     except InputError as error:
-        return Skipped(ref.name, str(error))
-    facts = {
-        "content": content,
-        "page": ref.page,
-        "shape": ref.shape,
-        "dtype": ref.dtype,
-        "pixels": pixel_digest(page),
-        "look": look_of(page),
+        return str(error)
+    return ""
+
+
+def logged(log: Log) -> dict[str, list[Logged]]:
+    """The pages of each content of which the log has all."""
+    pages: dict[str, dict[int, Logged]] = {}
+    for entry in log.entries:
+        pages.setdefault(entry.facts["content"], {})[entry.facts["page"]] = entry
+    return {
+        content: [found[number] for number in sorted(found)]
+        for content, found in pages.items()
+        if all(len(found) == entry.facts["pages"] for entry in found.values())
     }
-    return Entry(facts, [pack(tile) for tile in tiles_of(page)])
 
 
-def combine(
-    old: Sequence[Record],
-    refs: Sequence[ImageRef],
-    contents: dict[Path, str],
-    entries: Sequence[Logged],
-    group_regex: str | None,
-    near_bits: int,
+def added(
+    old: Sequence[Record], contents: Mapping[str, str], groups: Mapping[str, str], pages: Mapping[str, list[Logged]]
 ) -> list[Record]:
-    """The records of the whole store: old ones keep their rows, new pages stand behind them, copies share a row."""
-    by_content = {(record.content, record.page): record for record in old}
-    rows: dict[str, int] = {}
+    """The records of files that the store does not know: new pages stand behind the old, copies share a row."""
+    known: dict[str, dict[int, Record]] = {}
+    rows: Counter[str] = Counter()
     for record in old:
-        rows[record.images] = max(rows.get(record.images, 0), record.row + 1)
-    wanted = {(contents[ref.path], ref.page) for ref in refs}
-    places = {}
-    for entry in entries:
-        key = (entry.facts["content"], entry.facts["page"])
-        if key in wanted and key not in by_content and key not in places:
-            images = dataset_of(entry.facts["shape"], entry.facts["dtype"])
-            places[key] = entry.facts | {"images": images, "row": rows.setdefault(images, 0)}
-            rows[images] += 1
-    new, names = [], {(record.name, record.page) for record in old}
-    for ref in refs:
-        key = (contents[ref.path], ref.page)
-        if (ref.name, ref.page) in names:
-            continue
-        known = asdict(by_content[key]) if key in by_content else places[key]
-        height, width, channels = ref.shape
-        new.append(
-            Record(
-                ref.name,
-                ref.page,
-                ref.pages,
-                label_of(ref.name),
-                group_of(ref.name, group_regex),
-                key[0],
-                known["pixels"],
-                known["look"],
-                height,
-                width,
-                channels,
-                ref.dtype,
-                ref.path.stat().st_size,
-                known["images"],
-                known["row"],
-            )
-        )
-    return grouped([*old, *new], near_bits)
+        known.setdefault(record.content, {})[record.page] = record
+        rows[record.images] = max(rows[record.images], record.row + 1)
+    new, names = [], {record.name for record in old}
+    for name, content in contents.items():
+        if content not in known:
+            known[content] = {}
+            for page in pages[content]:
+                record = Record(name=name, label="", group="", images="", row=0, **page.facts)
+                images = f"{'x'.join(map(str, record.shape))}_{record.dtype}"
+                known[content][record.page] = replace(record, images=images, row=rows[images])
+                rows[images] += 1
+        if name not in names:
+            own = {"name": name, "label": label_of(name), "group": groups[name]}
+            new += [replace(record, **own) for record in known[content].values()]
+    return new
 
 
 def label_of(name: str) -> str:
     return name.partition("/")[0] if "/" in name else ""
 
 
-def dataset_of(shape: Sequence[int], dtype: str) -> str:
-    return f"{'x'.join(map(str, shape))}_{dtype}"
-
-
-def grouped(records: Sequence[Record], near_bits: int) -> list[Record]:
+def joined(records: Sequence[Record], near_bits: int) -> list[Record]:
     """Copies of each other, and members of one group, are of one group: that of the first of them."""
     looks = np.array([record.look for record in records], np.uint64)
-    first = copies([record.content for record in records], looks, near_bits)
-    linked = copies([record.group for record in records], np.zeros(len(records), np.uint64))
-    root = np.arange(len(records))
-    while True:  # until neither link changes anything
-        before = root.copy()
-        for link in (first, linked):
-            lowest = np.full(len(records), len(records))
-            np.minimum.at(lowest, link, root)
-            root = lowest[link]
-        if (root == before).all():
-            return [replace(r, group=records[i].group) for r, i in zip(records, root.tolist(), strict=True)]
+    groups = joined_groups([r.group for r in records], [r.content for r in records], looks, near_bits)
+    return [replace(record, group=group) for record, group in zip(records, groups, strict=True)]
 
 
-def write_store(target: Path, records: Sequence[Record], log: Log) -> None:
+def write_store(target: Path, records: Sequence[Record], pages: Mapping[str, list[Logged]], log: Log) -> None:
     """The store with its new pages, whole or not at all."""
-    entries = {(e.facts["content"], e.facts["page"]): e for e in log.entries}
     with replacing(target) as path:
         if target.exists():
             shutil.copyfile(target, path)
         with h5py.File(path, "a") as file:
             images = file.require_group("images")
-            by_place = {(record.images, record.row): record for record in records}
-            for _, record in sorted(by_place.items()):
-                dataset = dataset_for(images, record)
-                if record.row < len(dataset):
-                    continue
-                dataset.resize(record.row + 1, axis=0)
-                tall, wide = dataset.chunks[1:3]
-                chunks = log.chunks(entries[record.content, record.page])
-                for (top, left), chunk in zip(corners(record.shape, tall, wide), chunks, strict=True):
-                    dataset.id.write_direct_chunk((record.row, top, left, 0), chunk)
+            rows: dict[str, dict[int, Record]] = {}
+            for record in records:
+                rows.setdefault(record.images, {})[record.row] = record
+            for placed in rows.values():
+                dataset = dataset_for(images, placed[0])
+                there = len(dataset)
+                dataset.resize(len(placed), axis=0)
+                for row in range(there, len(placed)):
+                    record = placed[row]
+                    write_page(dataset, record, log.chunks(pages[record.content][record.page]))
             write_index(file, records)
         flush(path)
     flush(target.parent)
+
+
+def write_page(dataset: Any, record: Record, chunks: Iterable[bytes]) -> None:
+    tall, wide, _ = chunk_shape(record.shape, np.dtype(record.dtype))
+    for (top, left), chunk in zip(corners(record.shape, tall, wide), chunks, strict=True):
+        dataset.id.write_direct_chunk((record.row, top, left, 0), chunk)
 
 
 def dataset_for(images: h5py.Group, record: Record) -> Any:
@@ -265,12 +239,11 @@ def dataset_for(images: h5py.Group, record: Record) -> Any:
 
 
 def write_index(file: Any, records: Sequence[Record]) -> None:
-    rows = np.array([tuple(asdict(record).values()) for record in records], INDEX)
     if "index" in file:
-        file["index"].resize(len(rows), axis=0)
-        file["index"][...] = rows
-    else:
-        file.create_dataset("index", data=rows, maxshape=(None,), chunks=(1024,))
+        del file["index"]
+    file.create_dataset(
+        "index", data=index_of(records), chunks=(min(1024, len(records)),), shuffle=True, compression="gzip"
+    )
     file.attrs.update({"schema": SCHEMA, "version": VERSION, "digest": digest(records)})
 
 

@@ -15,6 +15,11 @@ COLUMNS = {
     "best_dice": "best Dice",
     "false_alarm_rate": "false-alarm rate",
     "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "ece": "ECE",
+    "log_loss": "log loss",
     "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
 }
 UNDEFINED = "-"

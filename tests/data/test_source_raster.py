@@ -1,5 +1,7 @@
 """PNG and JPEG: modes, depth, palettes, transparency, animations, resolution."""
 
+import sys
+
 import imagecodecs
 import numpy as np
 import pytest
@@ -52,6 +54,46 @@ def test_jpeg_modes(tmp_path, mode):
     with Image.open(tmp_path / "x.jpg") as written:
         expected = np.asarray(written.convert("L" if mode == "L" else "RGB")).reshape(20, 30, -1)
     np.testing.assert_array_equal(read(tmp_path / "x.jpg"), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"restart_marker_rows": 1}, {"keep_rgb": True}],
+)
+def test_whole_jpegs_are_what_pillow_makes_of_them(tmp_path, mode, options):
+    """They do not go through it; what has bytes behind its end does."""
+    path = tmp_path / "x.jpg"
+    for shape in ((1, 1, 3), (17, 9, 3), (64, 80, 3)):
+        Image.fromarray(noise(shape, np.uint8)).convert(mode).save(path, **options)
+        with Image.open(path) as written:
+            expected = np.asarray(written).reshape(*shape[:2], -1)
+        np.testing.assert_array_equal(read(path), expected)
+        path.write_bytes(path.read_bytes() + b"\0\0")
+        np.testing.assert_array_equal(read(path), expected)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_is_cut_off_anywhere_is_refused(tmp_path, progressive):
+    Image.fromarray(noise((40, 50, 3), np.uint8)).save(tmp_path / "x.jpg", progressive=progressive)
+    whole = (tmp_path / "x.jpg").read_bytes()
+    for size in range(0, len(whole) - 2, 7):
+        (tmp_path / "x.jpg").write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"x\.jpg"):
+            read(tmp_path / "x.jpg")
+
+
+def test_damaged_16_bit_pngs_cost_no_references(tmp_path):
+    """A failure of imagecodecs' decoder takes one from None, and the process ends when none is left."""
+    (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(noise((40, 50), np.uint16)))
+    content = bytearray((tmp_path / "x.png").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.png").write_bytes(content)
+    before = sys.getrefcount(None)
+    for _ in range(200):
+        with pytest.raises(InputError, match=r"x\.png"):
+            read(tmp_path / "x.png")
+    assert sys.getrefcount(None) > before - 100
 
 
 def test_orientation_is_left_alone(tmp_path):

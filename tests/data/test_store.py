@@ -1,5 +1,6 @@
 """Stores against the files that they are made of; what a kill, a flipped bit or a second call leaves."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import h5py
@@ -14,14 +16,17 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from scipy.fft import dctn
 
+from pulmo_jax.data import store_writing
 from pulmo_jax.data.images import Reader, index_images
 from pulmo_jax.data.near_copies import copies, look_of
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.sources import store as stores
-from pulmo_jax.data.sources.store import Store, damaged, pack, unpack
+from pulmo_jax.data.sources.store import Record, Store, damaged, digest, pack, unpack
 from pulmo_jax.data.store_log import Entry, Log
-from pulmo_jax.data.store_writing import ingest_folder, part_of
+from pulmo_jax.data.store_writing import ingest_folder, part_of, write_index
+from pulmo_jax.data.transforms import resize_bands
 from pulmo_jax.types import InputError, Window
 
 
@@ -100,6 +105,70 @@ def test_the_index_is_in_tables_and_in_json(folder, tmp_path):
     assert by_name["yes/c.tif"]["dtype"] == "uint16"
 
 
+def test_an_index_with_strings_of_any_length_is_read_too(folder, tmp_path):
+    """As it was written at first."""
+    ingest(folder, tmp_path / "s.h5")
+    with Store(tmp_path / "s.h5") as store:
+        records = list(store.records)
+    text = h5py.string_dtype()
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        rows = file["index"][()]
+        kinds = [(name, text if rows.dtype[name].kind == "S" else rows.dtype[name]) for name in rows.dtype.names]
+        del file["index"]
+        file["index"] = np.array([tuple(row) for row in rows.tolist()], kinds)
+    with Store(tmp_path / "s.h5") as store:
+        assert list(store.records) == records
+        assert [record.page for record in store.by_name["yes/deep/d.tif"]] == [0, 1]
+    Image.fromarray(picture(20)).save(folder / "no" / "new and with a longer name than any other.png")
+    assert len(ingest(folder, tmp_path / "s.h5").records) == 9
+    with Store(tmp_path / "s.h5") as store:
+        assert list(store.records)[:8] == records
+        assert not damaged(store)
+
+
+def test_files_are_found_by_their_names(folder, tmp_path):
+    ingest(folder, tmp_path / "s.h5")
+    with Store(tmp_path / "s.h5") as store:
+        names = [record.name for record in store.records]
+        assert sorted(store.by_name) == sorted(set(names))
+        assert len(store.by_name) == len(set(names)) == 7
+        for name in names:
+            assert {record.name for record in store.by_name[name]} == {name}
+        for name in ("", "no", "no/a.pn", "no/a.png2", "yes/\udcff", "zzz" * 50):
+            assert name not in store.by_name
+        assert [record.name for record in store.records[2:4]] == names[2:4]
+        assert store.records[-1].name == names[-1]
+        with pytest.raises(IndexError):
+            store.records[8]
+
+
+def test_many_images_cost_little_memory(tmp_path):
+    """The index and what is made of it: some hundred bytes an image, also while they are read."""
+    count = 4000
+    record = Record("", 0, 1, "no", "", "c" * 64, "p" * 64, 2**63 + 7, 64, 64, 1, "uint8", 3000, "64x64x1_uint8", 0)
+    names = [f"no/image_{i:06d}.png" for i in range(count)]
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        write_index(file, [replace(record, name=name, group=name, row=i) for i, name in enumerate(names)])
+    program = f"""
+import tracemalloc
+from pathlib import Path
+from pulmo_jax.data.images import index_images
+tracemalloc.start()
+refs, failed = index_images(Path({str(tmp_path / "s.h5")!r}))
+print(len(refs), len(failed), tracemalloc.get_traced_memory()[1])
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    refs, failed, peak = map(int, found.split())
+    assert (refs, failed) == (count, 0)
+    assert peak < 900 * count
+
+
+def test_the_digest_is_that_of_the_json_of_all_values(folder, tmp_path):
+    records = ingest(folder, tmp_path / "s.h5").records
+    text = json.dumps([list(asdict(record).values()) for record in records])
+    assert digest(records) == hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_large_pages_are_tiled(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(stores, "TILE_PX", 16)
@@ -119,17 +188,28 @@ def test_large_pages_are_tiled(tmp_path, monkeypatch):
         np.testing.assert_array_equal(store.file[f"images/{record.images}"][0, ..., 0], image)
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 3), (90, 80, 3)])
+@pytest.mark.parametrize("levels", [1, 200])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
-def test_chunks_are_those_of_hdf5(dtype, tmp_path):
-    tile = np.random.default_rng(0).integers(0, 200, (5, 7, 3)).astype(dtype)
+def test_chunks_are_those_of_hdf5(dtype, levels, shape, tmp_path):
+    tile = np.random.default_rng(0).integers(0, levels, shape).astype(dtype)
     with h5py.File(tmp_path / "x.h5", "w") as file:
-        dataset = file.create_dataset("x", (1, 5, 7, 3), dtype, chunks=(1, 5, 7, 3), shuffle=True, compression="gzip")
+        dataset = file.create_dataset("x", (1, *shape), dtype, chunks=(1, *shape), shuffle=True, compression="gzip")
         dataset.id.write_direct_chunk((0, 0, 0, 0), pack(tile))
         np.testing.assert_array_equal(dataset[0], tile)
         dataset[0] = tile + dtype(1)
         np.testing.assert_array_equal(
-            unpack(dataset.id.read_direct_chunk((0, 0, 0, 0))[1], (5, 7, 3), np.dtype(dtype)), tile + dtype(1)
+            unpack(dataset.id.read_direct_chunk((0, 0, 0, 0))[1], shape, np.dtype(dtype)), tile + dtype(1)
         )
+
+
+def test_chunks_are_deflated_where_that_pays():
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 1)).astype(np.uint8)
+    half = noise * (np.arange(200) < 100)[:, None, None].astype(np.uint8)
+    mostly_nothing = noise * (np.arange(200) < 20)[:, None, None].astype(np.uint8)
+    assert noise.nbytes < len(pack(noise)) < 1.001 * noise.nbytes
+    assert noise.nbytes < len(pack(half)) < 1.001 * noise.nbytes
+    assert len(pack(mostly_nothing)) < noise.nbytes / 8
 
 
 def test_more_images_are_added_and_nothing_is_decoded_twice(folder, tmp_path, monkeypatch):
@@ -139,10 +219,10 @@ def test_more_images_are_added_and_nothing_is_decoded_twice(folder, tmp_path, mo
     shutil.copy(folder / "no" / "a.png", folder / "no" / "again.png")
     read = []
     monkeypatch.setattr(
-        Reader, "image", lambda self, ref, _old=Reader.image: (read.append(ref.name), _old(self, ref))[1]
+        store_writing, "open_source", lambda path, **options: (read.append(path.name), open_source(path, **options))[1]
     )
     done = ingest(folder, tmp_path / "s.h5")
-    assert (done.decoded, len(done.records), read) == (1, 10, ["no/new.png"])
+    assert (done.decoded, done.again, len(done.records), read) == (1, 9, 10, ["new.png"])
     with Store(tmp_path / "s.h5") as store:
         for record in store.records:
             if record.title in before:
@@ -183,7 +263,8 @@ def test_a_folder_of_which_nothing_can_be_read_makes_no_store(folder, tmp_path):
 
 def test_a_log_that_is_cut_off_anywhere_keeps_what_is_whole(tmp_path):
     log = Log(tmp_path / "x.part")
-    log.append([Entry({"n": n}, [bytes([n]) * (5 + n), b"tail"]) for n in range(4)])
+    for n in range(4):
+        log.append(Entry({"n": n}, [bytes([n]) * (5 + n), b"tail"]))
     ends = [0, *(entry.start + sum(entry.lengths) for entry in log.entries)]
     log.close()
     whole = (tmp_path / "x.part").read_bytes()
@@ -191,7 +272,7 @@ def test_a_log_that_is_cut_off_anywhere_keeps_what_is_whole(tmp_path):
         (tmp_path / "y.part").write_bytes(whole[:size])
         cut = Log(tmp_path / "y.part")
         assert len(cut.entries) == sum(size >= end for end in ends[1:])
-        cut.append([Entry({"n": 9}, [b"later"])])
+        cut.append(Entry({"n": 9}, [b"later"]))
         assert cut.chunks(cut.entries[-1]) == [b"later"]
         cut.close()
         again = Log(tmp_path / "y.part")
@@ -315,6 +396,28 @@ def test_the_look_survives_size_quality_and_brightness(tmp_path):
     assert min((here ^ look_of(picture(s, (120, 100))[..., None])).bit_count() for s in range(10, 40)) > 8
     assert look_of(np.full((9, 9, 1), 3.0)) == 0
     assert look_of(np.full((9, 9, 1), np.nan)) == 0
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((120, 100), np.uint8), ((31, 200), np.uint16), ((70, 20), np.float32)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_look_is_that_of_pillow_and_scipy(shape, dtype, channels):
+    for seed in range(10):
+        page = np.stack([picture(10 * seed + c, shape, dtype) for c in range(channels)], -1)
+        gray = page.astype(np.float32).mean(-1, keepdims=True)
+        lowest = np.asarray(dctn(resize_bands(gray, 32, 32)[..., 0].astype(np.float64)))
+        lowest[0], lowest[:, 0] = lowest[0] / np.sqrt(2), lowest[:, 0] / np.sqrt(2)  # orthonormal
+        lowest = lowest[:8, :8].ravel()[1:]
+        assert look_of(page) == sum(1 << i for i in np.flatnonzero(lowest > np.median(lowest)).tolist())
+
+
+def test_symmetric_images_have_a_look_too(tmp_path):
+    """Their odd frequencies are 0, and about as many of them on either side of the median by rounding alone."""
+    for seed in range(10):
+        left = picture(seed, (128, 64))
+        image = np.concatenate([left, left[:, ::-1]], 1)
+        small = np.asarray(Image.fromarray(left).resize((48, 96), Image.Resampling.BILINEAR))
+        other = np.concatenate([small, small[:, ::-1]], 1)
+        assert (look_of(image[..., None]) ^ look_of(other[..., None])).bit_count() <= 4
 
 
 def test_copies_are_linked_through_others():

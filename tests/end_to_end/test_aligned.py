@@ -18,6 +18,8 @@ from pulmo_jax.data.images import index_images
 from pulmo_jax.landmark_run import open_landmark_run
 from pulmo_jax.types import InputError
 
+pytestmark = pytest.mark.slow  # its parts have quick tests of their own
+
 SHAPE = (96, 96)
 
 

@@ -15,6 +15,8 @@ from pulmo_jax.config import validate
 from pulmo_jax.data.synthetic import spectral_stack
 from pulmo_jax.types import InputError
 
+pytestmark = pytest.mark.slow  # its parts have quick tests of their own
+
 PLANET = (33.0, 35.0, 2500.0)
 WHOLE: dict[str, Any] = {"frames": 26, "size": 46, "rotation_deg": 150.0, "planets": [list(PLANET)]}
 

@@ -204,6 +204,7 @@ def test_second_prediction_does_nothing_again_and_one_bad_file_loses_no_other(ru
     assert (output / "maps" / "lung_13_score.tif").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_as_if_nothing_had_happened(crop, cache, tmp_path):
     """By the warning of a scheduler, whose time is nearly up."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -193,6 +193,7 @@ def test_the_answer_for_a_mirrored_image_is_mirrored():
     assert float(jnp.abs(alone.points - here.points).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_ensemble_is_the_mixture_of_its_members():
     members = [jax.tree.map(lambda p, i=i: p[i : i + 1], initial()) for i in range(2)]
     alone = [locate(1, False)(params, blobs(4)[0]) for params in members]
@@ -252,6 +253,7 @@ def still_loss() -> Callable[..., jax.Array]:
     return lambda *batch: loss(initial(1), batch, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_loss_of_still_images_is_that_of_the_points_located(still_loss):
     images, points = blobs(4)
     expected = np.abs(np.asarray(found(1, False).points - points)).sum(-1).mean() * 100 / SIDE

@@ -95,6 +95,7 @@ def assert_maps_alike(found: paco.LikelihoodMaps, expected, fields=FIELDS, toler
 # --- maps
 
 
+@pytest.mark.slow
 def test_maps_are_the_reference_s():
     found = case().maps(damaged(case().cube))
     assert_maps_alike(found, reference_maps(), (*FIELDS, "shrinkage"))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pulmo_jax.models.landmark_net import Block, LandmarkNet, Norm, convolve, doubled, grid_px
+from pulmo_jax.models.blocks import Block, Norm, convolve
+from pulmo_jax.models.landmark_net import LandmarkNet, doubled, grid_px
 
 SMALL = {"n_landmarks": 4, "channels": 2, "stem_stride": 2, "widths": (8, 8, 16), "blocks": 1}
 

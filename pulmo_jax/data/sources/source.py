@@ -97,7 +97,7 @@ def check_is_file(path: Path, what: str) -> None:
     raise InputError(f"{path}: {found}; name {what}")
 
 
-def check_page_size(path: Path, shape: Shape, dtype: np.dtype, max_bytes: int, what: str = "a page") -> None:
+def check_page_size(path: Path | str, shape: Shape, dtype: np.dtype, max_bytes: int, what: str = "a page") -> None:
     """Refuses, from what its header says, an image that is empty or that would not fit into memory."""
     if min(shape) < 1:
         raise InputError(f"{path}: holds no pixels: (pages, H, W, C) is {shape}")

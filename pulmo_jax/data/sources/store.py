@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from math import prod
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import h5py
 import imagecodecs
@@ -27,9 +29,11 @@ MAGIC = b"\x89HDF\r\n\x1a\n"
 SCHEMA, VERSION = "pulmo_jax.store", 1
 WHOLE_BYTES = 4 * 2**20  # a page up to this size is one chunk
 TILE_PX = 512  # of a larger one
+WORTH = 0.25  # a chunk is deflated where that makes so much of it or less
+SAMPLE, EVERY = 256, 4096  # to see that, so many bytes of so many are
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One page of one file, and where it is.
 
@@ -63,8 +67,61 @@ class Record:
         return self.name if self.pages == 1 else f"{self.name}[{self.page}]"
 
 
-KINDS = {str: h5py.string_dtype(), int: np.dtype(np.int64)}
-INDEX = np.dtype([(f.name, np.dtype(np.uint64) if f.name == "look" else KINDS[f.type]) for f in fields(Record)])  # pyright: ignore[reportArgumentType]
+VALUES = attrgetter(*(f.name for f in fields(Record)))
+
+
+class Records(Sequence[Record]):
+    """The rows of an index: a record is made when it is asked for, so that many cost little."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    @overload
+    def __getitem__(self, place: int) -> Record: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Records": ...
+    def __getitem__(self, place: int | slice) -> "Record | Records":
+        if isinstance(place, slice):
+            return Records(self.rows[place])
+        values: list[Any] = [v.decode() if isinstance(v, bytes) else v for v in self.rows[place].tolist()]
+        return Record(*values)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Files(Mapping[str, list[Record]]):
+    """The pages of each file that was ingested, by its name."""
+
+    def __init__(self, records: Records):
+        self.records, self.names = records, records.rows["name"].astype("S")
+        self.order = np.argsort(self.names, kind="stable")
+
+    def __getitem__(self, name: str) -> list[Record]:
+        wanted = name.encode(errors="surrogateescape")
+        start, stop = (np.searchsorted(self.names, wanted, side, self.order) for side in ("left", "right"))
+        if start == stop:
+            raise KeyError(name)
+        return [self.records[place] for place in self.order[start:stop].tolist()]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.decode() for name, _ in groupby(self.names[self.order]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A dataset of pages, opened."""
+
+    id: Any
+    chunk: tuple[int, int, int]
+    dtype: np.dtype
+
+    def read(self, corner: tuple[int, int, int, int]) -> np.ndarray:
+        _, packed = self.id.read_direct_chunk(corner)
+        return unpack(packed, self.chunk, self.dtype)
 
 
 class Store:
@@ -80,30 +137,37 @@ class Store:
         except BaseException:
             self.file.close()
             raise
-        self.by_name: dict[str, list[Record]] = {}
-        for record in self.records:
-            self.by_name.setdefault(record.name, []).append(record)
+        self.by_name = Files(self.records)
+        self.pages: dict[str, Pages] = {}  # by dataset; to open one takes as long as to read from it
+
+    def header(self, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str]:
+        """Pages, shape and dtype of a file."""
+        pages = self.by_name[name]
+        check_page_size(f"{self.path}/{name}", (len(pages), *pages[0].shape), np.dtype(pages[0].dtype), max_bytes)
+        return len(pages), pages[0].shape, pages[0].dtype
 
     def read(self, record: Record, window: Window | None = None) -> np.ndarray:
         """(h, w, C) in the page's own dtype."""
         y, x, h, w = window or (0, 0, record.height, record.width)
-        dataset = self.file[f"images/{record.images}"]
-        tall, wide = dataset.chunks[1:3]
+        pages = self._pages(record.images)
+        tall, wide = pages.chunk[:2]
         if (tall, wide) == (record.height, record.width) == (h, w):
-            return self._chunk(dataset, (record.row, 0, 0, 0))
-        out = np.empty((h, w, record.channels), dataset.dtype)
+            return pages.read((record.row, 0, 0, 0))
+        out = np.empty((h, w, record.channels), pages.dtype)
         for top in range(y - y % tall, y + h, tall):
             for left in range(x - x % wide, x + w, wide):
-                tile = self._chunk(dataset, (record.row, top, left, 0))
+                tile = pages.read((record.row, top, left, 0))
                 rows, columns = (slice(max(a, b), min(a + n, b + m)) for a, n, b, m in
                                  ((y, h, top, tall), (x, w, left, wide)))  # fmt: skip
                 part = tile[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
                 out[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x] = part
         return out
 
-    def _chunk(self, dataset: Any, corner: tuple[int, ...]) -> np.ndarray:
-        _, packed = dataset.id.read_direct_chunk(corner)
-        return unpack(packed, dataset.chunks[1:], dataset.dtype)
+    def _pages(self, images: str) -> "Pages":
+        if images not in self.pages:
+            dataset = self.file[f"images/{images}"]
+            self.pages[images] = Pages(dataset.id, dataset.chunks[1:], dataset.dtype)
+        return self.pages[images]
 
     def close(self) -> None:
         self.file.close()
@@ -115,23 +179,40 @@ class Store:
         self.close()
 
 
-def read_index(path: Path, file: Any) -> list[Record]:
+def read_index(path: Path, file: Any) -> Records:
     schema, version = file.attrs.get("schema"), file.attrs.get("version")
     if schema != SCHEMA:
         raise InputError(f"{path}: is an HDF5 file but no store; `python -m pulmo_jax.ingest` makes one from a folder")
     if not isinstance(version, np.integer | int) or version > VERSION:
         raise InputError(f"{path}: is a store of version {version}, this program reads up to {VERSION}; update it")
     with decoding(path):
-        rows = file["index"][()]
-        values: list[list[Any]] = [[v.decode() if isinstance(v, bytes) else int(v) for v in row] for row in rows]
-        records = [Record(*row) for row in values]
-    if digest(records) != file.attrs.get("digest"):
+        records = Records(file["index"][()])
+        found = digest(records)
+    if found != file.attrs.get("digest"):
         raise InputError(f"{path}: its index is not as it was written, the file is damaged; ingest the images again")
     return records
 
 
-def digest(records: Sequence[Record]) -> str:
-    return hashlib.sha256(json.dumps([list(asdict(r).values()) for r in records]).encode()).hexdigest()
+def index_of(records: Sequence[Record]) -> np.ndarray:
+    """Strings are as long as the longest: HDF5 reads those of any length one by one, and keeps them all in memory."""
+
+    def kind(name: str, of: Any) -> np.dtype:
+        if of is str:
+            return h5py.string_dtype(length=max(1, *(len(getattr(record, name).encode()) for record in records)))
+        return np.dtype(np.uint64 if name == "look" else np.int64)
+
+    rows = [tuple(v.encode() if isinstance(v, str) else v for v in VALUES(record)) for record in records]
+    return np.array(rows, [(f.name, kind(f.name, f.type)) for f in fields(Record)])
+
+
+def digest(records: Iterable[Record]) -> str:
+    """SHA-256 of the JSON of all values, which is never there as a whole."""
+    found, separator = hashlib.sha256(b"["), ""
+    for record in records:
+        found.update((separator + json.dumps(VALUES(record))).encode())
+        separator = ", "
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def damaged(store: Store, track: Callable[[Iterable, int], Iterable] = lambda items, _: items) -> list[Record]:
@@ -182,13 +263,25 @@ def filled(tile: np.ndarray, tall: int, wide: int) -> np.ndarray:
 
 def pack(tile: np.ndarray) -> bytes:
     """HDF5's filters shuffle and deflate: the bytes of all values by their place in the value, then zlib."""
-    planes = tile.reshape(-1, 1).view(np.uint8).reshape(-1, tile.itemsize)
-    return bytes(imagecodecs.deflate_encode(planes.T.tobytes(), level=1, raw=False))
+    planes = np.ascontiguousarray(tile.reshape(-1, 1).view(np.uint8).reshape(-1, tile.itemsize).T).reshape(-1)
+    return deflated(planes, int(shrinks(planes)))
+
+
+def deflated(values: Any, level: int) -> bytes:
+    """An array as zlib's stream: its level 0 stores the bytes as they are."""
+    packed: Any = imagecodecs.deflate_encode(values, level=level, raw=False)
+    return packed
+
+
+def shrinks(planes: np.ndarray) -> bool:
+    """Whether a sample says that deflating is worth its time; what is not is only wrapped, which is read faster too."""
+    sample = np.ascontiguousarray(planes[: planes.size // EVERY * EVERY].reshape(-1, EVERY)[:, :SAMPLE])
+    return len(deflated(sample, 1)) <= WORTH * sample.size
 
 
 def unpack(packed: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     size = prod(shape)
-    flat = imagecodecs.deflate_decode(packed, out=size * dtype.itemsize, raw=False)
+    flat = imagecodecs.deflate_decode(packed, out=bytearray(size * dtype.itemsize), raw=False)
     planes = np.frombuffer(flat, np.uint8).reshape(dtype.itemsize, size)
     return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
 
@@ -224,19 +317,19 @@ def is_store(path: Path) -> bool:
 def open_record(path: Path, name: str, max_bytes: int) -> ImageSource:
     """The pages of one file that was ingested."""
     store = opened(path)
-    records = store.by_name.get(name)
-    if records is None:
+    if name not in store.by_name:
         raise InputError(f"{path}: holds no {name}")
-    shape = (len(records), *records[0].shape)
-    check_page_size(path / name, shape, np.dtype(records[0].dtype), max_bytes)
-    tags = ImageTags()
+    pages, shape, dtype = store.header(name, max_bytes)
+    records = store.by_name[name]
     return ImageSource(
-        path / name, shape, np.dtype(records[0].dtype), tags, lambda p, w: store.read(records[p], w), ExitStack()
+        path / name, (pages, *shape), np.dtype(dtype), ImageTags(), lambda p, w: store.read(records[p], w), ExitStack()
     )
 
 
 def in_store(path: Path) -> tuple[Path, str] | None:
     """(store, name) of STORE.h5/name, the path of a record; None for any other path."""
+    if os.path.exists(path):  # it says no where the system may not tell
+        return None
     for parent in path.parents:
         if parent.is_file():
             return parent, path.relative_to(parent).as_posix()

@@ -1,0 +1,174 @@
+"""A convolutional network for small sets of images: what it must not learn from is changed at random all the time."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+from pydantic import Field
+
+from pulmo_jax.core import jitter
+from pulmo_jax.core.contrast import asymmetry, local_zscore, zscore
+from pulmo_jax.methods.classes import Batch, Params
+from pulmo_jax.models.classifier import ClassifierNet, dropout
+from pulmo_jax.types import InputError
+
+
+@dataclass(frozen=True)
+class ClassifierNetwork:
+    """Implements methods.classes.Classifier and Descended.
+
+    class_weights: of each class in the loss, of mean 1 over the training images.
+    """
+
+    n_classes: int
+    class_weights: tuple[float, ...]
+    size: Annotated[int, Field(ge=16, le=1024, description="side of the working images, px")] = 64
+    widths: Annotated[
+        tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
+        Field(min_length=2, description="features of each stage, which has half the resolution of the one before"),
+    ] = (16, 32, 64, 64)
+    norm: Annotated[Literal["none", "group"], Field(description="of the features of each stage, by image")] = "none"
+    blocks: Annotated[int, Field(ge=0, description="residual blocks in each stage")] = 0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="share of the last features that training drops")] = 0.3
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="share of a label that is spread over all classes")
+    ] = 0.1
+    mixup: Annotated[
+        float, Field(ge=0, description="images are blended in pairs by Beta(mixup, mixup); 0: not at all")
+    ] = 0.4
+    asymmetry: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1)], ...],
+        Field(description="further channels: differences from the mirror image, blurred by so many sides (sd)"),
+    ] = (0.01, 0.03)
+    local_contrast: Annotated[
+        float, Field(ge=0, le=1, description="a further channel: contrast within so many sides (sd); 0: none")
+    ] = 0.0
+    rotation_deg: Annotated[float, Field(ge=0, description="jitter: sd of the rotation")] = 15.0
+    scale: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the scale")] = 0.1
+    aspect: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of height over width")] = 0.08
+    shear: Annotated[float, Field(ge=0, description="jitter: sd of the shear")] = 0.08
+    shift: Annotated[float, Field(ge=0, description="jitter: sd of the shift, in sides of the image")] = 0.06
+    flip: Annotated[float, Field(ge=0, le=1, description="jitter: share of mirrored images")] = 0.5
+    gamma: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the power of intensities")] = 0.3
+    shading: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.15
+    noise: Annotated[float, Field(ge=0, description="jitter: sd of pixel noise, of the image's range")] = 0.05
+    flip_average: Annotated[bool, Field(description="look at the mirrored image too, and average")] = True
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Field(description="dtype of the computation; parameters stay float32")
+    ] = "float32"
+
+    def __post_init__(self) -> None:
+        coarsest = 2 ** len(self.widths)
+        if self.size % coarsest:
+            raise InputError(
+                f"method.size={self.size}: with {len(self.widths)} method.widths it must be a multiple of {coarsest}"
+            )
+
+    def normal_alone(self) -> bool:
+        return False
+
+    def network(self, key: Key[Array, ""]) -> ClassifierNet:
+        return ClassifierNet(
+            n_classes=self.n_classes,
+            channels=1 + len(self.asymmetry) + (self.local_contrast > 0),
+            widths=self.widths,
+            norm=self.norm == "group",
+            blocks=self.blocks,
+            rngs=nnx.Rngs(params=key),
+        )
+
+    @cached_property
+    def graph(self) -> nnx.GraphDef[Any]:
+        return nnx.graphdef(nnx.eval_shape(lambda: self.network(jax.random.key(0))))
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        return nnx.state(self.network(key), nnx.Param)
+
+    # --- learning
+
+    def train_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
+        """Cross-entropy with smoothed labels of jittered images, blended in pairs (Zhang et al. 2018, "mixup", Eq. 1);
+        each image's weight is that of its class, in proportion where two are blended."""
+        images, labels = batch
+        look, move, side, blend, drop = jax.random.split(key, 5)
+        changed = jitter.random_intensity(look, zscore(images), gamma=self.gamma, field=self.shading, noise=self.noise)
+        x = self.moved(self.channels(changed), move, side)
+        targets = jax.nn.one_hot(labels, self.n_classes) * jnp.asarray(self.class_weights)
+        if self.mixup:
+            share = jax.random.beta(blend, self.mixup, self.mixup, (len(images), 1))
+            share = jnp.maximum(share, 1 - share)  # the pair is the batch in reverse: each image leads once
+            x = share[..., None, None] * x + (1 - share)[..., None, None] * x[::-1]
+            targets = share * targets + (1 - share) * targets[::-1]
+        return self.cross_entropy(self.of_channels(params, x, drop), targets).mean()
+
+    def cross_entropy(self, logits: Float[Array, "B classes"], targets: Float[Array, "B classes"]) -> Float[Array, "B"]:
+        """Of weighted targets; a share of each weight is spread over all classes (Szegedy et al. 2016, Sec. 7)."""
+        spread = targets.sum(-1, keepdims=True) / self.n_classes
+        smooth = (1 - self.label_smoothing) * targets + self.label_smoothing * spread
+        return -(smooth * jax.nn.log_softmax(logits)).sum(-1)
+
+    def moved(self, x: Float[Array, "B S S C"], move: Key[Array, ""], side: Key[Array, ""]) -> Float[Array, "B S S C"]:
+        """Turned, stretched, shifted, mirrored. Channels that compare the sides are made before: they would not find
+        the middle of an image that is turned."""
+        affine = jitter.random_affine(
+            move,
+            len(x),
+            self.size,
+            rotation_deg=self.rotation_deg,
+            scale=self.scale,
+            aspect=self.aspect,
+            shear=self.shear,
+            shift=self.shift,
+        )
+        x = jax.vmap(lambda channel: jitter.warp_images(channel, affine), in_axes=-1, out_axes=-1)(x)
+        flipped = jax.random.bernoulli(side, self.flip, (len(x), 1, 1, 1))
+        return jnp.where(flipped, x[:, :, ::-1], x)
+
+    def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
+        """Cross-entropy, nothing smoothed, each class by its weight."""
+        images, labels = batch
+        targets = jax.nn.one_hot(labels, self.n_classes) * jnp.asarray(self.class_weights)
+        return -(targets * jax.nn.log_softmax(self.logits(params, images))).sum(-1)
+
+    # --- telling apart
+
+    def logits(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B classes"]:
+        """Logarithms of probabilities, the mean of the image's and its mirror image's."""
+        if not self.flip_average:
+            return jax.nn.log_softmax(self.of_channels(params, self.channels(images)))
+        x = self.channels(images)
+        both = jax.nn.softmax(self.of_channels(params, jnp.concatenate([x, x[:, :, ::-1]])))
+        return jnp.log((both[: len(images)] + both[len(images) :]) / 2)
+
+    def saliency(self, params: Params, images: Float[Array, "B S S"], which: Int[Array, "B"]) -> Float[Array, "B S S"]:
+        """HiResCAM (Draelos & Carin 2020, arXiv:2011.08891, Eq. 4) of the last stage, bilinear between its cells: each
+        cell's features times the gradient, by them, of the class's logit less the mean of all. Departs from Grad-CAM
+        (Selvaraju et al. 2017) in that gradients are not averaged over the image before: under a linear last layer the
+        map adds up to that difference of logits, its negative parts aside."""
+        network = nnx.merge(self.graph, params)
+        features = network.features(self.channels(images).astype(self.dtype))
+
+        def margin(features: jax.Array) -> jax.Array:
+            logits = network.logits(features)
+            return jnp.take_along_axis(logits - logits.mean(-1, keepdims=True), which[:, None], axis=1).sum()
+
+        heat = jax.nn.relu((jax.grad(margin)(features) * features).sum(-1)).astype(jnp.float32)
+        return jax.image.resize(heat, images.shape, "linear")
+
+    def of_channels(
+        self, params: Params, x: Float[Array, "B S S C"], drop: Key[Array, ""] | None = None
+    ) -> Float[Array, "B classes"]:
+        network = nnx.merge(self.graph, params)
+        features = network.features(x.astype(self.dtype))
+        return network.logits(features) if drop is None else network.logits(features, dropout(drop, self.dropout))
+
+    def channels(self, images: Float[Array, "B S S"]) -> Float[Array, "B S S C"]:
+        """What the network sees: each image at mean 0 and sd 1, and what is to be seen in it at once."""
+        whole = zscore(images)
+        seen = [whole, *(asymmetry(whole, share * self.size) for share in self.asymmetry)]
+        seen += [local_zscore(whole, self.local_contrast * self.size)] if self.local_contrast else []
+        return jnp.stack(seen, -1)

@@ -1,0 +1,109 @@
+"""Networks that are trained together become what each becomes alone."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pulmo_jax.methods.classifier import ClassifierNetwork
+from pulmo_jax.training.members import chunk_sizes, init_members, make_member_step
+
+METHOD = ClassifierNetwork(2, (1.0, 1.0), size=32, widths=(8, 8, 8), mixup=0.4)
+SEEDS = [3, 5, 8, 13, 21]
+
+
+def keys(seeds):
+    return jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+
+
+def batches(count, members, rows=4):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        images = rng.normal(size=(rows, members, 32, 32)).astype(np.float32)
+        yield jnp.asarray(images), jnp.asarray(rng.integers(2, size=(rows, members)))
+
+
+def trained(seeds, sizes, which=slice(None), steps=4):
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
+    state = init_members(METHOD, optimizer, keys(seeds), sizes)
+    step = make_member_step(METHOD, optimizer, 0.9, keys(seeds))
+    for images, labels in batches(steps, len(SEEDS)):
+        state, metrics = step(state, (images[:, which], labels[:, which]))
+    return state, metrics
+
+
+def stacked(chunks):
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
+
+
+@pytest.fixture(scope="module")
+def together():
+    state, metrics = trained(SEEDS, [3, 2])
+    assert int(state.step) == 4
+    assert np.isfinite(float(metrics["loss"]))
+    return stacked(state.params), stacked(state.ema)
+
+
+@pytest.mark.parametrize("member", [0, 4])
+def test_a_network_among_others_is_what_it_is_alone(together, member):
+    alone, _ = trained(SEEDS[member : member + 1], [1], slice(member, member + 1))
+    for mine, all_of_them in zip((alone.params, alone.ema), together, strict=True):
+        pairs = zip(jax.tree.leaves(stacked(mine)), jax.tree.leaves(all_of_them), strict=True)
+        for one, many in pairs:
+            np.testing.assert_allclose(one[0], many[member], rtol=2e-4, atol=2e-5)
+
+
+def test_networks_of_other_seeds_differ(together):
+    kernels = jax.tree.leaves(together[0])[-1]
+    assert all(not np.allclose(kernels[0], other) for other in kernels[1:])
+
+
+def test_chunks_are_even():
+    assert chunk_sizes(20, 8) == [5, 5, 5, 5]
+    assert chunk_sizes(13, 4) == [4, 3, 3, 3]
+    assert chunk_sizes(5, 8) == [5]
+    assert chunk_sizes(16, 8) == [8, 8]
+
+
+PROGRAM = """
+import sys
+import jax, numpy as np
+sys.path.insert(0, {folder!r})
+from training.test_members import METHOD, SEEDS, batches, keys
+import optax
+from pulmo_jax.training import devices
+from pulmo_jax.training.members import init_members, make_member_step
+assert len(jax.devices()) == 4
+optimizer = optax.adamw(1e-2)
+losses = []
+for mesh in (devices.all_devices(4), None):
+    state = init_members(METHOD, optimizer, keys(SEEDS), [3, 2])
+    where = None if mesh is None else devices.everywhere(mesh)
+    step = make_member_step(METHOD, optimizer, 0.9, keys(SEEDS), where)
+    if mesh is not None:
+        state = devices.on_all(state, mesh)
+    for batch in batches(3, len(SEEDS)):
+        if mesh is not None:
+            batch = devices.divided(tuple(map(np.asarray, batch)), mesh)
+            assert len(batch[0].sharding.device_set) == 4 and batch[0].addressable_shards[0].data.shape[0] == 1
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-4)
+print("same losses")
+"""
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
+def test_batches_divided_among_four_devices_give_the_losses_of_one():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    program = PROGRAM.format(folder=os.path.dirname(os.path.dirname(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "same losses" in done.stdout
