@@ -325,7 +325,7 @@ def galleries(run: ClassifierRun, tested: Tested, count: int, save: Callable[[An
     mean, labels = tested.mean, tested.found.labels
     known = np.atleast_1d(np.isfinite(mean).all(axis=1))
     sure, right = np.where(known, mean.max(1), -1), np.asarray(mean.argmax(1) == labels)
-    order = np.argsort(-sure, kind="stable")
+    order = one_of_each_group(np.argsort(-sure, kind="stable").tolist(), tested.found.groups)
     by_class = [[i for i in order if known[i] and right[i] and labels[i] == k] for k in range(len(run.classes))]
     hits = [i for some in zip_longest(*by_class) for i in some if i is not None][:count]
     misses = [i for i in order if known[i] and not right[i]][:count]
@@ -335,6 +335,11 @@ def galleries(run: ClassifierRun, tested: Tested, count: int, save: Callable[[An
         for name, (which, title) in groups.items()
         if len(which)
     ]
+
+
+def one_of_each_group(rows: Sequence[int], groups: Sequence[str]) -> list[int]:
+    """The first of each, so that a gallery does not show copies."""
+    return list({groups[row]: row for row in reversed(rows)}.values())[::-1]
 
 
 def examples(run: ClassifierRun, tested: Tested, which: Int[np.ndarray, "_"]) -> list[ClassExample]:

@@ -58,8 +58,8 @@ class ClassifierTrainerConfig(Section):
         default="group", description="random takes copies apart: for showing what that leaks, and nothing else"
     )
     leak: Bool = Field(default=True, description="also train on random splits, once, to show beside what they leak")
-    class_weights: Bool = Field(default=True, description="every class counts alike in the loss, however rare")
-    steps: Int = Field(default=400, ge=1, description="training steps, one batch each")
+    class_weights: Bool = Field(default=False, description="every class counts alike in the loss, however rare")
+    steps: Int = Field(default=800, ge=1, description="training steps, one batch each")
     batch_size: Int = Field(default=16, ge=1, description="images in a batch of each network")
     scale_batch: Bool = Field(default=False, description="batch_size is of one device, and grows with their number")
     log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")

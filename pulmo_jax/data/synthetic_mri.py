@@ -52,10 +52,9 @@ def draw_slice(rng: np.random.Generator, abnormal: bool, side: int = SIDE) -> UI
 def symmetric(rng: np.random.Generator, side: int, grain: float, sides_differ: float) -> Float[np.ndarray, "S S"]:
     """A smooth random field of sd 1, that is its own mirror image up to a share. grain: in sides."""
     coarse = max(8, min(side, round(4 / grain)))  # a quarter of the grain is fine enough
-    own, other = (
-        ndimage.zoom(ndimage.gaussian_filter(rng.normal(size=(coarse, coarse)), grain * coarse), side / coarse, order=1)
-        for _ in range(2)
-    )
+    rough = rng.normal(size=(2, coarse, coarse))
+    smooth = [ndimage.gaussian_filter(one, grain * coarse) for one in rough]
+    own, other = (np.asarray(ndimage.zoom(one, side / coarse, order=1)) for one in smooth)
     field = own + own[:, ::-1] + 2 * sides_differ * other
     field = field - field.mean()
     return field / max(field.std(), 1e-9)
@@ -105,7 +104,7 @@ def write_slices(folder: Path, count: int, seed: int, *, copies: float = 0.15) -
             )
         path = folder / f"{name}.{'jpg' if jpeg else 'png'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, **({"quality": int(rng.integers(70, 95))} if jpeg else {}))
+        picture.save(path, quality=int(rng.integers(70, 95)))  # which PNG has none of
         rows.append((path.relative_to(folder).as_posix(), str(of)))
     with (folder / "groups.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file", "group"), *rows])
