@@ -339,7 +339,10 @@ def galleries(run: ClassifierRun, tested: Tested, count: int, save: Callable[[An
 
 def one_of_each_group(rows: Sequence[int], groups: Sequence[str]) -> list[int]:
     """The first of each, so that a gallery does not show copies."""
-    return list({groups[row]: row for row in reversed(rows)}.values())[::-1]
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(groups[row], row)
+    return list(first.values())
 
 
 def examples(run: ClassifierRun, tested: Tested, which: Int[np.ndarray, "_"]) -> list[ClassExample]:

@@ -91,8 +91,9 @@ def index_images(
             mask = mask_of[name]
             if mask is None and require_masks:
                 raise InputError(f"{path}: no mask {masks}/{name}, nor with another image suffix")
-            pages, shape, dtype = store.header(name, limit) if store else header(root / name, limit)
-            group = store.by_name[name][0].group if store and not group_regex else group_of(name, group_regex)
+            pages, shape, dtype, group = store.header(name, limit) if store else header(root, name, limit)
+            if group_regex is not None:
+                group = group_of(name, group_regex)
             name, shape, dtype, group = (once.setdefault(value, value) for value in (name, shape, dtype, group))
             refs += [ImageRef(root, name, page, pages, shape, dtype, group, mask) for page in range(pages)]
         except InputError as error:
@@ -100,11 +101,11 @@ def index_images(
     return refs, skipped
 
 
-def header(path: Path, max_bytes: int) -> tuple[int, tuple[int, int, int], str]:
-    """Pages, shape and dtype."""
-    with open_source(path, max_bytes=max_bytes) as source:
+def header(folder: Path, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str, str]:
+    """Pages, shape, dtype and group of a file."""
+    with open_source(folder / name, max_bytes=max_bytes) as source:
         pages, height, width, bands = source.shape
-        return pages, (height, width, bands), source.dtype.name
+        return pages, (height, width, bands), source.dtype.name, name
 
 
 def listed_names(folder: Path, root: Path, leave_out: Path | None) -> list[str]:

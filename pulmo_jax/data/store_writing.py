@@ -75,13 +75,15 @@ def ingest_folder(
             contents = {name: content for name, content in found.items() if isinstance(content, str)}
             groups = {name: group_of(name, group_regex) for name in contents}
             require_same_content(target, old, contents)
+            first: dict[str, str] = {}  # the name of each content
+            for name, content in contents.items():
+                first.setdefault(content, name)
             there = {record.content for record in old} | logged(log).keys()
-            first = {content: name for name, content in reversed(contents.items()) if content not in there}
-            todo = {name: content for content, name in reversed(first.items())}
+            todo = {name: content for content, name in first.items() if content not in there}
             put = pool.map(lambda name: put_into(log, paths[name], todo[name], max_image_mb), todo)
             reasons = dict(zip(todo, tracker("decoding")(put, len(todo)), strict=True))
         for name, content in contents.items():
-            if reason := reasons.get(first.get(content, "")):
+            if reason := reasons.get(first[content]):
                 copy = f"{paths[name]}: is a copy of {first[content]}, which is unreadable"
                 found[name] = Skipped(name, reason if name in todo else copy)
         failed = [file for file in found.values() if isinstance(file, Skipped)]

@@ -102,3 +102,21 @@ def test_clahe_of_a_side_that_the_tiles_do_not_divide():
     found = np.asarray(contrast.clahe(jnp.asarray(scenes(1, 30)), 4))
     assert found.shape == (1, 30, 30)
     assert 0 <= found.min() < found.max() <= 255
+
+
+def test_a_symmetric_image_has_no_asymmetry_and_a_spot_has_its_own_on_both_sides():
+    half = np.random.default_rng(0).normal(size=(1, 32, 16)).astype(np.float32)
+    even = jnp.asarray(np.concatenate([half, half[..., ::-1]], axis=-1))
+    assert float(contrast.asymmetry(even, 1.5).max()) < 1e-5
+    spotted = even.at[0, 10, 5].add(3.0)
+    found = contrast.asymmetry(spotted, 0.0)
+    np.testing.assert_allclose(found[0, 10, [5, 26]], 3.0, rtol=1e-5)
+    assert float(found.sum()) == pytest.approx(6.0, rel=1e-4)
+    np.testing.assert_allclose(found, found[..., ::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma_px", [0.0, 0.7, 3.0])
+def test_blurring_is_scipys(sigma_px):
+    images = np.random.default_rng(1).normal(size=(2, 24, 24)).astype(np.float32)
+    expected = gaussian_filter(images, (0, sigma_px, sigma_px), mode="nearest")
+    np.testing.assert_allclose(contrast.blurred(jnp.asarray(images), sigma_px), expected, atol=1e-5)

@@ -47,6 +47,18 @@ def test_palettes_become_rgb(tmp_path, transparency):
     np.testing.assert_array_equal(read(tmp_path / "x.png"), colours[indices])
 
 
+def test_a_palette_that_is_missing_is_said(tmp_path):
+    """Pillow would make it black."""
+    image = Image.fromarray(noise((20, 30), np.uint8)).convert("P")
+    image.save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    at = content.index(b"PLTE") - 4
+    end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+    (tmp_path / "x.png").write_bytes(content[:at] + content[end:])
+    with pytest.raises(InputError, match=r"x\.png: its palette is missing"):
+        open_source(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 def test_jpeg_modes(tmp_path, mode):
     image = Image.fromarray(noise((20, 30, 3), np.uint8)).convert(mode)

@@ -35,6 +35,8 @@ def open_png(path: Path, max_bytes: int) -> ImageSource:
             bits, colour_type = file.read(2)
             if image.n_frames > 1:
                 raise InputError(f"{path}: an animation of {image.n_frames} frames; save one frame as PNG")
+            if image.mode == "P" and image.palette is None:
+                raise InputError(f"{path}: its palette is missing, the file is damaged; save it anew")
             if bits == 16:
                 channels = _CHANNELS_16_BIT[colour_type]
                 return _source(path, image, channels, np.dtype(np.uint16), _decode_png_16_bit, max_bytes)

@@ -1,8 +1,9 @@
 """A store: any number of images in one HDF5 file, read at random without decoding their files anew.
 
 /images/HxWxC_dtype holds all pages of that shape, (N, H, W, C): a chunk a page, or several tiles of a large one, each
-deflated. /index has a row a page (`Record`). The file's attributes name schema and version, and hold the digest of the
-index. Chunks are read raw and inflated here: HDF5 does both under one lock, so that threads would wait for each other.
+deflated, the most at level 0: as they are. /index has a row a page (`Record`). The file's attributes name schema and
+version, and hold the digest of the index. Chunks are read raw and inflated here: HDF5 does both under one lock, so that
+threads would wait for each other.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import groupby
 from math import prod
 from operator import attrgetter
@@ -67,7 +68,8 @@ class Record:
         return self.name if self.pages == 1 else f"{self.name}[{self.page}]"
 
 
-VALUES = attrgetter(*(f.name for f in fields(Record)))
+NAMES = tuple(f.name for f in fields(Record))
+VALUES = attrgetter(*NAMES)
 
 
 class Records(Sequence[Record]):
@@ -140,11 +142,11 @@ class Store:
         self.by_name = Files(self.records)
         self.pages: dict[str, Pages] = {}  # by dataset; to open one takes as long as to read from it
 
-    def header(self, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str]:
-        """Pages, shape and dtype of a file."""
+    def header(self, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str, str]:
+        """Pages, shape, dtype and group of a file."""
         pages = self.by_name[name]
         check_page_size(f"{self.path}/{name}", (len(pages), *pages[0].shape), np.dtype(pages[0].dtype), max_bytes)
-        return len(pages), pages[0].shape, pages[0].dtype
+        return len(pages), pages[0].shape, pages[0].dtype, pages[0].group
 
     def read(self, record: Record, window: Window | None = None) -> np.ndarray:
         """(h, w, C) in the page's own dtype."""
@@ -317,12 +319,14 @@ def is_store(path: Path) -> bool:
 def open_record(path: Path, name: str, max_bytes: int) -> ImageSource:
     """The pages of one file that was ingested."""
     store = opened(path)
-    if name not in store.by_name:
+    records = store.by_name.get(name)
+    if records is None:
         raise InputError(f"{path}: holds no {name}")
-    pages, shape, dtype = store.header(name, max_bytes)
-    records = store.by_name[name]
+    shape = (len(records), *records[0].shape)
+    check_page_size(path / name, shape, np.dtype(records[0].dtype), max_bytes)
+    tags = ImageTags()
     return ImageSource(
-        path / name, (pages, *shape), np.dtype(dtype), ImageTags(), lambda p, w: store.read(records[p], w), ExitStack()
+        path / name, shape, np.dtype(records[0].dtype), tags, lambda p, w: store.read(records[p], w), ExitStack()
     )
 
 
@@ -340,4 +344,5 @@ def in_store(path: Path) -> tuple[Path, str] | None:
 
 def describe(records: Sequence[Record]) -> dict[str, Any]:
     """metadata.json."""
-    return {"schema": SCHEMA, "version": VERSION, "digest": digest(records), "records": [asdict(r) for r in records]}
+    rows = [dict(zip(NAMES, VALUES(record), strict=True)) for record in records]
+    return {"schema": SCHEMA, "version": VERSION, "digest": digest(records), "records": rows}
