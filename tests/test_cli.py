@@ -98,7 +98,8 @@ def test_help_lists_every_key_with_its_default_and_an_example(run, verb, option)
 
 
 def test_help_of_train_lists_the_keys_of_every_group(run):
-    text = run("train", "--help").out + run("train", "+experiment=landmarks", "--help").out
+    tasks = [[], ["+experiment=landmarks"], ["+experiment=brain_mri"]]
+    text = "".join(run("train", *task, "--help").out for task in tasks)
     for group in GIVEN:
         for file in (composing.config_dir() / group).glob("*.yaml"):
             content = OmegaConf.to_container(OmegaConf.load(file))
@@ -108,7 +109,7 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
                 assert f"{where} ({group}={file.stem}): {node['_target_']}" in text
                 for key in argument_schema(find_target(node, where, ()), GIVEN[group]).model_fields:
                     assert f"\n  {where}.{key} " in text
-    assert "experiments: landmarks, lung" in text
+    assert "experiments: brain_mri, landmarks, lung" in text
     assert "[> 0; default 0.002]" in text  # optimizer.learning_rate
     assert "[l2 | l1 | ssim; default l2]" in text
     assert "[>= 8, multiple of 4; default 64]" in text
@@ -144,7 +145,7 @@ def test_help_of_detect_lists_no_group_of_training(run):
         ("train", ["foo.bar=1"], "unknown key foo.bar"),
         ("train", ["hydra.foo=1"], "unknown key hydra.foo"),
         ("train", ["~data.foo"], "data.foo"),
-        ("train", ["+experiment=nope"], "experiment/nope is not there; there are: adi, epochs, landmarks, lung"),
+        ("train", ["+experiment=nope"], "experiment/nope is not there; there are: adi, brain_mri, epochs, landmarks"),
         ("train", ["model=nope"], "model/nope is not there; there are: conv_autoencoder"),
         ("train", ["model=null"], "must be a string or a list. Got NoneType"),
         ("train", ["data.clip=[1,"], "data.clip=[1, is not understood"),
