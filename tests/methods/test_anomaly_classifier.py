@@ -66,9 +66,10 @@ def test_an_autoencoder_learns_its_class():
     method = AutoencoderAnomaly(2, 0, size=32, latent=4, width=8, noise_sigma=0.0)
     flat = textures(16, 1) * 0 + jnp.linspace(0, 1, 32)
     batch, optimizer = (flat, jnp.zeros(16, int)), optax.adam(1e-2)
-    params = method.init(jax.random.key(0))
+    params = jax.jit(method.init)(jax.random.key(0))
     state = optimizer.init(params)
-    before = float(method.validation_losses(params, batch).mean())
+    losses = jax.jit(method.validation_losses)
+    before = float(losses(params, batch).mean())
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, key):
@@ -77,6 +78,6 @@ def test_an_autoencoder_learns_its_class():
 
     for key in jax.random.split(jax.random.key(1), 60):
         params, state = step(params, state, key)
-    assert float(method.validation_losses(params, batch).mean()) < 0.5 * before
+    assert float(losses(params, batch).mean()) < 0.5 * before
     score = np.asarray(jax.jit(method.logits)(params, jnp.concatenate([flat[:2], textures(2, 5)])))[:, 1]
     assert score[2:].min() > score[:2].max()

@@ -29,7 +29,7 @@ def images(count=4, seed=0):
 
 def perturbed(method, seed=0):
     """Parameters whose last layer is not zero."""
-    params = method.init(jax.random.key(seed))
+    params = jax.jit(method.init)(jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return tree.unflatten([a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
@@ -42,17 +42,19 @@ def test_it_is_what_the_jobs_ask_for():
 
 def test_a_new_network_knows_nothing():
     method = network(3)
-    p = jax.nn.softmax(method.logits(method.init(jax.random.key(0)), images()))
+    p = jax.nn.softmax(jax.jit(method.logits)(jax.jit(method.init)(jax.random.key(0)), images()))
     np.testing.assert_allclose(p, 1 / 3, rtol=1e-6)
 
 
 def test_the_plain_loss_is_the_weighted_cross_entropy():
     method = network(3, (0.5, 1.0, 2.0), flip_average=False)
     params, batch, labels = perturbed(method), images(), jnp.array([0, 1, 2, 2])
-    log_p = np.asarray(method.logits(params, batch), np.float64)
+    log_p = np.asarray(jax.jit(method.logits)(params, batch), np.float64)
     expected = np.mean([-w * log_p[i, k] for i, (k, w) in enumerate(zip((0, 1, 2, 2), (0.5, 1, 2, 2), strict=True))])
-    assert float(method.train_loss(params, (batch, labels), jax.random.key(0))) == pytest.approx(expected, rel=1e-4)
-    assert float(method.validation_losses(params, (batch, labels)).mean()) == pytest.approx(expected, rel=1e-5)
+    assert float(jax.jit(method.train_loss)(params, (batch, labels), jax.random.key(0))) == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert float(jax.jit(method.validation_losses)(params, (batch, labels)).mean()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_smoothed_labels_are_optaxs():
@@ -66,7 +68,7 @@ def test_mixup_of_an_image_with_itself_changes_nothing():
     plain, mixed = network(flip_average=False), network(flip_average=False, mixup=0.5)
     params, same = perturbed(plain), jnp.repeat(images(1), 4, axis=0)
     batch = same, jnp.ones(4, int)
-    losses = [float(method.train_loss(params, batch, jax.random.key(1))) for method in (plain, mixed)]
+    losses = [float(jax.jit(method.train_loss)(params, batch, jax.random.key(1))) for method in (plain, mixed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -74,7 +76,10 @@ def test_units_of_the_images_do_not_matter():
     method = network(local_contrast=0.1, asymmetry=(0.02,))
     params = perturbed(method)
     np.testing.assert_allclose(
-        method.logits(params, images()), method.logits(params, 1000 * images() + 500), rtol=2e-3, atol=2e-3
+        jax.jit(method.logits)(params, images()),
+        jax.jit(method.logits)(params, 1000 * images() + 500),
+        rtol=2e-3,
+        atol=2e-3,
     )
 
 
@@ -82,24 +87,29 @@ def test_a_mirrored_image_is_judged_alike():
     method = network(flip_average=True)
     params = perturbed(method)
     np.testing.assert_allclose(
-        method.logits(params, images()), method.logits(params, images()[..., ::-1]), rtol=1e-4, atol=1e-5
+        jax.jit(method.logits)(params, images()),
+        jax.jit(method.logits)(params, images()[..., ::-1]),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
 def test_jitter_is_drawn_by_the_key():
     method = dataclasses.replace(network(), rotation_deg=10.0, noise=0.1, flip=0.5)
     params, batch = perturbed(method), (images(), jnp.array([0, 1, 0, 1]))
-    losses = [float(method.train_loss(params, batch, jax.random.key(seed))) for seed in (0, 0, 1)]
+    losses = [float(jax.jit(method.train_loss)(params, batch, jax.random.key(seed))) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_bfloat16_computes_about_the_same_and_keeps_its_parameters():
     plain, half = network(), network(dtype="bfloat16")
     params = perturbed(plain)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half.init(jax.random.key(0))))
-    np.testing.assert_allclose(half.logits(params, images()), plain.logits(params, images()), atol=0.1)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(jax.jit(half.init)(jax.random.key(0))))
+    np.testing.assert_allclose(
+        jax.jit(half.logits)(params, images()), jax.jit(plain.logits)(params, images()), atol=0.1
+    )
     batch = images(), jnp.array([0, 1, 0, 1])
-    gradient = jax.grad(half.train_loss)(params, batch, jax.random.key(0))
+    gradient = jax.jit(jax.grad(half.train_loss))(params, batch, jax.random.key(0))
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -111,7 +121,7 @@ def test_it_learns_what_tells_two_classes_apart_and_shows_where():
     for i in np.flatnonzero(y):
         x[i, 20:28, corners[i] : corners[i] + 8] += 4
     optimizer = optax.adam(3e-3)
-    params = method.init(jax.random.key(0))
+    params = jax.jit(method.init)(jax.random.key(0))
     state = optimizer.init(params)
     batch = jnp.asarray(x), jnp.asarray(y)
 
@@ -123,8 +133,8 @@ def test_it_learns_what_tells_two_classes_apart_and_shows_where():
 
     for key in jax.random.split(jax.random.key(0), 40):
         params, state = step(params, state, key)
-    assert (np.asarray(method.logits(params, batch[0])).argmax(1) == y).all()
-    maps = np.asarray(method.saliency(params, batch[0], batch[1]))
+    assert (np.asarray(jax.jit(method.logits)(params, batch[0])).argmax(1) == y).all()
+    maps = np.asarray(jax.jit(method.saliency)(params, batch[0], batch[1]))
     assert maps.shape == x.shape
     assert (maps >= 0).all()
     abnormal = maps[y == 1]

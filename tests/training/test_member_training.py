@@ -13,8 +13,8 @@ import pytest
 from pulmo_jax.methods.classifier import ClassifierNetwork
 from pulmo_jax.training.members import chunk_sizes, init_members, make_member_step
 
-METHOD = ClassifierNetwork(2, (1.0, 1.0), size=32, widths=(8, 8, 8), mixup=0.4)
-SEEDS = [3, 5, 8, 13, 21]
+METHOD = ClassifierNetwork(2, (1.0, 1.0), size=32, widths=(8, 8), mixup=0.4)
+SEEDS = [3, 5, 8]
 
 
 def keys(seeds):
@@ -43,13 +43,13 @@ def stacked(chunks):
 
 @pytest.fixture(scope="module")
 def together():
-    state, metrics = trained(SEEDS, [3, 2])
+    state, metrics = trained(SEEDS, [2, 1])
     assert int(state.step) == 4
     assert np.isfinite(float(metrics["loss"]))
     return stacked(state.params), stacked(state.ema)
 
 
-@pytest.mark.parametrize("member", [0, 4])
+@pytest.mark.parametrize("member", [0, 2])
 def test_a_network_among_others_is_what_it_is_alone(together, member):
     alone, _ = trained(SEEDS[member : member + 1], [1], slice(member, member + 1))
     for mine, all_of_them in zip((alone.params, alone.ema), together, strict=True):
@@ -82,7 +82,7 @@ assert len(jax.devices()) == 4
 optimizer = optax.adamw(1e-2)
 losses = []
 for mesh in (devices.all_devices(4), None):
-    state = init_members(METHOD, optimizer, keys(SEEDS), [3, 2])
+    state = init_members(METHOD, optimizer, keys(SEEDS), [2, 1])
     where = None if mesh is None else devices.everywhere(mesh)
     step = make_member_step(METHOD, optimizer, 0.9, keys(SEEDS), where)
     if mesh is not None:
