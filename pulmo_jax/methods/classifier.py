@@ -26,7 +26,7 @@ class ClassifierNetwork:
 
     n_classes: int
     class_weights: tuple[float, ...]
-    size: Annotated[int, Field(ge=16, le=1024, description="side of the working images, px")] = 64
+    size: Annotated[int, Field(ge=16, le=1024, description="side of the working images, px")] = 48
     widths: Annotated[
         tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
         Field(min_length=2, description="features of each stage, which has half the resolution of the one before"),
