@@ -150,8 +150,11 @@ def label_conflicts(refs: Sequence[ImageRef], contents: Sequence[str]) -> dict[i
     for i, (ref, content) in enumerate(zip(refs, contents, strict=True)):
         other = first.setdefault((content, ref.page), i)
         if content and label_of(refs[other].name) != label_of(ref.name):
-            both = f"{refs[other].path} and {ref.path} are the same file in two classes"
-            wrong |= {i: f"{both}; take one of them out", other: f"{both}; take one of them out"}
+            both = (
+                f"{refs[other].path} and {ref.path} are the same file in two classes; take one of them out, or give as "
+                "data.root the folder whose subfolders are the classes"
+            )
+            wrong |= {i: both, other: both}
     return wrong
 
 

@@ -9,7 +9,7 @@ from pulmo_jax.classifier_assessment import assess_test_set
 from pulmo_jax.classifier_config import ClassifierEvaluationConfig
 from pulmo_jax.classifier_data import read_classes
 from pulmo_jax.classifier_run import open_classifier_run
-from pulmo_jax.config import EvaluateConfig
+from pulmo_jax.config import EvaluateConfig, EvaluateDataConfig
 from pulmo_jax.data.images import index_images
 from pulmo_jax.data.landmark_table import read_landmarks, without_row
 from pulmo_jax.landmark_assessment import assess_landmarks
@@ -77,6 +77,10 @@ def evaluate_classes(config: EvaluateConfig, out_dir: Path) -> None:
         raise InputError(
             f"{config.run} tells classes apart: data.test_masks, data.foreground and data.images are of no use; leave "
             "them out"
+        )
+    if data.normal_name not in (EvaluateDataConfig.model_fields["normal_name"].default, run.classes[run.normal]):
+        raise InputError(
+            f"data.normal_name={data.normal_name}: that of {config.run} is {run.classes[run.normal]}; leave it out"
         )
     own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
     options = run.config.data.model_copy(update=own)

@@ -22,7 +22,7 @@ from pulmo_jax.data.pipeline import (
 )
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
-from pulmo_jax.data.scratch import DecodedReader, Scratch
+from pulmo_jax.data.scratch import KEEP_NONE, DecodedReader, Scratch
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.types import InputError
@@ -150,7 +150,7 @@ def patch_reader(loading: DataConfig, data: NormalData, reader: Reader, console:
     images, folder = data.training.images, loading.cache or cache_folder()
     if loading.resize and loading.decoded_mb:  # what is kept of an image is small: what it is shrunk to
         shape = (loading.patch_size, loading.patch_size, data.how.channels)
-        shrunk = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder)
+        shrunk = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder, KEEP_NONE)
         return ReadPatches(images, data.how, reader, shrunk)
     decoded = DecodedReader(reader, images, loading.decoded_mb, folder)
     if not decoded.fits and loading.decoded_mb:

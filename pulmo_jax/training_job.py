@@ -127,6 +127,7 @@ def descend(
             reconstruct=lambda _, examples: examples,
             val_losses=before.val_losses,
             files_of=lambda number: files_of(number - 1),
+            unit="images",
         )
         outcome = fit(
             devices.on_all(state, mesh),

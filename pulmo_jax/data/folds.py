@@ -52,9 +52,10 @@ def grouped_folds(
 
 def too_few(label: object, labels: Classes, of: Rows, count: int) -> InputError:
     there = np.unique(of[labels == label]).size
+    fewer = " or lower trainer.folds" if count > 1 else ""
     return InputError(
         f"class {label} has {there} groups of images, too few for trainer.folds={count} with one of them "
-        "to learn from, one to validate and one to test in each; give more images or lower trainer.folds"
+        f"to learn from, one to validate and one to test in each; give more images{fewer}"
     )
 
 

@@ -19,6 +19,7 @@ from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.types import InputError, Window
 
 HELD_BYTES = 48 * 2**20  # of the file, in memory
+KEEP_NONE = ", or set data.decoded_mb=0, which is slower"
 READ_BYTES = 160 * 2**10  # about what a patch of an image touches
 MEBIBYTE = 2**20
 
@@ -29,9 +30,11 @@ class Scratch:
     Threads may ask at the same time. Pickling (for worker processes) leaves the contents behind.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype], folder: Path):
-        """Reserves the room. Raises InputError where there is not enough."""
-        self._shapes, self._dtypes, self._folder = list(shapes), list(dtypes), folder
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype], folder: Path, otherwise: str = ""
+    ):
+        """Reserves the room. Raises InputError where there is not enough; otherwise: what helps then beside more."""
+        self._shapes, self._dtypes, self._folder, self._otherwise = list(shapes), list(dtypes), folder, otherwise
         sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
         ends = np.cumsum([-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]).tolist()
         self._starts, self._made = [0, *ends[:-1]], [False] * len(sizes)
@@ -41,11 +44,11 @@ class Scratch:
         except OSError as error:
             raise InputError(
                 f"{folder}: no room for {ends[-1] / MEBIBYTE:.0f} MiB of decoded images ({error.strerror}); make room, "
-                "give another folder with PULMO_JAX_CACHE, or set data.decoded_mb=0, which is slower"
+                f"or give another folder with PULMO_JAX_CACHE{otherwise}"
             ) from error
 
     def __getstate__(self) -> tuple:
-        return self._shapes, self._dtypes, self._folder
+        return self._shapes, self._dtypes, self._folder, self._otherwise
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)
@@ -94,9 +97,9 @@ class DecodedReader:
         self.fits = self.needed_mb <= limit_mb
         self._pixels = self._masks = None
         if self.fits:
-            self._pixels = Scratch(shapes, dtypes, folder)
+            self._pixels = Scratch(shapes, dtypes, folder, KEEP_NONE)
             flags = [np.dtype(bool)] * len(shapes)
-            self._masks = Scratch([shape[:2] for shape in shapes], flags, folder) if masked else None
+            self._masks = Scratch([shape[:2] for shape in shapes], flags, folder, KEEP_NONE) if masked else None
 
     def image(self, ref: ImageRef, window: Window | None = None) -> np.ndarray:
         """(h, w, C) in the file's dtype, not to be written to."""

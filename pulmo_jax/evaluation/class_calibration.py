@@ -13,7 +13,8 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import binomtest
 
 BINS = 10
-SCALE_SD, OFFSET_SD = 1.0, 3.0  # of the priors of log(scale) and of an offset
+SCALE_SD = 0.25  # of the prior of log(scale): of logits, which training has brought near to those of probabilities
+SCORE_SCALE_SD, OFFSET_SD = 1.0, 3.0  # of scores in units of their own: of log(scale) and of an offset
 LOG_SCALE_LIMIT = 30.0  # far outside the prior: keeps exp finite in a line search
 
 
@@ -42,13 +43,15 @@ def fit_scaling(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], 
     """The likeliest scale of validation images' logits, and with `offsets` that of each class but 0, whose is 0.
 
     Temperature scaling: Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2. Departs from
-    it in weak priors, log(scale) ~ N(0, 1) and offset ~ N(0, 3^2): without them a few images that are perfectly told
-    apart would make the scale infinite. Without images the logits stay as they are.
+    it in priors: log(scale) ~ N(0, 1/4^2), and with offsets, for logits that are scores, log(scale) ~ N(0, 1) and
+    offset ~ N(0, 3^2). A few images that are perfectly told apart would make the scale infinite, and that of a dozen
+    is noise, by which networks that are averaged would count unequally; hundreds outweigh the prior. Without images
+    the logits stay as they are.
     """
     z, n_classes = logits.astype(np.float64), logits.shape[1]
     first = 1 if offsets else n_classes  # class with a free offset
     truth = labels[:, None] == np.arange(n_classes)
-    precision = np.array([SCALE_SD] + [OFFSET_SD] * (n_classes - first)) ** -2.0
+    precision = np.array([SCORE_SCALE_SD if offsets else SCALE_SD] + [OFFSET_SD] * (n_classes - first)) ** -2.0
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         """The negative log posterior of (log(scale), *offsets), and its gradient."""

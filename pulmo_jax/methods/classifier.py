@@ -56,7 +56,10 @@ class ClassifierNetwork:
     gamma: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the power of intensities")] = 0.3
     shading: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.15
     noise: Annotated[float, Field(ge=0, description="jitter: sd of pixel noise, of the image's range")] = 0.05
-    flip_average: Annotated[bool, Field(description="look at the mirrored image too, and average")] = True
+    views: Annotated[
+        int, Field(ge=1, le=64, description="looks at an image that are averaged: as it is, then turned as in training")
+    ] = 4
+    flip_average: Annotated[bool, Field(description="average over the mirrored image too")] = True
     dtype: Annotated[
         Literal["float32", "bfloat16"], Field(description="dtype of the computation; parameters stay float32")
     ] = "float32"
@@ -114,9 +117,14 @@ class ClassifierNetwork:
     def moved(self, x: Float[Array, "B S S C"], move: Key[Array, ""], side: Key[Array, ""]) -> Float[Array, "B S S C"]:
         """Turned, stretched, shifted, mirrored. Channels that compare the sides are made before: they would not find
         the middle of an image that is turned."""
-        affine = jitter.random_affine(
-            move,
-            len(x),
+        x = warped(x, self.affine(move, len(x)))
+        flipped = jax.random.bernoulli(side, self.flip, (len(x), 1, 1, 1))
+        return jnp.where(flipped, x[:, :, ::-1], x)
+
+    def affine(self, key: Key[Array, ""], count: int) -> jitter.Affine:
+        return jitter.random_affine(
+            key,
+            count,
             self.size,
             rotation_deg=self.rotation_deg,
             scale=self.scale,
@@ -124,9 +132,6 @@ class ClassifierNetwork:
             shear=self.shear,
             shift=self.shift,
         )
-        x = jax.vmap(lambda channel: jitter.warp_images(channel, affine), in_axes=-1, out_axes=-1)(x)
-        flipped = jax.random.bernoulli(side, self.flip, (len(x), 1, 1, 1))
-        return jnp.where(flipped, x[:, :, ::-1], x)
 
     def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
         """Cross-entropy, nothing smoothed, each class by its weight."""
@@ -137,12 +142,16 @@ class ClassifierNetwork:
     # --- telling apart
 
     def logits(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B classes"]:
-        """Logarithms of probabilities, the mean of the image's and its mirror image's."""
-        if not self.flip_average:
-            return jax.nn.log_softmax(self.of_channels(params, self.channels(images)))
+        """Logarithms of probabilities, their mean over views of each image and of its mirror image: what training
+        takes for the same gets one answer. The views are the same for all images, whatever they stand beside."""
         x = self.channels(images)
-        both = jax.nn.softmax(self.of_channels(params, jnp.concatenate([x, x[:, :, ::-1]])))
-        return jnp.log((both[: len(images)] + both[len(images) :]) / 2)
+        x = jnp.concatenate([x, x[:, :, ::-1]]) if self.flip_average else x
+        turns = self.affine(jax.random.key(0), self.views - 1)
+        turned = [warped(x, jax.tree.map(lambda a, i=i: jnp.repeat(a[i, None], len(x), 0), turns))
+                  for i in range(self.views - 1)]  # fmt: skip
+        log_p = jax.nn.log_softmax(self.of_channels(params, jnp.concatenate([x, *turned])))
+        each = log_p.reshape(-1, len(images), self.n_classes)
+        return jax.nn.logsumexp(each, axis=0) - jnp.log(len(each))
 
     def saliency(self, params: Params, images: Float[Array, "B S S"], which: Int[Array, "B"]) -> Float[Array, "B S S"]:
         """HiResCAM (Draelos & Carin 2020, arXiv:2011.08891, Eq. 4) of the last stage, bilinear between its cells: each
@@ -172,3 +181,7 @@ class ClassifierNetwork:
         seen = [whole, *(asymmetry(whole, share * self.size) for share in self.asymmetry)]
         seen += [local_zscore(whole, self.local_contrast * self.size)] if self.local_contrast else []
         return jnp.stack(seen, -1)
+
+
+def warped(x: Float[Array, "B S S C"], affine: jitter.Affine) -> Float[Array, "B S S C"]:
+    return jax.vmap(lambda channel: jitter.warp_images(channel, affine), in_axes=-1, out_axes=-1)(x)

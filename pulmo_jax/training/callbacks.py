@@ -28,7 +28,7 @@ class Start:
 
     step: where it begins, above 0 when resumed; val_losses: those up to there. identity: stored with each checkpoint,
     must agree on resuming. examples: a few validation patches; reconstruct: (state, patches) -> patches, compiled.
-    files_of: the files that the batch of a step was cut from.
+    files_of: the files that the batch of a step was cut from. unit: what batch_size counts.
     """
 
     run_dir: Path
@@ -42,6 +42,7 @@ class Start:
     reconstruct: Callable[[TrainState, np.ndarray], np.ndarray]
     val_losses: Sequence[float] = ()
     files_of: Callable[[int], list[str]] = lambda step: []
+    unit: str = "patches"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class TensorBoard:
 
 
 class ProgressBar:
-    """Steps done, patches per second, time left; plain lines where the output is not a terminal."""
+    """Steps done, patches or images per second, time left; plain lines where the output is not a terminal."""
 
     def __init__(self, line_every_s: Annotated[float, Field(gt=0, description="seconds between plain lines")] = 10.0):
         self.line_every_s = line_every_s
@@ -159,7 +160,7 @@ class ProgressBar:
         elapsed, done = time.monotonic() - self._began, event.step - self._start.step
         rate = done / elapsed
         losses = "  ".join(f"{name} {value:.3g}" for name, value in self._losses.items())
-        note = f"{rate * self._start.batch_size:.0f} patches/s  {losses}"
+        note = f"{rate * self._start.batch_size:.0f} {self._start.unit}/s  {losses}"
         self._bar.update(self._task, completed=event.step, note=note)
         if self._bar.disable and time.monotonic() - self._last_line > self.line_every_s:
             self._last_line = time.monotonic()

@@ -103,3 +103,5 @@ def test_disk_without_room_is_an_error_with_the_remedy(refs, tmp_path, monkeypat
     monkeypatch.setattr(scratch.os, "posix_fallocate", full)
     with pytest.raises(InputError, match=rf"{tmp_path}: no room for 0 MiB.*No space left.*data.decoded_mb=0"):
         DecodedReader(Reader(), refs, 1, Path(tmp_path))
+    with pytest.raises(InputError, match="another folder with PULMO_JAX_CACHE$"):
+        Scratch([(4, 4)], [np.dtype(float)], Path(tmp_path))

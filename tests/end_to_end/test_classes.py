@@ -311,6 +311,7 @@ def test_on_other_images_all_networks_judge_and_baselines_stand_beside(run, slic
     assert figures["auroc"]["reason"]
     (other / "maybe").mkdir()
     shutil.copy(slices / "no" / "slice 17.jpg", other / "maybe")
+    assert ": that of" in evaluate(run, other, tmp_path / "d", "data.normal_name=yes", status=2)
     text = evaluate(run, other, tmp_path / "d", status=2)
     assert "has classes that the run does not know (maybe); it knows no, yes: rename the folders" in text
     assert not (tmp_path / "d" / "metrics.json").exists()

@@ -56,11 +56,8 @@ def test_notebook_defines_nothing(path):
 
 # What the messaging underneath says of itself is not the notebook's.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient|ipykernel|traitlets)")
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem[:2] > "01")) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@each_notebook
 def test_notebook_runs_and_shows_its_figures(path, tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # as it is for a reader
     # Nothing of this user's, and nothing left behind.

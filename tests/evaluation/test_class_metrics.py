@@ -302,7 +302,8 @@ def test_scaling_is_the_most_likely_of_its_neighbours(offsets):
 
     def log_posterior(log_scale, shift):
         p = softmax(np.exp(log_scale) * logits + np.array([0, *shift]), axis=1)
-        return np.log(p[np.arange(30), labels]).sum() + norm(0, 1).logpdf(log_scale) + norm(0, 3).logpdf(shift).sum()
+        prior = norm(0, 1 if offsets else 0.25).logpdf(log_scale) + norm(0, 3).logpdf(shift).sum()
+        return np.log(p[np.arange(30), labels]).sum() + prior
 
     best = np.array([np.log(fitted.scale), *fitted.offsets[1:]])
     for i in range(3 if offsets else 1):
@@ -324,6 +325,12 @@ def test_few_images_give_no_infinite_confidence(offsets):
     assert 0 < wrong.scale < 0.1
     tiny = fit_scaling(np.array([[1e-6, 0.0], [0.0, 1e-6]] * 50), np.array([0, 1] * 50), offsets=offsets)
     assert np.isfinite(tiny.scale)
+
+
+def test_a_dozen_images_leave_the_logits_about_as_they_are_and_hundreds_do_not():
+    few, many = (fit_scaling(*drawn(3.0, (0.0, 0.0), n=n), offsets=False).scale for n in (12, 2000))
+    assert few < 1.8
+    assert many == pytest.approx(3, rel=0.15)
 
 
 def test_scaling_is_stable():

@@ -49,8 +49,8 @@ def together():
     return stacked(state.params), stacked(state.ema)
 
 
-@pytest.mark.parametrize("member", [0, 2])
-def test_a_network_among_others_is_what_it_is_alone(together, member):
+def test_a_network_among_others_is_what_it_is_alone(together):
+    member = 1
     alone, _ = trained(SEEDS[member : member + 1], [1], slice(member, member + 1))
     for mine, all_of_them in zip((alone.params, alone.ema), together, strict=True):
         pairs = zip(jax.tree.leaves(stacked(mine)), jax.tree.leaves(all_of_them), strict=True)
@@ -82,7 +82,7 @@ assert len(jax.devices()) == 4
 optimizer = optax.adamw(1e-2)
 losses = []
 for mesh in (devices.all_devices(4), None):
-    state = init_members(METHOD, optimizer, keys(SEEDS), [2, 1])
+    state = init_members(METHOD, optimizer, keys(SEEDS), [3])
     where = None if mesh is None else devices.everywhere(mesh)
     step = make_member_step(METHOD, optimizer, 0.9, keys(SEEDS), where)
     if mesh is not None:
