@@ -7,10 +7,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # A test that imports jax before pulmo_jax would let XLA's log through to every process that the tests start.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# The machine code of most tests runs for less time than LLVM takes to make it faster.
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
-
 import signal
 
 from hypothesis import settings

@@ -17,7 +17,7 @@ IMAGE = np.array([[0.5, np.nan, -1], [np.inf, 1e-30, 3]])
 def parameters_of(path: Path) -> dict:
     """Everything that `write_fits` wrote as a parameter."""
     header = fits.getheader(path)
-    found = {key[3:]: header[key] for key in header if key.startswith("PJ ")}
+    found = {card.keyword[3:]: card.value for card in header.cards if card.keyword.startswith("PJ ")}
     text = ""
     for card in header.get("COMMENT", []):
         text += card
