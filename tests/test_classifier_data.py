@@ -277,5 +277,7 @@ def test_no_room_for_the_squares(folder, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(scratch, "room", full)
-    with pytest.raises(InputError, match=r"cache: no room for .*No space left on device\); make room, or give another folder"):
+    with pytest.raises(
+        InputError, match=r"cache: no room for .*No space left on device\); make room, or give another folder"
+    ):
         read(folder)

@@ -479,6 +479,7 @@ def test_bug_in_one_job_loses_no_other(run, tmp_path):
     assert records(tmp_path / "sweep")["1"]["objective"] is None  # of detect: 1 is a count
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_with_the_jobs_that_are_missing(run, tmp_path):
     ran = []
 

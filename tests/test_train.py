@@ -80,6 +80,7 @@ def arrays_of(run, step):
     return json.loads((run / "checkpoints" / str(step) / "MANIFEST").read_bytes().partition(b"\n")[2])["arrays"]
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(go, whole, tmp_path, capsys):
     run = tmp_path / "run"
     go(run, "trainer.steps=4", "optimizer.warmup_fraction=0")

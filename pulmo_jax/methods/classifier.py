@@ -16,6 +16,8 @@ from pulmo_jax.methods.classes import Batch, Params
 from pulmo_jax.models.classifier import ClassifierNet, dropout
 from pulmo_jax.types import InputError
 
+MAPPED = 2  # stages before the features whose part in a decision is shown
+
 
 @dataclass(frozen=True)
 class ClassifierNetwork:
@@ -154,15 +156,16 @@ class ClassifierNetwork:
         return jax.nn.logsumexp(each, axis=0) - jnp.log(len(each))
 
     def saliency(self, params: Params, images: Float[Array, "B S S"], which: Int[Array, "B"]) -> Float[Array, "B S S"]:
-        """HiResCAM (Draelos & Carin 2020, arXiv:2011.08891, Eq. 4) of the last stage, bilinear between its cells: each
-        cell's features times the gradient, by them, of the class's logit less the mean of all. Departs from Grad-CAM
-        (Selvaraju et al. 2017) in that gradients are not averaged over the image before: under a linear last layer the
-        map adds up to that difference of logits, its negative parts aside."""
+        """HiResCAM (Draelos & Carin 2020, arXiv:2011.08891, Eq. 4) after the second stage, whose cells are 4 px wide:
+        each cell's features times the gradient, by them, of the class's logit less the mean of all; bilinear between
+        cells. Departs from Grad-CAM (Selvaraju et al. 2017) in that gradients are not averaged over the image, and
+        from both in the stage: cells of the last one are a third of an image wide. Without a norm what follows is
+        linear by pieces, so that the map adds up to that difference of logits, biases and negative parts aside."""
         network = nnx.merge(self.graph, params)
-        features = network.features(self.channels(images).astype(self.dtype))
+        features = network.features(self.channels(images).astype(self.dtype), last=MAPPED)
 
         def margin(features: jax.Array) -> jax.Array:
-            logits = network.logits(features)
+            logits = network.logits(network.features(features, first=MAPPED))
             return jnp.take_along_axis(logits - logits.mean(-1, keepdims=True), which[:, None], axis=1).sum()
 
         heat = jax.nn.relu((jax.grad(margin)(features) * features).sum(-1)).astype(jnp.float32)

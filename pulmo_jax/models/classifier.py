@@ -48,10 +48,9 @@ class ClassifierNet(nnx.Module):
         self.stages = nnx.List([Stage(fine, coarse, norm, blocks, rngs=rngs) for fine, coarse in steps])
         self.head = nnx.Linear(2 * widths[-1], n_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-    def features(self, images: Float[Array, "B S S C"]) -> Float[Array, "B h w F"]:
-        """Of the last stage."""
-        x = images
-        for stage in self.stages:
+    def features(self, x: Float[Array, "B H W C"], first: int = 0, last: int | None = None) -> Float[Array, "B h w F"]:
+        """What the stages from `first` to before `last` make of images, or of the features of the stage before."""
+        for stage in list(self.stages)[first:last]:
             x = stage(x)
         return x
 

@@ -252,6 +252,7 @@ def beta_pictoris() -> Search:
 
 
 @needs_real
+@pytest.mark.slow
 def test_beta_pictoris_b(beta_pictoris):
     (planet,) = beta_pictoris.sources
     assert planet.y == pytest.approx(61.70, abs=0.1)
@@ -269,6 +270,7 @@ def test_the_real_cube_without_its_planet_has_no_peak(mode):
 
 
 @needs_real
+@pytest.mark.slow
 def test_the_real_cube_with_its_angles_reversed_has_no_peak(beta_pictoris):
     """With the planet in it or not."""
     of = real("cube_with_planet", "parallactic_angles")

@@ -161,6 +161,18 @@ def test_it_learns_what_tells_two_classes_apart_and_shows_where():
     assert abnormal[:, 16:].sum() > 2 * abnormal[:, :16].sum()
 
 
+def test_a_map_adds_up_to_the_decision():
+    """Where there are no biases, and nothing speaks against the class."""
+    method = network(widths=(8, 8, 8), flip_average=False)
+    params = jax.tree.map(lambda leaf: jnp.abs(leaf) if leaf.ndim > 1 else 0 * leaf, perturbed(method))
+    head = params["head"]["kernel"]
+    head[...] = head[...] * jnp.array([-1, 1])
+    logits = method.of_channels(params, method.channels(images()))
+    maps = method.saliency(params, images(), jnp.ones(4, int))
+    assert float(maps.max()) > 3 * float(maps.mean())
+    np.testing.assert_allclose(maps.sum((1, 2)) / 4**2, logits[:, 1] - logits.mean(-1), rtol=1e-4)
+
+
 def test_a_size_that_cannot_be_halved_so_often_is_refused():
     with pytest.raises(InputError, match="method.size=40.*must be a multiple of 16"):
         network(size=40, widths=(8, 8, 8, 8))

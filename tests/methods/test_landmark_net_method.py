@@ -260,6 +260,7 @@ def test_the_loss_of_still_images_is_that_of_the_points_located(still_loss):
     assert float(still_loss(images, points)) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_points_out_of_the_image_do_not_count(still_loss):
     images, points = blobs(4)
     each = np.abs(np.asarray(found(1, False).points - points)).sum(-1) * 100 / SIDE
