@@ -471,6 +471,7 @@ def test_sweep_of_which_nothing_came_is_status_2(run, tmp_path, sweeper):
     assert (tmp_path / "sweep" / "sweep.html").exists()
 
 
+@pytest.mark.slow
 def test_bug_in_one_job_loses_no_other(run, tmp_path):
     done = run("detect", "-m", "seed=0,1", "hydra.sweep.dir=sweep", task=lambda config, out: 1 // config.seed)
     assert done.status == 3

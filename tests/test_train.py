@@ -105,6 +105,7 @@ def copy_of(run, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_finished_run_with_a_damaged_checkpoint_is_refused_until_it_is_made_anew(go, whole, tmp_path, capsys):
     """Thresholds belong to the parameters that they were set with."""
     run = copy_of(whole, tmp_path / "run")

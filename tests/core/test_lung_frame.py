@@ -204,6 +204,7 @@ def test_points_far_from_the_square_are_refused(frame):
         lf.frame_of(frame.points + 100, 48)
 
 
+@pytest.mark.slow
 def test_real_lungs_do_not_fold():
     if not LABELS.is_file():
         pytest.skip("no chest landmarks here")

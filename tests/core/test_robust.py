@@ -194,8 +194,8 @@ def test_a_frame_at_the_mean_does_not_take_it_over(distance):
 
 @pytest.mark.parametrize("samples", [
     np.zeros((6, 4)),
-    np.ones((2, 3)),
-    correlated(2, 5, bad=0),
+    pytest.param(np.ones((2, 3)), marks=pytest.mark.slow),
+    pytest.param(correlated(2, 5, bad=0), marks=pytest.mark.slow),
     correlated(3, 13, bad=0),
     np.repeat(correlated(4, 5, bad=0), 5, axis=0),
     np.concatenate([np.zeros((12, 5)), correlated(5, 5, bad=0)]),

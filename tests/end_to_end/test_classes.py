@@ -281,6 +281,7 @@ def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
 # --- evaluation
 
 
+@pytest.mark.slow
 def test_on_its_own_images_a_run_is_as_good_as_its_cross_validation_said(run, slices, tmp_path):
     """For no network judges what it has learnt from."""
     text = evaluate(run, slices, tmp_path)

@@ -176,8 +176,14 @@ def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
     ("changes", "words"),
     [
         (["data.images=nowhere"], ["data.images=nowhere: does not exist"]),
-        (["method=autoencoder"], ["finds no landmarks", "eigenpatch, landmark_net"]),
-        (["data.val=null", "data.test={train}"], ["40 images are in both the training and the test table"]),
+        pytest.param(
+            ["method=autoencoder"], ["finds no landmarks", "eigenpatch, landmark_net"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["data.val=null", "data.test={train}"],
+            ["40 images are in both the training and the test table"],
+            marks=pytest.mark.slow,
+        ),
         (["data.train={bad}"], ["bad.csv: 2 of 5 rows cannot be used", "gone.png", "data.on_error=skip"]),
     ],
 )

@@ -269,6 +269,7 @@ def count_lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_run_is_never_overwritten(run, crop, cache):
     again = call(*train_arguments(crop, run), cache=cache, check=False)
     assert again.returncode == 2

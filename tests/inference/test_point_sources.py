@@ -262,6 +262,7 @@ def test_beta_pictoris_b(beta_pictoris):
 
 @needs_real
 @pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.slow
 def test_the_real_cube_without_its_planet_has_no_peak(mode):
     of = real("cube_planet_removed", "parallactic_angles_planet_removed")
     maps = compute_maps(of, Settings(mode=mode))

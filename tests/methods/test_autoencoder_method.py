@@ -235,6 +235,7 @@ def test_a_few_steps_on_tiny_data_lower_the_loss():
         assert (np.asarray(kept) != initial).any()
 
 
+@pytest.mark.slow
 def test_rematerialised_training_step_is_the_plain_one():
     """Through the very step that training jits: transforms of Flax's own fail there."""
     batch = jnp.asarray(np.random.default_rng(0).random((4, 16, 16, 1), np.float32))

@@ -102,6 +102,7 @@ def test_the_finer_scale_is_the_more_precise(with_prior):
     assert errors(method, params, tests, truth).mean() < 0.9 * first.mean()
 
 
+@pytest.mark.slow
 def test_covariances_are_of_the_errors_size_and_larger_for_a_point_that_cannot_be_seen(with_prior):
     method, params = with_prior
     (tests, truth), (without_ring, _) = scenes(60, seed=1), scenes(60, seed=1, kinds=(0, 2))

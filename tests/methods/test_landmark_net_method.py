@@ -270,6 +270,7 @@ def test_points_out_of_the_image_do_not_count(still_loss):
     assert float(still_loss(images, points - 100)) == 0
 
 
+@pytest.mark.slow
 def test_jitter_is_decided_by_the_key_and_moves_points_with_the_image():
     jitter, (images, points) = jax.jit(small(flip=1.0).jittered), blobs(6)
     one, again, other = (jitter((images, points), jax.random.key(seed)) for seed in (0, 0, 1))

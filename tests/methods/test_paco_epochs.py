@@ -64,6 +64,7 @@ def test_samples_are_the_maps_at_pixels_and_scipys_splines_between():
         np.testing.assert_allclose(look_up(ready, sky_of(whole, y, x))[0], sample(ready, sky_of(whole, y, x))[0])
 
 
+@pytest.mark.slow
 def test_loss_between_pixels_is_as_documented():
     losses, coarse = [], []
     for y, x in np.random.default_rng(0).uniform(12, 20, (60, 2)):

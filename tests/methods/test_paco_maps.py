@@ -108,7 +108,9 @@ def reference_maps(mode: str, name: str) -> dict[str, np.ndarray]:
         return compute(damaged(of.cube), of.angles, of.psf, RADIUS, of.centre)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["even", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "even")]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_maps_are_the_reference_s(mode, name):
     of = case(name)

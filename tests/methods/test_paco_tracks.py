@@ -259,7 +259,9 @@ def test_errors_of_the_place_fall_as_the_flux_rises():
     np.testing.assert_allclose(bright.covariance[0, 2, 2], faint.covariance[0, 2, 2], rtol=1e-3)
 
 
-@pytest.mark.parametrize("angles", [ANGLES, WHOLE_TURN], ids=["85 degrees", "a whole turn"])
+@pytest.mark.parametrize(
+    "angles", [ANGLES, pytest.param(WHOLE_TURN, marks=pytest.mark.slow)], ids=["85 degrees", "a whole turn"]
+)
 def test_errors_are_those_of_white_noise(angles):
     """Pulls of sources at any sub-pixel place have unit variance, but for what it costs to learn the mean as well.
 

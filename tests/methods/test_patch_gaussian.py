@@ -76,6 +76,7 @@ def test_every_place_has_its_own_gaussian():
             np.testing.assert_allclose(found[i].ravel()[place], expected, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_how_many_places_are_worked_on_at_a_time_changes_nothing():
     batches = [texture(7, seed=s) for s in range(2)]
     method = pixels(locations="each", window_px=8, stride_px=1, memory_mb=1)

@@ -46,6 +46,7 @@ def test_other_patch_sizes_are_refused(patch_size):
         network(patch_size)
 
 
+@pytest.mark.slow
 def test_large_patches_are_rearranged_by_transpositions_of_few_axes():
     """XLA made gigabytes of code of one over all strides: 24 GB were not enough to compile 128 px."""
     graph, state = nnx.split(network(256, 3))
