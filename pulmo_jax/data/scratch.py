@@ -18,7 +18,8 @@ import numpy as np
 from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.types import InputError, Window
 
-HELD_BYTES = 48 * 2**20  # of the file, in memory
+HELD_BYTES = 24 * 2**20  # of the file, in memory
+AROUND_BYTES = 64 * 2**10  # that the system maps beside what is touched
 KEEP_NONE = ", or set data.decoded_mb=0, which is slower"
 READ_BYTES = 160 * 2**10  # about what a patch of an image touches
 MEBIBYTE = 2**20
@@ -57,7 +58,7 @@ class Scratch:
         """A view of an array; `make` gives it the first time."""
         shape, dtype, start = self._shapes[index], self._dtypes[index], self._starts[index]
         view = np.frombuffer(self._map, dtype, prod(shape), start).reshape(shape)
-        touched = min(view.nbytes, READ_BYTES)
+        touched = min(view.nbytes + AROUND_BYTES, READ_BYTES)
         if not self._made[index]:
             view[...], touched = make(), view.nbytes
             self._made[index] = True
