@@ -448,6 +448,7 @@ def lucky_but_for(*unlucky):
     return task
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_after_a_job_that_failed_and_says_so(run, tmp_path):
     done = run("train", "-m", "seed=0,1,2", "hydra.sweep.dir=sweep", task=lucky_but_for(1))
     assert done.status == 3

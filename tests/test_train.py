@@ -148,6 +148,7 @@ def test_resuming_a_finished_run_changes_nothing(go, whole, tmp_path):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_early_stop_stays_one_when_the_run_is_resumed(go, tmp_path):
     stop = ["trainer.steps=40", "trainer.validate_every=1", "callbacks.early_stopping.patience=1"]
     stop.append("callbacks.early_stopping.min_fraction=0.9")

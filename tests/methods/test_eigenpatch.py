@@ -137,6 +137,7 @@ def test_it_is_a_fitted_locator_whose_skeleton_is_its_parameters(with_prior, wit
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_points_at_the_edge_and_the_same_seed():
     """The square of anchors around a point at the corner reaches outside, where the edge goes on."""
     images, points = scenes(40)

@@ -204,6 +204,7 @@ def test_the_ensemble_is_the_mixture_of_its_members():
     assert float(jnp.abs(alone[0].points - alone[1].points).max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_covariances_are_positive_and_symmetric():
     covariance = np.asarray(found().covariance)
     assert (np.linalg.eigvalsh(covariance) > 0).all()

@@ -250,6 +250,7 @@ def test_exact_flux_without_noise():
     np.testing.assert_allclose(fit.place, PLACE, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_place_is_that_of_the_highest_likelihood_of_all_channels():
     """A joint place is better known than any channel's own, and weighs the channels by what they know."""
     bright = sources(60.0)

@@ -212,6 +212,7 @@ def test_a_mirrored_stack_has_mirrored_maps(mode):
 
 
 @pytest.mark.parametrize(("mode", "most_steps"), [("exact", 11), ("fast", 21)])
+@pytest.mark.slow
 def test_memory_only_cuts_the_work_into_more_steps(mode, most_steps):
     """Rings of pixels (exact) or batches of frames (fast, the last one overlapping that before it); in float32."""
     cube, angles = white_cube(0), np.linspace(0, 80, 61)

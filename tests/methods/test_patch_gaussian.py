@@ -157,6 +157,7 @@ def test_normal_patches_score_about_one_and_a_strange_one_more():
     assert found.max() > 5
 
 
+@pytest.mark.slow
 def test_a_region_that_never_varies_is_neither_singular_nor_blind():
     batches = [texture(30, seed=s) for s in range(2)]
     for batch in batches:
