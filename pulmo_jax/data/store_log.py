@@ -1,8 +1,9 @@
 """The unfinished part of a store: pages that are decoded and packed, one after another, in a file that a kill cannot
-harm. What is whole of it is used when ingesting goes on; a last entry that is cut off is dropped."""
+harm. What is whole of it is used when ingesting goes on, by its checksums; an entry that is cut off ends it.
+
+Nothing waits for the disk here: where the machine goes down, not the process alone, work is lost and nothing else."""
 
 import json
-import os
 import struct
 import threading
 import zlib
@@ -13,7 +14,6 @@ from typing import Any
 
 HEAD = b"pulmo_jax store part 2\n"
 SIZES = struct.Struct("<QI")  # of the JSON, and the checksum of JSON and chunks
-AT_ONCE = 64  # entries that may be lost where the machine, not the process alone, goes down
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,6 @@ class Log:
                 self.file.write(chunk)
             self.file.flush()
             self.entries.append(Logged(entry.facts, start, lengths))
-            due = len(self.entries) % AT_ONCE == 0
-        if due:  # meanwhile others append
-            os.fsync(self.file.fileno())
 
     def chunks(self, entry: Logged) -> list[bytes]:
         self.file.seek(entry.start)
