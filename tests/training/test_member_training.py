@@ -30,6 +30,9 @@ class Linear(ClassifierNetwork):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+SIMPLE = Linear(2, (1.0, 1.0))
+
+
 def keys(seeds):
     return jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
 
@@ -41,9 +44,8 @@ def batches(count, members, rows=4):
         yield jnp.asarray(images), jnp.asarray(rng.integers(2, size=(rows, members)))
 
 
-def trained(seeds, sizes, which=slice(None), steps=4):
+def trained(seeds, sizes, which=slice(None), steps=4, method=SIMPLE):
     optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.3, 0.9))  # Adam would enlarge roundings
-    method = Linear(2, (1.0, 1.0))
     state = init_members(method, optimizer, keys(seeds), sizes)
     step = make_member_step(method, optimizer, 0.9, keys(seeds))
     for images, labels in batches(steps, len(SEEDS)):
@@ -70,6 +72,14 @@ def test_a_network_among_others_is_what_it_is_alone(together):
         pairs = zip(jax.tree.leaves(stacked(mine)), jax.tree.leaves(all_of_them), strict=True)
         for one, many in pairs:
             np.testing.assert_allclose(one[0], many[member], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_classifier_beside_another_is_what_it_is_alone():
+    both, _ = trained(SEEDS[:2], [2], slice(0, 2), method=METHOD)
+    alone, _ = trained(SEEDS[1:2], [1], slice(1, 2), method=METHOD)
+    for many, one in zip(jax.tree.leaves(both.params), jax.tree.leaves(alone.params), strict=True):
+        np.testing.assert_allclose(one[0], many[1], rtol=2e-4, atol=2e-5)
 
 
 def test_networks_of_other_seeds_differ(together):
