@@ -288,7 +288,9 @@ def report_sections(
     names = [name for name in tested.results if LEAKS not in name and "majority" not in name]
 
     def save(figure: Any, name: str) -> Path:
-        return figures.save(figure, folder, name)
+        path = figures.save(figure, folder, name)
+        figure.clear()  # its parts refer to each other, and would hold what they drew until they are collected
+        return path
 
     results = [save(draw.comparison(estimates, COMPARED), "comparison")]
     if run.positive is not None:

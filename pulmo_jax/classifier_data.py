@@ -123,8 +123,9 @@ def known_or_read(
     what is wrong with those that cannot be read."""
     if is_store(root):
         store = opened(root)
-        records = [store.by_name[ref.name][ref.page] for ref in refs]
-        return [r.content for r in records], np.array([r.look for r in records], np.uint64), {}
+        records = (store.by_name[ref.name][ref.page] for ref in refs)
+        contents, looks = zip(*((record.content, record.look) for record in records), strict=True)
+        return list(contents), np.array(looks, np.uint64), {}
     bad: dict[int, str] = {}
 
     def look(i: int) -> tuple[str, int]:

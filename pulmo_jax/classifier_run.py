@@ -32,7 +32,7 @@ from pulmo_jax.training.members import chunk_sizes, init_members
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
-SEALED = ("classes.json", "images.json")
+CLASSES, IMAGES = SEALED = ("classes.json", "images.json")
 AT_ONCE = 8  # networks that are one program: more take longer to compile than they save
 
 
@@ -72,8 +72,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ClassifierRun:
-    """A finished run. chunks: parameters of its networks, leaky ones aside; scalings: of each. images: what it was
-    made with, each with the networks that have never seen it (`unseen_by`)."""
+    """A finished run. chunks: parameters of its networks, leaky ones aside; scalings: of each."""
 
     path: Path
     config: ClassifierConfig
@@ -82,8 +81,12 @@ class ClassifierRun:
     normal: int
     chunks: list[Params]
     scalings: tuple[Scaling, ...]
-    images: list[dict[str, Any]]
     step: int
+
+    @cached_property
+    def images(self) -> list[dict[str, Any]]:
+        """What it was made with, each with the networks that have never seen it (`unseen_by`)."""
+        return json.loads((self.path / IMAGES).read_text())["images"]
 
     @property
     def size(self) -> int:
@@ -181,7 +184,7 @@ def write_classes(
 ) -> None:
     """classes.json: what prediction needs beside the parameters."""
     write_json(
-        path / "classes.json",
+        path / CLASSES,
         {
             "classes": list(found.classes),
             "normal": normal,
@@ -214,7 +217,7 @@ def open_classifier_run(path: Path, plugins: tuple[str, ...] = ()) -> Classifier
     step = finished_step(path, SEALED)
     config = validate(ClassifierConfig, load_values(path) | {"plugins": plugins})
     check_classifier_nodes(config)
-    facts, images = (json.loads((path / name).read_text()) for name in SEALED)
+    facts = json.loads((path / CLASSES).read_text())
     classes, normal = tuple(facts["classes"]), facts["normal"]
     method = build_classifier(config, len(classes), normal, tuple(facts["class_weights"]))
     members = tuple(Member(**member) for member in facts["members"])
@@ -222,7 +225,7 @@ def open_classifier_run(path: Path, plugins: tuple[str, ...] = ()) -> Classifier
     state = restore(path, method, config, plan, step)
     scalings = tuple(Scaling(s["scale"], tuple(s["offsets"])) for s in facts["scalings"])
     chunks = honest_chunks(plan, parameters(state))
-    return ClassifierRun(path, config, method, classes, normal, chunks, scalings, images["images"], step)
+    return ClassifierRun(path, config, method, classes, normal, chunks, scalings, step)
 
 
 def parameters(state: TrainState) -> list[Params]:

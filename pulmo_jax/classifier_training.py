@@ -25,6 +25,7 @@ from pulmo_jax.classifier_data import (
     read_classes,
 )
 from pulmo_jax.classifier_run import (
+    IMAGES,
     Plan,
     build_classifier,
     class_weights,
@@ -156,7 +157,7 @@ def write_records(run_dir: Path, config: ClassifierConfig, found: ClassSet, plan
     described, features = describe_set(found), metadata_features(found)
     beside = zip(described["images"], unseen_by(plan, len(found.refs)), features.tolist(), strict=True)
     images = [image | {"unseen_by": networks, "metadata": row} for image, networks, row in beside]
-    write_json(run_dir / "images.json", described | {"images": images})
+    write_json(run_dir / IMAGES, described | {"images": images})
     write_json(run_dir / "run.json", {"citation": "", **provenance()})
 
 

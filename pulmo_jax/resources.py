@@ -1,7 +1,9 @@
 """What a run may run out of, memory and room on the disk: known before or after the fact, and said in words."""
 
+import ctypes
 import errno
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from pulmo_jax.types import InputError
 
 GIB = 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**20  # glibc's malloc.h; allocations from this size on are mapped
 CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -46,6 +49,16 @@ def running_out_names(what: str, remedy: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0]
         raise InputError(f"out of memory in {what} ({reason:.120}); {remedy}") from error
+
+
+def give_back_freed_memory() -> None:
+    """Large arrays are mapped, and go back to the system when they are freed.
+
+    Of itself glibc soon takes all below 32 MiB from its heaps; decoded images that come to lie between what a compiled
+    step has freed hold it there, and memory grows with the set. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

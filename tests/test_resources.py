@@ -1,5 +1,9 @@
 """Out of memory: a sentence with the setting to lower, before the fact or after."""
 
+import platform
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -57,3 +61,32 @@ def test_other_errors_are_left_alone():
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
     with pytest.raises(ZeroDivisionError), running_out_names("training", "lower it"):
         1 / 0  # noqa: B018
+
+
+HOLES = """
+import numpy as np
+from pathlib import Path
+from pulmo_jax.resources import give_back_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+if {}:
+    give_back_freed_memory()
+np.ones(2**21)  # freed: of itself glibc takes what is smaller from its heap after that
+before = resident()
+large, small = [], []
+for _ in range(40):
+    large.append(np.ones(2**18))  # 2 MiB
+    small.append(np.ones(2**9))
+large.clear()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
+@pytest.mark.parametrize("called", [True, False])
+def test_freed_arrays_go_back_to_the_system(called):
+    """Though small ones that stay lie between them; without the call they do not, or the call may go."""
+    ran = subprocess.run([sys.executable, "-c", HOLES.format(called)], capture_output=True, text=True, check=True)
+    assert (int(ran.stdout) < 10 * 2**20) == called

@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/classifier_memory.py [--counts 200 20000]        # ten minutes
 
-Small slices of smooth noise, brighter in one class, are ingested; then `train +experiment=brain_mri` runs on the store
-in a process of its own, twice, so that the second has its programs compiled: from listing to report. Peak resident
-memory as the kernel tells it. Writes classifier_memory.json and classifier_memory.md.
+Small slices of smooth noise, brighter in one class, are ingested; then `train +experiment=brain_mri` runs on the stores
+in turn, from listing to report, each time in a process of its own, after one run that compiles its programs. Peak
+resident memory as the kernel tells it, the median of the runs. Writes classifier_memory.json and classifier_memory.md.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -53,31 +55,45 @@ def peak_of(command: list[str], environment: dict[str, str]) -> tuple[float, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[200, 20_000])
+    parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
-    rows = {}
+    rows: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as work:
         environment = os.environ | {"PULMO_JAX_CACHE": f"{work}/cache"}
+
+        def train(count: int, name: str) -> tuple[float, float]:
+            given = [
+                f"data.root={work}/store{count}/s.h5",
+                "data.near_bits=0",
+                *OPTIONS,
+                f"hydra.run.dir={work}/{name}",
+            ]
+            return peak_of([sys.executable, "-m", "pulmo_jax.train", "+experiment=brain_mri", *given], environment)
+
         for count in options.counts:
             folder, store = Path(work) / f"slices{count}", Path(work) / f"store{count}" / "s.h5"
             draw(folder, count)
             ingest = [sys.executable, "-m", "pulmo_jax.ingest", f"input={folder}", f"output={store}", "near_bits=0"]
             ingest_mb, ingest_s = peak_of(ingest, environment)
-            for again in (False, True):
-                run = Path(work) / f"run{count}{again}"
-                train = [sys.executable, "-m", "pulmo_jax.train", "+experiment=brain_mri", f"data.root={store}"]
-                mb, seconds = peak_of([*train, "data.near_bits=0", *OPTIONS, f"hydra.run.dir={run}"], environment)
-            rows[count] = {"train_mb": mb, "train_s": seconds, "ingest_mb": ingest_mb, "ingest_s": ingest_s}
+            rows[count] = {"train_mb": [], "train_s": [], "ingest_mb": ingest_mb, "ingest_s": ingest_s}
+        train(options.counts[0], "compiling")
+        for again in range(options.runs):
+            for count, row in rows.items():
+                mb, seconds = train(count, f"run{count}-{again}")
+                row["train_mb"].append(mb)
+                row["train_s"].append(seconds)
     machine = f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
     (HERE / "classifier_memory.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    peaks = [row["train_mb"] for row in rows.values()]
+    peaks = [median(row["train_mb"]) for row in rows.values()]
     lines = [
         f"`python experiments/benchmarks/classifier_memory.py`: {machine}; slices of {SIDE}x{SIDE} px, "
-        f"`{' '.join(OPTIONS)}`.\n",
+        f"`{' '.join(OPTIONS)}`; "
+        f"median of {options.runs} runs (lowest to highest).\n",
         "| images | training, peak MB | training, s | ingest, peak MB | ingest, s |",
         "| --- | --- | --- | --- | --- |",
         *(
-            f"| {count:,} | {row['train_mb']:.0f} | {row['train_s']:.0f} | {row['ingest_mb']:.0f} | "
-            f"{row['ingest_s']:.0f} |"
+            f"| {count:,} | {median(row['train_mb']):.0f} ({min(row['train_mb']):.0f} to {max(row['train_mb']):.0f}) | "
+            f"{median(row['train_s']):.0f} | {row['ingest_mb']:.0f} | {row['ingest_s']:.0f} |"
             for count, row in rows.items()
         ),
         f"\nThe largest set takes {peaks[-1] - peaks[0]:.0f} MB more than the smallest.",

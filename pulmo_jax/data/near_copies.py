@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt64
 from scipy.fft import dct
 from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from pulmo_jax.data.transforms import finite
 
@@ -20,7 +21,7 @@ NEAR_BITS = 6  # of 63 that near copies may differ in
 FLAT = 1e-3  # sd over range: an image of one level looks like no other
 EXACT = 1e-6  # of the largest frequency: closer to the median, as those of a symmetric image are, a sign is rounding
 COSINES: Float[np.ndarray, "8 32"] = np.asarray(dct(np.eye(SMALL_PX), axis=0, norm="ortho"))[:FREQUENCIES]
-AT_ONCE = 512  # images against all
+AT_ONCE = 2**17  # pairs of images
 
 
 def look_of(page: Shaped[np.ndarray, "H W C"]) -> int:
@@ -54,41 +55,35 @@ def joined_groups(
     groups: Sequence[str], contents: Sequence[str], looks: UInt64[np.ndarray, "N"], near_bits: int = NEAR_BITS
 ) -> list[str]:
     """Groups that hold copies of each other become one, under the name of that of their first image."""
-    near = copies(contents, looks, near_bits)
-    same = copies(groups, np.zeros(len(groups), np.uint64))
-    root = np.arange(len(groups))
-    while True:  # until neither link changes anything
-        before = root.copy()
-        for link in (near, same):
-            lowest = np.full(len(groups), len(groups))
-            np.minimum.at(lowest, link, root)
-            root = lowest[link]
-        if (root == before).all():
-            return [str(groups[i]) for i in root.tolist()]
+    first = joined(copies(contents, looks, near_bits), np.arange(len(groups)), first_of_equal(groups))
+    return [str(groups[i]) for i in first.tolist()]
 
 
 def copies(contents: Sequence[str], looks: UInt64[np.ndarray, "N"], near_bits: int = NEAR_BITS) -> Int[np.ndarray, "N"]:
     """For each image the first one that it is a copy of, through others too; itself if of none."""
-    first = np.arange(len(looks))
-
-    def root(i: int) -> int:
-        while first[i] != i:
-            first[i] = first[first[i]]
-            i = int(first[i])
-        return i
-
-    def join(i: int, j: int) -> None:
-        a, b = sorted((root(i), root(j)))
-        first[b] = a
-
-    seen: dict[str, int] = {}
-    for i, content in enumerate(contents):
-        join(seen.setdefault(content, i), i)
+    first = first_of_equal(contents)
     shown = np.flatnonzero(looks != 0)
-    for start in range(0, shown.size, AT_ONCE):
-        some = shown[start : start + AT_ONCE]
-        near: Bool[np.ndarray, "A N"] = np.bitwise_count(looks[some, None] ^ looks[shown[start:]]) <= near_bits
-        for a, b in np.argwhere(near).tolist():
-            if some[a] != shown[start + b]:
-                join(int(some[a]), int(shown[start + b]))
-    return np.array([root(i) for i in range(len(first))], int)
+    rows = max(1, AT_ONCE // max(1, shown.size))
+    for start in range(0, shown.size, rows):
+        some, others = shown[start : start + rows], shown[start:]
+        near: Bool[np.ndarray, "A N"] = np.bitwise_count(looks[some, None] ^ looks[others]) <= near_bits
+        a, b = np.nonzero(near)
+        first = joined(first, some[a], others[b])
+    return first
+
+
+def joined(first: Int[np.ndarray, "N"], a: Int[np.ndarray, "P"], b: Int[np.ndarray, "P"]) -> Int[np.ndarray, "N"]:
+    """The first image of each one's set, once those of a and of b, pair by pair, have become one."""
+    apart = first[a] != first[b]
+    if not apart.any():
+        return first
+    link = first[a[apart]], first[b[apart]]
+    graph = csr_array((np.ones(link[0].size, bool), link), shape=(first.size, first.size))
+    part = connected_components(graph, directed=False)[1]
+    return np.unique(part, return_index=True)[1][part][first]
+
+
+def first_of_equal(values: Sequence[str]) -> Int[np.ndarray, "N"]:
+    """For each value the place where it stands first."""
+    places: dict[str, int] = {}
+    return np.array([places.setdefault(value, i) for i, value in enumerate(values)], int)

@@ -18,7 +18,7 @@ import numpy as np
 from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.types import InputError, Window
 
-HELD_BYTES = 24 * 2**20  # of the file, in memory
+HELD_BYTES = 8 * 2**20  # of the file, in memory
 AROUND_BYTES = 64 * 2**10  # that the system maps beside what is touched
 KEEP_NONE = ", or set data.decoded_mb=0, which is slower"
 READ_BYTES = 160 * 2**10  # about what a patch of an image touches

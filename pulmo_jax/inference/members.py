@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from pulmo_jax.methods.classes import Params
 
-AT_ONCE = 32  # images
+AT_ONCE = 8  # images
 
 Stack = Callable[[Int[np.ndarray, "*b"]], np.ndarray]  # rows to what is in them
 

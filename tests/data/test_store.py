@@ -18,9 +18,9 @@ import tifffile
 from PIL import Image
 from scipy.fft import dctn
 
-from pulmo_jax.data import store_writing
+from pulmo_jax.data import near_copies, store_writing
 from pulmo_jax.data.images import Reader, index_images
-from pulmo_jax.data.near_copies import copies, look_of
+from pulmo_jax.data.near_copies import copies, joined_groups, look_of
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.sources import store as stores
 from pulmo_jax.data.sources.store import Record, Store, damaged, digest, pack, unpack
@@ -424,6 +424,23 @@ def test_copies_are_linked_through_others():
     looks = np.array([0b0, 0b1111, 0b11111111, 1 << 40, 0b111111111111], np.uint64)
     np.testing.assert_array_equal(copies(list("abcde"), looks, near_bits=4), [0, 1, 1, 3, 1])
     np.testing.assert_array_equal(copies(["a", "b", "c", "a", "c"], np.zeros(5, np.uint64)), [0, 1, 2, 0, 2])
+
+
+def test_groups_are_joined_as_by_looking_at_every_pair(monkeypatch):
+    monkeypatch.setattr(near_copies, "AT_ONCE", 7)  # several blocks
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        looks = rng.integers(0, 2**8, 30, np.uint64)
+        groups, contents = ([f"{name}{i}" for i in rng.integers(0, 25, 30)] for name in "gc")
+
+        def linked(i, j):
+            near = looks[i] and looks[j] and int(looks[i] ^ looks[j]).bit_count() <= 1  # noqa: B023
+            return groups[i] == groups[j] or contents[i] == contents[j] or near  # noqa: B023
+
+        first = list(range(30))
+        for _ in range(30):
+            first = [min(first[j] for j in range(30) if linked(i, j)) for i in range(30)]
+        assert joined_groups(groups, contents, looks, near_bits=1) == [groups[i] for i in first]
 
 
 BRAIN = Path(__file__).parents[3] / "shared/data/brain_mri"
