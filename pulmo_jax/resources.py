@@ -15,6 +15,7 @@ from pulmo_jax.types import InputError
 GIB = 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**20  # glibc's malloc.h; allocations from this size on are mapped
+M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**23  # of a heap's free end, for the next image
 CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -58,7 +59,9 @@ def give_back_freed_memory() -> None:
     step has freed hold it there, and memory grows with the set. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
