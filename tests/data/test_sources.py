@@ -177,7 +177,7 @@ def test_what_is_not_a_file_is_refused(tmp_path):
 
 def test_list_images(tmp_path):
     Image.fromarray(noise((4, 4), np.uint8)).save(tmp_path / "b.png")
-    listed = ["A.TIF", "b.png", "sub/c.JPEG", "sub/d.nii.gz", "sub/e.Nii", "z.tiff"]
+    listed = ["A.TIF", "anim.gif", "b.png", "sub/c.JPEG", "sub/d.nii.gz", "sub/e.Nii", "z.tiff"]
     others = [".hidden.png", ".git/x.png", "notes.txt", "e.gz", "table", "sub/v1.2", "fits.fits"]
     for name in listed + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -14,6 +14,8 @@ from pulmo_jax.data.sources.tiff import open_tiff
 from pulmo_jax.types import InputError
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".dcm", ".nii", ".nii.gz")
+# Listed too, so that no picture is passed over in silence: to open one says that it is not read.
+_OTHER_PICTURES = (".gif", ".webp", ".bmp", ".jp2", ".heic", ".avif")
 
 _HEAD_BYTES = 352  # up to the end of NIfTI's magic, the last of all
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, either byte order
@@ -35,12 +37,16 @@ def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30) -> ImageSource:
         opener = _opener(_unzipped_head(path) if head.startswith(_GZIP_MAGIC) else head)
         if opener is None:
             found = "is empty (0 bytes)" if not head else "its content is of no known format"
-            raise InputError(f"{path}: {found}; what can be read is TIFF, PNG, JPEG, DICOM and NIfTI")
+            raise InputError(
+                f"{path}: {found}; what can be read is TIFF, PNG, JPEG, DICOM and NIfTI: save it as one of these, or "
+                "move it away"
+            )
         return opener(path, max_bytes)
 
 
 def list_images(folder: Path | str) -> list[Path]:
-    """The image files of a folder and of its subfolders, sorted, by suffix; a file is listed by itself.
+    """The image files of a folder and of its subfolders, sorted, by suffix, also of kinds that are not read; a file is
+    listed by itself.
 
     DICOM files without a suffix are found by their content. Hidden files and folders are left out, and so are folders,
     pipes, sockets and devices. A link whose file is not there is listed: to open it tells what is wrong.
@@ -78,7 +84,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 def _is_image(path: Path) -> bool:
     # Names of DICOM files are often identifiers, numbers with dots; a DICOMDIR is a table of contents.
-    image = path.name.lower().endswith(IMAGE_SUFFIXES)
+    image = path.name.lower().endswith((*IMAGE_SUFFIXES, *_OTHER_PICTURES))
     suffixless = path.suffix == "" or path.suffix[1:].isdigit()
     if not image and (not suffixless or path.name.upper() == "DICOMDIR"):
         return False
