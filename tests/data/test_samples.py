@@ -72,7 +72,7 @@ def registry(index, monkeypatch):
     folder, tiny = index
     monkeypatch.setattr(samples, "WHEELS", tiny)
     settings = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
-    settings |= {"UV_NO_CONFIG": "1", "UV_NO_INDEX": "1", "UV_FIND_LINKS": str(folder)}
+    settings |= {"UV_NO_CONFIG": "1", "UV_OFFLINE": "1", "UV_FIND_LINKS": str(folder)}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     return folder
