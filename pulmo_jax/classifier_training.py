@@ -45,6 +45,7 @@ from pulmo_jax.files import write_json
 from pulmo_jax.inference.members import AT_ONCE, at_rows, each_its_own
 from pulmo_jax.lock import claim
 from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
+from pulmo_jax.resources import give_back_freed_memory
 from pulmo_jax.run import build_optimizer, load_values, provenance, save_config, unfinish, use_compile_cache
 from pulmo_jax.training import devices
 from pulmo_jax.training.checkpoint import Checkpoints
@@ -247,11 +248,13 @@ def of_members(
     labels: bool = False,
 ) -> list[np.ndarray]:
     """What each network gives at rows of its own."""
+    give_back_freed_memory()
     stacks = (found.squares.stack, lambda at: found.labels[at])[: 1 + labels]
     results, first = [], 0
     for chunk, size in zip(chunks, plan.sizes, strict=False):
         results += at_rows(function, chunk, rows[first : first + size], *stacks)
         first += size
+    give_back_freed_memory()
     return results
 
 

@@ -46,7 +46,6 @@ from pulmo_jax.composing import (
 )
 from pulmo_jax.config import Section
 from pulmo_jax.lock import claim, in_use
-from pulmo_jax.resources import give_back_freed_memory
 from pulmo_jax.stopping import Stopped, stepping_down, stoppable
 from pulmo_jax.sweep import (
     JOB_LOCK,
@@ -210,7 +209,6 @@ class Job:
 
     def __call__(self, raw: DictConfig) -> Any:
         self.composed = True
-        give_back_freed_memory()
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return self.in_sweep(raw, run_dir)

@@ -14,8 +14,6 @@ from pulmo_jax.types import InputError
 
 GIB = 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**20  # glibc's malloc.h; allocations from this size on are mapped
-M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**23  # of a heap's free end, for the next image
 CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -53,15 +51,13 @@ def running_out_names(what: str, remedy: str) -> Iterator[None]:
 
 
 def give_back_freed_memory() -> None:
-    """Large arrays are mapped, and go back to the system when they are freed.
+    """What is free in the heaps goes back to the system.
 
-    Of itself glibc soon takes all below 32 MiB from its heaps; decoded images that come to lie between what a compiled
-    step has freed hold it there, and memory grows with the set. Other C libraries are left as they are.
+    Of itself glibc gives back their ends alone: decoded images that come to lie between what a compiled step has freed
+    hold that, and memory grows with the set. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -27,7 +27,6 @@ from scipy.ndimage import gaussian_filter
 
 from pulmo_jax.data.images import ImageRef, Reader, index_images
 from pulmo_jax.data.store_writing import ingest_folder
-from pulmo_jax.resources import give_back_freed_memory
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0))
@@ -88,7 +87,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    give_back_freed_memory()  # as every verb does
     with tempfile.TemporaryDirectory() as work:
         folder, target = options.folder or Path(work) / "slices", Path(work) / "store" / "s.h5"
         if options.folder is None:
