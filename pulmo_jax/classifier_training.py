@@ -61,6 +61,7 @@ MOST_VALIDATED = 512  # images of each network, for the loss of a validation
 def train_classes(config: ClassifierConfig, run_dir: Path) -> float:
     """The whole job; returns the mean validation loss of the networks, which a sweep may minimise."""
     began, console = time.monotonic(), cli.console()
+    give_back_freed_memory()
     use_compile_cache(config.trainer.compile_cache)
     with claim(run_dir):
         config = with_images(config, run_dir, console)
@@ -248,13 +249,11 @@ def of_members(
     labels: bool = False,
 ) -> list[np.ndarray]:
     """What each network gives at rows of its own."""
-    give_back_freed_memory()
     stacks = (found.squares.stack, lambda at: found.labels[at])[: 1 + labels]
     results, first = [], 0
     for chunk, size in zip(chunks, plan.sizes, strict=False):
         results += at_rows(function, chunk, rows[first : first + size], *stacks)
         first += size
-    give_back_freed_memory()
     return results
 
 

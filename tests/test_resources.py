@@ -71,6 +71,8 @@ from pulmo_jax.resources import give_back_freed_memory
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
+if {}:
+    give_back_freed_memory()
 np.ones(2**21)  # freed: of itself glibc takes what is smaller from its heap after that
 before = resident()
 large, small = [], []
@@ -78,8 +80,6 @@ for _ in range(40):
     large.append(np.ones(2**18))  # 2 MiB
     small.append(np.ones(2**9))
 large.clear()
-if {}:
-    give_back_freed_memory()
 print(resident() - before)
 """
 
