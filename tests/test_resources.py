@@ -64,12 +64,13 @@ def test_other_errors_are_left_alone():
 
 
 HOLES = """
+import mmap
 import numpy as np
 from pathlib import Path
 from pulmo_jax.resources import give_back_freed_memory
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 if {}:
     give_back_freed_memory()
