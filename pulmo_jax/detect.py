@@ -11,24 +11,26 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from pulmo_jax import __version__, cli
-from pulmo_jax.adi_config import DetectConfig, PacoConfig, StackConfig
-from pulmo_jax.adi_report import Result, counted, write_adi_report
-from pulmo_jax.combine import combine_runs
+from pulmo_jax import __version__
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import SpectralStack, load_channels, load_spectra
 from pulmo_jax.data.observing_date import observed_mjd
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import SyntheticSpectralStack, spectral_stack
 from pulmo_jax.evaluation.contrast import Contrast, contrast_curve, throughput_map
-from pulmo_jax.files import write_json, write_text
+from pulmo_jax.host.console import make_console, tracker
+from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum, find_sources
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.methods.paco.channels import observe_channels
 from pulmo_jax.methods.paco.spectral import as_spectra
-from pulmo_jax.run import provenance, save_config, use_compile_cache
+from pulmo_jax.runs.directory import provenance, save_config, use_compile_cache
+from pulmo_jax.shell import cli
+from pulmo_jax.tasks.point_sources.combination import combine_runs
+from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig, StackConfig
+from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.types import InputError, PointSource
 
 EXAMPLES = """
@@ -49,7 +51,7 @@ def detect(config: DetectConfig, out_dir: Path) -> int:
     """The whole job; returns the number of sources found."""
     if config.epochs.runs:
         return combine_runs(config, out_dir)
-    began, console = time.monotonic(), cli.console()
+    began, console = time.monotonic(), make_console()
     use_compile_cache(config.compile_cache)
     with jax.enable_x64(config.method.precision == "float64"):
         synthetic = synthetic_stack(config) if config.data.cube is None else None
@@ -85,7 +87,7 @@ def detect(config: DetectConfig, out_dir: Path) -> int:
                 config.contrast.directions,
                 config.contrast.rings,
                 search.profile if config.search.snr == "calibrated" else None,
-                track=cli.tracker(console, "injecting, ring by ring"),
+                track=tracker(console, "injecting, ring by ring"),
                 using=search.combination,
             )
     result = replace(result, contrast=contrast)
@@ -145,7 +147,7 @@ def long_work(console: Console, label: str) -> Any:
     """A progress bar where people look and where there is more than one step."""
 
     def track(items: Iterable, total: int) -> Iterable:
-        return cli.tracker(console, label)(items, total) if total > 1 and console.is_terminal else items
+        return tracker(console, label)(items, total) if total > 1 and console.is_terminal else items
 
     return track
 

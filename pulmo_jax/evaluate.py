@@ -2,21 +2,22 @@
 
 from pathlib import Path
 
-from pulmo_jax import cli
-from pulmo_jax.aligning import align_data, open_frame
-from pulmo_jax.assessment import assess_and_report
-from pulmo_jax.classifier_assessment import assess_test_set
-from pulmo_jax.classifier_config import ClassifierEvaluationConfig
-from pulmo_jax.classifier_data import read_classes
-from pulmo_jax.classifier_run import open_classifier_run
-from pulmo_jax.config import EvaluateConfig, EvaluateDataConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluateDataConfig
 from pulmo_jax.data.images import index_images
 from pulmo_jax.data.landmark_table import read_landmarks, without_row
-from pulmo_jax.landmark_assessment import assess_landmarks
-from pulmo_jax.landmark_config import LandmarkEvaluationConfig
-from pulmo_jax.landmark_data import labelled
-from pulmo_jax.landmark_run import open_landmark_run
-from pulmo_jax.run import open_run, task_of
+from pulmo_jax.host.console import make_console
+from pulmo_jax.runs.directory import open_run, task_of
+from pulmo_jax.shell import cli
+from pulmo_jax.tasks.anomalies.aligning import align_data, open_frame
+from pulmo_jax.tasks.anomalies.assessment import assess_and_report
+from pulmo_jax.tasks.classification.assessment import assess_test_set
+from pulmo_jax.tasks.classification.config import ClassifierEvaluationConfig
+from pulmo_jax.tasks.classification.data import read_classes
+from pulmo_jax.tasks.classification.run import open_classifier_run
+from pulmo_jax.tasks.landmarks.assessment import assess_landmarks
+from pulmo_jax.tasks.landmarks.config import LandmarkEvaluationConfig
+from pulmo_jax.tasks.landmarks.data import labelled
+from pulmo_jax.tasks.landmarks.run import open_landmark_run
 from pulmo_jax.types import InputError
 
 EXAMPLES = """
@@ -33,7 +34,7 @@ def evaluate(config: EvaluateConfig, out_dir: Path) -> None:
     """The run's own scorer and thresholds on labelled images."""
     if (task := task_of(config.run)) != "anomalies":
         return {"landmarks": evaluate_landmarks, "classes": evaluate_classes}[task](config, out_dir)
-    console = cli.console()
+    console = make_console()
     run = open_run(config.run, config.plugins)
     data, trained = config.data, run.config.data
     if trained.align_run is not None:
@@ -46,7 +47,7 @@ def evaluate(config: EvaluateConfig, out_dir: Path) -> None:
 
 def evaluate_landmarks(config: EvaluateConfig, out_dir: Path) -> None:
     """A landmark run's errors on the images of another table."""
-    console, data = cli.console(), config.data
+    console, data = make_console(), config.data
     run = open_landmark_run(config.run, config.plugins)
     if data.images is None or not data.test.is_file():
         raise InputError(
@@ -71,7 +72,7 @@ def evaluate_landmarks(config: EvaluateConfig, out_dir: Path) -> None:
 
 def evaluate_classes(config: EvaluateConfig, out_dir: Path) -> None:
     """A classification run's figures of merit on the images of other class folders."""
-    console, data = cli.console(), config.data
+    console, data = make_console(), config.data
     run = open_classifier_run(config.run, config.plugins)
     if data.test_masks is not None or data.foreground is not None or data.images is not None:
         raise InputError(

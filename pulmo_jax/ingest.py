@@ -5,11 +5,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-from pulmo_jax import cli
-from pulmo_jax.config import IngestConfig
+from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.data.sources.store import Store, damaged
 from pulmo_jax.data.store_writing import Ingested, ingest_folder
-from pulmo_jax.lock import claim
+from pulmo_jax.host.console import SOME_FAILED, make_console, tracker
+from pulmo_jax.host.lock import claim
+from pulmo_jax.shell import cli
 from pulmo_jax.types import InputError
 
 EXAMPLES = """
@@ -27,7 +28,7 @@ def ingest(config: IngestConfig, _: Path) -> None:
         return verify(config.output)
     if config.input is None:
         raise InputError("input must be given, as input=FOLDER; or verify=true to check a store that is there")
-    began, console = time.monotonic(), cli.console()
+    began, console = time.monotonic(), make_console()
     target = config.output
     with claim(target.parent, f".{target.name}.lock"):
         done = ingest_folder(
@@ -37,7 +38,7 @@ def ingest(config: IngestConfig, _: Path) -> None:
             near_bits=config.near_bits,
             threads=config.threads,
             max_image_mb=config.max_image_mb,
-            tracker=partial(cli.tracker, console),
+            tracker=partial(tracker, console),
         )
     console.print(f"{summary(done)}, {time.monotonic() - began:.0f} s; see {target}", highlight=False)
     for line in warnings(done):
@@ -45,7 +46,7 @@ def ingest(config: IngestConfig, _: Path) -> None:
     for file in done.failed:
         print(f"failed: {file.reason}", file=sys.stderr)
     if done.failed:
-        sys.exit(cli.SOME_FAILED)
+        sys.exit(SOME_FAILED)
 
 
 def summary(done: Ingested) -> str:
@@ -67,15 +68,15 @@ def warnings(done: Ingested) -> list[str]:
 
 def verify(path: Path) -> None:
     """Read every page again. Exit status 3 where some are damaged."""
-    console = cli.console()
+    console = make_console()
     with Store(path) as store:
-        bad = damaged(store, cli.tracker(console, "verifying images"))
+        bad = damaged(store, tracker(console, "verifying images"))
         total = len(store.records)
     console.print(f"{total - len(bad)} of {total} images are as they were put in", highlight=False)
     for record in bad:
         print(f"damaged: {record.title} in {path}; ingest that file again into a new store", file=sys.stderr)
     if bad:
-        sys.exit(cli.SOME_FAILED)
+        sys.exit(SOME_FAILED)
 
 
 if __name__ == "__main__":

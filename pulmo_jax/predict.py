@@ -15,19 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from pulmo_jax import cli
-from pulmo_jax.aligning import Masks, align_input, open_frame, write_in_images
-from pulmo_jax.classifier_prediction import predict_classes
-from pulmo_jax.config import PredictConfig
+from pulmo_jax.config.verbs import PredictConfig
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, fingerprint, index_images, same_scale, stem
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.detection import find_detections
-from pulmo_jax.files import write_json, write_text
+from pulmo_jax.host.console import SOME_FAILED, make_console, tracker
+from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.outputs import CSV_COLUMNS, PageWriter, detection_row, open_map, overlay_step, write_overlay
 from pulmo_jax.inference.score import detail_names, naming_what_to_lower
-from pulmo_jax.landmark_prediction import predict_landmarks
-from pulmo_jax.run import Run, missing_masks, open_run, task_of, thresholds, use_compile_cache
+from pulmo_jax.runs.directory import Run, missing_masks, open_run, task_of, thresholds, use_compile_cache
+from pulmo_jax.shell import cli
+from pulmo_jax.tasks.anomalies.aligning import Masks, align_input, open_frame, write_in_images
+from pulmo_jax.tasks.classification.prediction import predict_classes
+from pulmo_jax.tasks.landmarks.prediction import predict_landmarks
 from pulmo_jax.types import Detection, ImageTags, InputError
 
 MAPS = {"score": np.dtype(np.float32), "pvalue": np.dtype(np.float32), "mask": np.dtype(np.uint8)}
@@ -57,7 +58,7 @@ def predict(config: PredictConfig, _: Path) -> None:
         return {"landmarks": predict_landmarks, "classes": predict_classes}[task](config)
     if config.aligned:
         raise InputError(f"aligned=true: {config.run} finds no landmarks to align by; give a landmark run")
-    began, console = time.monotonic(), cli.console()
+    began, console = time.monotonic(), make_console()
     use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
     run = open_run(config.run, config.plugins)
     data = run.config.data
@@ -83,7 +84,7 @@ def predict(config: PredictConfig, _: Path) -> None:
 
     digest = fingerprint_run(run)
     reader, records, resumed = Reader(run.config.data.max_image_mb), [], 0
-    for pages in cli.tracker(console, "mapping images")(files, len(files)):
+    for pages in tracker(console, "mapping images")(files, len(files)):
         record_path = config.output / "records" / f"{pages[0].name}.json"
         key = {
             "run": digest,
@@ -116,7 +117,7 @@ def predict(config: PredictConfig, _: Path) -> None:
     if failed:
         for file in failed:
             print(f"failed: {file.reason}", file=sys.stderr)
-        sys.exit(cli.SOME_FAILED)
+        sys.exit(SOME_FAILED)
 
 
 def name_maps(files: Sequence[tuple[ImageRef, ...]]) -> dict[Path, str]:

@@ -16,37 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pulmo_jax import cli
-from pulmo_jax.aligning import align_data, open_frame
-from pulmo_jax.assessment import assess_and_report, labelled_images
-from pulmo_jax.classifier_config import ClassifierConfig
-from pulmo_jax.classifier_training import train_classes
-from pulmo_jax.config import DataConfig, EvaluateDataConfig, TrainConfig, check_paths
+from pulmo_jax.config.nodes import find_target
+from pulmo_jax.config.verbs import EvaluateDataConfig
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import Reader
 from pulmo_jax.data.pipeline import evenly, iterate
 from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.transforms import Preprocessing
-from pulmo_jax.files import write_json
+from pulmo_jax.host.console import make_console, tracker
+from pulmo_jax.host.files import write_json
+from pulmo_jax.host.lock import claim
+from pulmo_jax.host.resources import require, running_out_names
 from pulmo_jax.inference.assess import calibrate
-from pulmo_jax.landmark_config import LandmarkConfig
-from pulmo_jax.landmark_training import train_landmarks
-from pulmo_jax.lock import claim
 from pulmo_jax.methods.base import Method, OnePass
-from pulmo_jax.nodes import find_target
-from pulmo_jax.normal_images import (
-    NormalData,
-    describe_images,
-    files_of_batch,
-    patch_reader,
-    read_normal_images,
-    shuffled,
-    single_pass,
-    validation_patches,
-)
-from pulmo_jax.pretrained import Pretrained, open_base, start_from, with_base
-from pulmo_jax.resources import require, running_out_names
-from pulmo_jax.run import (
+from pulmo_jax.runs.directory import (
     Run,
     build_method,
     build_optimizer,
@@ -59,12 +42,32 @@ from pulmo_jax.run import (
     unfinish,
     use_compile_cache,
 )
+from pulmo_jax.runs.paths import check_paths
+from pulmo_jax.runs.training import build_callbacks, refuse_or_resume, restore_last, stop_if_interrupted, tell_damage
+from pulmo_jax.shell import cli
+from pulmo_jax.tasks.anomalies.aligning import align_data, open_frame
+from pulmo_jax.tasks.anomalies.assessment import assess_and_report, labelled_images
+from pulmo_jax.tasks.anomalies.config import DataConfig, TrainConfig
+from pulmo_jax.tasks.anomalies.data import (
+    NormalData,
+    describe_images,
+    files_of_batch,
+    patch_reader,
+    read_normal_images,
+    shuffled,
+    single_pass,
+    validation_patches,
+)
+from pulmo_jax.tasks.anomalies.pretrained import Pretrained, open_base, start_from, with_base
+from pulmo_jax.tasks.classification.config import ClassifierConfig
+from pulmo_jax.tasks.classification.training import train_classes
+from pulmo_jax.tasks.landmarks.config import LandmarkConfig
+from pulmo_jax.tasks.landmarks.training import train_landmarks
 from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Start
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.loop import fit
 from pulmo_jax.training.state import Metrics, TrainState, init_state, learnt, make_pass, make_step
-from pulmo_jax.training_job import build_callbacks, refuse_or_resume, restore_last, stop_if_interrupted, tell_damage
 from pulmo_jax.types import InputError
 
 EXAMPLE_PATCHES = 8  # that the figures of a run in progress show
@@ -172,7 +175,7 @@ def train(config: TrainConfig | LandmarkConfig | ClassifierConfig, run_dir: Path
             config.calibration.pixel_rate,
             config.calibration.image_rate,
             config.seed,
-            cli.tracker(console, "calibrating"),
+            tracker(console, "calibrating"),
         )
         save_calibrations(run_dir, calibrations)
         finish(run_dir, record.step)
@@ -208,7 +211,7 @@ def workplace(run_dir: Path) -> Iterator[tuple[Path, Console]]:
     """The run directory, held against other runs; to the helpers of the first process, a folder that is thrown away."""
     if devices.is_first():
         with claim(run_dir):
-            yield run_dir, cli.console()
+            yield run_dir, make_console()
     else:
         with tempfile.TemporaryDirectory() as own, open(os.devnull, "w") as nowhere:
             yield Path(own), Console(file=nowhere)

@@ -30,11 +30,11 @@ def test_files_that_the_readme_links_to_exist():
     ),
 )
 def test_keys_that_the_readme_names_exist(key):
-    from pulmo_jax.adi_config import DetectConfig
-    from pulmo_jax.classifier_config import ClassifierConfig
-    from pulmo_jax.composing import allowed_keys
-    from pulmo_jax.config import TrainConfig
-    from pulmo_jax.landmark_config import LandmarkConfig
+    from pulmo_jax.shell.composing import allowed_keys
+    from pulmo_jax.tasks.anomalies.config import TrainConfig
+    from pulmo_jax.tasks.classification.config import ClassifierConfig
+    from pulmo_jax.tasks.landmarks.config import LandmarkConfig
+    from pulmo_jax.tasks.point_sources.config import DetectConfig
 
     section, name = key.split(".")
     nodes = [yaml.safe_load(file.read_text()) for file in (ROOT / "configs" / section).glob("*.yaml")]

@@ -93,7 +93,7 @@ def child(run_dir: Path, small: Path, image: Path, output: Path, cache: Path) ->
     from pulmo_jax import predict
     from pulmo_jax.data.images import Reader, index_images
     from pulmo_jax.inference.score import Scorer
-    from pulmo_jax.run import open_run, use_compile_cache
+    from pulmo_jax.runs.directory import open_run, use_compile_cache
 
     spent: dict[str, float] = {}
 

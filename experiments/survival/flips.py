@@ -26,7 +26,7 @@ from flax import nnx
 
 from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.models.autoencoder import ConvAutoencoder
-from pulmo_jax.run import SEALED, finish, finished_step
+from pulmo_jax.runs.directory import SEALED, finish, finished_step
 from pulmo_jax.training.checkpoint import Checkpoints, DamagedError
 from pulmo_jax.training.optimizers import adamw
 from pulmo_jax.training.state import TrainState, init_state

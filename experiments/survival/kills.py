@@ -27,7 +27,8 @@ import jax
 import numpy as np
 import tifffile
 
-from pulmo_jax import cli, train
+from pulmo_jax import train
+from pulmo_jax.shell import cli
 
 HERE = Path(__file__).parent
 KILLS_PER_CHAIN = 8

@@ -37,7 +37,7 @@ from pulmo_jax.data.sources.store import (
     tiles_of,
 )
 from pulmo_jax.data.store_log import Entry, Log, Logged
-from pulmo_jax.files import replacing, write_json
+from pulmo_jax.host.files import replacing, write_json
 from pulmo_jax.types import InputError
 
 Tracker = Callable[[str], Callable[[Iterable[Any], int], Iterable[Any]]]

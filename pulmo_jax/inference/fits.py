@@ -10,7 +10,7 @@ from astropy.io import fits
 from astropy.io.fits.verify import VerifyWarning
 from jaxtyping import Float
 
-from pulmo_jax.files import atomically
+from pulmo_jax.host.files import atomically
 
 FLOAT32 = np.finfo(np.float32)
 _COMMENT = 72  # characters of text in a COMMENT card

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 from scipy.ndimage import map_coordinates
 
 from pulmo_jax.core.lung_frame import LungFrame, source_points, to_frame
-from pulmo_jax.files import atomically
+from pulmo_jax.host.files import atomically
 
 AT_ONCE = 2**16  # pixels
 

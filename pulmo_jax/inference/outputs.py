@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from pulmo_jax.files import atomically, replacing
+from pulmo_jax.host.files import atomically, replacing
 from pulmo_jax.types import Detection, ImageTags
 
 OVERLAY_PX = 2048  # longer sides are thinned out in the overlay, which is for eyes

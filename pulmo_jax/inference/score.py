@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pulmo_jax.core.tiling import blend_strips, cut_tiles
 from pulmo_jax.data.transforms import Preprocessing, finite, preprocess, resize_bands
+from pulmo_jax.host.resources import running_out_names
 from pulmo_jax.methods.base import Detailed, Method, Params
-from pulmo_jax.resources import running_out_names
 
 STRIP_PX = 2**20  # scored at a time; fewer rows of a wide image, so that its strips need no more memory
 

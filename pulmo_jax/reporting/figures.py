@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from scipy import stats
 
-from pulmo_jax.files import atomically
+from pulmo_jax.host.files import atomically
 
 TEXT_WIDTH_IN = 7.0  # of a page in two columns
 COLUMN_WIDTH_IN = 3.4

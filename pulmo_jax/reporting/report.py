@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from pulmo_jax.files import write_text
+from pulmo_jax.host.files import write_text
 from pulmo_jax.reporting.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

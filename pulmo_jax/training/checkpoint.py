@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from pulmo_jax.resources import is_disk_full
+from pulmo_jax.host.resources import is_disk_full
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
@@ -64,8 +64,8 @@ class Checkpoints:
     """The checkpoints of one run: the last two, and the one with the lowest validation loss.
 
     Saving goes on in the background; `wait` (or leaving the context) blocks until all is on disk. Opening for writing
-    removes what a kill left unfinished; one process at a time may do so (`pulmo_jax.lock`). With read_only nothing is
-    ever written, and `save` does nothing: of several processes that train together the first one saves for all.
+    removes what a kill left unfinished; one process at a time may do so (`pulmo_jax.host.lock`). With read_only nothing
+    is ever written, and `save` does nothing: of several processes that train together the first one saves for all.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):

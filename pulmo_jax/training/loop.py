@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pulmo_jax.host.signals import Interrupt
 from pulmo_jax.training.callbacks import Callback, Event, Start
-from pulmo_jax.training.interrupt import Interrupt
 from pulmo_jax.training.state import Metrics, TrainState
 from pulmo_jax.types import InputError
 

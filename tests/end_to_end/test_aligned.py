@@ -13,9 +13,9 @@ from PIL import Image
 from references.chest_phantoms import phantom, write_set
 from rich.console import Console
 
-from pulmo_jax.aligning import Masks, align_folder
 from pulmo_jax.data.images import index_images
-from pulmo_jax.landmark_run import open_landmark_run
+from pulmo_jax.tasks.anomalies.aligning import Masks, align_folder
+from pulmo_jax.tasks.landmarks.run import open_landmark_run
 from pulmo_jax.types import InputError
 
 pytestmark = pytest.mark.slow  # its parts have quick tests of their own

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pulmo_jax.classifier_run import open_classifier_run
 from pulmo_jax.data.synthetic_mri import write_slices
+from pulmo_jax.tasks.classification.run import open_classifier_run
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.types import InputError
 

@@ -21,12 +21,13 @@ import tifffile
 from astropy.io import fits
 from omegaconf import OmegaConf
 
-from pulmo_jax import cli, detect
-from pulmo_jax.adi_config import DetectConfig
-from pulmo_jax.config import validate
+from pulmo_jax import detect
+from pulmo_jax.config.section import validate
 from pulmo_jax.data.psf import shift
 from pulmo_jax.data.synthetic import rotating_stack
 from pulmo_jax.evaluation.contrast import Contrast
+from pulmo_jax.shell import cli
+from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import PointSource
 
 FRAMES, SIZE, ROTATION_DEG, SEED = 24, 48, 150.0, 0

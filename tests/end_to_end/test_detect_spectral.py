@@ -10,9 +10,9 @@ import pytest
 from astropy.io import fits
 
 from pulmo_jax import detect
-from pulmo_jax.adi_config import DetectConfig
-from pulmo_jax.config import validate
+from pulmo_jax.config.section import validate
 from pulmo_jax.data.synthetic import spectral_stack
+from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import InputError
 
 pytestmark = pytest.mark.slow  # its parts have quick tests of their own

@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 from references.chest_phantoms import write_set
 
-from pulmo_jax.landmark_run import open_landmark_run
+from pulmo_jax.tasks.landmarks.run import open_landmark_run
 from pulmo_jax.types import InputError
 
 K = 10

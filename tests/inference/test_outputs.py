@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.ndimage import maximum_filter
 
 from pulmo_jax.data.sources import open_source
-from pulmo_jax.files import atomically, write_json, write_text
+from pulmo_jax.host.files import atomically, write_json, write_text
 from pulmo_jax.inference import outputs
 from pulmo_jax.inference.outputs import CSV_COLUMNS, detection_row, open_map, overlay_step, thin_out, write_overlay
 from pulmo_jax.types import Detection, ImageTags, Window

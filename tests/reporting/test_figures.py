@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.callbacks import patch_grid
-from pulmo_jax.reporting.examples import DETECTED, TRUTH, Example, reconstructions, score_maps, view
+from pulmo_jax.tasks.anomalies.figures import DETECTED, TRUTH, Example, reconstructions, score_maps, view
 
 RNG = np.random.default_rng(0)
 

@@ -13,10 +13,10 @@ import pytest
 from references.fake_training import counting_step, fake_start, fake_state
 from references.linear_method import LinearMethod, batch_of
 
-from pulmo_jax.training import interrupt
+from pulmo_jax.host import signals as interrupt
+from pulmo_jax.host.signals import Interrupt
 from pulmo_jax.training.callbacks import Callback, Checkpoint, JsonLines, read_metrics
 from pulmo_jax.training.checkpoint import Checkpoints
-from pulmo_jax.training.interrupt import Interrupt
 from pulmo_jax.training.loop import fit
 from pulmo_jax.training.optimizers import adamw
 from pulmo_jax.training.state import init_state, make_step

@@ -1,0 +1,39 @@
+"""The trainer's and the cluster's keys, which every training shares."""
+
+from pydantic import Field, model_validator
+
+from pulmo_jax.config.section import Float, Int, PathLike, Section
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    steps: Int = Field(default=1000, ge=1, description="training steps, one batch each")
+    batch_size: Int = Field(default=64, ge=1, description="patches in a batch")
+    log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
+    validate_every: Int = Field(default=100, ge=1, description="steps between validations")
+    validation_patches: Int = Field(
+        default=512, ge=1, description="fixed patches on which the validation loss is measured"
+    )
+    checkpoint_every: Int = Field(default=200, ge=1, description="steps between checkpoints")
+    ema_decay: Float = Field(default=0.99, ge=0, lt=1, description="of the averaged parameters that inference uses")
+    compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
+
+
+class ClusterConfig(Section):
+    """Training in several processes, on one machine or many; each is started with the same command."""
+
+    coordinator: str | None = Field(
+        default=None, description="HOST:PORT of the first process; auto: ask SLURM or Open MPI; null: one process"
+    )
+    processes: Int | None = Field(default=None, ge=1, description="how many there are; null: as the scheduler says")
+    process: Int | None = Field(default=None, ge=0, description="which this one is; null: as the scheduler says")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ClusterConfig":
+        if self.coordinator not in (None, "auto"):
+            if self.processes is None or self.process is None:
+                raise ValueError(f"cluster.coordinator={self.coordinator} needs cluster.processes and cluster.process")
+            if self.process >= self.processes:
+                raise ValueError(f"cluster.process={self.process} is not below cluster.processes={self.processes}")
+        return self

@@ -1,0 +1,282 @@
+"""Images and masks in the lung frame of a landmark run (`data.align_run`): a place is the same in all of them.
+
+Below a folder, KEY/NAME.tif holds the pages of the image NAME in the frame, foreground/NAME.tif what of the frame lies
+in the image and in the mask that it had, and KEY.json what they were made of, so that no file is warped twice.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+import tifffile
+from jaxtyping import Float
+from rich.console import Console
+
+from pulmo_jax.config.verbs import EvaluateDataConfig
+from pulmo_jax.core.lung_frame import to_image
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, find_masks, fingerprint, index_images
+from pulmo_jax.host.console import tracker
+from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, write_image, write_pages
+from pulmo_jax.inference.outputs import as_csv
+from pulmo_jax.tasks.anomalies.config import DataConfig
+from pulmo_jax.tasks.landmarks.data import read_working
+from pulmo_jax.tasks.landmarks.run import LandmarkRun, open_landmark_run
+from pulmo_jax.types import InputError
+
+IMAGES = ("train", "val", "test")
+AT_ONCE = 64  # pages, or those of one file
+MANY = 0.1  # share of images of low quality that is worth a warning
+D = TypeVar("D", DataConfig, EvaluateDataConfig)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Folders of masks, None for none. required: an image without a foreground mask is of no use."""
+
+    foreground: Path | None = None
+    truth: Path | None = None
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The pages of a file in the frame.
+
+    name: of the file in the frame. points: the landmarks in each page, px. doubtful: pages of which all landmarks are
+    of low quality.
+    """
+
+    pages: tuple[ImageRef, ...]
+    name: str
+    points: Float[np.ndarray, "n K 2"]
+    doubtful: int
+
+
+def open_frame(align_run: Path, plugins: tuple[str, ...], digest: str = "") -> LandmarkRun:
+    """digest: of the run that images were aligned by before, which this one must be."""
+    run = open_landmark_run(align_run, plugins)
+    if digest and run.digest != digest:
+        raise InputError(
+            f"data.align_run={align_run}: is not the run that the images were aligned by in training, it has been "
+            "trained again; bring that one back, or train again with this one"
+        )
+    return run
+
+
+def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, console: Console) -> D:
+    """The same data with every folder of images and of masks replaced by its copy in the frame, in `folder`.
+
+    Raises InputError for an image that cannot be read, or that two folders have by the same name.
+    """
+    masks = Masks(data.foreground, data.test_masks)
+    where: dict[str, str] = {}
+    for key in (key for key in IMAGES if getattr(data, key, None) is not None):
+        done, skipped = align_folder(run, getattr(data, key), folder, key, masks, max_image_mb, console)
+        if skipped:
+            raise InputError(f"{skipped[0].reason}\n({len(skipped)} images of data.{key} cannot be aligned)")
+        for image in done:
+            if where.setdefault(image.name, key) != key:  # their foreground masks would be one
+                raise InputError(
+                    f"data.align_run: {image.pages[0].name} is in data.{key} and in data.{where[image.name]}; give the "
+                    "images of all folders names of their own"
+                )
+    keep_only(folder / "foreground", set(where))
+    written = [*dict.fromkeys(where.values()), "foreground", *(["test_masks"] if masks.truth is not None else [])]
+    return data.model_copy(update={key: folder / key for key in written})
+
+
+def align_input(
+    run: LandmarkRun, source: Path, masks: Masks, output: Path, max_image_mb: int, console: Console
+) -> tuple[list[Aligned], list[Skipped]]:
+    """output/aligned/images and output/aligned/foreground, of what is to be predicted."""
+    folder = output / "aligned"
+    done, skipped = align_folder(run, source, folder, "images", masks, max_image_mb, console, leave_out=output)
+    if not done:
+        raise InputError(f"{skipped[0].reason}\n(none of the {len(skipped)} images can be aligned)")
+    keep_only(folder / "foreground", {image.name for image in done})
+    return done, skipped
+
+
+def align_folder(
+    run: LandmarkRun,
+    source: Path,
+    folder: Path,
+    key: str,
+    masks: Masks,
+    max_image_mb: int,
+    console: Console,
+    leave_out: Path | None = None,
+) -> tuple[list[Aligned], list[Skipped]]:
+    """Every file of `source` in the frame, and those that cannot be read. Files of an earlier call are taken as they
+    are where nothing has changed, and removed where their image is gone."""
+    refs, skipped = index_images(
+        source,
+        masks=masks.foreground,
+        max_image_mb=max_image_mb,
+        require_masks=masks.required,
+        leave_out=leave_out or folder,
+    )
+    truth = find_masks(masks.truth, [ref.name for ref in refs])
+    files = by_file(refs)
+    before, digest = read_notes(folder / f"{key}.json"), run.digest
+    notes: dict[str, Any] = {}
+    done: list[Aligned] = []
+    for some in tracker(console, f"aligning {titled(key)}")(list(chunks(files)), len(list(chunks(files)))):
+        todo = []
+        for pages in some:
+            name = f"{pages[0].name}.tif"
+            made_of = [digest, *map(fingerprint, (pages[0].path, pages[0].mask, truth[pages[0].name]))]
+            notes[name] = {"made_of": made_of}
+            if before.get(name, {}).get("made_of") == made_of and (folder / key / name).is_file():
+                notes[name] = before[name]
+                done.append(Aligned(pages, name, np.array(before[name]["points"]), before[name]["doubtful"]))
+            else:
+                todo.append(pages)
+        fresh, unreadable = find_all(run, todo, max_image_mb)
+        write_all(run, fresh, folder, key, truth, max_image_mb)
+        for image in fresh:
+            notes[image.name] |= {"points": image.points.tolist(), "doubtful": image.doubtful}
+        done, skipped = done + fresh, skipped + unreadable
+        kept = {image.name for image in done}
+        write_json(folder / f"{key}.json", {name: note for name, note in notes.items() if name in kept})
+    for kind in (key, *(["test_masks"] if masks.truth is not None else [])):
+        keep_only(folder / kind, {image.name for image in done})
+    warn_of_doubt(run, done, key, console)
+    return sorted(done, key=lambda image: image.name), skipped
+
+
+def titled(key: str) -> str:
+    return key if key == "images" else f"{key} images"
+
+
+def chunks(files: Sequence[tuple[ImageRef, ...]]) -> Iterator[list[tuple[ImageRef, ...]]]:
+    """Of files with AT_ONCE pages in all, or of one."""
+    some: list[tuple[ImageRef, ...]] = []
+    for pages in files:
+        if some and sum(map(len, some)) + len(pages) > AT_ONCE:
+            yield some
+            some = []
+        some.append(pages)
+    if some:
+        yield some
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def find_all(
+    run: LandmarkRun, files: Sequence[tuple[ImageRef, ...]], max_image_mb: int
+) -> tuple[list[Aligned], list[Skipped]]:
+    """The landmarks of every page; files of which a page cannot be read."""
+    refs = [ref for pages in files for ref in pages]
+    if not refs:
+        return [], []
+    working, bad = read_working(refs, run.size, max_image_mb, run.config.data.threads, lambda items, _: items)
+    row_of = {(ref.path, ref.page): row for row, ref in enumerate(working.refs)}
+    found = run.find(working) if working.refs else None
+    done, skipped = [], []
+    for pages in files:
+        rows = [row for ref in pages if (row := row_of.get((ref.path, ref.page))) is not None]
+        if len(rows) < len(pages) or found is None:
+            reason = next(file.reason for file in bad if file.name in {ref.title for ref in pages})
+            skipped.append(Skipped(pages[0].name, reason))
+        elif not np.isfinite(found.points[rows]).all():
+            skipped.append(Skipped(pages[0].name, f"{pages[0].path}: no landmarks can be found in it; leave it out"))
+        else:
+            doubtful = int(found.low[rows].all(1).sum())
+            done.append(Aligned(pages, f"{pages[0].name}.tif", found.points[rows], doubtful))
+    return done, skipped
+
+
+def write_all(
+    run: LandmarkRun,
+    images: Sequence[Aligned],
+    folder: Path,
+    key: str,
+    truth: dict[str, Path | None],
+    max_image_mb: int,
+) -> None:
+    reader = Reader(max_image_mb)
+
+    def one(image: Aligned) -> None:
+        def frames(of_page: Callable[[ImageRef], np.ndarray]) -> np.ndarray:
+            pairs = zip(image.pages, image.points, strict=True)
+            return np.stack([into_frame(of_page(ref), points, run.frame) for ref, points in pairs])
+
+        mask = truth[image.pages[0].name]
+        if mask is not None:
+            marked = frames(lambda ref: mask_of(replace(ref, mask=mask), reader))
+            write_pages(folder / "test_masks" / image.name, black_and_white(marked))
+        seen = frames(partial(mask_of, reader=reader))
+        write_pages(folder / "foreground" / image.name, black_and_white(seen))
+        write_pages(folder / key / image.name, frames(reader.image))  # the last: where it is, the others are
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(one, images))
+    reader.close()
+
+
+def mask_of(ref: ImageRef, reader: Reader) -> np.ndarray:
+    """(H, W, 1), 0 or 255; of an image without a mask 255 everywhere."""
+    inside = reader.foreground(ref)
+    return np.where(np.ones(ref.shape[:2], bool) if inside is None else inside, 255, 0).astype(np.uint8)[..., None]
+
+
+def black_and_white(warped: np.ndarray) -> np.ndarray:
+    return np.where(warped > 127, 255, 0).astype(np.uint8)
+
+
+def keep_only(folder: Path, names: set[str]) -> None:
+    """What an earlier call wrote of images that are gone would be taken for one of these."""
+    for path in list(folder.rglob("*.tif")):
+        if path.relative_to(folder).as_posix() not in names:
+            path.unlink()
+
+
+def warn_of_doubt(run: LandmarkRun, images: Sequence[Aligned], key: str, console: Console) -> None:
+    doubtful, total = sum(image.doubtful for image in images), sum(len(image.pages) for image in images)
+    if doubtful > MANY * total:
+        console.print(
+            f"warning: {doubtful} of {total} {titled(key)} look unlike those of {run.path}: their landmarks are of low "
+            "quality, and so is their alignment",
+            highlight=False,
+        )
+
+
+def write_in_images(
+    run: LandmarkRun, images: Sequence[Aligned], maps: dict[str, str], rows: Sequence[dict[str, Any]], output: Path
+) -> None:
+    """Where the scores and findings of aligned images lie in the images that they were: in_images/NAME_score.tif, NaN
+    beyond the frame, and in_images/detections.csv, y and x in px of the image.
+
+    maps: what the maps of each file that was mapped are called.
+    """
+    by_name = {image.name: image for image in images}
+    for name, called in maps.items():
+        image = by_name[name]
+        scores = tifffile.imread(output / "maps" / f"{called}_score.tif").reshape(
+            len(image.pages), *(run.frame.size,) * 2
+        )
+        for ref, points, score in zip(image.pages, image.points, scores, strict=True):
+            back = out_of_frame(score, points, run.frame, ref.shape[:2])
+            write_image(output / "in_images" / f"{ref.file_name}_score.tif", back[..., None])
+    found = []
+    for row in rows:
+        image, page = by_name[row["filename"]], row["page"]
+        place, points = jnp.array([row["y"], row["x"]], float), jnp.asarray(image.points[page], float)
+        y, x = to_image(place, points, run.frame).tolist()
+        kept = {key: row[key] for key in ("label", "peak_score", "p_value", "p_value_image")}
+        found.append({"filename": image.pages[page].title, "y": y, "x": x, **kept})
+    columns = ["filename", "y", "x", "label", "peak_score", "p_value", "p_value_image"]
+    write_text(output / "in_images" / "detections.csv", as_csv(columns, found))

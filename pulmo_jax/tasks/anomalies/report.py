@@ -1,0 +1,281 @@
+"""The sections of a run's report: figures and tables from what training and testing found."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from pulmo_jax.data.images import ImageRef, Reader
+from pulmo_jax.data.pipeline import ReadPatches
+from pulmo_jax.data.transforms import preprocess
+from pulmo_jax.evaluation.calibration import Threshold
+from pulmo_jax.evaluation.detection import find_detections
+from pulmo_jax.evaluation.distance_law import chi_squared_p_value, hotelling_p_value
+from pulmo_jax.evaluation.metrics import Estimate, PixelMetrics, image_metrics
+from pulmo_jax.inference.assess import METHOD, Assessment, Truth, choose_examples
+from pulmo_jax.methods.patch_gaussian import PatchGaussian
+from pulmo_jax.models.identity import Identity
+from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.callbacks import PROFILE_FIGURE
+from pulmo_jax.reporting.report import Section
+from pulmo_jax.reporting.tables import Table, metrics_tables
+from pulmo_jax.runs.directory import Run, thresholds
+from pulmo_jax.tasks.anomalies.figures import Example, View, reconstructions, score_maps, view
+from pulmo_jax.training.callbacks import read_metrics
+
+LAW_IMAGES, TILES_AT_ONCE = 32, 16  # for the figure of distances
+
+
+def named(run: Run, name: str) -> str:
+    """A score's name for people: the run's for its method."""
+    return run.config.method["_target_"].rpartition(".")[2].lower() if name == METHOD else name
+
+
+def training_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[Section]:
+    """Losses of a method that descends; and, of the training that has just ended (its facts in `training`), where the
+    time went."""
+    rows, folder = read_metrics(run.path / "metrics.jsonl"), out_dir / "figures"
+    if not rows:
+        return []
+    descends = any("train/loss" in row for row in rows)
+    drawn = [figures.save(figures.loss_curves(rows), folder, "loss_curves")] if descends else []
+    if "seconds" in training:
+        drawn.append(figures.save(figures.time_shares(training["seconds"]), folder, "time_shares"))
+    profile = run.path / "figures" / f"{PROFILE_FIGURE}.png"
+    drawn += [profile] if profile.is_file() else []
+    how = f"Parameters of step {run.step}, which has the lowest validation loss." if descends else "One pass."
+    return [Section("Training", how, drawn, [])]
+
+
+def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
+    calibration = run.calibrations[METHOD]
+    scores = np.array(calibration.normal_image_scores)
+    threshold = calibration.image_threshold
+    figure = figures.score_histogram(scores, None, threshold.value, interval(threshold), "image")
+    text = (
+        f"From {len(scores)} normal validation images in {threshold.n_groups} groups alone. Pixel threshold "
+        f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}."
+    )
+    return [Section("Calibration", text, [figures.save(figure, out_dir / "figures", "calibration")], [])]
+
+
+def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: Reader, out_dir: Path) -> list[Section]:
+    """Normal images as the model sees them, evenly picked from those that it was not trained on."""
+    if not refs:
+        return []
+    picked = [refs[i] for i in np.unique(np.linspace(0, len(refs) - 1, min(count, len(refs))).astype(int))]
+    views = [view(example(run, ref, Truth(abnormal=False), reader)) for ref in picked]
+    drawn = {"validation_score_maps": score_maps(views, "Normal validation images")}
+    if rebuilds(run):
+        drawn["validation_reconstructions"] = reconstructions(views)
+    paths = [figures.save(figure, out_dir / "figures", name) for name, figure in drawn.items()]
+    return [Section("Validation images", "Normal, not trained on.", paths)]
+
+
+def rebuilds(run: Run) -> bool:
+    """Whether the model makes something of an image that is not the image itself."""
+    return run.config.model["_target_"] != f"{Identity.__module__}.{Identity.__qualname__}"
+
+
+def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_dir: Path) -> list[Section]:
+    """How far the windows of normal images, held out from the fit, are from the Gaussian's mean."""
+    method = run.scorer.method
+    if not isinstance(method, PatchGaussian):
+        return []
+    picked = [refs[i] for i in np.unique(np.linspace(0, len(refs) - 1, min(LAW_IMAGES, len(refs))).astype(int))]
+    distance, n = window_distances(method, run, picked, reader), float(run.scorer.params["gaussian"].n.min())
+    nominal, d = np.geomspace(1e-4, 0.5, 24), method.dimensions
+    laws = {"chi-squared": chi_squared_p_value(distance, d)}
+    if n > d:
+        laws["Hotelling"] = hotelling_p_value(distance, d, n)
+    observed = {name: (p <= nominal[:, None]).mean(1) for name, p in laws.items()}
+    figure = figures.distance_law(np.sort(distance), d, nominal, observed)
+    text = (
+        f"{distance.size} windows of {len(picked)} normal images that the fit has not seen, against what Gaussian data "
+        f"would give: {d} dimensions, learnt from {n:.0f} windows{'' if method.locations == 'pooled' else ' a place'}. "
+        "Where the curve is above the diagonal, p-values of theory promise too few false alarms; the thresholds are "
+        "from the calibration, which assumes no law."
+    )
+    return [Section("Distances of normal windows", text, [figures.save(figure, out_dir / "figures", "distances")], [])]
+
+
+def window_distances(method: PatchGaussian, run: Run, refs: Sequence[ImageRef], reader: Reader) -> np.ndarray:
+    """Squared Mahalanobis distances of the windows that lie in the foreground, of tiles side by side."""
+    read, size = ReadPatches(list(refs), run.scorer.how, reader), run.scorer.how.patch_size
+    measure = jax.jit(lambda params, batch, inside: (method.distances(params, batch), method.whole(inside)))
+    found = []
+    for i, ref in enumerate(refs):
+        height, width = (size, size) if run.scorer.how.resize else ref.shape[:2]
+        ys, xs = range(0, max(height - size, 0) + 1, size), range(0, max(width - size, 0) + 1, size)
+        cells = np.array([(i, y, x) for y in ys for x in xs])
+        for first in range(0, len(cells), TILES_AT_ONCE):
+            some = np.resize(cells[first : first + TILES_AT_ONCE], (TILES_AT_ONCE, 3))  # repeated: one shape to compile
+            distance, whole = map(np.asarray, measure(run.scorer.params, *read.with_inside(some)))
+            count = min(TILES_AT_ONCE, len(cells) - first)
+            found.append(distance[:count][whole[:count]])
+    return np.concatenate(found)
+
+
+def shown(threshold: Threshold) -> str:
+    known = "" if threshold.low is None else f" [{threshold.low:.3g}, {threshold.high:.3g}]"
+    return f"{threshold.value:.4g}{known} for a false-alarm rate of {threshold.attainable_rate:.2g}"
+
+
+def interval(threshold: Threshold) -> tuple[float, float] | None:
+    return None if threshold.low is None or threshold.high is None else (threshold.low, threshold.high)
+
+
+def assessment_sections(
+    run: Run, assessment: Assessment, scores: dict[str, Any], views: dict[str, list[View]], out_dir: Path
+) -> list[Section]:
+    """Tables, curves, histograms and galleries of the test images."""
+    folder = out_dir / "figures"
+    tables: list[Table] = metrics_tables(scores)
+    curves = [figures.save(f, folder, name) for name, f in curve_figures(run, assessment).items()]
+    limit = f"{thresholds(run)[1].value:.3g}"
+    galleries = {
+        "hits": "Abnormal images with the highest scores",
+        "misses": f"Lowest-scoring abnormal images (missed up to {limit})",
+        "false_alarms": f"Highest-scoring normal images (false alarms above {limit})",
+    }
+    maps = [
+        figures.save(score_maps(views[kind], title), folder, f"score_maps_{kind}")
+        for kind, title in galleries.items()
+        if views[kind]
+    ]
+    several = (views["hits"] or views["misses"])[:2] + views["false_alarms"][:2] if rebuilds(run) else []
+    pairs = [figures.save(reconstructions(several), folder, "reconstructions")] if several else []
+    n = scores["test"]
+    text = f"{n['abnormal_images']} abnormal and {n['normal_images']} normal images in {n['groups']} groups."
+    return [
+        Section("Test", f"{text} Intervals are 95 % bootstrap intervals by group.", [], tables),
+        Section("Curves and scores", "", curves, []),
+        Section("Score maps", "", maps, []),
+        Section("Reconstructions", "", pairs, []),
+    ]
+
+
+def curve_figures(run: Run, assessment: Assessment) -> dict[str, Any]:
+    """ROC, precision-recall and histograms, by file name."""
+    labels = np.array(assessment.abnormal)
+    result: dict[str, Any] = {}
+    if labels.any() and not labels.all():
+        curves = [
+            curve(named(run, name), np.array(scores), labels, np.ones(labels.size), cut(run, name, "image"))
+            for name, scores in assessment.image_scores.items()
+        ]
+        result["roc_pr_images"] = figures.roc_and_pr(curves, "Images", float(labels.mean()))
+    scores, threshold = np.array(assessment.image_scores[METHOD]), thresholds(run)[1]
+    abnormal = scores[labels] if labels.any() else None
+    if not labels.all():
+        result["scores_images"] = figures.score_histogram(
+            scores[~labels], abnormal, threshold.value, interval(threshold), "image"
+        )
+    if assessment.pixels is None:
+        return result
+    states = {k: s for k, s in assessment.pixels.items() if s.positives.n and s.negatives.n}
+    method = assessment.pixels[METHOD]
+    if method.negatives.n:
+        result["false_alarms_pixels"] = false_alarm_figure(run, method)
+    if states:
+        pixel_curves = [pixel_curve(run, name, state) for name, state in states.items()]
+        prevalence = method.positives.n / (method.positives.n + method.negatives.n)
+        result["roc_pr_pixels"] = figures.roc_and_pr(pixel_curves, "Pixels", prevalence)
+        threshold = thresholds(run)[0]
+        result["scores_pixels"] = figures.score_histogram(
+            binned(method.negatives), binned(method.positives), threshold.value, interval(threshold), "pixel"
+        )
+    return result
+
+
+def false_alarm_figure(run: Run, state: PixelMetrics) -> Any:
+    """The share of normal test pixels whose p-value is at most each nominal rate: calibrated is the diagonal."""
+    score, at_least = np.array(run.calibrations[METHOD].normal_pixel_scores).T
+    p_value = (1 + at_least) / (1 + run.calibrations[METHOD].pixel_threshold.n_scores)
+    nominal = np.geomspace(max(p_value.min(), 1e-5), 0.5, 16)
+    cuts = np.interp(-nominal, -p_value, score).astype(np.float32)
+    negatives = state.negatives
+    replicates = np.stack([negatives.survival(cuts, count) for count in negatives.replicate_counts() if count.any()])
+    low, high = np.percentile(replicates, [2.5, 97.5], axis=0) if len(negatives.groups) > 1 else (nominal * np.nan,) * 2
+    return figures.p_value_calibration(nominal, negatives.survival(cuts), low, high)
+
+
+def cut(run: Run, name: str, unit: str) -> float | None:
+    """The calibrated threshold, drawn for the method alone."""
+    return getattr(run.calibrations[name], f"{unit}_threshold").value if name == METHOD else None
+
+
+def binned(histogram: Any) -> tuple[np.ndarray, np.ndarray]:
+    return histogram.high.astype(np.float64), histogram.count
+
+
+def pixel_curve(run: Run, name: str, state: PixelMetrics) -> figures.Curve:
+    parts = [binned(state.negatives), binned(state.positives)]
+    scores, weights = (np.concatenate(values) for values in zip(*parts, strict=True))
+    labels = np.repeat([False, True], [len(parts[0][0]), len(parts[1][0])])
+    return curve(named(run, name), scores, labels, weights, cut(run, name, "pixel"), state.estimates())
+
+
+def curve(
+    name: str,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    threshold: float | None,
+    estimates: dict[str, Estimate] | None = None,
+) -> figures.Curve:
+    fpr, tpr, _ = roc_curve(labels, scores, sample_weight=weights)
+    precision, recall, _ = precision_recall_curve(labels, scores, sample_weight=weights)
+    if estimates is None:
+        estimates = image_metrics(scores, labels, [""] * len(scores), np.inf, replicates=1)
+    point = None
+    if threshold is not None:
+        above = scores > threshold
+        tp, fp = weights[above & labels].sum(), weights[above & ~labels].sum()
+        point = (fp / weights[~labels].sum(), tp / weights[labels].sum(), tp / max(tp + fp, 1e-300))
+    return figures.Curve(name, fpr, tpr, precision, recall, estimates["auroc"].value, estimates["ap"].value, point)
+
+
+def example_views(
+    run: Run, assessment: Assessment, count: int, truth_of: Callable[[ImageRef], Truth], reader: Reader
+) -> dict[str, list[View]]:
+    """The images of each gallery, scored once more and shrunk for the figures."""
+    chosen = choose_examples(assessment, count)
+    return {kind: [view(example(run, ref, truth_of(ref), reader)) for ref in refs] for kind, refs in chosen.items()}
+
+
+def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
+    pixels, foreground = reader.image(ref), reader.foreground(ref)
+    scores, calibration = run.scorer(pixels, foreground), run.calibrations[METHOD]
+    _, detected = find_detections(scores, calibration, min_area_px=run.config.calibration.min_area_px)
+    return Example(
+        title=ref.title,
+        image=preprocess(pixels, None, run.scorer.how),
+        reconstruction=run.scorer.reconstruction(pixels, foreground),
+        score=scores,
+        truth=truth.mask,
+        detected=detected,
+        image_score=run.scorer.method.image_score(scores),
+        threshold=calibration.pixel_threshold.value,
+        label=truth.abnormal,
+    )
+
+
+def summary(run: Run, training: Mapping[str, Any]) -> dict[str, str]:
+    facts = {"run": str(run.path), "seed": str(run.config.seed)}
+    values = {
+        key: f"{value:.3g}" if isinstance(value, float) else str(value)
+        for key, value in training.items()
+        if not isinstance(value, Mapping)  # drawn instead
+    }
+    return facts | {key.replace("_", " "): value for key, value in values.items()}
+
+
+def citations(run: Run) -> list[str]:
+    """What the run says is to be cited for its data."""
+    text = json.loads((run.path / "run.json").read_text())["citation"]
+    return [text] if text else []

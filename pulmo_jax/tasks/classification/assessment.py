@@ -1,0 +1,368 @@
+"""Test a classification run and write its figures of merit and its report: what `evaluate` does, and `train` at its
+end."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from rich.console import Console
+
+from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.data.square_batches import onto_image, window_of
+from pulmo_jax.evaluation.class_calibration import Scaling, expected_calibration_error, reliability
+from pulmo_jax.evaluation.class_metrics import class_figures, confusion, figure_difference
+from pulmo_jax.evaluation.metadata_baseline import majority_probabilities, metadata_probabilities
+from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.inference.outputs import as_csv
+from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.tables import Table, cell, figures_table, markdown_row, metrics_console, metrics_markdown
+from pulmo_jax.tasks.classification import figures as draw
+from pulmo_jax.tasks.classification.config import ClassifierEvaluationConfig
+from pulmo_jax.tasks.classification.data import ClassSet, class_counts, metadata_features
+from pulmo_jax.tasks.classification.figures import ClassExample
+from pulmo_jax.tasks.classification.run import ClassifierRun, Plan, allowed_networks
+from pulmo_jax.training.callbacks import read_metrics
+from pulmo_jax.types import InputError
+
+LEAKS = "random split (leaks)"
+BLOCK = 512  # images that are held at once
+COMPARED = ("auroc", "balanced_accuracy", "accuracy")
+Probabilities = Float[np.ndarray, "R N K"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the networks say of the images that they are tested on, NaN where a repeat tests none.
+
+    honest: calibrated; as_trained: the same before calibration; leaky: of the random splits, None without any.
+    """
+
+    honest: Probabilities
+    as_trained: Probabilities
+    leaky: Probabilities | None
+
+    @staticmethod
+    def of(
+        plan: Plan, logits: Sequence[np.ndarray], scalings: Sequence[Scaling], count: int, n_classes: int
+    ) -> "Predictions":
+        """logits: of each network at the rows that it tests."""
+        plain = [Scaling(1.0, (0.0,) * n_classes)] * len(scalings)
+        honest, leaky = plan.honest, [i for i, member in enumerate(plan.members) if member.leaky]
+
+        def averaged(which: Sequence[int], by: Sequence[Scaling]) -> Probabilities:
+            first = plan.members[which[0]].repeat
+            repeats = plan.members[which[-1]].repeat - first + 1
+            total, networks = np.zeros((repeats, count, n_classes)), np.zeros((repeats, count, 1))
+            for i in which:
+                at = plan.members[i].repeat - first, plan.folds[i].test
+                total[at] += by[i].probabilities(logits[i])
+                networks[at] += 1
+            return np.where(networks > 0, total / np.maximum(networks, 1), np.nan)
+
+        return Predictions(
+            averaged(honest, scalings), averaged(honest, plain), averaged(leaky, scalings) if leaky else None
+        )
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Labelled images and what was said of them. results: by name, the run's own first."""
+
+    found: ClassSet
+    results: dict[str, Probabilities]
+    as_trained: Probabilities | None = None
+
+    @property
+    def own(self) -> Probabilities:
+        return next(iter(self.results.values()))
+
+    @property
+    def mean(self) -> Float[np.ndarray, "N K"]:
+        return mean_of(self.own)
+
+
+def mean_of(p: Probabilities) -> Float[np.ndarray, "N K"]:
+    """Over the repeats that test an image; NaN where none does."""
+    known = np.isfinite(p)
+    return np.where(known.any(0), np.where(known, p, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
+
+
+def assess_training(
+    run: ClassifierRun,
+    found: ClassSet,
+    plan: Plan,
+    predictions: Predictions,
+    out_dir: Path,
+    console: Console,
+    training: Mapping[str, Any],
+) -> None:
+    """The cross-validation that has just ended: every image judged by networks that have not seen it."""
+    name, results = method_name(run), {}
+    results[name] = predictions.honest
+    repeats = len(predictions.honest)
+    if repeats > 1:
+        results[f"{name}, {repeats} repeats averaged"] = mean_of(predictions.honest)[None]
+    results |= baselines(found, plan, leaky=False)
+    if predictions.leaky is not None:
+        results[f"{name}, {LEAKS}"] = predictions.leaky
+        results |= {f"{key}, {LEAKS}": p for key, p in baselines(found, plan, leaky=True).items() if "metadata" in key}
+    write_text(out_dir / "out_of_fold.csv", out_of_fold_csv(found, plan, predictions.honest))
+    warnings = list(found.notes)
+    if run.config.trainer.split == "random" and len(set(found.groups)) < len(found.refs):
+        of = f"{len(found.refs)} images in {len(set(found.groups))} groups"
+        warnings.insert(
+            0, f"trainer.split=random: copies stand on both sides of the split ({of}): too good to be true."
+        )
+    tested = Tested(found, results, predictions.as_trained)
+    write_results(run, tested, out_dir, console, run.config.evaluation, run.config.seed, training, warnings)
+
+
+def assess_test_set(
+    run: ClassifierRun, found: ClassSet, out_dir: Path, console: Console, options: ClassifierEvaluationConfig, seed: int
+) -> None:
+    """Labelled images that the run meets: each judged by the mean of the networks that may."""
+    allowed, copies = allowed_networks(run, found)
+    rows = np.arange(len(found.refs))
+    blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+    by_network = np.concatenate([run.of_networks(found.squares.stack(block)) for block in blocks], axis=1)
+    weights = allowed.T[..., None] / np.maximum(allowed.sum(1), 1)[None, :, None]
+    mean = np.where(allowed.any(axis=1, keepdims=True), (weights * by_network).sum(0), np.nan)
+    warnings = [*relabelled(run, found), *found.notes]
+    if copies:
+        none_left = len(found.refs) - int(allowed.any(axis=1).sum())
+        more = f", and {none_left}, which all have, are left out." if none_left else "."
+        warnings.insert(
+            0,
+            f"{copies} of the {len(found.refs)} images are copies, exact or nearly, of those that the run was made "
+            f"with; each is judged by those networks alone that have not learnt from it{more}",
+        )
+    if np.isnan(mean).all():
+        raise InputError(
+            f"all {len(found.refs)} images are copies of those that every network of {run.path} has learnt from: "
+            "nothing is left to test on; give other images"
+        )
+    results = {method_name(run): mean[None]}
+    if not copies:  # a baseline that had learnt from them would be too good
+        known = np.array([image["metadata"] for image in run.images])
+        labels = np.array([run.classes.index(image["label"]) for image in run.images])
+        size = len(run.classes), run.config.seed
+        of_files = metadata_probabilities(known, labels, metadata_features(found), *size)
+        results["file metadata"] = of_files[None]
+        results["majority class"] = majority_probabilities(labels, len(found.refs), size[0])[None]
+    write_results(run, Tested(found, results), out_dir, console, options, seed, {}, warnings)
+
+
+def relabelled(run: ClassifierRun, found: ClassSet) -> list[str]:
+    """A note where files that the run was made with are of another class now."""
+    before = {image["content"]: image["label"] for image in run.images}
+    now = [found.classes[label] for label in found.labels]
+    told = zip(found.titles, now, found.contents, strict=True)
+    other = [f"{title} (was {before[content]})" for title, name, content in told if before.get(content, name) != name]
+    if not other:
+        return []
+    return [
+        f"{len(other)} images are of another class than when the run was made, such as {other[0]}; they count as what "
+        "they are called here. One of the labels is wrong: take these files out, or train anew with the right ones"
+    ]
+
+
+def method_name(run: ClassifierRun) -> str:
+    return run.config.method["_target_"].rpartition(".")[2]
+
+
+def baselines(found: ClassSet, plan: Plan, leaky: bool) -> dict[str, Probabilities]:
+    """On the same folds: what the files' sizes tell, and the shares of the classes."""
+    features, k = metadata_features(found), len(found.classes)
+    which = [i for i, member in enumerate(plan.members) if member.leaky == leaky and member.number == 0]
+    first = plan.members[which[0]].repeat
+    shape = (plan.members[which[-1]].repeat - first + 1, len(found.refs), k)
+    metadata, majority = np.full(shape, np.nan), np.full(shape, np.nan)
+    for i in which:
+        rows, repeat = plan.folds[i], plan.members[i].repeat - first
+        known = np.concatenate([rows.training, rows.validation])
+        labels, asked = found.labels[known], features[rows.test]
+        seed = plan.members[i].seed
+        metadata[repeat, rows.test] = metadata_probabilities(features[known], labels, asked, k, seed)
+        majority[repeat, rows.test] = majority_probabilities(labels, len(rows.test), k)
+    return {"file metadata": metadata, "majority class": majority}
+
+
+def out_of_fold_csv(found: ClassSet, plan: Plan, honest: Probabilities) -> str:
+    """One row an image and repeat: what was said of it by those who had not seen it."""
+    columns = ["repeat", "fold", "filename", "class", "group", "label", *(f"p_{name}" for name in found.classes)]
+    first = {(m.repeat, m.fold): plan.folds[i].test for i, m in enumerate(plan.members) if not m.leaky}
+    rows = [
+        {
+            "repeat": repeat,
+            "fold": fold,
+            "filename": found.titles[row],
+            "class": found.classes[found.labels[row]],
+            "group": found.groups[row],
+            "label": found.classes[int(honest[repeat, row].argmax())],
+            **{f"p_{name}": honest[repeat, row, k] for k, name in enumerate(found.classes)},
+        }
+        for (repeat, fold), test in first.items()
+        for row in test.tolist()
+    ]
+    return as_csv(columns, rows)
+
+
+def write_results(
+    run: ClassifierRun,
+    tested: Tested,
+    out_dir: Path,
+    console: Console,
+    options: ClassifierEvaluationConfig,
+    seed: int,
+    training: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> None:
+    """metrics.json, metrics.md, figures/ and report.html."""
+    found, drawn = tested.found, (tested.found.labels, tested.found.groups, run.positive, options.replicates, seed)
+    estimates = {name: class_figures(p, *drawn) for name, p in tested.results.items()}
+    metrics: dict[str, Any] = {
+        "image": {name: {key: asdict(e) for key, e in of.items()} for name, of in estimates.items()},
+        "differences": {},
+        "test": {"images": class_counts(found), "groups": len(set(found.groups))},
+        "calibration": calibration_facts(run, tested),
+        "training": dict(training),
+    }
+    own = next(iter(tested.results))
+    for name, p in tested.results.items():
+        if name != own and "averaged" not in name:
+            gap = figure_difference(tested.own, p, *drawn, "auroc")
+            metrics["differences"][name] = asdict(gap)
+    write_json(out_dir / "metrics.json", metrics)
+    differences = difference_table(metrics["differences"])
+    write_text(out_dir / "metrics.md", metrics_markdown(metrics) + as_markdown(differences))
+    for table in metrics_console(metrics):
+        console.print(table)
+    for line in warnings:
+        console.print(f"warning: {line}", markup=False, highlight=False)
+    write_report(
+        out_dir / "report.html",
+        title=f"{run.config.name}: {', '.join(run.classes)}",
+        summary=summary(run, training),
+        sections=report_sections(run, tested, estimates, [figures_table("Images", metrics["image"]), differences],
+                                 options, out_dir, training),
+        citations=[],
+        warnings=warnings,
+    )  # fmt: skip
+
+
+def calibration_facts(run: ClassifierRun, tested: Tested) -> dict[str, Any]:
+    """How the probabilities were scaled, and what that has done."""
+    temperatures = [1 / scaling.scale for scaling in run.scalings]
+    facts: dict[str, Any] = {"temperature": {"lowest": min(temperatures), "highest": max(temperatures)}}
+    if tested.as_trained is not None:
+        facts["ece_as_trained"] = mean_ece(tested.as_trained, tested.found.labels)
+    return facts
+
+
+def difference_table(differences: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = [[name, cell(dict(gap))] for name, gap in differences.items()]
+    return Table("AUROC less that of", ["", "difference"], rows, ["Paired: the same images are drawn for both."])
+
+
+def as_markdown(table: Table) -> str:
+    lines = [f"\n## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
+    return "\n".join([*lines, *(markdown_row(row) for row in table.rows), *(f"\n{n}" for n in table.notes)]) + "\n"
+
+
+def report_sections(
+    run: ClassifierRun,
+    tested: Tested,
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    tables: list[Table],
+    options: ClassifierEvaluationConfig,
+    out_dir: Path,
+    training: Mapping[str, Any],
+) -> list[Section]:
+    folder, found = out_dir / "figures", tested.found
+    names = [name for name in tested.results if LEAKS not in name and "majority" not in name]
+
+    def save(figure: Any, name: str) -> Path:
+        path = figures.save(figure, folder, name)
+        figure.clear()  # its parts refer to each other, and would hold what they drew until they are collected
+        return path
+
+    results = [save(draw.comparison(estimates, COMPARED), "comparison")]
+    if run.positive is not None:
+        scores = {
+            name: ((found.labels == run.positive).astype(int), tested.results[name][..., run.positive])
+            for name in names
+        }
+        results.append(save(draw.roc_curves(scores, run.classes[run.positive]), "roc_curves"))
+    results.append(save(draw.confusion_matrix(confusion(tested.own, found.labels), run.classes), "confusion_matrix"))
+    parts = {"calibrated": tested.own} | ({} if tested.as_trained is None else {"as trained": tested.as_trained})
+    reliable = {name: (reliability(mean_of(p), found.labels), mean_ece(p, found.labels)) for name, p in parts.items()}
+    rows = read_metrics(run.path / "metrics.jsonl") if training else []
+    drawn = [save(draw.training_history(rows), "training_history")] if rows else []
+    drawn += [save(figures.time_shares(training["seconds"]), "time_shares")] if "seconds" in training else []
+    text = (
+        f"{len(found.refs)} images in {len(set(found.groups))} groups; copies are of one group, and no group stands on "
+        "two sides of a split. Intervals are 95 % bootstrap intervals over groups."
+    )
+    return [
+        Section("Results", text, results, tables),
+        Section("Calibration", "", [save(draw.reliability_diagram(reliable), "reliability")], []),
+        Section("Where the decision comes from", "", galleries(run, tested, options.examples, save), []),
+        Section("Training", "", drawn, []),
+    ]
+
+
+def mean_ece(p: Probabilities, labels: Int[np.ndarray, "N"]) -> float:
+    """Over the repeats."""
+    return float(np.mean([expected_calibration_error(of_one, labels) for of_one in p]))
+
+
+def galleries(run: ClassifierRun, tested: Tested, count: int, save: Callable[[Any, str], Path]) -> list[Path]:
+    """The surest of those that are right, spread over the classes, and the surest of those that are wrong."""
+    mean, labels = tested.mean, tested.found.labels
+    known = np.atleast_1d(np.isfinite(mean).all(axis=1))
+    sure, right = np.where(known, mean.max(1), -1), np.asarray(mean.argmax(1) == labels)
+    order = one_of_each_group(np.argsort(-sure, kind="stable").tolist(), tested.found.groups)
+    by_class = [[i for i in order if known[i] and right[i] and labels[i] == k] for k in range(len(run.classes))]
+    hits = [i for some in zip_longest(*by_class) for i in some if i is not None][:count]
+    misses = [i for i in order if known[i] and not right[i]][:count]
+    groups = {"saliency_right": (hits, "Right"), "saliency_wrong": (misses, "Wrong")}
+    return [
+        save(draw.saliency_gallery(examples(run, tested, np.array(which)), title), name)
+        for name, (which, title) in groups.items()
+        if len(which)
+    ]
+
+
+def one_of_each_group(rows: Sequence[int], groups: Sequence[str]) -> list[int]:
+    """The first of each, so that a gallery does not show copies."""
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(groups[row], row)
+    return list(first.values())
+
+
+def examples(run: ClassifierRun, tested: Tested, which: Int[np.ndarray, "_"]) -> list[ClassExample]:
+    """With the saliency of the class that each was called, averaged over all networks."""
+    found, said = tested.found, tested.mean[which].argmax(1)
+    maps = run.saliency(found.squares.stack(which), said)
+    sure = [f"{run.classes[label]} {p:.2f}" for label, p in zip(said, tested.mean[which].max(1), strict=True)]
+    notes = [f"{text}, is {run.classes[found.labels[row]]}" for text, row in zip(sure, which, strict=True)]
+    return [example(run, found, *of) for of in zip(which.tolist(), notes, maps, strict=True)]
+
+
+def example(run: ClassifierRun, found: ClassSet, row: int, note: str, saliency: np.ndarray) -> ClassExample:
+    image = found.squares.reader.image(found.refs[row])
+    where = onto_image(saliency, image.shape, window_of(image, run.config.data.crop))
+    return ClassExample(found.titles[row], to_bytes(image), where, note)
+
+
+def summary(run: ClassifierRun, training: Mapping[str, Any]) -> dict[str, str]:
+    facts = {"run": str(run.path), "seed": str(run.config.seed)}
+    plain = {k: v for k, v in training.items() if not isinstance(v, Mapping)}
+    return facts | {k.replace("_", " "): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in plain.items()}

@@ -1,0 +1,244 @@
+"""Images in class folders as a classification job sees them: listed, grouped with their copies, divided into folds."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+
+from pulmo_jax.data.folds import Fold
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
+from pulmo_jax.data.near_copies import joined_groups, look_of
+from pulmo_jax.data.sources.store import in_store, is_store, opened
+from pulmo_jax.data.square_batches import Squares
+from pulmo_jax.data.store_writing import content_of, label_of
+from pulmo_jax.host.console import tracker
+from pulmo_jax.tasks.classification.config import ClassifierDataConfig
+from pulmo_jax.types import InputError
+
+SHOWN = 3  # names in a message
+WANTED = (
+    "data.root must be given: a folder with one subfolder of images for each class, such as DIR/yes and DIR/no, or a "
+    "store that `python -m pulmo_jax.ingest` made of it.\n"
+    'The set that this experiment is about is called "Brain MRI Images for Brain Tumor Detection" (253 slices, by N. '
+    "Chakrabarty); it is found under that name on Kaggle. For a first look at drawn slices: data=synthetic_mri"
+)
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """Images and their classes. labels: index into `classes`. groups: what must stay together in a split. contents:
+    SHA-256 of each file; looks: perceptual hash of each page."""
+
+    refs: tuple[ImageRef, ...]
+    classes: tuple[str, ...]
+    labels: Int[np.ndarray, "N"]
+    groups: tuple[str, ...]
+    contents: tuple[str, ...]
+    looks: np.ndarray
+    squares: Squares
+    notes: list[str]
+
+    @property
+    def titles(self) -> list[str]:
+        return [ref.title for ref in self.refs]
+
+
+def read_classes(
+    root: Path, data: ClassifierDataConfig, size: int, console: Console, classes: Sequence[str] | None = None
+) -> ClassSet:
+    """Every image of the class folders. Raises InputError for what cannot be used, or leaves it out, as data.on_error
+    says.
+
+    size: side of the squares. classes: those of a run, which a test set must not go beyond; None: as found, two or
+    more.
+    """
+    refs, failed = index_images(root, group_regex=data.group_regex, max_image_mb=data.max_image_mb)
+    if not refs:
+        raise none_left(failed)
+    require_folders(root, refs)
+    reader = Reader(data.max_image_mb)
+    squares = Squares.empty(refs, size, data.crop, reader)
+    contents, looks, bad = known_or_read(root, refs, squares, data.threads, console)
+    failed = [*failed, *(Skipped(refs[i].title, reason) for i, reason in bad.items())]
+    contradicting = label_conflicts(refs, contents)
+    failed += [Skipped(refs[i].title, reason) for i, reason in contradicting.items()]
+    settle(failed, data.on_error, console)
+    kept = np.array([i for i in range(len(refs)) if i not in bad and i not in contradicting], int)
+    if not kept.size:
+        raise none_left(failed)
+    refs = [refs[i] for i in kept]
+    names = [label_of(ref.name) for ref in refs]
+    found = tuple(sorted(set(names)))
+    require_classes(root, found, classes)
+    classes = tuple(classes or found)
+    groups = joined_groups([ref.group for ref in refs], [contents[i] for i in kept], looks[kept], data.near_bits)
+    notes = [*left_out(failed), *across_classes(groups, names)]
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    return ClassSet(
+        tuple(refs),
+        classes,
+        np.array([classes.index(name) for name in names]),
+        tuple(groups),
+        tuple(contents[i] for i in kept),
+        looks[kept],
+        squares.of(kept),
+        notes,
+    )
+
+
+def require_folders(root: Path, refs: Sequence[ImageRef]) -> None:
+    loose = [ref.name for ref in refs if not label_of(ref.name)]
+    if loose:
+        raise InputError(
+            f"{root}: {len(loose)} images lie in no class folder ({', '.join(loose[:SHOWN])}); put every image into a "
+            f"subfolder that is named by its class, such as {root.name}/yes and {root.name}/no"
+        )
+
+
+def require_classes(root: Path, found: Sequence[str], classes: Sequence[str] | None) -> None:
+    if classes is None and len(found) < 2:
+        raise InputError(
+            f"{root}: holds images of one class only ({found[0]}); give a subfolder for each class, two or more"
+        )
+    unknown = sorted(set(found) - set(classes or found))
+    if unknown:
+        raise InputError(
+            f"{root}: has classes that the run does not know ({', '.join(unknown)}); it knows "
+            f"{', '.join(classes or ())}: rename the folders, or leave them out"
+        )
+
+
+def known_or_read(
+    root: Path, refs: Sequence[ImageRef], squares: Squares, threads: int, console: Console
+) -> tuple[list[str], np.ndarray, dict[int, str]]:
+    """Of every image the file's SHA-256 and the perceptual hash, which a store knows and a folder must be read for; and
+    what is wrong with those that cannot be read."""
+    if is_store(root):
+        store = opened(root)
+        records = (store.by_name[ref.name][ref.page] for ref in refs)
+        contents, looks = zip(*((record.content, record.look) for record in records), strict=True)
+        return list(contents), np.array(looks, np.uint64), {}
+    bad: dict[int, str] = {}
+
+    def look(i: int) -> tuple[str, int]:
+        try:
+            image = squares.reader.image(refs[i])
+            squares.get(i, image)
+            return content_of(refs[i].path), look_of(image)
+        except InputError as error:
+            bad[i] = str(error)
+            return "", 0
+
+    with ThreadPoolExecutor(threads) as pool:
+        results = pool.map(look, range(len(refs)))
+        track = tracker(console, "reading images")
+        found = list(track(results, len(refs)))
+    return [content for content, _ in found], np.array([seen for _, seen in found], np.uint64), bad
+
+
+def label_conflicts(refs: Sequence[ImageRef], contents: Sequence[str]) -> dict[int, str]:
+    """Files of the same bytes in different classes: one of the labels is wrong, and nobody can tell which."""
+    first: dict[tuple[str, int], int] = {}
+    wrong: dict[int, str] = {}
+    for i, (ref, content) in enumerate(zip(refs, contents, strict=True)):
+        other = first.setdefault((content, ref.page), i)
+        if content and label_of(refs[other].name) != label_of(ref.name):
+            both = (
+                f"{refs[other].path} and {ref.path} are the same file in two classes; take one of them out, or give as "
+                "data.root the folder whose subfolders are the classes"
+            )
+            wrong |= {i: both, other: both}
+    return wrong
+
+
+def across_classes(groups: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A note where groups (patients, near copies) stand in more than one class."""
+    classes: dict[str, set[str]] = {}
+    for group, name in zip(groups, names, strict=True):
+        classes.setdefault(group, set()).add(name)
+    mixed = [group for group, of in classes.items() if len(of) > 1]
+    if not mixed:
+        return []
+    return [
+        f"{len(mixed)} groups (a patient's images, or images that look alike) stand in more than one class, such as "
+        f"that of {mixed[0]}; they are kept together, look whether their labels are right"
+    ]
+
+
+def settle(failed: Sequence[Skipped], on_error: str, console: Console) -> None:
+    """Files that cannot be used stop the run, or are named and left out."""
+    if failed and on_error == "stop":
+        more = f"{len(failed)} files cannot be used; " if len(failed) > 1 else ""
+        raise InputError(
+            f"{failed[0].reason.splitlines()[0]}\n({more}repair or remove what is named, or leave such files out with "
+            "data.on_error=skip)"
+        )
+    for file in failed:
+        console.print(f"left out: {file.reason}", markup=False, highlight=False)
+
+
+def none_left(failed: Sequence[Skipped]) -> InputError:
+    return InputError(f"{failed[0].reason}\n(none of the {len(failed)} images can be used)")
+
+
+def left_out(failed: Sequence[Skipped]) -> list[str]:
+    return [f"{len(failed)} files were left out, such as {failed[0].reason.splitlines()[0]}"] if failed else []
+
+
+# --- records
+
+
+def describe_set(found: ClassSet) -> dict[str, Any]:
+    """What a run was made with: enough to tell later whether an image was among it."""
+    return {
+        "classes": list(found.classes),
+        "images": [
+            {
+                "filename": ref.title,
+                "label": found.classes[label],
+                "group": group,
+                "content": content,
+                "look": int(look),
+            }
+            for ref, label, group, content, look in zip(
+                found.refs, found.labels, found.groups, found.contents, found.looks, strict=True
+            )
+        ],
+        "notes": found.notes,
+    }
+
+
+def digest_of(found: ClassSet, folds: Iterable[Fold]) -> str:
+    """Changes with the images, their classes, their groups or their folds."""
+    digest = hashlib.sha256()
+    for title, label, group, content in zip(found.titles, found.labels, found.groups, found.contents, strict=True):
+        digest.update(f"{title}\0{label}\0{group}\0{content}\n".encode())
+    for fold in folds:
+        for rows in fold:
+            digest.update(rows.astype(np.int64).tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def class_counts(found: ClassSet) -> dict[str, int]:
+    counts = Counter(found.labels.tolist())
+    return {name: counts[i] for i, name in enumerate(found.classes)}
+
+
+def metadata_features(found: ClassSet) -> np.ndarray:
+    """(N, 6) of what a file says without its picture: height, width, their ratio, bands, bytes, bytes for a pixel."""
+    height, width, bands = np.array([ref.shape for ref in found.refs], float).T
+    sizes = np.array([file_bytes(ref) for ref in found.refs], float)
+    return np.stack([height, width, height / width, bands, sizes, sizes / (height * width)], axis=1)
+
+
+def file_bytes(ref: ImageRef) -> int:
+    place = in_store(ref.path)
+    return opened(place[0]).by_name[ref.name][ref.page].file_bytes if place else ref.path.stat().st_size

@@ -1,0 +1,298 @@
+"""Figures of classified images: how well classes are told apart, how sure that is, and where in an image it comes from.
+
+Saliency runs from none to the most of each image: its colours compare places, not images.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.host.files import atomically
+from pulmo_jax.reporting.figures import (
+    BLUE,
+    COLUMN_WIDTH_IN,
+    CURVE_COLOURS,
+    TEXT_WIDTH_IN,
+    Curve,
+    literal,
+    loss_curves,
+    roc_and_pr,
+    style,
+)
+from pulmo_jax.reporting.tables import COLUMNS
+
+MOST_POINTS = 2000  # of a curve
+MARKERS = "osD^v"
+PANELS = 3  # of a comparison, beside each other
+PAIRS = 2  # of a gallery, beside each other
+
+PAIR_MIN_PX, PAIR_MAX_PX = 384, 1024  # the least height and the greatest side of an image beside its saliency
+GAP_PX = 8
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+FONT_MIN_PX = 16
+HEAT = "inferno"
+SHADES = colormaps[HEAT](np.linspace(0, 1, 256))[:, :3].astype(np.float32) * 255
+OPACITY = np.float32(0.75) * np.clip(np.linspace(-0.25, 2, 256, dtype=np.float32), 0, 1)[:, None]  # of each shade
+
+
+def roc_curves(curves: Mapping[str, tuple[Int[np.ndarray, "N"], Float[np.ndarray, "R N"]]], positive: str) -> Figure:
+    """ROC and precision-recall curves, the method first and baselines after it: means over repeats, at each
+    false-positive rate and at each recall. The first method's band runs from its lowest repeat to its highest.
+
+    curves: labels (1: of the positive class) and the scores of each repeat, NaN for what it did not predict. Repeats
+    with images of one class only do not count.
+    """
+    means, bands = [], None
+    for name, (labels, scores) in curves.items():
+        known = [(labels[seen], row[seen]) for row in scores for seen in [~np.isnan(row)]]
+        repeats = [pair for pair in known if np.unique(pair[0]).size == 2]
+        if repeats:
+            (fpr, tpr), (recall, precision) = _vertical_roc(repeats), _vertical_precision(repeats)
+            auroc, ap = (
+                float(np.mean([area(*pair) for pair in repeats])) for area in (roc_auc_score, average_precision_score)
+            )
+            means.append(Curve(name, fpr, tpr.mean(0), precision.mean(0), recall, auroc, ap))
+            if len(means) == 1:
+                bands = (fpr, tpr), (recall, precision)
+        else:
+            none = np.array([np.nan])
+            means.append(Curve(f"{name}: undefined", none, none, none, none, None, None))
+    first = next(iter(curves.values()))[0]
+    figure = roc_and_pr(means, f"Positive class: {positive}", prevalence=float(first.mean()))
+    if bands is not None and len(bands[0][1]) > 1:
+        with style():
+            for axes, (x, y), step in zip(figure.axes, bands, (None, "pre"), strict=True):
+                label = f"lowest to highest of {len(y)} repeats"
+                axes.fill_between(x, y.min(0), y.max(0), step=step, color=BLUE, alpha=0.2, lw=0, label=label)
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return figure
+
+
+def _vertical_roc(repeats: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive rates, each twice, and every repeat's true-positive rate just before and at them.
+
+    Vertical averaging as in Fawcett, "An introduction to ROC analysis", 2006, section 9.1, but on all rates that occur
+    and on both sides of a step: the area under the mean is the mean area.
+    """
+    curves = [roc_curve(*pair)[:2] for pair in repeats]
+    fpr = _grid([x for x, _ in curves])
+    # np.interp takes the last of several points at one x; from the right that is the first.
+    sides = [(np.interp(-fpr, -x[::-1], y[::-1]), np.interp(fpr, x, y)) for x, y in curves]
+    return np.repeat(fpr, 2), np.array([np.stack(side, -1).ravel() for side in sides])
+
+
+def _vertical_precision(repeats: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Recalls, and every repeat's precision at the highest threshold that reaches them."""
+    curves = [precision_recall_curve(*pair)[:2] for pair in repeats]
+    rising = [(precision[-2::-1], recall[-2::-1]) for precision, recall in curves]  # without scikit-learn's (1, 0)
+    recall = _grid([np.zeros(1), *(x for _, x in rising)])
+    return recall, np.array([y[np.searchsorted(x, recall)] for y, x in rising])
+
+
+def _grid(values: Sequence[np.ndarray]) -> np.ndarray:
+    every = np.unique(np.concatenate(values))
+    return every[np.linspace(0, every.size - 1, min(every.size, MOST_POINTS)).round().astype(int)]
+
+
+def reliability_diagram(parts: Mapping[str, tuple[Any, float]]) -> Figure:
+    """Accuracy against confidence, bin by bin with 95 % intervals, and below it the number of predictions in each bin.
+
+    parts: by name a `Reliability` of evaluation.class_calibration, or whatever has its fields, over bins of equal width
+    from 0 to 1; and the expected calibration error.
+    """
+    with style():
+        figure = Figure(figsize=(COLUMN_WIDTH_IN, 4.3), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        for i, (name, (bins, ece)) in enumerate(parts.items()):
+            some, colour = bins.count > 0, CURVE_COLOURS[i % len(CURVE_COLOURS)]
+            x, y, low, high = (values[some] for values in (bins.confidence, bins.accuracy, bins.low, bins.high))
+            look: dict[str, Any] = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "zorder": 4 - i / len(parts)}
+            look |= {"lw": 0.8, "elinewidth": 0.8, "capsize": 1.5, "clip_on": not some.any()}
+            label = f"{literal(name, 40)}, ECE {ece:.3f}"
+            upper.errorbar(x, y, np.maximum(0, [y - low, high - y]), label=label, **look)
+            edges = np.linspace(0, 1, len(bins.count) + 1)
+            lower.stairs(bins.count, edges, color=colour, fill=True, alpha=0.2)
+            lower.stairs(bins.count, edges, color=colour, lw=1)
+        upper.plot([0, 1], [0, 1], color="0.4", lw=0.8, ls="--", label="perfectly calibrated")
+        upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        lower.set(xlabel="confidence", ylabel="predictions", ylim=(0, max(1, lower.get_ylim()[1])))
+        lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        figure.align_ylabels()
+        figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center")
+    return figure
+
+
+def confusion_matrix(counts: Float[np.ndarray, "K K"], classes: Sequence[str]) -> Figure:
+    """Images by true class (rows) and predicted class (columns): how many, and what share of the row."""
+    total, n = counts.sum(1, keepdims=True), len(classes)
+    share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+    with style():
+        side = float(np.clip(0.5 * n + 0.8, 2.4, TEXT_WIDTH_IN - 0.5))
+        figure = Figure(figsize=(side + 0.4, side), layout="constrained")
+        axes = figure.subplots()
+        edges = np.arange(n + 1) - 0.5
+        axes.pcolormesh(edges, edges, np.nan_to_num(share), cmap="Blues", vmin=0, vmax=1, edgecolors="0.85", lw=0.4)
+        for (i, j), count in np.ndenumerate(counts):
+            number = f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
+            text = number + (f"\n{share[i, j]:.0%}" if total[i, 0] > 0 else "")
+            colour = "white" if share[i, j] > 0.5 else "black"
+            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8 if n < 6 else 6)
+        names = [literal(name, 18) for name in classes]
+        short = max(map(len, names)) * n < 30
+        axes.set_xticks(range(n), names, **{} if short else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"})
+        axes.set_yticks(range(n), names)
+        axes.set(aspect="equal", ylim=(n - 0.5, -0.5), xlabel="predicted class", ylabel="true class")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def training_history(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """`loss_curves`, with the validation loss of each member of an ensemble, "val/loss/0" and so on, behind their mean,
+    "val/loss"."""
+    figure = loss_curves(rows)
+    axes = figure.axes[0]
+    members = list(dict.fromkeys(key for row in rows for key in row if key.startswith("val/loss/")))
+    with style():
+        for key in members:
+            points = np.array([(row["step"], row[key]) for row in rows if row.get(key) is not None], float)
+            label = "validation, each member" if key == members[0] else None
+            axes.plot(*points.reshape(-1, 2).T, color="0.65", lw=0.6, zorder=1.5, label=label)
+        for line in axes.lines:
+            if members and line.get_label() == "validation":
+                line.set(linewidth=1.8, label=f"validation, mean of {len(members)} members")
+        for panel in figure.axes:
+            bottom, top = panel.get_ylim()
+            ticks = MaxNLocator(5, steps=[1, 2, 5, 10])
+            if panel.get_yscale() == "log" and top / bottom < 10:  # hardly a power of ten is in sight
+                panel.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_locator=NullLocator())
+        axes.legend()
+    return figure
+
+
+def comparison(rows: Mapping[str, Mapping[str, Estimate]], figures: Sequence[str]) -> Figure:
+    """What was found in each row, such as a method, with its 95 % interval: a panel for each figure of merit."""
+    lines = -(-len(figures) // PANELS)
+    columns = -(-len(figures) // lines)
+    names = [textwrap.fill(literal(name, 60), 26) for name in rows]
+    with style():
+        figure = Figure(figsize=(1.7 + 1.75 * columns, lines * (0.34 * len(rows) + 0.5)), layout="constrained")
+        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+        for axes, name in zip(panels, figures, strict=False):
+            for place, row in enumerate(rows.values()):
+                _interval(axes, place, row.get(name, Estimate(None)), BLUE if place == 0 else "0.25")
+            axes.margins(x=0.16)
+            axes.set(xlabel=COLUMNS.get(name, literal(name, 30).replace("_", " ")), ylim=(len(rows) - 0.5, -0.6))
+            axes.set_yticks(range(len(rows)), names)
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]) if axes.lines else NullLocator())
+            axes.grid(axis="y", color="0.92", lw=0.6)
+            axes.set_axisbelow(True)
+            axes.tick_params(axis="y", length=0)
+        for axes in panels[len(figures) :]:
+            axes.remove()
+    return figure
+
+
+def _interval(axes: Axes, place: int, estimate: Estimate, colour: str) -> None:
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if value is None:
+        middle = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}
+        axes.text(0.5, place, "undefined", color="0.5", fontsize=6.5, backgroundcolor="white", **middle)
+        return
+    ends = [value if end is None else end for end in (low, high)]
+    axes.plot(ends, [place, place], color=colour, lw=1.4, solid_capstyle="butt")
+    axes.plot(value, place, "o", color=colour, ms=4)
+    near = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 6.5}
+    axes.annotate(f"{value:.3f}", (value, place), xytext=(0, 3), color=colour, **near)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassExample:
+    """One image and where in it the decision comes from, 0 for nowhere; the note says what was decided."""
+
+    title: str
+    image: UInt8[np.ndarray, "H W"]
+    saliency: Float[np.ndarray, "H W"]
+    note: str
+
+
+def saliency_gallery(examples: Sequence[ClassExample], title: str) -> Figure:
+    """Images, each beside itself under its saliency."""
+    columns = min(PAIRS, len(examples))
+    lines = -(-len(examples) // columns)
+    pairs = [beside_saliency(example.image, example.saliency) for example in examples]
+    with style():
+        width = TEXT_WIDTH_IN / PAIRS * columns
+        tall = max(len(pair) / pair.shape[1] for pair in pairs)
+        figure = Figure(figsize=(width, lines * (width / columns * tall + 0.4) + 0.8), layout="constrained")
+        figure.suptitle(literal(title))
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes, example, pair in zip(panels, examples, pairs, strict=False):
+            axes.imshow(pair)
+            axes.set_title(literal(example.title, 48), fontsize=6.5)
+            axes.set_xlabel(literal(example.note, 64), fontsize=6.5)
+        look: dict[str, Any] = {"location": "bottom", "shrink": 0.3, "aspect": 25, "label": "saliency"}
+        bar = figure.colorbar(ScalarMappable(cmap=HEAT), ax=panels, **look)
+        bar.set_ticks([0, 1], labels=["none", "most of the image"])
+        for axes in panels:
+            axes.set(xticks=[], yticks=[], anchor="N")  # a colour bar sets another anchor
+            axes.spines[:].set_visible(False)
+    return figure
+
+
+def beside_saliency(image: UInt8[np.ndarray, "H W"], saliency: Float[np.ndarray, "H W"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The image, and right of it the image under its saliency, which is transparent where low.
+
+    Low images are enlarged by a whole factor, large ones shrunk.
+    """
+    height, width = image.shape
+    greatest = max(image.shape)
+    factor = min(-(-PAIR_MIN_PX // height), PAIR_MAX_PX // greatest) or PAIR_MAX_PX / greatest
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    gray = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))[..., None]
+    known = np.nan_to_num(saliency.astype(np.float32))
+    heat = np.asarray(Image.fromarray(known).resize(size, Image.Resampling.BILINEAR))
+    level = (heat / (heat.max() or 1) * 255).astype(np.uint8)
+    covered = gray * (1 - OPACITY)[level] + (SHADES * OPACITY)[level]
+    gap = np.full((size[1], GAP_PX, 3), 255, np.uint8)
+    return np.concatenate([np.repeat(gray, 3, -1), gap, covered.round().astype(np.uint8)], axis=1)
+
+
+def write_saliency_overlay(
+    path: Path, image: UInt8[np.ndarray, "H W"], saliency: Float[np.ndarray, "H W"], lines: Sequence[str]
+) -> None:
+    """`beside_saliency` as PNG above lines of text; drawn by Pillow, for every predicted image of a folder."""
+    pair = Image.fromarray(beside_saliency(image, saliency))
+    font = ImageFont.truetype(FONT, max(FONT_MIN_PX, pair.height // 40))
+    line_px, margin = round(1.4 * font.size), round(font.size / 2)
+    size = max(pair.width, 2 * PAIR_MIN_PX), pair.height + line_px * len(lines) + (margin if lines else 0)
+    picture = Image.new("RGB", size, "white")
+    picture.paste(pair)
+    draw = ImageDraw.Draw(picture)
+    for i, line in enumerate(lines):
+        place = (margin, pair.height + margin // 2 + line_px * i)
+        draw.text(place, _fitting(line, size[0] - 2 * margin, font), fill="black", font=font)
+    atomically(path, lambda p: picture.save(p, format="PNG", compress_level=1))
+
+
+def _fitting(line: str, width_px: int, font: ImageFont.FreeTypeFont) -> str:
+    """A line that is too long loses its middle."""
+    text = short = " ".join(line.splitlines())
+    while font.getlength(short) > width_px:
+        half = len(short) // 2 - 1
+        short = f"{text[:half]}…{text[-half:]}"
+    return short

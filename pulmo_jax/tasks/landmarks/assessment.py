@@ -1,0 +1,302 @@
+"""Test a landmark run on labelled images, and write its errors and its report: what `evaluate` does, and `train` at its
+end."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table as Grid
+
+from pulmo_jax.data.images import Reader
+from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.data.pipeline import evenly
+from pulmo_jax.evaluation import landmark_metrics as metrics
+from pulmo_jax.evaluation.landmark_metrics import Errors
+from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.inference.lung_frames import into_frame
+from pulmo_jax.inference.outputs import as_csv
+from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.tables import Table, cell, markdown_row
+from pulmo_jax.tasks.landmarks import figures as draw
+from pulmo_jax.tasks.landmarks.config import LandmarkEvaluationConfig
+from pulmo_jax.tasks.landmarks.data import Labelled
+from pulmo_jax.tasks.landmarks.figures import LandmarkExample
+from pulmo_jax.tasks.landmarks.run import Found, LandmarkRun
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.68, 0.8, 0.9, 0.95, 0.99)
+NOTABLE_PX = 0.5  # of the labels' own floor
+UNIT_NAMES = {"px": "px", "px_at_224": "px at 224", "percent_of_diagonal": "% of the diagonal"}
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What was found in labelled images. errors: px, by method: the run's own first, then the baselines."""
+
+    labelled: Labelled
+    found: Found
+    errors: dict[str, Float[np.ndarray, "N K"]]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.array([ref.shape[:2] for ref in self.labelled.refs])
+
+    @property
+    def own(self) -> Float[np.ndarray, "N K"]:
+        return next(iter(self.errors.values()))
+
+
+def assess_landmarks(
+    run: LandmarkRun,
+    labelled: Labelled,
+    out_dir: Path,
+    console: Console,
+    *,
+    options: LandmarkEvaluationConfig | None = None,
+    normal: str | None = None,
+    seed: int | None = None,
+    training: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    chosen_on: bool = False,
+) -> None:
+    """metrics.json, metrics.md, landmark_errors.csv, figures/ and report.html.
+
+    normal: the class that others are compared with. training: facts of the training that has just ended. chosen_on: the
+    images are those of the validation, on which checkpoint and uncertainties were set, so that the errors are a little
+    too good.
+    """
+    options, seed = options or run.config.evaluation, run.config.seed if seed is None else seed
+    tested = test(run, labelled)
+    normal = (normal or run.config.data.normal_name).lower()
+    found = figures_of_merit(run, tested, normal, options.replicates, seed)
+    warnings = list(notes)
+    if found["by_class"] and not found["class_shift"]:
+        warnings.append(
+            f"The classes are {', '.join(found['by_class'])}, and none is data.normal_name={normal}: no class is "
+            "compared with the normal one."
+        )
+    if chosen_on:
+        warnings.insert(0, "No test table was given: these are the validation images, on which the checkpoint was "
+                        "chosen and the uncertainties were calibrated.")  # fmt: skip
+    write_json(out_dir / "metrics.json", {"training": dict(training or {}), **found})
+    tables = metric_tables(found)
+    write_text(out_dir / "metrics.md", as_markdown(tables))
+    write_text(out_dir / "landmark_errors.csv", errors_csv(tested))
+    show(console, tables[0])
+    write_report(
+        out_dir / "report.html",
+        title=f"{run.config.name}: landmarks",
+        summary=summary(run, training or {}),
+        sections=report_sections(run, tested, found, tables, options, out_dir),
+        citations=citations(run),
+        warnings=warnings,
+    )
+
+
+def test(run: LandmarkRun, labelled: Labelled) -> Tested:
+    """The run's landmarks and the baselines', and their errors in px of each image."""
+    working, found = labelled.working, run.find(labelled.working)
+    errors = {run.config.method["_target_"].rpartition(".")[2]: metrics.radial_errors(found.points, labelled.points)}
+    for name, points in run.companions.baselines.locate(working.pixels).items():
+        errors[name] = metrics.radial_errors(working.to_images(points), labelled.points)
+    return Tested(labelled, found, errors)
+
+
+def figures_of_merit(run: LandmarkRun, tested: Tested, normal_name: str, replicates: int, seed: int) -> dict[str, Any]:
+    """metrics.json: errors by method and unit, by landmark, by class; coverage; what was flagged."""
+    labelled, own, found = tested.labelled, tested.own, tested.found
+    drawn = (replicates, seed, labelled.groups)
+    squared = metrics.squared_distance(found.points, found.covariance, labelled.points)
+    classes, of, groups = labelled.classes, np.array(labelled.classes), np.array(labelled.groups)
+
+    def in_units(errors: np.ndarray, which: Any = np.s_[:]) -> dict[str, Any]:
+        found = metrics.summary(errors[which], tested.sizes[which], replicates, seed, groups[which].tolist())
+        return {unit: {name: asdict(estimate) for name, estimate in e._asdict().items()} for unit, e in found.items()}
+
+    several = len(set(classes)) > 1
+    normal = next((name for name in sorted(set(classes)) if name.lower() == normal_name), None)
+    return {
+        "errors": {name: in_units(errors) for name, errors in tested.errors.items()},
+        "by_landmark": [in_units(column) for column in np.split(own, own.shape[1], axis=1)],
+        "by_class": {name: in_units(own, of == name) for name in (sorted(set(classes)) if several else [])},
+        "class_shift": {
+            name: {"difference_px": asdict(shift.difference), "p_value": shift.p_value}
+            for name, shift in metrics.class_shift(own, classes, normal, *drawn).items()
+        }
+        if several and normal
+        else {},
+        "coverage": {
+            str(level): asdict(e) for level, e in zip(LEVELS, metrics.coverage(squared, LEVELS, *drawn), strict=True)
+        },
+        "quality": quality(run, tested),
+        "test": {"images": len(labelled.refs), "landmarks": own.shape[1], "groups": len(set(labelled.groups))},
+        "label_floor_px": metrics.label_floor_px(labelled.points),
+    }
+
+
+def quality(run: LandmarkRun, tested: Tested) -> dict[str, Any]:
+    """How many landmarks are flagged, and the errors of those that are and are not, px."""
+    low, own = tested.found.low, tested.own
+    return {
+        "share_low": float(low.mean()),
+        "nominal_rate": run.calibration.rate,
+        "mean_error_ok_px": float(own[~low].mean()) if (~low).any() else None,
+        "mean_error_low_px": float(own[low].mean()) if low.any() else None,
+        "covariance_factor": run.calibration.covariance_factor,
+        "coverage_95_held_out_validation": run.calibration.held_out_coverage,
+    }
+
+
+def metric_tables(found: Mapping[str, Any]) -> list[Table]:
+    units = [f"{figure}, {name}" for name in UNIT_NAMES.values() for figure in ("mean", "median")]
+
+    def cells(of: Mapping[str, Any]) -> list[str]:
+        return [cell(of[unit][figure]) for unit in UNIT_NAMES for figure in ("mean", "median")]
+
+    floor = found["label_floor_px"]
+    note = f"The labels lie on a grid: a perfect prediction would err by {floor:.1f} px on average."
+    rows = [[name, *cells(of)] for name, of in found["errors"].items()]
+    tables = [Table("Errors", ["method", *units], rows, [note] if floor >= NOTABLE_PX else [])]
+    rows = [[str(k + 1), *cells(of)] for k, of in enumerate(found["by_landmark"])]
+    tables.append(Table("By landmark", ["landmark", *units], rows, []))
+    if found["by_class"]:
+        shift = found["class_shift"]
+        rows = [
+            [
+                name,
+                *cells(of),
+                cell(shift[name]["difference_px"]) if name in shift else "",
+                f"{shift[name]['p_value']:.3g}" if name in shift and shift[name]["p_value"] is not None else "",
+            ]
+            for name, of in found["by_class"].items()
+        ]
+        columns = ["class", *units, "mean minus that of the normal class, px", "p"]
+        tables.append(Table("By class", columns, rows, ["p: permutation of the groups, two-sided."]))
+    rows = [[level, cell(e)] for level, e in found["coverage"].items() if level in ("0.68", "0.95")]
+    tables.append(Table("Regions of the landmarks", ["nominal", "share of truths inside"], rows, []))
+    of = found["quality"]
+    rows = [[key.replace("_", " "), "-" if value is None else f"{value:.3g}"] for key, value in of.items()]
+    tables.append(Table("Quality flags", ["", ""], rows, []))
+    return tables
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    parts = ["# Landmarks\n\nIn brackets: 95 % intervals, by bootstrap over groups of images.\n"]
+    for table in tables:
+        lines = [f"## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
+        parts.append(
+            "\n".join([*lines, *(markdown_row(row) for row in table.rows), *(f"\n{n}" for n in table.notes)]) + "\n"
+        )
+    return "\n".join(parts)
+
+
+def show(console: Console, table: Table) -> None:
+    grid = Grid(*table.columns, title=table.title)
+    for row in table.rows:
+        grid.add_row(*(text.partition(" [")[0] for text in row))
+    console.print(grid)
+
+
+def errors_csv(tested: Tested) -> str:
+    """One row a landmark: the error of every method, px, and what the run said of its own."""
+    columns = ["filename", "class", "landmark", *tested.errors, "std", "quality"]
+    rows = [
+        {
+            "filename": ref.title,
+            "class": tested.labelled.classes[i],
+            "landmark": k + 1,
+            **{name: errors[i, k] for name, errors in tested.errors.items()},
+            "std": tested.found.std[i, k],
+            "quality": "low" if tested.found.low[i, k] else "ok",
+        }
+        for i, ref in enumerate(tested.labelled.refs)
+        for k in range(tested.own.shape[1])
+    ]
+    return as_csv(columns, rows)
+
+
+def report_sections(
+    run: LandmarkRun,
+    tested: Tested,
+    found: Mapping[str, Any],
+    tables: Sequence[Table],
+    options: LandmarkEvaluationConfig,
+    out_dir: Path,
+) -> list[Section]:
+    folder, own, labelled = out_dir / "figures", tested.own, tested.labelled
+    cumulative = {name: metrics.cumulative_error(errors)[0] for name, errors in tested.errors.items()}
+    estimates = [_errors(of["px"]) for of in found["by_landmark"]]
+    curves = [
+        figures.save(draw.cumulative_errors(cumulative, "px"), folder, "cumulative_errors"),
+        figures.save(draw.error_by_landmark(own, estimates, "px"), folder, "error_by_landmark"),
+    ]
+    if found["by_class"]:
+        means, classes = own.mean(1), np.array(labelled.classes)
+        of_image = {name: means[classes == name] for name in found["by_class"]}
+        by_class = {name: _errors(of["px"]) for name, of in found["by_class"].items()}
+        curves.append(figures.save(draw.class_comparison(of_image, by_class, "px"), folder, "class_comparison"))
+    levels = [Estimate(**found["coverage"][str(level)]) for level in LEVELS]
+    coverage = figures.save(draw.coverage_calibration(np.array(LEVELS), levels), folder, "coverage")
+    reader = Reader(run.config.data.max_image_mb)
+    worst = metrics.failures(own, options.examples)
+    spread = np.argsort(own.mean(1))[evenly(np.arange(len(own)), options.examples)]
+    galleries = [
+        figures.save(draw.gallery([example(tested, i, reader) for i in which], title), folder, name)
+        for which, title, name in (
+            (spread, "From good to bad, evenly spread", "examples"),
+            (worst, "The largest errors", "failures"),
+        )
+    ]
+    warped = figures.save(aligned_figure(run, tested, spread[:4], reader), folder, "aligned")
+    text = f"{len(labelled.refs)} images in {len(set(labelled.groups))} groups. Intervals are 95 % bootstrap intervals."
+    return [
+        Section("Errors", text, curves, list(tables[:3])),
+        Section("Images", "", galleries, []),
+        Section("Uncertainty", "", [coverage], list(tables[3:])),
+        Section("Alignment", "", [warped], []),
+    ]
+
+
+def _errors(plain: Mapping[str, Any]) -> Errors:
+    return Errors(*(Estimate(**plain[name]) for name in ("mean", "median")))
+
+
+def example(tested: Tested, i: int, reader: Reader) -> LandmarkExample:
+    ref, found = tested.labelled.refs[i], tested.found
+    return LandmarkExample(
+        f"{ref.title}: {tested.own[i].mean():.3g} px",
+        to_bytes(reader.image(ref)),
+        found.points[i],
+        found.covariance[i],
+        tested.labelled.points[i],
+        found.low[i],
+    )
+
+
+def aligned_figure(run: LandmarkRun, tested: Tested, which: np.ndarray, reader: Reader) -> Any:
+    """Images in the lung frame, with the frame's landmarks."""
+    shown = []
+    for i in which:
+        image = to_bytes(reader.image(tested.labelled.refs[i]))
+        warped = into_frame(image[..., None], tested.found.points[i], run.frame)[..., 0]
+        shown.append(
+            LandmarkExample(tested.labelled.refs[i].title, warped, run.frame.points, label="the frame's landmarks")
+        )
+    return draw.gallery(shown, "In the lung frame")
+
+
+def summary(run: LandmarkRun, training: Mapping[str, Any]) -> dict[str, str]:
+    facts = {"run": str(run.path), "seed": str(run.config.seed)}
+    plain = {k: v for k, v in training.items() if not isinstance(v, Mapping)}
+    return facts | {k.replace("_", " "): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in plain.items()}
+
+
+def citations(run: LandmarkRun) -> list[str]:
+    text = json.loads((run.path / "run.json").read_text())["citation"]
+    return [text] if text else []

@@ -1,0 +1,214 @@
+"""Images with landmarks, as a landmark job sees them: listed, split, read once, letterboxed."""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
+from pulmo_jax.data.landmark_table import LandmarkTable, read_landmarks, without_row
+from pulmo_jax.data.letterbox import Letterbox, into_square, letterbox_of
+from pulmo_jax.data.samples import cache_folder
+from pulmo_jax.data.scratch import room
+from pulmo_jax.data.splits import split_by_group
+from pulmo_jax.host.console import tracker
+from pulmo_jax.tasks.landmarks.config import LandmarkDataConfig
+from pulmo_jax.types import InputError
+
+MOST_CLASSES = 12  # more are no classes but names
+
+
+@dataclass(frozen=True)
+class WorkingImages:
+    """Images in squares of `size` px. pixels: (N, S, S) float32, file's units, in a temporary file without a name."""
+
+    refs: tuple[ImageRef, ...]
+    pixels: np.ndarray
+    boxes: tuple[Letterbox, ...]
+
+    def to_square(self, points: Float[np.ndarray, "N K 2"]) -> Float[np.ndarray, "N K 2"]:
+        return np.stack([box.to_square(shape) for box, shape in zip(self.boxes, points, strict=True)])
+
+    def to_images(self, points: Float[np.ndarray, "N K 2"]) -> Float[np.ndarray, "N K 2"]:
+        return np.stack([box.to_image(shape) for box, shape in zip(self.boxes, points, strict=True)])
+
+    @property
+    def scales(self) -> Float[np.ndarray, "N 2"]:
+        """Working px in one px of each image, (y, x)."""
+        return np.array([box.scale for box in self.boxes])
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Working images and their landmarks. points: (y, x) in px of each image."""
+
+    working: WorkingImages
+    points: Float[np.ndarray, "N K 2"]
+    groups: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def refs(self) -> tuple[ImageRef, ...]:
+        return self.working.refs
+
+    @property
+    def titles(self) -> list[str]:
+        return [ref.title for ref in self.refs]
+
+    @property
+    def square_points(self) -> Float[np.ndarray, "N K 2"]:
+        """float32, in working px."""
+        return self.working.to_square(self.points).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LandmarkSets:
+    """What a run learns from, chooses and calibrates on, and is tested on in the end."""
+
+    training: Labelled
+    validation: Labelled
+    test: Labelled | None
+    notes: list[str]
+
+
+def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) -> LandmarkSets:
+    """Every table, every image. Raises InputError for what cannot be used, or leaves it out, as data.on_error says."""
+    assert data.images is not None
+    assert data.train is not None
+    index = index_images(data.images, group_regex=data.group_regex, max_image_mb=data.max_image_mb)
+    training = read_landmarks(data.train, data.images, on_error=data.on_error, index=index)
+    n_points = training.points.shape[1]
+    others = [
+        None
+        if path is None
+        else read_landmarks(path, data.images, n_points=n_points, on_error=data.on_error, index=index)
+        for path in (data.val, data.test)
+    ]
+    tables = [("training", training), ("validation", others[0]), ("test", others[1])]
+    given = [table for _, table in tables if table is not None]
+    notes = [note for table in given for note in table.notes()] + without_row(given)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    require_apart([(name, table) for name, table in tables if table is not None], data)
+    parts: dict[str, tuple[list[ImageRef], np.ndarray]] = {
+        name: (list(table.refs), table.points) for name, table in tables if table is not None
+    }
+    if others[0] is None:
+        parts |= divided(training, data.val_fraction, seed)
+    sets = {name: labelled(refs, points, size, data, console, name) for name, (refs, points) in parts.items()}
+    return LandmarkSets(sets["training"], sets["validation"], sets.get("test"), notes)
+
+
+def divided(table: LandmarkTable, share: float, seed: int) -> dict[str, tuple[list[ImageRef], np.ndarray]]:
+    """Training and validation rows; no group is in both."""
+    row_of = {ref: row for row, ref in enumerate(table.refs)}
+    parts = zip(("training", "validation"), split_by_group(list(table.refs), share, seed), strict=True)
+    return {name: (refs, table.points[[row_of[ref] for ref in refs]]) for name, refs in parts}
+
+
+def require_apart(tables: list[tuple[str, LandmarkTable]], data: LandmarkDataConfig) -> None:
+    """Raises InputError where a patient is on both sides: errors would look smaller than they are."""
+    for i, (name, table) in enumerate(tables):
+        for other, others in tables[i + 1 :]:
+            both = sorted({ref.group for ref in table.refs} & {ref.group for ref in others.refs})
+            if both:
+                what = "images" if data.group_regex is None else "groups (data.group_regex)"
+                raise InputError(
+                    f"{table.path} and {others.path}: {len(both)} {what} are in both the {name} and the {other} table "
+                    f"({', '.join(both[:3])}); take them out of one"
+                )
+
+
+def labelled(
+    refs: Sequence[ImageRef],
+    points: Float[np.ndarray, "N K 2"],
+    size: int,
+    data: LandmarkDataConfig,
+    console: Console,
+    name: str,
+) -> Labelled:
+    working, skipped = read_working(
+        refs, size, data.max_image_mb, data.threads, tracker(console, f"reading {name} images")
+    )
+    if skipped and data.on_error == "stop":
+        raise InputError(
+            f"{skipped[0].reason}\n({len(skipped)} of {len(refs)} {name} images cannot be read; data.on_error=skip "
+            "leaves them out)"
+        )
+    for file in skipped:
+        console.print(f"left out: {file.reason}", markup=False, highlight=False)
+    if not working.refs:
+        raise InputError(f"none of the {len(refs)} {name} images can be read: {skipped[0].reason}")
+    kept = {ref: row for row, ref in enumerate(refs)}
+    rows = [kept[ref] for ref in working.refs]
+    return Labelled(
+        working,
+        points[rows],
+        tuple(ref.group for ref in working.refs),
+        classes_of([ref.name for ref in working.refs], data.class_regex),
+    )
+
+
+def classes_of(names: Sequence[str], class_regex: str | None) -> tuple[str, ...]:
+    """The class of each image by its file's name, or by its folder where that tells none apart; all of one class, "",
+    where both give none or one for nearly every name."""
+    if class_regex is None:
+        return ("",) * len(names)
+    paths = [PurePosixPath(name) for name in names]
+    found = tuple(
+        (match[min(1, match.re.groups)] or "") if (match := re.search(class_regex, path.name)) else "" for path in paths
+    )
+    if len(set(found)) == 1:
+        folders = tuple(path.parent.name for path in paths)
+        found = folders if len(set(folders)) > 1 else found
+    return found if len(set(found)) <= min(MOST_CLASSES, max(1, len(names) // 2)) else ("",) * len(names)
+
+
+def read_working(
+    refs: Sequence[ImageRef], size: int, max_image_mb: int, threads: int, track: Any
+) -> tuple[WorkingImages, list[Skipped]]:
+    """Every image once, by threads, into a file that vanishes with the process; and those that could not be read."""
+    reader = Reader(max_image_mb)
+
+    def square(ref: ImageRef) -> np.ndarray | Skipped:
+        try:
+            return into_square(reader.image(ref), size)
+        except InputError as error:
+            return Skipped(ref.title, str(error))
+
+    pixels = square_room(len(refs), size)
+    kept, skipped = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for ref, result in zip(refs, track(pool.map(square, refs), len(refs)), strict=True):
+            if isinstance(result, Skipped):
+                skipped.append(result)
+            else:
+                pixels[len(kept)] = result
+                kept.append(ref)
+    reader.close()
+    boxes = tuple(letterbox_of(ref.shape, size) for ref in kept)
+    return WorkingImages(tuple(kept), pixels[: len(kept)], boxes), skipped
+
+
+def square_room(count: int, size: int) -> Float[np.ndarray, "N S S"]:
+    """In a temporary file, so that memory does not grow with the number of images."""
+    folder, needed = cache_folder(), count * size**2 * 4
+    try:
+        return np.frombuffer(room(folder, max(needed, 1)), np.float32, count * size**2).reshape(count, size, size)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: no room for {needed / 2**20:.0f} MiB of shrunk images ({error.strerror}); make "
+            "room or give another folder with PULMO_JAX_CACHE"
+        ) from error
+
+
+def describe_sets(sets: LandmarkSets) -> dict[str, Any]:
+    """What was learnt from, calibrated on and left out, for the run's records."""
+    test = {} if sets.test is None else {"test": sets.test.titles}
+    return {"training": sets.training.titles, "validation": sets.validation.titles, **test, "notes": sets.notes}

@@ -1,0 +1,274 @@
+"""Figures of landmarks: where they were found and how sure that is, how large their errors are, and for whom.
+
+Predictions are orange dots with their 95 % ellipses, truths blue diamonds, doubtful predictions crosses: told apart by
+shape as well as by colour.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from pulmo_jax.evaluation.landmark_metrics import Errors
+from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.host.files import atomically
+from pulmo_jax.inference.outputs import overlay_step
+from pulmo_jax.reporting.figures import (
+    BLUE,
+    COLUMN_WIDTH_IN,
+    CURVE_COLOURS,
+    DASHES,
+    ORANGE,
+    SKY,
+    TEXT_WIDTH_IN,
+    VERMILLION,
+    literal,
+    style,
+)
+
+CHI2_95 = 5.991464547107979  # chi-squared with two degrees of freedom: -2 ln 0.05
+ELLIPSE_POINTS = 32
+OVERLAY_MIN_PX = 512  # smaller images are enlarged by a whole factor, for marks finer than their pixels
+COLUMNS = 4  # of a gallery
+
+
+@dataclass(frozen=True, eq=False)
+class LandmarkExample:
+    """One image with its landmarks, (y, x) in px.
+
+    image: gray or RGB, 0 to 255. covariance: px^2, None for none. truth: NaN or None where unknown. doubtful: flagged.
+    label: what the points are.
+    """
+
+    title: str
+    image: UInt8[np.ndarray, "H W"] | UInt8[np.ndarray, "H W 3"]
+    points: Float[np.ndarray, "K 2"]
+    covariance: Float[np.ndarray, "K 2 2"] | None = None
+    truth: Float[np.ndarray, "K 2"] | None = None
+    doubtful: Bool[np.ndarray, "K"] | None = None
+    label: str = "predicted"
+
+
+def ellipses(points: Float[np.ndarray, "K 2"], covariance: Float[np.ndarray, "K 2 2"]) -> Float[np.ndarray, "K E 2"]:
+    """The borders of the 95 % regions."""
+    angle = np.linspace(0, 2 * np.pi, ELLIPSE_POINTS, endpoint=False)
+    circle = np.stack([np.sin(angle), np.cos(angle)], axis=-1) * np.sqrt(CHI2_95)
+    return points[:, None] + circle @ np.linalg.cholesky(covariance).swapaxes(-1, -2)
+
+
+def write_overlay(path: Path, example: LandmarkExample) -> None:
+    """The image as PNG with its landmarks, numbered; drawn by Pillow, for every predicted image of a folder."""
+    step = overlay_step(example.image.shape)
+    picture = Image.fromarray(example.image[::step, ::step]).convert("RGB")
+    factor = max(1, -(-OVERLAY_MIN_PX // max(picture.size)))
+    if factor > 1:
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+    _draw(ImageDraw.Draw(picture), example, factor / step, radius=max(3, max(picture.size) // 200))
+    atomically(path, lambda p: picture.save(p, format="PNG", compress_level=1))
+
+
+def _draw(draw: ImageDraw.ImageDraw, example: LandmarkExample, zoom: float, radius: int) -> None:
+    def place(position: np.ndarray) -> np.ndarray:
+        """(y, x) of pixel centres to Pillow's (x, y)."""
+        return ((position + 0.5) * zoom - 0.5)[..., ::-1]
+
+    if example.covariance is not None:
+        for border in place(ellipses(example.points, example.covariance)):
+            _closed(draw, border, ORANGE, 2)
+    if example.truth is not None:
+        for x, y in place(example.truth[np.isfinite(example.truth).all(-1)]):
+            diamond = np.array([(x, y - 2 * radius), (x + 2 * radius, y), (x, y + 2 * radius), (x - 2 * radius, y)])
+            _closed(draw, diamond, SKY, 2)
+    doubtful = np.zeros(len(example.points), bool) if example.doubtful is None else example.doubtful
+    for number, ((x, y), doubt) in enumerate(zip(place(example.points), doubtful, strict=True), start=1):
+        box = (x - radius, y - radius, x + radius, y + radius)
+        if doubt:
+            for ends in (box, (box[0], box[3], box[2], box[1])):
+                draw.line(ends, fill="black", width=radius + 2)
+                draw.line(ends, fill=VERMILLION, width=max(2, radius // 2))
+        else:
+            draw.ellipse(box, fill=ORANGE, outline="black")
+        text = {"font_size": 4 * radius, "fill": "white", "stroke_width": 1, "stroke_fill": "black"}
+        draw.text((x + 2 * radius, y - 2 * radius), str(number), anchor="ls", **text)
+
+
+def _closed(draw: ImageDraw.ImageDraw, corners: np.ndarray, colour: str, width: int) -> None:
+    line = [tuple(corner) for corner in (*corners, corners[0])]
+    draw.line(line, fill="black", width=width + 2, joint="curve")
+    draw.line(line, fill=colour, width=width, joint="curve")
+
+
+def gallery(examples: Sequence[LandmarkExample], title: str) -> Figure:
+    """One image or more with their landmarks, side by side, such as the worst failures."""
+    n_rows = -(-len(examples) // COLUMNS)
+    columns = min(COLUMNS, len(examples))
+    with style():
+        panel = TEXT_WIDTH_IN / columns
+        figure = Figure(figsize=(TEXT_WIDTH_IN, n_rows * (panel + 0.25) + 0.6), layout="constrained")
+        figure.suptitle(literal(title))
+        panels = figure.subplots(n_rows, columns, squeeze=False).ravel()
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, example in zip(panels, examples, strict=False):
+            _show(axes, example)
+        handles: dict[str, Any] = {}
+        for axes in panels[: len(examples)]:
+            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _show(axes: Axes, example: LandmarkExample) -> None:
+    axes.imshow(example.image, cmap="gray", vmin=0, vmax=255)
+    axes.set_title(literal(example.title, 36), fontsize=6.5)
+    limits = axes.get_xlim(), axes.get_ylim()
+    if example.covariance is not None:
+        borders = ellipses(example.points, example.covariance)[..., ::-1]
+        axes.add_collection(
+            PolyCollection(list(borders), facecolors="none", edgecolors=ORANGE, linewidths=0.6, label="95 % region")
+        )
+    doubtful = np.zeros(len(example.points), bool) if example.doubtful is None else example.doubtful
+    dot: dict[str, Any] = {"ls": "", "mec": "black", "mew": 0.3}
+    if example.truth is not None:
+        axes.plot(*example.truth.T[::-1], "D", ls="", mfc="none", mec=SKY, mew=0.7, ms=3.5, label="truth")
+    if not doubtful.all():
+        axes.plot(*example.points[~doubtful].T[::-1], "o", mfc=ORANGE, ms=2.6, label=example.label, **dot)
+    if doubtful.any():
+        axes.plot(
+            *example.points[doubtful].T[::-1], "X", mfc=VERMILLION, ms=4.5, label=f"{example.label}, doubtful", **dot
+        )
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def shape_clouds(
+    given: Float[np.ndarray, "N K 2"], aligned: Float[np.ndarray, "N K 2"], mean: Float[np.ndarray, "K 2"]
+) -> Figure:
+    """The landmarks of many images as they lie there, and as shapes: moved, scaled and turned onto their mean."""
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, points in ((left, given), (right, aligned)):
+            for k in range(points.shape[1]):
+                axes.plot(
+                    *points[:, k].T[::-1], ".", ls="", ms=2, mec="none", color=CURVE_COLOURS[k % len(CURVE_COLOURS)]
+                )
+            axes.set_aspect("equal")
+            axes.invert_yaxis()
+        right.plot(*mean.T[::-1], "D", ls="", mfc="none", mec="black", mew=0.8, ms=4, label="mean shape")
+        left.set(title="as they lie in their images", xlabel="x / px", ylabel="y / px")
+        right.set(title="laid over each other", xlabel="x / size of the shape", ylabel="y / size of the shape")
+        figure.legend(loc="outside lower center")
+    return figure
+
+
+def cumulative_errors(errors: Mapping[str, Float[np.ndarray, "n"]], unit: str) -> Figure:
+    """The share of landmarks found within each distance, by method: the run's own first, baselines after it.
+
+    errors: ascending, as from `cumulative_error`. The axis ends where 99 % of the first method's errors lie, or 95 % of
+    the best baseline's if that is farther.
+    """
+    with style():
+        figure = Figure(figsize=(COLUMN_WIDTH_IN * 1.3, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, ascending) in enumerate(errors.items()):
+            share = np.arange(1, ascending.size + 1) / ascending.size
+            look: dict[str, Any] = {"lw": 1.6} if i == 0 else {"lw": 0.9, "ls": (0, DASHES[i % len(DASHES)])}
+            label = f"{literal(name, 30)}, median {np.median(ascending):.3g}"
+            colour = CURVE_COLOURS[i % len(CURVE_COLOURS)]
+            axes.step(np.append(0, ascending), np.append(0, share), where="post", color=colour, label=label, **look)
+        first, *others = errors.values()
+        ends = [np.quantile(first, 0.99), *([min(np.quantile(other, 0.95) for other in others)] if others else [])]
+        axes.set(xlim=(0, max(ends)), ylim=(0, 1.01), xlabel=f"error / {unit}", ylabel="share of landmarks within it")
+        axes.grid(color="0.9", lw=0.5)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def error_by_landmark(errors: Float[np.ndarray, "N K"], estimates: Sequence[Errors], unit: str) -> Figure:
+    """For each landmark the middle half of its errors, the central 90 %, the median, and the mean with its interval."""
+    columns = [column[~np.isnan(column)] for column in errors.T]
+    names = [str(k + 1) for k in range(len(columns))]
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN, 2.6), layout="constrained")
+        axes = figure.subplots()
+        _boxes(axes, columns, names)
+        _mean_dots(axes, [estimate.mean for estimate in estimates])
+        axes.set(xlabel="landmark", ylabel=f"error / {unit}", ylim=(0, None))
+        figure.legend(*_legend(axes), loc="outside upper center", ncols=2)
+    return figure
+
+
+def class_comparison(
+    of_image: Mapping[str, Float[np.ndarray, "n"]], estimates: Mapping[str, Errors], unit: str
+) -> Figure:
+    """The images' mean errors by class: each image a dot, the middle half a box, the mean with its interval."""
+    names = list(of_image)
+    rng = np.random.default_rng(0)
+    with style():
+        figure = Figure(figsize=(max(COLUMN_WIDTH_IN, 0.9 * len(names) + 0.8), 2.8), layout="constrained")
+        axes = figure.subplots()
+        for i, values in enumerate(of_image.values()):
+            spread = i + 1 + rng.uniform(-0.28, 0.28, values.size)
+            axes.plot(spread, values, "o", ls="", ms=1.8, mfc=SKY, mec="none", alpha=0.7, zorder=1)
+        labels = [f"{literal(name, 16)}\n{of_image[name].size} images" for name in names]
+        _boxes(axes, list(of_image.values()), labels)
+        _mean_dots(axes, [estimates[name].mean for name in names])
+        axes.set(ylabel=f"mean error of an image / {unit}", ylim=(0, None))
+        figure.legend(*_legend(axes), loc="outside upper center", ncols=2)
+    return figure
+
+
+def _boxes(axes: Axes, values: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    axes.boxplot(
+        list(values),
+        tick_labels=list(names),
+        whis=(5, 95),
+        showfliers=False,
+        widths=0.6,
+        boxprops={"color": BLUE, "linewidth": 0.8},
+        whiskerprops={"color": BLUE, "linewidth": 0.8},
+        capprops={"color": BLUE, "linewidth": 0.8},
+        medianprops={"color": BLUE, "linewidth": 1.6},
+    )
+
+
+def _mean_dots(axes: Axes, means: Sequence[Estimate]) -> None:
+    known = [(i + 1, mean) for i, mean in enumerate(means) if mean.value is not None]
+    ends = np.array([[m.value if end is None else end for end in (m.low, m.value, m.high)] for _, m in known], float)
+    low, value, high = ends.reshape(-1, 3).T
+    look: dict[str, Any] = {"fmt": "o", "color": VERMILLION, "ms": 3, "lw": 1.2, "capsize": 2, "zorder": 4}
+    axes.errorbar(
+        [i for i, _ in known], value, np.stack([value - low, high - value]), label="mean, 95 % interval", **look
+    )
+
+
+def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    box = axes.plot([], [], "s", mfc="none", mec=BLUE, ls="")[0]
+    return [*handles, box], [*labels, "median, 25-75 %, 5-95 %"]
+
+
+def coverage_calibration(nominal: Float[np.ndarray, "n"], observed: Sequence[Estimate], title: str = "") -> Figure:
+    """The share of truths inside the regions of each nominal level, as predicted and as found."""
+    share = np.array([estimate.value for estimate in observed], float)
+    ends = [(e.value if e.low is None else e.low, e.value if e.high is None else e.high) for e in observed]
+    low, high = np.array(ends, float).T
+    with style():
+        figure = Figure(figsize=(COLUMN_WIDTH_IN, 3.1), layout="constrained")
+        axes = figure.subplots()
+        axes.plot((0, 1), (0, 1), color="0.4", lw=0.8, ls="--", label="as predicted")
+        axes.fill_between(nominal, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval over images")
+        axes.plot(nominal, share, color=BLUE, marker="o", ms=2.5, label="landmarks")
+        for level in (0.68, 0.95):
+            axes.axvline(level, color="0.7", lw=0.6, ls=":")
+        axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+        axes.set(xlabel="nominal level of the region", ylabel="share of truths inside", title=literal(title))
+        axes.legend(loc="lower right")
+    return figure

@@ -1,0 +1,292 @@
+"""A run directory of a landmark job: what training writes, opened for use.
+
+config.yaml, landmarks.json, calibration.json, companions.npz and checkpoints/ are all that prediction and evaluation
+read; finished.json, written last, says how they were (see `pulmo_jax.runs.directory`).
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
+from pulmo_jax.config.nodes import GIVEN, build, find_target
+from pulmo_jax.config.section import validate
+from pulmo_jax.core.lung_frame import LungFrame, flipped, frame_of, lung_frame
+from pulmo_jax.core.ppca import PPCA
+from pulmo_jax.core.shape_model import ShapeModel, fit_shape_model
+from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
+from pulmo_jax.evaluation.landmark_quality import (
+    SurpriseModel,
+    attained_rate,
+    fit_surprise,
+    low_quality,
+    std_px,
+    surprise,
+    threshold,
+)
+from pulmo_jax.host.files import atomically, write_json
+from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
+from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
+from pulmo_jax.methods.landmark_net import mirror_permutation
+from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
+from pulmo_jax.runs.directory import FINISHED, build_optimizer, finish, finished_step, load_values
+from pulmo_jax.tasks.landmarks.config import LandmarkConfig, check_landmark_nodes
+from pulmo_jax.tasks.landmarks.data import Labelled, WorkingImages
+from pulmo_jax.training.checkpoint import Checkpoints, DamagedError
+from pulmo_jax.training.state import TrainState, init_state
+from pulmo_jax.types import InputError
+
+SEALED = ("landmarks.json", "calibration.json", "companions.npz")
+TINY = 4  # times larger an image may be made for the method, before all of its landmarks are of low quality
+LOW_RATE = 0.02  # of the validation's landmarks, and of its images, that are called of low quality
+
+
+@dataclass(frozen=True)
+class LandmarkCalibration:
+    """What validation images say of the method's own uncertainty.
+
+    covariance_factor: makes the region of 95 % hold 95 % of the landmarks. std_limits: working px, of each landmark;
+    surprise_limit: of an image, nats: what lies above is of low quality. rate: that both keep on images like those.
+    held_out_coverage: of the region of 95 %, each fifth of the groups by the factor of the others; None with fewer.
+    """
+
+    covariance_factor: FiniteFloat
+    std_limits: tuple[FiniteFloat, ...]
+    surprise_limit: FiniteFloat
+    rate: FiniteFloat
+    n_images: int
+    held_out_coverage: FiniteFloat | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Landmarks of images, in px of each: points (N, K, 2), covariance (N, K, 2, 2), std (N, K), low (N, K), surprise
+    (N,)."""
+
+    points: Float[np.ndarray, "N K 2"]
+    covariance: Float[np.ndarray, "N K 2 2"]
+    std: Float[np.ndarray, "N K"]
+    low: Bool[np.ndarray, "N K"]
+    surprise: Float[np.ndarray, "N"]
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What the training images say by themselves, and stands beside the learnt parameters.
+
+    mirror: `mirror_permutation`. shapes: working px. look: of an image of a chest.
+    """
+
+    mirror: tuple[int, ...]
+    shapes: ShapeModel
+    frame: LungFrame
+    look: SurpriseModel
+    baselines: Baselines
+
+
+@dataclass(frozen=True)
+class LandmarkRun:
+    """A finished run."""
+
+    path: Path
+    config: LandmarkConfig
+    method: Locator
+    params: Params
+    step: int
+    companions: Companions
+    calibration: LandmarkCalibration
+    locate: Locate
+
+    @property
+    def frame(self) -> LungFrame:
+        return self.companions.frame
+
+    @property
+    def digest(self) -> str:
+        """Changes when the run is trained again."""
+        return hashlib.sha256((self.path / FINISHED).read_bytes()).hexdigest()
+
+    @property
+    def n_landmarks(self) -> int:
+        return len(self.companions.mirror)
+
+    @property
+    def size(self) -> int:
+        """Side of the working images, px."""
+        return self.method.size  # pyright: ignore[reportAttributeAccessIssue]
+
+    def find(self, working: WorkingImages) -> Found:
+        """The landmarks of images, with calibrated uncertainties and quality flags."""
+        located, limits = self.locate(working.pixels), self.calibration
+        unlike = surprises(self.companions.look, working.pixels)
+        covariance = located.covariance * limits.covariance_factor
+        low = low_quality(std_px(covariance), np.array(limits.std_limits), unlike, limits.surprise_limit)
+        points, scales = working.to_images(located.points), working.scales
+        last = np.array([ref.shape[:2] for ref in working.refs])[:, None] - 0.5
+        covariance = covariance / (scales[:, None, :, None] * scales[:, None, None, :])
+        outside = ((points < -0.5) | (points > last)).any(-1)
+        tiny = np.array([max(ref.shape[:2]) * TINY < self.size for ref in working.refs])[:, None]
+        folded = np.array([on_folds(of_image, self.frame) for of_image in points]).reshape(outside.shape)
+        return Found(points, covariance, std_px(covariance), low | outside | folded | tiny, unlike)
+
+
+def on_folds(points: Float[np.ndarray, "K 2"], frame: LungFrame) -> Bool[np.ndarray, "K"]:
+    """Landmarks at a triangle of the frame's mesh that is turned over in the image: no chest lies so."""
+    over = np.asarray(turned_over(jnp.asarray(points, jnp.float32), frame))
+    return np.isin(np.arange(len(points)), frame.triangles[over])
+
+
+turned_over = jax.jit(flipped)
+
+
+def build_locator(config: LandmarkConfig, companions: Companions | None) -> Locator:
+    """The method as the config describes it; of what the program gives it takes what its signature names.
+
+    Without companions it is only good for being looked at.
+    """
+    target = find_target(config.method, "method", config.plugins)
+    mirror, shapes = (companions.mirror, companions.shapes) if companions else ((0,), None)
+    given = {"n_landmarks": len(mirror), "mirror": mirror, "shapes": shapes, "seed": config.seed}
+    taken = {name: value for name, value in given.items() if name in target.__init__.__annotations__}
+    assert set(given) <= set(GIVEN["method"])
+    return build(config.method, "method", config.plugins, **taken)
+
+
+def working_size(config: LandmarkConfig) -> int:
+    """Side of the working images, which the method's keys say alone."""
+    return build_locator(config, None).size  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def fit_companions(config: LandmarkConfig, training: Labelled) -> Companions:
+    """Raises InputError for landmarks or images of which they cannot be made."""
+    images, points = training.working.pixels, training.square_points
+    return Companions(
+        mirror=tuple(mirror_permutation(points).tolist()),
+        shapes=fit_shape_model(points),
+        frame=lung_frame(training.points, config.frame_px),
+        look=fit_surprise(jnp.asarray(images)),
+        baselines=fit_baselines(images, points, config.seed, training.groups),
+    )
+
+
+def make_run(
+    path: Path,
+    config: LandmarkConfig,
+    method: Locator,
+    params: Params,
+    step: int,
+    companions: Companions,
+    validation: Labelled,
+) -> LandmarkRun:
+    """The method as it was learnt, calibrated on the validation images."""
+    locate = locator(method, params)
+    unlike = surprises(companions.look, validation.working.pixels)
+    calibration = calibrate(locate(validation.working.pixels), validation, unlike)
+    return LandmarkRun(path, config, method, params, step, companions, calibration, locate)
+
+
+def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray, "N"]) -> LandmarkCalibration:
+    """By what was found in the validation images, in working px."""
+    truth = validation.square_points
+    seen = unlike[np.isfinite(unlike)]  # an image of one gray sets no limit
+    if not seen.size:
+        raise InputError(f"none of the {len(unlike)} validation images shows more than one gray; give others")
+    factor = scale_covariance(located.points, located.covariance, truth)
+    return LandmarkCalibration(
+        covariance_factor=float(factor),
+        std_limits=tuple(threshold(std_px(located.covariance * factor), LOW_RATE).tolist()),
+        surprise_limit=float(threshold(seen, LOW_RATE)),
+        rate=attained_rate(len(truth), LOW_RATE),
+        n_images=len(truth),
+        held_out_coverage=held_out_coverage(located.points, located.covariance, truth, validation.groups),
+    )
+
+
+def surprises(look: SurpriseModel, images: Float[np.ndarray, "N S S"]) -> Float[np.ndarray, "N"]:
+    return in_batches(lambda batch: surprise(look, batch), images)
+
+
+# --- on disk
+
+
+def save_run(run: LandmarkRun) -> None:
+    """All but the checkpoint, which is there; then the run is open for use."""
+    facts = {
+        "n_landmarks": run.n_landmarks,
+        "mirror": run.companions.mirror,
+        "frame_points": run.frame.points.tolist(),
+        "frame_px": run.frame.size,
+    }
+    write_json(run.path / "landmarks.json", facts)
+    write_json(run.path / "calibration.json", asdict(run.calibration))
+    beside = run.companions
+    arrays = {f"look.{name}": value for name, value in beside.look.distribution._asdict().items()}
+    arrays["look.smoothing_px"] = beside.look.smoothing_px
+    arrays |= {f"baselines.{name}": value for name, value in beside.baselines._asdict().items()}
+    arrays |= {f"shapes.{name}": value for name, value in beside.shapes._asdict().items()}
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # savez would add a suffix to the temporary name
+            np.savez(file, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
+
+    atomically(run.path / "companions.npz", write)
+    finish(run.path, run.step, SEALED)
+
+
+def open_landmark_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
+    """Load a finished run. Raises InputError if it is not one, or not as training wrote it.
+
+    plugins: packages that may be imported for it. The run's own list is not trusted.
+    """
+    step = finished_step(path, SEALED)
+    config = validate(LandmarkConfig, load_values(path) | {"plugins": plugins})
+    check_landmark_nodes(config)
+    facts = json.loads((path / "landmarks.json").read_text())
+    mirror = tuple(facts["mirror"])
+    calibration = read_calibration(path / "calibration.json")
+    with np.load(path / "companions.npz", allow_pickle=False) as arrays:
+        of = {
+            part: {n.partition(".")[2]: arrays[n] for n in arrays if n.startswith(part)}
+            for part in ("look", "baselines", "shapes")
+        }
+    shapes = ShapeModel(**{name: jnp.asarray(value) for name, value in of["shapes"].items()})
+    smoothing_px = float(of["look"].pop("smoothing_px"))
+    distribution = PPCA(**{name: jnp.asarray(value) for name, value in of["look"].items()})
+    frame = frame_of(np.array(facts["frame_points"]), facts["frame_px"])
+    look = SurpriseModel(distribution, smoothing_px)
+    companions = Companions(mirror, shapes, frame, look, Baselines(**of["baselines"]))
+    method = build_locator(config, companions)
+    params = restore(path, method, config, len(mirror), step)
+    return LandmarkRun(path, config, method, params, step, companions, calibration, locator(method, params))
+
+
+def restore(path: Path, method: Locator, config: LandmarkConfig, n_landmarks: int, step: int) -> Params:
+    try:
+        with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+            if isinstance(method, Fitted):
+                return checkpoints.restore(step, fitted_state(method.skeleton(n_landmarks)), as_written=True).params
+            assert isinstance(method, Descended)  # the config was judged
+            return checkpoints.restore(step, init_state(method, build_optimizer(config))).ema
+    except DamagedError as error:
+        raise InputError(
+            f"{error}\nThe calibration is for that checkpoint alone; train resume=true hydra.run.dir={path} goes on "
+            "from one that is whole, and calibrates anew"
+        ) from error
+
+
+def fitted_state(params: Params) -> TrainState:
+    """Of what was learnt in one go: one step, no average, no optimizer."""
+    return TrainState(jnp.ones((), jnp.int32), params, (), ())
+
+
+def read_calibration(path: Path) -> LandmarkCalibration:
+    try:
+        return TypeAdapter(LandmarkCalibration).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise InputError(f"{path}: cannot be read as a calibration of landmarks; train again") from error

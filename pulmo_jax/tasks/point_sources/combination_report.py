@@ -1,0 +1,291 @@
+"""What combining epochs found, as tables and figures, and the report that holds them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+import rich.table
+from jaxtyping import Float
+from rich.console import Console
+
+from pulmo_jax.core.kepler import Orbit, period_days, sky_position
+from pulmo_jax.evaluation.field_threshold import FieldThreshold
+from pulmo_jax.inference.epochs import Combined, Plan, Track
+from pulmo_jax.methods.paco.epochs import EpochMap, Star
+from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.tables import Table
+from pulmo_jax.tasks.point_sources import epoch_figures
+from pulmo_jax.tasks.point_sources.config import DetectConfig
+
+CITATIONS = [
+    """Dallant, J., Langlois, M., Flasseur, O., Thiébaut, É. 2023. PACOME: Optimal multi-epoch combination of direct
+imaging observations for joint exoplanet detection and orbit estimation. A&A 679, A38.""",
+    """Blunt, S., et al. 2017. Orbits for the Impatient: A Bayesian Rejection-sampling Method for Quickly Fitting the
+Orbits of Long-period Exoplanets. AJ 153, 229.""",
+]
+PATH_POINTS = 200
+SHOWN_ORBITS = 60
+DAYS_PER_YEAR = 365.25
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One run's maps, made comparable. mjd: None if unknown."""
+
+    label: str
+    path: Path
+    mjd: float | None
+    fwhm_px: float
+    map: EpochMap
+    null: EpochMap
+
+
+@dataclass(frozen=True, eq=False)
+class CombinedResult:
+    """What `detect` made of a list of runs; the epochs in the order of time."""
+
+    config: DetectConfig
+    epochs: list[Epoch]
+    combined: Combined
+    plan: Plan
+    caveats: tuple[str, ...]
+
+    @property
+    def in_arcsec(self) -> bool:
+        """Or in pixels, where no run knows how large these are."""
+        return self.epochs[0].map.scale != 1.0
+
+
+def write_combined_report(result: CombinedResult, out_dir: Path, console: Console) -> None:
+    """figures/ and report.html; the table of sources on the console."""
+    table = source_table(result)
+    console.print(for_console(table))
+    write_report(
+        out_dir / "report.html",
+        title=f"{result.config.name}: {len(result.epochs)} epochs combined",
+        summary=summary(result),
+        sections=[
+            source_section(result, table, out_dir),
+            epoch_section(result, out_dir),
+            *orbit_sections(result, out_dir),
+            noise_section(result, out_dir),
+        ],
+        citations=CITATIONS if result.plan.star else CITATIONS[:1],
+        warnings=list(result.caveats),
+    )
+
+
+def source_section(result: CombinedResult, table: Table, out_dir: Path) -> Section:
+    combined, free = result.combined, result.plan.flux == "free"
+    name = "criterion: sum of max(b,0)²/a" if free else "criterion: max(sum b,0)²/sum a"
+    places = np.reshape([found.places[0] for found in combined.found], (-1, 2))
+    figure = epoch_figures.combined_maps(
+        combined.criterion, combined.snr_combined, combined.threshold, result.epochs[0].map.centre, places,
+        (name, "SNR of a constant flux"),
+    )  # fmt: skip
+    moving = "the best orbit through it" if result.plan.star else "that place at every epoch"
+    flux = "a flux of its own at every epoch" if free else "one flux at all epochs"
+    text = (
+        f"Twice the log-likelihood ratio of a source to none, with {flux}, none negative. Each pixel stands for a "
+        f"source that was there at the first date ({result.epochs[0].label}), and has {moving}. What is above the "
+        f"threshold {combined.threshold:.1f} (the mark on the scale), the highest first, is listed; what lies within "
+        "one FWHM of it is left out of every epoch before the next is looked for. False alarm: the probability that "
+        "noise alone is as high anywhere in the field."
+    )
+    return Section("Sources", text, [figures.save(figure, out_dir / "figures", "combined_maps")], [table])
+
+
+def epoch_section(result: CombinedResult, out_dir: Path) -> Section:
+    combined, folder = result.combined, out_dir / "figures"
+    tracks = combined.found or [combined.best]
+    labels = [epoch.label for epoch in result.epochs]
+    bars = epoch_figures.snr_by_epoch(
+        np.array([t.snr for t in tracks]), labels, [float(np.sqrt(t.criterion)) for t in tracks]
+    )
+    maps = epoch_figures.epoch_maps(
+        [snr_of(epoch.map) for epoch in result.epochs],
+        labels,
+        [epoch.map.centre for epoch in result.epochs],
+        np.array([t.places for t in tracks]),
+    )
+    which = "each source" if combined.found else "the highest track, which is below the threshold"
+    text = (
+        f"The SNR of each epoch along the track of {which}, with its standard error of 1; dashed: the root of the "
+        "criterion. Along a track that was chosen for its height, noise has a positive SNR too: what is shown here "
+        "proves nothing by itself, the threshold does."
+    )
+    saved = [figures.save(bars, folder, "snr_by_epoch"), figures.save(maps, folder, "epoch_maps")]
+    return Section("Epoch by epoch", text, saved)
+
+
+def snr_of(epoch: EpochMap) -> Float[np.ndarray, "H W"]:
+    return epoch.b / np.sqrt(epoch.a)
+
+
+def orbit_sections(result: CombinedResult, out_dir: Path) -> list[Section]:
+    star = result.plan.star
+    if star is None:
+        return []
+    combined, sections = result.combined, []
+    for i, found in enumerate(combined.found or [combined.best]):
+        assert found.orbit is not None
+        samples, orbits = np.zeros((0, PATH_POINTS, 2)), None
+        places = np.zeros((0, len(result.epochs), 2))
+        if found.samples is not None:
+            orbits, places = found.samples.orbits, found.samples.sky
+            every = max(1, len(places) // SHOWN_ORBITS)
+            samples = path_of(jax.tree.map(lambda v, n=every: v[::n], orbits), star)
+        path = path_of(jax.tree.map(np.atleast_1d, found.orbit), star)[0]
+        labels = [epoch.label for epoch in result.epochs]
+        figure = epoch_figures.tracks_on_sky(found.sky, labels, path, samples, places[:2000], "arcsec")
+        saved = figures.save(figure, out_dir / "figures", f"orbit_{i + 1}")
+        title = f"Orbit of source {i + 1}" if combined.found else "Orbit of the highest track, below the threshold"
+        sections.append(Section(title, orbit_text(found, result), [saved], [orbit_table(found, result, star)]))
+    return sections
+
+
+def path_of(orbits: Orbit, star: Star) -> Float[np.ndarray, "M S 2"]:
+    """One revolution each, as (north, east)."""
+    period = period_days(jnp.asarray(orbits.semi_major_axis), star.mass)[:, None]
+    days = jnp.linspace(0, 1, PATH_POINTS) * period
+    columns = jax.tree.map(lambda v: jnp.asarray(v)[:, None], orbits)
+    return np.stack(sky_position(columns, days, star.mass, star.parallax_mas), -1)
+
+
+def orbit_text(found: Track, result: CombinedResult) -> str:
+    dates = [epoch.mjd or 0.0 for epoch in result.epochs]
+    years = np.ptp(dates) / DAYS_PER_YEAR
+    if found.samples is None:
+        return f"The best of all that were tried; {len(dates)} epochs in {years:.2g} years."
+    share = years / np.median(period_years(found.samples.orbits, result.plan))
+    return (
+        f"Median and 68 % interval of orbits drawn from the posterior: likelihood exp(criterion / 2), semi-major axis "
+        "uniform in its logarithm, eccentricity uniform in its range, all orientations alike. The dates span "
+        f"{years:.2g} years, {share:.0%} of the median period: elements that such an arc does not fix are spread as "
+        "the prior has them, and the best orbit is one of many. omega and the node may both be turned by 180 degrees. "
+        f"The samples are worth {found.samples.independent:.0f} independent ones."
+    )
+
+
+def period_years(orbits: Orbit, plan: Plan) -> Float[np.ndarray, "S"]:
+    assert plan.star is not None
+    return np.asarray(period_days(jnp.asarray(orbits.semi_major_axis), plan.star.mass) / DAYS_PER_YEAR)
+
+
+def orbit_table(found: Track, result: CombinedResult, star: Star) -> Table:
+    assert found.orbit is not None
+    best = quantities(jax.tree.map(np.atleast_1d, found.orbit), result.plan)
+    columns = ["", "best"] + (["median", "68 % interval"] if found.samples else [])
+    spread = quantities(found.samples.orbits, result.plan) if found.samples else {}
+    rows = []
+    for name, value in best.items():
+        row = [name, f"{value[0]:.4g}"]
+        if found.samples:
+            low, middle, high = np.percentile(spread[name], [16, 50, 84])
+            row += [f"{middle:.4g}", f"{low:.4g} to {high:.4g}"]
+        rows.append(row)
+    note = f"A star of {star.mass:g} solar masses at {star.parallax_mas:g} mas."
+    return Table("Orbit", columns, rows, [note])
+
+
+def quantities(orbit: Orbit, plan: Plan) -> dict[str, np.ndarray]:
+    return {
+        "semi-major axis (au)": np.asarray(orbit.semi_major_axis),
+        "period (yr)": period_years(orbit, plan),
+        "eccentricity": np.asarray(orbit.shape.eccentricity),
+        "inclination (deg)": np.rad2deg(np.arccos(np.clip(np.asarray(orbit.shape.cos_inclination), -1, 1))),
+        "node (deg, modulo 180)": np.rad2deg(np.asarray(orbit.node)) % 180,
+    }
+
+
+def noise_section(result: CombinedResult, out_dir: Path) -> Section:
+    combined = result.combined
+    if not combined.nulls:
+        return Section("The threshold", f"One epoch: search.threshold squared, {combined.threshold:g}.")
+    figure = epoch_figures.null_maxima(
+        combined.nulls,
+        ("reversed angles", "the maps, turned"),
+        combined.threshold,
+        [found.criterion for found in combined.found or [combined.best]],
+    )
+    null = combined.nulls[0]
+    text = (
+        f"The same search in twice {len(null.maxima)} fields of noise, all epochs turned about the star, each by an "
+        "angle of its own, so that what coincides is drawn anew. First in maps of reversed angles: every epoch's is "
+        "drawn from three, that map, the same negated, and the map itself negated. These are few, and may be quieter "
+        "than the maps that are searched, so those are turned against each other too, less what a single epoch shows "
+        "by itself: noise is as likely to coincide in them as they are. Each threshold is exceeded in at most "
+        f"{null.level:.3g} of its fields: {ranges(combined.nulls)}; the higher one holds. So many fields certify, with "
+        f"95 % confidence, that noise exceeds the highest of them in less than {null.certified:.2g} of all cases, and "
+        "no smaller probability; what is said of smaller ones is Gumbel's law, extrapolated."
+    )
+    if len(combined.coverage):
+        low, middle = np.percentile(combined.coverage, [10, 50])
+        text += (
+            f" An orbit drawn from the prior keeps {middle:.0%} of its criterion (one in ten less than {low:.0%}) "
+            f"along the nearest of the {combined.n_tracks} tracks tried, before the best are refined; a higher "
+            "epochs.shapes raises that."
+        )
+    return Section("The threshold", text, [figures.save(figure, out_dir / "figures", "null_maxima")])
+
+
+def ranges(nulls: Sequence[FieldThreshold]) -> str:
+    """Each threshold with its 95 % interval."""
+    parts = []
+    for null in nulls:
+        high = f"{null.high:.1f}" if np.isfinite(null.high) else "beyond the highest"
+        parts.append(f"{null.value:.1f} (95 % interval {null.low:.1f} to {high})")
+    return " and ".join(parts)
+
+
+def source_table(result: CombinedResult) -> Table:
+    unit = "arcsec" if result.in_arcsec else "px"
+    columns = [
+        "",
+        f"north, east ({unit})",
+        "criterion",
+        "SNR, constant flux",
+        "flux",
+        "false alarm",
+        "by Gumbel",
+    ]
+    rows = []
+    for i, found in enumerate(result.combined.found):
+        (north, east), (north_std, east_std) = found.sky[0], found.start_std
+        rows.append([
+            str(i + 1),
+            f"{north:.3f} ± {north_std:.3f}, {east:.3f} ± {east_std:.3f}",
+            f"{found.criterion:.1f}",
+            f"{found.snr_combined:.1f}",
+            f"{found.flux:.3g} ± {found.flux_std:.2g}",
+            f"≤ {result.combined.false_alarm(found.criterion):.2g}" if result.combined.nulls else "-",
+            f"{result.combined.extrapolated(found.criterion):.1g}" if result.combined.nulls else "-",
+        ])  # fmt: skip
+    best = result.combined.best
+    notes = [] if rows else [
+        f"Nothing is above {result.combined.threshold:.1f}; the highest criterion is {best.criterion:.1f}."
+    ]  # fmt: skip
+    return Table(f"{len(rows)} source{'s' * (len(rows) != 1)}", columns, rows, notes)
+
+
+def for_console(table: Table) -> rich.table.Table:
+    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    for row in table.rows:
+        grid.add_row(*row)
+    return grid
+
+
+def summary(result: CombinedResult) -> dict[str, str]:
+    moving = "Keplerian orbits" if result.plan.star else "a fixed place"
+    return {
+        "runs": str(len(result.epochs)),
+        "search": f"{moving}, {result.combined.n_tracks} tracks",
+        "sources": str(len(result.combined.found)),
+        "highest criterion": f"{result.combined.best.criterion:.1f}",
+        "threshold": f"{result.combined.threshold:.1f}",
+    }

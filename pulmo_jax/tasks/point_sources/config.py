@@ -1,0 +1,210 @@
+"""Typed config of `detect`: sources in a rotating image stack."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from pulmo_jax.config.section import Bool, Float, Int, Pair, PathLike, Section
+from pulmo_jax.methods.paco.settings import Frames, Mode, ShrinkageName
+
+
+def _is_file(path: PathLike) -> PathLike:
+    if not path.is_file():
+        raise ValueError(f"{'is a folder' if path.is_dir() else 'does not exist'}; give a file")
+    return path
+
+
+DataFile = Annotated[PathLike, AfterValidator(_is_file)]
+Spectrum = Annotated[DataFile | None, BeforeValidator(lambda value: None if value == "flat" else value)]
+Triple = tuple[Float, Float, Float]
+
+
+class SyntheticConfig(Section):
+    """The stack that is made where data.cube is null."""
+
+    frames: Int = Field(default=60, ge=2, description="number of frames")
+    size: Int = Field(default=100, ge=32, description="side of the frames, px")
+    channels: Int = Field(default=1, ge=1, description="wavelengths; the sources' spectrum rises from half its mean")
+    rotation_deg: Float = Field(default=60.0, gt=0, lt=360, description="by which the field rotates")
+    planets: tuple[Triple, ...] | None = Field(
+        default=None, description="[[y,x,flux],...] in the derotated map; null: three"
+    )
+
+    @model_validator(mode="after")
+    def _inside(self) -> "SyntheticConfig":
+        for y, x, _ in self.planets or ():
+            if not (0 <= y <= self.size - 1 and 0 <= x <= self.size - 1):
+                raise ValueError(f"data.synthetic.planets: ({y:g}, {x:g}) lies outside frames of {self.size} px")
+        return self
+
+
+class StackConfig(Section):
+    """What was observed. A source at angle theta of the derotated map stands at theta - angle in a frame."""
+
+    cube: DataFile | None = Field(
+        default=None,
+        description="(T,H,W) frames, or (L,T,H,W): FITS, TIFF or .npy; null: a synthetic stack with known planets",
+    )
+    angles: DataFile | None = Field(default=None, description="one a frame, degrees: FITS, text or .npy")
+    psf: DataFile | None = Field(
+        default=None, description="stamp of the star off the coronagraph, or one a channel: FITS, TIFF or .npy"
+    )
+    wavelengths: DataFile | None = Field(
+        default=None, description="one a channel, in any one unit, for (L,T,H,W): FITS, text or .npy"
+    )
+    spectrum: Spectrum = Field(
+        default=None,
+        description="of the sources, (L,) or (M,L) to choose the best from: flux in units of each channel's normalised "
+        "PSF; null or flat: the same in all",
+    )
+    spectral_scaling: Bool = Field(
+        default=False,
+        description="frames scaled by longest/own wavelength, so that speckles line up; of no use to statistics that "
+        "are each channel's own, as here",
+    )
+    pixel_scale: Float | None = Field(default=None, gt=0, description="arcsec per pixel; null: unknown")
+    centre: Pair | None = Field(default=None, description="[y,x] of rotation, px from 0; null: the pixel [H//2,W//2]")
+    angle_sign: Literal[1, -1] = Field(default=1, description="-1 if the field rotates the other way")
+    north_deg: Float = Field(default=90.0, description="angle of north in the derotated map, from the x axis toward y")
+    psf_flux: Literal["fwhm", "aperture", "peak", "none"] = Field(
+        default="fwhm", description="what is 1 after normalising: flux in one FWHM, in an aperture, peak, as it is"
+    )
+    psf_aperture_px: Float | None = Field(default=None, gt=0, description="radius for psf_flux=aperture")
+    star_flux: Float | None = Field(
+        default=None, gt=0, description="the star's flux in units of the normalised PSF, for contrasts; null: unknown"
+    )
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StackConfig":
+        given = {key: getattr(self, key) is not None for key in ("cube", "angles", "psf")}
+        if any(given.values()) and not all(given.values()):
+            missing = ", ".join(f"data.{key}" for key, there in given.items() if not there)
+            raise ValueError(f"{missing} must be given too: a stack is a cube, its angles and a PSF")
+        if self.cube is not None and self.psf is not None and self.cube.samefile(self.psf):
+            raise ValueError(f"data.cube and data.psf are both {self.cube}; the PSF is a stamp of the star by itself")
+        if self.wavelengths is not None and self.cube is None:
+            raise ValueError("data.wavelengths belongs to a data.cube; a synthetic stack has data.synthetic.channels")
+        if self.spectrum is not None and self.wavelengths is None and self.cube is not None:
+            raise ValueError("data.spectrum needs data.wavelengths: one channel has no spectrum")
+        if (self.psf_flux == "aperture") != (self.psf_aperture_px is not None):
+            raise ValueError("data.psf_flux=aperture and data.psf_aperture_px=RADIUS belong together")
+        return self
+
+
+class PacoConfig(Section):
+    """Patch covariances (Flasseur et al. 2018)."""
+
+    mode: Mode = Field(
+        default="exact",
+        description="PSF at its sub-pixel place in every frame; or interpolated maps; or exact, with weighted frames",
+    )
+    shrinkage: ShrinkageName = Field(default="paco", description="how the weight of the diagonal is found")
+    rho: Float | None = Field(default=None, ge=0, le=1, description="that weight, for shrinkage=fixed")
+    frames: Frames = Field(
+        default="all", description="whether paco's and oas's formula counts correlated frames as what they are worth"
+    )
+    patch_radius_px: Float | None = Field(default=None, ge=1, description="of the disc; null: 0.9 FWHM")
+    psf_error: Float = Field(
+        default=1e-3, gt=0, lt=0.1, description="relative, of the PSF's expansion in exact and robust mode"
+    )
+    weights_error: Float = Field(default=1e-3, gt=0, lt=1, description="of robust mode's weights, at which it stops")
+    usable_share: Float = Field(default=0.5, gt=0, le=1, description="of a patch's pixels, below which it is left out")
+    precision: Literal["float32", "float64"] = Field(default="float32", description="of all computation")
+    memory_mb: Int = Field(default=256, ge=16, description="budget of the working arrays, MiB, beside the stack")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PacoConfig":
+        if (self.shrinkage == "fixed") != (self.rho is not None):
+            raise ValueError("method.shrinkage=fixed and method.rho=SHARE belong together")
+        return self
+
+
+class SearchConfig(Section):
+    """Which peaks are listed."""
+
+    threshold: Float = Field(default=5.0, gt=0, description="of the SNR")
+    snr: Literal["theoretical", "calibrated"] = Field(
+        default="theoretical", description="b/sqrt(a), or that over the spread of the empirical null at its separation"
+    )
+    max_sources: Int = Field(default=20, ge=0, description="after which the search stops")
+
+
+class ContrastConfig(Section):
+    """Injections for throughput and limits."""
+
+    rings: Int = Field(default=12, ge=0, description="separations, at most; 0: no contrast curve")
+    directions: Int = Field(default=8, ge=2, description="injections at each")
+
+
+def _is_detect_run(path: PathLike) -> PathLike:
+    if not (path / "config.yaml").is_file():
+        raise ValueError("no config.yaml there; give the run directory of a finished detect")
+    return path
+
+
+class EpochsConfig(Section):
+    """Finished runs of detect on one star, combined instead of a stack being searched."""
+
+    runs: tuple[Annotated[PathLike, AfterValidator(_is_detect_run)], ...] | None = Field(
+        default=None, description="their run directories; null: a stack is searched"
+    )
+    dates: tuple[Float, ...] | None = Field(
+        default=None, description="modified Julian dates, one a run; null: from the headers of their cubes"
+    )
+    orbits: Literal["fixed", "keplerian"] = Field(default="fixed", description="how a source moves between the epochs")
+    flux: Literal["free", "constant"] = Field(
+        default="free", description="of a source: its own at every epoch (PACOME), or one at all"
+    )
+    star_mass: Float | None = Field(default=None, gt=0, description="solar masses, for keplerian")
+    parallax_mas: Float | None = Field(default=None, gt=0, description="milliarcsec, for keplerian")
+    semi_major_axis_au: Pair | None = Field(default=None, description="[low,high] of the orbits; null: any")
+    eccentricity: Pair = Field(default=(0.0, 0.5), description="[low,high] of the orbits")
+    shapes: Int = Field(default=1024, ge=1, description="orbits that are tried through every place of the first date")
+    false_alarm: Float = Field(default=0.05, gt=0, lt=1, description="probability of any in the field, by noise alone")
+    null_fields: Int = Field(default=200, ge=2, description="fields of noise that the threshold is set on")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EpochsConfig":
+        if self.runs is None and not self.dates and self.orbits == "fixed":
+            return self
+        if not self.runs:
+            raise ValueError("epochs.runs=[RUN1,RUN2,...] is missing: the run directories of detect to combine")
+        folders = [run.resolve() for run in self.runs]
+        if twice := next((run for i, run in enumerate(folders) if run in folders[:i]), None):
+            raise ValueError(f"epochs.runs: {twice} is given twice; every epoch counts once")
+        if self.dates is not None and len(self.dates) != len(self.runs):
+            raise ValueError(f"epochs.dates has {len(self.dates)} dates for {len(self.runs)} runs; give one a run")
+        if self.dates is not None and len(set(self.dates)) < len(self.dates):
+            raise ValueError("epochs.dates: two are equal; combine what was observed at one date into one stack, or "
+                             "give the times too (60000.25 is six hours after 60000)")  # fmt: skip
+        missing = [f"epochs.{key}" for key in ("star_mass", "parallax_mas") if getattr(self, key) is None]
+        if self.orbits == "keplerian" and missing:
+            raise ValueError(f"epochs.orbits=keplerian needs {' and '.join(missing)}: they set how fast a source moves")
+        low, high = self.eccentricity
+        if not 0 <= low <= high <= 0.95:
+            raise ValueError(f"epochs.eccentricity=[{low:g},{high:g}]: must be [LOW,HIGH] within 0 and 0.95")
+        if self.semi_major_axis_au is not None and not 0 <= self.semi_major_axis_au[0] < self.semi_major_axis_au[1]:
+            raise ValueError("epochs.semi_major_axis_au: must be [LOW,HIGH], ascending, from 0")
+        return self
+
+
+class DetectConfig(Section):
+    """python -m pulmo_jax.detect"""
+
+    name: str = Field(default="adi", description="title of the run")
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="of the synthetic stack")
+    resume: Bool = Field(default=False, description="in a sweep: what is done in hydra.sweep.dir is not done again")
+    data: StackConfig = StackConfig()
+    method: PacoConfig = PacoConfig()
+    search: SearchConfig = SearchConfig()
+    contrast: ContrastConfig = ContrastConfig()
+    epochs: EpochsConfig = EpochsConfig()
+    frames_shown: Int = Field(default=4, ge=1, le=12, description="frames that the report shows")
+    compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
+
+    @model_validator(mode="after")
+    def _one_job(self) -> "DetectConfig":
+        if self.epochs.runs and self.data.cube is not None:
+            raise ValueError("data.cube and epochs.runs exclude each other: search the stack first, then combine runs")
+        return self

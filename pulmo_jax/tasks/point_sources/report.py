@@ -1,0 +1,286 @@
+"""What `detect` found, as tables and figures, and the report that holds them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rich.box
+import rich.table
+from rich.console import Console
+
+from pulmo_jax.core.geometry import rotation_deg
+from pulmo_jax.data.adi import SpectralStack
+from pulmo_jax.evaluation.contrast import Contrast
+from pulmo_jax.evaluation.null_field import null_values
+from pulmo_jax.inference.point_sources import Search
+from pulmo_jax.methods.paco.channels import Channels
+from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.tables import Table
+from pulmo_jax.tasks.point_sources import figures as adi_figures
+from pulmo_jax.tasks.point_sources import spectral_figures
+from pulmo_jax.tasks.point_sources.config import DetectConfig
+from pulmo_jax.types import PointSource
+
+CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2018. Exoplanet detection in angular differential
+imaging by statistical learning of the nonstationary patch covariances. The PACO algorithm. A&A 618, A138."""
+ROBUST_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2020. Robustness to bad frames in angular
+differential imaging: a local weighting approach. A&A 634, A2."""
+SPECTRAL_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2020. PACO ASDI: an algorithm for exoplanet
+detection and characterization in direct imaging with integral field spectrographs. A&A 637, A9."""
+
+UNLIKE = 1e-2  # probability below which a source's spectrum is said to be another one than looked for
+TAIL = 1e-6  # below it a probability rests on the normal distribution's tail alone
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A run of `detect`. truth: (y, x, flux) of each known source of a synthetic stack, flux the mean over channels;
+    spectrum: of all of them, of mean 1, None if it is not known."""
+
+    config: DetectConfig
+    stack: SpectralStack
+    of: Channels
+    truth: Sequence[tuple[float, float, float]]
+    contrast: Contrast | None = None
+    spectrum: np.ndarray | None = None
+
+    @property
+    def spectral(self) -> bool:
+        return len(self.of.each) > 1
+
+
+def write_adi_report(result: Result, search: Search, out_dir: Path, console: Console) -> None:
+    """figures/ and report.html; the table of sources on the console."""
+    table = source_table(search.sources, result)
+    console.print(for_console(table))
+    write_report(
+        out_dir / "report.html",
+        title=f"{result.config.name}: point sources",
+        summary=summary(result, search),
+        sections=[
+            source_section(result, search, table, out_dir),
+            *([spectra_section(result, search, out_dir)] if result.spectral else []),
+            null_section(result, search, out_dir),
+            *([contrast_section(result, search, result.contrast, out_dir)] if result.contrast is not None else []),
+            stack_section(result, search, out_dir),
+        ],
+        citations=[
+            CITATION,
+            *([ROBUST_CITATION] if result.config.method.mode == "robust" else []),
+            *([SPECTRAL_CITATION] if result.spectral else []),
+        ],
+        warnings=[*result.stack.caveats, *search.caveats],
+    )
+
+
+def source_section(result: Result, search: Search, table: Table, out_dir: Path) -> Section:
+    config = result.config
+    calibrated = search.snr_calibrated if config.search.snr == "calibrated" else None
+    figure = adi_figures.detection_maps(
+        search.maps.snr,
+        search.maps.flux,
+        search.sources,
+        result.of.centre,
+        config.data.pixel_scale,
+        truth=result.truth,
+        snr_calibrated=calibrated,
+    )
+    which = "over the empirical null's spread " if calibrated is not None else ""
+    text = (
+        f"Peaks of the SNR {which}of at least {config.search.threshold:g}, the brightest taken out before the next is "
+        "looked for. The flux of one pass keeps only a part of a source, because the source is in the statistics that "
+        "it is judged by; the debiased one (Algorithm 3) does not. Its first error is the likelihood's, the second the "
+        "scatter at blank positions of the same separation, which is the one to quote. False-alarm probability: of a "
+        "peak as high anywhere in the field, by the calibrated SNR."
+    )
+    return Section("Sources", text, [figures.save(figure, out_dir / "figures", "detection_maps")], [table])
+
+
+def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
+    using, n_spectra = search.combination, len(search.combination.spectra)
+    neighbours = [float(np.median(np.diag(r, 1))) for r in using.correlation]
+    looked_for = "flat" if n_spectra == 1 and np.ptp(using.spectra) == 0 else "given"
+    text = (
+        f"Maps, SNR and flux are those of {len(result.of.each)} channels together, for a source whose spectrum is "
+        f"{looked_for}; its flux is the mean over them, if its spectrum is that one. Their noise is correlated: "
+        "between neighbouring channels by "
+        f"{neighbours[0]:.2f} at {using.separation_px[0]:.0f} px from the centre, {neighbours[-1]:.2f} at "
+        f"{using.separation_px[-1]:.0f} px, and the combination allows for that. "
+    )
+    if n_spectra > 1:
+        text += (
+            f"Of {n_spectra} spectra the one with the highest SNR is taken at every pixel. The null's map is made in "
+            f"the same way, and false-alarm probabilities count {n_spectra} trials, which is an upper limit. Limits "
+            "are those of the first one. "
+        )
+    if not search.spectra:
+        return Section("Spectra", text)
+    figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result))
+    text += (
+        "Below, the unbiased flux of every source in every channel, in units of the channel's PSF. Thick bars: the "
+        "likelihood's error; thin ones: the scatter at blank positions of the same separation."
+    )
+    if unlike := [str(s.label) for s in search.spectra if s.template_probability < UNLIKE]:
+        text += (
+            f" Source {', '.join(unlike)} does not have the spectrum that was looked for: its flux of all channels "
+            "together means little, take those of the channels, or search again with data.spectrum."
+        )
+    return Section("Spectra", text, [figures.save(figure, out_dir / "figures", "spectra")], [])
+
+
+def known_spectra(sources: Sequence[PointSource], result: Result) -> list[np.ndarray | None]:
+    """Of the injected source that each is, if any."""
+    shares = None if result.spectrum is None else result.spectrum[result.of.kept]
+    truth = [None if shares is None else nearest_known(source, result) for source in sources]
+    return [None if shares is None or t is None else t[2] * shares for t in truth]
+
+
+def null_section(result: Result, search: Search, out_dir: Path) -> Section:
+    of, null, profile = result.of, search.null.snr, search.profile
+    values, n_independent = null_values(null, of.centre, of.fwhm_px)
+    folder = out_dir / "figures"
+    radial = adi_figures.null_by_radius(
+        profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale
+    )
+    text = (
+        "The same computation with the angles reversed, and the sources taken out: it holds the noise of the stack and "
+        f"no source. Its standard deviation is {values.std():.2f}, where theory has 1: below 1 the SNR is conservative "
+        "(where the field rotates little the noise subtracts itself too), above 1 it overstates. The highest value is "
+        f"{values.max():.2f}, in about {n_independent} independent ones."
+    )
+    if (n_spectra := len(search.combination.spectra)) > 1:
+        text += (
+            f" It is the best of {n_spectra} spectra everywhere, so its mean is above 0 and its spread smaller than "
+            "that of one spectrum, by which SNRs are calibrated and which the figure by separation shows."
+        )
+    saved = [
+        figures.save(adi_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"),
+        figures.save(radial, folder, "null_by_radius"),
+    ]
+    return Section("The noise", text, saved, [])
+
+
+def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir: Path) -> Section:
+    if not len(contrast.separation_px):
+        return Section("Limits", "No ring lies in the field, so there is no contrast curve.")
+    unit = {"none": "units of the PSF given", "peak": "PSF peaks", "fwhm": "flux in one FWHM"}
+    figure = adi_figures.contrast_curve(
+        contrast.separation_px,
+        contrast.limit,
+        contrast.limit_corrected,
+        contrast.throughput,
+        contrast.throughput_std,
+        search.sources,
+        result.config.data.pixel_scale,
+        unit.get(result.config.data.psf_flux, "flux in the aperture"),
+        threshold=result.config.search.threshold,
+    )
+    text = (
+        f"Faintest source that is found half of the time, from injections in {int(contrast.n.max())} directions at "
+        "each separation, each at the limit itself. Without throughput: the threshold over sqrt(a), which holds for a "
+        "source that the statistics have not seen. A gap says that no flux is enough: there sources subtract "
+        "themselves as fast as they brighten."
+    )
+    return Section("Limits", text, [figures.save(figure, out_dir / "figures", "contrast_curve")], [])
+
+
+def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
+    of, centre = result.of.reference, result.of.centre
+    channel = np.flatnonzero(result.of.kept)[len(result.of.each) // 2]
+    cube, angles = result.stack.cube[channel][of.kept], of.angles_deg
+    shown = adi_figures.shown_frames(len(angles), result.config.frames_shown)
+    places = None
+    if search.sources:
+        dy, dx = (v - c for v, c in zip((search.sources[0].y, search.sources[0].x), centre, strict=True))
+        theta = np.arctan2(dy, dx) - np.deg2rad(angles[shown])
+        places = np.array(centre) + np.hypot(dy, dx) * np.stack([np.sin(theta), np.cos(theta)], -1)
+    figure = adi_figures.frames_strip(cube, angles, centre, places, result.config.frames_shown)
+    maps = search.maps
+    rho = maps.shrinkage[np.isfinite(maps.shrinkage)]
+    rows = [
+        ["frames used", f"{len(angles)} of {len(of.kept)}"],
+        ["rotation", f"{rotation_deg(angles):.1f} degrees"],
+        ["pixels left out", str(int((~of.usable).sum()))],
+        ["pixels of a patch", str(search.n_patch)],
+        ["PSF", f"{of.psf.fwhm_px:.2f} px wide, divided by {of.psf.flux:.4g} ({of.psf.flux_kind})"],
+        ["weight of the diagonal (rho)", f"median {np.median(rho):.3f}, {rho.min():.3f} to {rho.max():.3f}"],
+        ["locations with a singular covariance", str(int(maps.singular.sum()))],
+        ["error of the PSF's expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the SNR's noise"],
+    ]
+    text = ""
+    if result.spectral:
+        first, last = result.of.wavelengths[[0, -1]]
+        rows.insert(0, ["channels", f"{len(result.of.each)} of {len(result.of.kept)}, {first:g} to {last:g}"])
+        text = f"Frames, PSF and pixels are those of the middle channel, {result.stack.wavelengths[channel]:g}."
+    table = Table("What was computed", ["", ""], rows, [])
+    return Section("The stack", text, [figures.save(figure, out_dir / "figures", "frames")], [table])
+
+
+def source_table(sources: Sequence[PointSource], result: Result) -> Table:
+    scale = result.config.data.pixel_scale
+    columns = ["", "y, x (px)", "separation", "angle (deg)", "SNR", "calibrated", "flux", "one pass", "false alarm"]
+    rows = []
+    for s in sources:
+        arcsec = f" = {s.separation_px * scale:.3f}″" if scale else ""
+        rows.append([
+            str(s.label),
+            f"{s.y:.2f} ± {s.y_std:.2f}, {s.x:.2f} ± {s.x_std:.2f}",
+            f"{s.separation_px:.2f} px{arcsec}",
+            f"{s.position_angle_deg:.1f} ± {s.position_angle_deg_std:.1f}",
+            f"{s.snr:.1f}",
+            f"{s.snr_calibrated:.1f}",
+            f"{s.flux_debiased:.4g} ± {s.flux_debiased_std:.2g} ± {s.flux_debiased_std_empirical:.2g}",
+            f"{s.flux:.4g}",
+            "< 1e-6" if s.false_alarm_probability < TAIL else f"{s.false_alarm_probability:.1g}",
+        ])  # fmt: skip
+    if result.truth:
+        columns.append("truth")
+        rows = [[*row, known(s, result)] for row, s in zip(rows, sources, strict=True)]
+    missed = [t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.of.fwhm_px for s in sources)]
+    notes = [f"Not found: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
+    return Table(
+        counted(len(sources), "source"), columns, rows, notes if sources or missed else ["No peak is high enough."]
+    )
+
+
+def counted(n: int, thing: str) -> str:
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
+def known(source: PointSource, result: Result) -> str:
+    """The injected source that this is, if any."""
+    truth = nearest_known(source, result)
+    return "none: a false alarm" if truth is None else f"{truth[0]:.2f}, {truth[1]:.2f}; {truth[2]:g}"
+
+
+def nearest_known(source: PointSource, result: Result) -> tuple[float, float, float] | None:
+    def distance(known: tuple[float, float, float]) -> float:
+        return float(np.hypot(known[0] - source.y, known[1] - source.x))
+
+    nearest = min(result.truth, key=distance, default=None)
+    return nearest if nearest is not None and distance(nearest) <= result.of.fwhm_px else None
+
+
+def for_console(table: Table) -> rich.table.Table:
+    """Without what makes it too wide for a terminal; report.html has it all."""
+    kept = [i for i, name in enumerate(table.columns) if name not in ("separation", "angle (deg)", "one pass")]
+    grid = rich.table.Table(box=rich.box.SIMPLE, title=table.title, caption=" ".join(table.notes))
+    for i in kept:
+        grid.add_column(table.columns[i], no_wrap=True)
+    for row in table.rows:
+        grid.add_row(*(row[i] for i in kept))
+    return grid
+
+
+def summary(result: Result, search: Search) -> dict[str, str]:
+    config = result.config
+    return {
+        "stack": str(config.data.cube or f"synthetic, seed {config.seed}"),
+        "frames": f"{len(result.of.reference.deviations)} of {result.of.shape[0]} x {result.of.shape[1]} px",
+        **({"channels": str(len(result.of.each))} if result.spectral else {}),
+        "method": f"PACO, {config.method.mode}, shrinkage {config.method.shrinkage}",
+        "sources": str(len(search.sources)),
+        "highest SNR": f"{np.nanmax(search.maps.snr):.2f}",
+    }

@@ -1,0 +1,192 @@
+"""The whole job in one process, on small textures: what survives damage, and what is refused."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from pulmo_jax.host.files import write_json
+from pulmo_jax.host.lock import claim
+from pulmo_jax.runs.directory import finished_step, open_run
+from pulmo_jax.shell import cli
+from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.train import train
+from pulmo_jax.types import InputError
+
+SMALL = [
+    "+experiment=lung", "data.patch_size=16", "model.width=4", "model.latent=8", "trainer.batch_size=8",
+    "trainer.steps=6", "trainer.log_every=1", "trainer.validate_every=2", "trainer.checkpoint_every=1",
+    "trainer.validation_patches=8", "calibration.pixel_rate=0.1", "callbacks.figures.every=100",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Eight textures to train on, four to validate with."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(12):
+        path = folder / ("train" if i < 8 else "val") / f"{i:02d}.tif"
+        path.parent.mkdir(exist_ok=True)
+        tifffile.imwrite(path, rng.integers(900, 1100, (40, 40)).astype(np.uint16))
+    return folder
+
+
+def no_report(run, data, options, seed, folder, console, *, training, validation, caveats):
+    write_json(folder / "metrics.json", {"training": training})
+
+
+@pytest.fixture(scope="module")
+def go(images, tmp_path_factory):
+    """go(run_dir, overrides...) trains."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(run_dir, *overrides):
+        with initialize_config_dir(str(cli.config_dir().absolute()), version_base="1.3"):
+            data = [f"data.train={images}/train", f"data.val={images}/val", f"trainer.compile_cache={cache}"]
+            raw = compose("train", [*SMALL, *data, *overrides])
+        return train(cli.checked(raw, TrainConfig), run_dir)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # The report, which takes most of the time, is looked at by the end-to-end tests.
+        patch.setattr("pulmo_jax.train.assess_and_report", no_report)
+        ConfigStore.instance().store(name="train_defaults", node=cli.defaults_of(TrainConfig))
+        yield run
+
+
+@pytest.fixture(scope="module")
+def whole(go, tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    go(folder)
+    return folder
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def arrays_of(run, step):
+    return json.loads((run / "checkpoints" / str(step) / "MANIFEST").read_bytes().partition(b"\n")[2])["arrays"]
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(go, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    go(run, "trainer.steps=4", "optimizer.warmup_fraction=0")
+    damaged = largest_file(run / "checkpoints" / "4")
+    flip_a_bit(damaged)
+    capsys.readouterr()
+    go(run, "trainer.steps=4", "optimizer.warmup_fraction=0", "resume=true")
+    said = capsys.readouterr().out
+    assert re.search(rf"warning: {damaged}: .* SHA-256 .*; using an earlier checkpoint", said)
+    assert "resuming after step 3" in said
+    assert (run / "checkpoints" / "damaged-4").is_dir()
+    assert finished_step(run) in (2, 4)
+    again = tmp_path / "again"
+    go(again, "trainer.steps=4", "optimizer.warmup_fraction=0")
+    assert arrays_of(run, 4) == arrays_of(again, 4)
+    assert (run / "metrics.jsonl").read_text() == (again / "metrics.jsonl").read_text()
+    assert (run / "calibration.json").read_text() == (again / "calibration.json").read_text()
+
+
+def copy_of(run, folder):
+    shutil.copytree(run, folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_finished_run_with_a_damaged_checkpoint_is_refused_until_it_is_made_anew(go, whole, tmp_path, capsys):
+    """Thresholds belong to the parameters that they were set with."""
+    run = copy_of(whole, tmp_path / "run")
+    damaged = largest_file(run / "checkpoints" / str(finished_step(run)))
+    flip_a_bit(damaged)
+    with pytest.raises(InputError, match=rf"{damaged}.*\nThe thresholds are for that checkpoint.*resume=true"):
+        open_run(run)
+    go(run, "resume=true")
+    assert str(damaged) in capsys.readouterr().out
+    assert open_run(run).step == finished_step(run)
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "baselines.json", "preprocessing.json"])
+def test_changed_file_of_a_finished_run_is_refused_and_named(whole, tmp_path, name):
+    run = copy_of(whole, tmp_path / "run")
+    text = (run / name).read_text()
+    digit = re.search(r"\d\.\d+", text).end() - 1
+    (run / name).write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
+    with pytest.raises(InputError, match=rf"{run}/{name}: is not as training wrote it .*resume=true"):
+        open_run(run)
+    (run / name).unlink()
+    with pytest.raises(InputError, match=rf"{run}/{name}, listed in finished.json, cannot be read"):
+        open_run(run)
+
+
+def test_unfinished_run_is_refused(whole, tmp_path):
+    run = copy_of(whole, tmp_path / "run")
+    (run / "finished.json").unlink()
+    with pytest.raises(InputError, match=r"training has not finished there; go on with resume=true"):
+        open_run(run)
+    (run / "finished.json").write_text("{}")
+    with pytest.raises(InputError, match=r"finished.json: is not what training writes"):
+        open_run(run)
+
+
+def test_resuming_a_finished_run_changes_nothing(go, whole, tmp_path):
+    run = copy_of(whole, tmp_path / "run")
+    go(run, "resume=true")
+    for name in ("metrics.jsonl", "calibration.json", "baselines.json", "finished.json"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_early_stop_stays_one_when_the_run_is_resumed(go, tmp_path):
+    stop = ["trainer.steps=40", "trainer.validate_every=1", "callbacks.early_stopping.patience=1"]
+    stop.append("callbacks.early_stopping.min_fraction=0.9")
+    run = tmp_path / "run"
+    go(run, *stop)
+    facts = json.loads((run / "metrics.json").read_text())["training"]
+    assert (facts["steps"], "not improved" in facts["stopped_early"]) == (3, True)
+    go(run, *stop, "resume=true")
+    assert json.loads((run / "metrics.json").read_text())["training"]["steps"] == 3
+
+
+def test_second_run_in_a_directory_is_refused(go, whole, tmp_path):
+    run = tmp_path / "run"
+    with claim(run), pytest.raises(InputError, match=rf"{run} is in use by process \d+ on "):
+        go(run)
+    with pytest.raises(InputError, match=rf"{whole} already holds a run; resume=true"):
+        go(whole)
+
+
+def test_loss_that_overflows_names_the_step_and_the_files_and_keeps_the_checkpoint(go, tmp_path):
+    run = tmp_path / "run"
+    overflow = ["optimizer.learning_rate=1e30", "optimizer.warmup_fraction=0", "trainer.validate_every=100"]
+    with pytest.raises(
+        InputError, match=r"is (nan|inf) at step (\d), on patches of \d\d.tif.* checkpoint is kept"
+    ) as error:
+        go(run, *overflow)
+    failed_at = int(re.search(r"at step (\d)", str(error.value))[1])
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == str(failed_at - 1)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, failed_at))
+
+
+def test_batch_beyond_the_memory_names_the_setting(go, tmp_path):
+    with pytest.raises(InputError, match=r"a step of 99999992 patches of 16x16x1 needs .* GiB .*trainer.batch_size"):
+        go(tmp_path / "run", "trainer.batch_size=99999992")
+
+
+def test_callback_that_is_none_is_refused_before_anything_is_read(go, tmp_path):
+    target = "+callbacks.mine={_target_:pulmo_jax.training.callbacks.read_metrics,path:a}"
+    with pytest.raises(InputError, match=r"callbacks.mine._target_=.*read_metrics: has no on_start"):
+        go(tmp_path / "run", target)

@@ -1,0 +1,59 @@
+"""Figures of combined epochs: they draw what they are given, and anything that can come."""
+
+import numpy as np
+import pytest
+
+from pulmo_jax.evaluation.field_threshold import field_threshold
+from pulmo_jax.reporting import figures
+from pulmo_jax.tasks.point_sources import epoch_figures
+
+RNG = np.random.default_rng(0)
+CIRCLE = np.stack([np.cos(np.linspace(0, 6.3, 50)), np.sin(np.linspace(0, 6.3, 50))], -1)
+
+
+def masked(size=30):
+    image = RNG.normal(size=(size, size))
+    image[:3] = np.nan
+    return image
+
+
+@pytest.mark.parametrize("n_found", [0, 1, 3])
+def test_combined_maps_mark_what_was_found(n_found, tmp_path):
+    places = RNG.uniform(5, 25, (n_found, 2))
+    drawn = epoch_figures.combined_maps(masked() ** 2, masked(), 25.0, (15.0, 15.0), places, ("criterion", "SNR"))
+    left = drawn.axes[0]
+    assert left.images[0].get_clim()[1] >= 25
+    np.testing.assert_array_equal(np.asarray(left.lines[-1].get_xydata()), places[:, ::-1])
+    assert figures.save(drawn, tmp_path, "maps").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("n_epochs", [1, 5, 7])
+def test_every_epoch_has_its_point_and_its_map(n_epochs, tmp_path):
+    labels = [f"MJD {i} $x" for i in range(n_epochs)]
+    snr = np.where(np.arange(n_epochs) == 1, np.nan, 3.0)[None]
+    bars = epoch_figures.snr_by_epoch(snr, labels, [6.0])
+    assert [t.get_text() for t in bars.axes[0].get_xticklabels()] == [figures.literal(label) for label in labels]
+    centres, places = [(15.0, 15.0)] * n_epochs, np.full((1, n_epochs, 2), 9.0)
+    drawn = epoch_figures.epoch_maps([masked() for _ in labels], labels, centres, places)
+    assert sum(bool(axes.images) for axes in drawn.axes) >= n_epochs
+    for name, figure in (("bars", bars), ("maps", drawn)):
+        figures.save(figure, tmp_path, name)
+
+
+@pytest.mark.parametrize("n_samples", [0, 80])
+def test_sky_has_east_to_the_left(n_samples, tmp_path):
+    sky, samples = CIRCLE[:4], np.repeat(CIRCLE[None], n_samples, 0)
+    drawn = epoch_figures.tracks_on_sky(sky, list("abcd"), CIRCLE, samples, samples[:, :4], "arcsec")
+    left, right = drawn.axes[0].get_xlim()
+    assert left > 0 > right
+    figures.save(drawn, tmp_path, "sky")
+
+
+def test_null_maxima_show_both_kinds_and_the_threshold(tmp_path):
+    nulls = [field_threshold(RNG.gumbel(20 + 3 * i, 2, 60), 0.05) for i in range(2)]
+    drawn = epoch_figures.null_maxima(nulls, ("one", "two"), max(n.value for n in nulls), [40.0])
+    texts = [t.get_text() for t in drawn.axes[0].get_legend().get_texts()]
+    assert {"one", "two", "threshold"} <= set(texts)
+    figures.save(drawn, tmp_path, "nulls")
+    few = [field_threshold(np.ones(2), 0.05)] * 2  # all alike, and infinitely wide intervals
+    figures.save(epoch_figures.null_maxima(few, ("one", "two"), 1.0, []), tmp_path, "few")

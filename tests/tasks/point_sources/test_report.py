@@ -1,0 +1,302 @@
+"""What the report of `detect` says, from a search that was made by hand: numbers, truth, caveats and figures."""
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from pulmo_jax.config.section import validate
+from pulmo_jax.core.geometry import frame_position
+from pulmo_jax.data.adi import SpectralStack
+from pulmo_jax.data.psf import prepare_psf
+from pulmo_jax.data.synthetic import parallactic_angles, synthetic_psf
+from pulmo_jax.evaluation.contrast import Contrast
+from pulmo_jax.evaluation.null_field import null_profile
+from pulmo_jax.inference.point_sources import Search, SourceSpectrum
+from pulmo_jax.methods.paco import LikelihoodMaps
+from pulmo_jax.methods.paco.channels import observe_channels
+from pulmo_jax.methods.paco.spectral import Combination, as_spectra
+from pulmo_jax.tasks.point_sources import report as adi_report
+from pulmo_jax.tasks.point_sources.config import DetectConfig
+from pulmo_jax.tasks.point_sources.report import Result, known, source_table, summary, write_adi_report
+from pulmo_jax.types import PointSource
+
+FRAMES, HEIGHT, WIDTH = 12, 41, 47
+CENTRE = (19.5, 22.0)
+TRUTH = ((28.0, 30.0, 100.0), (10.0, 20.0, 50.0))
+
+
+def source(label: int = 1, y: float = 28.1, x: float = 29.9, **changes: float) -> PointSource:
+    values: dict[str, Any] = {
+        "label": label, "y": y, "x": x, "y_std": 0.11, "x_std": 0.12, "separation_px": 11.63,
+        "separation_px_std": 0.13, "position_angle_deg": 317.4, "position_angle_deg_std": 0.6, "snr": 9.4,
+        "snr_calibrated": 12.3, "flux": 44.4, "flux_std": 4.7, "flux_debiased": 99.9, "flux_debiased_std": 4.4,
+        "flux_debiased_std_empirical": 8.8, "false_alarm_probability": 2e-9,
+    }  # fmt: skip
+    values |= changes
+    return PointSource(**values)
+
+
+def result(
+    truth=TRUTH, contrast: Contrast | None = None, drop: int | None = None, channels: int = 1, **changes: Any
+) -> Result:
+    """`changes`: of the config's data section."""
+    rng = np.random.default_rng(0)
+    cube = rng.normal(size=(FRAMES, HEIGHT, WIDTH)).astype(np.float32) + 100
+    if drop is not None:
+        cube[drop] = np.nan
+    angles = parallactic_angles(FRAMES, 60.0)
+    cubes, stamps = (np.stack([part] * channels) for part in (cube, synthetic_psf()))
+    wavelengths = 1 + 0.1 * np.arange(channels)
+    stack = SpectralStack(cubes, angles, stamps, wavelengths, None, ("psf.fits: the PSF is <cut> & squared",))
+    config = validate(DetectConfig, {"data": changes})
+    psfs = [prepare_psf(stamp, flux="none") for stamp in stamps]
+    of = observe_channels(cubes, angles, psfs, wavelengths, CENTRE)
+    return Result(config, stack, of, truth, contrast, np.linspace(0.5, 1.5, channels) if channels > 1 else np.ones(1))
+
+
+def search(
+    made: Result, *sources: PointSource, caveats: tuple[str, ...] = (), templates: np.ndarray | None = None
+) -> Search:
+    rng = np.random.default_rng(1)
+    shape = (HEIGHT, WIDTH)
+    snr = rng.normal(size=shape)
+    snr[:2] = np.nan
+    a = np.where(np.isfinite(snr), 4.0, np.nan)
+    b = 2 * snr
+    shrinkage = np.where(np.isfinite(snr), 0.125, np.nan)
+    shrinkage[20, 20] = 0.5
+    maps = LikelihoodMaps(
+        a, b, snr, b / a, 1 / np.sqrt(a), np.full(shape, FRAMES), shrinkage, np.zeros(shape, bool), 5e-4, 2e-3, ()
+    )  # fmt: skip
+    null = replace(maps, snr=0.8 * rng.permuted(snr))
+    profile = null_profile(null.snr, CENTRE, 4.6)
+    n = len(made.of.each)
+    r = np.stack([np.eye(n) * (1 - share) + share for share in (0.625, 0.25)])
+    combination = Combination(np.array([7.0, 15.0]), r, as_spectra(templates, n))
+    level = np.linspace(40.0, 160.0, n)
+    spectra = [SourceSpectrum(s.label, made.of.wavelengths, level, level / 20, level / 10, 0, 0.5) for s in sources]
+    return Search(
+        maps=maps, sources=list(sources), fits=[], residual=made.of, null=null, profile=profile,
+        snr_calibrated=snr / 0.8, n_patch=49, caveats=caveats, combination=combination,
+        template=np.zeros(shape, int), spectra=spectra,
+    )  # fmt: skip
+
+
+def curve(n: int = 3) -> Contrast:
+    separation = np.linspace(5.0, 15.0, n)
+    ones = np.ones(n)
+    limits = 40 / separation, 100 / separation
+    return Contrast(separation, 5 * ones, *limits, 0.4 * ones, 0.1 * ones, 0.5 * ones, 0.1 * ones, 8 * ones)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made but not drawn, which takes a second for each."""
+
+    def save(figure: Figure, folder: Path, name: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(b"png")
+        return folder / f"{name}.png"
+
+    monkeypatch.setattr(adi_report.figures, "save", save)
+
+
+def written(made: Result, found: Search, folder) -> tuple[str, str]:
+    """The report as text without tags, and what the console shows."""
+    output = io.StringIO()
+    write_adi_report(made, found, folder, Console(file=output, width=200))
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+    without_style = re.sub(r"<style.*?</style>", "", page, flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", without_style).split()), output.getvalue()
+
+
+# --- the table of sources
+
+
+def test_source_is_told_with_all_of_its_errors():
+    table = source_table([source()], result(truth=()))
+    [row] = table.rows
+    assert len(row) == len(table.columns)
+    text = " | ".join(row)
+    for words in ("28.10 ± 0.11, 29.90 ± 0.12", "11.63 px", "317.4 ± 0.6", "9.4 | 12.3", "44.4",
+                  "99.9 ± 4.4 ± 8.8", "< 1e-6"):  # fmt: skip
+        assert words in text
+    assert "″" not in text
+    assert "truth" not in table.columns
+    assert table.notes == []
+
+
+def test_separation_is_in_arcsec_where_the_scale_is_known():
+    [row] = source_table([source()], result(truth=(), pixel_scale=0.1)).rows
+    assert "11.63 px = 1.163″" in row
+
+
+def test_truth_stands_beside_what_was_found_and_what_was_missed_below():
+    table = source_table([source(), source(2, 35.0, 5.0)], result())
+    assert table.columns[-1] == "truth"
+    assert [row[-1] for row in table.rows] == ["28.00, 30.00; 100", "none: a false alarm"]
+    assert table.notes == ["Not found: the source of flux 50 at (y, x) = (10.0, 20.0)."]
+
+
+def test_nothing_found_is_said():
+    assert source_table([], result(truth=())).notes == ["No peak is high enough."]
+    assert len(source_table([], result()).notes) == len(TRUTH)
+
+
+@pytest.mark.parametrize(("offset", "same"), [(4.5, True), (4.7, False)])
+def test_source_is_the_known_one_within_one_fwhm(offset, same):
+    made = result(truth=TRUTH[:1])
+    assert made.of.fwhm_px == pytest.approx(4.6, abs=0.05)
+    assert (known(source(y=28.0 + offset, x=30.0), made) != "none: a false alarm") == same
+
+
+def test_nearest_of_the_known_ones_is_named():
+    assert known(source(y=10.5, x=20.5), result()) == "10.00, 20.00; 50"
+
+
+# --- summary and page
+
+
+def test_summary_names_stack_frames_and_method(tmp_path):
+    made = result()
+    found = search(made, source())
+    told = summary(made, found)
+    assert told["stack"] == "synthetic, seed 0"
+    assert told["frames"] == f"{FRAMES} of {HEIGHT} x {WIDTH} px"
+    assert told["method"] == "PACO, exact, shrinkage paco"
+    assert told["sources"] == "1"
+    assert told["highest SNR"] == f"{np.nanmax(found.maps.snr):.2f}"
+    for name in ("c", "a", "p"):
+        (tmp_path / name).write_bytes(b"x")
+    files: dict[str, Any] = {key: str(tmp_path / key[0]) for key in ("cube", "angles", "psf")}
+    assert summary(result(**files), found)["stack"] == str(tmp_path / "c")
+
+
+def test_page_holds_numbers_caveats_and_figures(tmp_path):
+    made = result(drop=3, contrast=curve(), pixel_scale=0.05)
+    text, console = written(made, search(made, source(), caveats=("12 frames are few",)), tmp_path)
+    for words in (
+        "11 of 12", "60.0 degrees", "median 0.125, 0.125 to 0.500", "4.6", "5.0e-04", "2.0e-03", "12 frames are few",
+        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "injections in 8 directions", "99.9 ± 4.4 ± 8.8",
+    ):  # fmt: skip
+        assert words in text
+    assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
+        "detection_maps", "null_distribution", "null_by_radius", "contrast_curve", "frames",
+    }  # fmt: skip
+    assert "99.9 ± 4.4 ± 8.8" in console
+    assert "Not found: the source of flux 50" in console
+
+
+def test_null_is_judged_outside_of_one_fwhm(tmp_path, undrawn):
+    """Its spread and highest value are those of the map where the field rotates out of itself."""
+    made = result(truth=())
+    found = search(made)
+    y, x = np.indices((HEIGHT, WIDTH))
+    outside = np.hypot(y - CENTRE[0], x - CENTRE[1]) > made.of.fwhm_px
+    snr = np.where(outside, found.null.snr, 77.0)
+    values = snr[outside & np.isfinite(snr)]
+    section = adi_report.null_section(made, replace(found, null=replace(found.null, snr=snr)), tmp_path)
+    assert f"standard deviation is {values.std():.2f}" in section.text
+    assert f"highest value is {values.max():.2f}" in section.text
+
+
+def test_no_ring_is_said_and_no_curve_is_left_out(tmp_path, undrawn):
+    made = result()
+    found = search(made)
+    empty = adi_report.contrast_section(made, found, curve(0), tmp_path)
+    assert "no contrast curve" in empty.text
+    assert list(empty.figures) == []
+    text, _ = written(made, found, tmp_path)
+    assert "Limits" not in text
+    assert not (tmp_path / "figures" / "contrast_curve.png").exists()
+
+
+def test_calibrated_snr_is_shown_where_it_decides(tmp_path, undrawn):
+    made = result()
+    made = replace(made, config=validate(DetectConfig, {"search": {"snr": "calibrated", "threshold": 4}}))
+    found = search(made, source())
+    shown = []
+    original = adi_report.adi_figures.detection_maps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            adi_report.adi_figures, "detection_maps",
+            lambda *arguments, **named: shown.append(named["snr_calibrated"]) or original(*arguments, **named),
+        )  # fmt: skip
+        section = adi_report.source_section(made, found, source_table([], made), tmp_path)
+    np.testing.assert_array_equal(shown[0], found.snr_calibrated)
+    assert "at least 4" in section.text
+    assert "empirical null" in section.text
+
+
+def test_circle_follows_the_source_through_the_frames(tmp_path, monkeypatch, undrawn):
+    """The place in a frame is core.geometry's, of the frames that are left."""
+    made = result(drop=0)
+    seen = []
+    monkeypatch.setattr(adi_report.adi_figures, "frames_strip", lambda *arguments: seen.append(arguments))
+    adi_report.stack_section(made, search(made, source()), tmp_path)
+    cube, angles, centre, places, n = seen[0]
+    assert len(cube) == len(angles) == FRAMES - 1
+    assert centre == CENTRE
+    shown = adi_report.adi_figures.shown_frames(len(angles), n)
+    y, x = frame_position(*(jnp.asarray(v) for v in (28.1, 29.9, angles[shown], CENTRE)))
+    np.testing.assert_allclose(places, np.stack([y, x], -1), atol=1e-4)
+
+
+# --- several wavelengths
+
+
+def test_page_of_several_wavelengths_tells_how_they_are_combined(tmp_path, undrawn):
+    made = result(channels=3)
+    text, _ = written(made, search(made, source()), tmp_path)
+    for words in (
+        "Spectra", "3 channels together", "spectrum is flat", "0.62 at 7 px", "0.25 at 15 px", "A&amp;A 637, A9",
+        "3 of 3, 1 to 1.2", "middle channel, 1.1",
+    ):  # fmt: skip
+        assert words in text
+    assert "trials" not in text
+    assert (tmp_path / "figures" / "spectra.png").exists()
+
+
+def test_page_of_one_wavelength_says_nothing_of_spectra(tmp_path, undrawn):
+    made = result()
+    text, _ = written(made, search(made, source()), tmp_path)
+    for words in ("Spectra", "channel", "A&amp;A 637"):
+        assert words not in text
+    assert not (tmp_path / "figures" / "spectra.png").exists()
+
+
+def test_trials_of_a_set_of_spectra_are_told(tmp_path, undrawn):
+    made = result(channels=3)
+    templates = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    text, _ = written(made, search(made, source(), templates=templates), tmp_path)
+    assert "count 2 trials" in text
+    assert "the best of 2 spectra everywhere" in text
+    assert "spectrum is given" in text
+
+
+def test_a_source_of_another_spectrum_is_told(tmp_path, undrawn):
+    made = result(channels=3)
+    found = search(made, source(), source(2, 35.0, 5.0))
+    text, _ = written(made, found, tmp_path)
+    assert "does not have the spectrum" not in text
+    found.spectra[1] = replace(found.spectra[1], template_probability=1e-4)
+    text, _ = written(made, found, tmp_path)
+    assert "Source 2 does not have the spectrum" in text
+
+
+def test_known_spectrum_is_that_of_the_injected_source_nearby():
+    made = result(channels=3)
+    known_one, none = adi_report.known_spectra([source(), source(2, 35.0, 5.0)], made)
+    assert known_one is not None
+    np.testing.assert_allclose(known_one, [50.0, 100.0, 150.0])
+    assert none is None
+    assert adi_report.known_spectra([source()], replace(made, spectrum=None)) == [None]
