@@ -1,0 +1,1 @@
+"""Typed configs and the `_target_` nodes that they may build."""

@@ -13,15 +13,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Strict, ValidationError, create_model
 
 from pulmo_jax.config.section import Node, Section, describe_errors
-from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.types import InputError
 
-# What the program itself gives to the targets of these groups; a config may not set it.
+# Arguments that the program may supply to the targets of a group, where their signatures have them and no default of
+# their own is meant to be set by a config.
 GIVEN = {
     "model": ("patch_size", "channels", "rngs"),
-    "method": ("network", "n_landmarks", "mirror", "shapes", "seed", "n_classes", "normal", "class_weights"),
+    "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
     "optimizer": ("steps",),
-    "callbacks": (),
 }
 # Where the program's own targets lie. A config, which may come with a run of somebody else's, calls nothing beyond.
 HOMES = {
@@ -30,37 +29,74 @@ HOMES = {
     "optimizer": ("pulmo_jax.training.optimizers",),
     "callbacks": ("pulmo_jax.training.callbacks", "pulmo_jax.reporting.callbacks"),
 }
+# Arguments that only the program can supply. Others that it offers, such as a seed, a config may set.
+GIVEN = {
+    "model": ("patch_size", "channels", "rngs"),
+    "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
+    "optimizer": ("steps",),
+}
 
 
 def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any:
-    """What a `_target_` node describes, called with its keys and with what the program gives.
+    """Calls what a `_target_` node names, with the node's keys and with those of `given` that its signature has.
 
-    Raises InputError if the target lies outside the group's home and the listed plugins, or if a key is unknown, of the
-    wrong type or out of range. Nothing is imported before that check.
+    Args:
+        node: `_target_` and its arguments.
+        where: Key of the node in the config; its first part is the group.
+        plugins: Packages of the user's that may be imported.
+        **given: Arguments that the program offers, to targets whose signatures have them.
+
+    Raises:
+        InputError: The target lies outside the group's home and the listed plugins, or a key is unknown, of the wrong
+            type or out of range. Nothing is imported before the first check.
     """
     target = find_target(node, where, plugins)
-    return target(**check_arguments(target, node, where, given), **given)
+    arguments = check_arguments(target, node, where)
+    offered = {name: value for name, value in given.items() if name in parameters_of(target) and name not in node}
+    return target(**arguments | offered)
 
 
-def check_nodes(config: TrainConfig) -> None:
-    """Judge every `_target_` node without building it. Raises InputError."""
-    given = {**GIVEN, "method": ("network",)}
-    for group in ("model", "method", "optimizer"):
-        check_node(getattr(config, group), group, config.plugins, given[group])
-    for name, node in config.callbacks.items():
-        check_node(node, f"callbacks.{name}", config.plugins)
+def check_node(node: Node, where: str, plugins: tuple[str, ...], required: Iterable[str] = ()) -> None:
+    """Validates a node without building it.
+
+    Args:
+        required: Arguments from the program without which a target does not belong to this group.
+
+    Raises:
+        InputError: As `build`.
+    """
+    target = find_target(node, where, plugins)
+    missing = [name for name in required if name not in parameters_of(target)]
+    if missing:
+        group = group_of(where)
+        raise InputError(f"{where}._target_={node['_target_']}: takes no {', '.join(missing)}, so it is no {group}")
+    check_arguments(target, node, where)
 
 
-def check_node(node: Node, where: str, plugins: tuple[str, ...], given: Iterable[str] = ()) -> None:
-    """given: what the program will call the target with. Raises InputError."""
-    check_arguments(find_target(node, where, plugins), node, where, given)
+def group_of(where: str) -> str:
+    return where.split(".")[0]
+
+
+def parameters_of(target: Any) -> dict[str, inspect.Parameter]:
+    """The named parameters of a class or function, inherited ones and a dataclass's fields too."""
+    function = function_of(target)
+    parameters = list(inspect.signature(function).parameters.values()) if function else []
+    own = parameters[1:] if inspect.isclass(target) else parameters  # without self
+    return {p.name: p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def function_of(target: Any) -> Any:
+    """What a call of the target runs: of a class `__init__` or, as in a NamedTuple, `__new__`; None without either."""
+    if not inspect.isclass(target):
+        return target
+    return next((f for f in (target.__init__, target.__new__) if inspect.isfunction(f)), None)
 
 
 def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
     name = node.get("_target_")
     if not isinstance(name, str) or "." not in name:
         raise InputError(f"{where}._target_ is {name!r}; it must name a class or function, as package.module.Name")
-    homes, package = HOMES[where.split(".")[0]], name.split(".")[0]
+    homes, package = HOMES[group_of(where)], name.split(".")[0]
     if package not in plugins and not name.startswith(tuple(f"{home}." for home in homes)):
         hint = "" if package == "pulmo_jax" else f"; if it is yours, add plugins=[{package}]"
         raise InputError(
@@ -77,16 +113,15 @@ def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
     return target
 
 
-def argument_schema(target: Any, given: Iterable[str]) -> type[BaseModel]:
-    """A pydantic model of what a config may set: the target's annotated parameters less what the program gives."""
-    function = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name == "self" or name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[name] = (strictly(hints.get(name, Any)), default)
+def argument_schema(target: Any, group: str) -> type[BaseModel]:
+    """A pydantic model of what a config may set: the target's parameters less those that only the program supplies."""
+    function = function_of(target)
+    hints = typing.get_type_hints(function, include_extras=True) if function else {}
+    fields: dict[str, Any] = {
+        name: (strictly(hints.get(name, Any)), ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in parameters_of(target).items()
+        if name not in GIVEN.get(group, ())
+    }
     return create_model(getattr(target, "__name__", "target"), __base__=Section, **fields)
 
 
@@ -96,13 +131,8 @@ def strictly(annotation: Any) -> Any:
     return Annotated[annotation, Strict()] if base in (int, float, bool) else annotation
 
 
-def check_arguments(target: Any, node: Node, where: str, given: Iterable[str]) -> dict[str, Any]:
-    parameters = inspect.signature(target).parameters
-    refused = [name for name in given if name not in parameters]
-    if refused and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        group = where.split(".")[0]
-        raise InputError(f"{where}._target_={node['_target_']}: takes no {', '.join(refused)}, so it is no {group}")
-    schema = argument_schema(target, GIVEN[where.split(".")[0]])
+def check_arguments(target: Any, node: Node, where: str) -> dict[str, Any]:
+    schema = argument_schema(target, group_of(where))
     values = {key: value for key, value in node.items() if key != "_target_"}
     try:
         checked = schema.model_validate(values)

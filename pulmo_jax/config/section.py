@@ -47,6 +47,10 @@ def _is_regex(value: str) -> str:
 
 
 Regex = Annotated[str, AfterValidator(_is_regex)]
+IMAGES = "images"  # marks a path: a folder of images, or a store of them
+INPUT = "input"  # an image too
+ImageFolder = Annotated[PathLike, IMAGES]
+ImageInput = Annotated[PathLike, INPUT]
 RunFolder = Annotated[PathLike, AfterValidator(_is_run)]
 Node = dict[str, Any]
 VALUES_OF = {"centre": "[Y,X]", "planets": "[[Y,X,FLUX],...]"}  # of lists that are no range

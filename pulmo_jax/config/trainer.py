@@ -1,4 +1,4 @@
-"""The trainer's and the cluster's keys, which every training shares."""
+"""The keys of the loop and of the cluster, which every training has; a task sets its own defaults."""
 
 from pydantic import Field, model_validator
 
@@ -6,18 +6,19 @@ from pulmo_jax.config.section import Float, Int, PathLike, Section
 
 
 class TrainerConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     steps: Int = Field(default=1000, ge=1, description="training steps, one batch each")
-    batch_size: Int = Field(default=64, ge=1, description="patches in a batch")
+    batch_size: Int = Field(default=64, ge=1, description="examples in a batch, over all devices")
     log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: Int = Field(default=100, ge=1, description="steps between validations")
-    validation_patches: Int = Field(
-        default=512, ge=1, description="fixed patches on which the validation loss is measured"
-    )
     checkpoint_every: Int = Field(default=200, ge=1, description="steps between checkpoints")
-    ema_decay: Float = Field(default=0.99, ge=0, lt=1, description="of the averaged parameters that inference uses")
-    compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
+    ema_decay: Float = Field(
+        default=0.99, ge=0, lt=1, description="decay of the moving average of the parameters, which inference uses"
+    )
+    compile_cache: PathLike | None = Field(
+        default=None, description="folder of the XLA compilation cache; null: in the user's cache"
+    )
 
 
 class ClusterConfig(Section):
@@ -26,8 +27,8 @@ class ClusterConfig(Section):
     coordinator: str | None = Field(
         default=None, description="HOST:PORT of the first process; auto: ask SLURM or Open MPI; null: one process"
     )
-    processes: Int | None = Field(default=None, ge=1, description="how many there are; null: as the scheduler says")
-    process: Int | None = Field(default=None, ge=0, description="which this one is; null: as the scheduler says")
+    processes: Int | None = Field(default=None, ge=1, description="number of processes; null: from the scheduler")
+    process: Int | None = Field(default=None, ge=0, description="index of this process; null: from the scheduler")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ClusterConfig":

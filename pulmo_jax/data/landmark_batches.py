@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float, Int
 
-from pulmo_jax.data.pipeline import CellBatches, MapDataset, grain
+from pulmo_jax.data.pipeline import CellBatches, MapDataset, RowShare, grain
 
 Batch = tuple[np.ndarray, np.ndarray]  # (B, S, S), (B, K, 2)
 
@@ -24,11 +24,17 @@ class ReadLandmarks(grain.MapTransform):
 
 
 def shuffled_batches(
-    images: Float[np.ndarray, "N S S"], points: Float[np.ndarray, "N K 2"], batch_size: int, seed: int
+    images: Float[np.ndarray, "N S S"],
+    points: Float[np.ndarray, "N K 2"],
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> MapDataset:
-    """Endlessly many; every epoch in an order of its own."""
+    """Endlessly many batches, or a process's share of the rows of each; every epoch in an order of its own."""
     rows = np.arange(len(images), dtype=np.int32)[:, None]
-    batches = cast(grain.RandomAccessDataSource, CellBatches(rows, batch_size, seed))
+    all_rows = CellBatches(rows, batch_size, seed)
+    batches = cast(grain.RandomAccessDataSource, RowShare(all_rows, batch_size, process_index, process_count))
     return MapDataset.source(batches).map(ReadLandmarks(images, points))
 
 

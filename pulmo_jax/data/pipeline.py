@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from absl import flags
@@ -132,6 +132,29 @@ class CellBatches:
 @lru_cache(maxsize=8)
 def permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, "N"]:
     return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """Element k is one process's consecutive share of the rows of batch k; side by side the shares are the batch.
+
+    Raises InputError on creation where the rows cannot be divided evenly.
+    """
+
+    batches: Any
+    batch_size: int
+    process_index: int
+    process_count: int
+
+    def __post_init__(self) -> None:
+        shares(self.batch_size, self.process_count)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> Int[np.ndarray, "b A"]:
+        share = self.batch_size // self.process_count
+        return self.batches[k][self.process_index * share : (self.process_index + 1) * share]
 
 
 @dataclass(frozen=True)

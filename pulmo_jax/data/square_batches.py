@@ -10,7 +10,7 @@ from scipy.ndimage import binary_opening
 
 from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.data.letterbox import into_square, letterbox_of, to_gray
-from pulmo_jax.data.pipeline import CellBatches, MapDataset, grain
+from pulmo_jax.data.pipeline import CellBatches, MapDataset, RowShare, grain
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.scratch import Scratch
 from pulmo_jax.data.transforms import resize_bands
@@ -124,5 +124,14 @@ def member_rows(training: Sequence[Int[np.ndarray, "_"]], batch_size: int, seeds
     return MemberRows([CellBatches(rows[:, None].astype(np.int32), batch_size, seed) for rows, seed in parts])
 
 
-def member_batches(squares: Squares, labels: Int[np.ndarray, "N"], rows: MemberRows) -> MapDataset:
-    return MapDataset.source(cast(grain.RandomAccessDataSource, rows)).map(ReadSquares(squares.stack, labels))
+def member_batches(
+    squares: Squares,
+    labels: Int[np.ndarray, "N"],
+    rows: MemberRows,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> MapDataset:
+    """Batches for all networks, or a process's share of the rows of each."""
+    share = RowShare(rows, batch_size, process_index, process_count)
+    return MapDataset.source(cast(grain.RandomAccessDataSource, share)).map(ReadSquares(squares.stack, labels))

@@ -128,6 +128,10 @@ class GaussianAnomaly:
         self.method.caveats(counted)
         return self.method.finish(counted)
 
+    def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
+        """The mean squared Mahalanobis distance of each image's patches."""
+        return self.maps(params, batch[0]).mean((1, 2))
+
     def maps(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
         return self.method.residual(params, zscore(images)[..., None])[..., 0]
 

@@ -20,6 +20,10 @@ class Classifier(Protocol):
 
     def logits(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B classes"]: ...
 
+    def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
+        """Of every image; the mean over them is what early stopping and the choice of a checkpoint go by."""
+        ...
+
     def saliency(self, params: Params, images: Float[Array, "B S S"], which: Int[Array, "B"]) -> Float[Array, "B S S"]:
         """How much each place speaks for the class `which` of its image; 0 or more, in units of its own."""
         ...
@@ -32,10 +36,6 @@ class Descended(Classifier, Protocol):
     def init(self, key: Key[Array, ""]) -> Params: ...
 
     def train_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]: ...
-
-    def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
-        """Of every image; the mean over them is what early stopping and the choice of a checkpoint go by."""
-        ...
 
 
 @runtime_checkable

@@ -1,10 +1,11 @@
 """The Protocols of the landmark methods, and what they answer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 Params = PyTree[Any]
 
@@ -17,6 +18,25 @@ class Located(NamedTuple):
 
     points: Float[Array, "B K 2"]
     covariance: Float[Array, "B K 2 2"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Landmarks of images, in px of each image.
+
+    Attributes:
+        points: (y, x).
+        covariance: Calibrated, px^2.
+        std: Of a coordinate: root of the mean of its two variances, px.
+        low: Landmarks of low quality.
+        surprise: How unlike the training images each image is, nats.
+    """
+
+    points: Float[np.ndarray, "N K 2"]
+    covariance: Float[np.ndarray, "N K 2 2"]
+    std: Float[np.ndarray, "N K"]
+    low: Bool[np.ndarray, "N K"]
+    surprise: Float[np.ndarray, "N"]
 
 
 @runtime_checkable

@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
-import numpy as np
-from jaxtyping import Float
-from matplotlib.figure import Figure
 from pydantic import Field
 
 from pulmo_jax.reporting import figures
@@ -17,23 +14,8 @@ from pulmo_jax.training.callbacks import Event, Start
 PROFILE_FIGURE = "profile"  # its name among the run's figures
 
 
-def patch_grid(patches: Float[np.ndarray, "B P P C"], rebuilt: Float[np.ndarray, "B P P C"], title: str) -> Figure:
-    """Patches above their reconstructions, normalised 0 to 1."""
-    with figures.style():
-        figure = Figure(figsize=(figures.TEXT_WIDTH_IN, 2.2), layout="constrained")
-        figure.suptitle(title)
-        panels = figure.subplots(2, len(patches), squeeze=False)
-        for row, name, images in zip(panels, ("input", "output"), (patches, rebuilt), strict=True):
-            row[0].set_ylabel(name)
-            for axes, image in zip(row, images, strict=True):
-                shown = np.clip(image if image.shape[-1] == 3 else image.mean(axis=-1), 0, 1)
-                axes.imshow(shown, cmap="gray", vmin=0, vmax=1)
-                axes.set(xticks=[], yticks=[])
-    return figure
-
-
-class Reconstructions:
-    """figures/training/step_N.png: validation patches and their reconstructions, as training goes on."""
+class ProgressFigures:
+    """figures/training/step_N.png: what the model makes of validation data, as training goes on; the task draws it."""
 
     def __init__(self, every: Annotated[int, Field(ge=1, description="steps between figures")] = 500):
         self.every = every
@@ -43,9 +25,7 @@ class Reconstructions:
 
     def on_event(self, event: Event) -> None:
         if event.last or event.step % self.every == 0:
-            patches = self._start.examples
-            rebuilt = np.asarray(self._start.reconstruct(event.state, patches))
-            figure = patch_grid(patches, rebuilt, f"validation patches, step {event.step}")
+            figure = self._start.draw(event.state)
             figures.save(figure, self._start.run_dir / "figures" / "training", f"step_{event.step:06d}")
 
     def on_end(self) -> None:

@@ -1,33 +1,210 @@
-"""What every training job does around its loop: nothing is overwritten, nothing is lost, every end is told."""
+"""The frame of every training: refuse or resume, learn, keep the checkpoint that the task asks for."""
 
+import itertools
+import math
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
+import jax
 from jax.sharding import Mesh
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from pulmo_jax.config.section import Node
-from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.config.nodes import build
-from pulmo_jax.host.resources import running_out_names
+from pulmo_jax.config.section import Node
+from pulmo_jax.config.trainer import ClusterConfig
+from pulmo_jax.data.pipeline import MapDataset, iterate
+from pulmo_jax.host.files import write_json
+from pulmo_jax.host.resources import require, running_out_names
+from pulmo_jax.runs.directory import provenance, save_config, unseal
+from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Callback, Start
-from pulmo_jax.training.checkpoint import Checkpoints, DamagedError, Record
+from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
+from pulmo_jax.training.program import Program
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
+NOT_FIRST = math.nan  # the objective, in all processes but the first
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What the loop needs of a task. A method that is fitted at once learns in one step.
+
+    Attributes:
+        state: Before the first step.
+        compile: (state, first batch) -> the step's program.
+        batches: Element k is the batch of step k + 1, or this process's share of its rows.
+        steps: Number of the last step.
+        validate: Validation loss of a state, which is on all devices of the mesh.
+        identity: What a resumed run must share with the run that it continues, in comparable form.
+        files_of: Names of the files in the batch of a step, which counts from 1.
+        examples_per_step: Examples in a batch, for the progress bar.
+        unit: What an example is.
+        remedy: What to do if memory runs out.
+        reading: Arguments of `iterate`: threads, prefetch, workers.
+        mesh: The devices.
+        draw: A figure of what a state does, for the figures in progress.
+        keep: Which checkpoint becomes the run: that with the lowest validation loss, or the last.
+        validate_every: Steps between validations; None: as the config says.
+        as_written: The shapes of the parameters follow from the data, and are read from the checkpoint.
+    """
+
+    state: TrainState
+    compile: Callable[[TrainState, Any], Program]
+    batches: MapDataset | Sequence[Any]
+    steps: int
+    validate: Callable[[TrainState], float]
+    identity: Mapping[str, Any]
+    files_of: Callable[[int], list[str]]
+    examples_per_step: int
+    unit: str
+    remedy: str
+    reading: Mapping[str, int]
+    mesh: Mesh
+    draw: Callable[[TrainState], Figure]
+    keep: Literal["best", "last"] = "best"
+    validate_every: int | None = None
+    as_written: bool = False
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The outcome of the loop.
+
+    Attributes:
+        state: Of the kept checkpoint, on this process's first device.
+        step: Its step.
+        val_loss: Its validation loss.
+        facts: For metrics.json: steps, early stopping, seconds by activity.
+    """
+
+    state: TrainState
+    step: int
+    val_loss: float
+    facts: dict[str, Any]
+
+    def timed(self, reading_s: float, total_s: float) -> "Learned":
+        """With the seconds that reading the data and the whole training took."""
+        seconds = {"reading images": reading_s, **self.facts["seconds"]}
+        return replace(self, facts=self.facts | {"training_s": round(total_s, 1), "seconds": seconds})
+
+
+def connect(cluster: ClusterConfig) -> None:
+    devices.connect(cluster.coordinator, cluster.processes, cluster.process)
+
 
 def refuse_or_resume(run_dir: Path, resume: bool) -> None:
-    """A finished or broken-off run is never overwritten."""
+    """Raises InputError if the directory holds a run that is not to be resumed."""
     if not resume and Checkpoints(run_dir / "checkpoints", read_only=True).steps():
         raise InputError(
-            f"{run_dir} already holds a run; resume=true goes on with it, hydra.run.dir=DIR starts another elsewhere"
+            f"{run_dir} already holds a run; resume=true continues it, hydra.run.dir=DIR starts another elsewhere"
         )
+
+
+def start(
+    learning: Learning, config: Any, records: Mapping[str, Any], citation: str, place: Place
+) -> tuple[TrainState, Record]:
+    """The state to start from, with its record; writes what the run is made with.
+
+    Raises InputError, before anything is overwritten, if config or data differ from those of the run to resume.
+    """
+    state, before = restore_last(place.run_dir / "checkpoints", learning, place.console)
+    unseal(place.folder)
+    save_config(config, place.folder / "config.yaml")
+    for name, content in records.items():
+        write_json(place.folder / name, content)
+    write_json(place.folder / "run.json", {"citation": citation, **provenance()})
+    return state, before
+
+
+def learn(learning: Learning, state: TrainState, before: Record, config: Any, place: Place) -> Learned | None:
+    """Runs the loop from `state` on. None in all processes but the first, which goes on alone.
+
+    Exits with the signal's status if one asked for a stop.
+    """
+    began, first = time.monotonic(), devices.is_first()
+    callbacks = build_callbacks(config.callbacks, config.plugins)
+    with (
+        Checkpoints(place.run_dir / "checkpoints", read_only=not first) as checkpoints,
+        closing(read_ahead(learning, int(state.step))) as shares,
+        running_out_names("training", learning.remedy),
+    ):
+        begins = Start(
+            run_dir=place.folder,
+            step=int(state.step),
+            steps=int(state.step) if before.stopped else learning.steps,
+            batch_size=learning.examples_per_step,
+            console=place.console,
+            checkpoints=checkpoints,
+            identity=learning.identity,
+            draw=learning.draw,
+            val_losses=before.val_losses,
+            files_of=learning.files_of,
+            unit=learning.unit,
+        )
+        state = devices.on_all(state, learning.mesh)
+        batches = (devices.divided(share, learning.mesh) for share in shares)
+        batches, step = compiled(learning, state, batches) if begins.step < begins.steps else (batches, no_step)
+        compiled_at = time.monotonic()
+        outcome = fit(
+            state,
+            step,
+            batches,
+            learning.validate,
+            callbacks,
+            begins,
+            log_every=config.trainer.log_every,
+            validate_every=learning.validate_every or config.trainer.validate_every,
+            agreed=devices.agreed,
+        )
+        stop_if_interrupted(outcome, place.run_dir, place.console)
+        devices.disconnect()
+        if not first:
+            return None
+        here = devices.here(outcome.state)
+        last = checkpoints.restore_newest(here, as_written=learning.as_written) if learning.keep == "last" else None
+        kept, record, damaged = last or checkpoints.restore_best(here, as_written=learning.as_written)
+    tell_damage(damaged, place.console)
+    assert record.val_loss is not None  # the last one, and the best of those that have one
+    facts = {
+        "steps": int(outcome.state.step),
+        "stopped_early": before.stopped or outcome.stopped or "no",
+        "best_step": record.step,
+        "best_val_loss": record.val_loss,
+        "seconds": {"compiling": compiled_at - began, **outcome.seconds},
+    }
+    return Learned(kept, record.step, record.val_loss, facts)
+
+
+def read_ahead(learning: Learning, step: int) -> Any:
+    if isinstance(learning.batches, MapDataset):
+        return iterate(learning.batches, step, **learning.reading)
+    return (batch for batch in learning.batches[step:])
+
+
+def compiled(
+    learning: Learning, state: TrainState, batches: Iterator[Any]
+) -> tuple[Iterator[Any], Callable[[TrainState, Any], Any]]:
+    """The batches again, and the step compiled for them. Raises InputError if memory does not suffice."""
+    batch = next(batches)
+    program = learning.compile(state, batch)
+    ahead = learning.reading.get("prefetch", 0) + 2  # one on the device, one on its way there
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch)) // jax.process_count()
+    needed = program.temporary_bytes + size * ahead
+    require(needed, f"a step of {learning.examples_per_step} {learning.unit}", learning.remedy)
+    return itertools.chain([batch], batches), program.step
+
+
+def no_step(state: TrainState, batch: Any) -> Any:
+    raise AssertionError("the run that is resumed has taken all its steps")
 
 
 def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list[Callback]:
@@ -39,13 +216,12 @@ def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list
     return callbacks
 
 
-def restore_last(
-    folder: Path, fresh: TrainState, identity: dict[str, Any], console: Console
-) -> tuple[TrainState, Record]:
-    """The newest checkpoint that is whole, or the fresh state. Raises InputError where config or data have changed."""
+def restore_last(folder: Path, learning: Learning, console: Console) -> tuple[TrainState, Record]:
+    """The newest intact checkpoint, or the fresh state. Raises InputError if config or data have changed."""
+    fresh, identity = learning.state, learning.identity
     with devices.first_then_others(), Checkpoints(folder, read_only=not devices.is_first()) as checkpoints:
-        found = checkpoints.restore_newest(fresh)
-    state, record, damaged = found or (fresh, Record(0, None, [], identity), [])
+        found = checkpoints.restore_newest(fresh, as_written=learning.as_written)
+    state, record, damaged = found or (fresh, Record(0, None, [], dict(identity)), [])
     tell_damage(damaged, console)
     require_same(folder, record, identity)
     devices.require_same(record.step, f"the last checkpoint in {folder}; give all processes the same hydra.run.dir")
@@ -54,21 +230,13 @@ def restore_last(
     return state, record
 
 
-def require_same(folder: Path, record: Record, identity: dict[str, Any]) -> None:
+def require_same(folder: Path, record: Record, identity: Mapping[str, Any]) -> None:
     changed = [key for key, value in identity.items() if record.identity.get(key) != value]
     if changed:
         raise InputError(
             f"resume=true: {', '.join(changed)} differ from those of the run in {folder.parent}; "
             "give the same ones, or start anew with another hydra.run.dir"
         )
-
-
-def refuse_another(folder: Path, identity: dict[str, Any]) -> None:
-    """`restore_last`'s judgement of config and data, before anything of the run that is there is written over."""
-    checkpoints = Checkpoints(folder, read_only=True)
-    for step in reversed(checkpoints.steps()):
-        with suppress(DamagedError):
-            return require_same(folder, checkpoints.record(step), identity)
 
 
 def tell_damage(damaged: list[str], console: Console) -> None:
@@ -81,73 +249,5 @@ def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> No
     if outcome.stopped:
         console.print(outcome.stopped, highlight=False)
     if outcome.signum is not None:
-        console.print(f"go on with resume=true hydra.run.dir={run_dir}", highlight=False)
+        console.print(f"continue with resume=true hydra.run.dir={run_dir}", highlight=False)
         sys.exit(128 + outcome.signum)
-
-
-def descend(
-    fresh: TrainState,
-    step: Callable[[TrainState, Any], Any],
-    batches: MapDataset,
-    validate: Callable[[TrainState], float],
-    config: Any,
-    run_dir: Path,
-    console: Console,
-    *,
-    mesh: Mesh,
-    identity: dict[str, Any],
-    files_of: Callable[[int], list[str]],
-    images_in_batch: int,
-    threads: int,
-    prefetch: int,
-    remedy: str,
-    last: bool = False,
-) -> tuple[TrainState, Record, dict[str, Any]]:
-    """Step by step, from the newest checkpoint on if there is one: (state, its record, facts of the training).
-
-    The state is the one with the lowest validation loss, or the last one. config: of a job, with its trainer and its
-    callbacks. files_of: those of the batch of a step, from 0. remedy: what to do where memory runs out.
-    """
-    callbacks = build_callbacks(config.callbacks, config.plugins)
-    state, before = restore_last(run_dir / "checkpoints", fresh, identity, console)
-    with (
-        Checkpoints(run_dir / "checkpoints") as checkpoints,
-        closing(iterate(batches, int(state.step), threads=threads, prefetch=prefetch)) as rows,
-        running_out_names("training", remedy),
-    ):
-        start = Start(
-            run_dir=run_dir,
-            step=int(state.step),
-            steps=int(state.step) if before.stopped else config.trainer.steps,
-            batch_size=images_in_batch,
-            console=console,
-            checkpoints=checkpoints,
-            identity=identity,
-            examples=np.empty(0),
-            reconstruct=lambda _, examples: examples,
-            val_losses=before.val_losses,
-            files_of=lambda number: files_of(number - 1),
-            unit="images",
-        )
-        outcome = fit(
-            devices.on_all(state, mesh),
-            step,
-            (devices.divided(batch, mesh) for batch in rows),
-            lambda state: validate(devices.here(state)),
-            callbacks,
-            start,
-            log_every=config.trainer.log_every,
-            validate_every=config.trainer.validate_every,
-        )
-        stop_if_interrupted(outcome, run_dir, console)
-        here = devices.here(outcome.state)
-        found, record, damaged = (checkpoints.restore_newest(here) if last else None) or checkpoints.restore_best(here)
-    tell_damage(damaged, console)
-    assert record.val_loss is not None  # the last one, and the best of those that have one
-    facts = {
-        "steps": int(outcome.state.step),
-        "stopped_early": before.stopped or outcome.stopped or "no",
-        "val_loss": record.val_loss,
-        "seconds": dict(outcome.seconds),
-    }
-    return found, record, facts

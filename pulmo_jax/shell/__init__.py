@@ -1,0 +1,1 @@
+"""The command line: configs composed by Hydra and validated, help, errors, sweeps."""

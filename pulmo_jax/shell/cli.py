@@ -37,13 +37,14 @@ from pulmo_jax.host.console import SOME_FAILED, make_console
 from pulmo_jax.host.lock import claim, in_use
 from pulmo_jax.host.signals import Stopped, stepping_down, stoppable
 from pulmo_jax.shell.composing import (
-    SCHEMAS,
+    Command,
     checked,
+    command_line,
+    command_of,
     config_dir,
     defaults_of,
     explain,
     foreign_experiment,
-    primary_config,
     print_help,
 )
 from pulmo_jax.shell.sweep import (
@@ -111,17 +112,20 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
     if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
         return fail(foreign)
     sys.argv[1:] = [re.sub(r"^output\.aligned=", "aligned=", argument) for argument in sys.argv[1:]]
-    primary = primary_config(verb, sys.argv[1:])
-    schema = SCHEMAS[primary]
-    ConfigStore.instance().store(name=f"{primary}_defaults", node=defaults_of(schema))
+    try:
+        command = command_line(verb, sys.argv[1:])
+    except InputError as error:
+        return fail(str(error))
+    schema = command.schema
+    ConfigStore.instance().store(name=f"{command.primary}_defaults", node=defaults_of(schema))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and this module alone decides what a person sees
     with ExitStack() as SWEEP.held:
         SWEEP.folder = None
         try:
             if {"--help", "-h"} & set(sys.argv[1:]):
-                print_help(verb, schema, examples)
+                print_help(command, examples)
             else:
-                launch(primary, job)
+                launch(command.primary, job)
             sys.stdout.flush()
             return end_sweep(None) if SWEEP.folder else fail(job.failures[-1]) if job.failures else 0
         except Exception as error:
@@ -193,7 +197,7 @@ class Job:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return self.in_sweep(raw, run_dir)
         try:
-            return self.task(checked(raw, schema_at_hand()), run_dir)
+            return self.task(checked(raw, command_of(self.verb, raw)), run_dir)
         except InputError as error:
             self.failures.append(str(error))
         except Exception as error:
@@ -205,14 +209,13 @@ class Job:
         return None
 
     def in_sweep(self, raw: DictConfig, folder: Path) -> float | None:
-        schema, hydra_config = schema_at_hand(), HydraConfig.get()
+        command, hydra_config = command_of(self.verb, raw), HydraConfig.get()
         sweep = Path(hydra_config.sweep.dir).absolute()
 
         def work(resume: bool) -> Any:
-            config = checked(raw, schema)
-            return self.task(
-                config.model_copy(update={"resume": True}) if resume and can_resume(schema) else config, folder
-            )
+            config = checked(raw, command)
+            again = resume and can_resume(command)
+            return self.task(config.model_copy(update={"resume": True}) if again else config, folder)
 
         def say(text: str) -> None:
             make_console().print(text, highlight=False, markup=False)
@@ -244,13 +247,8 @@ class Job:
         return objective
 
 
-def schema_at_hand() -> type[Section]:
-    """Of the primary config that Hydra has composed."""
-    return SCHEMAS[str(HydraConfig.get().job.config_name)]
-
-
-def can_resume(schema: type[Section]) -> bool:
-    return "resume" in schema.model_fields
+def can_resume(command: Command) -> bool:
+    return "resume" in command.schema.model_fields
 
 
 def stop_jobs(signum: int) -> None:
@@ -315,8 +313,8 @@ class CheckFirst(HydraCallback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with refusing(SCHEMAS[kwargs["config_name"]]):
-            checked(config, SCHEMAS[kwargs["config_name"]])
+        with refusing():
+            checked(config, command_of(config.hydra.job.name, config))
             alone = (
                 OmegaConf.select(config, "cluster.coordinator", default=None) is None
             )  # else helpers join a live run
@@ -324,38 +322,38 @@ class CheckFirst(HydraCallback):
                 raise InputError(sentence)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        schema = SCHEMAS[kwargs["config_name"]]
         if OmegaConf.select(config, "hydra.sweeper.sampler.seed", default=0) is None:
             config.hydra.sweeper.sampler.seed = 0  # or a search could not be gone on with
         if SWEEP.folder is None:
-            with refusing(schema):
-                for warning in judge_sweep(config, schema):
+            with refusing():
+                command = command_of(config.hydra.job.name, config)
+                for warning in judge_sweep(config, command):
                     print(f"warning: {warning}", file=sys.stderr)
-                begin_sweep(config, schema)
+                begin_sweep(config, command)
 
 
 @contextmanager
-def refusing(schema: type[Section]) -> Iterator[None]:
+def refusing() -> Iterator[None]:
     """What is wrong with the command ends the program, with its message and status."""
     try:
         yield
     except InputError as error:
         sys.exit(fail(str(error)))
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(fail(explain(error, schema)))
+        sys.exit(fail(explain(error)))
     except OSError as error:
         sys.exit(fail(f"{error.filename}: cannot be written ({error.strerror})"))
 
 
-def judge_sweep(config: DictConfig, schema: type[Section]) -> list[str]:
+def judge_sweep(config: DictConfig, command: Command) -> list[str]:
     """What is wrong with some of the combinations. Raises what is wrong with all of them, before any job begins."""
     loader, faults = GlobalHydra.instance().config_loader(), []
     combinations, whole = examples_of(config)
     for overrides in combinations:
         try:
-            checked(loader.load_sweep_config(config, list(overrides)), schema)
+            checked(loader.load_sweep_config(config, list(overrides)), command)
         except (InputError, HydraException, OmegaConfBaseException) as error:
-            text = str(error) if isinstance(error, InputError) else explain(error, schema)
+            text = str(error) if isinstance(error, InputError) else explain(error, command.schema)
             faults.append((f"{' '.join(overrides)}: {text.splitlines()[0]}", error))
     if faults and (len(faults) == len(combinations) or not isinstance(faults[0][1], InputError)):
         raise faults[0][1]
@@ -383,17 +381,17 @@ def corner(override: Override, last: bool) -> str:
     return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
-def begin_sweep(config: DictConfig, schema: type[Section]) -> None:
+def begin_sweep(config: DictConfig, command: Command) -> None:
     """Hold the sweep's folder. Raises InputError if it is taken, or holds jobs that must not be gone on with."""
     folder = Path(config.hydra.sweep.dir).absolute()
     if any(folder.glob(f"*/{RECORD}")) and not config.get("resume", False):
-        hint = "resume=true goes on with it, " if can_resume(schema) else ""
+        hint = "resume=true goes on with it, " if can_resume(command) else ""
         raise InputError(f"{folder} holds a sweep already; {hint}hydra.sweep.dir=DIR starts another elsewhere")
     SWEEP.held.enter_context(claim(folder))
     (folder / STOP).unlink(missing_ok=True)
     SWEEP.written = time.monotonic()
     SWEEP.folder, SWEEP.queued = folder, "slurm" in config.hydra.launcher._target_.lower()
-    SWEEP.go_on = f"hydra.sweep.dir={folder} resume=true" if can_resume(schema) else "another hydra.sweep.dir"
+    SWEEP.go_on = f"hydra.sweep.dir={folder} resume=true" if can_resume(command) else "another hydra.sweep.dir"
 
 
 def fail(message: str) -> int:

@@ -1,9 +1,12 @@
 """What Hydra composes for each verb: judged, explained where it is refused, and documented."""
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     InstantiationException,
@@ -13,33 +16,22 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
+from yaml import YAMLError
 
-from pulmo_jax.config.nodes import GIVEN, argument_schema, check_nodes, find_target
+from pulmo_jax.config.nodes import argument_schema, find_target
 from pulmo_jax.config.section import Section, allowed_keys, unknown_key, validate
-from pulmo_jax.config.verbs import EvaluateConfig, IngestConfig, PredictConfig
-from pulmo_jax.methods.classes import Classifier
-from pulmo_jax.methods.located import Locator
+from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.runs.paths import check_paths
-from pulmo_jax.tasks.anomalies.config import TrainConfig
-from pulmo_jax.tasks.classification.config import ClassifierConfig, check_classifier_nodes
-from pulmo_jax.tasks.landmarks.config import LandmarkConfig, check_landmark_nodes
-from pulmo_jax.tasks.point_sources.config import DetectConfig
+from pulmo_jax.runs.task import Task, find_task, task_names
 from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
-VERBS: dict[str, type[Section]] = {
-    "train": TrainConfig,
-    "predict": PredictConfig,
-    "evaluate": EvaluateConfig,
-    "detect": DetectConfig,
-    "ingest": IngestConfig,
-}
-TASKS = {"landmarks": "train", "classes": "train"}  # what else a verb does, by the `task` of an experiment
-SCHEMAS = VERBS | {"landmarks": LandmarkConfig, "classes": ClassifierConfig}  # by the name of the primary config
-METHODS: dict[type, type[Section]] = {Locator: LandmarkConfig, Classifier: ClassifierConfig}
+VERBS = ("train", "predict", "evaluate", "detect", "ingest")
+DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources"}  # without an experiment that names one
+GROUPS = ("model", "method", "optimizer", "callbacks")  # of `_target_` nodes
+OF_RUN = ("predict", "evaluate")  # verbs whose task is that of their run
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
-C = TypeVar("C", bound=Section)
 
 
 def config_dir() -> Path:
@@ -48,31 +40,87 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
-def checked(raw: DictConfig, schema: type[C]) -> C:
-    """The typed config of Hydra's, with every path and node of it judged. Raises InputError."""
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Attributes:
+        verb: train, predict, evaluate, detect or ingest.
+        task: The task that does it; None for ingest.
+    """
+
+    verb: str
+    task: Task | None
+
+    @property
+    def schema(self) -> type[Section]:
+        return IngestConfig if self.task is None else self.task.section(self.verb)
+
+    @property
+    def primary(self) -> str:
+        """The primary config: the task's own where an experiment chooses the task, else the verb's."""
+        return self.task.name if self.task is not None and self.verb in DEFAULT_TASKS else self.verb
+
+
+def command_of(verb: str, raw: DictConfig) -> Command:
+    """The command of a composed config."""
+    return find_command(verb, {key: OmegaConf.select(raw, key) for key in ("run", "task", "plugins")})
+
+
+def find_command(verb: str, values: Mapping[str, Any]) -> Command:
+    """The command of a verb, by the keys run, task and plugins. Raises InputError for an unknown task."""
+    if verb not in (*DEFAULT_TASKS, *OF_RUN):
+        return Command(verb, None)
+    plugins = tuple(values.get("plugins") or ())
+    name = values.get("task") or DEFAULT_TASKS.get(verb)
+    if verb in OF_RUN:
+        config = Path(str(values.get("run"))) / "config.yaml"
+        name = (task_of(config) if config.is_file() else None) or DEFAULT_TASKS["train"]
+    return Command(verb, find_task(str(name), plugins))
+
+
+def command_line(verb: str, arguments: list[str]) -> Command:
+    """The command that the arguments name, before Hydra has composed them: by run=, task=, plugins=, +experiment=."""
+    values: dict[str, Any] = {}
+    for file in experiment_files(arguments)[:1]:
+        content = OmegaConf.load(file)
+        values |= {key: content.get(key) for key in ("task", "plugins") if isinstance(content, DictConfig)}
+    for argument in arguments:
+        key, given, value = argument.lstrip("+").partition("=")
+        if given and key in ("run", "task", "plugins"):
+            values[key] = plain(value)
+    return find_command(verb, values)
+
+
+def plain(value: str) -> Any:
+    """The value of an override; a sweep's first."""
+    try:
+        override = OverridesParser.create().parse_override(f"key={value}")
+    except OverrideParseException:
+        return value
+    found = next(iter(override.sweep_iterator())) if override.is_sweep_override() else override.value()
+    return found if isinstance(found, list) else str(found)
+
+
+def checked(raw: DictConfig, command: Command) -> Any:
+    """The typed config of what Hydra composed: keys first, then paths, then the `_target_` nodes.
+
+    Raises:
+        InputError: Something in it cannot be used.
+    """
     ours = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "hydra"])
     try:
         values: Any = OmegaConf.to_container(ours, resolve=True)
         missing = sorted(OmegaConf.missing_keys(ours))
     except OmegaConfBaseException as error:
-        raise InputError(explain(error, schema)) from error
+        raise InputError(explain(error, command.schema)) from error
     if missing:
         raise InputError(f"{', '.join(missing)} must be given, as KEY=VALUE (--help lists all keys)")
-    config = validate(schema, values)
+    config = validate(command.schema, values)
     check_paths(config)
-    if isinstance(config, TrainConfig):
-        check_nodes(config)
-    if isinstance(config, LandmarkConfig):
-        check_landmark_nodes(config)
-    if isinstance(config, ClassifierConfig):
-        check_classifier_nodes(config)
+    if command.verb == "train" and command.task is not None:
+        command.task.training.check(config)
     return config
-
-
-def primary_config(verb: str, arguments: list[str]) -> str:
-    """The verb's own, or that of the task which the experiment names: its keys are others."""
-    task = next((task_of(file) for file in experiment_files(arguments)), None)
-    return str(task) if TASKS.get(str(task)) == verb else verb
 
 
 def experiment_files(arguments: list[str]) -> list[Path]:
@@ -84,19 +132,24 @@ def experiment_files(arguments: list[str]) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def task_of(experiment: Path) -> Any:
-    content = OmegaConf.load(experiment)
-    return content.get("task") if isinstance(content, DictConfig) else None
+def task_of(file: Path) -> str | None:
+    """The task that an experiment or a run's config.yaml names."""
+    try:
+        content = OmegaConf.load(file)
+    except (OSError, YAMLError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    name = content.get("task") if isinstance(content, DictConfig) else None
+    return None if name is None else str(name)
 
 
-def explain(error: Exception, schema: type[Section]) -> str:
+def explain(error: Exception, schema: type[Section] | None = None) -> str:
     """Hydra's message in at most two lines, with our list of keys where one is unknown."""
     text = str(error)
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if isinstance(error, ConfigCompositionException) and key:
         dotted = key.group(1).lstrip("+~")
         *path, _ = dotted.split(".")
-        allowed = allowed_keys(schema, path) or node_keys(path)
+        allowed = (allowed_keys(schema, path) if schema else []) or node_keys(path)
         return unknown_key(dotted, allowed) if allowed else f"unknown key {dotted}; --help lists all keys"
     if isinstance(error, OverrideParseException):
         hint = "quote special characters: \"key='value'\""
@@ -128,35 +181,46 @@ def node_keys(path: list[str]) -> list[str]:
     return []
 
 
-def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
-    """The schema's defaults as Hydra's base config; keys without one must be given ("???")."""
+def defaults_of(schema: type[BaseModel], given: BaseModel | None = None) -> dict[str, Any]:
+    """The schema's defaults, or the values `given`, as Hydra's base config; keys without any must be given ("???")."""
     values: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
-        annotation = field.annotation
+        annotation, default = field.annotation, getattr(given, name) if given else field.default
         if is_section(annotation):
-            values[name] = defaults_of(annotation)
-        elif not field.is_required():
-            values[name] = list(field.default) if isinstance(field.default, tuple) else field.default
+            values[name] = defaults_of(annotation, default if isinstance(default, BaseModel) else None)
+        elif given or not field.is_required():
+            values[name] = list(default) if isinstance(default, tuple) else default
         elif annotation not in (dict[str, Any], dict[str, dict[str, Any]]):  # those come from config groups
             values[name] = "???"
     return values
 
 
-def print_help(verb: str, schema: type[Section], examples: str) -> None:
-    """Options with type, default and meaning, generated from the schema."""
-    experiments = experiments_of(verb)
+def print_help(command: Command, examples: str) -> None:
+    """Keys with type, default and meaning, generated from the schema."""
+    verb, schema, experiments = command.verb, command.schema, experiments_of(command.verb)
     experiment = "[+experiment=NAME] " if experiments else ""
     print(f"usage: python -m pulmo_jax.{verb} {experiment}[key=value ...]\n\n{examples.strip()}\n")
     print_keys(schema, "")
-    for group in GIVEN:
+    for group in GROUPS:
         if group in schema.model_fields and not is_section(schema.model_fields[group].annotation):
-            print_group(group, schema)
+            print_group(group, command)
+    for other in others(command):
+        if other.section(verb).model_fields.keys() - schema.model_fields.keys() or verb == "evaluate":
+            print(f"\nA run of task={other.name} also has:")
+            print_keys(other.section(verb), "", besides=schema)
     if experiments:
         print(f"\nexperiments: {', '.join(experiments)}")
         print("\n--config-dir DIR  your own experiments and groups     --multirun, -m  a sweep: key=a,b,c")
-    if schema is not PredictConfig:
+    if verb != "predict":
         print("hydra.run.dir=DIR  where the results are written")
     print("--hydra-help  Hydra's own options")
+
+
+def others(command: Command) -> list[Task]:
+    """The other tasks whose runs a verb takes."""
+    names = [name for name in task_names() if command.task is None or name != command.task.name]
+    tasks = [find_task(name) for name in names] if command.verb in OF_RUN else []
+    return [task for task in tasks if command.verb in task.config.SECTIONS]
 
 
 def experiments_of(verb: str) -> list[str]:
@@ -178,34 +242,42 @@ def foreign_experiment(verb: str, arguments: list[str]) -> str | None:
     return None
 
 
-def print_keys(schema: type[BaseModel], prefix: str) -> None:
+def print_keys(
+    schema: type[BaseModel], prefix: str, given: BaseModel | None = None, besides: type[BaseModel] | None = None
+) -> None:
+    """The keys of a schema; given: values that replace its defaults; besides: a schema whose keys are left out."""
     for name, field in schema.model_fields.items():
-        annotation = field.annotation
+        annotation, default = field.annotation, getattr(given, name) if given else field.default
+        known = besides.model_fields.get(name) if besides else None
         if is_section(annotation):
-            print(f"\n{prefix}{name}: {(annotation.__doc__ or '').strip()}")
-            print_keys(annotation, f"{prefix}{name}.")
-        elif field.description:
-            default = "required" if field.is_required() else f"default {shown(field.default)}"
-            print(f"  {prefix + name:<38} {field.description} [{constraint(field)}{default}]")
+            below = known.annotation if known and is_section(known.annotation) else None
+            if below is annotation:
+                continue
+            if below is None:
+                print(f"\n{prefix}{name}: {(annotation.__doc__ or '').strip()}")
+            print_keys(annotation, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None, below)
+        elif field.description and known is None:
+            stated = f"default {shown(default)}" if given or not field.is_required() else "required"
+            print(f"  {prefix + name:<38} {field.description} [{constraint(field)}{stated}]")
 
 
-def print_group(group: str, schema: type[Section]) -> None:
-    """The keys of every choice of a config group, from the signatures of their targets."""
-    for file in sorted((config_dir() / group).glob("*.yaml")):
-        choice: Any = OmegaConf.to_container(OmegaConf.load(file))
-        parts = {f"{group}.{name}": node for name, node in choice.items() if name != "defaults"}
+def print_group(group: str, command: Command) -> None:
+    """The keys of every choice of a config group that the task lists, from the signatures of their targets."""
+    assert command.task is not None
+    for name in choices_of(group, command.task):
+        choice: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{name}.yaml"))
+        parts = {f"{group}.{key}": node for key, node in choice.items() if key != "defaults"}
         nodes = {group: choice} if "_target_" in choice else parts
         for where, node in nodes.items():
             target = find_target(node, where, ())
-            if group == "method" and task_of_method(target) is not schema:
-                continue
-            print(f"\n{where} ({group}={file.stem}): {node['_target_']}")
-            print_keys(argument_schema(target, GIVEN[group]), f"{where}.")
+            print(f"\n{where} ({group}={name}): {node['_target_']}")
+            print_keys(argument_schema(target, group), f"{where}.")
 
 
-def task_of_method(target: type) -> type[Section]:
-    """The schema of the jobs that a method is for."""
-    return next((schema for kind, schema in METHODS.items() if issubclass(target, kind)), TrainConfig)
+def choices_of(group: str, task: Task) -> Sequence[str]:
+    """The choices of a config group for a task; all, where it lists none."""
+    files = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+    return task.config.CHOICES.get(group, files)
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-import numpy as np
+from matplotlib.figure import Figure
 from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,7 +27,7 @@ class Start:
     """A run about to step.
 
     step: where it begins, above 0 when resumed; val_losses: those up to there. identity: stored with each checkpoint,
-    must agree on resuming. examples: a few validation patches; reconstruct: (state, patches) -> patches, compiled.
+    must agree on resuming. draw: what a state makes of some validation data.
     files_of: the files that the batch of a step was cut from. unit: what batch_size counts.
     """
 
@@ -38,8 +38,7 @@ class Start:
     console: Console
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
-    examples: np.ndarray
-    reconstruct: Callable[[TrainState, np.ndarray], np.ndarray]
+    draw: Callable[[TrainState], Figure]
     val_losses: Sequence[float] = ()
     files_of: Callable[[int], list[str]] = lambda step: []
     unit: str = "patches"

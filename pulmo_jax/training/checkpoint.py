@@ -149,28 +149,32 @@ class Checkpoints:
                 raise DamagedError(f"{folder}: the array {name} does not have the SHA-256 that it was written with")
         return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in wanted])
 
-    def restore_newest(self, like: TrainState) -> tuple[TrainState, Record, list[str]] | None:
+    def restore_newest(
+        self, like: TrainState, *, as_written: bool = False
+    ) -> tuple[TrainState, Record, list[str]] | None:
         """The newest checkpoint that is whole, with what is wrong with later ones; None if there is none at all.
 
         Damaged ones are set aside as damaged-STEP. Raises InputError if not a single one is whole.
         """
         self.wait()
-        return self._first_whole(self.steps()[::-1], like)
+        return self._first_whole(self.steps()[::-1], like, as_written)
 
-    def restore_best(self, like: TrainState) -> tuple[TrainState, Record, list[str]]:
+    def restore_best(self, like: TrainState, *, as_written: bool = False) -> tuple[TrainState, Record, list[str]]:
         """The same in the order of the validation loss. Raises InputError if none was validated."""
         self.wait()
         losses = sorted((loss, step) for step in self.steps() if (loss := self._loss_of(step)) is not None)
-        found = self._first_whole([step for _, step in losses], like)
+        found = self._first_whole([step for _, step in losses], like, as_written)
         if found is None:
             raise InputError(f"{self.folder}: holds no validated checkpoint; train again")
         return found
 
-    def _first_whole(self, steps: list[int], like: TrainState) -> tuple[TrainState, Record, list[str]] | None:
+    def _first_whole(
+        self, steps: list[int], like: TrainState, as_written: bool
+    ) -> tuple[TrainState, Record, list[str]] | None:
         wrong: list[str] = []
         for step in steps:
             try:
-                state, record = self.restore(step, like), self.record(step)
+                state, record = self.restore(step, like, as_written=as_written), self.record(step)
             except DamagedError as error:
                 wrong.append(f"{error}; using an earlier checkpoint")
                 self._set_aside(step)

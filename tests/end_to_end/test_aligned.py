@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pulmo_jax.data.images import index_images
 from pulmo_jax.tasks.anomalies.aligning import Masks, align_folder
-from pulmo_jax.tasks.landmarks.run import open_landmark_run
+from pulmo_jax.tasks.landmarks.run import open_run
 from pulmo_jax.types import InputError
 
 pytestmark = pytest.mark.slow  # its parts have quick tests of their own
@@ -64,7 +64,7 @@ def test_what_lies_at_a_landmark_lies_at_the_landmark_of_the_frame(landmarks, tm
         for folder, mask in (("squares", square), ("left", left)):
             (tmp_path / folder).mkdir(exist_ok=True)
             Image.fromarray(mask).save(tmp_path / folder / name)
-    run, masks = open_landmark_run(landmarks), Masks(tmp_path / "left", tmp_path / "squares")
+    run, masks = open_run(landmarks), Masks(tmp_path / "left", tmp_path / "squares")
     done, failed = align_folder(run, tmp_path / "in", tmp_path / "out", "test", masks, 64, Console(quiet=True))
     assert not failed
     assert [image.name for image in done] == ["a.png.tif", "b.png.tif", "c.png.tif"]
@@ -86,7 +86,7 @@ def test_a_mask_of_another_size_is_named(landmarks, tmp_path):
     draw(tmp_path / "in", ["a.png"], seed=1)
     (tmp_path / "masks").mkdir()
     Image.fromarray(np.ones((5, 5), np.uint8)).save(tmp_path / "masks" / "a.png")
-    run, masks = open_landmark_run(landmarks), Masks(tmp_path / "masks")
+    run, masks = open_run(landmarks), Masks(tmp_path / "masks")
     with pytest.raises(InputError, match=r"masks/a\.png: the mask is \(1, 5, 5, 1\).*its image a\.png"):
         align_folder(run, tmp_path / "in", tmp_path / "out", "test", masks, 64, Console(quiet=True))
 
@@ -98,7 +98,7 @@ def test_nothing_is_warped_twice_and_nothing_stays_of_images_that_are_gone(landm
     rng = np.random.default_rng(2)
     tifffile.imwrite(inside / "two.tif", np.stack([phantom(rng, SHAPE)[0] for _ in range(2)]))
     (inside / "cut.png").write_bytes((inside / "a.png").read_bytes()[:200])
-    run = open_landmark_run(landmarks)
+    run = open_run(landmarks)
 
     def align():
         return align_folder(run, inside, out, "images", Masks(), 64, Console(quiet=True))

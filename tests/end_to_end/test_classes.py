@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pulmo_jax.data.synthetic_mri import write_slices
-from pulmo_jax.tasks.classification.run import open_classifier_run
+from pulmo_jax.tasks.classification.run import open_run
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.types import InputError
 
@@ -275,7 +275,7 @@ def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
     path = tmp_path / "copy" / "classes.json"
     path.write_text(path.read_text().replace('"no"', '"on"', 1))
     with pytest.raises(InputError, match=r"classes\.json: is not as training wrote it"):
-        open_classifier_run(tmp_path / "copy")
+        open_run(tmp_path / "copy")
 
 
 # --- evaluation

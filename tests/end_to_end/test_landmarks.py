@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 from references.chest_phantoms import write_set
 
-from pulmo_jax.tasks.landmarks.run import open_landmark_run
+from pulmo_jax.tasks.landmarks.run import open_run
 from pulmo_jax.types import InputError
 
 K = 10
@@ -169,7 +169,7 @@ def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
     subprocess.run(["cp", "-r", run, copy], check=True)
     (copy / "calibration.json").write_text((copy / "calibration.json").read_text().replace("1", "2", 1))
     with pytest.raises(InputError, match=r"calibration.json: is not as training wrote it"):
-        open_landmark_run(copy)
+        open_run(copy)
 
 
 @pytest.mark.parametrize(

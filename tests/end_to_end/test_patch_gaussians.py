@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from pulmo_jax.runs.directory import load_run
+from pulmo_jax.tasks.anomalies.run import load_run
 
 CROP = Path(__file__).parent / "lung_crop"
 SETS = {"train": range(8), "more": range(4), "val": range(8, 12), "test": range(12, 17)}

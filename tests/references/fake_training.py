@@ -40,8 +40,7 @@ def fake_start(
         console=console or Console(file=io.StringIO()),
         checkpoints=checkpoints or Mock(spec=Checkpoints),
         identity={"seed": 0},
-        examples=np.zeros((1, 2, 2, 1), np.float32),
-        reconstruct=lambda state, patches: patches,
+        draw=lambda state: Figure(),
         val_losses=val_losses,
         files_of=files_of,
     )

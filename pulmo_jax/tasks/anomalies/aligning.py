@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,20 +18,21 @@ import tifffile
 from jaxtyping import Float
 from rich.console import Console
 
-from pulmo_jax.config.verbs import EvaluateDataConfig
-from pulmo_jax.core.lung_frame import to_image
+from pulmo_jax.core.lung_frame import LungFrame, to_image
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, find_masks, fingerprint, index_images
+from pulmo_jax.data.working_images import WorkingImages, read_working
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, write_image, write_pages
 from pulmo_jax.inference.outputs import as_csv
-from pulmo_jax.tasks.anomalies.config import DataConfig
-from pulmo_jax.tasks.landmarks.data import read_working
-from pulmo_jax.tasks.landmarks.run import LandmarkRun, open_landmark_run
+from pulmo_jax.methods.located import Found
+from pulmo_jax.runs.directory import task_of
+from pulmo_jax.runs.task import find_task
+from pulmo_jax.tasks.anomalies.config import DataConfig, EvaluateDataConfig
 from pulmo_jax.types import InputError
 
 IMAGES = ("train", "val", "test")
-AT_ONCE = 64  # pages, or those of one file
+PAGES_PER_BATCH = 64  # pages, or those of one file
 MANY = 0.1  # share of images of low quality that is worth a warning
 D = TypeVar("D", DataConfig, EvaluateDataConfig)
 
@@ -59,13 +60,47 @@ class Aligned:
     doubtful: int
 
 
+@runtime_checkable
+class LandmarkRun(Protocol):
+    """A run that finds landmarks and has a lung frame; a task of another package, opened by its name."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def frame(self) -> LungFrame: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def find(self, working: WorkingImages) -> Found: ...
+
+
 def open_frame(align_run: Path, plugins: tuple[str, ...], digest: str = "") -> LandmarkRun:
-    """digest: of the run that images were aligned by before, which this one must be."""
-    run = open_landmark_run(align_run, plugins)
+    """The run that images are aligned by.
+
+    Args:
+        digest: Of the run that images were aligned by before, which this one must be; "" for any.
+
+    Raises:
+        InputError: It has no lung frame, or is another one.
+    """
+    task = find_task(task_of(align_run), plugins)
+    run: Any = task.runs.open_run(align_run, plugins)
+    if not isinstance(run, LandmarkRun):
+        raise InputError(
+            f"data.align_run={align_run}: is of task={task.name}, which finds no landmarks; give a landmark run"
+        )
     if digest and run.digest != digest:
         raise InputError(
-            f"data.align_run={align_run}: is not the run that the images were aligned by in training, it has been "
-            "trained again; bring that one back, or train again with this one"
+            f"data.align_run={align_run}: is not the run that the training images were aligned by, because it has been "
+            "trained again; restore that run, or train again with this one"
         )
     return run
 
@@ -157,10 +192,10 @@ def titled(key: str) -> str:
 
 
 def chunks(files: Sequence[tuple[ImageRef, ...]]) -> Iterator[list[tuple[ImageRef, ...]]]:
-    """Of files with AT_ONCE pages in all, or of one."""
+    """Of files with PAGES_PER_BATCH pages in all, or of one."""
     some: list[tuple[ImageRef, ...]] = []
     for pages in files:
-        if some and sum(map(len, some)) + len(pages) > AT_ONCE:
+        if some and sum(map(len, some)) + len(pages) > PAGES_PER_BATCH:
             yield some
             some = []
         some.append(pages)

@@ -1,103 +1,142 @@
-"""Test a run on labelled images, and write metrics and report: what `evaluate` does, and `train` at its end."""
+"""A run on labelled images: figures of merit, examples, and the report."""
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from pulmo_jax.config.verbs import EvaluateDataConfig, EvaluationConfig
 from pulmo_jax.data.images import ImageRef, Reader, index_images, same_scale
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.evaluation.metrics import image_metrics
 from pulmo_jax.host.console import tracker
-from pulmo_jax.host.files import write_json, write_text
-from pulmo_jax.inference.assess import METHOD, Assessment, Truth, assess, truth_by_folder, truth_by_masks
-from pulmo_jax.reporting.report import write_report
+from pulmo_jax.inference.assess import METHOD, Assessment, Truth, truth_by_folder, truth_by_masks
+from pulmo_jax.inference.assess import assess as score_all
+from pulmo_jax.reporting.report import Section
 from pulmo_jax.reporting.tables import metrics_console, metrics_markdown
-from pulmo_jax.runs.directory import Run, missing_masks, thresholds
-from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.runs.directory import citation_of
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.report import Findings, summarise_training
+from pulmo_jax.tasks.anomalies.aligning import align_data, open_frame
+from pulmo_jax.tasks.anomalies.config import AnomalyEvaluationConfig, AssessConfig, EvaluateDataConfig, TrainConfig
 from pulmo_jax.tasks.anomalies.report import (
     assessment_sections,
     calibration_sections,
-    citations,
     distance_sections,
     example_views,
+    loss_sections,
     named,
-    summary,
-    training_sections,
     validation_sections,
 )
+from pulmo_jax.tasks.anomalies.run import Run, missing_masks, thresholds
 from pulmo_jax.types import InputError
 
 
-def assess_and_report(
+def read_test(run: Run, config: AssessConfig, place: Place) -> EvaluateDataConfig:
+    """The labelled images, aligned as those of the training were."""
+    data, trained = config.data, run.config.data
+    if trained.align_run is None:
+        return data
+    data = data.model_copy(update={"foreground": data.foreground or trained.foreground})
+    frame = open_frame(trained.align_run, config.plugins, run.scorer.how.aligned_by)
+    return align_data(frame, data, place.folder / "aligned", trained.max_image_mb, place.console)
+
+
+def assess(run: Run, data: EvaluateDataConfig, config: AssessConfig, place: Place) -> Findings:
+    """Figures of merit on labelled images."""
+    tested = test_images(run, data, config.evaluation, config.seed, place)
+    return findings_of(run, tested, [*loss_sections(run, place.folder, {}), *calibration_sections(run, place.folder)])
+
+
+def assess_training(
     run: Run,
     data: EvaluateDataConfig | None,
-    options: EvaluationConfig,
-    seed: int,
-    out_dir: Path,
-    console: Console,
-    training: Mapping[str, Any] | None = None,
-    validation: Sequence[ImageRef] = (),
-    caveats: Sequence[str] = (),
-) -> None:
-    """Test where there is something to test on; metrics.json, metrics.md, figures/ and report.html in any case.
+    validation: Sequence[ImageRef],
+    training: Mapping[str, Any],
+    caveats: Sequence[str],
+    place: Place,
+) -> Findings:
+    """The report of a training: its losses, its validation images and, where there are any, its test images.
 
-    training, validation: facts and validation images of the training that has just ended, for its own report.
-    caveats: what must be known of it.
+    Args:
+        run: The calibrated run.
+        data: Labelled images, if any.
+        validation: Normal images that the thresholds were set on.
+        training: Facts of the training.
+        caveats: What a reader must know of what was learnt.
     """
+    reader, options, folder = Reader(run.config.data.max_image_mb), run.config.evaluation, place.folder
+    tested = None if data is None else test_images(run, data, options, run.config.seed, place)
+    sections = [
+        *loss_sections(run, folder, training),
+        *calibration_sections(run, folder),
+        *validation_sections(run, validation, options.examples, reader, folder),
+        *distance_sections(run, validation, reader, folder),
+    ]
+    return findings_of(run, tested, sections, training, caveats)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The outcome of a test: figures of merit, sections of the report, warnings."""
+
+    scores: dict[str, Any]
+    sections: list[Section]
+    warnings: list[str]
+    image_scores: str
+
+
+def test_images(
+    run: Run, data: EvaluateDataConfig, options: AnomalyEvaluationConfig, seed: int, place: Place
+) -> Tested:
+    """Scores every test image with the run's scorer and thresholds, and draws examples."""
     reader = Reader(run.config.data.max_image_mb)
+    refs, truth_of = labelled_images(run.config, run.scorer.how, data, reader)
+    warning = missing_masks(refs, run)
+    assessment = score_all(
+        run.scorer,
+        run.calibrations,
+        refs,
+        truth_of,
+        reader,
+        lesion_sizes_px=options.lesion_sizes_px,
+        replicates=options.replicates,
+        seed=seed,
+        track=tracker(place.console, "testing"),
+    )
+    scores = figures_of_merit(run, assessment, options.replicates, seed)
+    views = example_views(run, assessment, options.examples, truth_of, reader)
+    sections = assessment_sections(run, assessment, scores, views, place.folder)
+    return Tested(scores, sections, [warning] if warning else [], image_scores_csv(run, assessment))
+
+
+def findings_of(
+    run: Run,
+    tested: Tested | None,
+    sections: Sequence[Section],
+    training: Mapping[str, Any] | None = None,
+    caveats: Sequence[str] = (),
+) -> Findings:
     metrics: dict[str, Any] = {"training": dict(training)} if training else {}
     metrics["calibration"] = describe_calibration(run)
     warnings = [*caveats, *(threshold.warning for threshold in thresholds(run) if threshold.warning)]
-    for caveat in caveats:
-        console.print(f"warning: {caveat}", highlight=False)
-    labelled = None if data is None else labelled_images(run.config, run.scorer.how, data, reader)
-    sections = [
-        *training_sections(run, out_dir, training or {}),
-        *calibration_sections(run, out_dir),
-        *validation_sections(run, validation, options.examples, reader, out_dir),
-        *(distance_sections(run, validation, reader, out_dir) if validation else []),
-    ]
-    if labelled is not None:
-        refs, truth_of = labelled
-        if warning := missing_masks(refs, run):
-            warnings.append(warning)
-            console.print(f"warning: {warning}", highlight=False)
-        track = tracker(console, "testing")
-        assessment = assess(
-            run.scorer,
-            run.calibrations,
-            refs,
-            truth_of,
-            reader,
-            lesion_sizes_px=options.lesion_sizes_px,
-            replicates=options.replicates,
-            seed=seed,
-            track=track,
-        )
-        scores = figures_of_merit(run, assessment, options.replicates, seed)
-        scores["test"]["warnings"] = warnings
-        metrics |= scores
-        write_text(out_dir / "image_scores.csv", image_scores_csv(run, assessment))
-        for table in metrics_console(scores):
-            console.print(table)
-        views = example_views(run, assessment, options.examples, truth_of, reader)
-        sections = [*assessment_sections(run, assessment, scores, views, out_dir), *sections]
-    write_json(out_dir / "metrics.json", metrics)
-    write_text(out_dir / "metrics.md", metrics_markdown(metrics))
-    write_report(
-        out_dir / "report.html",
+    if tested is not None:
+        warnings += tested.warnings
+        metrics |= {**tested.scores, "test": {**tested.scores["test"], "warnings": warnings}}
+    return Findings(
         title=f"{run.config.name}: what does not belong",
-        summary=summary(run, training or {}),
-        sections=sections,
-        citations=citations(run),
+        metrics=metrics,
+        markdown=metrics_markdown(metrics),
+        sections=[*(tested.sections if tested else []), *sections],
+        summary=summarise_training(run, training or {}),
+        shown=metrics_console(metrics),
+        tables={"image_scores.csv": tested.image_scores} if tested else {},
+        citations=citation_of(run.path),
         warnings=warnings,
+        objective=(training or {}).get("best_val_loss", math.nan),
     )
 
 

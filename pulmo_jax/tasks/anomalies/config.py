@@ -1,26 +1,39 @@
 """Typed config of anomaly detection: normal images to learn from, and images to map."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from pulmo_jax.config.section import Bool, Float, Int, Node, Pair, PathLike, Regex, RunFolder, Section
+from pulmo_jax.config.section import (
+    Bool,
+    Float,
+    ImageFolder,
+    Int,
+    Node,
+    Pair,
+    PathLike,
+    Regex,
+    RunFolder,
+    Section,
+    ascending,
+)
 from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
-from pulmo_jax.config.verbs import EvaluationConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig
 
 
 class DataConfig(Section):
     """Images in, patches out."""
 
-    train: PathLike | None = Field(default=None, description="folder of normal images; null: the sample lung CT")
-    val: PathLike | None = Field(
+    train: ImageFolder | None = Field(default=None, description="folder of normal images; null: the sample lung CT")
+    val: ImageFolder | None = Field(
         default=None, description="folder of other normal images; null: a share of train, by group"
     )
-    test: PathLike | None = Field(
+    test: ImageFolder | None = Field(
         default=None, description="images with findings, with test_masks or in subfolders by class"
     )
-    test_masks: PathLike | None = Field(default=None, description="folder of same-named masks of the findings")
-    foreground: PathLike | None = Field(
+    test_masks: ImageFolder | None = Field(default=None, description="folder of same-named masks of the findings")
+    foreground: ImageFolder | None = Field(
         default=None, description="folder of same-named masks; outside them nothing is scored"
     )
     foreground_range: Pair | None = Field(
@@ -91,8 +104,25 @@ class TilesConfig(Section):
     batch_size: Int = Field(default=64, ge=1, description="tiles at a time")
 
 
+class AnomalyTrainerConfig(TrainerConfig):
+    """The training loop."""
+
+    validation_patches: Int = Field(default=512, ge=1, description="number of fixed patches for the validation loss")
+
+
+class AnomalyEvaluationConfig(EvaluationConfig):
+    """Metrics and their intervals."""
+
+    lesion_sizes_px: Annotated[tuple[Int, ...], AfterValidator(ascending)] = Field(
+        default=(100, 1000), description="edges of the size classes of findings, px of area"
+    )
+
+
+EVALUATION = AnomalyEvaluationConfig(replicates=200, examples=4)
+
+
 class TrainConfig(Section):
-    """python -m pulmo_jax.train"""
+    """python -m pulmo_jax.train +experiment=lung"""
 
     name: str = Field(default="run", description="title of the run")
     seed: Int = Field(
@@ -106,8 +136,41 @@ class TrainConfig(Section):
     method: Node
     optimizer: Node
     callbacks: dict[str, Node]
-    trainer: TrainerConfig = TrainerConfig()
+    trainer: AnomalyTrainerConfig = AnomalyTrainerConfig()
     cluster: ClusterConfig = ClusterConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     tiles: TilesConfig = TilesConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: AnomalyEvaluationConfig = EVALUATION
+
+
+class MapConfig(PredictConfig):
+    """python -m pulmo_jax.predict"""
+
+    foreground: ImageFolder | None = Field(
+        default=None, description="folder of same-named foreground masks; null: the run's"
+    )
+
+
+class EvaluateDataConfig(Section):
+    """Labelled images."""
+
+    test: ImageFolder = Field(description="folder of test images; without test_masks its subfolders are the classes")
+    test_masks: ImageFolder | None = Field(default=None, description="folder of same-named masks of the findings")
+    foreground: ImageFolder | None = Field(
+        default=None, description="folder of same-named foreground masks; null: the run's"
+    )
+    normal_name: str = Field(default="normal", description="subfolder that is the normal class")
+    group_regex: Regex | None = Field(
+        default=None, description="extracts the patient ID from a file's name (first group); null: as in the run"
+    )
+
+
+class AssessConfig(EvaluateConfig):
+    """python -m pulmo_jax.evaluate"""
+
+    data: EvaluateDataConfig
+    evaluation: AnomalyEvaluationConfig = EVALUATION
+
+
+SECTIONS: Mapping[str, type[Section]] = {"train": TrainConfig, "predict": MapConfig, "evaluate": AssessConfig}
+CHOICES: Mapping[str, Sequence[str]] = {"method": ("autoencoder", "patch_gaussian")}

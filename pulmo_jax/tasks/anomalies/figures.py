@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float, Float32
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -299,3 +299,18 @@ def _blocks(array: np.ndarray, step: int) -> np.ndarray:
     padding = [(0, -height % step), (0, -width % step), *[(0, 0) for _ in bands]]
     padded = np.pad(array, padding, mode="edge")
     return padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step, *bands)
+
+
+def patch_grid(patches: Float[np.ndarray, "B P P C"], rebuilt: Float[np.ndarray, "B P P C"], step: int) -> Figure:
+    """Patches above their reconstructions, normalised 0 to 1."""
+    with style():
+        figure = Figure(figsize=(TEXT_WIDTH_IN, 2.2), layout="constrained")
+        figure.suptitle(f"Validation patches, step {step}")
+        panels = figure.subplots(2, len(patches), squeeze=False)
+        for row, name, images in zip(panels, ("input", "output"), (patches, rebuilt), strict=True):
+            row[0].set_ylabel(name)
+            for axes, image in zip(row, images, strict=True):
+                shown = np.clip(image if image.shape[-1] == 3 else image.mean(axis=-1), 0, 1)
+                axes.imshow(shown, cmap="gray", vmin=0, vmax=1)
+                axes.set(xticks=[], yticks=[])
+    return figure

@@ -1,6 +1,5 @@
 """What a run takes over from earlier ones: a trained network, and what other machines have counted."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.methods.base import Method, OnePass, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
-from pulmo_jax.runs.directory import FINISHED, load_config, load_run
+from pulmo_jax.runs.directory import digest_of_run
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.data import NormalData
+from pulmo_jax.tasks.anomalies.run import load_config, load_run
 from pulmo_jax.training.state import TrainState, learnt
 from pulmo_jax.types import InputError
 
@@ -47,23 +47,24 @@ def open_base(config: TrainConfig) -> Pretrained | None:
         raise InputError(
             f"method.base_run={path}: its method has no network of its own; give the run of an autoencoder"
         )
-    digest = hashlib.sha256((path / FINISHED).read_bytes()).hexdigest()
-    return Pretrained(path, before, how, learnt(method, state), digest)
+    return Pretrained(path, before, how, learnt(method, state), digest_of_run(path))
 
 
-def with_base(config: TrainConfig, base: Pretrained | None) -> TrainConfig:
-    """The network's own description and patches, which the config cannot choose anew."""
-    if base is None:
+def with_base(config: TrainConfig) -> TrainConfig:
+    """With the network's own description and patches, which the config cannot choose anew."""
+    name = config.method.get("base_run")
+    if name is None:
         return config
-    of = base.config
-    data = {"patch_size": of.data.patch_size, "resize": of.data.resize}
+    path = Path(name).absolute()
+    base = load_config(path)
+    data = {"patch_size": base.data.patch_size, "resize": base.data.resize}
     if config.data.stride is not None:
-        data["stride"] = min(config.data.stride, of.data.patch_size)
+        data["stride"] = min(config.data.stride, base.data.patch_size)
     return config.model_copy(
         update={
-            "model": of.model,
+            "model": base.model,
             "data": config.data.model_copy(update=data),
-            "method": {**config.method, "base_run": str(base.path)},
+            "method": {**config.method, "base_run": str(path)},
         }
     )
 

@@ -1,6 +1,5 @@
 """The sections of a run's report: figures and tables from what training and testing found."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from pulmo_jax.inference.assess import METHOD, Assessment, Truth, choose_example
 from pulmo_jax.methods.patch_gaussian import PatchGaussian
 from pulmo_jax.models.identity import Identity
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.callbacks import PROFILE_FIGURE
 from pulmo_jax.reporting.report import Section
 from pulmo_jax.reporting.tables import Table, metrics_tables
-from pulmo_jax.runs.directory import Run, thresholds
+from pulmo_jax.reporting.training import descends, training_sections
 from pulmo_jax.tasks.anomalies.figures import Example, View, reconstructions, score_maps, view
-from pulmo_jax.training.callbacks import read_metrics
+from pulmo_jax.tasks.anomalies.run import Run, thresholds
 
 LAW_IMAGES, TILES_AT_ONCE = 32, 16  # for the figure of distances
 
@@ -35,20 +33,11 @@ def named(run: Run, name: str) -> str:
     return run.config.method["_target_"].rpartition(".")[2].lower() if name == METHOD else name
 
 
-def training_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[Section]:
-    """Losses of a method that descends; and, of the training that has just ended (its facts in `training`), where the
-    time went."""
-    rows, folder = read_metrics(run.path / "metrics.jsonl"), out_dir / "figures"
-    if not rows:
-        return []
-    descends = any("train/loss" in row for row in rows)
-    drawn = [figures.save(figures.loss_curves(rows), folder, "loss_curves")] if descends else []
-    if "seconds" in training:
-        drawn.append(figures.save(figures.time_shares(training["seconds"]), folder, "time_shares"))
-    profile = run.path / "figures" / f"{PROFILE_FIGURE}.png"
-    drawn += [profile] if profile.is_file() else []
-    how = f"Parameters of step {run.step}, which has the lowest validation loss." if descends else "One pass."
-    return [Section("Training", how, drawn, [])]
+def loss_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[Section]:
+    text = (
+        f"Parameters of step {run.step}, which has the lowest validation loss." if descends(run.path) else "One pass."
+    )
+    return training_sections(run.path, out_dir, training, text)
 
 
 def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
@@ -84,7 +73,7 @@ def rebuilds(run: Run) -> bool:
 def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_dir: Path) -> list[Section]:
     """How far the windows of normal images, held out from the fit, are from the Gaussian's mean."""
     method = run.scorer.method
-    if not isinstance(method, PatchGaussian):
+    if not refs or not isinstance(method, PatchGaussian):
         return []
     picked = [refs[i] for i in np.unique(np.linspace(0, len(refs) - 1, min(LAW_IMAGES, len(refs))).astype(int))]
     distance, n = window_distances(method, run, picked, reader), float(run.scorer.params["gaussian"].n.min())
@@ -263,19 +252,3 @@ def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
         threshold=calibration.pixel_threshold.value,
         label=truth.abnormal,
     )
-
-
-def summary(run: Run, training: Mapping[str, Any]) -> dict[str, str]:
-    facts = {"run": str(run.path), "seed": str(run.config.seed)}
-    values = {
-        key: f"{value:.3g}" if isinstance(value, float) else str(value)
-        for key, value in training.items()
-        if not isinstance(value, Mapping)  # drawn instead
-    }
-    return facts | {key.replace("_", " "): value for key, value in values.items()}
-
-
-def citations(run: Run) -> list[str]:
-    """What the run says is to be cited for its data."""
-    text = json.loads((run.path / "run.json").read_text())["citation"]
-    return [text] if text else []

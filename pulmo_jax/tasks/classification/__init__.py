@@ -1,0 +1,5 @@
+"""Classification: assign images to classes, cross-validated by patient."""
+
+from pulmo_jax.runs.task import Task
+
+TASK = Task(__name__)

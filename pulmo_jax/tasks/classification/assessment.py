@@ -1,6 +1,6 @@
-"""Test a classification run and write its figures of merit and its report: what `evaluate` does, and `train` at its
-end."""
+"""A classification run on labelled images: figures of merit beside baselines, calibration, saliency, and the report."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -9,25 +9,26 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from rich.console import Console
 
+from pulmo_jax.config.verbs import EvaluationConfig
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.square_batches import onto_image, window_of
 from pulmo_jax.evaluation.class_calibration import Scaling, expected_calibration_error, reliability
 from pulmo_jax.evaluation.class_metrics import class_figures, confusion, figure_difference
 from pulmo_jax.evaluation.metadata_baseline import majority_probabilities, metadata_probabilities
 from pulmo_jax.evaluation.metrics import Estimate
-from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.report import Section
 from pulmo_jax.reporting.tables import Table, cell, figures_table, markdown_row, metrics_console, metrics_markdown
+from pulmo_jax.reporting.training import training_sections
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.report import Findings, summarise_training
 from pulmo_jax.tasks.classification import figures as draw
-from pulmo_jax.tasks.classification.config import ClassifierEvaluationConfig
-from pulmo_jax.tasks.classification.data import ClassSet, class_counts, metadata_features
+from pulmo_jax.tasks.classification.config import EvaluateClassesConfig
+from pulmo_jax.tasks.classification.data import ClassSet, class_counts, metadata_features, read_classes
 from pulmo_jax.tasks.classification.figures import ClassExample
 from pulmo_jax.tasks.classification.run import ClassifierRun, Plan, allowed_networks
-from pulmo_jax.training.callbacks import read_metrics
 from pulmo_jax.types import InputError
 
 LEAKS = "random split (leaks)"
@@ -93,15 +94,31 @@ def mean_of(p: Probabilities) -> Float[np.ndarray, "N K"]:
     return np.where(known.any(0), np.where(known, p, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
 
 
+def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -> ClassSet:
+    """The images of other class folders. Raises InputError where their classes are not the run's."""
+    data = config.data
+    if data.normal_name not in (None, run.classes[run.normal]):
+        raise InputError(
+            f"data.normal_name={data.normal_name}: that of {config.run} is {run.classes[run.normal]}; leave it out"
+        )
+    own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
+    options = run.config.data.model_copy(update=own)
+    return read_classes(data.test, options, run.size, place.console, run.classes)
+
+
+def assess(run: ClassifierRun, data: ClassSet, config: EvaluateClassesConfig, place: Place) -> Findings:
+    return assess_test_set(run, data, place, config.evaluation, config.seed)
+
+
 def assess_training(
     run: ClassifierRun,
     found: ClassSet,
     plan: Plan,
     predictions: Predictions,
-    out_dir: Path,
-    console: Console,
     training: Mapping[str, Any],
-) -> None:
+    objective: float,
+    place: Place,
+) -> Findings:
     """The cross-validation that has just ended: every image judged by networks that have not seen it."""
     name, results = method_name(run), {}
     results[name] = predictions.honest
@@ -112,7 +129,7 @@ def assess_training(
     if predictions.leaky is not None:
         results[f"{name}, {LEAKS}"] = predictions.leaky
         results |= {f"{key}, {LEAKS}": p for key, p in baselines(found, plan, leaky=True).items() if "metadata" in key}
-    write_text(out_dir / "out_of_fold.csv", out_of_fold_csv(found, plan, predictions.honest))
+    tables = {"out_of_fold.csv": out_of_fold_csv(found, plan, predictions.honest)}
     warnings = list(found.notes)
     if run.config.trainer.split == "random" and len(set(found.groups)) < len(found.refs):
         of = f"{len(found.refs)} images in {len(set(found.groups))} groups"
@@ -120,12 +137,13 @@ def assess_training(
             0, f"trainer.split=random: copies stand on both sides of the split ({of}): too good to be true."
         )
     tested = Tested(found, results, predictions.as_trained)
-    write_results(run, tested, out_dir, console, run.config.evaluation, run.config.seed, training, warnings)
+    options, seed = run.config.evaluation, run.config.seed
+    return findings_of(run, tested, place.folder, options, seed, warnings, training, tables, objective)
 
 
 def assess_test_set(
-    run: ClassifierRun, found: ClassSet, out_dir: Path, console: Console, options: ClassifierEvaluationConfig, seed: int
-) -> None:
+    run: ClassifierRun, found: ClassSet, place: Place, options: EvaluationConfig, seed: int
+) -> Findings:
     """Labelled images that the run meets: each judged by the mean of the networks that may."""
     allowed, copies = allowed_networks(run, found)
     rows = np.arange(len(found.refs))
@@ -155,7 +173,7 @@ def assess_test_set(
         of_files = metadata_probabilities(known, labels, metadata_features(found), *size)
         results["file metadata"] = of_files[None]
         results["majority class"] = majority_probabilities(labels, len(found.refs), size[0])[None]
-    write_results(run, Tested(found, results), out_dir, console, options, seed, {}, warnings)
+    return findings_of(run, Tested(found, results), place.folder, options, seed, warnings)
 
 
 def relabelled(run: ClassifierRun, found: ClassSet) -> list[str]:
@@ -213,17 +231,19 @@ def out_of_fold_csv(found: ClassSet, plan: Plan, honest: Probabilities) -> str:
     return as_csv(columns, rows)
 
 
-def write_results(
+def findings_of(
     run: ClassifierRun,
     tested: Tested,
     out_dir: Path,
-    console: Console,
-    options: ClassifierEvaluationConfig,
+    options: EvaluationConfig,
     seed: int,
-    training: Mapping[str, Any],
     warnings: Sequence[str],
-) -> None:
-    """metrics.json, metrics.md, figures/ and report.html."""
+    training: Mapping[str, Any] | None = None,
+    tables: Mapping[str, str] | None = None,
+    objective: float = math.nan,
+) -> Findings:
+    """Figures of merit with intervals, and the report."""
+    training = training or {}
     found, drawn = tested.found, (tested.found.labels, tested.found.groups, run.positive, options.replicates, seed)
     estimates = {name: class_figures(p, *drawn) for name, p in tested.results.items()}
     metrics: dict[str, Any] = {
@@ -238,22 +258,19 @@ def write_results(
         if name != own and "averaged" not in name:
             gap = figure_difference(tested.own, p, *drawn, "auroc")
             metrics["differences"][name] = asdict(gap)
-    write_json(out_dir / "metrics.json", metrics)
     differences = difference_table(metrics["differences"])
-    write_text(out_dir / "metrics.md", metrics_markdown(metrics) + as_markdown(differences))
-    for table in metrics_console(metrics):
-        console.print(table)
-    for line in warnings:
-        console.print(f"warning: {line}", markup=False, highlight=False)
-    write_report(
-        out_dir / "report.html",
+    shown = [figures_table("Images", metrics["image"]), differences]
+    return Findings(
         title=f"{run.config.name}: {', '.join(run.classes)}",
-        summary=summary(run, training),
-        sections=report_sections(run, tested, estimates, [figures_table("Images", metrics["image"]), differences],
-                                 options, out_dir, training),
-        citations=[],
+        metrics=metrics,
+        markdown=metrics_markdown(metrics) + as_markdown(differences),
+        sections=report_sections(run, tested, estimates, shown, options, out_dir, training),
+        summary=summarise_training(run, training),
+        shown=metrics_console(metrics),
+        tables=tables or {},
         warnings=warnings,
-    )  # fmt: skip
+        objective=objective,
+    )
 
 
 def calibration_facts(run: ClassifierRun, tested: Tested) -> dict[str, Any]:
@@ -280,7 +297,7 @@ def report_sections(
     tested: Tested,
     estimates: Mapping[str, Mapping[str, Estimate]],
     tables: list[Table],
-    options: ClassifierEvaluationConfig,
+    options: EvaluationConfig,
     out_dir: Path,
     training: Mapping[str, Any],
 ) -> list[Section]:
@@ -302,9 +319,6 @@ def report_sections(
     results.append(save(draw.confusion_matrix(confusion(tested.own, found.labels), run.classes), "confusion_matrix"))
     parts = {"calibrated": tested.own} | ({} if tested.as_trained is None else {"as trained": tested.as_trained})
     reliable = {name: (reliability(mean_of(p), found.labels), mean_ece(p, found.labels)) for name, p in parts.items()}
-    rows = read_metrics(run.path / "metrics.jsonl") if training else []
-    drawn = [save(draw.training_history(rows), "training_history")] if rows else []
-    drawn += [save(figures.time_shares(training["seconds"]), "time_shares")] if "seconds" in training else []
     text = (
         f"{len(found.refs)} images in {len(set(found.groups))} groups; copies are of one group, and no group stands on "
         "two sides of a split. Intervals are 95 % bootstrap intervals over groups."
@@ -313,7 +327,7 @@ def report_sections(
         Section("Results", text, results, tables),
         Section("Calibration", "", [save(draw.reliability_diagram(reliable), "reliability")], []),
         Section("Where the decision comes from", "", galleries(run, tested, options.examples, save), []),
-        Section("Training", "", drawn, []),
+        *(training_sections(run.path, out_dir, training) if training else []),
     ]
 
 
@@ -360,9 +374,3 @@ def example(run: ClassifierRun, found: ClassSet, row: int, note: str, saliency: 
     image = found.squares.reader.image(found.refs[row])
     where = onto_image(saliency, image.shape, window_of(image, run.config.data.crop))
     return ClassExample(found.titles[row], to_bytes(image), where, note)
-
-
-def summary(run: ClassifierRun, training: Mapping[str, Any]) -> dict[str, str]:
-    facts = {"run": str(run.path), "seed": str(run.config.seed)}
-    plain = {k: v for k, v in training.items() if not isinstance(v, Mapping)}
-    return facts | {k.replace("_", " "): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in plain.items()}

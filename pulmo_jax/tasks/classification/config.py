@@ -1,21 +1,19 @@
 """Typed config of classification jobs: images in folders by class, cross-validated."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pulmo_jax.config.nodes import check_node, find_target
-from pulmo_jax.config.section import Bool, Float, Int, Node, PathLike, Regex, Section
-from pulmo_jax.methods.classes import Counted, Descended
-from pulmo_jax.types import InputError
-
-CLASSIFIER_METHODS = "classifier, anomaly"
+from pulmo_jax.config.section import Bool, Float, ImageFolder, Int, Node, PathLike, Regex, Section
+from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig
 
 
 class ClassifierDataConfig(Section):
     """Images in subfolders, one for each class."""
 
-    root: PathLike | None = Field(default=None, description="folder of the class folders, or a store of it")
+    root: ImageFolder | None = Field(default=None, description="folder of the class folders, or a store of it")
     synthetic: Bool = Field(default=False, description="slices that are drawn instead, for a first look")
     cache: PathLike | None = Field(
         default=None, description="folder of drawn slices; null: $PULMO_JAX_CACHE or the user's cache"
@@ -48,7 +46,7 @@ class ClassifierDataConfig(Section):
         return self
 
 
-class ClassifierTrainerConfig(Section):
+class ClassifierTrainerConfig(TrainerConfig):
     """Cross-validation, and the loop that trains all its networks together."""
 
     folds: Int = Field(default=5, ge=1, le=100, description="parts, each tested once; 1: one part is held out")
@@ -59,21 +57,7 @@ class ClassifierTrainerConfig(Section):
     )
     leak: Bool = Field(default=True, description="also train on random splits, once, to show beside what they leak")
     class_weights: Bool = Field(default=False, description="every class counts alike in the loss, however rare")
-    steps: Int = Field(default=800, ge=1, description="training steps, one batch each")
-    batch_size: Int = Field(default=16, ge=1, description="images in a batch of each network")
     scale_batch: Bool = Field(default=False, description="batch_size is of one device, and grows with their number")
-    log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
-    validate_every: Int = Field(default=100, ge=1, description="steps between validations")
-    checkpoint_every: Int = Field(default=200, ge=1, description="steps between checkpoints")
-    ema_decay: Float = Field(default=0.99, ge=0, lt=1, description="of the averaged parameters that inference uses")
-    compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
-
-
-class ClassifierEvaluationConfig(Section):
-    """Figures of merit and their intervals."""
-
-    replicates: Int = Field(default=1000, ge=10, description="bootstrap replicates, by group")
-    examples: Int = Field(default=8, ge=1, le=32, description="images in each gallery of the report")
 
 
 class ClassifierConfig(Section):
@@ -83,24 +67,37 @@ class ClassifierConfig(Section):
     seed: Int = Field(default=0, ge=0, lt=2**31, description="of initial parameters, batches, splits and bootstrap")
     resume: Bool = Field(default=False, description="go on from the last checkpoint of hydra.run.dir")
     plugins: tuple[str, ...] = Field(default=(), description="packages of yours that _target_ may name")
-    task: Literal["classes"] = Field(default="classes", description="kind of job; an experiment sets it")
+    task: Literal["classification"] = Field(default="classification", description="kind of job; an experiment sets it")
     data: ClassifierDataConfig = ClassifierDataConfig()
     method: Node
     optimizer: Node
     callbacks: dict[str, Node]
-    trainer: ClassifierTrainerConfig = ClassifierTrainerConfig()
-    evaluation: ClassifierEvaluationConfig = ClassifierEvaluationConfig()
+    trainer: ClassifierTrainerConfig = ClassifierTrainerConfig(steps=800, batch_size=16)
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def check_classifier_nodes(config: ClassifierConfig) -> None:
-    """Judge every `_target_` node without building it. Raises InputError."""
-    target = find_target(config.method, "method", config.plugins)
-    if not (isinstance(target, type) and (issubclass(target, Descended) or issubclass(target, Counted))):
-        raise InputError(
-            f"method._target_={config.method['_target_']}: tells no classes apart (no `logits` with `train_loss` or "
-            f"`fit`); there are: {CLASSIFIER_METHODS}"
-        )
-    check_node(config.method, "method", config.plugins)
-    check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
-    for name, node in config.callbacks.items():
-        check_node(node, f"callbacks.{name}", config.plugins)
+class ClassTestConfig(Section):
+    """Labelled images."""
+
+    test: ImageFolder = Field(description="folder of the class folders, or a store of it")
+    normal_name: str | None = Field(default=None, description="the class without the finding; null: as in the run")
+    group_regex: Regex | None = Field(
+        default=None, description="extracts the patient ID from a file's name (first group); null: as in the run"
+    )
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="what an unusable file does")
+
+
+class EvaluateClassesConfig(EvaluateConfig):
+    """python -m pulmo_jax.evaluate"""
+
+    data: ClassTestConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "train": ClassifierConfig,
+    "predict": PredictConfig,
+    "evaluate": EvaluateClassesConfig,
+}
+CHOICES: Mapping[str, Sequence[str]] = {"method": ("classifier", "anomaly", "anomaly_gaussian")}

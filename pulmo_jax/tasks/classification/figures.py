@@ -29,7 +29,6 @@ from pulmo_jax.reporting.figures import (
     TEXT_WIDTH_IN,
     Curve,
     literal,
-    loss_curves,
     roc_and_pr,
     style,
 )
@@ -161,26 +160,26 @@ def confusion_matrix(counts: Float[np.ndarray, "K K"], classes: Sequence[str]) -
     return figure
 
 
-def training_history(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """`loss_curves`, with the validation loss of each member of an ensemble, "val/loss/0" and so on, behind their mean,
-    "val/loss"."""
-    figure = loss_curves(rows)
-    axes = figure.axes[0]
-    members = list(dict.fromkeys(key for row in rows for key in row if key.startswith("val/loss/")))
+def validation_gallery(
+    images: Float[np.ndarray, "N S S"],
+    probabilities: Float[np.ndarray, "N K"],
+    labels: Int[np.ndarray, "N"],
+    classes: Sequence[str],
+    step: int,
+) -> Figure:
+    """Validation images with the class that a network in training assigns, and its probability."""
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
     with style():
-        for key in members:
-            points = np.array([(row["step"], row[key]) for row in rows if row.get(key) is not None], float)
-            label = "validation, each member" if key == members[0] else None
-            axes.plot(*points.reshape(-1, 2).T, color="0.65", lw=0.6, zorder=1.5, label=label)
-        for line in axes.lines:
-            if members and line.get_label() == "validation":
-                line.set(linewidth=1.8, label=f"validation, mean of {len(members)} members")
-        for panel in figure.axes:
-            bottom, top = panel.get_ylim()
-            ticks = MaxNLocator(5, steps=[1, 2, 5, 10])
-            if panel.get_yscale() == "log" and top / bottom < 10:  # hardly a power of ten is in sight
-                panel.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_locator=NullLocator())
-        axes.legend()
+        figure = Figure(figsize=(TEXT_WIDTH_IN, 0.3 + rows * TEXT_WIDTH_IN / columns * 1.1), layout="constrained")
+        figure.suptitle(f"Validation images, step {step}")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, image, p, label in zip(panels, images, probabilities, labels, strict=False):
+            axes.imshow(image, cmap="gray")
+            said = classes[int(p.argmax())]
+            axes.set_title(f"{said} {p.max():.2f}, is {classes[label]}", fontsize=7)
     return figure
 
 

@@ -17,23 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pulmo_jax.config.nodes import GIVEN, build, find_target
+from pulmo_jax.config.nodes import build, check_node, find_target
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.folds import Fold, grouped_folds
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
 from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
-from pulmo_jax.runs.directory import FINISHED, build_optimizer, finish, finished_step, load_values
-from pulmo_jax.tasks.classification.config import ClassifierConfig, check_classifier_nodes
+from pulmo_jax.runs.directory import build_optimizer, digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
-from pulmo_jax.training.checkpoint import Checkpoints, DamagedError
 from pulmo_jax.training.members import chunk_sizes, init_members
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
 CLASSES, IMAGES = SEALED = ("classes.json", "images.json")
-AT_ONCE = 8  # networks that are one program: more take longer to compile than they save
+NETWORKS_PER_PROGRAM = 8  # networks that are one program: more take longer to compile than they save
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,12 @@ class Plan:
     def sizes(self) -> list[int]:
         """Of the chunks that are trained together; none holds both kinds."""
         leaky = sum(member.leaky for member in self.members)
-        return [size for count in (len(self.members) - leaky, leaky) if count for size in chunk_sizes(count, AT_ONCE)]
+        return [
+            size
+            for count in (len(self.members) - leaky, leaky)
+            if count
+            for size in chunk_sizes(count, NETWORKS_PER_PROGRAM)
+        ]
 
     @property
     def honest(self) -> list[int]:
@@ -100,7 +104,7 @@ class ClassifierRun:
     @property
     def digest(self) -> str:
         """Changes when the run is trained again."""
-        return hashlib.sha256((self.path / FINISHED).read_bytes()).hexdigest()
+        return digest_of_run(self.path)
 
     @cached_property
     def _logits(self) -> Any:
@@ -127,15 +131,30 @@ def positive_class(classes: Sequence[str], normal: int) -> int | None:
     return 1 - normal if len(classes) == 2 else None
 
 
+def check_nodes(config: ClassifierConfig) -> None:
+    """Validates the method's node. Raises InputError."""
+    target = find_target(config.method, "method", config.plugins)
+    if not (isinstance(target, type) and (issubclass(target, Descended) or issubclass(target, Counted))):
+        raise InputError(
+            f"method._target_={config.method['_target_']}: tells no classes apart (no `logits` with `train_loss` or "
+            f"`fit`); there are: {', '.join(CHOICES['method'])}"
+        )
+    check_node(config.method, "method", config.plugins)
+
+
 def build_classifier(
     config: ClassifierConfig, n_classes: int = 2, normal: int = 0, class_weights: tuple[float, ...] = (1.0, 1.0)
 ) -> Classifier:
-    """The method as the config describes it; of what the program gives it takes what its signature names."""
-    target = find_target(config.method, "method", config.plugins)
-    given = {"n_classes": n_classes, "normal": normal, "class_weights": class_weights}
-    taken = {name: value for name, value in given.items() if name in target.__init__.__annotations__}
-    assert set(given) <= set(GIVEN["method"])
-    return build(config.method, "method", config.plugins, **taken)
+    """The method as the config describes it."""
+    return build(
+        config.method,
+        "method",
+        config.plugins,
+        n_classes=n_classes,
+        normal=normal,
+        class_weights=class_weights,
+        seed=config.seed,
+    )
 
 
 def make_plan(found: ClassSet, config: ClassifierConfig) -> Plan:
@@ -196,10 +215,6 @@ def write_classes(
     )
 
 
-def seal(path: Path, step: int) -> None:
-    finish(path, step, SEALED)
-
-
 def unseen_by(plan: Plan, count: int) -> list[list[int]]:
     """For every image the honest networks that it tests."""
     found: list[list[int]] = [[] for _ in range(count)]
@@ -209,14 +224,20 @@ def unseen_by(plan: Plan, count: int) -> list[list[int]]:
     return found
 
 
-def open_classifier_run(path: Path, plugins: tuple[str, ...] = ()) -> ClassifierRun:
-    """Load a finished run. Raises InputError if it is not one, or not as training wrote it.
+def open_run(path: Path, plugins: tuple[str, ...] = ()) -> ClassifierRun:
+    """Loads a finished run.
 
-    plugins: packages that may be imported for it. The run's own list is not trusted.
+    Args:
+        path: Run directory.
+        plugins: Packages that may be imported for it; the run's own list is not trusted.
+
+    Raises:
+        InputError: It is not a finished classification run, or not as training wrote it.
     """
-    step = finished_step(path, SEALED)
-    config = validate(ClassifierConfig, load_values(path) | {"plugins": plugins})
-    check_classifier_nodes(config)
+    step = sealed_step(path, SEALED)
+    values = load_values(path) | {"plugins": plugins, "task": ClassifierConfig.model_fields["task"].default}
+    config = validate(ClassifierConfig, values)
+    check_nodes(config)
     facts = json.loads((path / CLASSES).read_text())
     classes, normal = tuple(facts["classes"]), facts["normal"]
     method = build_classifier(config, len(classes), normal, tuple(facts["class_weights"]))
@@ -243,18 +264,11 @@ def honest_chunks(plan: Plan, chunks: Sequence[Params]) -> list[Params]:
 
 
 def restore(path: Path, method: Classifier, config: ClassifierConfig, plan: Plan, step: int) -> TrainState:
-    try:
-        with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-            if isinstance(method, Counted):
-                return checkpoints.restore(step, counted_state(skeleton(method, plan.sizes)), as_written=True)
-            assert isinstance(method, Descended)  # the config was judged
-            fresh = jax.eval_shape(lambda: init_members(method, build_optimizer(config), plan.keys, plan.sizes))
-            return checkpoints.restore(step, fresh)
-    except DamagedError as error:
-        raise InputError(
-            f"{error}\nThe calibration is for that checkpoint alone; train resume=true hydra.run.dir={path} goes on "
-            "from one that is whole, and calibrates anew"
-        ) from error
+    if isinstance(method, Counted):
+        return restore_sealed(path, step, counted_state(skeleton(method, plan.sizes)), as_written=True)
+    assert isinstance(method, Descended)  # the config was checked
+    fresh = jax.eval_shape(lambda: init_members(method, build_optimizer(config), plan.keys, plan.sizes))
+    return restore_sealed(path, step, fresh)
 
 
 def skeleton(method: Counted, sizes: Sequence[int]) -> list[Params]:
@@ -264,9 +278,9 @@ def skeleton(method: Counted, sizes: Sequence[int]) -> list[Params]:
     return [jax.tree.map(lambda leaf, size=size: jnp.stack([leaf] * size), one) for size in sizes]
 
 
-def counted_state(chunks: list[Params]) -> TrainState:
-    """Of what was learnt in one go: one step, no average, no optimizer."""
-    return TrainState(jnp.ones((), jnp.int32), chunks, (), ())
+def counted_state(chunks: list[Params], step: int = 1) -> TrainState:
+    """Of methods that are fitted in a single step: no moving average, no optimizer."""
+    return TrainState(jnp.asarray(step, jnp.int32), chunks, (), ())
 
 
 def allowed_networks(run: ClassifierRun, found: ClassSet) -> tuple[Bool[np.ndarray, "N M"], int]:

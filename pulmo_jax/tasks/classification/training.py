@@ -1,8 +1,7 @@
-"""python -m pulmo_jax.train with classes: cross-validate, calibrate each network, test, report."""
+"""Training of classification: cross-validate, calibrate each network, test, report."""
 
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from rich.console import Console
+from matplotlib.figure import Figure
 
+from pulmo_jax.config.nodes import check_node
+from pulmo_jax.data.pipeline import evenly
 from pulmo_jax.data.square_batches import member_batches, member_rows
 from pulmo_jax.data.synthetic_mri import synthetic_mri
 from pulmo_jax.evaluation.class_calibration import Scaling, fit_scaling
-from pulmo_jax.host.console import make_console
-from pulmo_jax.host.files import write_json
-from pulmo_jax.host.lock import claim
 from pulmo_jax.host.resources import give_back_freed_memory
-from pulmo_jax.inference.members import AT_ONCE, at_rows, each_its_own
+from pulmo_jax.inference.members import at_rows, each_its_own
 from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
-from pulmo_jax.runs.directory import build_optimizer, load_values, provenance, save_config, unfinish, use_compile_cache
-from pulmo_jax.runs.training import descend as stepwise
-from pulmo_jax.runs.training import refuse_another, refuse_or_resume
+from pulmo_jax.runs.directory import build_optimizer, load_values
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.report import Findings
+from pulmo_jax.runs.training import Learned, Learning
 from pulmo_jax.tasks.classification.assessment import Predictions, assess_training
 from pulmo_jax.tasks.classification.config import ClassifierConfig
 from pulmo_jax.tasks.classification.data import (
@@ -35,94 +34,107 @@ from pulmo_jax.tasks.classification.data import (
     metadata_features,
     read_classes,
 )
+from pulmo_jax.tasks.classification.figures import validation_gallery
 from pulmo_jax.tasks.classification.run import (
     IMAGES,
+    ClassifierRun,
     Plan,
     build_classifier,
+    check_nodes,
     class_weights,
     counted_state,
     honest_chunks,
     make_plan,
-    open_classifier_run,
     parameters,
-    seal,
+    skeleton,
     unseen_by,
     write_classes,
 )
 from pulmo_jax.training import devices
-from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.members import init_members, make_member_step
+from pulmo_jax.training.program import uncompiled
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
 MOST_VALIDATED = 512  # images of each network, for the loss of a validation
+IMAGES_PER_FIT = 8  # that a method which counts sees at once
+EXAMPLE_IMAGES = 8  # in the figures of a run in progress
 
 
-def train_classes(config: ClassifierConfig, run_dir: Path) -> float:
-    """The whole job; returns the mean validation loss of the networks, which a sweep may minimise."""
-    began, console = time.monotonic(), make_console()
+@dataclass(frozen=True)
+class ClassData:
+    """What a training reads.
+
+    Attributes:
+        found: All images and their classes.
+        normal: Index of the class without the finding.
+        weights: Of the classes in the loss.
+        plan: Which network learns from, is calibrated on and is tested on which images.
+        method: As the config describes it, for these classes.
+    """
+
+    found: ClassSet
+    normal: int
+    weights: tuple[float, ...]
+    plan: Plan
+    method: Classifier
+
+    def learnt_from(self, rows: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
+        """Those of the rows that the method learns from: of a model of the normal, normal images alone."""
+        return rows[self.found.labels[rows] == self.normal] if self.method.normal_alone() else rows
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """The calibrated run, with the out-of-fold predictions of its networks.
+
+    Attributes:
+        val_loss: Mean cross-entropy of the calibrated networks on the images that validate each.
+    """
+
+    run: ClassifierRun
+    predictions: Predictions
+    val_loss: float
+
+
+def check(config: ClassifierConfig) -> None:
+    check_nodes(config)
+    check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
+    for name, node in config.callbacks.items():
+        check_node(node, f"callbacks.{name}", config.plugins)
+
+
+def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, str]:
+    """With the folder of images: the one given, a resumed run's own, or synthetic slices."""
     give_back_freed_memory()
-    use_compile_cache(config.trainer.compile_cache)
-    with claim(run_dir):
-        config = with_images(config, run_dir, console)
-        refuse_or_resume(run_dir, config.resume)
-        assert config.data.root is not None
-        size: int = build_classifier(config).size  # pyright: ignore[reportAttributeAccessIssue]
-        found = read_classes(config.data.root, config.data, size, console)
-        normal = normal_class(found, config.data.normal_name)
-        weights = class_weights(found.labels, len(found.classes), config.trainer.class_weights)
-        method = build_classifier(config, len(found.classes), normal, weights)
-        plan = make_plan(found, config)
-        identity = identify(config, found, plan)
-        refuse_another(run_dir / "checkpoints", identity)
-        write_records(run_dir, config, found, plan)
-        say(console, found, plan, run_dir)
-        learning = [learns_from(rows.training, method, found, normal) for rows in plan.folds]
-        if isinstance(method, Counted):
-            state, step, facts = count(method, found, plan, learning, identity, run_dir)
-        else:
-            assert isinstance(method, Descended)  # the config was judged
-            validating = [learns_from(rows.validation, method, found, normal) for rows in plan.folds]
-            state, step, facts = descend(method, config, found, plan, learning, validating, identity, run_dir, console)
-        logits = each_its_own(method.logits)
-        chunks = parameters(state)
-        validated = of_members(logits, chunks, plan, [rows.validation for rows in plan.folds], found)
-        scalings = [
-            fit_scaling(of_one, found.labels[rows.validation], offsets=method.normal_alone())
-            for of_one, rows in zip(validated, plan.folds, strict=True)
-        ]
-        tested = of_members(logits, chunks, plan, [rows.test for rows in plan.folds], found)
-        write_classes(run_dir, plan, found, normal, weights, [scalings[i] for i in plan.honest])
-        seal(run_dir, step)
-        facts = {
-            "images": class_counts(found),
-            "groups": len(set(found.groups)),
-            "networks": len(plan.honest),
-            "step": step,
-            **facts,
-            "val_loss": calibrated_loss(validated, scalings, plan, found),
-            "training_s": round(time.monotonic() - began, 1),
-        }
-        predictions = Predictions.of(plan, tested, scalings, len(found.refs), len(found.classes))
-        assess_training(open_classifier_run(run_dir, config.plugins), found, plan, predictions, run_dir, console, facts)
-        console.print(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}", highlight=False)
-    return facts["val_loss"]
-
-
-def with_images(config: ClassifierConfig, run_dir: Path, console: Console) -> ClassifierConfig:
-    """With the folder of images: the one given, a resumed run's own, or the drawn set."""
     data, root = config.data, config.data.root
-    if root is None and config.resume and (run_dir / "config.yaml").is_file():
-        before = load_values(run_dir)["data"]
+    if root is None and config.resume and (place.run_dir / "config.yaml").is_file():
+        before = load_values(place.run_dir)["data"]
         if "root" not in before:
-            raise InputError(f"resume=true: {run_dir} tells no classes apart; give another hydra.run.dir")
+            raise InputError(f"resume=true: {place.run_dir} tells no classes apart; give another hydra.run.dir")
         root = Path(before["root"])
     elif data.synthetic:
-        root = synthetic_mri(data.cache, console)
-        console.print("drawn slices: a first look, no claim", highlight=False)
+        root = synthetic_mri(data.cache, place.console)
+        place.note("synthetic slices: a demonstration, not evidence of accuracy")
     if root is None:
         raise InputError(WANTED)
-    return config.model_copy(update={"data": data.model_copy(update={"root": root.absolute(), "synthetic": False})})
+    return config.model_copy(update={"data": data.model_copy(update={"root": root.absolute(), "synthetic": False})}), ""
+
+
+def read(config: ClassifierConfig, place: Place) -> ClassData:
+    assert config.data.root is not None  # prepare saw to it
+    size: int = build_classifier(config).size  # pyright: ignore[reportAttributeAccessIssue]
+    found = read_classes(config.data.root, config.data, size, place.console)
+    normal = normal_class(found, config.data.normal_name)
+    weights = class_weights(found.labels, len(found.classes), config.trainer.class_weights)
+    plan = make_plan(found, config)
+    counts = ", ".join(f"{number} {name}" for name, number in class_counts(found).items())
+    leaky = len(plan.members) - len(plan.honest)
+    beside = f" and {leaky} on random splits, to measure their leakage" if leaky else ""
+    place.note(
+        f"{len(found.refs)} images ({counts}) in {len(set(found.groups))} groups; {len(plan.honest)} networks{beside}"
+    )
+    return ClassData(found, normal, weights, plan, build_classifier(config, len(found.classes), normal, weights))
 
 
 def normal_class(found: ClassSet, name: str | None) -> int:
@@ -133,8 +145,88 @@ def normal_class(found: ClassSet, name: str | None) -> int:
     return found.classes.index(name)
 
 
-def learns_from(rows: Int[np.ndarray, "_"], method: Classifier, found: ClassSet, normal: int) -> Int[np.ndarray, "_"]:
-    return rows[found.labels[rows] == normal] if method.normal_alone() else rows
+def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learning:
+    """All networks together; the last parameters are used, because so few validation images would choose badly."""
+    method, plan, found, trainer = data.method, data.plan, data.found, config.trainer
+    learnt = [data.learnt_from(rows.training) for rows in plan.folds]
+    batch_size = trainer.batch_size * (len(jax.devices()) if trainer.scale_batch else 1)
+    at_once = isinstance(method, Counted)
+    mesh = devices.all_devices(jax.device_count() if at_once else batch_size)
+    rows = member_rows(learnt, batch_size, [member.seed for member in plan.members])
+    if isinstance(method, Counted):
+        state, batches, steps = counted_state(skeleton(method, plan.sizes), step=0), [None], 1
+        compile_for = uncompiled(count_all(method, data, learnt, mesh))
+    else:
+        assert isinstance(method, Descended)  # the config was checked
+        optimizer, steps = build_optimizer(config), trainer.steps
+        state = init_members(method, optimizer, plan.keys, plan.sizes)
+        share = jax.process_index(), jax.process_count()
+        batches: Any = member_batches(found.squares, found.labels, rows, batch_size, *share)
+        everywhere = devices.everywhere(mesh)
+        compile_for = uncompiled(make_member_step(method, optimizer, trainer.ema_decay, plan.keys, everywhere))
+    return Learning(
+        state=state,
+        compile=compile_for,
+        batches=batches,
+        steps=steps,
+        validate=validation(method, data),
+        identity=identify(config, found, plan),
+        files_of=lambda number: [found.titles[row] for row in np.unique(rows[number - 1])],
+        examples_per_step=batch_size * len(plan.members),
+        unit="images",
+        remedy=f"lower trainer.batch_size (now {trainer.batch_size}), trainer.repeats, trainer.members or method.size",
+        reading={"threads": config.data.threads, "prefetch": config.data.prefetch},
+        mesh=mesh,
+        draw=validated_images(data),
+        keep="last",
+        as_written=at_once,
+    )
+
+
+def records(config: ClassifierConfig, data: ClassData) -> Mapping[str, Any]:
+    """images.json: every image, the networks that have not seen it, and its metadata."""
+    found = data.found
+    described, features = describe_set(found), metadata_features(found)
+    beside = zip(described["images"], unseen_by(data.plan, len(found.refs)), features.tolist(), strict=True)
+    images = [image | {"unseen_by": networks, "metadata": row} for image, networks, row in beside]
+    return {IMAGES: described | {"images": images}}
+
+
+def finish(config: ClassifierConfig, data: ClassData, learned: Learned, place: Place) -> CrossValidated:
+    """Calibrates every network on the images that validate it, and predicts those that test it."""
+    plan, found, method = data.plan, data.found, data.method
+    logits, chunks = each_its_own(method.logits), parameters(learned.state)
+    validated = of_members(logits, chunks, plan, [rows.validation for rows in plan.folds], found)
+    scalings = [
+        fit_scaling(of_one, found.labels[rows.validation], offsets=method.normal_alone())
+        for of_one, rows in zip(validated, plan.folds, strict=True)
+    ]
+    tested = of_members(logits, chunks, plan, [rows.test for rows in plan.folds], found)
+    honest = tuple(scalings[i] for i in plan.honest)
+    write_classes(place.run_dir, plan, found, data.normal, data.weights, honest)
+    run = ClassifierRun(
+        path=place.run_dir,
+        config=config,
+        method=method,
+        classes=found.classes,
+        normal=data.normal,
+        chunks=honest_chunks(plan, chunks),
+        scalings=honest,
+        step=learned.step,
+    )
+    predictions = Predictions.of(plan, tested, scalings, len(found.refs), len(found.classes))
+    return CrossValidated(run, predictions, calibrated_loss(validated, scalings, plan, found))
+
+
+def assess(outcome: CrossValidated, data: ClassData, learned: Learned, place: Place) -> Findings:
+    facts = {
+        "images": class_counts(data.found),
+        "groups": len(set(data.found.groups)),
+        "networks": len(data.plan.honest),
+        **learned.facts,
+        "val_loss": outcome.val_loss,
+    }
+    return assess_training(outcome.run, data.found, data.plan, outcome.predictions, facts, outcome.val_loss, place)
 
 
 def identify(config: ClassifierConfig, found: ClassSet, plan: Plan) -> dict[str, Any]:
@@ -152,28 +244,6 @@ def identify(config: ClassifierConfig, found: ClassSet, plan: Plan) -> dict[str,
     }
 
 
-def write_records(run_dir: Path, config: ClassifierConfig, found: ClassSet, plan: Plan) -> None:
-    """What the run is made with; it is open for prediction again when it is finished again."""
-    unfinish(run_dir)
-    save_config(config, run_dir / "config.yaml")
-    described, features = describe_set(found), metadata_features(found)
-    beside = zip(described["images"], unseen_by(plan, len(found.refs)), features.tolist(), strict=True)
-    images = [image | {"unseen_by": networks, "metadata": row} for image, networks, row in beside]
-    write_json(run_dir / IMAGES, described | {"images": images})
-    write_json(run_dir / "run.json", {"citation": "", **provenance()})
-
-
-def say(console: Console, found: ClassSet, plan: Plan, run_dir: Path) -> None:
-    counts = ", ".join(f"{number} {name}" for name, number in class_counts(found).items())
-    leaky = len(plan.members) - len(plan.honest)
-    beside = f" and {leaky} on random splits, to show what they leak" if leaky else ""
-    console.print(
-        f"{len(found.refs)} images ({counts}) in {len(set(found.groups))} groups; {len(plan.honest)} networks{beside}, "
-        f"on {jax.devices()[0].device_kind}\nrun directory {run_dir}",
-        highlight=False,
-    )
-
-
 def calibrated_loss(logits: list[np.ndarray], scalings: list[Scaling], plan: Plan, found: ClassSet) -> float:
     """The mean cross-entropy of the honest networks at the images that validate each."""
     losses = []
@@ -184,60 +254,33 @@ def calibrated_loss(logits: list[np.ndarray], scalings: list[Scaling], plan: Pla
     return float(np.mean(losses))
 
 
-# --- learning
-
-
-def descend(
-    method: Descended,
-    config: ClassifierConfig,
-    found: ClassSet,
-    plan: Plan,
-    learning: list[np.ndarray],
-    validating: list[np.ndarray],
-    identity: dict[str, Any],
-    run_dir: Path,
-    console: Console,
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """All networks together, step by step; the last parameters are used, for so few validation images would choose
-    badly."""
-    trainer, optimizer = config.trainer, build_optimizer(config)
-    batch_size = trainer.batch_size * (len(jax.devices()) if trainer.scale_batch else 1)
-    mesh = devices.all_devices(batch_size)
-    rows = member_rows(learning, batch_size, [member.seed for member in plan.members])
-    state, record, facts = stepwise(
-        init_members(method, optimizer, plan.keys, plan.sizes),
-        make_member_step(method, optimizer, trainer.ema_decay, plan.keys, devices.everywhere(mesh)),
-        member_batches(found.squares, found.labels, rows),
-        validation(method, found, plan, validating),
-        config,
-        run_dir,
-        console,
-        mesh=mesh,
-        identity=identity,
-        files_of=lambda number: [found.titles[row] for row in np.unique(rows[number])],
-        images_in_batch=batch_size * len(plan.members),
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-        remedy=f"lower trainer.batch_size (now {trainer.batch_size}), trainer.repeats, trainer.members or method.size",
-        last=True,
-    )
-    return state, record.step, facts
-
-
-def validation(
-    method: Descended, found: ClassSet, plan: Plan, validating: list[np.ndarray]
-) -> Callable[[TrainState], float]:
-    """The mean over the honest networks of the loss at the images that validate each."""
+def validation(method: Classifier, data: ClassData) -> Callable[[TrainState], float]:
+    """The mean over the honest networks of the loss on the images that validate each."""
+    plan, found = data.plan, data.found
     losses = each_its_own(lambda params, images, labels: method.validation_losses(params, (images, labels)))
-    some = [rows[np.unique(np.linspace(0, len(rows) - 1, MOST_VALIDATED).astype(int))] for rows in validating]
-    honest = [some[i] for i in plan.honest]
+    some = [evenly(data.learnt_from(plan.folds[i].validation), MOST_VALIDATED) for i in plan.honest]
 
     def loss(state: TrainState) -> float:
-        chunks = honest_chunks(plan, state.ema)
-        found_losses = of_members(losses, chunks, plan, honest, found, labels=True)
+        chunks = honest_chunks(plan, parameters(devices.here(state)))
+        found_losses = of_members(losses, chunks, plan, some, found, labels=True)
         return float(np.mean([of_one.mean() for of_one in found_losses]))
 
     return loss
+
+
+def validated_images(data: ClassData) -> Callable[[TrainState], Figure]:
+    """Draws validation images of the first network with its probabilities, before calibration."""
+    found, plan = data.found, data.plan
+    rows = evenly(plan.folds[0].validation, EXAMPLE_IMAGES)
+    images, labels = found.squares.stack(rows), found.labels[rows]
+    logits = jax.jit(lambda chunk, images: data.method.logits(jax.tree.map(lambda leaf: leaf[0], chunk), images))
+
+    def draw(state: TrainState) -> Figure:
+        first = parameters(devices.here(state))[0]
+        probabilities = np.asarray(jax.nn.softmax(logits(first, images), axis=-1))
+        return validation_gallery(images, probabilities, labels, found.classes, int(state.step))
+
+    return draw
 
 
 def of_members(
@@ -257,27 +300,21 @@ def of_members(
     return results
 
 
-def count(
-    method: Counted,
-    found: ClassSet,
-    plan: Plan,
-    learning: list[np.ndarray],
-    identity: dict[str, Any],
-    run_dir: Path,
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """What a method learns without steps, kept in a checkpoint as any other's."""
-    began = time.monotonic()
-    fitted = [method.fit(batches_of(found, rows)) for rows in learning]
-    parts = zip(np.cumsum(plan.sizes), plan.sizes, strict=True)
-    chunks = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *fitted[end - size : end]) for end, size in parts]
-    state = counted_state(chunks)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        for step in checkpoints.steps():  # resumed: what is there was fitted to the same
-            shutil.rmtree(run_dir / "checkpoints" / str(step))
-        checkpoints.save(state, None, identity)
-    return state, 1, {"fitting_s": round(time.monotonic() - began, 1)}
+def count_all(
+    method: Counted, data: ClassData, learnt: Sequence[np.ndarray], mesh: Any
+) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+    """The single step of a method that sees every training image once."""
+    sizes = data.plan.sizes
+
+    def step(state: TrainState, _: Any) -> tuple[TrainState, dict]:
+        fitted = [method.fit(batches_of(data.found, rows)) for rows in learnt]
+        parts = zip(np.cumsum(sizes), sizes, strict=True)
+        chunks = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *fitted[end - size : end]) for end, size in parts]
+        return devices.on_all(counted_state(chunks), mesh), {}
+
+    return step
 
 
 def batches_of(found: ClassSet, rows: Int[np.ndarray, "_"]) -> Iterator[Float[jax.Array, "B S S"]]:
-    for start in range(0, len(rows), AT_ONCE):
-        yield jnp.asarray(found.squares.stack(rows[start : start + AT_ONCE]))
+    for start in range(0, len(rows), IMAGES_PER_FIT):
+        yield jnp.asarray(found.squares.stack(rows[start : start + IMAGES_PER_FIT]))

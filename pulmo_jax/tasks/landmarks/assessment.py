@@ -1,34 +1,38 @@
-"""Test a landmark run on labelled images, and write its errors and its report: what `evaluate` does, and `train` at its
-end."""
+"""A landmark run on labelled images: errors beside baselines, coverage, quality flags, and the report."""
 
-import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 from rich.table import Table as Grid
 
-from pulmo_jax.data.images import Reader
+from pulmo_jax.config.verbs import EvaluationConfig
+from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.landmark_table import read_landmarks, without_row
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.pipeline import evenly
 from pulmo_jax.evaluation import landmark_metrics as metrics
 from pulmo_jax.evaluation.landmark_metrics import Errors
 from pulmo_jax.evaluation.metrics import Estimate
-from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.lung_frames import into_frame
 from pulmo_jax.inference.outputs import as_csv
+from pulmo_jax.methods.located import Found
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.report import Section
 from pulmo_jax.reporting.tables import Table, cell, markdown_row
+from pulmo_jax.reporting.training import training_sections
+from pulmo_jax.runs.directory import citation_of
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.report import Findings, summarise_training
 from pulmo_jax.tasks.landmarks import figures as draw
-from pulmo_jax.tasks.landmarks.config import LandmarkEvaluationConfig
-from pulmo_jax.tasks.landmarks.data import Labelled
+from pulmo_jax.tasks.landmarks.config import EvaluateLandmarksConfig
+from pulmo_jax.tasks.landmarks.data import Labelled, labelled
 from pulmo_jax.tasks.landmarks.figures import LandmarkExample
-from pulmo_jax.tasks.landmarks.run import Found, LandmarkRun
+from pulmo_jax.tasks.landmarks.run import LandmarkRun
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.68, 0.8, 0.9, 0.95, 0.99)
 NOTABLE_PX = 0.5  # of the labels' own floor
@@ -52,28 +56,49 @@ class Tested:
         return next(iter(self.errors.values()))
 
 
+def read_test(run: LandmarkRun, config: EvaluateLandmarksConfig, place: Place) -> Labelled:
+    """The images of a table, with the run's own keys where the config has none."""
+    data, trained = config.data, run.config.data
+    own = {key: getattr(data, key) or getattr(trained, key) for key in ("group_regex", "class_regex")}
+    options = trained.model_copy(update=own | {"on_error": data.on_error, "normal_name": data.normal_name})
+    index = index_images(data.images, group_regex=options.group_regex, max_image_mb=options.max_image_mb)
+    table = read_landmarks(data.test, data.images, n_points=run.n_landmarks, on_error=options.on_error, index=index)
+    notes = table.notes() + without_row([table])
+    for note in notes:
+        place.note(f"note: {note}")
+    return replace(labelled(table.refs, table.points, run.size, options, place.console, "test"), notes=tuple(notes))
+
+
+def assess(run: LandmarkRun, data: Labelled, config: EvaluateLandmarksConfig, place: Place) -> Findings:
+    """The run's errors, and those of the baselines."""
+    normal, options = config.data.normal_name, config.evaluation
+    return assess_landmarks(run, data, place, options, normal=normal, seed=config.seed, notes=data.notes)
+
+
 def assess_landmarks(
     run: LandmarkRun,
     labelled: Labelled,
-    out_dir: Path,
-    console: Console,
+    place: Place,
+    options: EvaluationConfig,
     *,
-    options: LandmarkEvaluationConfig | None = None,
-    normal: str | None = None,
-    seed: int | None = None,
+    normal: str,
+    seed: int,
     training: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     chosen_on: bool = False,
-) -> None:
-    """metrics.json, metrics.md, landmark_errors.csv, figures/ and report.html.
+    objective: float = math.nan,
+) -> Findings:
+    """Errors, coverage and quality flags on labelled images; draws the figures of the report.
 
-    normal: the class that others are compared with. training: facts of the training that has just ended. chosen_on: the
-    images are those of the validation, on which checkpoint and uncertainties were set, so that the errors are a little
-    too good.
+    Args:
+        normal: The class that the others are compared with.
+        training: Facts of the training that has just ended.
+        chosen_on: The images are the validation images, on which checkpoint and uncertainties were set, so that the
+            errors are optimistic.
+        objective: What a sweep minimises.
     """
-    options, seed = options or run.config.evaluation, run.config.seed if seed is None else seed
     tested = test(run, labelled)
-    normal = (normal or run.config.data.normal_name).lower()
+    normal = normal.lower()
     found = figures_of_merit(run, tested, normal, options.replicates, seed)
     warnings = list(notes)
     if found["by_class"] and not found["class_shift"]:
@@ -84,18 +109,19 @@ def assess_landmarks(
     if chosen_on:
         warnings.insert(0, "No test table was given: these are the validation images, on which the checkpoint was "
                         "chosen and the uncertainties were calibrated.")  # fmt: skip
-    write_json(out_dir / "metrics.json", {"training": dict(training or {}), **found})
     tables = metric_tables(found)
-    write_text(out_dir / "metrics.md", as_markdown(tables))
-    write_text(out_dir / "landmark_errors.csv", errors_csv(tested))
-    show(console, tables[0])
-    write_report(
-        out_dir / "report.html",
+    curves = training_sections(run.path, place.folder, training or {})
+    return Findings(
         title=f"{run.config.name}: landmarks",
-        summary=summary(run, training or {}),
-        sections=report_sections(run, tested, found, tables, options, out_dir),
-        citations=citations(run),
+        metrics={"training": dict(training or {}), **found},
+        markdown=as_markdown(tables),
+        sections=[*report_sections(run, tested, found, tables, options, place.folder), *curves],
+        summary=summarise_training(run, training or {}),
+        shown=[for_console(tables[0])],
+        tables={"landmark_errors.csv": errors_csv(tested)},
+        citations=citation_of(run.path),
         warnings=warnings,
+        objective=objective,
     )
 
 
@@ -196,11 +222,11 @@ def as_markdown(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def show(console: Console, table: Table) -> None:
+def for_console(table: Table) -> Grid:
     grid = Grid(*table.columns, title=table.title)
     for row in table.rows:
         grid.add_row(*(text.partition(" [")[0] for text in row))
-    console.print(grid)
+    return grid
 
 
 def errors_csv(tested: Tested) -> str:
@@ -226,7 +252,7 @@ def report_sections(
     tested: Tested,
     found: Mapping[str, Any],
     tables: Sequence[Table],
-    options: LandmarkEvaluationConfig,
+    options: EvaluationConfig,
     out_dir: Path,
 ) -> list[Section]:
     folder, own, labelled = out_dir / "figures", tested.own, tested.labelled
@@ -289,14 +315,3 @@ def aligned_figure(run: LandmarkRun, tested: Tested, which: np.ndarray, reader: 
             LandmarkExample(tested.labelled.refs[i].title, warped, run.frame.points, label="the frame's landmarks")
         )
     return draw.gallery(shown, "In the lung frame")
-
-
-def summary(run: LandmarkRun, training: Mapping[str, Any]) -> dict[str, str]:
-    facts = {"run": str(run.path), "seed": str(run.config.seed)}
-    plain = {k: v for k, v in training.items() if not isinstance(v, Mapping)}
-    return facts | {k.replace("_", " "): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in plain.items()}
-
-
-def citations(run: LandmarkRun) -> list[str]:
-    text = json.loads((run.path / "run.json").read_text())["citation"]
-    return [text] if text else []

@@ -1,15 +1,13 @@
 """Typed config of landmark jobs: points in an image, learnt from a table of them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pulmo_jax.config.nodes import check_node, find_target
-from pulmo_jax.config.section import Bool, Float, Int, Node, PathLike, Regex, Section
-from pulmo_jax.methods.located import Descended, Fitted
-from pulmo_jax.types import InputError
-
-LANDMARK_METHODS = "eigenpatch, landmark_net"
+from pulmo_jax.config.section import Bool, Float, ImageFolder, Int, Node, PathLike, Regex, Section
+from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig
 
 
 def _is_table(path: PathLike) -> PathLike:
@@ -24,7 +22,7 @@ Table = Annotated[PathLike, AfterValidator(_is_table)]
 class LandmarkDataConfig(Section):
     """Images, and tables of their landmarks: filename,x1,y1,...,xK,yK in px of each image."""
 
-    images: PathLike | None = Field(
+    images: ImageFolder | None = Field(
         default=None, description="folder of the images; null: radiographs projected from the sample CT"
     )
     train: Table | None = Field(default=None, description="CSV of the images to learn from")
@@ -57,25 +55,6 @@ class LandmarkDataConfig(Section):
         return self
 
 
-class LandmarkTrainerConfig(Section):
-    """The loop of a network; a method that is fitted in one go has none."""
-
-    steps: Int = Field(default=6600, ge=1, description="training steps, one batch each")
-    batch_size: Int = Field(default=8, ge=1, description="images in a batch")
-    log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
-    validate_every: Int = Field(default=250, ge=1, description="steps between validations")
-    checkpoint_every: Int = Field(default=500, ge=1, description="steps between checkpoints")
-    ema_decay: Float = Field(default=0.999, ge=0, lt=1, description="of the averaged parameters that inference uses")
-    compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
-
-
-class LandmarkEvaluationConfig(Section):
-    """Errors and their intervals."""
-
-    replicates: Int = Field(default=1000, ge=10, description="bootstrap replicates, by group")
-    examples: Int = Field(default=8, ge=1, le=32, description="images in each gallery of the report")
-
-
 class LandmarkConfig(Section):
     """python -m pulmo_jax.train +experiment=landmarks"""
 
@@ -89,23 +68,44 @@ class LandmarkConfig(Section):
     optimizer: Node
     callbacks: dict[str, Node]
     frame_px: Int = Field(default=256, ge=16, le=4096, description="side of the lung frame that images are warped into")
-    trainer: LandmarkTrainerConfig = LandmarkTrainerConfig()
-    evaluation: LandmarkEvaluationConfig = LandmarkEvaluationConfig()
+    trainer: TrainerConfig = TrainerConfig(
+        steps=6600, batch_size=8, validate_every=250, checkpoint_every=500, ema_decay=0.999
+    )
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def check_landmark_nodes(config: LandmarkConfig) -> None:
-    """Judge every `_target_` node without building it. Raises InputError."""
-    require_locator(config)
-    check_node(config.method, "method", config.plugins)
-    check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
-    for name, node in config.callbacks.items():
-        check_node(node, f"callbacks.{name}", config.plugins)
+class LocateConfig(PredictConfig):
+    """python -m pulmo_jax.predict"""
+
+    aligned: Bool = Field(default=False, description="also write the images warped into the lung frame")
 
 
-def require_locator(config: LandmarkConfig) -> None:
-    target = find_target(config.method, "method", config.plugins)
-    if not (isinstance(target, type) and (issubclass(target, Fitted) or issubclass(target, Descended))):
-        raise InputError(
-            f"method._target_={config.method['_target_']}: finds no landmarks (no `locate` with `fit` or "
-            f"`train_loss`); there are: {LANDMARK_METHODS}"
-        )
+class LandmarkTestConfig(Section):
+    """Labelled images."""
+
+    images: ImageFolder = Field(description="folder of the images in the table")
+    test: Table = Field(description="CSV of their landmarks")
+    group_regex: Regex | None = Field(
+        default=None, description="extracts the patient ID from a file's name (first group); null: as in the run"
+    )
+    class_regex: Regex | None = Field(
+        default=None, description="extracts the class from a file's name (first group); null: as in the run"
+    )
+    normal_name: str = Field(default="normal", description="the class that the others are compared with, in any case")
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="what an unusable row or file does")
+
+
+class EvaluateLandmarksConfig(EvaluateConfig):
+    """python -m pulmo_jax.evaluate"""
+
+    data: LandmarkTestConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "train": LandmarkConfig,
+    "predict": LocateConfig,
+    "evaluate": EvaluateLandmarksConfig,
+}
+CHOICES: Mapping[str, Sequence[str]] = {"method": ("eigenpatch", "landmark_net")}

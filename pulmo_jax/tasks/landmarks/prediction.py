@@ -1,81 +1,76 @@
-"""python -m pulmo_jax.predict of a landmark run: a table of landmarks, overlays, and images in the lung frame."""
+"""Prediction of landmarks: a table, overlays, and images in the lung frame."""
 
-import json
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pulmo_jax.config.verbs import PredictConfig
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, fingerprint, index_images
 from pulmo_jax.data.landmark_table import landmarks_csv
 from pulmo_jax.data.letterbox import to_bytes
-from pulmo_jax.host.console import SOME_FAILED, make_console, tracker
-from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.data.working_images import read_working
 from pulmo_jax.inference.lung_frames import into_frame, write_image
-from pulmo_jax.runs.directory import use_compile_cache
-from pulmo_jax.tasks.landmarks.data import read_working
+from pulmo_jax.methods.located import Found
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.records import Item, Outputs, Record, chunks
+from pulmo_jax.tasks.landmarks.config import LocateConfig
 from pulmo_jax.tasks.landmarks.figures import LandmarkExample, write_overlay
-from pulmo_jax.tasks.landmarks.run import Found, LandmarkRun, open_landmark_run
+from pulmo_jax.tasks.landmarks.run import LandmarkRun
 from pulmo_jax.types import InputError
 
-AT_ONCE = 64  # images between two writings
-Record = dict[str, Any]
+IMAGES_PER_BATCH = 64  # located, drawn and recorded together
 
 
-def predict_landmarks(config: PredictConfig) -> None:
-    """Find, draw and write, some images at a time; what is on the disk from an earlier call is not done again."""
-    began, console = time.monotonic(), make_console()
-    use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
-    run = open_landmark_run(config.run, config.plugins)
-    data, digest = run.config.data, run.digest
-    refs, failed = index_images(config.input, max_image_mb=data.max_image_mb, leave_out=config.output)
-    kept = (
-        {} if config.overwrite else {ref.title: r for ref in refs if (r := finished(ref, digest, config)) is not None}
-    )
-    todo = [ref for ref in refs if ref.title not in kept]
-    records = dict(kept)
-    for some in tracker(console, f"locating, {AT_ONCE} images at a time")(chunks(todo), -(-len(todo) // AT_ONCE)):
-        working, skipped = read_working(some, run.size, data.max_image_mb, data.threads, quietly)
-        failed += skipped
+def read(run: LandmarkRun, config: LocateConfig, place: Place) -> tuple[list[Item], list[Skipped]]:
+    refs, failed = index_images(config.input, max_image_mb=run.config.data.max_image_mb, leave_out=config.output)
+    digest, output = run.digest, config.output
+    items = [
+        Item(
+            name=ref.file_name,
+            refs=(ref,),
+            key=[digest, fingerprint(ref.path)],
+            outputs=(overlay_path(ref, output), *([aligned_path(ref, output)] if config.aligned else [])),
+        )
+        for ref in refs
+    ]
+    return items, failed
+
+
+def predict(
+    run: LandmarkRun, items: Sequence[Item], config: LocateConfig, place: Place
+) -> Iterator[tuple[Item, Record | Skipped]]:
+    """Batch by batch: read, locate, draw."""
+    data = run.config.data
+    for batch in chunks(items, IMAGES_PER_BATCH):
+        item_of = {item.refs[0].title: item for item in batch}
+        working, skipped = read_working(
+            [item.refs[0] for item in batch], run.size, data.max_image_mb, data.threads, lambda items, _: items
+        )
+        yield from ((item_of[file.name], file) for file in skipped)
         if working.refs:
             found = run.find(working)
             for i, (ref, wrong) in enumerate(zip(working.refs, draw(run, working.refs, found, config), strict=True)):
-                if wrong is not None:
-                    failed.append(Skipped(ref.title, wrong))
-                    continue
-                records[ref.title] = record_of(ref, i, found, digest)
-                write_json(record_path(ref, config.output), records[ref.title])
-    ordered = [records[ref.title] for ref in refs if ref.title in records]
-    if ordered:
-        write_text(config.output / "landmarks.csv", as_table(ordered))
-    doubtful = [record["filename"] for record in ordered if all(record["low"])]
-    failures = [{"filename": file.name, "reason": file.reason} for file in failed]
-    write_json(config.output / "summary.json", summarise(run, ordered, doubtful, failures))
-    console.print(
-        f"{len(ordered)} images ({len(kept)} of them by an earlier call), {len(doubtful)} of low quality throughout, "
-        f"{len(failed)} failed, {time.monotonic() - began:.0f} s; see {config.output}",
-        highlight=False,
-    )
-    if failed:
-        for file in failed:
-            print(f"failed: {file.reason}", file=sys.stderr)
-        sys.exit(SOME_FAILED)
+                record = record_of(ref, i, found) if wrong is None else Skipped(ref.title, wrong)
+                yield item_of[ref.title], record
 
 
-def chunks(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
-    return (refs[first : first + AT_ONCE] for first in range(0, len(refs), AT_ONCE))
+def collect(
+    run: LandmarkRun,
+    items: Sequence[Item],
+    records: Sequence[Record],
+    failed: Sequence[Skipped],
+    config: LocateConfig,
+    place: Place,
+) -> Outputs:
+    """landmarks.csv."""
+    doubtful = [record["filename"] for record in records if all(record["low"])]
+    tables = {"landmarks.csv": as_table(records)} if records else {}
+    return Outputs(tables, summarise(run, records, doubtful), f"{len(doubtful)} images of low quality throughout")
 
 
-def quietly(items: Iterable, _: int) -> Iterable:
-    return items
-
-
-def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: PredictConfig) -> list[str | None]:
+def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: LocateConfig) -> list[str | None]:
     """The overlay of every image and, where asked for, the image in the lung frame; by threads. What went wrong with
     each, None for nothing."""
     reader = Reader(run.config.data.max_image_mb)
@@ -90,9 +85,8 @@ def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: Predi
 
     def write_one(i: int) -> None:
         ref, image = refs[i], reader.image(refs[i])
-        overlay = config.output / "overlays" / f"{ref.file_name}.png"
         shown = LandmarkExample(ref.title, to_bytes(image), found.points[i], found.covariance[i], doubtful=found.low[i])
-        write_overlay(overlay, shown)
+        write_overlay(overlay_path(ref, config.output), shown)
         if config.aligned:
             write_image(aligned_path(ref, config.output), into_frame(image, found.points[i], run.frame))
 
@@ -106,19 +100,13 @@ def aligned_path(ref: ImageRef, output: Path) -> Path:
     return output / "aligned" / f"{ref.file_name}.tif"
 
 
-def record_path(ref: ImageRef, output: Path) -> Path:
-    return output / "records" / f"{ref.file_name}.json"
+def overlay_path(ref: ImageRef, output: Path) -> Path:
+    return output / "overlays" / f"{ref.file_name}.png"
 
 
-def key_of(ref: ImageRef, digest: str) -> list[Any]:
-    """Changes when the run or the file does."""
-    return [digest, fingerprint(ref.path)]
-
-
-def record_of(ref: ImageRef, i: int, found: Found, digest: str) -> Record:
+def record_of(ref: ImageRef, i: int, found: Found) -> Record:
     unlike = float(found.surprise[i])
     return {
-        "key": key_of(ref, digest),
         "filename": ref.title,
         "points": found.points[i].tolist(),
         "std": found.std[i].tolist(),
@@ -127,24 +115,12 @@ def record_of(ref: ImageRef, i: int, found: Found, digest: str) -> Record:
     }
 
 
-def finished(ref: ImageRef, digest: str, config: PredictConfig) -> Record | None:
-    """An earlier call's record, if it is of the same run and file and all that is asked for is there."""
-    try:
-        record = json.loads(record_path(ref, config.output).read_text())
-    except (OSError, ValueError):
-        return None
-    wanted = [config.output / "overlays" / f"{ref.file_name}.png"]
-    wanted += [aligned_path(ref, config.output)] if config.aligned else []
-    same = isinstance(record, dict) and record.get("key") == key_of(ref, digest)
-    return record if same and all(path.is_file() for path in wanted) else None
-
-
 def as_table(records: Sequence[Record]) -> str:
     columns = {name: np.array([record[name] for record in records]) for name in ("points", "std", "low")}
     return landmarks_csv([r["filename"] for r in records], columns["points"], columns["std"], columns["low"])
 
 
-def summarise(run: LandmarkRun, records: Sequence[Record], doubtful: list[str], failed: list[dict]) -> dict[str, Any]:
+def summarise(run: LandmarkRun, records: Sequence[Record], doubtful: list[str]) -> dict[str, Any]:
     return {
         "run": str(run.path.absolute()),
         "step": run.step,
@@ -153,5 +129,4 @@ def summarise(run: LandmarkRun, records: Sequence[Record], doubtful: list[str], 
         "low_quality_rate": run.calibration.rate,
         "low_quality_images": doubtful,
         "landmarks_of_low_quality": int(sum(sum(record["low"]) for record in records)),
-        "failed": failed,
     }

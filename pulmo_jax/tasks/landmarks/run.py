@@ -4,7 +4,6 @@ config.yaml, landmarks.json, calibration.json, companions.npz and checkpoints/ a
 read; finished.json, written last, says how they were (see `pulmo_jax.runs.directory`).
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from pulmo_jax.config.nodes import GIVEN, build, find_target
+from pulmo_jax.config.nodes import build, check_node, find_target
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.lung_frame import LungFrame, flipped, frame_of, lung_frame
 from pulmo_jax.core.ppca import PPCA
 from pulmo_jax.core.shape_model import ShapeModel, fit_shape_model
+from pulmo_jax.data.working_images import WorkingImages
 from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
 from pulmo_jax.evaluation.landmark_quality import (
     SurpriseModel,
@@ -34,11 +34,10 @@ from pulmo_jax.host.files import atomically, write_json
 from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
-from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
-from pulmo_jax.runs.directory import FINISHED, build_optimizer, finish, finished_step, load_values
-from pulmo_jax.tasks.landmarks.config import LandmarkConfig, check_landmark_nodes
-from pulmo_jax.tasks.landmarks.data import Labelled, WorkingImages
-from pulmo_jax.training.checkpoint import Checkpoints, DamagedError
+from pulmo_jax.methods.located import Descended, Fitted, Found, Locator, Params
+from pulmo_jax.runs.directory import build_optimizer, digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
+from pulmo_jax.tasks.landmarks.data import Labelled
 from pulmo_jax.training.state import TrainState, init_state
 from pulmo_jax.types import InputError
 
@@ -62,18 +61,6 @@ class LandmarkCalibration:
     rate: FiniteFloat
     n_images: int
     held_out_coverage: FiniteFloat | None
-
-
-@dataclass(frozen=True)
-class Found:
-    """Landmarks of images, in px of each: points (N, K, 2), covariance (N, K, 2, 2), std (N, K), low (N, K), surprise
-    (N,)."""
-
-    points: Float[np.ndarray, "N K 2"]
-    covariance: Float[np.ndarray, "N K 2 2"]
-    std: Float[np.ndarray, "N K"]
-    low: Bool[np.ndarray, "N K"]
-    surprise: Float[np.ndarray, "N"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +97,7 @@ class LandmarkRun:
     @property
     def digest(self) -> str:
         """Changes when the run is trained again."""
-        return hashlib.sha256((self.path / FINISHED).read_bytes()).hexdigest()
+        return digest_of_run(self.path)
 
     @property
     def n_landmarks(self) -> int:
@@ -145,17 +132,29 @@ def on_folds(points: Float[np.ndarray, "K 2"], frame: LungFrame) -> Bool[np.ndar
 turned_over = jax.jit(flipped)
 
 
-def build_locator(config: LandmarkConfig, companions: Companions | None) -> Locator:
-    """The method as the config describes it; of what the program gives it takes what its signature names.
-
-    Without companions it is only good for being looked at.
-    """
+def check_nodes(config: LandmarkConfig) -> None:
+    """Validates the method's node. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
+    if not (isinstance(target, type) and (issubclass(target, Fitted) or issubclass(target, Descended))):
+        raise InputError(
+            f"method._target_={config.method['_target_']}: finds no landmarks (no `locate` with `fit` or "
+            f"`train_loss`); there are: {', '.join(CHOICES['method'])}"
+        )
+    check_node(config.method, "method", config.plugins)
+
+
+def build_locator(config: LandmarkConfig, companions: Companions | None) -> Locator:
+    """The method as the config describes it; without companions it only tells the size of the working images."""
     mirror, shapes = (companions.mirror, companions.shapes) if companions else ((0,), None)
-    given = {"n_landmarks": len(mirror), "mirror": mirror, "shapes": shapes, "seed": config.seed}
-    taken = {name: value for name, value in given.items() if name in target.__init__.__annotations__}
-    assert set(given) <= set(GIVEN["method"])
-    return build(config.method, "method", config.plugins, **taken)
+    return build(
+        config.method,
+        "method",
+        config.plugins,
+        n_landmarks=len(mirror),
+        mirror=mirror,
+        shapes=shapes,
+        seed=config.seed,
+    )
 
 
 def working_size(config: LandmarkConfig) -> int:
@@ -216,7 +215,7 @@ def surprises(look: SurpriseModel, images: Float[np.ndarray, "N S S"]) -> Float[
 
 
 def save_run(run: LandmarkRun) -> None:
-    """All but the checkpoint, which is there; then the run is open for use."""
+    """Writes what the run is opened from, beside the checkpoint."""
     facts = {
         "n_landmarks": run.n_landmarks,
         "mirror": run.companions.mirror,
@@ -236,17 +235,21 @@ def save_run(run: LandmarkRun) -> None:
             np.savez(file, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
 
     atomically(run.path / "companions.npz", write)
-    finish(run.path, run.step, SEALED)
 
 
-def open_landmark_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
-    """Load a finished run. Raises InputError if it is not one, or not as training wrote it.
+def open_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
+    """Loads a finished run.
 
-    plugins: packages that may be imported for it. The run's own list is not trusted.
+    Args:
+        path: Run directory.
+        plugins: Packages that may be imported for it; the run's own list is not trusted.
+
+    Raises:
+        InputError: It is not a finished landmark run, or not as training wrote it.
     """
-    step = finished_step(path, SEALED)
+    step = sealed_step(path, SEALED)
     config = validate(LandmarkConfig, load_values(path) | {"plugins": plugins})
-    check_landmark_nodes(config)
+    check_nodes(config)
     facts = json.loads((path / "landmarks.json").read_text())
     mirror = tuple(facts["mirror"])
     calibration = read_calibration(path / "calibration.json")
@@ -267,22 +270,15 @@ def open_landmark_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
 
 
 def restore(path: Path, method: Locator, config: LandmarkConfig, n_landmarks: int, step: int) -> Params:
-    try:
-        with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-            if isinstance(method, Fitted):
-                return checkpoints.restore(step, fitted_state(method.skeleton(n_landmarks)), as_written=True).params
-            assert isinstance(method, Descended)  # the config was judged
-            return checkpoints.restore(step, init_state(method, build_optimizer(config))).ema
-    except DamagedError as error:
-        raise InputError(
-            f"{error}\nThe calibration is for that checkpoint alone; train resume=true hydra.run.dir={path} goes on "
-            "from one that is whole, and calibrates anew"
-        ) from error
+    if isinstance(method, Fitted):
+        return restore_sealed(path, step, fitted_state(method.skeleton(n_landmarks)), as_written=True).params
+    assert isinstance(method, Descended)  # the config was checked
+    return restore_sealed(path, step, init_state(method, build_optimizer(config))).ema
 
 
-def fitted_state(params: Params) -> TrainState:
-    """Of what was learnt in one go: one step, no average, no optimizer."""
-    return TrainState(jnp.ones((), jnp.int32), params, (), ())
+def fitted_state(params: Params, step: int = 1) -> TrainState:
+    """Of a method that is fitted in a single step: no moving average, no optimizer."""
+    return TrainState(jnp.asarray(step, jnp.int32), params, (), ())
 
 
 def read_calibration(path: Path) -> LandmarkCalibration:

@@ -1,125 +1,214 @@
-"""python -m pulmo_jax.train with landmarks: learn where the points are, measure how sure, test, report."""
+"""Training of landmarks: learn where the points are, calibrate the uncertainties on validation images, test."""
 
 import hashlib
-import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
+from matplotlib.figure import Figure
 
+from pulmo_jax.config.nodes import check_node
 from pulmo_jax.data import radiographs
 from pulmo_jax.data.landmark_batches import rows_of_batch, shuffled_batches
+from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.data.pipeline import evenly
 from pulmo_jax.data.samples import fetch_radiographs
 from pulmo_jax.evaluation.landmark_metrics import radial_errors
-from pulmo_jax.host.console import make_console
-from pulmo_jax.host.files import write_json
-from pulmo_jax.host.lock import claim
 from pulmo_jax.inference.locate import in_batches
 from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
-from pulmo_jax.runs.directory import build_optimizer, load_values, provenance, save_config, unfinish, use_compile_cache
-from pulmo_jax.runs.training import descend as stepwise
-from pulmo_jax.runs.training import refuse_another, refuse_or_resume
+from pulmo_jax.runs.directory import build_optimizer, load_values
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.report import Findings
+from pulmo_jax.runs.training import Learned, Learning
 from pulmo_jax.tasks.landmarks.assessment import assess_landmarks
 from pulmo_jax.tasks.landmarks.config import LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import LandmarkSets, describe_sets, read_sets
-from pulmo_jax.tasks.landmarks.run import build_locator, fit_companions, fitted_state, make_run, save_run, working_size
+from pulmo_jax.tasks.landmarks.figures import LandmarkExample, gallery
+from pulmo_jax.tasks.landmarks.run import (
+    Companions,
+    LandmarkRun,
+    build_locator,
+    check_nodes,
+    fit_companions,
+    fitted_state,
+    make_run,
+    save_run,
+    working_size,
+)
 from pulmo_jax.training import devices
-from pulmo_jax.training.checkpoint import Checkpoints
-from pulmo_jax.training.state import init_state, make_step
+from pulmo_jax.training.program import compile_step, uncompiled
+from pulmo_jax.training.state import TrainState, init_state, make_step
 from pulmo_jax.types import InputError
 
 TABLES = ("train", "val", "test")
-PREFETCH = 4  # batches read ahead
+BATCHES_AHEAD = 4
+EXAMPLE_IMAGES = 4  # in the figures of a run in progress
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """Parameters, the step of their checkpoint, and the mean error on the validation images, working px."""
+class LandmarkData:
+    """What a training reads: the labelled images, and what follows from the training images alone."""
 
-    params: Params
-    step: int
-    val_error: float
-    facts: dict[str, Any]
+    sets: LandmarkSets
+    companions: Companions
 
 
-def train_landmarks(config: LandmarkConfig, run_dir: Path) -> float:
-    """The whole job; returns the mean error on the validation images in % of the working image's side."""
-    began, console = time.monotonic(), make_console()
-    use_compile_cache(config.trainer.compile_cache)
-    with claim(run_dir):
-        config, citation = with_sample(config, run_dir, console)
-        refuse_or_resume(run_dir, config.resume)
-        size = working_size(config)
-        sets = read_sets(config.data, size, config.seed, console)
-        identity = identify(config, sets)
-        refuse_another(run_dir / "checkpoints", identity)
-        with console.status("looking at the training images"):
-            companions = fit_companions(config, sets.training)
-        method = build_locator(config, companions)
-        write_records(run_dir, config, sets, citation)
-        say(console, sets, run_dir)
-        if isinstance(method, Fitted):
-            learnt = fit_at_once(method, sets, identity, run_dir, console)
-        else:
-            assert isinstance(method, Descended)  # the config was judged
-            learnt = descend(method, config, sets, identity, run_dir, console)
-        run = make_run(run_dir, config, method, learnt.params, learnt.step, companions, sets.validation)
-        save_run(run)
-        facts = {
-            "training_images": len(sets.training.refs),
-            "validation_images": len(sets.validation.refs),
-            "landmarks": sets.training.points.shape[1],
-            "step": learnt.step,
-            **learnt.facts,
-            "training_s": round(time.monotonic() - began, 1),
-        }
-        assess_landmarks(run, sets.test or sets.validation, run_dir, console, training=facts, notes=sets.notes,
-                         chosen_on=sets.test is None)  # fmt: skip
-        console.print(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}", highlight=False)
-    return 100 * learnt.val_error / size
+def check(config: LandmarkConfig) -> None:
+    check_nodes(config)
+    check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
+    for name, node in config.callbacks.items():
+        check_node(node, f"callbacks.{name}", config.plugins)
 
 
-def with_sample(config: LandmarkConfig, run_dir: Path, console: Console) -> tuple[LandmarkConfig, str]:
-    """(config, citation): with no images named, a resumed run takes its own, and any other the sample radiographs."""
+def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
+    """With no images named, a resumed run takes its own, and any other the sample radiographs."""
     data, citation = config.data, ""
-    if data.images is None and config.resume and (run_dir / "config.yaml").is_file():
-        before = load_values(run_dir)["data"]
+    if data.images is None and config.resume and (place.run_dir / "config.yaml").is_file():
+        before = load_values(place.run_dir)["data"]
         if "images" not in before:
-            raise InputError(f"resume=true: {run_dir} is no landmark run; give another hydra.run.dir")
+            raise InputError(f"resume=true: {place.run_dir} is no landmark run; give another hydra.run.dir")
         data = data.model_copy(update={key: before[key] and Path(before[key]) for key in ("images", *TABLES)})
     if data.images is None:
-        sample = fetch_radiographs(data.cache, console)
+        sample = fetch_radiographs(data.cache, place.console)
         tables = {key: sample / f"landmarks_{key}.csv" for key in TABLES}
         data = data.model_copy(update={"images": sample / "images", **tables})
     assert data.images is not None
     if (data.images.parent / "sample.json").is_file():
         citation = radiographs.CITATION
-        console.print(
-            f"sample radiographs of one patient: a demonstration, no claim. Please cite:\n{citation}", highlight=False
+        place.note(
+            f"sample radiographs of one patient: a demonstration, not evidence of accuracy. Please cite:\n{citation}"
         )
     absolute = {key: value.absolute() for key, value in data if isinstance(value, Path)}
     return config.model_copy(update={"data": data.model_copy(update=absolute)}), citation
 
 
-def write_records(run_dir: Path, config: LandmarkConfig, sets: LandmarkSets, citation: str) -> None:
-    """What the run is made with; it is open for prediction again when it is finished again."""
-    unfinish(run_dir)
-    save_config(config, run_dir / "config.yaml")
-    write_json(run_dir / "images.json", describe_sets(sets))
-    write_json(run_dir / "run.json", {"citation": citation, **provenance()})
-
-
-def say(console: Console, sets: LandmarkSets, run_dir: Path) -> None:
-    console.print(
+def read(config: LandmarkConfig, place: Place) -> LandmarkData:
+    sets = read_sets(config.data, working_size(config), config.seed, place.console)
+    with place.console.status("fitting shape, appearance and baselines to the training images"):
+        companions = fit_companions(config, sets.training)
+    place.note(
         f"{len(sets.training.refs)} training and {len(sets.validation.refs)} validation images with "
-        f"{sets.training.points.shape[1]} landmarks, on {jax.devices()[0].device_kind}\nrun directory {run_dir}",
-        highlight=False,
+        f"{sets.training.points.shape[1]} landmarks"
     )
+    return LandmarkData(sets, companions)
+
+
+def learning(config: LandmarkConfig, data: LandmarkData, place: Place) -> Learning:
+    """Gradient descent on shuffled images, or all of them at once in a single step, as the method learns."""
+    method, trainer, sets = build_locator(config, data.companions), config.trainer, data.sets
+    training, at_once = sets.training, isinstance(method, Fitted)
+    mesh = devices.all_devices(jax.device_count() if at_once else trainer.batch_size)
+    error = validation_error(method, sets)
+    everywhere = devices.everywhere(mesh)
+    if isinstance(method, Fitted):
+        state, steps = fitted_state(method.skeleton(training.points.shape[1]), step=0), 1
+        batches: Any = [None]
+        compile_for = uncompiled(fit_at_once(method, sets, mesh))
+    else:
+        assert isinstance(method, Descended)  # the config was checked
+        optimizer = build_optimizer(config)
+        state, steps = init_state(method, optimizer), trainer.steps
+        share = jax.process_index(), jax.process_count()
+        pixels, points = training.working.pixels, training.square_points
+        batches = shuffled_batches(pixels, points, trainer.batch_size, config.seed, *share)
+        step = make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
+        compile_for = partial(compile_step, step)
+
+    def files_of(number: int) -> list[str]:
+        rows = rows_of_batch(len(training.refs), trainer.batch_size, config.seed, number - 1)
+        return training.titles if at_once else [training.titles[row] for row in rows]
+
+    return Learning(
+        state=state,
+        compile=compile_for,
+        batches=batches,
+        steps=steps,
+        validate=lambda state: error(parameters(devices.here(state))),
+        identity=identify(config, sets),
+        files_of=files_of,
+        examples_per_step=len(training.refs) if at_once else trainer.batch_size,
+        unit="images",
+        remedy=f"lower trainer.batch_size (now {trainer.batch_size}), method.members or method.size",
+        reading={"threads": config.data.threads, "prefetch": BATCHES_AHEAD},
+        mesh=mesh,
+        draw=predictions(method, sets),
+        as_written=at_once,
+    )
+
+
+def fit_at_once(method: Fitted, sets: LandmarkSets, mesh: Any) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+    """The single step of a method that is fitted to all training images."""
+    training = sets.training
+
+    def step(state: TrainState, _: Any) -> tuple[TrainState, dict]:
+        params = method.fit(np.asarray(training.working.pixels), training.square_points, training.groups)
+        return devices.on_all(fitted_state(params), mesh), {}
+
+    return step
+
+
+def parameters(state: TrainState) -> Params:
+    """Those that inference uses: the moving average, where there is one."""
+    return state.ema or state.params
+
+
+def records(config: LandmarkConfig, data: LandmarkData) -> Mapping[str, Any]:
+    return {"images.json": describe_sets(data.sets)}
+
+
+def finish(config: LandmarkConfig, data: LandmarkData, learned: Learned, place: Place) -> LandmarkRun:
+    """Calibrates the uncertainties on the validation images."""
+    method, params = build_locator(config, data.companions), parameters(learned.state)
+    run = make_run(place.run_dir, config, method, params, learned.step, data.companions, data.sets.validation)
+    save_run(run)
+    return run
+
+
+def assess(run: LandmarkRun, data: LandmarkData, learned: Learned, place: Place) -> Findings:
+    sets = data.sets
+    facts = {
+        "training_images": len(sets.training.refs),
+        "validation_images": len(sets.validation.refs),
+        "landmarks": sets.training.points.shape[1],
+        **learned.facts,
+    }
+    objective = 100 * learned.val_loss / run.size  # % of the working image's side
+    tested = sets.test or sets.validation
+    return assess_landmarks(
+        run,
+        tested,
+        place,
+        run.config.evaluation,
+        normal=run.config.data.normal_name,
+        seed=run.config.seed,
+        training=facts,
+        notes=sets.notes,
+        chosen_on=sets.test is None,
+        objective=objective,
+    )
+
+
+def predictions(method: Locator, sets: LandmarkSets) -> Callable[[TrainState], Figure]:
+    """Draws the landmarks in some validation images as a state finds them, beside the true ones."""
+    validation, locate = sets.validation, jax.jit(method.locate)
+    rows = evenly(np.arange(len(validation.refs)), EXAMPLE_IMAGES)
+    pixels, truth = np.asarray(validation.working.pixels[rows]), validation.square_points[rows]
+
+    def draw(state: TrainState) -> Figure:
+        located = jax.device_get(locate(parameters(devices.here(state)), pixels))
+        examples = [
+            LandmarkExample(validation.titles[row], to_bytes(image[..., None]), points, covariance, true)
+            for row, image, points, covariance, true in zip(
+                rows, pixels, located.points, located.covariance, truth, strict=True
+            )
+        ]
+        return gallery(examples, f"Validation images, step {int(state.step)}")
+
+    return draw
 
 
 def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
@@ -135,57 +224,6 @@ def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
         "optimizer": config.optimizer,
         "landmarks": table.hexdigest(),
     }
-
-
-def fit_at_once(
-    method: Fitted, sets: LandmarkSets, identity: dict[str, Any], run_dir: Path, console: Console
-) -> Learnt:
-    """What a method learns without steps, kept in a checkpoint as any other's."""
-    began, training = time.monotonic(), sets.training
-    with console.status("fitting"):
-        params = method.fit(np.asarray(training.working.pixels), training.square_points, training.groups)
-    error = validation_error(method, sets)(params)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        for step in checkpoints.steps():  # resumed: what is there was fitted to the same
-            shutil.rmtree(run_dir / "checkpoints" / str(step))
-        checkpoints.save(fitted_state(params), error, identity, [error])
-    return Learnt(params, 1, error, {"fitting_s": round(time.monotonic() - began, 1)})
-
-
-def descend(
-    method: Descended,
-    config: LandmarkConfig,
-    sets: LandmarkSets,
-    identity: dict[str, Any],
-    run_dir: Path,
-    console: Console,
-) -> Learnt:
-    """Step by step; the best checkpoint on the validation images is the one that is used."""
-    optimizer, trainer, training = build_optimizer(config), config.trainer, sets.training
-    mesh, error = devices.all_devices(trainer.batch_size), validation_error(method, sets)
-
-    def files_of(step: int) -> list[str]:
-        rows = rows_of_batch(len(training.refs), trainer.batch_size, config.seed, step)
-        return [training.titles[row] for row in rows]
-
-    best, record, facts = stepwise(
-        init_state(method, optimizer),
-        make_step(method, optimizer, trainer.ema_decay, config.seed, devices.everywhere(mesh)),
-        shuffled_batches(training.working.pixels, training.square_points, trainer.batch_size, config.seed),
-        lambda state: error(state.ema),
-        config,
-        run_dir,
-        console,
-        mesh=mesh,
-        identity=identity,
-        files_of=files_of,
-        images_in_batch=trainer.batch_size,
-        threads=config.data.threads,
-        prefetch=PREFETCH,
-        remedy=f"lower trainer.batch_size (now {trainer.batch_size}), method.members or method.size",
-    )
-    assert record.val_loss is not None
-    return Learnt(best.ema, record.step, record.val_loss, facts)
 
 
 def validation_error(method: Locator, sets: LandmarkSets) -> Callable[[Params], float]:

@@ -20,13 +20,13 @@ from pulmo_jax import __version__
 from pulmo_jax.core.kepler import Orbit, period_days
 from pulmo_jax.data.arrays import read_array
 from pulmo_jax.evaluation.null_field import null_profile, separation_map
-from pulmo_jax.host.console import make_console
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.epochs import Plan, Track, combine
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.methods.paco.epochs import EpochMap, Star
-from pulmo_jax.runs.directory import provenance, save_config, use_compile_cache
+from pulmo_jax.runs.directory import provenance, save_config
+from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, Epoch, write_combined_report
 from pulmo_jax.tasks.point_sources.config import DetectConfig, EpochsConfig, StackConfig
 from pulmo_jax.types import InputError
@@ -41,10 +41,9 @@ SKY_KEYS = ("pixel_scale", "north_deg", "psf_flux", "psf_aperture_px", "star_flu
 NULLS = ("reversed_angles", "own_maps")
 
 
-def combine_runs(config: DetectConfig, out_dir: Path) -> int:
+def combine_runs(config: DetectConfig, place: Place) -> int:
     """The whole job; returns the number of sources found."""
-    began, console = time.monotonic(), make_console()
-    use_compile_cache(config.compile_cache)
+    began, console, out_dir = time.monotonic(), place.console, place.folder
     epochs = open_epochs(config)
     plan = plan_of(config)
     console.print(f"{len(epochs)} epochs: " + ", ".join(e.label for e in epochs), highlight=False)

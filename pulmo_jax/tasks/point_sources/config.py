@@ -1,5 +1,6 @@
 """Typed config of `detect`: sources in a rotating image stack."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -195,6 +196,8 @@ class DetectConfig(Section):
     name: str = Field(default="adi", description="title of the run")
     seed: Int = Field(default=0, ge=0, lt=2**31, description="of the synthetic stack")
     resume: Bool = Field(default=False, description="in a sweep: what is done in hydra.sweep.dir is not done again")
+    task: Literal["point_sources"] = Field(default="point_sources", description="kind of job; an experiment sets it")
+    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that _target_ may name")
     data: StackConfig = StackConfig()
     method: PacoConfig = PacoConfig()
     search: SearchConfig = SearchConfig()
@@ -208,3 +211,7 @@ class DetectConfig(Section):
         if self.epochs.runs and self.data.cube is not None:
             raise ValueError("data.cube and epochs.runs exclude each other: search the stack first, then combine runs")
         return self
+
+
+SECTIONS: Mapping[str, type[Section]] = {"detect": DetectConfig}
+CHOICES: Mapping[str, Sequence[str]] = {}

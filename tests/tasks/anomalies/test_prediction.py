@@ -15,8 +15,8 @@ from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.inference import outputs, score
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.predict import MAPS, map_file
-from pulmo_jax.runs.directory import Run
 from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.tasks.anomalies.run import Run
 from pulmo_jax.types import InputError
 
 

@@ -1,0 +1,33 @@
+"""The section of a report that every training has: losses, where the time went, the profile."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.callbacks import PROFILE_FIGURE
+from pulmo_jax.reporting.report import Section
+from pulmo_jax.training.callbacks import read_metrics
+
+
+def training_sections(run_dir: Path, out_dir: Path, training: Mapping[str, Any], text: str = "") -> list[Section]:
+    """Losses of a method that is trained by gradient descent and, of a training that has just ended, its time.
+
+    Args:
+        run_dir: Run directory, with metrics.jsonl.
+        out_dir: Folder of the report.
+        training: Facts of the training that has just ended; empty for another report.
+        text: Of the section.
+    """
+    rows, folder = read_metrics(run_dir / "metrics.jsonl"), out_dir / "figures"
+    drawn = [figures.save(figures.loss_curves(rows), folder, "loss_curves")] if descends(run_dir) else []
+    if "seconds" in training:
+        drawn.append(figures.save(figures.time_shares(training["seconds"]), folder, "time_shares"))
+    profile = run_dir / "figures" / f"{PROFILE_FIGURE}.png"
+    drawn += [profile] if profile.is_file() else []
+    return [Section("Training", text, drawn, [])] if drawn else []
+
+
+def descends(run_dir: Path) -> bool:
+    """Whether the training logged a loss, as gradient descent does."""
+    return any("train/loss" in row for row in read_metrics(run_dir / "metrics.jsonl"))

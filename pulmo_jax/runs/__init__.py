@@ -1,0 +1,1 @@
+"""What tasks share: the frames of training, prediction and reports, and the run directory."""

@@ -1,0 +1,40 @@
+"""Folders of images that a config names."""
+
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pulmo_jax.config.section import IMAGES, INPUT, Section
+from pulmo_jax.data.sources.store import is_store
+from pulmo_jax.types import InputError
+
+
+def check_paths(config: Section) -> None:
+    """Every image, and every folder of images, that is given must be there.
+
+    Raises:
+        InputError: Names the key, and what is at its path.
+    """
+    for key, path, kind in image_paths(config):
+        if kind == INPUT and not path.exists():
+            raise InputError(f"{key}={path}: does not exist; give an image or a folder of images")
+        if kind == IMAGES and not path.is_dir() and not is_store(path):
+            what = "is a file" if path.exists() else "does not exist"
+            raise InputError(f"{key}={path}: {what}; give a folder of images, or a store of them")
+
+
+def image_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, Path, str]]:
+    """(key, path, IMAGES or INPUT) of every path that the typed config marks as one of images."""
+    for name, field in type(config).model_fields.items():
+        value, kinds = getattr(config, name), [*field.metadata, *marks(field.annotation)]
+        if isinstance(value, Section):
+            yield from image_paths(value, f"{prefix}{name}.")
+        for kind in (IMAGES, INPUT):
+            if kind in kinds and value is not None:
+                yield prefix + name, Path(value), kind
+
+
+def marks(annotation: Any) -> list[Any]:
+    """The metadata of an annotation and of the members of a union."""
+    return [*getattr(annotation, "__metadata__", ()), *(m for part in typing.get_args(annotation) for m in marks(part))]

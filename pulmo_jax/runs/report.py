@@ -1,0 +1,68 @@
+"""What a run found on labelled images, written: metrics.json, metrics.md, report.html and the task's own tables."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.reporting.report import Section, write_report
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The outcome of an assessment.
+
+    Attributes:
+        title: Heading of the report.
+        metrics: metrics.json.
+        markdown: metrics.md.
+        sections: Of the report, whose figures are on disk.
+        summary: Facts at the top of the report.
+        shown: Tables for the console.
+        tables: Other files, by name.
+        citations: Of the data.
+        warnings: What a reader must know; printed too.
+        objective: What a sweep minimises.
+    """
+
+    title: str
+    metrics: Mapping[str, Any]
+    markdown: str
+    sections: Sequence[Section]
+    summary: Mapping[str, str]
+    shown: Sequence[RenderableType] = ()
+    tables: Mapping[str, str] = field(default_factory=dict)
+    citations: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    objective: float = math.nan
+
+
+def write_findings(findings: Findings, folder: Path, console: Console) -> None:
+    """report.html is written last."""
+    write_json(folder / "metrics.json", dict(findings.metrics))
+    write_text(folder / "metrics.md", findings.markdown)
+    for name, content in findings.tables.items():
+        write_text(folder / name, content)
+    for table in findings.shown:
+        console.print(table)
+    for warning in findings.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
+    write_report(
+        folder / "report.html",
+        title=findings.title,
+        summary=dict(findings.summary),
+        sections=findings.sections,
+        citations=findings.citations,
+        warnings=findings.warnings,
+    )
+
+
+def summarise_training(run: Any, training: Mapping[str, Any]) -> dict[str, str]:
+    """The plain facts of a training, for the top of its report; those with parts of their own are drawn."""
+    facts = {"run": str(run.path), "seed": str(run.config.seed)}
+    plain = {key: value for key, value in training.items() if not isinstance(value, Mapping)}
+    return facts | {k.replace("_", " "): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in plain.items()}

@@ -1,0 +1,229 @@
+"""Prediction of anomaly detection: maps and findings for new images."""
+
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, fingerprint, index_images, same_scale, stem
+from pulmo_jax.data.sources import open_source
+from pulmo_jax.data.transforms import preprocess
+from pulmo_jax.evaluation.detection import find_detections
+from pulmo_jax.inference.outputs import CSV_COLUMNS, PageWriter, detection_row, open_map, overlay_step, write_overlay
+from pulmo_jax.inference.score import detail_names, naming_what_to_lower
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.records import Item, Outputs, Record
+from pulmo_jax.tasks.anomalies.aligning import Aligned, Masks, align_input, open_frame, write_in_images
+from pulmo_jax.tasks.anomalies.config import MapConfig
+from pulmo_jax.tasks.anomalies.run import Run, missing_masks, thresholds
+from pulmo_jax.types import Detection, ImageTags, InputError
+
+
+@dataclass(frozen=True)
+class Context:
+    """Of a file: the name of its maps, and its place in the lung frame if it was aligned."""
+
+    maps: str
+    aligned: Aligned | None
+
+
+MAPS = {"score": np.dtype(np.float32), "pvalue": np.dtype(np.float32), "mask": np.dtype(np.uint8)}
+
+
+def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Skipped]]:
+    """One item for each file; of a run on aligned images, for its copy in the lung frame."""
+    data, output = run.config.data, config.output
+    source, masks, aligned, unaligned = config.input, config.foreground or data.foreground, [], []
+    if data.align_run is not None:
+        frame = open_frame(data.align_run, config.plugins, run.scorer.how.aligned_by)
+        given = Masks(masks, required=config.foreground is not None)
+        aligned, unaligned = align_input(frame, source, given, output, data.max_image_mb, place.console)
+        source, masks = output / "aligned" / "images", output / "aligned" / "foreground"
+    refs, failed = index_images(
+        source,
+        masks=masks,
+        max_image_mb=data.max_image_mb,
+        require_masks=config.foreground is not None,
+        leave_out=None if data.align_run else output,
+    )
+    for warning in [missing_masks(refs, run), *(t.warning for t in thresholds(run))]:
+        if warning:
+            place.note(f"warning: {warning}")
+    digest, files = fingerprint_run(run), by_file(refs)
+    names, in_frame = name_maps(files), {image.name: image for image in aligned}
+    items = [
+        Item(
+            name=pages[0].name,
+            refs=tuple(pages),
+            key={"run": digest, "image": fingerprint(pages[0].path), "mask": fingerprint(pages[0].mask)},
+            outputs=(output / "maps" / f"{names[pages[0].path]}_mask.tif",),
+            context=Context(names[pages[0].path], in_frame.get(pages[0].name)),
+        )
+        for pages in files
+    ]
+    return items, [*failed, *unaligned]
+
+
+def predict(
+    run: Run, items: Sequence[Item], config: MapConfig, place: Place
+) -> Iterator[tuple[Item, Record | Skipped]]:
+    """File by file; each is finished on disk before the next begins."""
+    reader = Reader(run.config.data.max_image_mb)
+    for item in items:
+        try:
+            yield item, map_file(item.refs, item.context.maps, run, reader, config.output)
+        except (InputError, OSError) as error:
+            yield item, Skipped(item.name, str(error))
+
+
+def collect(
+    run: Run,
+    items: Sequence[Item],
+    records: Sequence[Record],
+    failed: Sequence[Skipped],
+    config: MapConfig,
+    place: Place,
+) -> Outputs:
+    """detections.csv; of a run on aligned images also maps and findings in the pixels of the images themselves."""
+    rows = [row for record in records for row in record["detections"]]
+    data, tables = run.config.data, {"detections.csv": detections_csv(rows)}
+    if data.align_run is not None:
+        frame = open_frame(data.align_run, config.plugins, run.scorer.how.aligned_by)
+        maps = {record["images"][0]["filename"]: record["maps"] for record in records}
+        write_in_images(frame, [item.context.aligned for item in items], maps, rows, config.output)
+    return Outputs(tables, summarise(run, records, rows), f"{len(rows)} findings")
+
+
+def name_maps(files: Sequence[tuple[ImageRef, ...]]) -> dict[Path, str]:
+    """What the maps of each file are called: its name without suffix, or with it where two would be called alike."""
+    stems = {pages[0].path: PurePosixPath(stem(pages[0].name)) for pages in files}
+    count = Counter(stems.values())
+    return {pages[0].path: str(s) if count[s := stems[pages[0].path]] == 1 else pages[0].name for pages in files}
+
+
+def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
+    """Score every page, write maps/NAME_*, and return the file's record."""
+    first, rows, images = pages[0], [], []
+    require_fit(first, run)
+    with open_source(first.path, max_bytes=run.config.data.max_image_mb * 2**20) as source:
+        tags: ImageTags = source.tags
+    size_px = len(pages) * first.shape[0] * first.shape[1]
+    with ExitStack() as stack:
+        writers = {
+            kind: stack.enter_context(open_map(output / "maps" / f"{name}_{kind}.tif", tags, size_px * dtype.itemsize))
+            for kind, dtype in maps_of(run).items()
+        }
+        for ref in pages:
+            number = f"_{ref.page:04d}" if ref.pages > 1 else ""
+            overlay = output / "maps" / f"{name}{number}_overlay.png"
+            with naming_what_to_lower(run.scorer.tiles, ref.shape):
+                image, found = map_page(ref, run, reader, writers, overlay)
+            images.append(image)
+            rows += [detection_row(ref.name, ref.page, detection) for detection in found]
+    return {"images": images, "detections": rows, "maps": name}
+
+
+def map_page(
+    ref: ImageRef, run: Run, reader: Reader, writers: dict[str, PageWriter], overlay: Path
+) -> tuple[dict[str, Any], list[Detection]]:
+    """Write the maps of one page, and return its part of the record and its findings.
+
+    Of arrays as large as the page no more are held at once than the page and its maps would be.
+    """
+    calibration = run.calibrations["method"]
+    score, details, thumbnail = score_page(ref, run, reader)
+    image_score = run.scorer.method.image_score(score)
+    found, mask = find_detections(score, calibration, min_area_px=run.config.calibration.min_area_px)
+    values_of: dict[str, Callable[[slice], np.ndarray]] = {
+        "score": lambda rows: score[rows],
+        "pvalue": lambda rows: calibration.pixel_p_value(score[rows]),
+        "mask": lambda rows: mask[rows] * np.uint8(255),
+        **{name: values.__getitem__ for name, values in details.items()},
+    }
+    threshold = calibration.pixel_threshold.value
+    with ThreadPoolExecutor() as threads:
+        written = [threads.submit(write_overlay, overlay, thumbnail, score, mask, threshold)]
+        written += [
+            threads.submit(write, score.shape, maps_of(run)[kind], values_of[kind]) for kind, write in writers.items()
+        ]
+    for one in written:
+        one.result()
+    scored = bool(np.isfinite(image_score))
+    return {
+        "filename": ref.name,
+        "page": ref.page,
+        "foreground": "whole image" if ref.mask is None else str(ref.mask),
+        "image_score": image_score if scored else None,
+        "image_p_value": calibration.image_p_value(image_score) if scored else None,
+        "anomalous": scored and image_score > calibration.image_threshold.value,
+        "findings": len(found),
+    }, found
+
+
+def maps_of(run: Run) -> dict[str, np.dtype]:
+    """The maps that are written of every image: what all methods give, and what this one adds."""
+    return MAPS | dict.fromkeys(detail_names(run.scorer.method), np.dtype(np.float32))
+
+
+def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """The score map, the method's other maps, and the normalised pixels that the overlay shows; the page itself is let
+    go of. An amplitude is in the file's units, those of the bands' mean."""
+    pixels, foreground = reader.image(ref), reader.foreground(ref)
+    if ref.page == ref.pages - 1:
+        reader.close()  # it may keep pages decoded, and none of them will be asked for again
+    step = overlay_step(pixels.shape)
+    details = run.scorer.details(pixels, foreground)
+    if "amplitude" in details:
+        details["amplitude"] *= np.float32(np.mean(run.scorer.how.scale))
+    return run.scorer(pixels, foreground), details, preprocess(pixels[::step, ::step], None, run.scorer.how)
+
+
+def require_fit(ref: ImageRef, run: Run) -> None:
+    how = run.scorer.how
+    if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
+        raise InputError(
+            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on {how.channels} of "
+            f"{how.dtype}; convert the image"
+        )
+
+
+def fingerprint_run(run: Run) -> str:
+    """Changes when anything that decides the maps does."""
+    digest = hashlib.sha256(f"{run.step}".encode())
+    for name in ("config.yaml", "preprocessing.json", "calibration.json"):
+        digest.update((run.path / name).read_bytes())
+    return digest.hexdigest()
+
+
+def detections_csv(rows: Sequence[Record]) -> str:
+    text = io.StringIO()
+    writer: csv.DictWriter[str] = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def summarise(run: Run, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
+    """What was done, with the thresholds that it was done with."""
+    calibration = run.calibrations["method"]
+    images = [image for record in records for image in record["images"]]
+    return {
+        "run": str(run.path.absolute()),
+        "step": run.step,
+        "pixel_threshold": calibration.pixel_threshold.value,
+        "pixel_false_alarm_rate": calibration.pixel_threshold.false_alarm_rate,
+        "image_threshold": calibration.image_threshold.value,
+        "image_false_alarm_rate": calibration.image_threshold.attainable_rate,
+        "n_images": len(images),
+        "n_anomalous": sum(image["anomalous"] for image in images),
+        "n_findings": len(rows),
+        "images": images,
+    }

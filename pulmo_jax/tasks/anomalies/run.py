@@ -1,0 +1,117 @@
+"""A finished run of anomaly detection: scorer, thresholds, and the files that they are opened from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flax import nnx
+
+from pulmo_jax.config.nodes import build
+from pulmo_jax.config.section import validate
+from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibration
+from pulmo_jax.host.files import write_json
+from pulmo_jax.inference.score import Scorer, Tiles
+from pulmo_jax.methods.base import Method, Params
+from pulmo_jax.runs.directory import build_optimizer, load_values, restore_sealed, sealed_step, task_of
+from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.training.state import TrainState, init_state, learnt
+from pulmo_jax.types import InputError
+
+SEALED = ("preprocessing.json", "calibration.json", "baselines.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: Run directory.
+        config: Its typed config.
+        scorer: Image -> score map.
+        calibrations: Of the method ("method") and of every baseline, by name.
+        step: Step of its checkpoint.
+    """
+
+    path: Path
+    config: TrainConfig
+    scorer: Scorer
+    calibrations: dict[str, Calibration]
+    step: int
+
+
+def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
+    """Loads a run's model and thresholds.
+
+    Args:
+        path: Run directory.
+        plugins: Packages that may be imported for it; the run's own list is not trusted.
+
+    Raises:
+        InputError: It is not a finished run, or not as training wrote it.
+    """
+    config, how, method, state, step = load_run(path, plugins)
+    return Run(path, config, make_scorer(config, method, learnt(method, state), how), load_calibrations(path), step)
+
+
+def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Preprocessing, Method, TrainState, int]:
+    """A finished run as training left it: config, preprocessing, method, state, step."""
+    step = sealed_step(path, SEALED)
+    config = load_config(path).model_copy(update={"plugins": plugins})
+    how = Preprocessing.load(path / "preprocessing.json")
+    method = build_method(config, how)
+    state = restore_sealed(path, step, init_state(method, build_optimizer(config)))
+    return config, how, method, state, step
+
+
+def load_config(run: Path) -> TrainConfig:
+    if task_of(run) != TrainConfig.model_fields["task"].default:
+        raise InputError(f"run={run}: is of task={task_of(run)}; give a run that maps anomalies")
+    return validate(TrainConfig, load_values(run))
+
+
+def make_scorer(config: TrainConfig, method: Method, params: Params, how: Preprocessing) -> Scorer:
+    return Scorer.of(method, params, how, Tiles(config.tiles.overlap, config.tiles.batch_size))
+
+
+def build_method(config: TrainConfig, how: Preprocessing) -> Method:
+    """The network with its initial parameters, and the method around it, as the config describes them."""
+    rngs = nnx.Rngs(config.seed)
+    network = build(config.model, "model", config.plugins, patch_size=how.patch_size, channels=how.channels, rngs=rngs)
+    return build(config.method, "method", config.plugins, network=network, seed=config.seed)
+
+
+def save_calibrations(run: Path, calibrations: dict[str, Calibration]) -> None:
+    """calibration.json is the method's; baselines.json holds those of the trivial scores."""
+    method, *baselines = calibrations
+    write_json(run / "baselines.json", {name: calibrations[name].to_json() for name in baselines})
+    write_json(run / "calibration.json", calibrations[method].to_json())
+
+
+def load_calibrations(run: Path) -> dict[str, Calibration]:
+    path = run / "baselines.json"
+    try:
+        baselines = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); train again") from error
+    method = {"method": read_calibration(run / "calibration.json")}
+    return method | {name: Calibration.from_json(content, path) for name, content in baselines.items()}
+
+
+def missing_masks(refs: Sequence[ImageRef], run: Run) -> str:
+    """A warning where a run that was trained inside foreground masks meets images without; else empty."""
+    without = sum(ref.mask is None for ref in refs)
+    if not without or run.config.data.foreground is None:
+        return ""
+    return (
+        f"{without} of {len(refs)} images have no foreground mask and are mapped whole, but the run was trained and "
+        "calibrated inside masks: everything outside will be called abnormal. Give a folder of same-named masks."
+    )
+
+
+def thresholds(run: Run) -> tuple[Threshold, Threshold]:
+    """Of pixels and of images."""
+    calibration = run.calibrations["method"]
+    return calibration.pixel_threshold, calibration.image_threshold

@@ -1,0 +1,276 @@
+"""Training of anomaly detection: learn what is normal, set thresholds on held-out normal images, test."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+
+from pulmo_jax.config.nodes import check_node, find_target
+from pulmo_jax.data import lung_ct
+from pulmo_jax.data.images import Reader
+from pulmo_jax.data.pipeline import evenly
+from pulmo_jax.data.samples import fetch_lung_ct
+from pulmo_jax.host.console import tracker
+from pulmo_jax.inference.assess import calibrate
+from pulmo_jax.methods.base import Method, OnePass
+from pulmo_jax.runs.directory import build_optimizer
+from pulmo_jax.runs.paths import check_paths
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.report import Findings
+from pulmo_jax.runs.training import Learned, Learning
+from pulmo_jax.tasks.anomalies.aligning import align_data, open_frame
+from pulmo_jax.tasks.anomalies.assessment import assess_training, labelled_images
+from pulmo_jax.tasks.anomalies.config import DataConfig, EvaluateDataConfig, TrainConfig
+from pulmo_jax.tasks.anomalies.data import (
+    NormalData,
+    describe_images,
+    files_of_batch,
+    patch_reader,
+    read_normal_images,
+    shuffled,
+    single_pass,
+    validation_patches,
+)
+from pulmo_jax.tasks.anomalies.figures import patch_grid
+from pulmo_jax.tasks.anomalies.pretrained import Pretrained, open_base, start_from, with_base
+from pulmo_jax.tasks.anomalies.run import Run, build_method, load_config, make_scorer, save_calibrations
+from pulmo_jax.training import devices
+from pulmo_jax.training.program import compile_step
+from pulmo_jax.training.state import TrainState, init_state, learnt, make_pass, make_step
+from pulmo_jax.types import InputError
+
+EXAMPLE_PATCHES = 8  # in the figures of a run in progress
+FOLDERS = ("train", "val", "test", "test_masks", "foreground")
+
+
+@dataclass(frozen=True)
+class AnomalyData:
+    """What a training reads.
+
+    Attributes:
+        normal: Normal images, split into training and validation.
+        base: The run whose network is built on, if any.
+        test: Labelled images to test on at the end, if any.
+        reader: Reads all of them.
+    """
+
+    normal: NormalData
+    base: Pretrained | None
+    test: EvaluateDataConfig | None
+    reader: Reader
+
+
+def check(config: TrainConfig) -> None:
+    check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs"))
+    check_node(config.method, "method", config.plugins, ("network",))
+    check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
+    for name, node in config.callbacks.items():
+        check_node(node, f"callbacks.{name}", config.plugins)
+
+
+def prepare(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
+    """With no images named, a resumed run takes its own, and any other the sample lung CT."""
+    config, citation = with_images(config, place)
+    return with_base(config), citation
+
+
+def with_images(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
+    if config.resume and config.data.train is None and (place.run_dir / "config.yaml").is_file():
+        before = load_config(place.run_dir).data
+        folders = {key: getattr(before, key) for key in FOLDERS}
+        given = {key: getattr(config.data, key) for key in folders if getattr(config.data, key) is not None}
+        config = config.model_copy(update={"data": config.data.model_copy(update=folders | given)})
+        check_paths(config)
+    data = config.data
+    if data.train is not None:
+        absolute = {k: v.absolute() for k, v in data if isinstance(v, Path)}
+        cited = lung_ct.CITATION if (data.train.parent / "sample.json").is_file() else ""
+        return config.model_copy(update={"data": data.model_copy(update=absolute)}), cited
+    if data.val is not None:
+        raise InputError(f"data.val={data.val} is given without data.train; give both, or none for the sample")
+    if data.align_run is not None:
+        raise InputError(f"data.align_run={data.align_run}: the sample holds no chest X-rays; give data.train=DIR")
+    sample = fetch_lung_ct(data.cache, place.console)
+    folders = {name: sample / name for name in FOLDERS}
+    given = {name: getattr(data, name) for name in ("test", "test_masks") if data.test is not None}
+    place.note(
+        f"sample lung CT, one patient: a demonstration, not evidence of accuracy. Please cite:\n{lung_ct.CITATION}"
+    )
+    return config.model_copy(update={"data": data.model_copy(update=folders | given)}), lung_ct.CITATION
+
+
+def read(config: TrainConfig, place: Place) -> AnomalyData:
+    """Aligns the images if asked to; reads every one once; rejects test images that cannot be used before training."""
+    base, frame, data = open_base(config), "", config.data
+    if data.align_run is not None:
+        landmarks = open_frame(data.align_run, config.plugins)
+        frame = landmarks.digest
+        data = align_data(landmarks, data, place.folder / "aligned", data.max_image_mb, place.console)
+    reader = Reader(data.max_image_mb)
+    require_one_frame(config)
+    stride = data.patch_size // (1 if sees_once(config) else 2)
+    normal = read_normal_images(data, config.seed, reader, place.console, stride, base.how if base else None)
+    normal = replace(normal, how=replace(normal.how, aligned_by=frame))
+    if (test := labelled_data(data)) is not None:
+        labelled_images(config, normal.how, test, reader)
+    place.note(
+        f"{len(normal.training.images)} training images with {len(normal.training.cells)} patches of "
+        f"{normal.how.patch_size} px, {len(normal.validation.images)} validation images"
+    )
+    return AnomalyData(normal, base, test, reader)
+
+
+def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
+    """Gradient descent on shuffled patches, or one pass over all of them, as the method learns."""
+    normal, trainer, mesh = data.normal, config.trainer, devices.all_devices(config.trainer.batch_size)
+    method, optimizer = build_method(config, normal.how), build_optimizer(config)
+    one_pass = isinstance(method, OnePass)
+    patches = validation_patches(config, normal, data.reader)
+    batches = (single_pass if one_pass else shuffled)(
+        config, normal, patch_reader(config.data, normal, data.reader, place.console)
+    )
+    everywhere = devices.everywhere(mesh)
+    step = (
+        make_pass(method, everywhere)
+        if isinstance(method, OnePass)
+        else make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
+    )
+    return Learning(
+        state=start_from(init_state(method, optimizer), method, normal, data.base),
+        compile=lambda state, batch: compile_step(step, state, batch),
+        batches=batches,
+        steps=len(batches) if one_pass else trainer.steps,
+        validate=make_validation(method, patches, trainer.batch_size, config.seed, mesh),
+        validate_every=len(batches) if one_pass else None,
+        identity=identify(config, normal, data.base),
+        files_of=lambda number: files_of_batch(config, normal, one_pass, number - 1),
+        examples_per_step=trainer.batch_size,
+        unit="patches",
+        remedy=less_memory(config),
+        reading={"threads": config.data.threads, "prefetch": config.data.prefetch, "workers": config.data.workers},
+        mesh=mesh,
+        draw=reconstructions(method, evenly(patches, EXAMPLE_PATCHES)),
+    )
+
+
+def records(config: TrainConfig, data: AnomalyData) -> Mapping[str, Any]:
+    return {"preprocessing.json": asdict(data.normal.how), "images.json": describe_images(data.normal)}
+
+
+def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Place) -> Run:
+    """Sets the thresholds on the normal validation images alone."""
+    method = build_method(config, data.normal.how)
+    caveats_of(method, learned)  # raises where the method has seen too little
+    scorer = make_scorer(config, method, learnt(method, learned.state), data.normal.how)
+    calibrations = calibrate(
+        scorer,
+        data.normal.validation.images,
+        data.reader,
+        config.calibration.pixel_rate,
+        config.calibration.image_rate,
+        config.seed,
+        tracker(place.console, "calibrating"),
+    )
+    save_calibrations(place.run_dir, calibrations)
+    return Run(place.run_dir, config, scorer, calibrations, learned.step)
+
+
+def assess(run: Run, data: AnomalyData, learned: Learned, place: Place) -> Findings:
+    normal = data.normal
+    facts = {
+        "training_images": len(normal.training.images),
+        "validation_images": len(normal.validation.images),
+        "skipped_images": len(normal.skipped),
+        **learned.facts,
+    }
+    caveats = caveats_of(run.scorer.method, learned)
+    return assess_training(run, data.test, normal.validation.images, facts, caveats, place)
+
+
+def caveats_of(method: Method, learned: Learned) -> tuple[str, ...]:
+    return method.caveats(learned.state.params) if isinstance(method, OnePass) else ()
+
+
+def identify(config: TrainConfig, data: NormalData, base: Pretrained | None) -> dict[str, Any]:
+    """What a resumed run must share with the run that it continues, in comparable form."""
+    cells = hashlib.sha256(data.training.cells.tobytes())
+    for ref in data.training.images:
+        cells.update(ref.title.encode())
+    return {
+        "seed": config.seed,
+        "trainer.batch_size": config.trainer.batch_size,
+        "trainer.ema_decay": config.trainer.ema_decay,
+        "data.augment": config.data.augment,
+        "model": config.model,
+        "method": config.method,
+        "optimizer": config.optimizer,
+        "training patches": cells.hexdigest(),
+        "preprocessing": hashlib.sha256(repr(data.how).encode()).hexdigest(),
+        **({"method.base_run": base.digest} if base else {}),
+    }
+
+
+def require_one_frame(config: TrainConfig) -> None:
+    """A Gaussian at each place needs the same places in every image."""
+    if config.method.get("locations") == "each" and not config.data.resize:
+        raise InputError(
+            "method.locations=each needs data.resize=true: aligned images are then shrunk to data.patch_size, whatever "
+            "their size, and a place is the same in all; for images that are not aligned take method.locations=pooled"
+        )
+
+
+def sees_once(config: TrainConfig) -> bool:
+    """Whether the method learns in one pass: patches then need not overlap."""
+    target = find_target(config.method, "method", config.plugins)
+    return isinstance(target, type) and issubclass(target, OnePass)
+
+
+def less_memory(config: TrainConfig) -> str:
+    return (
+        f"lower trainer.batch_size (now {config.trainer.batch_size}), data.prefetch (now {config.data.prefetch}) or "
+        f"data.patch_size (now {config.data.patch_size})"
+    )
+
+
+def reconstructions(method: Method, patches: np.ndarray) -> Callable[[TrainState], Figure]:
+    """Draws validation patches above their reconstructions."""
+    reconstruct = jax.jit(lambda state, patches: method.reconstruct(learnt(method, state), patches))
+
+    def draw(state: TrainState) -> Figure:
+        return patch_grid(patches, np.asarray(reconstruct(devices.here(state), patches)), int(state.step))
+
+    return draw
+
+
+def make_validation(
+    method: Method, patches: np.ndarray, batch_size: int, seed: int, mesh: Mesh
+) -> Callable[[TrainState], float]:
+    """The mean loss of the averaged parameters, with the same noise every time."""
+    size = min(batch_size, len(patches))
+    whole = evenly(patches, len(patches) // size * size)  # batches of one shape: one compilation
+    batches = devices.on_all(whole.reshape(-1, size, *patches.shape[1:]), mesh)
+
+    @jax.jit
+    def mean_loss(state: TrainState, batches: jax.Array) -> jax.Array:
+        params, keys = learnt(method, state), jax.random.split(jax.random.key(seed), len(batches))
+        return jax.lax.map(lambda item: method.train_loss(params, *item), (batches, keys)).mean()
+
+    return lambda state: float(mean_loss(state, batches))
+
+
+def labelled_data(data: DataConfig) -> EvaluateDataConfig | None:
+    if data.test is None:
+        return None
+    return EvaluateDataConfig(
+        test=data.test,
+        test_masks=data.test_masks,
+        foreground=data.foreground,
+        normal_name=data.normal_name,
+        group_regex=data.group_regex,
+    )

@@ -1,0 +1,172 @@
+"""What a search writes: maps as FITS files, tables of sources, spectra and limits, metrics."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pulmo_jax import __version__
+from pulmo_jax.core.geometry import rotation_deg
+from pulmo_jax.data.observing_date import observed_mjd
+from pulmo_jax.evaluation.contrast import Contrast, throughput_map
+from pulmo_jax.inference.fits import flatten, write_fits
+from pulmo_jax.inference.outputs import as_csv
+from pulmo_jax.inference.point_sources import Search, SourceSpectrum
+from pulmo_jax.tasks.point_sources.config import StackConfig
+from pulmo_jax.tasks.point_sources.report import Result
+from pulmo_jax.types import PointSource
+
+
+def clear(out_dir: Path) -> None:
+    """Take away an earlier run's results, of which this one may not write all."""
+    names = [f"{name}.fits" for name in MEANINGS]
+    for name in (*names, "detections.csv", "spectra.csv", "contrast.csv", "metrics.json", "report.html"):
+        (out_dir / name).unlink(missing_ok=True)
+    for figure in (out_dir / "figures").glob("*"):
+        figure.unlink()
+
+
+def write_maps(result: Result, search: Search, out_dir: Path) -> None:
+    """Every map as a FITS file with all that it was made with in its header."""
+    of = result.of
+    maps = {name: getattr(search.maps, name) for name in ("snr", "flux", "flux_std", "a", "b")}
+    maps |= {"snr_calibrated": search.snr_calibrated, "snr_null": search.null.snr}
+    maps |= {"a_null": search.null.a, "b_null": search.null.b}
+    if result.contrast is not None and len(result.contrast.separation_px):
+        maps["throughput"] = np.where(
+            np.isfinite(search.maps.snr), throughput_map(result.contrast, of.shape, of.centre), np.nan
+        )
+    if len(search.combination.spectra) > 1:
+        maps["template"] = np.where(search.template >= 0, search.template, np.nan)
+    parameters = flatten(result.config.model_dump(mode="json"))
+    for name, image in maps.items():
+        write_fits(out_dir / f"{name}.fits", image, header(result, search, name), parameters)
+
+
+MEANINGS = {
+    "snr": ("b / sqrt(a)", ""),
+    "flux": ("b / a, of one pass", "psf"),
+    "flux_std": ("1 / sqrt(a)", "psf"),
+    "a": ("sum of h' C^-1 h over the frames", "psf-2"),
+    "b": ("sum of h' C^-1 (r - m) over the frames", "psf-1"),
+    "snr_calibrated": ("snr over the spread of the empirical null", ""),
+    "snr_null": ("snr with the angles reversed, sources taken out", ""),
+    "a_null": ("a with the angles reversed, sources taken out", "psf-2"),
+    "b_null": ("b with the angles reversed, sources taken out", "psf-1"),
+    "throughput": ("share of an injected source's flux that is left", ""),
+    "template": ("number of the spectrum that fits best, from 0", ""),
+}
+
+
+def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, str]]:
+    """What the map is, and the observation's own numbers; the config comes on top."""
+    of, maps, scale = result.of.reference, search.maps, result.config.data.pixel_scale
+    centre, wavelengths = result.of.centre, result.of.wavelengths
+    meaning, unit = MEANINGS[name]
+    cards: dict[str, tuple[Any, str]] = {
+        "OBJECT": (name, meaning),
+        "CREATOR": (f"pulmo_jax {__version__}", "Flasseur et al. 2018, A&A 618, A138"),
+        "CENTERY": (centre[0], "[px] centre of rotation, from 0"),
+        "CENTERX": (centre[1], "[px] centre of rotation, from 0"),
+        "CRPIX1": (centre[1] + 1, "[px] the same, from 1"),
+        "CRPIX2": (centre[0] + 1, "[px] the same, from 1"),
+        "NFRAMES": (len(of.deviations), "frames used"),
+        "NDROPPED": (int((~of.kept).sum()), "frames left out"),
+        "NMASKED": (int((~of.usable).sum()), "pixels left out"),
+        "ROTATION": (rotation_deg(of.angles_deg), "[deg] of the field"),
+        "NPATCH": (search.n_patch, "pixels of a patch"),
+        "RHOMED": (float(np.nanmedian(maps.shrinkage)), "median weight of the diagonal"),
+        "NSINGULR": (int(maps.singular.sum()), "locations with a singular covariance"),
+        "PSFFWHM": (result.of.fwhm_px, "[px] of the PSF"),
+        "PSFNORM": (of.psf.flux_kind, "what of the PSF is 1"),
+        "PSFFLUX": (of.psf.flux, "what the PSF was divided by"),
+        "PSFERR": (maps.psf_error, "largest relative error of its expansion"),
+        "SNRERR": (maps.snr_error, "bound on what that adds to the noise of the SNR"),
+    }
+    if len(wavelengths) > 1:
+        cards["NCHANNEL"] = (len(wavelengths), "wavelengths; what is said of frames is of the middle one")
+        cards["WAVEMIN"], cards["WAVEMAX"] = (wavelengths[0], "the first"), (wavelengths[-1], "the last")
+        cards["NSPECTRA"] = (len(search.combination.spectra), "spectra tried, each of mean 1")
+    if unit:
+        cards["BUNIT"] = (unit, "psf: flux of the normalised PSF")
+    if scale is not None:
+        cards["PIXSCALE"] = (scale, "[arcsec/px]")
+    if result.config.data.cube is not None and (mjd := observed_mjd(result.config.data.cube)) is not None:
+        cards["MJD-OBS"] = (mjd, "of the cube's header")
+    return cards
+
+
+def detections_csv(sources: list[PointSource], data: StackConfig) -> str:
+    """One row a source; separations in arcsec and contrasts too where the config says how."""
+    names = [field.name for field in fields(PointSource)]
+    scaled = ["separation_arcsec", "separation_arcsec_std"] if data.pixel_scale else []
+    contrasts = ["contrast", "contrast_std"] if data.star_flux else []
+    rows = []
+    for source in sources:
+        row = asdict(source)
+        if data.pixel_scale:
+            row["separation_arcsec"] = source.separation_px * data.pixel_scale
+            row["separation_arcsec_std"] = source.separation_px_std * data.pixel_scale
+        if data.star_flux:
+            row["contrast"] = source.flux_debiased / data.star_flux
+            row["contrast_std"] = source.flux_debiased_std_empirical / data.star_flux
+        rows.append(row)
+    return as_csv([*names, *scaled, *contrasts], rows)
+
+
+def spectra_csv(spectra: list[SourceSpectrum]) -> str:
+    """One row a source and channel."""
+    rows = [
+        {"label": s.label, "channel": k, "wavelength": s.wavelengths[k], "flux": s.flux[k], "flux_std": s.flux_std[k]}
+        | {"flux_std_empirical": s.flux_std_empirical[k], "template": s.template}
+        | {"template_probability": s.template_probability}
+        for s in spectra
+        for k in range(len(s.flux))
+    ]
+    names = ["label", "channel", "wavelength", "flux", "flux_std", "flux_std_empirical"]
+    names += ["template", "template_probability"]
+    return as_csv(names, rows)
+
+
+def contrast_csv(contrast: Contrast, data: StackConfig) -> str:
+    columns = {field.name: getattr(contrast, field.name) for field in fields(Contrast)}
+    if data.pixel_scale:
+        columns = {"separation_arcsec": contrast.separation_px * data.pixel_scale} | columns
+    if data.star_flux:
+        columns["contrast"] = contrast.limit / data.star_flux
+        columns["contrast_corrected"] = contrast.limit_corrected / data.star_flux
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return as_csv(list(columns), rows)
+
+
+def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
+    """metrics.json."""
+    of, profile = result.of.reference, search.profile
+    null = search.null.snr[np.isfinite(search.null.snr)]
+    return {
+        "sources": len(search.sources),
+        "highest_snr": float(np.nanmax(search.maps.snr)),
+        "frames": len(of.deviations),
+        "frames_left_out": int((~of.kept).sum()),
+        "rotation_deg": rotation_deg(of.angles_deg),
+        "patch_pixels": search.n_patch,
+        "shrinkage_median": float(np.nanmedian(search.maps.shrinkage)),
+        "singular_locations": int(search.maps.singular.sum()),
+        "psf_fwhm_px": result.of.fwhm_px,
+        "psf_error": search.maps.psf_error,
+        "snr_error": search.maps.snr_error if np.isfinite(search.maps.snr_error) else None,
+        "wavelengths": result.of.wavelengths.tolist() if len(result.stack.wavelengths) > 1 else None,
+        "spectral_correlation": {
+            "separation_px": search.combination.separation_px.tolist(),
+            "correlation": search.combination.correlation.tolist(),
+        },
+        "spectra_tried": len(search.combination.spectra),
+        "null": {"mean": float(null.mean()), "std": float(null.std()), "highest": float(null.max())},
+        "null_by_separation": {
+            "separation_px": profile.separation_px.tolist(),
+            "std": profile.std.tolist(),
+        },
+        "caveats": [*result.stack.caveats, *search.caveats],
+        "seconds": seconds,
+    }
