@@ -82,14 +82,20 @@ def sealed_step(run: Path, files: Sequence[str]) -> int:
 
 
 def restore_sealed(run: Path, step: int, like: TrainState, *, as_written: bool = False) -> TrainState:
-    """The state of a finished run's checkpoint; `as_written`: with the shapes on disk.
+    """What inference needs of a finished run's checkpoint.
+
+    Args:
+        run: Run directory.
+        step: Of the checkpoint.
+        like: Structure of what is restored; fields that are empty tuples, such as the optimizer's, are not read.
+        as_written: Take the shapes on disk.
 
     Raises:
         InputError: The checkpoint is damaged, or of another architecture.
     """
     try:
         with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
-            return checkpoints.restore(step, like, as_written=as_written)
+            return checkpoints.restore(step, like, as_written=as_written, partial=True)
     except DamagedError as error:
         raise InputError(
             f"{error}\nThe calibration belongs to that checkpoint alone; train resume=true hydra.run.dir={run} "

@@ -36,6 +36,7 @@ logging.set_verbosity(logging.ERROR)  # Orbax remarks on options that are as mea
 MANIFEST = "MANIFEST"
 SPARE_BYTES = 2**20  # for what Orbax writes beside the arrays
 KEPT = 2  # the last ones, and the best
+INDEX_DIGITS = 4  # before the path in the name of an array
 
 
 class DamagedError(InputError):
@@ -122,32 +123,44 @@ class Checkpoints:
             raise DamagedError(f"{path}: its text does not have the SHA-256 in its first line")
         return Record(**json.loads(text))
 
-    def restore(self, step: int, like: TrainState, *, as_written: bool = False) -> TrainState:
-        """The state after a step, each file and each array of it verified; `like` gives structure and shapes.
+    def restore(self, step: int, like: TrainState, *, as_written: bool = False, partial: bool = False) -> TrainState:
+        """The state after a step, each file and each array of it verified.
 
-        as_written: shapes and dtypes are those on the disk, as of a model whose sizes come from its data.
-        Raises DamagedError naming the file or array that is not as it was written, InputError for another architecture.
+        Args:
+            step: Of the checkpoint.
+            like: Structure and shapes of what is restored.
+            as_written: Shapes and dtypes are those on disk, as of a model whose sizes follow from its data.
+            partial: The checkpoint may hold more than `like`, such as the state of an optimizer; it is not read.
+
+        Raises:
+            DamagedError: Names the file or array that is not as it was written.
+            InputError: The checkpoint is of another architecture.
         """
         folder, record = self.folder / str(step), self.record(step)
-        wanted = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in _plain(like).items()}
-        stored = {name: (array["shape"], array["dtype"]) for name, array in record.arrays.items()}
+        names = {name[INDEX_DIGITS:]: name for name in record.arrays}
+        wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+        here = {path: (list(leaf.shape), str(leaf.dtype)) for path, leaf in wanted.items()}
+        stored = {path: (record.arrays[n]["shape"], record.arrays[n]["dtype"]) for path, n in names.items()}
         if as_written:
-            wanted = {name: stored.get(name, leaf) for name, leaf in wanted.items()}
-        for name in sorted(stored.keys() | wanted.keys()):
-            if stored.get(name) != wanted.get(name):
-                shapes = f"{name} is {_words(stored.get(name))} there and {_words(wanted.get(name))} here"
+            here = {path: stored.get(path, leaf) for path, leaf in here.items()}
+        for path in sorted(here.keys() if partial else here.keys() | stored.keys()):
+            if stored.get(path) != here.get(path):
+                shapes = f"{path} is {_words(stored.get(path))} there and {_words(here.get(path))} here"
                 raise InputError(f"{folder}: cannot be restored into this model ({shapes})")
         for name, digest in record.files.items():
             _verify_file(folder / name, digest)
+        asked = {names[path]: jax.ShapeDtypeStruct(*stored[path]) for path in wanted}
         try:
-            arrays = _orbax().restore(folder.absolute() / "state")
+            arrays = _orbax().restore(
+                folder.absolute() / "state", args=ocp.args.PyTreeRestore(item=asked, partial_restore=True)
+            )
         except Exception as error:  # of bytes that are as written; Orbax and its readers raise anything
             reason = str(error).strip().partition("\n")[0]
             raise DamagedError(f"{folder}: cannot be restored ({type(error).__name__}: {reason:.300})") from error
-        for name, array in record.arrays.items():
-            if _sha256(np.ascontiguousarray(arrays[name])) != array["sha256"]:
+        for name in asked:
+            if _sha256(np.ascontiguousarray(arrays[name])) != record.arrays[name]["sha256"]:
                 raise DamagedError(f"{folder}: the array {name} does not have the SHA-256 that it was written with")
-        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in wanted])
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[names[path]]) for path in wanted])
 
     def restore_newest(
         self, like: TrainState, *, as_written: bool = False
@@ -252,7 +265,7 @@ class Checkpoints:
 def _plain(state: TrainState) -> dict[str, Any]:
     """Leaves in order, under their paths: independent of the classes that hold them."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {f"{i:04d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}
+    return {f"{i:0{INDEX_DIGITS}d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}
 
 
 def _orbax() -> ocp.Checkpointer:

@@ -36,6 +36,17 @@ def init_state(method: Method | Descended, optimizer: optax.GradientTransformati
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
+def averaged_state(params: Params) -> TrainState:
+    """A state that holds the moving average alone, which is what inference uses."""
+    return TrainState((), (), params, ())
+
+
+def inference_state(method: Method) -> TrainState:
+    """The structure of what inference uses of a state: the moving average or, of a method that counts, its counts."""
+    params = jax.eval_shape(method.init)
+    return TrainState((), params, (), ()) if isinstance(method, OnePass) else averaged_state(params)
+
+
 def make_step(
     method: Method | Descended,
     optimizer: optax.GradientTransformation,

@@ -16,7 +16,7 @@ from references.linear_method import LinearMethod, batch_of
 from pulmo_jax.training import checkpoint
 from pulmo_jax.training.checkpoint import Checkpoints, DamagedError, _plain
 from pulmo_jax.training.optimizers import adamw
-from pulmo_jax.training.state import TrainState, init_state, make_step
+from pulmo_jax.training.state import TrainState, averaged_state, init_state, make_step
 from pulmo_jax.types import InputError
 
 OPTIMIZER = optax.adam(0.1)
@@ -240,7 +240,7 @@ def test_array_that_comes_back_changed_is_found(copy, monkeypatch):
     arrays = orbax.restore((copy / "3" / "state").absolute())
     name = max(arrays, key=lambda key: arrays[key].nbytes)
     arrays[name] = arrays[name] + 1
-    monkeypatch.setattr(checkpoint, "_orbax", lambda: Mock(restore=lambda path: arrays))
+    monkeypatch.setattr(checkpoint, "_orbax", lambda: Mock(restore=lambda path, args: arrays))
     with Checkpoints(copy, read_only=True) as checkpoints, pytest.raises(DamagedError, match=re.escape(name)):
         checkpoints.restore(3, at_step(0))
 
@@ -332,3 +332,23 @@ def test_full_disk_is_said_once_and_spoils_no_earlier_checkpoint(copy, monkeypat
             checkpoints.wait()
     assert sorted(path.name for path in copy.iterdir()) == ["2", "3"]
     assert contents(copy / "3") == before
+
+
+def test_averaged_parameters_are_restored_without_the_rest(three_steps):
+    like = averaged_state(at_step(0).ema)
+    with Checkpoints(three_steps, read_only=True) as checkpoints:
+        whole, part = checkpoints.restore(2, at_step(0)), checkpoints.restore(2, like, partial=True)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), part.ema, whole.ema))
+        assert jax.tree.structure(part) == jax.tree.structure(like)
+        assert len(jax.tree.leaves(part)) < len(jax.tree.leaves(whole))
+        with pytest.raises(InputError, match="cannot be restored into this model"):
+            checkpoints.restore(2, like)
+
+
+def test_partial_restore_names_an_array_that_the_checkpoint_lacks(three_steps):
+    like = averaged_state({"other": jnp.zeros(3)})
+    with (
+        Checkpoints(three_steps, read_only=True) as checkpoints,
+        pytest.raises(InputError, match=r"\.ema\['other'\] is"),
+    ):
+        checkpoints.restore(2, like, partial=True)

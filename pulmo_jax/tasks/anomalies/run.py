@@ -15,9 +15,9 @@ from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibr
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
-from pulmo_jax.runs.directory import build_optimizer, load_values, restore_sealed, sealed_step, task_of
+from pulmo_jax.runs.directory import load_values, restore_sealed, sealed_step, task_of
 from pulmo_jax.tasks.anomalies.config import TrainConfig
-from pulmo_jax.training.state import TrainState, init_state, learnt
+from pulmo_jax.training.state import TrainState, inference_state, learnt
 from pulmo_jax.types import InputError
 
 SEALED = ("preprocessing.json", "calibration.json", "baselines.json")
@@ -57,12 +57,12 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
 
 
 def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Preprocessing, Method, TrainState, int]:
-    """A finished run as training left it: config, preprocessing, method, state, step."""
+    """A finished run: config, preprocessing, method, the state as far as inference needs it, step."""
     step = sealed_step(path, SEALED)
     config = load_config(path).model_copy(update={"plugins": plugins})
     how = Preprocessing.load(path / "preprocessing.json")
     method = build_method(config, how)
-    state = restore_sealed(path, step, init_state(method, build_optimizer(config)))
+    state = restore_sealed(path, step, inference_state(method))
     return config, how, method, state, step
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Bool, Float, Int
 
 from pulmo_jax.config.nodes import build, check_node, find_target
@@ -24,11 +25,11 @@ from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
 from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
-from pulmo_jax.runs.directory import build_optimizer, digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
 from pulmo_jax.training.members import chunk_sizes, init_members
-from pulmo_jax.training.state import TrainState
+from pulmo_jax.training.state import TrainState, averaged_state
 from pulmo_jax.types import InputError
 
 CLASSES, IMAGES = SEALED = ("classes.json", "images.json")
@@ -267,8 +268,8 @@ def restore(path: Path, method: Classifier, config: ClassifierConfig, plan: Plan
     if isinstance(method, Counted):
         return restore_sealed(path, step, counted_state(skeleton(method, plan.sizes)), as_written=True)
     assert isinstance(method, Descended)  # the config was checked
-    fresh = jax.eval_shape(lambda: init_members(method, build_optimizer(config), plan.keys, plan.sizes))
-    return restore_sealed(path, step, fresh)
+    params = jax.eval_shape(lambda: init_members(method, optax.identity(), plan.keys, plan.sizes)).params
+    return restore_sealed(path, step, averaged_state(params))
 
 
 def skeleton(method: Counted, sizes: Sequence[int]) -> list[Params]:

@@ -35,10 +35,10 @@ from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
 from pulmo_jax.methods.located import Descended, Fitted, Found, Locator, Params
-from pulmo_jax.runs.directory import build_optimizer, digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
-from pulmo_jax.training.state import TrainState, init_state
+from pulmo_jax.training.state import TrainState, averaged_state
 from pulmo_jax.types import InputError
 
 SEALED = ("landmarks.json", "calibration.json", "companions.npz")
@@ -273,7 +273,7 @@ def restore(path: Path, method: Locator, config: LandmarkConfig, n_landmarks: in
     if isinstance(method, Fitted):
         return restore_sealed(path, step, fitted_state(method.skeleton(n_landmarks)), as_written=True).params
     assert isinstance(method, Descended)  # the config was checked
-    return restore_sealed(path, step, init_state(method, build_optimizer(config))).ema
+    return restore_sealed(path, step, averaged_state(jax.eval_shape(method.init))).ema
 
 
 def fitted_state(params: Params, step: int = 1) -> TrainState:
