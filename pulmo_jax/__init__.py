@@ -1,8 +1,18 @@
-"""pulmo_jax finds what does not belong in an image, and says how sure it is."""
+"""pulmo_jax finds what does not belong in an image, and quantifies how sure it is."""
 
 import ctypes
 import os
 import platform
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pulmo_jax.api import detect, evaluate, open_run, train
+
+__all__ = ["__version__", "detect", "evaluate", "open_run", "train"]
+__version__ = "0.2.0"
 
 # jaxlib calls scipy's OpenBLAS, whose threads fight over small matrices (30 times slower, measured).
 # This must be set before numpy, scipy or jax load.
@@ -12,9 +22,33 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # supported", which is a tuning hint); what really fails is raised as an exception too.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-__version__ = "0.1.0"
-
 # glibc gives threads heaps of their own, and keeps in each what was freed there: of training, twice the memory.
 M_ARENA_MAX, ARENAS = -8, 2
 if "MALLOC_ARENA_MAX" not in os.environ and platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, imported when it is first used."""
+    if name in __all__:
+        return getattr(import_module("pulmo_jax.api"), name)
+    raise AttributeError(f"module 'pulmo_jax' has no attribute {name!r}")
+
+
+class _Verb(ModuleType):
+    """The module of a verb, `python -m pulmo_jax.train`, which called is the function of the Python API."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module("pulmo_jax.api"), self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """`pj.train` stays callable after the module `pulmo_jax.train` has been imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in __all__ and isinstance(value, ModuleType):
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

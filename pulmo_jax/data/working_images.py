@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from pulmo_jax.data.images import ImageRef, Reader, Skipped
 from pulmo_jax.data.letterbox import Letterbox, into_square, letterbox_of
@@ -71,3 +71,8 @@ def square_room(count: int, size: int) -> Float[np.ndarray, "N S S"]:
             f"{folder}: no room for {needed / 2**20:.0f} MiB of shrunk images ({error.strerror}); make "
             "room or give another folder with PULMO_JAX_CACHE"
         ) from error
+
+
+def working_image(ref: ImageRef, pixels: Shaped[np.ndarray, "H W C"], size: int) -> WorkingImages:
+    """One image in a square of `size` px."""
+    return WorkingImages((ref,), into_square(pixels, size)[None], (letterbox_of(ref.shape, size),))

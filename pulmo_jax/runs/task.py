@@ -7,7 +7,7 @@ answer the Protocols below; a verb calls them in the order in which data flows, 
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -16,6 +16,8 @@ from pulmo_jax.config.section import Section
 from pulmo_jax.types import InputError
 
 if TYPE_CHECKING:  # JAX is not imported before the config has been validated
+    from rich.console import Console
+
     from pulmo_jax.data.images import Skipped
     from pulmo_jax.runs.place import Place
     from pulmo_jax.runs.records import Item, Outputs, Record
@@ -49,6 +51,10 @@ class OpenRun(Protocol):
 
     @property
     def step(self) -> int: ...
+
+    def predict(self, image: Any) -> Any:
+        """The task's result for one image, an array (H, W[, C]) or a path."""
+        ...
 
 
 @runtime_checkable
@@ -138,6 +144,12 @@ class Detection(Protocol):
 
     def detect(self, config: Any, place: "Place") -> int:
         """Writes maps, tables and the report; returns the number of sources found."""
+        ...
+
+    def detect_arrays(
+        self, given: Mapping[str, Any], compose: Callable[[dict[str, str]], Any], console: "Console"
+    ) -> Any:
+        """Searches a stack of arrays; writes nothing."""
         ...
 
 

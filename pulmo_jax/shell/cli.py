@@ -41,10 +41,10 @@ from pulmo_jax.shell.composing import (
     checked,
     command_line,
     command_of,
-    config_dir,
     defaults_of,
     explain,
     foreign_experiment,
+    package_configs,
     print_help,
 )
 from pulmo_jax.shell.sweep import (
@@ -141,7 +141,7 @@ def launch(primary: str, job: "Job") -> None:
     arguments = sys.argv
     while True:
         try:
-            hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name=primary)(job)()
+            hydra.main(version_base="1.3", config_path=str(package_configs().absolute()), config_name=primary)(job)()
             return
         except Exception:
             if SWEEP.folder is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
@@ -34,7 +36,7 @@ OF_RUN = ("predict", "evaluate")  # verbs whose task is that of their run
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
 
 
-def config_dir() -> Path:
+def package_configs() -> Path:
     """The configs of an installed wheel, or of the checkout that this file lies in."""
     inside = PACKAGE / "configs"
     return inside if inside.is_dir() else PACKAGE.parent / "configs"
@@ -92,6 +94,63 @@ def command_line(verb: str, arguments: list[str]) -> Command:
     return find_command(verb, values)
 
 
+def compose_config(
+    verb: str, experiment: str | None, values: Mapping[str, Any], config_dir: Path | str | None = None
+) -> Any:
+    """The typed config of a verb, as the command line composes it.
+
+    Args:
+        verb: train, predict, evaluate or detect.
+        experiment: Name of an experiment.
+        values: Keys and their values.
+        config_dir: Folder of the user's own experiments and groups.
+
+    Raises:
+        InputError: Something in it cannot be used.
+    """
+    own = [] if config_dir is None else [f"--config-dir={Path(config_dir).absolute()}"]
+    overrides = [
+        *([f"+experiment={experiment}"] if experiment else []),
+        *(override_of(*item) for item in values.items()),
+    ]
+    if foreign := foreign_experiment(verb, overrides):
+        raise InputError(foreign)
+    command = command_line(verb, [*own, *overrides])
+    ConfigStore.instance().store(name=f"{command.primary}_defaults", node=defaults_of(command.schema))
+    path = [f"hydra.searchpath=[{quoted(Path(config_dir).absolute().as_uri())}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(package_configs().absolute()), version_base="1.3"):
+            raw = compose(command.primary, [*overrides, *path])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(explain(error, command.schema)) from error
+    return checked(raw, command)
+
+
+def override_of(key: str, value: Any) -> str:
+    """`key=value` in Hydra's grammar."""
+    return f"{key}={literal(value)}"
+
+
+def literal(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(literal, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{literal(part)}' for key, part in value.items())}}}"
+    return quoted(str(value)) if isinstance(value, str | Path) else repr(value)
+
+
+def quoted(text: str) -> str:
+    """A string in Hydra's grammar; names of config groups' choices are left as they are."""
+    if re.fullmatch(r"[A-Za-z_]\w*", text):
+        return text
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
+    return f"'{escaped}'"
+
+
 def plain(value: str) -> Any:
     """The value of an override; a sweep's first."""
     try:
@@ -128,7 +187,7 @@ def experiment_files(arguments: list[str]) -> list[Path]:
     text = "\n".join(arguments)
     own = re.findall(r"(?m)^(?:--config-dir|-cd)[=\n](.+)$", text)
     names = re.findall(r"(?m)^\+?experiment=(\w+)$", text)
-    files = [Path(folder) / "experiment" / f"{name}.yaml" for name in names for folder in [*own, config_dir()]]
+    files = [Path(folder) / "experiment" / f"{name}.yaml" for name in names for folder in [*own, package_configs()]]
     return [file for file in files if file.is_file()]
 
 
@@ -173,7 +232,7 @@ def missing_extra(error: Exception) -> str | None:
 
 def node_keys(path: list[str]) -> list[str]:
     """The keys of the default `_target_` node of a group such as model or method."""
-    folder = config_dir() / path[0] if path else config_dir() / "none"
+    folder = package_configs() / path[0] if path else package_configs() / "none"
     for file in sorted(folder.glob("*.yaml")):
         node = OmegaConf.load(file)
         if isinstance(node, DictConfig) and "_target_" in node:
@@ -225,14 +284,14 @@ def others(command: Command) -> list[Task]:
 
 def experiments_of(verb: str) -> list[str]:
     """Those whose heading says that they are run by this verb."""
-    files = sorted((config_dir() / "experiment").glob("*.yaml"))
+    files = sorted((package_configs() / "experiment").glob("*.yaml"))
     return [file.stem for file in files if f"pulmo_jax.{verb} +experiment={file.stem}" in file.read_text()]
 
 
 def foreign_experiment(verb: str, arguments: list[str]) -> str | None:
     """What is wrong with an experiment of ours that another verb runs, or that lacks its plus."""
     for name in re.findall(r"(?m)^\+?experiment=(\w+)$", "\n".join(arguments)):
-        file = config_dir() / "experiment" / f"{name}.yaml"
+        file = package_configs() / "experiment" / f"{name}.yaml"
         owners = [v for v in VERBS if file.is_file() and name in experiments_of(v)]
         if owners and verb not in owners:
             ours = ", ".join(experiments_of(verb)) or "none"
@@ -265,7 +324,7 @@ def print_group(group: str, command: Command) -> None:
     """The keys of every choice of a config group that the task lists, from the signatures of their targets."""
     assert command.task is not None
     for name in choices_of(group, command.task):
-        choice: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{name}.yaml"))
+        choice: Any = OmegaConf.to_container(OmegaConf.load(package_configs() / group / f"{name}.yaml"))
         parts = {f"{group}.{key}": node for key, node in choice.items() if key != "defaults"}
         nodes = {group: choice} if "_target_" in choice else parts
         for where, node in nodes.items():
@@ -276,7 +335,7 @@ def print_group(group: str, command: Command) -> None:
 
 def choices_of(group: str, task: Task) -> Sequence[str]:
     """The choices of a config group for a task; all, where it lists none."""
-    files = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+    files = sorted(file.stem for file in (package_configs() / group).glob("*.yaml"))
     return task.config.CHOICES.get(group, files)
 
 

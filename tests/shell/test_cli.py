@@ -101,7 +101,7 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
     tasks = [[], ["+experiment=landmarks"], ["+experiment=brain_mri"]]
     text = "".join(run("train", *task, "--help").out for task in tasks)
     for group in GIVEN:
-        for file in (composing.config_dir() / group).glob("*.yaml"):
+        for file in (composing.package_configs() / group).glob("*.yaml"):
             content = OmegaConf.to_container(OmegaConf.load(file))
             content.pop("defaults", None)
             nodes = {group: content} if "_target_" in content else {f"{group}.{n}": v for n, v in content.items()}
@@ -591,16 +591,16 @@ def test_search_minimises_and_goes_on_where_it_was(run, tmp_path):
 
 
 def test_configs_of_the_checkout_are_found():
-    assert (composing.config_dir() / "train.yaml").is_file()
-    assert composing.config_dir() == Path(cli.__file__).parents[2] / "configs"
+    assert (composing.package_configs() / "train.yaml").is_file()
+    assert composing.package_configs() == Path(cli.__file__).parents[2] / "configs"
 
 
 def test_configs_inside_a_wheel_are_found(run, tmp_path_factory, monkeypatch):
     package = tmp_path_factory.mktemp("site-packages") / "pulmo_jax"
-    shutil.copytree(composing.config_dir(), package / "configs")
+    shutil.copytree(composing.package_configs(), package / "configs")
     (package / "configs" / "experiment" / "wheel.yaml").write_text("# @package _global_\nname: from the wheel\n")
     monkeypatch.setattr(composing, "PACKAGE", package)
-    assert composing.config_dir() == package / "configs"
+    assert composing.package_configs() == package / "configs"
     got = []
     run("train", "+experiment=wheel", "hydra.run.dir=out", task=lambda config, run_dir: got.append(config.name))
     assert got == ["from the wheel"]

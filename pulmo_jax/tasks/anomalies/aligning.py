@@ -15,12 +15,13 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 import tifffile
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from rich.console import Console
 
 from pulmo_jax.core.lung_frame import LungFrame, to_image
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, find_masks, fingerprint, index_images
-from pulmo_jax.data.working_images import WorkingImages, read_working
+from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.data.working_images import WorkingImages, read_working, working_image
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, write_image, write_pages
@@ -28,7 +29,7 @@ from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.methods.located import Found
 from pulmo_jax.runs.directory import task_of
 from pulmo_jax.runs.task import find_task
-from pulmo_jax.tasks.anomalies.config import DataConfig, EvaluateDataConfig
+from pulmo_jax.tasks.anomalies.config import DataConfig, EvaluateDataConfig, TrainConfig
 from pulmo_jax.types import InputError
 
 IMAGES = ("train", "val", "test")
@@ -103,6 +104,28 @@ def open_frame(align_run: Path, plugins: tuple[str, ...], digest: str = "") -> L
             "trained again; restore that run, or train again with this one"
         )
     return run
+
+
+def into_lung_frame(
+    config: TrainConfig,
+    how: Preprocessing,
+    ref: ImageRef,
+    pixels: Shaped[np.ndarray, "H W C"],
+    foreground: Bool[np.ndarray, "H W"] | None,
+) -> tuple[Shaped[np.ndarray, "S S C"], Bool[np.ndarray, "S S"]]:
+    """One image and its foreground in the lung frame of a run on aligned images.
+
+    Raises:
+        InputError: No landmarks can be found in it.
+    """
+    assert config.data.align_run is not None
+    run = open_frame(config.data.align_run, config.plugins, how.aligned_by)
+    points = run.find(working_image(ref, pixels, run.size)).points[0]
+    if not np.isfinite(points).all():
+        raise InputError(f"{ref.path}: no landmarks can be found in it; leave it out")
+    inside = np.ones(ref.shape[:2], bool) if foreground is None else foreground
+    mask = black_and_white(into_frame(np.where(inside, 255, 0).astype(np.uint8)[..., None], points, run.frame))
+    return into_frame(pixels, points, run.frame), mask[..., 0] > 0
 
 
 def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, console: Console) -> D:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, fingerprint, index_images, same_scale, stem
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, fingerprint, index_images, stem
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.detection import find_detections
@@ -23,7 +23,7 @@ from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.records import Item, Outputs, Record
 from pulmo_jax.tasks.anomalies.aligning import Aligned, Masks, align_input, open_frame, write_in_images
 from pulmo_jax.tasks.anomalies.config import MapConfig
-from pulmo_jax.tasks.anomalies.run import Run, missing_masks, thresholds
+from pulmo_jax.tasks.anomalies.run import Run, missing_masks, require_fit, thresholds
 from pulmo_jax.types import Detection, ImageTags, InputError
 
 
@@ -112,7 +112,7 @@ def name_maps(files: Sequence[tuple[ImageRef, ...]]) -> dict[Path, str]:
 def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
     """Score every page, write maps/NAME_*, and return the file's record."""
     first, rows, images = pages[0], [], []
-    require_fit(first, run)
+    require_fit(first, run.scorer.how)
     with open_source(first.path, max_bytes=run.config.data.max_image_mb * 2**20) as source:
         tags: ImageTags = source.tags
     size_px = len(pages) * first.shape[0] * first.shape[1]
@@ -184,15 +184,6 @@ def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, dic
     if "amplitude" in details:
         details["amplitude"] *= np.float32(np.mean(run.scorer.how.scale))
     return run.scorer(pixels, foreground), details, preprocess(pixels[::step, ::step], None, run.scorer.how)
-
-
-def require_fit(ref: ImageRef, run: Run) -> None:
-    how = run.scorer.how
-    if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
-        raise InputError(
-            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on {how.channels} of "
-            f"{how.dtype}; convert the image"
-        )
 
 
 def fingerprint_run(run: Run) -> str:

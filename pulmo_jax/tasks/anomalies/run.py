@@ -5,18 +5,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Shaped
 
 from pulmo_jax.config.nodes import build
 from pulmo_jax.config.section import validate
-from pulmo_jax.data.images import ImageRef
-from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.data.images import ImageRef, Reader, same_scale
+from pulmo_jax.data.one_image import ImageLike, one_image
+from pulmo_jax.data.transforms import Preprocessing, preprocess
 from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibration
+from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
 from pulmo_jax.runs.directory import load_values, restore_sealed, sealed_step, task_of
+from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
 from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.tasks.anomalies.results import AnomalyResult
 from pulmo_jax.training.state import TrainState, inference_state, learnt
 from pulmo_jax.types import InputError
 
@@ -40,6 +46,59 @@ class Run:
     scorer: Scorer
     calibrations: dict[str, Calibration]
     step: int
+
+    def predict(
+        self, image: ImageLike, foreground: Bool[np.ndarray, "H W"] | None = None, page: int = 0
+    ) -> AnomalyResult:
+        """Maps and findings of one image, as `python -m pulmo_jax.predict` writes them.
+
+        Args:
+            image: Array (H, W) or (H, W, C) in the units of the training images, or a path.
+            foreground: Pixels to score; None: the run's mask of that name for a path, otherwise the whole image.
+            page: Of a file with several.
+
+        Raises:
+            InputError: The image cannot be read, or differs from the training images in bands or depth.
+        """
+        data = self.config.data
+        ref, pixels = one_image(image, page, data.max_image_mb, data.foreground)
+        if foreground is None and ref.mask is not None:
+            foreground = Reader(data.max_image_mb).foreground(ref)
+        if data.align_run is not None:
+            pixels, foreground = into_lung_frame(self.config, self.scorer.how, ref, pixels, foreground)
+        require_fit(ref, self.scorer.how)
+        return self.map_pixels(ref.title, pixels, foreground)
+
+    def map_pixels(
+        self, title: str, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None
+    ) -> AnomalyResult:
+        """Scores pixels that fit the run."""
+        calibration, method = self.calibrations["method"], self.scorer.method
+        score = self.scorer(pixels, foreground)
+        findings, mask = find_detections(score, calibration, min_area_px=self.config.calibration.min_area_px)
+        image_score = float(method.image_score(score))
+        scored = bool(np.isfinite(image_score))
+        return AnomalyResult(
+            title=title,
+            image=preprocess(pixels, None, self.scorer.how),
+            score=score,
+            p_value=calibration.pixel_p_value(score),
+            mask=mask,
+            findings=tuple(findings),
+            image_score=image_score,
+            image_p_value=float(calibration.image_p_value(image_score)) if scored else float("nan"),
+            anomalous=scored and image_score > calibration.image_threshold.value,
+            pixel_threshold=calibration.pixel_threshold.value,
+        )
+
+
+def require_fit(ref: ImageRef, how: Preprocessing) -> None:
+    """Raises InputError for an image with other bands or another depth than the training images."""
+    if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
+        raise InputError(
+            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on {how.channels} of "
+            f"{how.dtype}; convert the image"
+        )
 
 
 def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:

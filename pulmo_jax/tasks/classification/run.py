@@ -21,6 +21,9 @@ from jaxtyping import Bool, Float, Int
 from pulmo_jax.config.nodes import build, check_node, find_target
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.folds import Fold, grouped_folds
+from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.data.one_image import ImageLike, one_image
+from pulmo_jax.data.square_batches import onto_image, square_of, window_of
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
@@ -28,6 +31,7 @@ from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
 from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
+from pulmo_jax.tasks.classification.results import ClassResult
 from pulmo_jax.training.members import chunk_sizes, init_members
 from pulmo_jax.training.state import TrainState, averaged_state
 from pulmo_jax.types import InputError
@@ -114,6 +118,33 @@ class ClassifierRun:
     @cached_property
     def _saliency(self) -> Any:
         return all_the_same(self.method.saliency, arrays=2)
+
+    def predict(self, image: ImageLike, page: int = 0) -> ClassResult:
+        """The class probabilities of one image, as `python -m pulmo_jax.predict` writes them.
+
+        Args:
+            image: Array (H, W) or (H, W, C), or a path.
+            page: Of a file with several.
+
+        Raises:
+            InputError: The image cannot be read, or its values are too large.
+        """
+        ref, pixels = one_image(image, page, self.config.data.max_image_mb)
+        square = square_of(pixels, self.size, self.config.data.crop)
+        if not np.isfinite(square).all():
+            raise InputError(f"{ref.path}: its values are too large to be classified; leave it out")
+        by_network = self.of_networks(square[None])[:, 0]
+        mean, spread = by_network.mean(0), by_network.std(0)
+        label = int(mean.argmax())
+        saliency = self.saliency(square[None], np.array([label]))[0]
+        return ClassResult(
+            title=ref.title,
+            image=to_bytes(pixels),
+            label=self.classes[label],
+            probabilities=dict(zip(self.classes, mean.tolist(), strict=True)),
+            std=dict(zip(self.classes, spread.tolist(), strict=True)),
+            saliency=onto_image(saliency, pixels.shape, window_of(pixels, self.config.data.crop)),
+        )
 
     def of_networks(self, images: Float[np.ndarray, "N S S"]) -> Float[np.ndarray, "M N K"]:
         """Calibrated probabilities by each network."""

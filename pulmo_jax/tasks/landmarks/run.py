@@ -19,7 +19,9 @@ from pulmo_jax.config.section import validate
 from pulmo_jax.core.lung_frame import LungFrame, flipped, frame_of, lung_frame
 from pulmo_jax.core.ppca import PPCA
 from pulmo_jax.core.shape_model import ShapeModel, fit_shape_model
-from pulmo_jax.data.working_images import WorkingImages
+from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.data.one_image import ImageLike, one_image
+from pulmo_jax.data.working_images import WorkingImages, working_image
 from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
 from pulmo_jax.evaluation.landmark_quality import (
     SurpriseModel,
@@ -38,6 +40,7 @@ from pulmo_jax.methods.located import Descended, Fitted, Found, Locator, Params
 from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
+from pulmo_jax.tasks.landmarks.results import LandmarkResult
 from pulmo_jax.training.state import TrainState, averaged_state
 from pulmo_jax.types import InputError
 
@@ -107,6 +110,30 @@ class LandmarkRun:
     def size(self) -> int:
         """Side of the working images, px."""
         return self.method.size  # pyright: ignore[reportAttributeAccessIssue]
+
+    def predict(self, image: ImageLike, page: int = 0) -> LandmarkResult:
+        """The landmarks of one image, as `python -m pulmo_jax.predict` writes them.
+
+        Args:
+            image: Array (H, W) or (H, W, C), or a path.
+            page: Of a file with several.
+
+        Raises:
+            InputError: The image cannot be read, or no landmarks can be found in it.
+        """
+        ref, pixels = one_image(image, page, self.config.data.max_image_mb)
+        found = self.find(working_image(ref, pixels, self.size))
+        if not (np.isfinite(found.points).all() and np.isfinite(found.std).all()):
+            raise InputError(f"{ref.path}: no landmarks can be found in it, its values may be too large")
+        return LandmarkResult(
+            title=ref.title,
+            image=to_bytes(pixels),
+            points=found.points[0],
+            std=found.std[0],
+            covariance=found.covariance[0],
+            quality=tuple("low" if low else "ok" for low in found.low[0]),
+            surprise=float(found.surprise[0]),
+        )
 
     def find(self, working: WorkingImages) -> Found:
         """The landmarks of images, with calibrated uncertainties and quality flags."""

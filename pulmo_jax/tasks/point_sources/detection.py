@@ -1,20 +1,25 @@
 """Detection of point sources: read the stack, search it, measure the limits, write maps, tables and the report."""
 
+import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 
 from pulmo_jax.core.geometry import rotation_deg
-from pulmo_jax.evaluation.contrast import contrast_curve
+from pulmo_jax.evaluation.contrast import Contrast, contrast_curve
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.point_sources import Search, find_sources
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.methods.paco.spectral import as_spectra
+from pulmo_jax.reporting.notebook import figure_html
 from pulmo_jax.runs.directory import provenance, save_config
 from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.point_sources.combination import combine_runs
@@ -29,6 +34,7 @@ from pulmo_jax.tasks.point_sources.results import (
     summarise,
     write_maps,
 )
+from pulmo_jax.types import PointSource
 
 
 def detect(config: DetectConfig, place: Place) -> int:
@@ -128,3 +134,65 @@ def describe(result: Result, place: Place) -> None:
     )
     for caveat in (*stack.caveats, *result.of.caveats):
         place.note(f"note: {caveat}")
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The outcome of a search in a rotating stack.
+
+    Attributes:
+        sources: The brightest first; coordinates (y, x) in px of the derotated map, fluxes in units of the PSF.
+        maps: Images (H, W) by name: snr, snr_calibrated, flux and flux_std (units of the PSF), a, b, and those of the
+            empirical null, snr_null, a_null, b_null.
+        contrast: Detection limits by separation; None with contrast.rings=0.
+        caveats: What a reader must know.
+    """
+
+    sources: tuple[PointSource, ...]
+    maps: dict[str, Float[np.ndarray, "H W"]]
+    contrast: Contrast | None
+    caveats: tuple[str, ...]
+    centre: tuple[float, float]
+    pixel_scale: float | None
+
+    def figure(self) -> Any:
+        """The maps of SNR and flux, with the sources."""
+        return detection_maps(self.maps["snr"], self.maps["flux"], list(self.sources), self.centre, self.pixel_scale)
+
+    def _repr_html_(self) -> str:
+        highest = np.nanmax(self.maps["snr"])
+        caption = f"{counted(len(self.sources), 'source')} (circles); the highest SNR is {highest:.3g}."
+        return figure_html(self.figure(), caption)
+
+
+def detect_arrays(
+    given: Mapping[str, Any], compose: Callable[[dict[str, str]], DetectConfig], console: Console
+) -> Detections:
+    """Searches a stack of arrays or files; arrays are checked as files are.
+
+    Args:
+        given: cube, angles, psf and wavelengths: arrays, paths or None.
+        compose: Makes the config from the paths of the files.
+        console: For progress.
+
+    Raises:
+        InputError: They do not fit together, or cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {f"data.{name}": as_file(value, Path(folder) / f"{name}.npy") for name, value in given.items()}
+        config = compose({key: str(path) for key, path in paths.items() if path is not None})
+        place = Place(Path(folder), Path(folder), console)
+        with jax.enable_x64(config.method.precision == "float64"):
+            result, search = search_stack(read(config, place), place)
+        maps = likelihood_maps(result, search)
+    caveats = (*result.stack.caveats, *search.caveats)
+    scale = config.data.pixel_scale
+    return Detections(tuple(search.sources), maps, result.contrast, caveats, result.of.centre, scale)
+
+
+def as_file(value: Any, path: Path) -> Path | None:
+    """The path of an array's file, which is written where an array was given."""
+    if value is None or isinstance(value, Path | str):
+        return None if value is None else Path(value)
+    np.save(path, np.asarray(value), allow_pickle=False)
+    return path

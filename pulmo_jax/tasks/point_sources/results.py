@@ -27,8 +27,8 @@ def clear(out_dir: Path) -> None:
         figure.unlink()
 
 
-def write_maps(result: Result, search: Search, out_dir: Path) -> None:
-    """Every map as a FITS file with all that it was made with in its header."""
+def likelihood_maps(result: Result, search: Search) -> dict[str, np.ndarray]:
+    """Every map of a search, by name."""
     of = result.of
     maps = {name: getattr(search.maps, name) for name in ("snr", "flux", "flux_std", "a", "b")}
     maps |= {"snr_calibrated": search.snr_calibrated, "snr_null": search.null.snr}
@@ -39,8 +39,13 @@ def write_maps(result: Result, search: Search, out_dir: Path) -> None:
         )
     if len(search.combination.spectra) > 1:
         maps["template"] = np.where(search.template >= 0, search.template, np.nan)
+    return {name: np.asarray(image) for name, image in maps.items()}
+
+
+def write_maps(result: Result, search: Search, out_dir: Path) -> None:
+    """Every map as a FITS file with the config and the observation in its header."""
     parameters = flatten(result.config.model_dump(mode="json"))
-    for name, image in maps.items():
+    for name, image in likelihood_maps(result, search).items():
         write_fits(out_dir / f"{name}.fits", image, header(result, search, name), parameters)
 
 

@@ -46,7 +46,7 @@ def go(images, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def run(run_dir, *overrides):
-        with initialize_config_dir(str(cli.config_dir().absolute()), version_base="1.3"):
+        with initialize_config_dir(str(cli.package_configs().absolute()), version_base="1.3"):
             data = [f"data.train={images}/train", f"data.val={images}/val", f"trainer.compile_cache={cache}"]
             raw = compose("train", [*SMALL, *data, *overrides])
         return train(cli.checked(raw, TrainConfig), run_dir)

@@ -1,0 +1,53 @@
+"""One image, given as an array or as a path."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.types import InputError
+
+ImageLike = Shaped[np.ndarray, "H W"] | Shaped[np.ndarray, "H W C"] | Path | str
+ARRAY = "array"
+
+
+def one_image(
+    image: ImageLike, page: int, max_image_mb: int, masks: Path | None = None
+) -> tuple[ImageRef, Shaped[np.ndarray, "H W C"]]:
+    """The reference and the pixels of one image.
+
+    Args:
+        image: Array (H, W) or (H, W, C) in the units of the training images, or a path.
+        page: Of a file with several.
+        max_image_mb: Largest decoded image that is accepted, MiB.
+        masks: Folder of same-named foreground masks, for a path.
+
+    Raises:
+        InputError: The file cannot be read or has no such page, or the array has other dimensions.
+    """
+    if isinstance(image, Path | str):
+        return from_file(Path(image), page, max_image_mb, masks)
+    pixels = np.asarray(image)
+    if pixels.ndim not in (2, 3) or not pixels.size:
+        raise InputError(f"an image of shape {pixels.shape} was given; give an array (H, W) or (H, W, C), or a path")
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
+    return ImageRef(Path(), ARRAY, 0, 1, shape, pixels.dtype.name, ARRAY), pixels
+
+
+def from_file(
+    path: Path, page: int, max_image_mb: int, masks: Path | None
+) -> tuple[ImageRef, Shaped[np.ndarray, "H W C"]]:
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'does not exist'}; give one image")
+    refs, skipped = index_images(path, masks=masks, max_image_mb=max_image_mb)
+    if skipped:
+        raise InputError(skipped[0].reason)
+    if not 0 <= page < len(refs):
+        raise InputError(f"{path}: page {page} was asked for, it has {len(refs)} (counted from 0)")
+    reader = Reader(max_image_mb)
+    try:
+        return refs[page], reader.image(refs[page])
+    finally:
+        reader.close()

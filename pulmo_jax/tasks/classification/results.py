@@ -1,0 +1,44 @@
+"""What a classification run returns for one image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+
+from pulmo_jax.reporting.notebook import figure_html
+from pulmo_jax.tasks.classification.figures import ClassExample, saliency_gallery
+
+
+@dataclass(frozen=True, eq=False)
+class ClassResult:
+    """Class probabilities of one image.
+
+    Attributes:
+        title: Name of the image.
+        image: Gray values from 0 to 255, for the picture.
+        label: The most probable class.
+        probabilities: Calibrated, by class: the mean over the networks.
+        std: Standard deviation over the networks, by class.
+        saliency: How much each pixel speaks for the label, relative to the largest.
+    """
+
+    title: str
+    image: UInt8[ndarray, "H W"]
+    label: str
+    probabilities: Mapping[str, float]
+    std: Mapping[str, float]
+    saliency: Float[ndarray, "H W"]
+
+    def figure(self) -> Any:
+        """The image beside itself under its saliency."""
+        return saliency_gallery([ClassExample(self.title, self.image, self.saliency, self.note)], "")
+
+    @property
+    def note(self) -> str:
+        return f"{self.label} {self.probabilities[self.label]:.2f}"
+
+    def _repr_html_(self) -> str:
+        shares = ", ".join(f"{name} {p:.3f} ± {self.std[name]:.3f}" for name, p in self.probabilities.items())
+        return figure_html(self.figure(), f"{self.title}: {shares} (mean ± standard deviation over the networks).")
