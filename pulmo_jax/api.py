@@ -22,7 +22,7 @@ from pulmo_jax.runs.directory import task_of, use_compile_cache
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import write_findings
 from pulmo_jax.runs.task import OpenRun, find_task
-from pulmo_jax.shell.composing import compose_config
+from pulmo_jax.shell.composing import DEFAULT_TASKS, compose_config
 from pulmo_jax.train import train as run_training
 from pulmo_jax.types import InputError
 
