@@ -30,9 +30,8 @@ def image_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, Path, 
         value, kinds = getattr(config, name), [*field.metadata, *marks(field.annotation)]
         if isinstance(value, Section):
             yield from image_paths(value, f"{prefix}{name}.")
-        for kind in (IMAGES, INPUT):
-            if kind in kinds and value is not None:
-                yield prefix + name, Path(value), kind
+        if isinstance(value, Path):
+            yield from ((prefix + name, value, kind) for kind in (IMAGES, INPUT) if kind in kinds)
 
 
 def marks(annotation: Any) -> list[Any]:

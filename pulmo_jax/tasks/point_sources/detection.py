@@ -24,12 +24,14 @@ from pulmo_jax.runs.directory import provenance, save_config
 from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.point_sources.combination import combine_runs
 from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig
+from pulmo_jax.tasks.point_sources.figures import detection_maps
 from pulmo_jax.tasks.point_sources.reading import load, naming, observe, synthetic_stack
 from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.tasks.point_sources.results import (
     clear,
     contrast_csv,
     detections_csv,
+    likelihood_maps,
     spectra_csv,
     summarise,
     write_maps,
