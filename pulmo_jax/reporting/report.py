@@ -1,4 +1,4 @@
-"""report.html: one file with everything to look at, to keep, to mail."""
+"""The HTML report: one self-contained file with figures, captions and tables."""
 
 import base64
 from collections.abc import Sequence
@@ -42,21 +42,48 @@ CAPTIONS = {
 
 
 @dataclass(frozen=True)
+class CaptionedFigure:
+    """A figure of the report and its caption.
+
+    Args:
+        path: PNG file; the PDF of the same name lies beside it.
+        caption: What the figure shows, how many images or sources it is based on, and what to look for. Plain text.
+
+    Raises:
+        ValueError: If the caption is blank.
+    """
+
+    path: Path
+    caption: str
+
+    def __post_init__(self) -> None:
+        if not self.caption.strip():
+            raise ValueError(f"{self.path.name}: a figure of a report needs a caption")
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading with a text, figures (PNG files, a PDF of each beside it) and tables."""
+    """A section of the report: heading, text, figures and tables.
+
+    Args:
+        title: Heading, also the link text in the table of contents.
+        text: One paragraph of plain text.
+        figures: In the order in which they are shown.
+        tables: Shown above the figures.
+    """
 
     title: str
     text: str = ""
-    figures: Sequence[Path] = ()
+    figures: Sequence[Path | CaptionedFigure] = ()
     tables: Sequence[Table] = ()
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure as the page carries it."""
+class EmbeddedFigure:
+    """A figure as it stands in the page: `png` is base64."""
 
-    name: str
-    data: str = field(repr=False)
+    caption: str
+    png: str = field(repr=False)
 
 
 def write_report(
@@ -67,20 +94,32 @@ def write_report(
     citations: Sequence[str],
     warnings: Sequence[str],
 ) -> None:
-    """Write the page, whole or not at all. Sections without content are left out; all text is escaped."""
+    """Write the report as a single HTML file that loads nothing; the file is replaced atomically.
+
+    Args:
+        path: Output file.
+        title: Page title.
+        summary: Facts of the run by name, shown below the title.
+        sections: Sections in order; empty ones are omitted.
+        citations: References that users of the run should cite.
+        warnings: Messages shown above everything else. All text is HTML-escaped.
+
+    Raises:
+        FileNotFoundError: If a figure does not exist; an existing report is then left as it is.
+    """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    filled = [s for s in sections if s.text or s.figures or s.tables]
+    nonempty = [s for s in sections if s.text or s.figures or s.tables]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         summary=summary,
-        sections=[(s, [embed(figure) for figure in s.figures]) for s in filled],
+        sections=[(section, [_embed(figure) for figure in section.figures]) for section in nonempty],
         citations=citations,
         warnings=warnings,
     )
     write_text(path, page)
 
 
-def embed(figure: Path) -> Picture:
-    return Picture(
-        CAPTIONS.get(figure.stem, figure.stem.replace("_", " ")), base64.b64encode(figure.read_bytes()).decode()
-    )
+def _embed(figure: Path | CaptionedFigure) -> EmbeddedFigure:
+    if isinstance(figure, Path):
+        figure = CaptionedFigure(figure, CAPTIONS.get(figure.stem, figure.stem.replace("_", " ")))
+    return EmbeddedFigure(figure.caption, base64.b64encode(figure.path.read_bytes()).decode())
