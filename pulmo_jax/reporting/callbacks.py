@@ -1,4 +1,4 @@
-"""Callbacks that draw."""
+"""Training callbacks that draw figures."""
 
 import time
 from pathlib import Path
@@ -11,11 +11,17 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.profile import operations_csv, operations_figure, read_operations
 from pulmo_jax.training.callbacks import Event, Start
 
-PROFILE_FIGURE = "profile"  # its name among the run's figures
+PROFILE_FIGURE = "profile"  # file name of the profile figure
 
 
 class ProgressFigures:
-    """figures/training/step_N.png: what the model makes of validation data, as training goes on; the task draws it."""
+    """Save figures of the model on validation data during training, as figures/training/step_N.png.
+
+    The task draws them, such as patches with their reconstructions.
+
+    Args:
+        every: Number of steps between figures.
+    """
 
     def __init__(self, every: Annotated[int, Field(ge=1, description="steps between figures")] = 500):
         self.every = every
@@ -33,9 +39,14 @@ class ProgressFigures:
 
 
 class Profile:
-    """profile/: a trace of some steps, for TensorBoard or ui.perfetto.dev; and what it says, in the report.
+    """Trace some training steps with `jax.profiler`.
 
-    The first steps, which also fill caches, are left out.
+    Writes the trace to profile/ (for TensorBoard or ui.perfetto.dev), a table of operations, and a figure for the
+    report. The first steps, which include compilation, are not traced.
+
+    Args:
+        after: Number of steps before the trace.
+        steps: Number of steps in the trace.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ CAPTIONS = {
 class CaptionedFigure:
     """A figure of the report and its caption.
 
-    Args:
+    Attributes:
         path: PNG file; the PDF of the same name lies beside it.
         caption: What the figure shows, how many images or sources it is based on, and what to look for. Plain text.
 
@@ -65,7 +65,7 @@ class CaptionedFigure:
 class Section:
     """A section of the report: heading, text, figures and tables.
 
-    Args:
+    Attributes:
         title: Heading, also the link text in the table of contents.
         text: One paragraph of plain text.
         figures: In the order in which they are shown.

@@ -47,7 +47,12 @@ def write(tmp_path, figure, **changes):
         "title": "A run",
         "summary": {"seed": "0"},
         "sections": [
-            Section("Test", "A text.", [CaptionedFigure(figure, "ROC of 7 images")], [Table("Pixels", ["score", "AUROC"], [["z", "0.9"]], ["a note"])]),
+            Section(
+                "Test",
+                "A text.",
+                [CaptionedFigure(figure, "ROC of 7 images")],
+                [Table("Pixels", ["score", "AUROC"], [["z", "0.9"]], ["a note"])],
+            ),
             Section("Empty"),
         ],
         "citations": ["Someone (2000)."],
