@@ -149,11 +149,11 @@ def _tables(levels: Array, tiles: int, size: int, limit: int) -> Array:
     counts = jax.vmap(lambda part: jnp.zeros(LEVELS, jnp.int32).at[part].add(1))(parts)
     cut = jnp.minimum(counts, limit)
     excess = (counts - cut).sum(1)[:, None]
-    each, rest = excess // LEVELS, excess % LEVELS
-    stride = jnp.maximum(LEVELS // jnp.maximum(rest, 1), 1)
+    share, remainder = excess // LEVELS, excess % LEVELS
+    stride = jnp.maximum(LEVELS // jnp.maximum(remainder, 1), 1)
     index = jnp.arange(LEVELS)
-    extra = (index % stride == 0) & (index // stride < rest)
-    total = jnp.cumsum(cut + each + extra, axis=1)
+    extra = (index % stride == 0) & (index // stride < remainder)
+    total = jnp.cumsum(cut + share + extra, axis=1)
     return jnp.round(total * (255 / size**2)).reshape(tiles, tiles, LEVELS)
 
 

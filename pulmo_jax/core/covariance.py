@@ -165,7 +165,14 @@ def add_samples(total: Moments, samples: Float[Array, "N B P"], weights: Float[A
 
 
 def covariance(moments: Moments) -> Float[Array, "P P"]:
-    """Covariance matrix from moments, normalised by n."""
+    """Covariance matrix from moments, normalised by n.
+
+    Args:
+        moments: Moments of the samples.
+
+    Returns:
+        Covariance matrix.
+    """
     return moments.comoment / moments.n
 
 

@@ -95,14 +95,14 @@ def whole_patches(
     """
     (top, left), (bottom, right) = -offsets.min(0), offsets.max(0)
     height, width = usable.shape
-    whole = np.zeros_like(usable)
+    complete = np.zeros_like(usable)
     if height <= top + bottom or width <= left + right:
-        return whole
+        return complete
     inner = np.s_[top : height - bottom, left : width - right]
     rows, columns = height - top - bottom, width - left - right
     count = sum(usable[top + dy : top + dy + rows, left + dx : left + dx + columns].astype(int) for dy, dx in offsets)
-    whole[inner] = usable[inner] & (count >= share * len(offsets))
-    return whole
+    complete[inner] = usable[inner] & (count >= share * len(offsets))
+    return complete
 
 
 class Lags(NamedTuple):

@@ -63,12 +63,28 @@ def fit(samples: Float[np.ndarray, "N P"], explained: float, max_components: int
 
 
 def project(subspace: Subspace, samples: Float[Array, "N P"]) -> Float[Array, "N M"]:
-    """Coordinates of samples in the subspace."""
+    """Coordinates of samples in the subspace.
+
+    Args:
+        subspace: Principal subspace.
+        samples: N patches of P pixels.
+
+    Returns:
+        Coordinates along the M components.
+    """
     return (samples - subspace.mean) @ subspace.components.T
 
 
 def reconstruct(subspace: Subspace, scores: Float[Array, "N M"]) -> Float[Array, "N P"]:
-    """Patches with the given coordinates in the subspace."""
+    """Patches with given coordinates in the subspace.
+
+    Args:
+        subspace: Principal subspace.
+        scores: Coordinates along the M components.
+
+    Returns:
+        Patches of P pixels.
+    """
     return subspace.mean + scores @ subspace.components
 
 
@@ -173,7 +189,7 @@ class Energies(NamedTuple):
 
 
 def window_residuals(
-    subspace: Subspace, images: Float[Array, "B H W"], rows: int, at_once: int = 8
+    subspace: Subspace, images: Float[Array, "B H W"], rows: int, block_size: int = 8
 ) -> Float[Array, "B y x"]:
     """Residual energy of every window of an image.
 
@@ -181,22 +197,22 @@ def window_residuals(
         subspace: Principal subspace of templates of P pixels.
         images: B images.
         rows: Height of the template; its width is P / rows.
-        at_once: Number of images per block; a block should fit into the cache of one core.
+        block_size: Number of images per block; a block should fit into the cache of one core.
 
     Returns:
         Residual energies.
     """
-    return _windows(subspace, images, rows, at_once, lambda residual, _: residual)
+    return _windows(subspace, images, rows, block_size, lambda residual, _: residual)
 
 
-def window_energies(subspace: Subspace, images: Float[Array, "B H W"], rows: int, at_once: int = 8) -> Energies:
+def window_energies(subspace: Subspace, images: Float[Array, "B H W"], rows: int, block_size: int = 8) -> Energies:
     """Residual energy and squared Mahalanobis distance within the subspace, for every window of an image.
 
     Args:
         subspace: Principal subspace of templates of P pixels.
         images: B images.
         rows: Height of the template; its width is P / rows.
-        at_once: Number of images per block; a block should fit into the cache of one core.
+        block_size: Number of images per block; a block should fit into the cache of one core.
 
     Returns:
         Both energies.
@@ -205,12 +221,14 @@ def window_energies(subspace: Subspace, images: Float[Array, "B H W"], rows: int
         subspace,
         images,
         rows,
-        at_once,
+        block_size,
         lambda residual, squares: Energies(residual, _to_images((squares / subspace.variances).sum(-1))),
     )
 
 
-def _windows(subspace: Subspace, images: Array, rows: int, at_once: int, combine: Callable[[Array, Array], Any]) -> Any:
+def _windows(
+    subspace: Subspace, images: Array, rows: int, block_size: int, combine: Callable[[Array, Array], Any]
+) -> Any:
     """Apply `combine` to the residuals (B, y, x) and the squared projections (x, B, y, M) of each block of images."""
     level = subspace.mean.mean()  # subtracted from image and mean alike, to reduce rounding errors
     images, mean = images - level, (subspace.mean - level).reshape(rows, -1)
@@ -225,7 +243,7 @@ def _windows(subspace: Subspace, images: Array, rows: int, at_once: int, combine
         return combine(jnp.maximum(energy - _to_images(squares.sum(-1)), 0), squares)
 
     count = len(images)
-    blocks = jnp.pad(images, ((0, -count % at_once), (0, 0), (0, 0))).reshape(-1, at_once, *images.shape[1:])
+    blocks = jnp.pad(images, ((0, -count % block_size), (0, 0), (0, 0))).reshape(-1, block_size, *images.shape[1:])
     energies = jax.lax.map(block_energies, blocks)
     return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:])[:count], energies)
 

@@ -74,7 +74,15 @@ def similarity(source: Float[Array, "K 2"], target: Float[Array, "K 2"]) -> Simi
 
 
 def apply(transform: Similarity, points: Float[Array, "*P 2"]) -> Float[Array, "*P 2"]:
-    """Apply a similarity transform to points."""
+    """Apply a similarity transform to points.
+
+    Args:
+        transform: Similarity transform.
+        points: Points (y, x).
+
+    Returns:
+        Transformed points.
+    """
     return apply_linear(points, transform.linear) + transform.shift
 
 

@@ -186,19 +186,19 @@ def inverse_2x2(m: Float[Array, "*K 2 2"]) -> Float[Array, "*K 2 2"]:
     return jnp.stack(rows, -2) / determinant[..., None, None]
 
 
-def positive_2x2(m: Float[Array, "*K 2 2"], least: float) -> Float[Array, "*K 2 2"]:
-    """Nearest symmetric 2 x 2 matrix whose eigenvalues are at least `least`, in closed form.
+def positive_2x2(m: Float[Array, "*K 2 2"], minimum: float) -> Float[Array, "*K 2 2"]:
+    """Nearest symmetric 2 x 2 matrix whose eigenvalues are at least `minimum`, in closed form.
 
     Args:
         m: Symmetric matrices.
-        least: Lower bound of the eigenvalues.
+        minimum: Lower bound of the eigenvalues.
 
     Returns:
         Matrices with bounded eigenvalues.
     """
     a, b, d = m[..., 0, 0], m[..., 0, 1], m[..., 1, 1]
     middle, reach = (a + d) / 2, jnp.sqrt(((a - d) / 2) ** 2 + b * b)
-    high, low = jnp.maximum(middle + reach, least), jnp.maximum(middle - reach, least)
+    high, low = jnp.maximum(middle + reach, minimum), jnp.maximum(middle - reach, minimum)
     slope = jnp.where(reach > 0, (high - low) / jnp.where(reach > 0, 2 * reach, 1), 0)
     eye = jnp.eye(2, dtype=m.dtype)
     return ((high + low) / 2)[..., None, None] * eye + slope[..., None, None] * (m - middle[..., None, None] * eye)

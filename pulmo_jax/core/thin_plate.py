@@ -142,7 +142,7 @@ def _solve(matrix: Array, right: Array) -> Array:
     """Solve 2 x 2 systems; determinants near 0 are replaced by a small value of the same sign."""
     (a, b), (c, d) = jnp.moveaxis(matrix, (-2, -1), (0, 1))
     determinant = a * d - b * c
-    least = LEAST_DETERMINANT * (matrix**2).sum((-2, -1)) + jnp.finfo(matrix.dtype).tiny
-    safe = jnp.maximum(abs(determinant), least) * jnp.where(determinant < 0, -1, 1)
+    smallest = LEAST_DETERMINANT * (matrix**2).sum((-2, -1)) + jnp.finfo(matrix.dtype).tiny
+    safe = jnp.maximum(abs(determinant), smallest) * jnp.where(determinant < 0, -1, 1)
     y, x = right[..., 0], right[..., 1]
     return jnp.stack([d * y - b * x, a * x - c * y], axis=-1) / safe[..., None]

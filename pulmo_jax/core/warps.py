@@ -10,7 +10,15 @@ from jaxtyping import Array, Bool, Float
 
 
 def pixel_centres(height: int, width: int) -> Float[Array, "H W 2"]:
-    """Positions (y, x) of the pixel centres of an image."""
+    """Positions of the pixel centres of an image.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+
+    Returns:
+        Positions (y, x) in pixels.
+    """
     return jnp.stack(jnp.meshgrid(jnp.arange(float(height)), jnp.arange(float(width)), indexing="ij"), axis=-1)
 
 

@@ -118,9 +118,9 @@ def expected_calibration_error(
     Reference:
         Guo et al. 2017, Eq. 3.
     """
-    known = has_prediction(probabilities)
-    weight = known.astype(np.float64) if weights is None else weights * known
-    gaps = weight[known] @ calibration_gaps(probabilities[known], labels[known], bins)
+    predicted = has_prediction(probabilities)
+    weight = predicted.astype(np.float64) if weights is None else weights * predicted
+    gaps = weight[predicted] @ calibration_gaps(probabilities[predicted], labels[predicted], bins)
     return float(np.abs(gaps).sum() / weight.sum()) if weight.any() else np.nan
 
 
@@ -154,8 +154,8 @@ def reliability(probabilities: Float[np.ndarray, "M K"], labels: Int[np.ndarray,
     Returns:
         The diagram; its intervals treat predictions as independent.
     """
-    known = has_prediction(probabilities)
-    confidence, correct, bin_index = _confidence(probabilities[known], labels[known], bins)
+    predicted = has_prediction(probabilities)
+    confidence, correct, bin_index = _confidence(probabilities[predicted], labels[predicted], bins)
     count, n_correct = np.bincount(bin_index, minlength=bins), np.bincount(bin_index[correct], minlength=bins)
     values = np.full((4, bins), np.nan)
     for i in np.flatnonzero(count):

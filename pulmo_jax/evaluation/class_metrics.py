@@ -134,16 +134,16 @@ def _repeat_figures(
     probabilities: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], positive: int | None
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Function from weights (B, N) to `FIGURES` of one repeat (B, figures); NaN where undefined."""
-    known = np.flatnonzero(has_prediction(probabilities))
-    p, class_index = probabilities[known].astype(np.float64), np.arange(probabilities.shape[1])
-    truth, predicted = labels[known, None] == class_index, p.argmax(1)[:, None] == class_index
+    indices = np.flatnonzero(has_prediction(probabilities))
+    p, class_index = probabilities[indices].astype(np.float64), np.arange(probabilities.shape[1])
+    truth, predicted = labels[indices, None] == class_index, p.argmax(1)[:, None] == class_index
     classes = class_index if positive is None else np.array([positive])
-    gaps = calibration_gaps(p, labels[known])
+    gaps = calibration_gaps(p, labels[indices])
     loss = -np.log(np.maximum(p[truth], np.finfo(np.float64).eps))  # bounded as in scikit-learn
     areas = [_curve_areas(p[:, k], truth[:, k]) for k in classes]
 
     def figures(weights: np.ndarray) -> np.ndarray:
-        weight = weights[:, known]
+        weight = weights[:, indices]
         total = weight.sum(1)
         n, n_predicted, n_correct = (
             weight @ indicator.astype(np.float64) for indicator in (truth, predicted, truth & predicted)

@@ -229,8 +229,8 @@ def _shift(values: Float[np.ndarray, "G 2"], reference: Float[np.ndarray, "H 2"]
     if min(n, m) < 2:
         return Shift(Estimate(difference, reason="no interval: it takes two groups of each class"), None)
     rng = np.random.default_rng(seed)
-    drawn = [_mean(x[rng.integers(0, len(x), (replicates, len(x)))]) for x in (values, reference)]
-    low, high = percentile_interval(drawn[0] - drawn[1], min(n, m))
+    resampled = [_mean(x[rng.integers(0, len(x), (replicates, len(x)))]) for x in (values, reference)]
+    low, high = percentile_interval(resampled[0] - resampled[1], min(n, m))
     shuffled = np.concatenate([values, reference])[rng.permuted(np.tile(np.arange(n + m), (replicates, 1)), axis=1)]
     null = _mean(shuffled[:, :n]) - _mean(shuffled[:, n:])
     at_least = np.sum(np.abs(null) >= abs(difference) - 1e-12)
@@ -271,9 +271,9 @@ def failures(errors: Float[np.ndarray, "N K"], count: int) -> Int[np.ndarray, "n
 
 
 def _image_means(errors: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(errors)
-    n = known.sum(1)
-    return np.divide(np.where(known, errors, 0).sum(1), n, out=np.full(len(errors), np.nan), where=n > 0)
+    labelled = ~np.isnan(errors)
+    n = labelled.sum(1)
+    return np.divide(np.where(labelled, errors, 0).sum(1), n, out=np.full(len(errors), np.nan), where=n > 0)
 
 
 def squared_distance(
@@ -330,11 +330,11 @@ def scale_covariance(
     """
     squared = squared_distance(points, covariance, truth)
     n_images = int((~np.isnan(squared)).any(1).sum())
-    known = np.sort(squared[~np.isnan(squared)])
-    if known.size == 0:
+    ascending = np.sort(squared[~np.isnan(squared)])
+    if ascending.size == 0:
         raise InputError("Uncertainties cannot be calibrated: no validation image has a landmark with ground truth.")
-    rank = min(known.size, math.ceil(level * (n_images + 1) / n_images * known.size - 1e-9))
-    return float(known[rank - 1] / stats.chi2.ppf(level, 2))
+    rank = min(ascending.size, math.ceil(level * (n_images + 1) / n_images * ascending.size - 1e-9))
+    return float(ascending[rank - 1] / stats.chi2.ppf(level, 2))
 
 
 def coverage(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 STRETCH = 2.0  # stretch parameter a: moves scale by a factor in [1/a, a]
 LAG_WINDOW = 5.0  # window of the autocorrelation sum, in autocorrelation times
@@ -26,7 +26,12 @@ class Chain(NamedTuple):
     accepted: Float[Array, ""]
 
 
-def stretch_moves(log_density: Callable[[Array], Array], walkers: Float[Array, "W D"], steps: int, key: Array) -> Chain:
+def stretch_moves(
+    log_density: Callable[[Float[Array, "D"]], Float[Array, ""]],
+    walkers: Float[Array, "W D"],
+    steps: int,
+    key: Key[Array, ""],
+) -> Chain:
     """Sample a density with affine-invariant stretch moves.
 
     Each half of the walkers moves along lines to walkers of the other half.

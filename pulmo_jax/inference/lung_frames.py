@@ -72,7 +72,15 @@ def block_means(image: Shaped[np.ndarray, "H W C"], factor: int) -> Float[np.nda
 
 @jax.jit
 def positions_in_image(points: Float[Array, "K 2"], frame: LungFrame) -> Float[Array, "S S 2"]:
-    """Positions (y, x) in the image of all pixels of the frame, see `source_points`."""
+    """Positions in the image of all pixels of the frame.
+
+    Args:
+        points: Landmarks (y, x) in pixels of the image.
+        frame: Lung frame.
+
+    Returns:
+        Positions (y, x) in pixels of the image.
+    """
     return source_points(points, frame)
 
 
@@ -85,7 +93,7 @@ def sample(
 
     Args:
         image: Image.
-        places: Positions (y, x) in pixels.
+        positions: Positions (y, x) in pixels.
         fill: Value outside the image.
 
     Returns:
@@ -127,12 +135,28 @@ def out_of_frame(
 def positions_in_frame(
     pixels: Float[Array, "n 2"], points: Float[Array, "K 2"], frame: LungFrame
 ) -> Float[Array, "n 2"]:
-    """Positions (y, x) in the frame of pixels of the image, see `to_frame`."""
+    """Positions in the frame of pixels of the image.
+
+    Args:
+        pixels: Pixels (y, x) of the image.
+        points: Landmarks (y, x) in pixels of the image.
+        frame: Lung frame.
+
+    Returns:
+        Positions (y, x) in pixels of the frame.
+    """
     return to_frame(pixels, points, frame)
 
 
 def pad_chunk(pixels: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "m 2"]:
-    """Pad to `CHUNK_PX` pixels, so that a single compiled program serves all images."""
+    """Pad to `CHUNK_PX` pixels, so that a single compiled program serves all images.
+
+    Args:
+        pixels: At most `CHUNK_PX` pixels (y, x).
+
+    Returns:
+        `CHUNK_PX` pixels; the padding is 0.
+    """
     return np.concatenate([pixels, np.zeros((CHUNK_PX - len(pixels), 2), pixels.dtype)])
 
 

@@ -33,8 +33,8 @@ def unrolled_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
             axes = [0 if b else None for b in is_batched]
             result = jax.vmap(function, axes)(*arguments)
             return result, jax.tree.map(lambda _: True, result)
-        each = [[a[i] if b else a for a, b in zip(arguments, is_batched, strict=True)] for i in range(count)]
-        results = [batched(*one) for one in each]
+        calls = [[a[i] if b else a for a, b in zip(arguments, is_batched, strict=True)] for i in range(count)]
+        results = [batched(*call) for call in calls]
         return jax.tree.map(lambda *r: jnp.stack(r), *results), jax.tree.map(lambda _: True, results[0])
 
     return batched

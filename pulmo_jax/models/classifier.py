@@ -6,7 +6,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from pulmo_jax.models.blocks import Block, Conv, Norm
 
@@ -100,7 +100,7 @@ class ClassifierNet(nnx.Module):
         return self.logits(self.features(images))
 
 
-def dropout(key: jax.Array, rate: float) -> Callable[[Float[Array, "B D"]], Float[Array, "B D"]]:
+def dropout(key: Key[Array, ""], rate: float) -> Callable[[Float[Array, "B D"]], Float[Array, "B D"]]:
     """Dropout as a function of pooled features.
 
     Args:
@@ -115,7 +115,7 @@ def dropout(key: jax.Array, rate: float) -> Callable[[Float[Array, "B D"]], Floa
     """
 
     def drop(pooled: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        kept = jax.random.bernoulli(key, 1 - rate, pooled.shape)
-        return jnp.where(kept, pooled / (1 - rate), 0)
+        keep = jax.random.bernoulli(key, 1 - rate, pooled.shape)
+        return jnp.where(keep, pooled / (1 - rate), 0)
 
     return drop

@@ -27,15 +27,17 @@ class ProgressFigures:
         self.every = every
 
     def on_start(self, start: Start) -> None:
+        """Keep the drawing function and the run directory."""
         self._start = start
 
     def on_event(self, event: Event) -> None:
+        """Save a figure every `every` steps and after the last step."""
         if event.last or event.step % self.every == 0:
             figure = self._start.draw(event.state)
             figures.save(figure, self._start.run_dir / "figures" / "training", f"step_{event.step:06d}")
 
     def on_end(self) -> None:
-        pass
+        """Nothing to finish."""
 
 
 class Profile:
@@ -57,9 +59,11 @@ class Profile:
         self.after, self.steps = after, steps
 
     def on_start(self, start: Start) -> None:
+        """Determine the first step of the trace."""
         self._run_dir, self._first, self._tracing = start.run_dir, start.step + self.after, False
 
     def on_event(self, event: Event) -> None:
+        """Start the trace, or stop it and write table and figure."""
         if self._tracing and (event.last or event.step == self._first + self.steps):
             jax.profiler.stop_trace()
             self._tracing = False
@@ -80,5 +84,6 @@ class Profile:
         return self._run_dir / "profile"
 
     def on_end(self) -> None:
+        """Stop the trace if training ended early."""
         if self._tracing:
             jax.profiler.stop_trace()

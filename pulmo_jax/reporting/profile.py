@@ -105,8 +105,8 @@ def operations_figure(operations: Sequence[Operation], steps: int, wall_ms: floa
     for operation in operations:
         by_kind[operation.kind] += operation.ms / steps
     kinds = sorted(by_kind, key=lambda kind: -by_kind[kind])
-    rest = sum(by_kind[kind] for kind in kinds[SHOWN_KINDS:])
-    bars = [(kind, by_kind[kind]) for kind in kinds[:SHOWN_KINDS]] + ([("other", rest)] if rest else [])
+    other_ms = sum(by_kind[kind] for kind in kinds[SHOWN_KINDS:])
+    bars = [(kind, by_kind[kind]) for kind in kinds[:SHOWN_KINDS]] + ([("other", other_ms)] if other_ms else [])
     total = sum(by_kind.values())
     with figures.style():
         figure = Figure(figsize=(figures.TEXT_WIDTH_IN * 0.7, 0.5 + 0.19 * len(bars)), layout="constrained")
