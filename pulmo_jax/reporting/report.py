@@ -1,7 +1,7 @@
 """The HTML report: one self-contained file with figures, captions and tables."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,34 +11,6 @@ from pulmo_jax.host.files import write_text
 from pulmo_jax.reporting.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-CAPTIONS = {
-    "sweep": "The jobs by what was swept: dots are jobs, lines means over seeds, bars one standard deviation over them",
-    "loss_curves": "Training and validation loss by step",
-    "time_shares": "Where the time of this training went",
-    "profile": "Time of a training step by kind of operation, traced",
-    "calibration": "Scores of the normal validation images, and the image threshold set on them",
-    "validation_score_maps": "Normal images that the model was not trained on, and their scores",
-    "validation_reconstructions": "The same with what the model makes of them",
-    "roc_pr_images": "How image scores separate abnormal from normal images",
-    "roc_pr_pixels": "How pixel scores separate findings from normal tissue",
-    "scores_images": "Image scores of both classes, and the threshold",
-    "scores_pixels": "Pixel scores of both classes, and the threshold",
-    "false_alarms_pixels": "False alarms among normal test pixels against the rate that calibration promises",
-    "score_maps_hits": "Abnormal images with the highest scores",
-    "score_maps_misses": "Abnormal images with the lowest scores",
-    "score_maps_false_alarms": "Normal images with the highest scores",
-    "detection_maps": "Signal-to-noise ratio and flux of a point source at every pixel, with what was found",
-    "spectra": "Flux of every source by wavelength, with its errors",
-    "null_distribution": "The empirical null against the normal distribution that theory has",
-    "null_by_radius": "Its spread by separation",
-    "contrast_curve": "The faintest source that is found, by separation, and what is left of an injected one",
-    "combined_maps": "All epochs together, by where the source stood at the first date",
-    "snr_by_epoch": "What each epoch says along the track, and all of them",
-    "epoch_maps": "The maps of the epochs, and where the track is in them",
-    "null_maxima": "The highest criterion in fields of noise, and the threshold",
-    "frames": "Frames of the stack, and where the first source stands in them",
-    "reconstructions": "What the model holds to be the normal version of each image, and the difference",
-}
 
 
 @dataclass(frozen=True)
@@ -61,6 +33,23 @@ class CaptionedFigure:
             raise ValueError(f"{self.path.name}: a figure of a report needs a caption")
 
 
+def captioned(path: Path, captions: Mapping[str, str], **values: object) -> CaptionedFigure:
+    """Add the caption of a figure from a table of templates.
+
+    Args:
+        path: PNG file of the figure.
+        captions: Template (`str.format`) by file name without suffix.
+        **values: Values of the placeholders, such as the number of images.
+
+    Returns:
+        The figure with its caption.
+
+    Raises:
+        KeyError: If there is no template for the figure, or a placeholder has no value.
+    """
+    return CaptionedFigure(path, captions[path.stem].format(**values))
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of the report: heading, text, figures and tables.
@@ -74,7 +63,7 @@ class Section:
 
     title: str
     text: str = ""
-    figures: Sequence[Path | CaptionedFigure] = ()
+    figures: Sequence[CaptionedFigure] = ()
     tables: Sequence[Table] = ()
 
 
@@ -119,7 +108,5 @@ def write_report(
     write_text(path, page)
 
 
-def _embed(figure: Path | CaptionedFigure) -> EmbeddedFigure:
-    if isinstance(figure, Path):
-        figure = CaptionedFigure(figure, CAPTIONS.get(figure.stem, figure.stem.replace("_", " ")))
+def _embed(figure: CaptionedFigure) -> EmbeddedFigure:
     return EmbeddedFigure(figure.caption, base64.b64encode(figure.path.read_bytes()).decode())

@@ -6,7 +6,8 @@ from typing import Any
 
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.callbacks import PROFILE_FIGURE
-from pulmo_jax.reporting.report import Section
+from pulmo_jax.reporting.captions import TRAINING_CAPTIONS
+from pulmo_jax.reporting.report import Section, captioned
 from pulmo_jax.training.callbacks import read_metrics
 
 
@@ -20,12 +21,15 @@ def training_sections(run_dir: Path, out_dir: Path, training: Mapping[str, Any],
         text: Of the section.
     """
     rows, folder = read_metrics(run_dir / "metrics.jsonl"), out_dir / "figures"
+    seconds = training.get("seconds", {})
     drawn = [figures.save(figures.loss_curves(rows), folder, "loss_curves")] if descends(run_dir) else []
-    if "seconds" in training:
-        drawn.append(figures.save(figures.time_shares(training["seconds"]), folder, "time_shares"))
+    if seconds:
+        drawn.append(figures.save(figures.time_shares(seconds), folder, "time_shares"))
     profile = run_dir / "figures" / f"{PROFILE_FIGURE}.png"
     drawn += [profile] if profile.is_file() else []
-    return [Section("Training", text, drawn, [])] if drawn else []
+    values = {"steps": rows[-1]["step"] if rows else 0, "seconds": sum(seconds.values())}
+    captions = [captioned(path, TRAINING_CAPTIONS, **values) for path in drawn]
+    return [Section("Training", text, captions)] if drawn else []
 
 
 def descends(run_dir: Path) -> bool:

@@ -164,5 +164,5 @@ def test_matrices_of_two_by_two_are_those_of_numpy():
 def test_shapes_that_cannot_be_used_are_named():
     with pytest.raises(InputError, match=r"1 shape\(s\)"):
         shape_model.fit_shape_model(CORNERS[None])
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="non-finite"):
         shape_model.fit_shape_model(np.where(np.eye(3, 2) > 0, np.nan, shapes()))

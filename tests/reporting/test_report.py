@@ -8,7 +8,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from pulmo_jax.reporting.report import CaptionedFigure, Section, write_report
+from pulmo_jax.reporting.report import CaptionedFigure, Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
 
 VOID = {"meta", "img", "link", "br"}
@@ -88,6 +88,19 @@ def test_captions_stand_below_their_figures(tmp_path, figure):
 def test_figure_without_caption_is_refused(figure, caption):
     with pytest.raises(ValueError, match=r"roc_curve\.png: a figure of a report needs a caption"):
         CaptionedFigure(figure, caption)
+
+
+def test_captions_come_from_the_template_of_the_file(figure):
+    found = captioned(figure, {"roc_curve": "ROC of {images} images", "other": "{missing}"}, images=7)
+    assert found == CaptionedFigure(figure, "ROC of 7 images")
+
+
+@pytest.mark.parametrize(
+    ("captions", "missing"), [({}, "roc_curve"), ({"roc_curve": "ROC of {images} images"}, "images")]
+)
+def test_figure_without_template_or_value_is_refused(figure, captions, missing):
+    with pytest.raises(KeyError, match=missing):
+        captioned(figure, captions)
 
 
 def test_links_lead_to_the_sections(tmp_path, figure):
