@@ -54,7 +54,7 @@ CAPTIONS = {
         "raise the score."
     ),
     "reconstructions": (
-        "{shown} of {abnormal} abnormal and {normal} normal images with their reconstruction and the difference. The"
-        " difference should be large on findings and small elsewhere."
+        "{shown} test images (of {abnormal} abnormal and {normal} normal) with their reconstruction and the difference."
+        " The difference should be large on findings and small elsewhere."
     ),
 }
