@@ -8,8 +8,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.callbacks import patch_grid
-from pulmo_jax.tasks.anomalies.figures import DETECTED, TRUTH, Example, reconstructions, score_maps, view
+from pulmo_jax.tasks.anomalies.figures import DETECTED, TRUTH, Example, patch_grid, reconstructions, score_maps, view
 
 RNG = np.random.default_rng(0)
 
@@ -216,9 +215,7 @@ def test_false_alarm_figure_draws_observed_against_nominal():
 
 
 def test_figures_are_written_as_png_and_pdf_with_embedded_fonts(tmp_path):
-    path = figures.save(
-        patch_grid(RNG.random((3, 8, 8, 1)), RNG.random((3, 8, 8, 1)), "step 5"), tmp_path / "f", "grid"
-    )
+    path = figures.save(patch_grid(RNG.random((3, 8, 8, 1)), RNG.random((3, 8, 8, 1)), 5), tmp_path / "f", "grid")
     with Image.open(path) as image:
         assert image.format == "PNG"
     pdf = path.with_suffix(".pdf").read_bytes()
