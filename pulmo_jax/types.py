@@ -1,25 +1,36 @@
-"""What crosses the stages, and the dimension key.
+"""Types shared by all layers.
 
-Dimensions: T frames, H rows, W columns, C channels, B batch, N pixels or locations, P pixels of a patch,
-K landmarks, D latent. Coordinates are always (y, x), in pixels from 0.
+Dimensions: T frames, H rows, W columns, C channels, B batch, N pixels or locations, P pixels of a patch, K landmarks, D
+latent. Coordinates are always (y, x), in pixels from 0.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+# (iterable, length) -> the same items, with progress shown to the user
+ProgressTracker = Callable[[Iterable[Any], int], Iterable[Any]]
+
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used; the message names it, what is allowed and what to do.
+    """Invalid user input; the message names what was given, what is allowed and what to do.
 
-    The entry points print the message alone, without a traceback, and exit with status 2.
+    Entry points print the message without a traceback and exit with status 2.
     """
 
 
 class Window(NamedTuple):
-    """A rectangle of an image, in pixels."""
+    """A rectangle of an image, in pixels.
+
+    Attributes:
+        y: First row.
+        x: First column.
+        height: Number of rows.
+        width: Number of columns.
+    """
 
     y: int
     x: int
@@ -29,10 +40,15 @@ class Window(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """One image file, opened: its header is read, its pixels are not.
+    """An open image file: its header has been read, its pixels have not.
 
-    `shape` is (pages, H, W, C); `tags` holds resolution and georeference tags in TIFF's terms, to be written
-    into the maps made from this image. A source is a context manager and is used by one thread at a time.
+    A source is a context manager and must be used by one thread at a time.
+
+    Attributes:
+        path: Image file.
+        shape: Pages, height, width and channels.
+        dtype: Data type of the pixels.
+        tags: Resolution and georeference in TIFF terms, copied to maps that are made from the image.
     """
 
     path: Path
@@ -41,10 +57,23 @@ class Source(Protocol):
     tags: "ImageTags"
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
-        """One page, or a window of it, (h, w, C) in the file's own dtype. Raises InputError if unreadable."""
+        """Read one page or a window of it.
+
+        Args:
+            page: Page, from 0.
+            window: Part of the page; None: all of it.
+
+        Returns:
+            Pixels (h, w, C) in the data type of the file.
+
+        Raises:
+            InputError: If the file cannot be read.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the file."""
+        ...
 
     def __enter__(self) -> "Source": ...
 
@@ -55,8 +84,9 @@ class Source(Protocol):
 class ImageTags:
     """Physical scale and georeference of an image.
 
-    resolution: pixels per unit (x, y) and unit (TIFF's ResolutionUnit: 1 none, 2 inch, 3 centimetre), or None.
-    geo: GeoTIFF tags as (code, dtype, count, value), tifffile's `extratags` without the last field.
+    Attributes:
+        resolution: Pixels per unit along x and y, and the unit (TIFF ResolutionUnit: 1 none, 2 inch, 3 centimetre).
+        geo: GeoTIFF tags as (code, dtype, count, value), i.e. `extratags` of tifffile without the last field.
     """
 
     resolution: tuple[float, float, int] | None = None
@@ -67,9 +97,16 @@ class ImageTags:
 class Detection:
     """A connected region of pixels above the calibrated threshold.
 
-    y, x: the pixel with the highest score; box: (y, x, height, width); scores are those of the score map.
-    p_value: share of normal pixels that score at least as high as the peak.
-    p_value_image: share of normal images with a peak at least as high, the field searched being one image.
+    Attributes:
+        label: Rank by peak score, from 1.
+        y: Row of the pixel with the highest score.
+        x: Column of that pixel.
+        box: Bounding box in pixels.
+        area_px: Area in pixels.
+        peak_score: Highest score of the region.
+        mean_score: Mean score of the region.
+        p_value: Fraction of normal pixels that score at least as high as the peak.
+        p_value_image: Fraction of normal images with a peak at least as high; the search area is one image.
     """
 
     label: int
@@ -85,15 +122,29 @@ class Detection:
 
 @dataclass(frozen=True)
 class PointSource:
-    """A source found in a rotating stack, in the derotated map. Every `_std` is one standard deviation.
+    """A point source detected in an image stack, with coordinates in the derotated frame.
 
-    y, x: sub-pixel position; separation and position_angle are about the centre of rotation, the angle in degrees from
-    north through east. snr: at the pixel where it was found, brighter sources removed; snr_calibrated: the same over
-    the spread of the empirical null at its separation. flux: b/a of one pass, in units of the normalised PSF, which
-    keeps only a part of the source; flux_debiased: without self-subtraction (Algorithm 3), with the error that the
-    likelihood gives and the one that blank positions at the same separation show. The errors of the position are the
-    likelihood's times the ratio of those two. false_alarm_probability: that noise alone
-    has a peak as high anywhere in the field searched.
+    Fields ending in `_std` are one standard deviation. Position errors are those of the likelihood, multiplied by the
+    ratio of the empirical to the likelihood error of the flux.
+
+    Attributes:
+        label: Rank by detection order, from 1.
+        y: Sub-pixel row.
+        x: Sub-pixel column.
+        y_std: Error of y in pixels.
+        x_std: Error of x in pixels.
+        separation_px: Distance from the centre of rotation in pixels.
+        separation_px_std: Error of the separation.
+        position_angle_deg: Position angle in degrees, from north through east.
+        position_angle_deg_std: Error of the position angle.
+        snr: Signal-to-noise ratio at the pixel of detection, with brighter sources removed.
+        snr_calibrated: The same divided by the standard deviation of the empirical null at that separation.
+        flux: Flux b / a of a single pass in units of the normalised PSF; biased low by self-subtraction.
+        flux_std: Error of the flux.
+        flux_debiased: Flux corrected for self-subtraction (Flasseur et al. 2018, Algorithm 3).
+        flux_debiased_std: Error from the likelihood.
+        flux_debiased_std_empirical: Error from the scatter at blank positions at the same separation.
+        false_alarm_probability: Probability that noise alone has a peak this high anywhere in the search field.
     """
 
     label: int

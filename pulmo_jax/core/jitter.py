@@ -1,7 +1,8 @@
-"""Random changes of images and of the points in them, that keep what the points mean.
+"""Random augmentation of images and their landmarks.
 
-Geometry: a random affine map of every image, sampled bilinearly, and a mirror image whose points swap sides. Intensity:
-a random gamma, a smooth field and noise, which move no point. All of it is a function of a key, on the device.
+Geometric: a random affine map of each image, sampled bilinearly, and left-right reflection with exchanged landmarks.
+Intensity: a random gamma, a smooth additive field and noise, which leave the landmarks unchanged. All functions are
+deterministic in their key and run on the device.
 """
 
 from typing import NamedTuple
@@ -12,12 +13,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pulmo_jax.core.warps import bilinear, pixel_centres
 
-CUT = 2.5  # sd, of the deviates: none may move an image away
-FIELD_NODES = 4  # along a side, of the smooth field
+CUT = 2.5  # truncation of the normal deviates, in sd; keeps the anatomy inside the image
+FIELD_NODES = 4  # nodes of the smooth field along a side
 
 
 class Affine(NamedTuple):
-    """Maps pixels of the new image to those of the old: centre + matrix (q - centre) + shift, (y, x) in px."""
+    """Affine map from pixels q of the new image to those of the original: centre + matrix (q - centre) + shift.
+
+    Attributes:
+        matrix: Linear part.
+        shift: Translation (y, x) in pixels.
+    """
 
     matrix: Float[Array, "*B 2 2"]
     shift: Float[Array, "*B 2"]
@@ -34,10 +40,22 @@ def random_affine(
     shear: float,
     shift: float,
 ) -> Affine:
-    """`count` independent maps of images of `side` px.
+    """Draw independent random affine maps.
 
-    The numbers are sds of normal deviates that are cut at 2.5 sd: of the rotation, of the logarithms of the scale and
-    of the ratio of height to width, of the shear, and of each component of the shift (in sides).
+    Parameters are drawn from normal distributions truncated at 2.5 standard deviations.
+
+    Args:
+        key: Random key.
+        count: Number of maps B.
+        side: Side of the images in pixels.
+        rotation_deg: Standard deviation of the rotation, in degrees.
+        scale: Standard deviation of the logarithm of the scale.
+        aspect: Standard deviation of the logarithm of the ratio of height to width.
+        shear: Standard deviation of the shear.
+        shift: Standard deviation of each component of the translation, in sides.
+
+    Returns:
+        The maps.
     """
     noise, noise_shift = jax.random.split(key)
     deviates = jax.random.truncated_normal(noise, -CUT, CUT, (4, count))
@@ -51,16 +69,33 @@ def random_affine(
 
 
 def warp_images(images: Float[Array, "B S S"], affine: Affine) -> Float[Array, "B S S"]:
-    """What each new pixel sees in the old image, bilinearly; outside it, the nearest pixel of its edge."""
+    """Resample images under affine maps by bilinear interpolation; edges are padded with the nearest pixel.
+
+    Args:
+        images: B square images.
+        affine: One map per image.
+
+    Returns:
+        Warped images.
+    """
     side = images.shape[-1]
     centre = (side - 1) / 2
     q = pixel_centres(side, side) - centre
-    seen = jnp.einsum("bij,yxj->byxi", affine.matrix, q) + affine.shift[:, None, None] + centre
-    return jax.vmap(bilinear)(images, seen)
+    source = jnp.einsum("bij,yxj->byxi", affine.matrix, q) + affine.shift[:, None, None] + centre
+    return jax.vmap(bilinear)(images, source)
 
 
 def warp_points(points: Float[Array, "B K 2"], affine: Affine, side: int) -> Float[Array, "B K 2"]:
-    """Where points of the old images are in the new ones, px."""
+    """Move points with their images: the inverse of the map that `warp_images` samples.
+
+    Args:
+        points: Points (y, x) in pixels of the original images.
+        affine: One map per image.
+        side: Side of the images in pixels.
+
+    Returns:
+        Points in pixels of the warped images.
+    """
     centre = (side - 1) / 2
     a, b, c, d = (affine.matrix[:, i, j, None] for i in (0, 1) for j in (0, 1))
     dy, dx = jnp.moveaxis(points - centre - affine.shift[:, None], -1, 0)
@@ -68,7 +103,16 @@ def warp_points(points: Float[Array, "B K 2"], affine: Affine, side: int) -> Flo
 
 
 def mirror_points(points: Float[Array, "B K 2"], side: int, mirror: Int[Array, "K"]) -> Float[Array, "B K 2"]:
-    """In the image reflected left to right, where point k is what point mirror[k] was."""
+    """Reflect points left to right and exchange paired landmarks.
+
+    Args:
+        points: Points (y, x) in pixels.
+        side: Side of the images in pixels.
+        mirror: Index of the landmark that becomes landmark k in the reflected image.
+
+    Returns:
+        Points in the reflected images.
+    """
     swapped = points[:, mirror]
     return jnp.stack([swapped[..., 0], side - 1 - swapped[..., 1]], -1)
 
@@ -76,18 +120,36 @@ def mirror_points(points: Float[Array, "B K 2"], side: int, mirror: Int[Array, "
 def mirrored_where(
     flip: Bool[Array, "B"], images: Float[Array, "B S S"], points: Float[Array, "B K 2"], mirror: Int[Array, "K"]
 ) -> tuple[Float[Array, "B S S"], Float[Array, "B K 2"]]:
-    """Images and their points, those reflected for which `flip` holds."""
-    chosen = flip[:, None, None]
+    """Reflect the selected images and their landmarks left to right.
+
+    Args:
+        flip: Images to be reflected.
+        images: B square images.
+        points: Landmarks (y, x) in pixels.
+        mirror: Index of the landmark that becomes landmark k in a reflected image.
+
+    Returns:
+        Images and landmarks.
+    """
+    selected = flip[:, None, None]
     reflected = mirror_points(points, images.shape[-1], mirror)
-    return jnp.where(chosen, images[..., ::-1], images), jnp.where(chosen, reflected, points)
+    return jnp.where(selected, images[..., ::-1], images), jnp.where(selected, reflected, points)
 
 
 def random_intensity(
     key: Key[Array, ""], images: Float[Array, "B S S"], *, gamma: float, field: float, noise: float
 ) -> Float[Array, "B S S"]:
-    """Images in the range 0 to 1, each raised to a random power; plus a smooth field and pixel noise.
+    """Random gamma, smooth additive field and pixel noise.
 
-    gamma: sd of the logarithm of the power; field, noise: sds, of the range.
+    Args:
+        key: Random key.
+        images: B square images, rescaled to [0, 1] before the augmentation.
+        gamma: Standard deviation of the logarithm of the exponent.
+        field: Standard deviation of the smooth field, relative to the intensity range.
+        noise: Standard deviation of the pixel noise, relative to the intensity range.
+
+    Returns:
+        Augmented images.
     """
     power, smooth, pixels = jax.random.split(key, 3)
     count, side = len(images), images.shape[-1]

@@ -1,8 +1,9 @@
-"""The canonical frame: a square image in which every landmark has its one place, and the warps to it and back.
+"""The canonical frame: a square image in which every landmark has a fixed position, with the warps to it and back.
 
-The places are the mean shape of the training landmarks (generalised Procrustes), upright, scaled to fill the square.
-Warps are of one image; `vmap` over images and landmarks makes them many, and computes what is the frame's only once.
-Landmarks may lie outside of their image, and coincide: every point of the frame still has a place in the image.
+The positions are the mean shape of the training landmarks (generalised Procrustes analysis), upright and scaled to fill
+the square. Each function warps a single image and is vectorised with `vmap` over images and landmarks; quantities of
+the frame alone are then computed once. Landmarks may lie outside their image and may coincide: every point of the frame
+still maps to a point of the image.
 """
 
 from typing import Literal, NamedTuple
@@ -18,16 +19,23 @@ from pulmo_jax.core.thin_plate import ThinPlate
 from pulmo_jax.types import InputError
 
 WarpMethod = Literal["piecewise_affine", "thin_plate", "similarity"]
-SURROUNDING = 0.5  # how far beyond the square the mesh reaches, in sides
-LEAST_GAP = 1e-3  # between landmarks, and of their thickness about a line, in units of the shape's norm
+SURROUNDING = 0.5  # extent of the mesh beyond the square, in sides of the square
+LEAST_GAP = (
+    1e-3  # smallest distance between landmarks, and smallest second singular value, relative to the shape's norm
+)
 
 
 class LungFrame(NamedTuple):
-    """A pytree of arrays, which a jitted function takes as an argument; `frame_of(points, size)` makes it again.
+    """A canonical frame: a pytree of arrays that a jitted function takes as an argument.
 
-    points: the landmarks' places, px of the square. beyond: points around the square that complete the mesh; they move
-    with the similarity that fits the landmarks. triangles: of points and beyond together. pixels: where every pixel of
-    the square lies in that mesh. plate: the spline of the points.
+    `frame_of(points, size)` rebuilds it from the landmark positions.
+
+    Attributes:
+        points: Positions (y, x) of the landmarks in the square, in pixels.
+        beyond: Points around the square that complete the mesh; they follow the similarity that fits the landmarks.
+        triangles: Triangles of the mesh over `points` and `beyond` together.
+        pixels: Triangle and barycentric coordinates of every pixel of the square.
+        plate: Thin-plate spline of `points`.
     """
 
     points: Float[np.ndarray, "K 2"]
@@ -38,23 +46,33 @@ class LungFrame(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Side of the square, px."""
+        """Side of the square in pixels."""
         return self.pixels.triangle.shape[0]
 
 
 def lung_frame(shapes: Float[np.ndarray, "N K 2"], size: int, margin: float = 0.1) -> LungFrame:
-    """The frame of training landmarks (y, x), each in px of its own image.
+    """Construct the canonical frame from training landmarks.
 
-    size: side of the square, px. margin: share of the side that stays free around the landmarks, in [0, 1/2).
-    Raises InputError for landmarks of which no mesh can be made.
+    Args:
+        shapes: Landmarks (y, x) of N images, each in pixels of its own image.
+        size: Side of the square in pixels.
+        margin: Fraction of the side that stays free around the landmarks, in [0, 1/2).
+
+    Returns:
+        The frame.
+
+    Raises:
+        InputError: If size or margin is out of range, or if the landmarks do not define a mesh.
     """
     if size < 2 or not 0 <= margin < 0.5:
-        raise InputError(f"a frame of {size} px with a margin of {margin}: at least 2 px, margin in [0, 0.5)")
+        raise InputError(
+            f"frame of {size} px with margin {margin}: the size must be at least 2 px and the margin in [0, 0.5)"
+        )
     usable = shapes[np.ptp(shapes, axis=1).max(-1, initial=0) > 0]
     if shapes.shape[1] < 3 or not len(usable):
         raise InputError(
-            f"{len(shapes)} shapes of {shapes.shape[1]} landmarks make no frame: give at least one of three or more "
-            "landmarks that do not all coincide"
+            f"{len(shapes)} shapes of {shapes.shape[1]} landmarks do not define a frame: give at least one shape with "
+            "three or more landmarks that do not all coincide"
         )
     mean = np.asarray(jax.jit(procrustes.generalised_procrustes)(jnp.asarray(usable)).mean, np.float64)
     check_spread(mean)
@@ -64,23 +82,41 @@ def lung_frame(shapes: Float[np.ndarray, "N K 2"], size: int, margin: float = 0.
 
 
 def check_spread(shape: Float[np.ndarray, "K 2"]) -> None:
-    """Raises InputError where two points of a shape of norm 1 coincide, or all lie on one line."""
+    """Check that the landmarks of a shape are distinct and not collinear.
+
+    Args:
+        shape: Shape of norm 1.
+
+    Raises:
+        InputError: If two landmarks coincide or all lie on one line.
+    """
     gaps = np.linalg.norm(shape[:, None] - shape, axis=-1) + np.eye(len(shape))
     a, b = sorted(np.unravel_index(gaps.argmin(), gaps.shape))
     if gaps[a, b] < LEAST_GAP:
         raise InputError(
-            f"landmarks {a + 1} and {b + 1} have the same place in the mean of the training shapes; leave one out"
+            f"landmarks {a + 1} and {b + 1} coincide in the mean of the training shapes; remove one of them"
         )
     if np.linalg.svd(shape - shape.mean(0), compute_uv=False)[1] < LEAST_GAP:
-        raise InputError("the landmarks lie on one line in the mean of the training shapes; add one beside it")
+        raise InputError("the landmarks are collinear in the mean of the training shapes; add a landmark off the line")
 
 
 def frame_of(points: Float[np.ndarray, "K 2"], size: int) -> LungFrame:
-    """The frame of landmarks' places in a square of `size` px. Raises InputError for those that make no mesh."""
+    """Construct the frame from landmark positions in the square.
+
+    Args:
+        points: Positions (y, x) of the landmarks, in pixels.
+        size: Side of the square in pixels.
+
+    Returns:
+        The frame.
+
+    Raises:
+        InputError: If a landmark is too far outside the square or the landmarks do not define a mesh.
+    """
     low, high = -SURROUNDING * size, (1 + SURROUNDING) * size
     beyond = piecewise_affine.surrounding(low, high)
     if not ((points > low) & (points < high)).all():
-        raise InputError(f"a frame of {size} px: its landmarks must lie near it, between {low} and {high} px")
+        raise InputError(f"frame of {size} px: all landmark coordinates must be between {low} and {high} px")
     vertices = np.concatenate([points, beyond])
     triangles = piecewise_affine.triangulate(vertices)
     pixels = jax.jit(piecewise_affine.locate)(
@@ -96,14 +132,35 @@ def align(
     method: WarpMethod = "piecewise_affine",
     fill: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "S S"]:
-    """The image as it looks in the frame; `fill` where the frame shows what is outside of the image."""
+    """Warp an image into the canonical frame.
+
+    Args:
+        image: Image.
+        landmarks: Landmarks (y, x) of the image, in pixels.
+        frame: Canonical frame.
+        method: Type of warp.
+        fill: Value of frame pixels that lie outside the image.
+
+    Returns:
+        The aligned image.
+    """
     return warps.bilinear(image, source_points(landmarks, frame, method), fill)
 
 
 def inside(
     shape: tuple[int, int], landmarks: Float[Array, "K 2"], frame: LungFrame, method: WarpMethod = "piecewise_affine"
 ) -> Bool[Array, "S S"]:
-    """Which pixels of the frame show a part of an image of that shape."""
+    """Find the pixels of the frame that show a part of the image.
+
+    Args:
+        shape: Height and width of the image.
+        landmarks: Landmarks (y, x) of the image, in pixels.
+        frame: Canonical frame.
+        method: Type of warp.
+
+    Returns:
+        Mask of the frame.
+    """
     return warps.inside(source_points(landmarks, frame, method), shape)
 
 
@@ -115,14 +172,35 @@ def unalign(
     method: WarpMethod = "piecewise_affine",
     fill: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "H W"]:
-    """A map of the frame as it looks in the image of that shape; `fill` where it lies outside of the frame."""
+    """Warp a map from the canonical frame back into the image.
+
+    Args:
+        aligned: Map in the frame.
+        landmarks: Landmarks (y, x) of the image, in pixels.
+        frame: Canonical frame.
+        shape: Height and width of the image.
+        method: Type of warp.
+        fill: Value of image pixels that lie outside the frame.
+
+    Returns:
+        The map in the image.
+    """
     return warps.bilinear(aligned, to_frame(warps.pixel_centres(*shape), landmarks, frame, method), fill)
 
 
 def source_points(
     landmarks: Float[Array, "K 2"], frame: LungFrame, method: WarpMethod = "piecewise_affine"
 ) -> Float[Array, "S S 2"]:
-    """The place in the image of every pixel of the frame; differentiable in the landmarks."""
+    """Position in the image of every pixel of the frame; differentiable in the landmarks.
+
+    Args:
+        landmarks: Landmarks (y, x) of the image, in pixels.
+        frame: Canonical frame.
+        method: Type of warp.
+
+    Returns:
+        Positions (y, x) in pixels of the image.
+    """
     if method != "piecewise_affine":
         return to_image(warps.pixel_centres(frame.size, frame.size), landmarks, frame, method)
     return piecewise_affine.place(frame.pixels, mesh(landmarks, frame), jnp.asarray(frame.triangles))
@@ -134,7 +212,17 @@ def to_image(
     frame: LungFrame,
     method: WarpMethod = "piecewise_affine",
 ) -> Float[Array, "*P 2"]:
-    """Points of the frame in the image that has these landmarks."""
+    """Map points from the frame to the image.
+
+    Args:
+        points: Points (y, x) in pixels of the frame.
+        landmarks: Landmarks (y, x) of the image, in pixels.
+        frame: Canonical frame.
+        method: Type of warp.
+
+    Returns:
+        Points (y, x) in pixels of the image.
+    """
     canonical = jnp.asarray(frame.points)
     if method == "similarity":
         return procrustes.apply(procrustes.similarity(canonical, landmarks), points)
@@ -151,22 +239,51 @@ def to_frame(
     frame: LungFrame,
     method: WarpMethod = "piecewise_affine",
 ) -> Float[Array, "*P 2"]:
-    """Points of the image in the frame: the inverse of `to_image` wherever the warp does not fold."""
+    """Map points from the image to the frame: the inverse of `to_image` wherever the warp does not fold.
+
+    Args:
+        points: Points (y, x) in pixels of the image.
+        landmarks: Landmarks (y, x) of the image, in pixels.
+        frame: Canonical frame.
+        method: Type of warp.
+
+    Returns:
+        Points (y, x) in pixels of the frame.
+    """
     canonical, triangles = jnp.asarray(frame.points), jnp.asarray(frame.triangles)
     if method == "similarity":
         return procrustes.apply(procrustes.inverse(procrustes.similarity(canonical, landmarks)), points)
     location = piecewise_affine.locate(points, mesh(landmarks, frame), triangles)
-    found = piecewise_affine.place(location, mesh(canonical, frame), triangles)
-    return found if method == "piecewise_affine" else thin_plate.inverse(points, frame.plate, landmarks, found)
+    affine_points = piecewise_affine.place(location, mesh(canonical, frame), triangles)
+    return (
+        affine_points
+        if method == "piecewise_affine"
+        else thin_plate.inverse(points, frame.plate, landmarks, affine_points)
+    )
 
 
 def mesh(landmarks: Float[Array, "K 2"], frame: LungFrame) -> Float[Array, "V 2"]:
-    """The vertices of the mesh in an image: its landmarks, and the surrounding points where the best similarity of
-    the landmarks takes them."""
-    moved = procrustes.similarity(jnp.asarray(frame.points), landmarks)
-    return jnp.concatenate([landmarks, procrustes.apply(moved, jnp.asarray(frame.beyond))])
+    """Vertices of the mesh in an image.
+
+    Args:
+        landmarks: Landmarks (y, x) of the image, in pixels.
+        frame: Canonical frame.
+
+    Returns:
+        The landmarks, followed by the surrounding points under the similarity that best fits the landmarks.
+    """
+    fitted = procrustes.similarity(jnp.asarray(frame.points), landmarks)
+    return jnp.concatenate([landmarks, procrustes.apply(fitted, jnp.asarray(frame.beyond))])
 
 
 def flipped(landmarks: Float[Array, "K 2"], frame: LungFrame) -> Bool[Array, "T"]:
-    """The triangles of the mesh that are turned over in the image: a sign of wrong landmarks, or a mirrored image."""
+    """Find triangles that the warp turns over, a sign of wrong landmarks or of a mirrored image.
+
+    Args:
+        landmarks: Landmarks (y, x) of the image, in pixels.
+        frame: Canonical frame.
+
+    Returns:
+        True for each triangle that is reversed or degenerate in the image.
+    """
     return piecewise_affine.flipped(mesh(landmarks, frame), jnp.asarray(frame.triangles))

@@ -1,7 +1,7 @@
-"""Footprints, the patches that they cut from images, and the lags between their pixels.
+"""Footprints, patch extraction, and the lags between the pixels of a patch.
 
-A footprint is an array (P, 2) of offsets (dy, dx) in row-major order. A location is the pixel that a patch is centred
-on, as its flat index y W + x, so that every pixel of every patch is one sum of two integers.
+A footprint is an array (P, 2) of offsets (dy, dx) in row-major order. A location is the flat index y W + x of the pixel
+on which a patch is centred; the index of any pixel of a patch is then the sum of two integers.
 """
 
 from typing import NamedTuple
@@ -13,54 +13,105 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def disc(radius: float) -> Int[np.ndarray, "P 2"]:
-    """Offsets within `radius` px; a radius of 4 has 49 pixels."""
+    """Footprint of a disc.
+
+    Args:
+        radius: Radius in pixels; a radius of 4 has 49 pixels.
+
+    Returns:
+        Offsets (dy, dx) at a distance of at most `radius`.
+    """
     return annulus(0, radius)
 
 
 def annulus(inner: float, outer: float) -> Int[np.ndarray, "P 2"]:
-    """Offsets at inner <= distance <= outer px, the neighbourhood that RX learns from."""
+    """Footprint of an annulus, the neighbourhood from which the RX detector estimates its statistics.
+
+    Args:
+        inner: Inner radius in pixels, inclusive.
+        outer: Outer radius in pixels, inclusive.
+
+    Returns:
+        Offsets (dy, dx) with inner <= distance <= outer.
+    """
     offsets = square(2 * int(outer) + 1)
     distance_squared = (offsets**2).sum(-1)
     return offsets[(distance_squared >= inner**2) & (distance_squared <= outer**2)]
 
 
 def square(side: int) -> Int[np.ndarray, "P 2"]:
-    """Offsets of a square; of an even side the middle is the pixel below and right of the centre."""
+    """Footprint of a square.
+
+    Args:
+        side: Side in pixels. For an even side the patch centre is the pixel below and to the right of the middle.
+
+    Returns:
+        Offsets (dy, dx).
+    """
     return np.stack(np.meshgrid(*2 * [np.arange(side) - side // 2], indexing="ij"), axis=-1).reshape(-1, 2)
 
 
 def flat_offsets(offsets: Int[np.ndarray, "P 2"], width: int) -> Int[np.ndarray, "P"]:
-    """Offsets between flat indices of an image of that width."""
+    """Convert offsets (dy, dx) to differences of flat indices.
+
+    Args:
+        offsets: Footprint.
+        width: Width of the image in pixels.
+
+    Returns:
+        Differences of flat indices.
+    """
     return offsets @ np.array([width, 1])
 
 
 def extract(
     images: Shaped[Array, "*batch pixels"], locations: Int[Array, "*places"], flat: Int[np.ndarray, "P"]
 ) -> Shaped[Array, "..."]:
-    """The patches (*batch, *places, P) of flattened images at the locations, which must hold them whole."""
+    """Extract patches from flattened images.
+
+    Args:
+        images: Images with their pixels flattened.
+        locations: Flat indices of the patch centres; every patch must lie inside the image (not checked).
+        flat: Footprint as differences of flat indices.
+
+    Returns:
+        Patches of shape (*batch, *places, P).
+    """
     return images.at[..., locations[..., None] + flat].get(mode="promise_in_bounds")
 
 
-def whole_patches(usable: Bool[np.ndarray, "H W"], offsets: Int[np.ndarray, "P 2"], share: float) -> np.ndarray:
-    """Which pixels (H, W) can be the middle of a patch: usable themselves, the patch inside the image and at least
-    `share` of it usable."""
+def whole_patches(
+    usable: Bool[np.ndarray, "H W"], offsets: Int[np.ndarray, "P 2"], share: float
+) -> Bool[np.ndarray, "H W"]:
+    """Find the pixels on which a complete patch can be centred.
+
+    Args:
+        usable: Pixels that may be used.
+        offsets: Footprint of the patch.
+        share: Smallest fraction of the patch that must be usable.
+
+    Returns:
+        Mask of usable pixels whose patch lies inside the image and is usable in at least `share` of its pixels.
+    """
     (top, left), (bottom, right) = -offsets.min(0), offsets.max(0)
     height, width = usable.shape
-    whole = np.zeros_like(usable)
+    complete = np.zeros_like(usable)
     if height <= top + bottom or width <= left + right:
-        return whole
+        return complete
     inner = np.s_[top : height - bottom, left : width - right]
     rows, columns = height - top - bottom, width - left - right
     count = sum(usable[top + dy : top + dy + rows, left + dx : left + dx + columns].astype(int) for dy, dx in offsets)
-    whole[inner] = usable[inner] & (count >= share * len(offsets))
-    return whole
+    complete[inner] = usable[inner] & (count >= share * len(offsets))
+    return complete
 
 
 class Lags(NamedTuple):
-    """The distinct lags between the pixels of a footprint, of which far fewer exist than pairs.
+    """Distinct lags between the pixels of a footprint; there are far fewer lags than pairs of pixels.
 
-    lag: (dy, dx) with dy > 0, or dy = 0 and dx >= 0. Pixels i and j of a patch are lag[pair_lag[i, j]] apart, from the
-    footprint's pixel pair_first[i, j] on.
+    Attributes:
+        lag: Offsets (dy, dx) with dy > 0, or dy = 0 and dx >= 0.
+        pair_lag: Index of the lag between pixels i and j of the footprint.
+        pair_first: Index of the pixel, i or j, at which that lag starts.
     """
 
     lag: Int[np.ndarray, "L 2"]
@@ -69,7 +120,14 @@ class Lags(NamedTuple):
 
 
 def pixel_lags(offsets: Int[np.ndarray, "P 2"]) -> Lags:
-    """Every pair of pixels, by its lag and where that starts."""
+    """Index all pairs of pixels of a footprint by their lag.
+
+    Args:
+        offsets: Footprint.
+
+    Returns:
+        The distinct lags, and for each pair of pixels the index of its lag and of its first pixel.
+    """
     difference = offsets[None] - offsets[:, None]  # from i to j
     backward = (difference[..., 0] < 0) | ((difference[..., 0] == 0) & (difference[..., 1] < 0))
     forward = np.where(backward[..., None], -difference, difference)
@@ -84,14 +142,33 @@ def gather_pairs(
     lags: Lags,
     flat: Int[np.ndarray, "P"],
 ) -> Shaped[Array, "*places P P"]:
-    """The matrix of every patch from maps that hold, at each pixel, what belongs to it and the one a lag away."""
+    """Assemble the P x P matrix of each patch from maps of lagged products.
+
+    Args:
+        products: For each lag, the product of every pixel with the pixel one lag away.
+        locations: Flat indices of the patch centres.
+        lags: Lags of the footprint.
+        flat: Footprint as differences of flat indices.
+
+    Returns:
+        One matrix for each location.
+    """
     pair = lags.pair_lag * products.shape[1] + flat[lags.pair_first]
     index = locations[..., None, None] + jnp.asarray(pair, locations.dtype)
     return products.reshape(-1).at[index].get(mode="promise_in_bounds")
 
 
 def windows(maps: Shaped[Array, "B H W C"], side: int, stride: int) -> Shaped[Array, "B R S P"]:
-    """Square windows of `side` on a grid of `stride`, from the first pixel on: their side^2 C numbers, row by row."""
+    """Extract square windows on a regular grid that starts at the first pixel.
+
+    Args:
+        maps: Images or feature maps.
+        side: Side of a window in pixels.
+        stride: Grid spacing in pixels.
+
+    Returns:
+        The side^2 C values of each window, in row-major order.
+    """
     if side == 1:
         return maps[:, ::stride, ::stride]
     height, width = (length - side + 1 for length in maps.shape[1:3])
@@ -100,18 +177,48 @@ def windows(maps: Shaped[Array, "B H W C"], side: int, stride: int) -> Shaped[Ar
 
 
 def whole_windows(inside: Bool[Array, "B H W"], side: int, stride: int) -> Bool[Array, "B R S"]:
-    """Which of the windows lie inside with every pixel."""
+    """Find the windows that lie entirely inside a mask.
+
+    Args:
+        inside: Mask of each image.
+        side: Side of a window in pixels.
+        stride: Grid spacing in pixels.
+
+    Returns:
+        True for each window of the grid whose pixels are all inside.
+    """
     window, strides = (1, side, side), (1, stride, stride)
     return jax.lax.reduce_window(inside, True, jax.lax.bitwise_and, window, strides, "VALID")
 
 
-def between_windows(count: int, side: int, stride: int, size: int) -> Float[np.ndarray, "H R"]:
-    """Weights that interpolate what is known at the middles of `count` windows to `size` pixels; constant beyond."""
+def interpolation_weights(count: int, side: int, stride: int, size: int) -> Float[np.ndarray, "H R"]:
+    """Weights that interpolate linearly between the centres of windows along one axis; constant beyond the outermost
+    ones.
+
+    Args:
+        count: Number of windows R.
+        side: Side of a window in pixels.
+        stride: Grid spacing in pixels.
+        size: Length H of the axis in pixels.
+
+    Returns:
+        Matrix that maps R window values to H pixels.
+    """
     middles = np.arange(count) * stride + (side - 1) / 2
-    return np.stack([np.interp(np.arange(size), middles, one) for one in np.eye(count)], axis=1)
+    return np.stack([np.interp(np.arange(size), middles, unit_value) for unit_value in np.eye(count)], axis=1)
 
 
-def nearest_windows(count: int, side: int, stride: int, size: int) -> Float[np.ndarray, "H R"]:
-    """Weights that give each of `size` pixels what is known at the window whose middle pixel is nearest."""
+def nearest_weights(count: int, side: int, stride: int, size: int) -> Float[np.ndarray, "H R"]:
+    """Weights that assign to each pixel along one axis the value of the window whose central pixel is nearest.
+
+    Args:
+        count: Number of windows R.
+        side: Side of a window in pixels.
+        stride: Grid spacing in pixels.
+        size: Length H of the axis in pixels.
+
+    Returns:
+        Matrix that maps R window values to H pixels.
+    """
     middles = np.arange(count) * stride + side // 2
     return np.eye(count)[np.abs(np.arange(size)[:, None] - middles).argmin(axis=1)]

@@ -1,7 +1,8 @@
-"""Principal components of patches, and the energy that they leave: of one patch, or of every window of an image.
+"""Principal components of patches, and the residual energy of a patch or of every window of an image.
 
-With orthonormal components U the residual of x is energy minus squared projections, |x - m|^2 - |U (x - m)|^2, so the
-residuals of all windows of an image are correlations with the components: no window is ever cut out.
+With orthonormal components U, the residual energy of x is its energy minus the squared projections, |x - m|^2 - |U (x -
+m)|^2. The residuals of all windows of an image are therefore correlations with the components; no window is ever
+extracted.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,14 @@ from pulmo_jax.types import InputError
 
 
 class Subspace(NamedTuple):
-    """Mean and orthonormal components of P-pixel patches. variances: of each component, largest first, of the
-    population form (1/N); rest: the mean variance of the P - M directions left out."""
+    """Principal subspace of patches with P pixels.
+
+    Attributes:
+        mean: Mean patch.
+        components: Orthonormal components, one per row.
+        variances: Variance along each component, in descending order, normalised by N.
+        rest: Mean variance of the P - M discarded directions.
+    """
 
     mean: Float[Array, "P"]
     components: Float[Array, "M P"]
@@ -25,58 +32,114 @@ class Subspace(NamedTuple):
     rest: Float[Array, ""]
 
 
-def fit(samples: Float[np.ndarray, "N P"], kept: float, most: int | None = None) -> Subspace:
-    """The fewest components that hold the share `kept` of the variance, at most `most`; by the economic SVD.
+def fit(samples: Float[np.ndarray, "N P"], explained: float, max_components: int | None = None) -> Subspace:
+    """Fit the smallest principal subspace that explains a given fraction of the variance.
 
-    Runs on the host, for the number of components depends on the samples. Raises InputError for fewer than two samples
-    or samples that are all the same.
+    Uses the economic SVD and runs on the host, because the number of components depends on the samples.
+
+    Args:
+        samples: N patches of P pixels.
+        explained: Fraction of the variance to explain.
+        max_components: Upper limit on the number of components.
+
+    Returns:
+        The subspace.
+
+    Raises:
+        InputError: If there are fewer than two samples, or all samples are identical.
     """
     if len(samples) < 2:
-        raise InputError(f"principal components: {len(samples)} sample(s) given; at least 2 are needed: add images.")
+        raise InputError(f"principal components: {len(samples)} sample(s) given, at least 2 are needed; add images.")
     mean = samples.mean(0, dtype=np.float64)
     _, singular, components = np.linalg.svd(samples - mean.astype(samples.dtype), full_matrices=False)
     variances = singular.astype(np.float64) ** 2 / len(samples)
     if not variances.sum() > 0:
-        raise InputError("principal components: all samples are the same; give images that differ.")
+        raise InputError("principal components: all samples are identical; give images that differ.")
     shares = np.cumsum(variances) / variances.sum()
-    count = min(int(np.searchsorted(shares, kept) + 1), len(variances), most or len(variances))
-    rest = variances[count:].sum() / max(samples.shape[1] - count, 1)
-    arrays = (mean, components[:count], variances[:count], rest)
+    count = min(int(np.searchsorted(shares, explained) + 1), len(variances), max_components or len(variances))
+    residual_variance = variances[count:].sum() / max(samples.shape[1] - count, 1)
+    arrays = (mean, components[:count], variances[:count], residual_variance)
     return Subspace(*(jnp.asarray(array, jnp.float32) for array in arrays))
 
 
-def project(of: Subspace, samples: Float[Array, "N P"]) -> Float[Array, "N M"]:
-    return (samples - of.mean) @ of.components.T
+def project(subspace: Subspace, samples: Float[Array, "N P"]) -> Float[Array, "N M"]:
+    """Coordinates of samples in the subspace.
+
+    Args:
+        subspace: Principal subspace.
+        samples: N patches of P pixels.
+
+    Returns:
+        Coordinates along the M components.
+    """
+    return (samples - subspace.mean) @ subspace.components.T
 
 
-def reconstruct(of: Subspace, scores: Float[Array, "N M"]) -> Float[Array, "N P"]:
-    return of.mean + scores @ of.components
+def reconstruct(subspace: Subspace, scores: Float[Array, "N M"]) -> Float[Array, "N P"]:
+    """Patches with given coordinates in the subspace.
+
+    Args:
+        subspace: Principal subspace.
+        scores: Coordinates along the M components.
+
+    Returns:
+        Patches of P pixels.
+    """
+    return subspace.mean + scores @ subspace.components
 
 
-def residual_energy(of: Subspace, samples: Float[Array, "N P"]) -> Float[Array, "N"]:
-    """|x - m|^2 - |U (x - m)|^2, the squared L2 reconstruction error."""
-    return jnp.maximum(((samples - of.mean) ** 2).sum(-1) - (project(of, samples) ** 2).sum(-1), 0)
+def residual_energy(subspace: Subspace, samples: Float[Array, "N P"]) -> Float[Array, "N"]:
+    """Squared L2 reconstruction error |x - m|^2 - |U (x - m)|^2.
+
+    Args:
+        subspace: Principal subspace.
+        samples: N patches of P pixels.
+
+    Returns:
+        Residual energy of each sample.
+    """
+    return jnp.maximum(((samples - subspace.mean) ** 2).sum(-1) - (project(subspace, samples) ** 2).sum(-1), 0)
 
 
 def _fourier(length: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """exp(-2 pi i x f / length) at the first positions x and the frequencies of a real signal: real, imaginary part."""
+    """Real and imaginary part of exp(-2 pi i x f / length) at the first `positions` x, for the non-negative
+    frequencies.
+    """
     angle = 2 * np.pi * np.outer(np.arange(positions), np.arange(length // 2 + 1)) / length
     return np.cos(angle).astype(np.float32), -np.sin(angle).astype(np.float32)
 
 
 def row_spectrum(templates: Float[Array, "M h w"], width: int) -> tuple[Float[Array, "f D M"], Float[Array, "f D M"]]:
-    """What real and imaginary parts of an image's Fourier coefficients along its rows, of h rows, are multiplied by to
-    give those of the correlation: D = 2h rows for each frequency of a circle of length `width`."""
+    """Fourier transform of templates along their rows, arranged for the products of `correlate`.
+
+    The factors multiply the real and imaginary parts of an image's row-wise Fourier coefficients and give those of the
+    correlation.
+
+    Args:
+        templates: M templates of h rows.
+        width: Length of the periodic axis, in pixels.
+
+    Returns:
+        Factors of the real and the imaginary part, with D = 2h rows for each frequency.
+    """
     parts = _fourier(width, templates.shape[2])
     real, imaginary = (jnp.einsum("xf,mhx->fhm", part, templates) for part in parts)
     return jnp.concatenate([real, imaginary], 1), jnp.concatenate([-imaginary, real], 1)
 
 
 def correlate(images: Float[Array, "B H W"], templates: Float[Array, "M h w"]) -> Float[Array, "x B y M"]:
-    """sum_ij images[b, y+i, x+j] templates[m, i, j] wherever the template lies inside, axes (x, B, y, M).
+    """Cross-correlation sum_ij images[b, y+i, x+j] templates[m, i, j] wherever the template lies inside the image.
 
-    Along rows a product of Fourier coefficients, along columns a matrix product over the template's rows: for a large
-    template that is a fifth of the direct sum's work. A circle of length W is long enough: what wraps is not kept.
+    Uses a Fourier transform along the rows and a matrix product over the rows of the template. For large templates this
+    takes a fifth of the operations of the direct sum. A period of W suffices, because positions that wrap around are
+    discarded.
+
+    Args:
+        images: B images.
+        templates: M templates of h x w pixels.
+
+    Returns:
+        Correlations with axes (x, B, y, M).
     """
     return _correlate(images, row_spectrum(templates, images.shape[2]), templates.shape[2])
 
@@ -87,15 +150,26 @@ def _correlate(images: Array, spectrum: tuple[Array, Array], columns: int) -> Ar
     n_y, n_x = height - rows + 1, width - columns + 1
     image_parts = [jnp.einsum("xf,bhx->fbh", part, images) for part in _fourier(width, width)]
     index = np.arange(n_y)[:, None] + np.arange(rows)
-    near = jnp.stack([part[..., index] for part in image_parts], 3).reshape(waves, -1, 2 * rows)
+    strips = jnp.stack([part[..., index] for part in image_parts], 3).reshape(waves, -1, 2 * rows)
     weight = np.where((np.arange(waves) == 0) | (2 * np.arange(waves) == width), 1, 2) / width
     back = [jnp.asarray(part * weight, images.dtype) for part in _fourier(width, n_x)]
-    found = [part @ (near @ of).reshape(waves, -1) for part, of in zip(back, spectrum, strict=True)]
-    return (found[0] + found[1]).reshape(n_x, count, n_y, -1)
+    parts = [
+        part @ (strips @ template_part).reshape(waves, -1) for part, template_part in zip(back, spectrum, strict=True)
+    ]
+    return (parts[0] + parts[1]).reshape(n_x, count, n_y, -1)
 
 
 def window_sums(images: Float[Array, "B H W"], rows: int, columns: int) -> Float[Array, "B y x"]:
-    """The sum over every window of rows x columns."""
+    """Sum of the pixels of every window.
+
+    Args:
+        images: B images.
+        rows: Height of the windows in pixels.
+        columns: Width of the windows in pixels.
+
+    Returns:
+        One sum for each position of the window's first pixel.
+    """
     down, across = (np.eye(size) for size in images.shape[1:])
     along_y = sum(down[i : i + images.shape[1] - rows + 1] for i in range(rows))
     along_x = sum(across[i : i + images.shape[2] - columns + 1] for i in range(columns))
@@ -103,58 +177,99 @@ def window_sums(images: Float[Array, "B H W"], rows: int, columns: int) -> Float
 
 
 class Energies(NamedTuple):
-    """Of every window: the energy that the components leave, and the squared projections over their variances."""
+    """Energies of every window.
+
+    Attributes:
+        residual: Energy outside the subspace.
+        within: Squared Mahalanobis distance within the subspace.
+    """
 
     residual: Float[Array, "B y x"]
     within: Float[Array, "B y x"]
 
 
-def window_residuals(of: Subspace, images: Float[Array, "B H W"], rows: int, at_once: int = 8) -> Float[Array, "B y x"]:
-    """The residual energy of every window of the template's size. rows: of the template; P / rows are its columns.
-    at_once: images whose products fit into a core's cache."""
-    return _windows(of, images, rows, at_once, lambda residual, _: residual)
+def window_residuals(
+    subspace: Subspace, images: Float[Array, "B H W"], rows: int, block_size: int = 8
+) -> Float[Array, "B y x"]:
+    """Residual energy of every window of an image.
+
+    Args:
+        subspace: Principal subspace of templates of P pixels.
+        images: B images.
+        rows: Height of the template; its width is P / rows.
+        block_size: Number of images per block; a block should fit into the cache of one core.
+
+    Returns:
+        Residual energies.
+    """
+    return _windows(subspace, images, rows, block_size, lambda residual, _: residual)
 
 
-def window_energies(of: Subspace, images: Float[Array, "B H W"], rows: int, at_once: int = 8) -> Energies:
-    """The residual energy of every window, and its squared Mahalanobis distance within the subspace."""
+def window_energies(subspace: Subspace, images: Float[Array, "B H W"], rows: int, block_size: int = 8) -> Energies:
+    """Residual energy and squared Mahalanobis distance within the subspace, for every window of an image.
+
+    Args:
+        subspace: Principal subspace of templates of P pixels.
+        images: B images.
+        rows: Height of the template; its width is P / rows.
+        block_size: Number of images per block; a block should fit into the cache of one core.
+
+    Returns:
+        Both energies.
+    """
     return _windows(
-        of, images, rows, at_once, lambda residual, squares: Energies(residual, _back((squares / of.variances).sum(-1)))
+        subspace,
+        images,
+        rows,
+        block_size,
+        lambda residual, squares: Energies(residual, _to_images((squares / subspace.variances).sum(-1))),
     )
 
 
-def _windows(of: Subspace, images: Array, rows: int, at_once: int, give: Callable[[Array, Array], Any]) -> Any:
-    """give: of the residuals (B, y, x) and the squared projections (x, B, y, M) of some images."""
-    level = of.mean.mean()  # of no consequence but for rounding
-    images, mean = images - level, (of.mean - level).reshape(rows, -1)
-    components = of.components.reshape(-1, *mean.shape)
+def _windows(
+    subspace: Subspace, images: Array, rows: int, block_size: int, combine: Callable[[Array, Array], Any]
+) -> Any:
+    """Apply `combine` to the residuals (B, y, x) and the squared projections (x, B, y, M) of each block of images."""
+    level = subspace.mean.mean()  # subtracted from image and mean alike, to reduce rounding errors
+    images, mean = images - level, (subspace.mean - level).reshape(rows, -1)
+    components = subspace.components.reshape(-1, *mean.shape)
     spectrum = row_spectrum(jnp.concatenate([components, mean[None]]), images.shape[2])
-    at_mean, square_mean = of.components @ mean.ravel(), (mean**2).sum()
+    at_mean, square_mean = subspace.components @ mean.ravel(), (mean**2).sum()
 
-    def of_block(block: Array) -> Any:
+    def block_energies(block: Array) -> Any:
         products = _correlate(block, spectrum, mean.shape[1])
         squares = (products[..., :-1] - at_mean) ** 2
-        energy = window_sums(block**2, *mean.shape) + square_mean - 2 * _back(products[..., -1])
-        return give(jnp.maximum(energy - _back(squares.sum(-1)), 0), squares)
+        energy = window_sums(block**2, *mean.shape) + square_mean - 2 * _to_images(products[..., -1])
+        return combine(jnp.maximum(energy - _to_images(squares.sum(-1)), 0), squares)
 
     count = len(images)
-    blocks = jnp.pad(images, ((0, -count % at_once), (0, 0), (0, 0))).reshape(-1, at_once, *images.shape[1:])
-    found = jax.lax.map(of_block, blocks)
-    return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:])[:count], found)
+    blocks = jnp.pad(images, ((0, -count % block_size), (0, 0), (0, 0))).reshape(-1, block_size, *images.shape[1:])
+    energies = jax.lax.map(block_energies, blocks)
+    return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:])[:count], energies)
 
 
-def _back(maps: Array) -> Array:
-    """(x, B, y) to (B, y, x)."""
+def _to_images(maps: Array) -> Array:
+    """Transpose (x, B, y) to (B, y, x)."""
     return maps.transpose(1, 2, 0)
 
 
 def stack(subspaces: list[Subspace]) -> Subspace:
-    """Of patches of one size, as one with a leading axis; missing components are 0 and have variance 1."""
-    most = max(len(one.components) for one in subspaces)
+    """Stack subspaces of patches of one size along a leading axis.
 
-    def filled(one: Subspace) -> Subspace:
-        more = most - len(one.components)
-        components = jnp.pad(one.components, ((0, more), (0, 0)))
-        return one._replace(components=components, variances=jnp.pad(one.variances, (0, more), constant_values=1))
+    Args:
+        subspaces: Subspaces with the same P.
 
-    parts = [filled(one) for one in subspaces]
+    Returns:
+        One subspace with a leading axis; missing components are padded with 0 and have variance 1.
+    """
+    n_components = max(len(subspace.components) for subspace in subspaces)
+
+    def padded(subspace: Subspace) -> Subspace:
+        missing = n_components - len(subspace.components)
+        components = jnp.pad(subspace.components, ((0, missing), (0, 0)))
+        return subspace._replace(
+            components=components, variances=jnp.pad(subspace.variances, (0, missing), constant_values=1)
+        )
+
+    parts = [padded(subspace) for subspace in subspaces]
     return Subspace(*(jnp.stack(arrays) for arrays in zip(*parts, strict=True)))

@@ -1,7 +1,8 @@
-"""Piecewise-affine warps: every triangle of a mesh goes to its counterpart by its own affine map.
+"""Piecewise-affine warps: each triangle of a mesh maps to its counterpart by its own affine transform.
 
-One mesh of triangles serves both directions: `locate` a point among the vertices of one side, `place` it among those
-of the other. The mesh is Delaunay's of the side that does not change; the other side may be one for each image.
+One list of triangles serves both directions: `locate` finds a point among the vertices of one side, and `place` puts it
+among those of the other. The mesh is the Delaunay triangulation of the fixed side; the other side may differ from image
+to image.
 """
 
 from typing import NamedTuple
@@ -16,60 +17,105 @@ from pulmo_jax.types import InputError
 
 
 class Location(NamedTuple):
-    """Where points lie in a mesh: the triangle, and the weights of its three corners, which sum to 1."""
+    """Positions of points in a mesh.
+
+    Attributes:
+        triangle: Index of the triangle that contains each point.
+        weights: Barycentric coordinates in that triangle; they sum to 1.
+    """
 
     triangle: Int[Array, "*P"]
     weights: Float[Array, "*P 3"]
 
 
 def triangulate(vertices: Float[np.ndarray, "V 2"]) -> Int[np.ndarray, "T 3"]:
-    """Delaunay's triangles, all turning the same way.
+    """Delaunay triangulation with consistently oriented triangles.
 
-    Raises InputError for vertices of which no triangle can be made, or some that no triangle uses.
+    Args:
+        vertices: Points (y, x).
+
+    Returns:
+        Indices of the three corners of each triangle.
+
+    Raises:
+        InputError: If the points do not span a triangle, or some of them coincide.
     """
     try:
         mesh = Delaunay(vertices)
     except (QhullError, ValueError) as error:
         raise InputError(
-            f"{len(vertices)} points make no triangles: they coincide, lie on one line or are not finite; "
+            f"{len(vertices)} points cannot be triangulated: they coincide, are collinear or are not finite; "
             "check the order and the values of the landmarks"
         ) from error
     if len(mesh.coplanar):
-        twins = [f"{vertex + 1} and {near + 1}" for vertex, _, near in sorted(mesh.coplanar.tolist())]
-        raise InputError(f"landmarks {', '.join(twins)} have the same place; leave one of them out")
+        pairs = [f"{vertex + 1} and {near + 1}" for vertex, _, near in sorted(mesh.coplanar.tolist())]
+        raise InputError(f"landmarks {', '.join(pairs)} coincide; remove one of each pair")
     corners = vertices[mesh.simplices]
     turn = np.linalg.det(corners[:, 1:] - corners[:, :1])
     return np.where(turn[:, None] > 0, mesh.simplices, mesh.simplices[:, ::-1]).astype(np.int32)
 
 
 def surrounding(low: float, high: float) -> Float[np.ndarray, "8 2"]:
-    """Corners and middles of the sides of a square."""
+    """Eight points around a square: its corners and the midpoints of its sides.
+
+    Args:
+        low: Lower coordinate of the square, in pixels.
+        high: Upper coordinate of the square, in pixels.
+
+    Returns:
+        Points (y, x).
+    """
     steps = np.linspace(low, high, 3)
-    every = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
-    return np.delete(every, 4, axis=0)
+    grid = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    return np.delete(grid, 4, axis=0)
 
 
 def locate(points: Float[Array, "*P 2"], vertices: Float[Array, "V 2"], triangles: Int[Array, "T 3"]) -> Location:
-    """The triangle that holds each point; differentiable in points and vertices.
+    """Find the triangle that contains each point; differentiable in points and vertices.
 
-    A point beyond the mesh gets the triangle that it is least far out of, by its smallest weight. Of triangles that
-    overlap, where the mesh is folded, the one that holds it deepest. Triangles without area hold nothing.
+    A point outside the mesh is assigned to the triangle with the largest minimum barycentric coordinate. Where the mesh
+    is folded and triangles overlap, the same rule selects one of them. Degenerate triangles contain no point.
+
+    Args:
+        points: Points (y, x).
+        vertices: Vertices of the mesh.
+        triangles: Triangles of the mesh.
+
+    Returns:
+        Triangle and barycentric coordinates of each point.
     """
     fixed = jax.lax.stop_gradient((points, vertices))
     depth = _barycentric(fixed[0][..., None, :], fixed[1][triangles]).min(-1)
-    flat = _double_area(fixed[1][triangles]) == 0
-    triangle = jnp.argmax(jnp.where(flat, -jnp.inf, depth), axis=-1).astype(jnp.int32)
+    degenerate = _double_area(fixed[1][triangles]) == 0
+    triangle = jnp.argmax(jnp.where(degenerate, -jnp.inf, depth), axis=-1).astype(jnp.int32)
     return Location(triangle, _barycentric(points, vertices[triangles[triangle]]))
 
 
 def place(location: Location, vertices: Float[Array, "V 2"], triangles: Int[Array, "T 3"]) -> Float[Array, "*P 2"]:
-    """The points of these weights among other vertices; linear in them."""
+    """Points with given barycentric coordinates among other vertices; linear in the vertices.
+
+    Args:
+        location: Triangle and barycentric coordinates of each point.
+        vertices: Vertices of the mesh.
+        triangles: Triangles of the mesh.
+
+    Returns:
+        Points (y, x).
+    """
     corners = vertices[triangles][location.triangle]
     return (location.weights[..., None] * corners).sum(-2)
 
 
 def flipped(vertices: Float[Array, "V 2"], triangles: Int[Array, "T 3"]) -> Bool[Array, "T"]:
-    """The triangles that are turned over or have no area: where they are, the warp folds and has no inverse."""
+    """Find triangles that are reversed or degenerate; the warp folds there and has no inverse.
+
+    Args:
+        vertices: Vertices of the mesh.
+        triangles: Triangles of the mesh.
+
+    Returns:
+        True for each such triangle.
+    """
     return _double_area(vertices[triangles]) <= 0
 
 
@@ -78,7 +124,7 @@ def _double_area(corners: Array) -> Array:
 
 
 def _barycentric(points: Array, corners: Array) -> Array:
-    """(..., 3); of a triangle without area, those of its first corner."""
+    """Barycentric coordinates (..., 3); the first corner of a degenerate triangle."""
     a, b, c = (corners[..., i, :] for i in range(3))
     area = _cross(b - a, c - a)
     scale = jnp.where(area == 0, 0, 1 / jnp.where(area == 0, 1, area))

@@ -1,8 +1,9 @@
-"""Shapes laid over each other: rotation, similarity, and the mean of many (Gower 1975, Psychometrika 40:33).
+"""Procrustes analysis of landmark shapes: rotation, similarity, and generalised Procrustes analysis (Gower 1975,
+Psychometrika 40:33).
 
-Everything works on one shape (K, 2); `vmap` makes it many. In the plane the best rotation has a closed form (Dryden &
-Mardia, Statistical Shape Analysis, 2nd ed., sec. 8.2): its cosine and sine are proportional to sum a.b and sum a x b.
-It never is a reflection, and needs no SVD.
+Functions handle a single shape (K, 2) and are vectorised with `vmap`. In the plane the optimal rotation has a closed
+form (Dryden and Mardia, Statistical Shape Analysis, 2nd ed., Section 8.2): its cosine and sine are proportional to sum
+a.b and sum a x b. The result is never a reflection, and no SVD is needed.
 """
 
 from typing import NamedTuple
@@ -13,17 +14,24 @@ from jaxtyping import Array, Float
 
 
 class Similarity(NamedTuple):
-    """The map p -> linear p + shift of points (y, x); linear is a rotation times a scale."""
+    """Similarity transform p -> linear p + shift of points (y, x).
+
+    Attributes:
+        linear: Rotation matrix times scale.
+        shift: Translation.
+    """
 
     linear: Float[Array, "2 2"]
     shift: Float[Array, "2"]
 
 
 class Alignment(NamedTuple):
-    """What generalised Procrustes finds.
+    """Result of generalised Procrustes analysis.
 
-    mean: centred, of norm 1, as upright as the shapes are on average. shapes: centred, of norm 1, each turned onto the
-    mean. distance: by iteration, see `generalised_procrustes`.
+    Attributes:
+        mean: Mean shape, centred, of norm 1, in the mean orientation of the input shapes.
+        shapes: Input shapes, centred, of norm 1, rotated onto the mean.
+        distance: Mean distance to the mean shape before each iteration, see `generalised_procrustes`.
     """
 
     mean: Float[Array, "K 2"]
@@ -32,7 +40,15 @@ class Alignment(NamedTuple):
 
 
 def rotation(source: Float[Array, "K 2"], target: Float[Array, "K 2"]) -> Float[Array, "2 2"]:
-    """R with the smallest |source R' - target| among rotations about the origin; identity where none is better."""
+    """Rotation about the origin that minimises |source R' - target|.
+
+    Args:
+        source: Shape to be rotated.
+        target: Shape to be matched.
+
+    Returns:
+        Rotation matrix R; the identity if no rotation is better than any other.
+    """
     turn = _inner_and_cross(source, target)
     square = (turn**2).sum()
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
@@ -40,62 +56,108 @@ def rotation(source: Float[Array, "K 2"], target: Float[Array, "K 2"]) -> Float[
 
 
 def similarity(source: Float[Array, "K 2"], target: Float[Array, "K 2"]) -> Similarity:
-    """The similarity that brings source nearest to target in the least-squares sense; linear in the target.
+    """Least-squares similarity transform from source to target; linear in the target.
 
-    A source whose points coincide is not scaled or turned, only moved. Targets that coincide give a scale of 0.
+    Args:
+        source: Shape to be transformed. If all its points coincide, the transform is a pure translation.
+        target: Shape to be matched. If all its points coincide, the scale is 0.
+
+    Returns:
+        The similarity transform.
     """
-    middle, to = source.mean(0), target.mean(0)
-    a = source - middle
-    square = (a**2).sum()
-    turn = _inner_and_cross(a, target - to) / jnp.where(square > 0, square, 1)
+    source_mean, target_mean = source.mean(0), target.mean(0)
+    centred = source - source_mean
+    square = (centred**2).sum()
+    turn = _inner_and_cross(centred, target - target_mean) / jnp.where(square > 0, square, 1)
     linear = jnp.where(square > 0, _turn(turn), jnp.eye(2, dtype=turn.dtype))
-    return Similarity(linear, to - turned(middle, linear))
+    return Similarity(linear, target_mean - apply_linear(source_mean, linear))
 
 
 def apply(transform: Similarity, points: Float[Array, "*P 2"]) -> Float[Array, "*P 2"]:
-    return turned(points, transform.linear) + transform.shift
+    """Apply a similarity transform to points.
+
+    Args:
+        transform: Similarity transform.
+        points: Points (y, x).
+
+    Returns:
+        Transformed points.
+    """
+    return apply_linear(points, transform.linear) + transform.shift
 
 
-def turned(points: Float[Array, "*P 2"], linear: Float[Array, "2 2"]) -> Float[Array, "*P 2"]:
-    """linear p of every p; a GPU's TF32 would round it to three digits."""
+def apply_linear(points: Float[Array, "*P 2"], linear: Float[Array, "2 2"]) -> Float[Array, "*P 2"]:
+    """Apply a linear map to each point.
+
+    Full precision is requested, because TF32 on a GPU would keep only three digits.
+
+    Args:
+        points: Points (y, x).
+        linear: 2 x 2 matrix.
+
+    Returns:
+        Transformed points.
+    """
     return jnp.matmul(points, linear.T, precision="highest")
 
 
 def inverse(transform: Similarity) -> Similarity:
-    """Its inverse; of scale 0 there is none, and everything goes to the origin."""
+    """Inverse of a similarity transform.
+
+    Args:
+        transform: Similarity transform.
+
+    Returns:
+        The inverse. A transform of scale 0 has none; its result maps every point to the origin.
+    """
     square = (transform.linear[0] ** 2).sum()
     back = transform.linear.T / jnp.where(square > 0, square, 1)
-    return Similarity(back, -turned(transform.shift, back))
+    return Similarity(back, -apply_linear(transform.shift, back))
 
 
-def unit(shape: Float[Array, "K 2"]) -> Float[Array, "K 2"]:
-    """Centred, and scaled to norm 1; zeros where all points coincide."""
+def normalise(shape: Float[Array, "K 2"]) -> Float[Array, "K 2"]:
+    """Centre a shape and scale it to norm 1.
+
+    Args:
+        shape: Landmarks of one shape.
+
+    Returns:
+        The normalised shape; zeros if all points coincide.
+    """
     centred = shape - shape.mean(0)
     square = (centred**2).sum()
     return centred / jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
 def generalised_procrustes(shapes: Float[Array, "N K 2"], iterations: int = 10) -> Alignment:
-    """The mean of shapes that are centred, of norm 1 and turned onto it; starts from the first shape.
+    """Mean shape of a set of shapes by generalised Procrustes analysis.
 
-    distance: before each iteration's update, the mean over shapes of the Frobenius norm |turned shape - mean|; the
-    first is the one to the first shape. Three iterations are enough for shapes that resemble each other (lungs: 0.108,
-    0.0793, 0.0793). Partial Procrustes: sizes stay 1. A shape whose points coincide counts as zeros. No gradient flows
+    Shapes are centred, scaled to norm 1 and iteratively rotated onto their mean (partial Procrustes: the scale stays
+    fixed). The iteration starts from the first shape. Three iterations suffice for shapes that resemble each other; for
+    lungs the distances are 0.108, 0.0793 and 0.0793. A shape whose points coincide counts as zeros. No gradient flows
     through the distance.
-    """
-    units = jax.vmap(unit)(shapes)
 
-    def onto(mean: Array) -> Array:
-        return jax.vmap(lambda one: turned(one, rotation(one, mean)))(units)
+    Args:
+        shapes: N shapes of K landmarks.
+        iterations: Number of iterations.
+
+    Returns:
+        Mean shape, aligned shapes, and for each iteration the mean Frobenius distance |aligned shape - mean| before its
+        update. The first entry is the distance to the first shape.
+    """
+    units = jax.vmap(normalise)(shapes)
+
+    def align_to(mean: Array) -> Array:
+        return jax.vmap(lambda shape: apply_linear(shape, rotation(shape, mean)))(units)
 
     def update(mean: Array, _: None) -> tuple[Array, Array]:
-        shapes = onto(mean)
+        shapes = align_to(mean)
         distance = jnp.sqrt(jax.lax.stop_gradient(((shapes - mean) ** 2).sum((1, 2)))).mean()
-        return unit(shapes.mean(0)), distance
+        return normalise(shapes.mean(0)), distance
 
     mean, distance = jax.lax.scan(update, units[0], length=iterations)
-    mean = turned(mean, rotation(mean, units.mean(0)))
-    return Alignment(mean, onto(mean), distance)
+    mean = apply_linear(mean, rotation(mean, units.mean(0)))
+    return Alignment(mean, align_to(mean), distance)
 
 
 def _inner_and_cross(a: Array, b: Array) -> Array:

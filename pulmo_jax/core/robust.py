@@ -1,13 +1,13 @@
-"""Mean and covariance of a patch whose frames are not equally good: r_t ~ N(m, s_t^2 C).
+"""Robust mean and covariance of a patch with frame-dependent noise level: r_t ~ N(m, s_t^2 C).
 
-Flasseur, Denis, Thiébaut & Langlois 2020 (A&A 634, A2), "F20": the frames' scales s_t, the mean and the covariance
-each follow from the others, and are iterated to a fixed point. It is Tyler's estimator (1987, Annals of Statistics
-15:234) with a mean and shrinkage. Works on one location; `vmap` makes it many.
+Flasseur, Denis, Thiébaut and Langlois 2020 (A&A 634, A2), cited as "F20". The scales s_t of the frames, the mean and
+the covariance depend on each other and are iterated to a fixed point. This is Tyler's estimator (1987, Annals of
+Statistics 15:234) with a mean and shrinkage. Functions handle a single location and are vectorised with `vmap`.
 
-Only s_t^2 C is determined: s_t twice as large and C a quarter describe the same frames. Here the mean of s_t^-2 is 1.
-C is then the covariance of the frames over their s_t, as F20 has it, and its variances are theirs, shrunk or not. (The
-s_t^2 that follow from a shrunk C in turn are too small throughout: to iterate F20's equations as they stand makes s_t
-smaller and C larger without end.)
+Only the product s_t^2 C is identifiable: doubling all s_t and dividing C by four describes the same frames. The scales
+are normalised so that the mean of s_t^-2 is 1. C is then the covariance of the frames divided by their s_t, as in F20,
+and its variances do not depend on the shrinkage. This departs from F20: the s_t^2 computed from a shrunk C are
+systematically too small, so that iterating the equations of F20 as printed drives s_t to zero and C to infinity.
 """
 
 from typing import NamedTuple
@@ -19,12 +19,20 @@ from jaxtyping import Array, Bool, Float, Int
 from pulmo_jax.core.covariance import Factor, Shrinkage, factorise, sample_covariance, shrink
 from pulmo_jax.core.likelihood import mahalanobis
 
-LEAST_SCALE = 0.1  # of the median s_t^2; a smaller one is raised to it
+LEAST_SCALE = 0.1  # lower bound of s_t^2, relative to the median
 MAX_ITERATIONS = 200
 
 
 class Statistics(NamedTuple):
-    """Of frames with given weights: mean, deviations from it, their variance, weight of C's diagonal, C's factor."""
+    """Weighted statistics of a patch.
+
+    Attributes:
+        mean: Weighted mean.
+        deviations: Deviations of the frames from the mean.
+        variance: Weighted variance of each pixel.
+        rho: Shrinkage factor; 1 if the covariance is singular.
+        factor: Cholesky factor of the shrunk covariance.
+    """
 
     mean: Float[Array, "P"]
     deviations: Float[Array, "T P"]
@@ -34,46 +42,80 @@ class Statistics(NamedTuple):
 
 
 class ScaleMixture(NamedTuple):
-    """The fixed point. weights: s_t^-2, of mean 1. settled: whether it was reached within the iterations allowed."""
+    """Fixed point of the robust estimator.
+
+    Attributes:
+        statistics: Statistics at the fixed point.
+        weights: Frame weights s_t^-2, with mean 1.
+        iterations: Number of iterations.
+        converged: Whether the tolerance was reached within the allowed number of iterations.
+    """
 
     statistics: Statistics
     weights: Float[Array, "T"]
     iterations: Int[Array, ""]
-    settled: Bool[Array, ""]
+    converged: Bool[Array, ""]
 
 
 def effective_share(weights: Float[Array, "T"]) -> Float[Array, ""]:
-    """(sum w)^2 / (T sum w^2), the share of the frames that they are worth (Kish 1965; F20's T in rho, over T)."""
+    """Effective fraction of the frames, (sum w)^2 / (T sum w^2).
+
+    Args:
+        weights: Frame weights.
+
+    Returns:
+        Effective sample size divided by T; F20 uses the effective sample size in the shrinkage factor.
+
+    Reference:
+        Kish 1965, Survey Sampling.
+    """
     return weights.sum() ** 2 / (len(weights) * (weights**2).sum())
 
 
 def weighted_statistics(
     samples: Float[Array, "T P"], weights: Float[Array, "T"], n: Float[Array, ""], shrinkage: Shrinkage
 ) -> Statistics:
-    """n: number of independent frames, if all weigh the same. Pixels that never vary stand alone (`factorise`).
+    """Mean, shrunk covariance and its factor for given frame weights.
 
-    Estimators of rho that look at the frames are given them over their scales, which have C as their covariance.
+    Pixels with zero variance are treated as independent (see `factorise`). Shrinkage estimators that use the frames
+    receive them divided by their scales, so that their covariance is C.
+
+    Args:
+        samples: T frames of P pixels.
+        weights: Frame weights s_t^-2.
+        n: Effective number of independent frames for equal weights.
+        shrinkage: Shrinkage estimator (S, deviations, n) -> rho.
+
+    Returns:
+        The weighted statistics.
     """
     mean = weights @ samples / weights.sum()
     deviations = samples - mean
     s = sample_covariance(deviations, weights)
-    alike = deviations * jnp.sqrt(weights / weights.mean())[:, None]
-    rho = shrinkage(s, alike, n * effective_share(weights))
+    rescaled = deviations * jnp.sqrt(weights / weights.mean())[:, None]
+    rho = shrinkage(s, rescaled, n * effective_share(weights))
     factor = factorise(shrink(s, rho), jnp.diag(s) > 0)
     return Statistics(mean, deviations, jnp.diag(s), jnp.where(factor.singular, 1, rho), factor)
 
 
-def squared_scales(of: Statistics) -> Float[Array, "T"]:
-    """(r_t - m)' C^-1 (r_t - m) / P over the pixels that vary, at least LEAST_SCALE of its median: s_t^2 to a factor.
+def squared_scales(statistics: Statistics) -> Float[Array, "T"]:
+    """Squared frame scales s_t^2 up to a common factor: (r_t - m)' C^-1 (r_t - m) / P over the pixels that vary.
 
-    Without a floor the likelihood has no maximum: a frame equal to the mean has s_t = 0 and all of the weight, and the
-    mean moves on to any frame that it is near to. A floor bounds a frame's weight to ten times the median's.
+    Values below `LEAST_SCALE` times the median are raised to it. Without this bound the likelihood is unbounded: a
+    frame equal to the mean has s_t = 0 and takes all the weight, and the mean can move onto any nearby frame. The bound
+    limits the weight of a frame to ten times that of the median frame.
+
+    Args:
+        statistics: Weighted statistics.
+
+    Returns:
+        Squared scales.
     """
-    n_pixels = jnp.maximum((of.variance > 0).sum(), 1)
-    squared = mahalanobis(of.deviations, of.factor.lower) / n_pixels
+    n_pixels = jnp.maximum((statistics.variance > 0).sum(), 1)
+    squared = mahalanobis(statistics.deviations, statistics.factor.lower) / n_pixels
     median = jnp.median(squared)
-    usual = jnp.where(median > 0, median, squared.mean())  # most frames may be equal to each other
-    return jnp.where(usual > 0, jnp.maximum(squared, LEAST_SCALE * usual), 1)
+    typical = jnp.where(median > 0, median, squared.mean())  # the median is 0 if most frames are identical
+    return jnp.where(typical > 0, jnp.maximum(squared, LEAST_SCALE * typical), 1)
 
 
 class _State(NamedTuple):
@@ -87,11 +129,22 @@ def scale_mixture(
     n: Float[Array, ""],
     shrinkage: Shrinkage,
     tolerance: float,
-    most: int = MAX_ITERATIONS,
+    max_iterations: int = MAX_ITERATIONS,
 ) -> ScaleMixture:
-    """From equal weights on, until no frame's weight changes by more than `tolerance` of itself, or `most` times.
+    """Iterate frame weights, mean and covariance to their fixed point, starting from equal weights.
 
-    samples: 0 at pixels that do not count. most=0: equal weights, which is what `sample_covariance` rests on.
+    Args:
+        samples: T frames of P pixels; pixels to be ignored are 0.
+        n: Effective number of independent frames for equal weights.
+        shrinkage: Shrinkage estimator (S, deviations, n) -> rho.
+        tolerance: Largest relative change of a frame weight at convergence.
+        max_iterations: Maximum number of iterations; 0 gives equal weights, as in `sample_covariance`.
+
+    Returns:
+        The fixed point.
+
+    Reference:
+        F20, with the normalisation described in the module docstring.
     """
 
     def improve(state: _State) -> _State:
@@ -101,6 +154,6 @@ def scale_mixture(
         return _State(weights, change, state.iterations + 1)
 
     start = _State(jnp.ones_like(samples[:, 0]), jnp.full_like(samples[0, 0], jnp.inf), jnp.zeros((), jnp.int32))
-    end = jax.lax.while_loop(lambda s: (s.change > tolerance) & (s.iterations < most), improve, start)
+    end = jax.lax.while_loop(lambda s: (s.change > tolerance) & (s.iterations < max_iterations), improve, start)
     statistics = weighted_statistics(samples, end.weights, n, shrinkage)
     return ScaleMixture(statistics, end.weights, end.iterations, end.change <= tolerance)

@@ -1,4 +1,4 @@
-"""Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004, IEEE TIP 13:600), differentiable."""
+"""Structural similarity (SSIM; Wang, Bovik, Sheikh and Simoncelli 2004, IEEE TIP 13:600), differentiable."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,22 @@ K1, K2 = 0.01, 0.03
 def ssim_map(
     a: Float[Array, "B H W C"], b: Float[Array, "B H W C"], data_range: float = 1.0
 ) -> Float[Array, "B H W C"]:
-    """Eq. 13 at every pixel, with a Gaussian window of 11 pixels and sigma 1.5; edges are reflected.
+    """Structural similarity of two images at every pixel.
 
-    Population moments as in the paper, so it equals scikit-image with gaussian_weights=True and
-    use_sample_covariance=False.
+    The window is a Gaussian of 11 x 11 pixels with sigma 1.5; edges are padded by reflection. Moments are population
+    moments, as in the paper: the result equals scikit-image with `gaussian_weights=True` and
+    `use_sample_covariance=False`.
+
+    Args:
+        a: First image.
+        b: Second image.
+        data_range: Intensity range of the images.
+
+    Returns:
+        SSIM of each pixel and channel.
+
+    Reference:
+        Eq. 13.
     """
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
@@ -27,17 +39,24 @@ def ssim_map(
 
 
 def _blur(x: jax.Array) -> jax.Array:
-    """Separable Gaussian as two small matrix products: for 64 px on two cores 9 times faster than shifted sums.
+    """Separable Gaussian blur as two small matrix products; for 64 px on two cores 9 times faster than shifted sums.
 
-    In full precision: a variance is a small difference of two blurs, and a GPU's default of 10 mantissa bits (TF32)
-    would put SSIM off by up to 0.7 in bright images of low contrast.
+    Uses full precision: the variance is a small difference of two blurs, and TF32 (10 mantissa bits), the default on
+    GPUs, changes SSIM by up to 0.7 in bright images of low contrast.
     """
     rows, columns = (jnp.asarray(blur_matrix(size), x.dtype) for size in x.shape[1:3])
     return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def blur_matrix(size: int) -> Float[np.ndarray, "size size"]:
-    """The Gaussian window along one axis as a matrix; beyond the edges the image is reflected, edge pixel included."""
+    """Matrix of the Gaussian window along one axis; edges are padded by reflection that includes the edge pixel.
+
+    Args:
+        size: Length of the axis in pixels.
+
+    Returns:
+        Blur matrix.
+    """
     offset = np.arange(WINDOW_PX) - WINDOW_PX // 2
     kernel = np.exp(-0.5 * (offset / WINDOW_SIGMA_PX) ** 2)
     source = np.pad(np.arange(size), WINDOW_PX // 2, mode="symmetric")

@@ -1,7 +1,7 @@
-"""Pixels at places between pixels: what every warp ends with.
+"""Bilinear sampling of images at non-integer positions, the last step of every warp.
 
-Places are (y, x) in px from 0 at pixel centres: a pixel covers half a pixel about its centre, an image of H rows
-[-1/2, H - 1/2].
+Positions are (y, x) in pixels, with 0 at the centre of the first pixel. A pixel extends half a pixel around its centre,
+so an image of H rows covers [-1/2, H - 1/2].
 """
 
 import jax.numpy as jnp
@@ -10,11 +10,28 @@ from jaxtyping import Array, Bool, Float
 
 
 def pixel_centres(height: int, width: int) -> Float[Array, "H W 2"]:
+    """Positions of the pixel centres of an image.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+
+    Returns:
+        Positions (y, x) in pixels.
+    """
     return jnp.stack(jnp.meshgrid(jnp.arange(float(height)), jnp.arange(float(width)), indexing="ij"), axis=-1)
 
 
 def inside(points: Float[Array, "*P 2"], shape: tuple[int, int]) -> Bool[Array, "*P"]:
-    """Whether points lie on an image of that shape (H, W)."""
+    """Test whether points lie within an image.
+
+    Args:
+        points: Positions (y, x) in pixels.
+        shape: Height and width of the image.
+
+    Returns:
+        True for each point inside the image.
+    """
     last = jnp.asarray(shape, points.dtype) - 0.5
     return ((points >= -0.5) & (points <= last)).all(-1)
 
@@ -22,10 +39,17 @@ def inside(points: Float[Array, "*P 2"], shape: tuple[int, int]) -> Bool[Array, 
 def bilinear(
     image: Float[Array, "H W"], points: Float[Array, "*P 2"], fill: float | Float[Array, ""] | None = None
 ) -> Float[Array, "*P"]:
-    """The image at points, between the four nearest pixels; differentiable in both.
+    """Sample an image by bilinear interpolation; differentiable in the image and the points.
 
-    fill: the value outside of the image; None: that of the nearest edge pixel. There is no smoothing: shrink an image
-    that has many more pixels than points before.
+    No low-pass filter is applied: downsample an image first if it has many more pixels than there are points.
+
+    Args:
+        image: Image.
+        points: Positions (y, x) in pixels.
+        fill: Value outside the image. None: value of the nearest edge pixel.
+
+    Returns:
+        Sampled values.
     """
     values: Array = map_coordinates(image, [points[..., 0], points[..., 1]], order=1, mode="nearest")
     if fill is None:

@@ -1,1 +1,1 @@
-"""From score maps to thresholds with a known false-alarm rate, lists of findings, and figures of merit."""
+"""Calibration of thresholds and p-values, detection of regions, and figures of merit."""

@@ -1,8 +1,7 @@
 """Thresholds with a known false-alarm rate, and p-values, from the scores of normal validation images alone.
 
-The pixels of one image are correlated, and so are the images of one patient: the number of pixels says
-nothing about how well a threshold is known. Intervals are therefore taken over groups (patients, duplicate
-sets), never over pixels.
+Pixels of one image are correlated, and so are images of one patient. The number of pixels therefore does not determine
+the precision of a threshold, and intervals are taken over groups (patients, duplicate sets), never over pixels.
 """
 
 import dataclasses
@@ -21,17 +20,23 @@ from pulmo_jax.core.histogram import ScoreHistogram, group_weights, percentile_i
 from pulmo_jax.types import InputError
 
 REMEDY = "Restore it from the run that wrote it, or train again."
-MAX_KNOTS = 1000  # of the table of normal pixel scores: steps of 2 % in the p-value with 10^9 pixels
+MAX_KNOTS = 1000  # size of the table of normal pixel scores; 2 % steps in the p-value for 10^9 pixels
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """What exceeds `value` is abnormal.
+    """A calibrated threshold; higher scores are abnormal.
 
-    false_alarm_rate: as configured, per pixel or per image.
-    attainable_rate: the bound that n_scores scores do give; it is higher only where they are too few.
-    low, high: 95 % interval of the value over groups, None with fewer than two.
-    warning: a sentence for the user where the configured rate cannot be had, else empty.
+    Attributes:
+        value: Threshold.
+        false_alarm_rate: Configured false-alarm rate, per pixel or per image.
+        attainable_rate: Upper bound of the false-alarm rate that n_scores scores guarantee; higher than the configured
+            rate only if there are too few scores.
+        low: Lower limit of the 95 % interval over groups; None with fewer than two groups.
+        high: Upper limit of the interval.
+        n_scores: Number of normal scores.
+        n_groups: Number of groups.
+        warning: Message for the user if the configured rate cannot be guaranteed, otherwise empty.
     """
 
     value: FiniteFloat
@@ -45,7 +50,12 @@ class Threshold:
 
 
 class Knot(NamedTuple):
-    """A point of the survival function of normal pixel scores."""
+    """A point of the survival function of normal pixel scores.
+
+    Attributes:
+        score: Score.
+        n_pixels_at_least: Number of normal pixels with at least this score.
+    """
 
     score: FiniteFloat
     n_pixels_at_least: Annotated[int, Field(ge=1)]
@@ -53,9 +63,17 @@ class Knot(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a run knows about normal scores; written as `calibration.json`.
+    """Calibration of a run, stored as `calibration.json`.
 
-    Scores and knots are ascending. p-values are (1 + #{normal scores >= score}) / (1 + n), so that none is 0.
+    p-values are (1 + #{normal scores >= score}) / (1 + n), hence never 0.
+
+    Attributes:
+        pixel_threshold: Threshold on pixel scores.
+        image_threshold: Threshold on image scores.
+        normal_pixel_scores: Survival function of normal pixel scores, in ascending order of the score.
+        normal_image_scores: Scores of the normal images, ascending.
+        normal_image_peaks: Highest pixel score of each normal image, ascending.
+        n_images_without_foreground: Number of images excluded because they have no foreground.
     """
 
     pixel_threshold: Threshold
@@ -63,12 +81,18 @@ class Calibration:
     normal_pixel_scores: Annotated[tuple[Knot, ...], Field(min_length=1)] = field(repr=False)
     normal_image_scores: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] = field(repr=False)
     normal_image_peaks: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] = field(repr=False)
-    n_images_without_foreground: int = 0  # left out
+    n_images_without_foreground: int = 0
 
     def pixel_p_value(self, scores: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-        """Share of normal pixels that score at least as high, to 3 % or one pixel; NaN stays NaN.
+        """Fraction of normal pixels that score at least as high, accurate to 3 % or one pixel.
 
-        Log-linear between the knots.
+        The table is interpolated linearly in the logarithm of the p-value.
+
+        Args:
+            scores: Pixel scores; NaN where undefined.
+
+        Returns:
+            p-values; NaN where the score is NaN.
         """
         score, at_least = np.array(self.normal_pixel_scores).T
         n = self.pixel_threshold.n_scores
@@ -76,20 +100,45 @@ class Calibration:
         return np.exp(np.interp(scores, score, log_p, right=-np.log1p(n))).astype(np.float32)
 
     def image_p_value(self, image_score: float) -> float:
-        """Share of normal images with an image score at least as high."""
+        """Conformal p-value of an image score.
+
+        Args:
+            image_score: Score of an image.
+
+        Returns:
+            Fraction of normal images with an image score at least as high.
+        """
         return _conformal_p_value(image_score, self.normal_image_scores)
 
     def peak_p_value(self, peak_score: float) -> float:
-        """Share of normal images whose highest pixel scores at least as high."""
+        """Conformal p-value of a peak score, with one image as the search area.
+
+        Args:
+            peak_score: Highest pixel score of a region.
+
+        Returns:
+            Fraction of normal images whose highest pixel scores at least as high.
+        """
         return _conformal_p_value(peak_score, self.normal_image_peaks)
 
     def to_json(self) -> dict[str, object]:
-        """Plain numbers, lists and dicts; `from_json` gives back the very same calibration."""
+        """Convert to plain numbers, lists and dicts; `from_json` restores the identical calibration."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(content: object, path: Path) -> "Calibration":
-        """Raises InputError that names `path`, where the content came from, if it is no calibration."""
+        """Restore a calibration from parsed JSON.
+
+        Args:
+            content: Parsed JSON.
+            path: File from which the content was read, for error messages.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            InputError: If the content is not a valid calibration.
+        """
         try:
             calibration = TypeAdapter(Calibration).validate_python(content)
         except ValidationError as error:
@@ -104,11 +153,27 @@ class Calibration:
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write a calibration as JSON.
+
+    Args:
+        path: Output file.
+        calibration: Calibration of a run.
+    """
     path.write_text(json.dumps(calibration.to_json(), indent=1, allow_nan=False), encoding="utf-8")
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Raises InputError that names the file if it is missing, no JSON or no calibration."""
+    """Read a calibration from JSON.
+
+    Args:
+        path: File written by `write_calibration`.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        InputError: If the file is missing, is not JSON, or is not a valid calibration.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -117,7 +182,13 @@ def read_calibration(path: Path) -> Calibration:
 
 
 class NormalImage(NamedTuple):
-    """What calibration keeps of one image."""
+    """Summary of a normal image.
+
+    Attributes:
+        score: Image score.
+        peak: Highest pixel score.
+        group: Group of the image, such as its patient.
+    """
 
     score: float
     peak: float
@@ -126,7 +197,13 @@ class NormalImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Normal scores so far: a histogram over pixels, two numbers per image. `add` returns the next state."""
+    """Accumulator of normal scores: a histogram over pixels and two numbers per image; `add` returns the next state.
+
+    Attributes:
+        pixels: Scores of all foreground pixels.
+        images: Summary of each image.
+        n_without_foreground: Number of images without a scored foreground pixel.
+    """
 
     pixels: ScoreHistogram = field(default_factory=ScoreHistogram.empty)
     images: tuple[NormalImage, ...] = ()
@@ -139,9 +216,16 @@ class Calibrator:
         image_score: float,
         group: str,
     ) -> "Calibrator":
-        """With one normal image; pixels outside the foreground, or without a score (NaN), do not count.
+        """Add a normal image; pixels outside the foreground or without a score (NaN) are ignored.
 
-        An image that has no others is only counted.
+        Args:
+            score_map: Score map.
+            foreground: Evaluated pixels; None: all.
+            image_score: Score of the image.
+            group: Group of the image.
+
+        Returns:
+            The next state. An image without scored foreground pixels is only counted.
         """
         scores = score_map[evaluated_pixels(score_map, foreground)]
         if scores.size == 0:
@@ -150,14 +234,22 @@ class Calibrator:
         return dataclasses.replace(self, pixels=self.pixels.add(scores, group), images=(*self.images, image))
 
     def finish(self, pixel_rate: float, image_rate: float) -> Calibration:
-        """Thresholds for these false-alarm rates per pixel and per image.
+        """Determine the thresholds for given false-alarm rates.
 
-        Raises InputError without a single normal image that has foreground.
+        Args:
+            pixel_rate: False-alarm rate per pixel.
+            image_rate: False-alarm rate per image.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            InputError: If no normal image has foreground pixels.
         """
         if not self.images:
             raise InputError(
-                f"No threshold can be set: none of {self.n_without_foreground} normal validation images has "
-                "a pixel in the foreground. Give normal images whose foreground is not empty."
+                f"Calibration failed: none of the {self.n_without_foreground} normal validation images has foreground "
+                "pixels. Provide normal images with a non-empty foreground."
             )
         return Calibration(
             pixel_threshold=_pixel_threshold(self.pixels, pixel_rate),
@@ -172,7 +264,15 @@ class Calibrator:
 def evaluated_pixels(
     score_map: Float32[np.ndarray, "H W"], foreground: Bool[np.ndarray, "H W"] | None
 ) -> Bool[np.ndarray, "H W"]:
-    """Those in the foreground that have a score: a method leaves NaN where it has none."""
+    """Select foreground pixels that have a score.
+
+    Args:
+        score_map: Score map; NaN where the method gives no score.
+        foreground: Foreground; None: all pixels.
+
+    Returns:
+        Mask of evaluated pixels.
+    """
     scored = ~np.isnan(score_map)
     return scored if foreground is None else foreground & scored
 
@@ -197,7 +297,7 @@ def _image_threshold(state: Calibrator, rate: float) -> Threshold:
 
 
 def _weighted_order_statistic(scores: np.ndarray, weight: np.ndarray, rate: float) -> float:
-    """The conformal threshold of a bootstrap replicate; NaN where that drew nothing."""
+    """Conformal threshold of a bootstrap replicate; NaN if the replicate is empty."""
     rank = np.cumsum(weight)
     if rank[-1] == 0:
         return np.nan
@@ -205,32 +305,33 @@ def _weighted_order_statistic(scores: np.ndarray, weight: np.ndarray, rate: floa
 
 
 def _conformal_rank(n: int, rate: float, unit: str) -> tuple[int, float, str]:
-    """Rank (from 1) of the normal score that a new normal score exceeds with probability <= rate.
+    """Rank (from 1) of the normal score that a new normal score exceeds with probability at most `rate`.
 
-    k = ceil((n + 1)(1 - rate)); if the n normal scores and the new one are exchangeable, the new one exceeds
-    the k-th with probability <= (n + 1 - k) / (n + 1) (Vovk, Gammerman & Shafer, "Algorithmic learning in a
-    random world", 2005). If k > n no score will do; the largest is taken and what it does attain is said.
-    Images of few patients are not exchangeable with one of a new patient: a threshold's n_groups and interval
-    say how far to trust it.
+    k = ceil((n + 1)(1 - rate)). If the n normal scores and the new one are exchangeable, the new one exceeds the k-th
+    with probability at most (n + 1 - k) / (n + 1) (Vovk, Gammerman and Shafer, "Algorithmic learning in a random
+    world", 2005). If k > n no score satisfies the bound; the largest score is used and its bound is reported. Images of
+    a few patients are not exchangeable with an image of a new patient: the n_groups and interval of a threshold
+    indicate how far to trust it.
 
-    Returns the rank, the bound and a warning.
+    Returns:
+        Rank, bound on the false-alarm rate, and a warning or an empty string.
     """
-    exceeding = floor((n + 1) * rate + 1e-9)  # n + 1 - k; 1e-9 for products that are whole but for rounding
+    exceeding = floor((n + 1) * rate + 1e-9)  # n + 1 - k; 1e-9 absorbs rounding errors of whole products
     if exceeding >= 1:
         return n + 1 - exceeding, exceeding / (n + 1), ""
     warning = (
-        f"A false-alarm rate of {rate:g} per {unit} cannot be certified with {n} normal {unit}s: the "
-        f"threshold is the largest of their scores, which bounds the rate by {1 / (n + 1):.2g}."
+        f"A false-alarm rate of {rate:g} per {unit} cannot be guaranteed with {n} normal {unit}s: the "
+        f"threshold is their largest score, which bounds the rate by {1 / (n + 1):.2g}."
     )
     return n, 1 / (n + 1), warning
 
 
 def _survival_table(pixels: ScoreHistogram) -> tuple[Knot, ...]:
-    """Knots at equal ratios of the number of pixels that score at least as high, all bins if they are few."""
+    """Knots at equal ratios of the number of pixels that score at least as high, or all bins if there are few."""
     at_least = np.cumsum(pixels.count[::-1])[::-1]
     last = at_least.size - 1
-    wanted = np.exp(np.linspace(log(pixels.n), 0, MAX_KNOTS))
-    spaced = np.clip(np.searchsorted(-at_least, -wanted), 0, last)
+    targets = np.exp(np.linspace(log(pixels.n), 0, MAX_KNOTS))
+    spaced = np.clip(np.searchsorted(-at_least, -targets), 0, last)
     chosen = np.arange(last + 1) if last < MAX_KNOTS else np.unique([0, *spaced, last])
     knots = [Knot(float(pixels.low[i]), int(at_least[i])) for i in chosen]
     if pixels.high[last] > pixels.low[last]:

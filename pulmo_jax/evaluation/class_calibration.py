@@ -1,6 +1,6 @@
-"""How far class probabilities can be believed, and the scaling of logits that makes them so.
+"""Calibration of class probabilities: temperature scaling, reliability diagrams and calibration error.
 
-N images, K classes. A row of NaN is an image without a prediction, and counts nowhere.
+N images, K classes. A row of NaN marks an image without a prediction, which is ignored.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,21 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import binomtest
 
 BINS = 10
-SCALE_SD = 0.25  # of the prior of log(scale): of logits, which training has brought near to those of probabilities
-SCORE_SCALE_SD, OFFSET_SD = 1.0, 3.0  # of scores in units of their own: of log(scale) and of an offset
-LOG_SCALE_LIMIT = 30.0  # far outside the prior: keeps exp finite in a line search
+SCALE_SD = 0.25  # prior sd of log(scale) for logits of a trained network, which are nearly calibrated
+SCORE_SCALE_SD, OFFSET_SD = 1.0, 3.0  # prior sd of log(scale) and of an offset for scores in arbitrary units
+LOG_SCALE_LIMIT = 30.0  # far outside the prior; keeps exp finite during the line search
 
 
 class Reliability(NamedTuple):
-    """By bin of confidence: its mean, the accuracy with Wilson's 95 % interval, and the number; NaN where it is 0."""
+    """Reliability diagram.
+
+    Attributes:
+        confidence: Mean confidence in each bin; NaN in empty bins.
+        accuracy: Accuracy in each bin; NaN in empty bins.
+        count: Number of predictions in each bin.
+        low: Lower limit of Wilson's 95 % interval of the accuracy.
+        high: Upper limit of Wilson's 95 % interval of the accuracy.
+    """
 
     confidence: Float[np.ndarray, "bins"]
     accuracy: Float[np.ndarray, "bins"]
@@ -30,31 +38,54 @@ class Reliability(NamedTuple):
 
 @dataclass(frozen=True)
 class Scaling:
-    """From logits to probabilities: softmax(scale * logits + offsets), where 1 / scale is the temperature."""
+    """Calibration map from logits to probabilities, softmax(scale * logits + offsets).
+
+    Attributes:
+        scale: Inverse temperature.
+        offsets: Offset of each class.
+    """
 
     scale: float
     offsets: tuple[float, ...]
 
     def probabilities(self, logits: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+        """Calibrated class probabilities.
+
+        Args:
+            logits: Logits of N images.
+
+        Returns:
+            Class probabilities.
+        """
         return softmax(self.scale * logits + np.array(self.offsets), axis=1)
 
 
 def fit_scaling(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], *, offsets: bool) -> Scaling:
-    """The likeliest scale of validation images' logits, and with `offsets` that of each class but 0, whose is 0.
+    """Fit the temperature, and optionally class offsets, to the logits of validation images.
 
-    Temperature scaling: Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2. Departs from
-    it in priors: log(scale) ~ N(0, 1/4^2), and with offsets, for logits that are scores, log(scale) ~ N(0, 1) and
-    offset ~ N(0, 3^2). A few images that are perfectly told apart would make the scale infinite, and that of a dozen
-    is noise, by which networks that are averaged would count unequally; hundreds outweigh the prior. Without images
-    the logits stay as they are.
+    This departs from plain temperature scaling by using priors: log(scale) ~ N(0, 1/4^2), and with offsets log(scale) ~
+    N(0, 1) and offset ~ N(0, 3^2). Without a prior a few perfectly separated images give an infinite scale, and the
+    scale from a dozen images is mostly noise that would distort the average over networks. Hundreds of images outweigh
+    the prior. Without images the logits are unchanged.
+
+    Args:
+        logits: Logits of N images.
+        labels: True class of each image.
+        offsets: Also fit an offset for every class except class 0; intended for scores that are not log-probabilities.
+
+    Returns:
+        Maximum a posteriori scaling.
+
+    Reference:
+        Guo et al., "On calibration of modern neural networks", ICML 2017, Section 4.2.
     """
     z, n_classes = logits.astype(np.float64), logits.shape[1]
-    first = 1 if offsets else n_classes  # class with a free offset
+    first = 1 if offsets else n_classes  # first class with a free offset
     truth = labels[:, None] == np.arange(n_classes)
     precision = np.array([SCORE_SCALE_SD if offsets else SCALE_SD] + [OFFSET_SD] * (n_classes - first)) ** -2.0
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        """The negative log posterior of (log(scale), *offsets), and its gradient."""
+        """Negative log posterior of (log(scale), *offsets) and its gradient."""
         scale, shift = np.exp(parameters[0]), np.pad(parameters[1:], (first, 0))
         log_p = log_softmax(scale * z + shift, axis=1)
         residual = np.exp(log_p) - truth
@@ -72,47 +103,82 @@ def expected_calibration_error(
     weights: Float[np.ndarray, "N"] | None = None,
     bins: int = BINS,
 ) -> float:
-    """The mean gap between confidence, the greatest probability, and accuracy, over bins of equal width.
+    """Expected calibration error: mean gap between confidence (the highest probability) and accuracy, over bins of
+    equal width.
 
-    Guo et al. (2017), Eq. 3. NaN where nothing weighs.
+    Args:
+        probabilities: Class probabilities of N images.
+        labels: True class of each image.
+        weights: Weight of each image, default 1.
+        bins: Number of bins.
+
+    Returns:
+        Calibration error; NaN if the total weight is 0.
+
+    Reference:
+        Guo et al. 2017, Eq. 3.
     """
-    known = has_prediction(probabilities)
-    weight = known.astype(np.float64) if weights is None else weights * known
-    gaps = weight[known] @ calibration_gaps(probabilities[known], labels[known], bins)
+    predicted = has_prediction(probabilities)
+    weight = predicted.astype(np.float64) if weights is None else weights * predicted
+    gaps = weight[predicted] @ calibration_gaps(probabilities[predicted], labels[predicted], bins)
     return float(np.abs(gaps).sum() / weight.sum()) if weight.any() else np.nan
 
 
 def calibration_gaps(
     probabilities: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], bins: int = BINS
 ) -> Float[np.ndarray, "N bins"]:
-    """Of every image, 1 if it is right, less its confidence, in the column of its bin; 0 in the others.
+    """Contribution of each image to the calibration error.
 
-    The calibration error is the sum of the absolute values of the columns' means.
+    The calibration error is the sum of the absolute column means.
+
+    Args:
+        probabilities: Class probabilities of N images.
+        labels: True class of each image.
+        bins: Number of bins.
+
+    Returns:
+        Correctness (0 or 1) minus confidence in the column of the image's bin; 0 in all other columns.
     """
-    confidence, right, at = _confidence(probabilities, labels, bins)
-    return np.where(at[:, None] == np.arange(bins), (right - confidence)[:, None], 0.0)
+    confidence, correct, bin_index = _confidence(probabilities, labels, bins)
+    return np.where(bin_index[:, None] == np.arange(bins), (correct - confidence)[:, None], 0.0)
 
 
 def reliability(probabilities: Float[np.ndarray, "M K"], labels: Int[np.ndarray, "M"], bins: int = BINS) -> Reliability:
-    """The reliability diagram over the bins of the calibration error; intervals take the rows as independent."""
-    known = has_prediction(probabilities)
-    confidence, right, at = _confidence(probabilities[known], labels[known], bins)
-    count, n_right = np.bincount(at, minlength=bins), np.bincount(at[right], minlength=bins)
+    """Reliability diagram over the bins of the calibration error.
+
+    Args:
+        probabilities: Class probabilities of M predictions.
+        labels: True class of each prediction.
+        bins: Number of bins.
+
+    Returns:
+        The diagram; its intervals treat predictions as independent.
+    """
+    predicted = has_prediction(probabilities)
+    confidence, correct, bin_index = _confidence(probabilities[predicted], labels[predicted], bins)
+    count, n_correct = np.bincount(bin_index, minlength=bins), np.bincount(bin_index[correct], minlength=bins)
     values = np.full((4, bins), np.nan)
     for i in np.flatnonzero(count):
-        accuracy = binomtest(int(n_right[i]), int(count[i]))
-        values[:, i] = confidence[at == i].mean(), accuracy.statistic, *accuracy.proportion_ci(method="wilson")
+        accuracy = binomtest(int(n_correct[i]), int(count[i]))
+        values[:, i] = confidence[bin_index == i].mean(), accuracy.statistic, *accuracy.proportion_ci(method="wilson")
     return Reliability(values[0], values[1], count, values[2], values[3])
 
 
 def has_prediction(probabilities: Float[np.ndarray, "*R N K"]) -> Bool[np.ndarray, "*R N"]:
-    """Whether a row has no NaN."""
+    """Select rows without NaN.
+
+    Args:
+        probabilities: Class probabilities of N images.
+
+    Returns:
+        True for each image that has a prediction.
+    """
     return ~np.isnan(probabilities.sum(-1))
 
 
 def _confidence(
     probabilities: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], bins: int
 ) -> tuple[Float[np.ndarray, "N"], Bool[np.ndarray, "N"], Int[np.ndarray, "N"]]:
-    """The greatest probability, whether its class is right, and its bin, which holds its upper edge."""
+    """Highest probability, whether its class is correct, and its bin (bins include their upper edge)."""
     confidence, edges = probabilities.max(1).astype(np.float64), np.linspace(0, 1, bins + 1)
     return confidence, probabilities.argmax(1) == labels, np.searchsorted(edges[1:-1], confidence)

@@ -1,4 +1,4 @@
-"""A score map to a list of findings: connected regions above the calibrated threshold."""
+"""Detection of anomalies: connected regions of a score map above the calibrated threshold."""
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
@@ -14,27 +14,41 @@ def find_detections(
     foreground: Bool[np.ndarray, "H W"] | None = None,
     min_area_px: int = 1,
 ) -> tuple[list[Detection], Bool[np.ndarray, "H W"]]:
-    """Regions of at least min_area_px pixels whose finite score exceeds the pixel threshold.
+    """Find connected regions above the pixel threshold.
 
-    Returns them by descending peak score, labelled from 1 in that order, and the mask of their pixels.
+    Args:
+        score: Score map; NaN outside the evaluated area.
+        calibration: Thresholds and p-values of the run.
+        foreground: Pixels in which to search; None: all.
+        min_area_px: Smallest area of a region in pixels.
+
+    Returns:
+        Detections sorted by descending peak score and labelled from 1, and the mask of their pixels.
     """
     mask = (score > calibration.pixel_threshold.value) & np.isfinite(score)
     if foreground is not None:
         mask &= foreground
     labels, area = label_regions(mask)
-    pixel = np.flatnonzero(mask)  # the few that matter: to go by the whole map would copy it
-    kept = (area >= min_area_px)[labels.ravel()[pixel]]
-    mask.flat[pixel[~kept]] = False
-    return _describe(score, labels, pixel[kept], calibration), mask
+    pixel = np.flatnonzero(mask)  # indices of the few selected pixels; avoids copies of the whole map
+    selected = (area >= min_area_px)[labels.ravel()[pixel]]
+    mask.flat[pixel[~selected]] = False
+    return _describe(score, labels, pixel[selected], calibration), mask
 
 
 def label_regions(
     mask: Bool[np.ndarray, "H W"],
 ) -> tuple[Int32[np.ndarray, "H W"], Int64[np.ndarray, "labels"]]:
-    """8-connected regions, numbered from 1, and the area in pixels of every label (0: outside the mask)."""
+    """Label 8-connected regions.
+
+    Args:
+        mask: Binary mask.
+
+    Returns:
+        Labels from 1 (0: background), and the area of each label in pixels.
+    """
     labels = np.empty(mask.shape, np.int32)
     ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
-    area = np.bincount(labels[mask], minlength=1)  # of the whole map it would make a copy of twice its size
+    area = np.bincount(labels[mask], minlength=1)  # bincount of the whole map would copy it to int64
     area[0] = mask.size - area.sum()
     return labels, area
 
@@ -45,8 +59,8 @@ def _describe(score: np.ndarray, labels: np.ndarray, pixel: np.ndarray, calibrat
     label, value = labels.ravel()[pixel], score.ravel()[pixel]
     region, area = np.unique(label, return_counts=True)
     mean = ndimage.mean(value, label, region)
-    at = np.ravel(ndimage.maximum_position(value, label, region)).astype(np.intp)
-    peak, (y, x) = value[at], np.unravel_index(pixel[at], score.shape)
+    peak_index = np.ravel(ndimage.maximum_position(value, label, region)).astype(np.intp)
+    peak, (y, x) = value[peak_index], np.unravel_index(pixel[peak_index], score.shape)
     p_value, boxes = calibration.pixel_p_value(peak), ndimage.find_objects(labels)
     return [
         Detection(

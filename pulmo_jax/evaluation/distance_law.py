@@ -1,8 +1,8 @@
-"""How often Gaussian data are as far from their mean as this: p-values of squared Mahalanobis distances.
+"""p-values of squared Mahalanobis distances under a Gaussian model.
 
-With mean and covariance known the distance is chi-squared. Learnt from n samples it is Hotelling's T^2, whose tail is
-heavier (Hotelling 1931, Ann. Math. Stat. 2:360). Images are seldom Gaussian: calibration on normal ones is what
-thresholds come from, and the distance between the two is shown in the report.
+With known mean and covariance the squared distance follows a chi-squared distribution. If both are estimated from n
+samples it follows Hotelling's T^2, which has a heavier tail (Hotelling 1931, Ann. Math. Stat. 2:360). Images are rarely
+Gaussian, so thresholds come from calibration on normal images; the report shows how the two differ.
 """
 
 import numpy as np
@@ -11,16 +11,37 @@ from scipy import stats
 
 
 def chi_squared_p_value(distance: Float[np.ndarray, "*shape"], dimensions: int) -> Float[np.ndarray, "*shape"]:
-    """Of mean and covariance that are known."""
+    """p-value for known mean and covariance.
+
+    Args:
+        distance: Squared Mahalanobis distances.
+        dimensions: Number of dimensions D.
+
+    Returns:
+        p-values.
+    """
     return np.asarray(stats.chi2.sf(distance, dimensions))
 
 
 def hotelling_p_value(distance: Float[np.ndarray, "*shape"], dimensions: int, n: float) -> Float[np.ndarray, "*shape"]:
-    """Of a new sample, from the mean and the population covariance (1/n) of n others.
+    """p-value of a new sample for mean and covariance (normalised by 1/n) estimated from n others.
 
-    (n - D) / (D (n + 1)) d^2 follows F(D, n - D). Raises ValueError for n <= D, where there is no such covariance.
+    (n - D) / (D (n + 1)) d^2 follows the F(D, n - D) distribution.
+
+    Args:
+        distance: Squared Mahalanobis distances.
+        dimensions: Number of dimensions D.
+        n: Number of samples.
+
+    Returns:
+        p-values.
+
+    Raises:
+        ValueError: If n <= D, because the covariance is then singular.
     """
     if n <= dimensions:
-        raise ValueError(f"{n:g} samples have no covariance of {dimensions} dimensions")
+        raise ValueError(
+            f"{n:g} samples give a singular covariance in {dimensions} dimensions; use more samples than dimensions"
+        )
     freedom = n - dimensions
     return np.asarray(stats.f.sf(distance * freedom / (dimensions * (n + 1)), dimensions, freedom))

@@ -1,8 +1,8 @@
-"""Errors of landmarks and the calibration of their uncertainties, with 95 % bootstrap intervals over groups of images.
+"""Landmark errors and the calibration of their uncertainties, with 95 % bootstrap intervals over groups of images.
 
-N images, K landmarks; points are (y, x) in px of the image. A landmark without a truth is NaN there and counts nowhere.
-Chi-squared has two degrees of freedom throughout: a point has two coordinates. Groups, such as patients, are what is
-drawn anew; without their names each image is one.
+N images, K landmarks; points are (y, x) in pixels of the image. A landmark without ground truth is NaN and is ignored.
+Chi-squared distributions have two degrees of freedom, one per coordinate. The bootstrap resamples groups, such as
+patients; without group names each image is its own group.
 """
 
 import math
@@ -19,24 +19,31 @@ from pulmo_jax.types import InputError
 
 REPLICATES = 1000
 LEVELS = (0.68, 0.95)
-REFERENCE_PX = 224  # the side of the images of many networks
+REFERENCE_PX = 224  # input size of many networks
 Unit = Literal["px", "px_at_224", "percent_of_diagonal"]
 UNITS: tuple[Unit, ...] = ("px", "px_at_224", "percent_of_diagonal")
-CELL_RADIUS = (math.sqrt(2) + math.asinh(1)) / 6  # mean distance of a square's points from its centre, in sides
-USES = 5  # of each coordinate, on average, before few distinct ones are called a grid
+CELL_RADIUS = (math.sqrt(2) + math.asinh(1)) / 6  # mean distance from the centre of a unit square
+USES = 5  # mean number of uses of each distinct coordinate above which labels are assumed to lie on a grid
 
 
 class Errors(NamedTuple):
-    """mean and median over all landmarks of all images."""
+    """Error statistics over all landmarks of all images.
+
+    Attributes:
+        mean: Mean error.
+        median: Median error.
+    """
 
     mean: Estimate
     median: Estimate
 
 
 class Shift(NamedTuple):
-    """How much larger a class's mean error is than the reference's.
+    """Difference in mean error between a class and the reference class.
 
-    p_value: of a permutation of the groups, two-sided; None with fewer than two groups in either.
+    Attributes:
+        difference: Mean error of the class minus that of the reference.
+        p_value: Two-sided p-value of a permutation test over groups; None with fewer than two groups in either class.
     """
 
     difference: Estimate
@@ -44,24 +51,50 @@ class Shift(NamedTuple):
 
 
 def radial_errors(points: Float[np.ndarray, "N K 2"], truth: Float[np.ndarray, "N K 2"]) -> Float[np.ndarray, "N K"]:
-    """Euclidean distances, px of the image."""
+    """Euclidean distance between predicted and true landmarks.
+
+    Args:
+        points: Predicted landmarks (y, x) in pixels.
+        truth: True landmarks (y, x) in pixels.
+
+    Returns:
+        Errors in pixels of the image.
+    """
     return np.hypot(*np.moveaxis(points - truth, -1, 0))
 
 
 def label_floor_px(truth: Float[np.ndarray, "N K 2"]) -> float:
-    """The mean error of a perfect prediction where labels lie on a square grid, px; 0 where they do not.
+    """Mean error of a perfect prediction that is due to labels on a square grid.
 
-    They do if they have few distinct coordinates: a label made at 64x64 and stored at 299 has a step of 4.67 px.
+    Labels are assumed to lie on a grid if they have few distinct coordinates: labels made at 64 x 64 and stored at 299
+    x 299 have a step of 4.67 px.
+
+    Args:
+        truth: True landmarks (y, x) in pixels.
+
+    Returns:
+        Mean error in pixels; 0 if the labels do not lie on a grid.
     """
-    known = truth[~np.isnan(truth)]
-    distinct = np.unique(known)
-    if distinct.size < 2 or known.size < USES * distinct.size:
+    labelled = truth[~np.isnan(truth)]
+    distinct = np.unique(labelled)
+    if distinct.size < 2 or labelled.size < USES * distinct.size:
         return 0.0
     return CELL_RADIUS * float(np.ptp(distinct)) / (distinct.size - 1)
 
 
-def in_unit(errors: Float[np.ndarray, "N K"], sizes: Int[np.ndarray, "N 2"], unit: Unit) -> Float[np.ndarray, "N K"]:
-    """Errors in px as those of an image with a longer side of 224 px, or in percent of the diagonal. sizes: (H, W)."""
+def convert_unit(
+    errors: Float[np.ndarray, "N K"], sizes: Int[np.ndarray, "N 2"], unit: Unit
+) -> Float[np.ndarray, "N K"]:
+    """Convert errors from pixels to another unit.
+
+    Args:
+        errors: Errors in pixels of the image.
+        sizes: Height and width of each image in pixels.
+        unit: "px"; "px_at_224": pixels of the image scaled to a longer side of 224; "percent_of_diagonal".
+
+    Returns:
+        Errors in that unit.
+    """
     if unit == "px":
         return errors
     if unit == "px_at_224":
@@ -69,26 +102,40 @@ def in_unit(errors: Float[np.ndarray, "N K"], sizes: Int[np.ndarray, "N 2"], uni
     return errors * (100 / np.hypot(*sizes.T)[:, None])
 
 
-def with_interval(
+def bootstrap_estimates(
     values: Float[np.ndarray, "N *rest"],
     statistic: Callable[[np.ndarray], np.ndarray],
     replicates: int = REPLICATES,
     seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> list[Estimate]:
-    """Each element of `statistic(values)`, a 1-D array, with a percentile interval: whole groups are drawn anew."""
+    """Evaluate a statistic and its percentile intervals by resampling whole groups.
+
+    Args:
+        values: One row per image.
+        statistic: Function from rows to a 1-D array.
+        replicates: Number of bootstrap replicates.
+        seed: Seed of the resampling.
+        groups: Group of each image; None: each image is its own group.
+
+    Returns:
+        One estimate for each element of the statistic.
+    """
     rows = _rows_of_groups(_names(len(values), groups))
     n = len(rows)
     rng = np.random.default_rng(seed)
-    main = np.atleast_1d(statistic(values))
-    drawn = np.array(
+    point_estimate = np.atleast_1d(statistic(values))
+    resampled = np.array(
         [
             statistic(values[np.concatenate([rows[i] for i in rng.integers(0, n, n)])])
             for _ in range(replicates if n > 1 else 0)
         ],
         float,
     )
-    return [_estimate(value, column, n) for value, column in zip(main, drawn.reshape(-1, main.size).T, strict=True)]
+    return [
+        _estimate(value, column, n)
+        for value, column in zip(point_estimate, resampled.reshape(-1, point_estimate.size).T, strict=True)
+    ]
 
 
 def _names(n: int, groups: Sequence[str] | None) -> Shaped[np.ndarray, "n"]:
@@ -96,15 +143,15 @@ def _names(n: int, groups: Sequence[str] | None) -> Shaped[np.ndarray, "n"]:
 
 
 def _rows_of_groups(names: Shaped[np.ndarray, "n"]) -> list[Int[np.ndarray, "m"]]:
-    """Which images each group has."""
+    """Indices of the images of each group."""
     return [np.flatnonzero(names == name) for name in np.unique(names)]
 
 
 def _estimate(value: float, replicates: np.ndarray, n_groups: int) -> Estimate:
     if np.isnan(value):
-        return Estimate(None, reason="there are no such landmarks with a truth")
+        return Estimate(None, reason="there are no such landmarks with ground truth")
     low, high = percentile_interval(replicates.astype(np.float64), n_groups)
-    reason = "no interval: it takes two groups" if low is None else ""
+    reason = "no interval: requires two groups" if low is None else ""
     return Estimate(float(value), low, high, reason=reason, skipped=int(np.isnan(replicates).sum()))
 
 
@@ -114,9 +161,19 @@ def error_figures(
     seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> Errors:
-    """Mean and median over all landmarks of all images."""
-    of_known = lambda drawn: _mean_and_median(drawn[~np.isnan(drawn)])  # noqa: E731
-    return Errors(*with_interval(errors, of_known, replicates, seed, groups))
+    """Mean and median error over all landmarks of all images.
+
+    Args:
+        errors: Errors; NaN where there is no ground truth.
+        replicates: Number of bootstrap replicates.
+        seed: Seed of the resampling.
+        groups: Group of each image; None: each image is its own group.
+
+    Returns:
+        Mean and median with their intervals.
+    """
+    known_mean_and_median = lambda resampled: _mean_and_median(resampled[~np.isnan(resampled)])  # noqa: E731
+    return Errors(*bootstrap_estimates(errors, known_mean_and_median, replicates, seed, groups))
 
 
 def _mean_and_median(values: np.ndarray) -> np.ndarray:
@@ -131,20 +188,36 @@ def class_shift(
     seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> dict[str, Shift]:
-    """Of every other class, how much larger its mean error is than that of the class `reference`.
+    """Compare the mean error of each class with that of a reference class.
 
-    Groups are drawn anew within each class. Raises InputError if no image is of the reference.
+    Groups are resampled within each class.
+
+    Args:
+        errors: Errors; NaN where there is no ground truth.
+        labels: Class of each image.
+        reference: Reference class.
+        replicates: Number of bootstrap replicates and permutations.
+        seed: Seed of the resampling.
+        groups: Group of each image; None: each image is its own group.
+
+    Returns:
+        Difference to the reference for every other class.
+
+    Raises:
+        InputError: If no image belongs to the reference class.
     """
     member, names = np.array(labels), sorted(set(labels))
     if reference not in names:
-        raise InputError(f"No image is of the class {reference!r}, to compare with; the classes are {names}.")
-    of_image, group = _image_means(errors), _names(len(errors), groups)
-    known = {}
+        raise InputError(f"No image belongs to the reference class {reference!r}; the classes are {names}.")
+    image_error, group = _image_means(errors), _names(len(errors), groups)
+    group_sums = {}
     for name in names:
-        inside = (member == name) & ~np.isnan(of_image)
+        inside = (member == name) & ~np.isnan(image_error)
         rows = _rows_of_groups(group[inside])
-        known[name] = np.array([[of_image[inside][r].sum(), r.size] for r in rows]).reshape(-1, 2)
-    return {name: _shift(known[name], known[reference], replicates, seed) for name in names if name != reference}
+        group_sums[name] = np.array([[image_error[inside][r].sum(), r.size] for r in rows]).reshape(-1, 2)
+    return {
+        name: _shift(group_sums[name], group_sums[reference], replicates, seed) for name in names if name != reference
+    }
 
 
 def _shift(values: Float[np.ndarray, "G 2"], reference: Float[np.ndarray, "H 2"], replicates: int, seed: int) -> Shift:
@@ -156,8 +229,8 @@ def _shift(values: Float[np.ndarray, "G 2"], reference: Float[np.ndarray, "H 2"]
     if min(n, m) < 2:
         return Shift(Estimate(difference, reason="no interval: it takes two groups of each class"), None)
     rng = np.random.default_rng(seed)
-    drawn = [_mean(x[rng.integers(0, len(x), (replicates, len(x)))]) for x in (values, reference)]
-    low, high = percentile_interval(drawn[0] - drawn[1], min(n, m))
+    resampled = [_mean(x[rng.integers(0, len(x), (replicates, len(x)))]) for x in (values, reference)]
+    low, high = percentile_interval(resampled[0] - resampled[1], min(n, m))
     shuffled = np.concatenate([values, reference])[rng.permuted(np.tile(np.arange(n + m), (replicates, 1)), axis=1)]
     null = _mean(shuffled[:, :n]) - _mean(shuffled[:, n:])
     at_least = np.sum(np.abs(null) >= abs(difference) - 1e-12)
@@ -165,35 +238,59 @@ def _shift(values: Float[np.ndarray, "G 2"], reference: Float[np.ndarray, "H 2"]
 
 
 def _mean(groups: Float[np.ndarray, "*R G 2"]) -> Float[np.ndarray, "*R"]:
-    """Over the images of groups of (sum, number)."""
+    """Mean over the images of groups given as (sum, number)."""
     return np.asarray(groups[..., 0].sum(-1) / groups[..., 1].sum(-1))
 
 
 def cumulative_error(errors: Float[np.ndarray, "N K"]) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """The errors, ascending, and the share of landmarks with at most each of them."""
+    """Cumulative distribution of the errors.
+
+    Args:
+        errors: Errors; NaN where there is no ground truth.
+
+    Returns:
+        Errors in ascending order, and the fraction of landmarks with at most that error.
+    """
     ascending = np.sort(errors[~np.isnan(errors)])
     return ascending, np.arange(1, ascending.size + 1) / max(ascending.size, 1)
 
 
 def failures(errors: Float[np.ndarray, "N K"], count: int) -> Int[np.ndarray, "n"]:
-    """The images with the largest mean errors, the worst first; those without a truth are left out."""
-    of_image = _image_means(errors)
-    order = np.argsort(-of_image, kind="stable")  # NaN comes last
-    return order[: min(count, int(np.sum(~np.isnan(of_image))))]
+    """Images with the largest mean errors.
+
+    Args:
+        errors: Errors; NaN where there is no ground truth.
+        count: Maximum number of images.
+
+    Returns:
+        Indices of the images, the largest error first; images without ground truth are excluded.
+    """
+    image_error = _image_means(errors)
+    order = np.argsort(-image_error, kind="stable")  # NaN sorts last
+    return order[: min(count, int(np.sum(~np.isnan(image_error))))]
 
 
 def _image_means(errors: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(errors)
-    n = known.sum(1)
-    return np.divide(np.where(known, errors, 0).sum(1), n, out=np.full(len(errors), np.nan), where=n > 0)
+    labelled = ~np.isnan(errors)
+    n = labelled.sum(1)
+    return np.divide(np.where(labelled, errors, 0).sum(1), n, out=np.full(len(errors), np.nan), where=n > 0)
 
 
 def squared_distance(
     points: Float[np.ndarray, "N K 2"], covariance: Float[np.ndarray, "N K 2 2"], truth: Float[np.ndarray, "N K 2"]
 ) -> Float[np.ndarray, "N K"]:
-    """Squared Mahalanobis distance of each truth from its prediction; chi-squared if the covariance is right.
+    """Squared Mahalanobis distance of the true from the predicted landmarks; chi-squared if the covariance is correct.
 
-    Raises InputError for a covariance that is not positive definite.
+    Args:
+        points: Predicted landmarks (y, x) in pixels.
+        covariance: Predicted covariance of each landmark in px^2.
+        truth: True landmarks (y, x) in pixels.
+
+    Returns:
+        Squared distances.
+
+    Raises:
+        InputError: If a covariance is not positive definite.
     """
     (yy, yx), (xy, xx) = np.moveaxis(covariance, (-2, -1), (0, 1))
     determinant = yy * xx - yx * xy
@@ -211,19 +308,33 @@ def scale_covariance(
     truth: Float[np.ndarray, "N K 2"],
     level: float = 0.95,
 ) -> float:
-    """By what to multiply covariances so that the region of `level` covers as many landmarks of a new image.
+    """Factor by which to scale the covariances for a given coverage.
 
-    The conformal quantile of the squared distances over chi-squared's. Landmarks of one image are not exchangeable
-    with those of another, images are: the new image's K distances count as infinite (Lee, Barber & Willett,
-    "Distribution-free inference with hierarchical data", 2023). Raises InputError without any truth.
+    The factor is the conformal quantile of the squared distances divided by the chi-squared quantile. Images are
+    exchangeable but landmarks of different images are not, so the K distances of a new image count as infinite.
+
+    Args:
+        points: Predicted landmarks (y, x) in pixels.
+        covariance: Predicted covariance of each landmark in px^2.
+        truth: True landmarks (y, x) in pixels.
+        level: Fraction of the landmarks of a new image that the confidence region is to cover.
+
+    Returns:
+        Scale factor of the covariances.
+
+    Raises:
+        InputError: If no landmark has ground truth.
+
+    Reference:
+        Lee, Barber and Willett, "Distribution-free inference with hierarchical data", 2023.
     """
     squared = squared_distance(points, covariance, truth)
     n_images = int((~np.isnan(squared)).any(1).sum())
-    known = np.sort(squared[~np.isnan(squared)])
-    if known.size == 0:
-        raise InputError("Uncertainties cannot be calibrated: no validation image has a landmark with a truth.")
-    rank = min(known.size, math.ceil(level * (n_images + 1) / n_images * known.size - 1e-9))
-    return float(known[rank - 1] / stats.chi2.ppf(level, 2))
+    ascending = np.sort(squared[~np.isnan(squared)])
+    if ascending.size == 0:
+        raise InputError("Uncertainties cannot be calibrated: no validation image has a landmark with ground truth.")
+    rank = min(ascending.size, math.ceil(level * (n_images + 1) / n_images * ascending.size - 1e-9))
+    return float(ascending[rank - 1] / stats.chi2.ppf(level, 2))
 
 
 def coverage(
@@ -233,14 +344,25 @@ def coverage(
     seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> list[Estimate]:
-    """The share of truths inside their region, for regions of each nominal level. squared: `squared_distance`."""
+    """Fraction of true landmarks inside their confidence region.
+
+    Args:
+        squared: Squared distances from `squared_distance`.
+        levels: Nominal levels of the regions.
+        replicates: Number of bootstrap replicates.
+        seed: Seed of the resampling.
+        groups: Group of each image; None: each image is its own group.
+
+    Returns:
+        Coverage for each level.
+    """
     limits = stats.chi2.ppf(np.array(levels), 2)
 
-    def shares(drawn: np.ndarray) -> np.ndarray:
-        known = drawn[~np.isnan(drawn)]
+    def shares(resampled: np.ndarray) -> np.ndarray:
+        known = resampled[~np.isnan(resampled)]
         return (known[:, None] <= limits).mean(0) if known.size else np.full(limits.size, np.nan)
 
-    return with_interval(squared, shares, replicates, seed, groups)
+    return bootstrap_estimates(squared, shares, replicates, seed, groups)
 
 
 def held_out_coverage(
@@ -251,22 +373,35 @@ def held_out_coverage(
     folds: int = 5,
     level: float = 0.95,
 ) -> float | None:
-    """The share of truths inside their region of `level`, each group's covariances scaled by what the groups of the
-    other folds show (`scale_covariance`). None with fewer groups than folds, or where a part has no truth.
+    """Cross-validated coverage of the calibrated confidence regions.
+
+    The covariances of each fold are scaled by `scale_covariance` of the other folds.
+
+    Args:
+        points: Predicted landmarks (y, x) in pixels.
+        covariance: Predicted covariance of each landmark in px^2.
+        truth: True landmarks (y, x) in pixels.
+        groups: Group of each image; groups are never divided between folds.
+        folds: Number of folds.
+        level: Nominal level of the regions.
+
+    Returns:
+        Fraction of true landmarks inside their region; None with fewer groups than folds, or if a part has no ground
+        truth.
     """
     rows = _rows_of_groups(np.array(groups))
     if len(rows) < folds:
         return None
     fold = np.zeros(len(points), int)
-    for number, of_group in enumerate(rows):
-        fold[of_group] = number % folds
+    for number, members in enumerate(rows):
+        fold[members] = number % folds
     squared, inside = squared_distance(points, covariance, truth), np.full(truth.shape[:2], np.nan)
-    for here in range(folds):
-        held = fold == here
-        if np.isnan(squared[~held]).all():
+    for index in range(folds):
+        held_out = fold == index
+        if np.isnan(squared[~held_out]).all():
             return None
-        factor = scale_covariance(points[~held], covariance[~held], truth[~held], level)
-        inside[held] = squared[held] / factor <= stats.chi2.ppf(level, 2)
+        factor = scale_covariance(points[~held_out], covariance[~held_out], truth[~held_out], level)
+        inside[held_out] = squared[held_out] / factor <= stats.chi2.ppf(level, 2)
     return float(inside[~np.isnan(squared)].mean())
 
 
@@ -277,5 +412,16 @@ def summary(
     seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> Mapping[Unit, Errors]:
-    """Mean and median in every unit."""
-    return {unit: error_figures(in_unit(errors, sizes, unit), replicates, seed, groups) for unit in UNITS}
+    """Mean and median error in every unit.
+
+    Args:
+        errors: Errors in pixels; NaN where there is no ground truth.
+        sizes: Height and width of each image in pixels.
+        replicates: Number of bootstrap replicates.
+        seed: Seed of the resampling.
+        groups: Group of each image; None: each image is its own group.
+
+    Returns:
+        Error statistics by unit.
+    """
+    return {unit: error_figures(convert_unit(errors, sizes, unit), replicates, seed, groups) for unit in UNITS}

@@ -1,1 +1,1 @@
-"""Score maps of whole images, one by one or for folders."""
+"""Inference on complete images: score maps, calibration, assessment, and output files."""

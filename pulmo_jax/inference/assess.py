@@ -1,13 +1,14 @@
-"""Many images through the one scorer: thresholds from normal ones, figures of merit from labelled ones.
+"""Calibration on normal images and assessment on labelled images, with the scorer that prediction uses.
 
-Images pass one by one; what is kept of each is bounded.
+Images are processed one at a time; what is stored per image is bounded.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool, Float, Shaped
 
 from pulmo_jax.core.histogram import ScoreHistogram
 from pulmo_jax.data.images import ImageRef, Reader, find_masks
@@ -15,27 +16,36 @@ from pulmo_jax.evaluation.calibration import Calibration, Calibrator
 from pulmo_jax.evaluation.metrics import PixelMetrics
 from pulmo_jax.inference.baselines import BASELINES, baseline_image_score
 from pulmo_jax.inference.score import Scorer
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, ProgressTracker
 
 METHOD = "method"
-
-Track = Callable[[Iterable, int], Iterable]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a test image: is it abnormal, and the mask of its findings where there are masks."""
+    """Ground truth of a test image.
+
+    Attributes:
+        abnormal: Whether the image is abnormal.
+        mask: Mask of the findings, where available.
+    """
 
     abnormal: bool
-    mask: np.ndarray | None = None
+    mask: Bool[np.ndarray, "H W"] | None = None
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What `assess` learnt, by score name (METHOD and the baselines).
+    """Scores and ground truth of labelled images, by score name (`METHOD` and the baselines).
 
-    pixels: None where nothing is known of any. image_scores, abnormal, groups: one entry for each scored image.
-    peak_in_lesion: (images whose highest pixel lies in a lesion, images with lesions).
+    Attributes:
+        pixels: Pixel metrics of each score; None if no image has pixel-level ground truth.
+        image_scores: Image scores of each score, one entry per scored image.
+        abnormal: Whether each scored image is abnormal.
+        groups: Group of each scored image.
+        peak_in_lesion: Number of images whose highest pixel lies in a lesion, and number of images with lesions.
+        refs: Scored images.
+        unscored: Titles of images without any score.
     """
 
     pixels: dict[str, PixelMetrics] | None
@@ -54,9 +64,22 @@ def calibrate(
     pixel_rate: float,
     image_rate: float,
     seed: int,
-    track: Track,
+    track: ProgressTracker,
 ) -> dict[str, Calibration]:
-    """Thresholds of the method and of every baseline, from normal images alone."""
+    """Calibrate the method and all baselines on normal images.
+
+    Args:
+        scorer: Scorer of the run.
+        refs: Normal validation images.
+        reader: Image reader.
+        pixel_rate: False-alarm rate per pixel.
+        image_rate: False-alarm rate per image.
+        seed: Seed of the bootstrap weights.
+        track: Progress display.
+
+    Returns:
+        Calibration by score name.
+    """
     start = Calibrator(pixels=ScoreHistogram.empty(seed=seed))
     calibrators = dict.fromkeys((METHOD, *BASELINES), start)
     for ref in track(refs, len(refs)):
@@ -70,16 +93,31 @@ def assess(
     scorer: Scorer,
     calibrations: Mapping[str, Calibration],
     refs: Sequence[ImageRef],
-    truth_of: Callable[[ImageRef], Truth],
+    get_truth: Callable[[ImageRef], Truth],
     reader: Reader,
     *,
     lesion_sizes_px: Sequence[int],
     replicates: int,
     seed: int,
-    track: Track,
+    track: ProgressTracker,
 ) -> Assessment:
-    """Score labelled images and gather what the metrics need."""
-    pixels_of: dict[str, PixelMetrics] = {
+    """Score labelled images and collect the data for the figures of merit.
+
+    Args:
+        scorer: Scorer of the run.
+        calibrations: Calibration by score name.
+        refs: Test images.
+        get_truth: Function that returns the ground truth of an image.
+        reader: Image reader.
+        lesion_sizes_px: Areas that separate the size classes of lesions, in pixels.
+        replicates: Number of bootstrap replicates.
+        seed: Seed of the bootstrap weights.
+        track: Progress display.
+
+    Returns:
+        Scores and ground truth.
+    """
+    pixel_metrics: dict[str, PixelMetrics] = {
         name: PixelMetrics.empty(c.pixel_threshold.value, lesion_sizes_px, replicates=replicates, seed=seed)
         for name, c in calibrations.items()
     }
@@ -87,16 +125,16 @@ def assess(
     abnormal, scored, unscored = [], [], []
     with_masks, hits, lesions = False, 0, 0
     for ref in track(refs, len(refs)):
-        pixels, foreground, truth = reader.image(ref), reader.foreground(ref), truth_of(ref)
-        scores_of = all_scores(scorer, pixels, foreground)
-        scores, _ = scores_of[METHOD]
+        pixels, foreground, truth = reader.image(ref), reader.foreground(ref), get_truth(ref)
+        all_maps = all_scores(scorer, pixels, foreground)
+        scores, _ = all_maps[METHOD]
         if not np.isfinite(scores).any():
             unscored.append(ref.title)
             continue
-        for name, (score_map, score) in scores_of.items():
+        for name, (score_map, score) in all_maps.items():
             image_scores[name].append(score)
             if truth.mask is not None:
-                pixels_of[name] = pixels_of[name].add(score_map, truth.mask, None, ref.group)
+                pixel_metrics[name] = pixel_metrics[name].add(score_map, truth.mask, None, ref.group)
         abnormal.append(truth.abnormal)
         scored.append(ref)
         if truth.mask is not None:
@@ -106,12 +144,21 @@ def assess(
                 hits += bool(truth.mask[np.unravel_index(np.nanargmax(scores), scores.shape)])
     groups = [ref.group for ref in scored]
     return Assessment(
-        pixels_of if with_masks else None, image_scores, abnormal, groups, (hits, lesions), scored, unscored
+        pixel_metrics if with_masks else None, image_scores, abnormal, groups, (hits, lesions), scored, unscored
     )
 
 
 def choose_examples(assessment: Assessment, count: int) -> dict[str, list[ImageRef]]:
-    """At most `count` images of each kind: best found, worst missed, worst false alarms."""
+    """Select example images.
+
+    Args:
+        assessment: Assessment of the test images.
+        count: Maximum number of images of each kind.
+
+    Returns:
+        Images under "hits" (abnormal, highest scores), "misses" (abnormal, lowest scores) and "false_alarms" (normal,
+        highest scores).
+    """
     order = np.argsort(assessment.image_scores[METHOD])
     abnormal = [assessment.refs[i] for i in order if assessment.abnormal[i]]
     normal = [assessment.refs[i] for i in order if not assessment.abnormal[i]]
@@ -119,9 +166,18 @@ def choose_examples(assessment: Assessment, count: int) -> dict[str, list[ImageR
 
 
 def all_scores(
-    scorer: Scorer, pixels: np.ndarray, foreground: np.ndarray | None
-) -> dict[str, tuple[np.ndarray, float]]:
-    """(map, image score) of the method and of every baseline."""
+    scorer: Scorer, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None
+) -> dict[str, tuple[Float[np.ndarray, "H W"], float]]:
+    """Score an image with the method and all baselines.
+
+    Args:
+        scorer: Scorer of the run.
+        pixels: Image (H, W, C).
+        foreground: Foreground (H, W); None: all pixels.
+
+    Returns:
+        Score map and image score by score name.
+    """
     scores = scorer(pixels, foreground)
     result = {METHOD: (scores, scorer.method.image_score(scores))}
     for name, baseline in BASELINES.items():
@@ -133,45 +189,72 @@ def all_scores(
 def truth_by_masks(
     refs: Sequence[ImageRef], folder: Path, normal_name: str, reader: Reader
 ) -> Callable[[ImageRef], Truth]:
-    """Truth from same-named masks: anything but 0 is a finding. Raises InputError where one is missing.
+    """Ground truth from masks of the same name; non-zero pixels are findings.
 
-    Images in the subfolder `normal_name` need no mask.
+    Args:
+        refs: Test images.
+        folder: Folder of the masks.
+        normal_name: Subfolder of normal images, which need no mask.
+        reader: Image reader.
+
+    Returns:
+        Function from an image to its ground truth.
+
+    Raises:
+        InputError: If a mask is missing.
     """
-    mask_of = find_masks(folder, sorted({ref.name for ref in refs}))
-    masked = {ref.title: replace(ref, mask=mask_of[ref.name]) for ref in refs}
+    mask_files = find_masks(folder, sorted({ref.name for ref in refs}))
+    masked = {ref.title: replace(ref, mask=mask_files[ref.name]) for ref in refs}
     for ref in masked.values():
         if ref.mask is None and not _is_normal(ref, normal_name):
             raise InputError(
-                f"{folder}/{ref.name}: no such mask, nor with another image suffix; add it (all zero if normal), "
-                f"or put the image into a subfolder {normal_name}"
+                f"{folder}/{ref.name}: mask not found, with this or any other image suffix; add it (all zero for a "
+                f"normal image), or move the image to a subfolder {normal_name}"
             )
 
-    def truth_of(ref: ImageRef) -> Truth:
+    def get_truth(ref: ImageRef) -> Truth:
         mask = reader.foreground(masked[ref.title])
         mask = np.zeros(ref.shape[:2], bool) if mask is None else mask
         return Truth(bool(mask.any()), mask)
 
-    return truth_of
+    return get_truth
 
 
 def truth_by_folder(refs: Sequence[ImageRef], folder: Path, normal_name: str) -> Callable[[ImageRef], Truth]:
-    """Truth from the first folder in the image's name. Raises InputError unless one is the normal class.
+    """Ground truth from the top-level folder of each image.
 
-    A folder that is itself called so holds normal images alone: their false-alarm rate can be measured.
+    Args:
+        refs: Test images.
+        folder: Folder of the test images. If the folder itself has the name of the normal class, all its images are
+            normal and only false-alarm rates are measured.
+        normal_name: Name of the normal class.
+
+    Returns:
+        Function from an image to its ground truth.
+
+    Raises:
+        InputError: If no subfolder is the normal class, or an image is outside all subfolders.
     """
-    classes = {ref.name.split("/")[0] if "/" in ref.name else "images outside of any" for ref in refs}
-    if folder.name == normal_name and classes == {"images outside of any"}:
-        return whole_normal
-    if "images outside of any" in classes or normal_name not in classes:
+    classes = {ref.name.split("/")[0] if "/" in ref.name else "no subfolder" for ref in refs}
+    if folder.name == normal_name and classes == {"no subfolder"}:
+        return entirely_normal
+    if "no subfolder" in classes or normal_name not in classes:
         raise InputError(
-            f"{folder}: without data.test_masks, images must lie in subfolders by class, one of them "
+            f"{folder}: without data.test_masks, images must be in one subfolder per class, including "
             f"{normal_name} (data.normal_name); found {', '.join(sorted(classes))}"
         )
-    return lambda ref: whole_normal(ref) if _is_normal(ref, normal_name) else Truth(abnormal=True)
+    return lambda ref: entirely_normal(ref) if _is_normal(ref, normal_name) else Truth(abnormal=True)
 
 
-def whole_normal(ref: ImageRef) -> Truth:
-    """Of a normal image every pixel is known to be normal."""
+def entirely_normal(ref: ImageRef) -> Truth:
+    """Ground truth of a normal image: every pixel is normal.
+
+    Args:
+        ref: Normal image.
+
+    Returns:
+        Ground truth with an empty mask.
+    """
     return Truth(False, np.zeros(ref.shape[:2], bool))
 
 

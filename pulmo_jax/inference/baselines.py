@@ -1,6 +1,6 @@
-"""Trivial scores that stand beside every result: a method that does not beat them is worth nothing.
+"""Trivial baseline scores, reported next to every result; a useful method must outperform them.
 
-Each takes (pixels, foreground, preprocessing) and gives a map of (H, W), float32, NaN outside the foreground. Their
+Each baseline maps (pixels, foreground, preprocessing) to a float32 score map (H, W), NaN outside the foreground. Its
 image score is the mean of the map.
 """
 
@@ -12,36 +12,63 @@ from jaxtyping import Bool, Float, Shaped
 from pulmo_jax.data.transforms import Preprocessing, brightness, finite
 from pulmo_jax.methods.score_maps import smooth_within
 
-LOCAL_MEAN_PX = 4.0  # the default smoothing of the autoencoder's score
+LOCAL_MEAN_PX = 4.0  # sd of the Gaussian; default smoothing of the autoencoder's score
 
 Baseline = Callable[[np.ndarray, np.ndarray | None, Preprocessing], np.ndarray]
 
 
 def intensity(
-    pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, how: Preprocessing
+    pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, preprocessing: Preprocessing
 ) -> Float[np.ndarray, "H W"]:
-    """The pixel's own brightness, the mean of its bands."""
+    """Brightness of the pixel, the mean over its channels.
+
+    Args:
+        pixels: Image.
+        foreground: Foreground; None: all pixels.
+        preprocessing: Preprocessing of the run.
+
+    Returns:
+        Score map.
+    """
     return _within(brightness(pixels), pixels, foreground)
 
 
 def local_intensity(
-    pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, how: Preprocessing
+    pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, preprocessing: Preprocessing
 ) -> Float[np.ndarray, "H W"]:
-    """Brightness smoothed within the foreground."""
+    """Brightness smoothed within the foreground.
+
+    Args:
+        pixels: Image.
+        foreground: Foreground; None: all pixels.
+        preprocessing: Preprocessing of the run.
+
+    Returns:
+        Score map.
+    """
     inside = _inside(pixels, foreground)
     return _within(smooth_within(brightness(pixels)[..., None], inside, LOCAL_MEAN_PX)[..., 0], pixels, foreground)
 
 
 def z_score(
-    pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, how: Preprocessing
+    pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, preprocessing: Preprocessing
 ) -> Float[np.ndarray, "H W"]:
-    """Distance from the mean of the training foreground in standard deviations, mean over the bands.
+    """Absolute deviation from the mean of the training foreground in standard deviations, averaged over channels.
 
-    A band that was constant in training (an opaque alpha channel) has none: its distance is in the files' units.
+    For a channel that was constant in training, such as an opaque alpha channel, the deviation is in the units of the
+    file.
+
+    Args:
+        pixels: Image.
+        foreground: Foreground; None: all pixels.
+        preprocessing: Preprocessing of the run.
+
+    Returns:
+        Score map.
     """
     distance, bands = np.zeros(pixels.shape[:2], np.float32), pixels.shape[2]
     with np.errstate(over="ignore"):
-        for c, (mean, std) in enumerate(zip(how.mean, how.std, strict=True)):
+        for c, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
             band = np.abs(pixels[..., c].astype(np.float32) - np.float32(mean))
             distance += band / np.float32(std if std > 0 else 1)
         return _within(distance / bands, pixels, foreground)
@@ -55,7 +82,14 @@ BASELINES: dict[str, Baseline] = {
 
 
 def baseline_image_score(scores: Float[np.ndarray, "H W"]) -> float:
-    """Mean of the map; NaN where nothing was scored."""
+    """Image score of a baseline.
+
+    Args:
+        scores: Score map.
+
+    Returns:
+        Mean of the map; NaN if no pixel has a score.
+    """
     return float(np.nanmean(scores, dtype=np.float64)) if np.isfinite(scores).any() else float("nan")
 
 
@@ -64,4 +98,5 @@ def _inside(pixels: np.ndarray, foreground: np.ndarray | None) -> np.ndarray:
 
 
 def _within(scores: np.ndarray, pixels: np.ndarray, foreground: np.ndarray | None) -> np.ndarray:
+    """Set the score of invalid and background pixels to NaN."""
     return np.where(_inside(pixels, foreground), scores, np.float32(np.nan)).astype(np.float32)

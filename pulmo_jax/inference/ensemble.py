@@ -1,4 +1,4 @@
-"""Samples of a probability density by an ensemble of walkers that need no tuning."""
+"""Affine-invariant ensemble sampling (Markov chain Monte Carlo), which needs no tuning."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,23 +6,48 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-STRETCH = 2.0  # largest factor of a move
-LAG_WINDOW = 5.0  # autocorrelation times over which they are summed
+STRETCH = 2.0  # stretch parameter a: moves scale by a factor in [1/a, a]
+LAG_WINDOW = 5.0  # window of the autocorrelation sum, in autocorrelation times
 
 
 class Chain(NamedTuple):
-    """samples: (S, W, D); log_density: of each; accepted: share of the moves."""
+    """Samples of an ensemble.
+
+    Attributes:
+        samples: Positions of W walkers after each of S steps.
+        log_density: Log-density of each sample.
+        accepted: Fraction of accepted moves.
+    """
 
     samples: Float[Array, "S W D"]
     log_density: Float[Array, "S W"]
     accepted: Float[Array, ""]
 
 
-def stretch_moves(log_density: Callable[[Array], Array], walkers: Float[Array, "W D"], steps: int, key: Array) -> Chain:
-    """Affine-invariant sampling (Goodman & Weare 2010, CAMCoS 5:65), each half of the walkers moved along lines to the
-    other half (Foreman-Mackey et al. 2013, PASP 125:306). An even number of walkers, more than 2 D, no two alike."""
+def stretch_moves(
+    log_density: Callable[[Float[Array, "D"]], Float[Array, ""]],
+    walkers: Float[Array, "W D"],
+    steps: int,
+    key: Key[Array, ""],
+) -> Chain:
+    """Sample a density with affine-invariant stretch moves.
+
+    Each half of the walkers moves along lines to walkers of the other half.
+
+    Args:
+        log_density: Log-density of a position, up to a constant.
+        walkers: Initial positions: an even number greater than 2 D, all distinct.
+        steps: Number of steps S.
+        key: Random key.
+
+    Returns:
+        The chain.
+
+    Reference:
+        Goodman and Weare 2010, CAMCoS 5:65; Foreman-Mackey et al. 2013, PASP 125:306, for the parallel update.
+    """
     half, dims = len(walkers) // 2, walkers.shape[1]
     value = jax.vmap(log_density)
 
@@ -30,7 +55,7 @@ def stretch_moves(log_density: Callable[[Array], Array], walkers: Float[Array, "
         partner_key, stretch_key, accept_key = jax.random.split(key, 3)
         partners = others[jax.random.randint(partner_key, (half,), 0, half)]
         uniform = jax.random.uniform(stretch_key, (half,), moving.dtype)
-        factor = ((STRETCH - 1) * uniform + 1) ** 2 / STRETCH  # density as 1 / sqrt(z) between 1/2 and 2
+        factor = ((STRETCH - 1) * uniform + 1) ** 2 / STRETCH  # density proportional to 1 / sqrt(z) on [1/2, 2]
         proposed = partners + factor[:, None] * (moving - partners)
         proposed_values = value(proposed)
         gain = (dims - 1) * jnp.log(factor) + proposed_values - values
@@ -38,20 +63,32 @@ def stretch_moves(log_density: Callable[[Array], Array], walkers: Float[Array, "
         return jnp.where(accept[:, None], proposed, moving), jnp.where(accept, proposed_values, values), accept
 
     def step(carry: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-        places, values = carry
+        positions, values = carry
         first_key, second_key = jax.random.split(key)
-        first, first_values, one = move(places[:half], values[:half], places[half:], first_key)
-        second, second_values, two = move(places[half:], values[half:], first, second_key)
-        places, values = jnp.concatenate([first, second]), jnp.concatenate([first_values, second_values])
-        return (places, values), (places, values, jnp.concatenate([one, two]).mean())
+        first, first_values, first_accepted = move(positions[:half], values[:half], positions[half:], first_key)
+        second, second_values, second_accepted = move(positions[half:], values[half:], first, second_key)
+        positions, values = jnp.concatenate([first, second]), jnp.concatenate([first_values, second_values])
+        return (positions, values), (positions, values, jnp.concatenate([first_accepted, second_accepted]).mean())
 
     _, (samples, values, accepted) = jax.lax.scan(step, (walkers, value(walkers)), jax.random.split(key, steps))
     return Chain(samples, values, accepted.mean())
 
 
 def independent_samples(samples: Float[np.ndarray, "S W D"]) -> float:
-    """How many independent samples a chain is worth in its worst dimension: its length over the integrated
-    autocorrelation time, as the mean over walkers, with a window of 5 times itself (Sokal)."""
+    """Effective number of independent samples of a chain.
+
+    The number of samples divided by the integrated autocorrelation time of the worst dimension. The autocorrelation is
+    averaged over walkers and summed within a window of 5 autocorrelation times.
+
+    Args:
+        samples: Samples of W walkers in S steps.
+
+    Returns:
+        Effective sample size.
+
+    Reference:
+        Sokal 1997, for the window.
+    """
     steps, walkers, dims = samples.shape
     times = []
     for d in range(dims):

@@ -1,4 +1,4 @@
-"""Images in the lung frame, in their own bands and depth, and maps of the frame back in the image."""
+"""Warp images of any size, channels and bit depth into the lung frame, and maps of the frame back into the image."""
 
 from pathlib import Path
 from typing import Any
@@ -7,26 +7,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tifffile
-from jaxtyping import Float, Shaped
+from jaxtyping import Array, Float, Shaped
 from scipy.ndimage import map_coordinates
 
 from pulmo_jax.core.lung_frame import LungFrame, source_points, to_frame
 from pulmo_jax.host.files import atomically
 
-AT_ONCE = 2**16  # pixels
+CHUNK_PX = 2**16  # pixels mapped per call of the compiled program
 
 
 def into_frame(
     image: Shaped[np.ndarray, "H W C"], points: Float[np.ndarray, "K 2"], frame: LungFrame
 ) -> Shaped[np.ndarray, "S S C"]:
-    """(S, S, C) in the image's dtype: piecewise affine, 0 where the frame shows what is outside of the image.
+    """Warp an image into the lung frame by the piecewise-affine warp.
 
-    points: the landmarks, px of the image. An image with many more pixels than the frame is averaged down before.
+    An image with many more pixels than the frame is first downsampled by block means.
+
+    Args:
+        image: Image.
+        points: Landmarks (y, x) in pixels of the image.
+        frame: Lung frame.
+
+    Returns:
+        The aligned image in the data type of the input; 0 where the frame extends beyond the image.
     """
     factor = max(1, int(spacing(points, frame)))
-    small = shrunk(image, factor)
-    places = places_in_image(jnp.asarray((points + 0.5) / factor - 0.5, jnp.float32), frame)
-    warped = sampled(small, np.asarray(places), 0.0)
+    small = block_means(image, factor)
+    positions = positions_in_image(jnp.asarray((points + 0.5) / factor - 0.5, jnp.float32), frame)
+    warped = sample(small, np.asarray(positions), 0.0)
     if np.issubdtype(image.dtype, np.integer):
         limits = np.iinfo(image.dtype)
         return np.clip(np.rint(warped), limits.min, limits.max).astype(image.dtype)
@@ -34,12 +42,28 @@ def into_frame(
 
 
 def spacing(points: Float[np.ndarray, "K 2"], frame: LungFrame) -> float:
-    """How many px of the image one px of the frame takes, by the size of the shapes."""
+    """Size of a frame pixel in pixels of the image, from the sizes of the two shapes.
+
+    Args:
+        points: Landmarks (y, x) in pixels of the image.
+        frame: Lung frame.
+
+    Returns:
+        Pixels of the image per pixel of the frame.
+    """
     return float(np.linalg.norm(points - points.mean(0)) / np.linalg.norm(frame.points - frame.points.mean(0)))
 
 
-def shrunk(image: Shaped[np.ndarray, "H W C"], factor: int) -> Float[np.ndarray, "h w C"]:
-    """Means of blocks; the last ones, where the sides are no multiples, of fewer pixels."""
+def block_means(image: Shaped[np.ndarray, "H W C"], factor: int) -> Float[np.ndarray, "h w C"]:
+    """Downsample an image by block means.
+
+    Args:
+        image: Image.
+        factor: Side of a block in pixels; blocks at the lower and right edges may be smaller.
+
+    Returns:
+        Downsampled image.
+    """
     rows, columns = (np.arange(0, side, factor) for side in image.shape[:2])
     sums = np.add.reduceat(np.add.reduceat(image.astype(np.float32), rows, axis=0), columns, axis=1)
     counts = np.outer(*(np.diff([*edges, side]) for edges, side in zip((rows, columns), image.shape, strict=False)))
@@ -47,57 +71,118 @@ def shrunk(image: Shaped[np.ndarray, "H W C"], factor: int) -> Float[np.ndarray,
 
 
 @jax.jit
-def places_in_image(points: jax.Array, frame: LungFrame) -> jax.Array:
+def positions_in_image(points: Float[Array, "K 2"], frame: LungFrame) -> Float[Array, "S S 2"]:
+    """Positions in the image of all pixels of the frame.
+
+    Args:
+        points: Landmarks (y, x) in pixels of the image.
+        frame: Lung frame.
+
+    Returns:
+        Positions (y, x) in pixels of the image.
+    """
     return source_points(points, frame)
 
 
-def sampled(image: Shaped[np.ndarray, "H W C"], places: Float[np.ndarray, "*P 2"], fill: float) -> np.ndarray:
-    """All bands between the four nearest pixels, (*P, C); by SciPy, which needs no program for each size of image."""
-    where = np.moveaxis(places, -1, 0)
-    bands = [map_coordinates(image[..., band], where, order=1, mode="nearest") for band in range(image.shape[-1])]
-    outside = np.any((places < -0.5) | (places > np.array(image.shape[:2]) - 0.5), axis=-1)
+def sample(
+    image: Shaped[np.ndarray, "H W C"], positions: Float[np.ndarray, "*P 2"], fill: float
+) -> Float[np.ndarray, "*P C"]:
+    """Sample all channels of an image by bilinear interpolation.
+
+    Uses SciPy, because JAX would compile a program for every image size.
+
+    Args:
+        image: Image.
+        positions: Positions (y, x) in pixels.
+        fill: Value outside the image.
+
+    Returns:
+        Values of shape (*P, C).
+    """
+    coordinates = np.moveaxis(positions, -1, 0)
+    bands = [map_coordinates(image[..., band], coordinates, order=1, mode="nearest") for band in range(image.shape[-1])]
+    outside = np.any((positions < -0.5) | (positions > np.array(image.shape[:2]) - 0.5), axis=-1)
     return np.where(outside[..., None], np.float32(fill), np.stack(bands, -1))
 
 
 def out_of_frame(
     aligned: Float[np.ndarray, "S S"], points: Float[np.ndarray, "K 2"], frame: LungFrame, shape: tuple[int, int]
 ) -> Float[np.ndarray, "H W"]:
-    """A map of the frame as it lies in the image; NaN where the frame does not reach."""
+    """Warp a map from the lung frame back into the image.
+
+    Args:
+        aligned: Map in the frame.
+        points: Landmarks (y, x) in pixels of the image.
+        frame: Lung frame.
+        shape: Height and width of the image.
+
+    Returns:
+        The map in the image; NaN outside the frame.
+    """
     pixels = np.moveaxis(np.indices(shape, np.float32), 0, -1).reshape(-1, 2)
-    places = [
+    positions = [
         np.asarray(
-            places_in_frame(
-                jnp.asarray(filled(pixels[first : first + AT_ONCE])), jnp.asarray(points, jnp.float32), frame
+            positions_in_frame(
+                jnp.asarray(pad_chunk(pixels[first : first + CHUNK_PX])), jnp.asarray(points, jnp.float32), frame
             )
         )
-        for first in range(0, len(pixels), AT_ONCE)
+        for first in range(0, len(pixels), CHUNK_PX)
     ]
-    return sampled(aligned[..., None], np.concatenate(places)[: len(pixels)], np.nan).reshape(shape)
+    return sample(aligned[..., None], np.concatenate(positions)[: len(pixels)], np.nan).reshape(shape)
 
 
 @jax.jit
-def places_in_frame(pixels: jax.Array, points: jax.Array, frame: LungFrame) -> jax.Array:
+def positions_in_frame(
+    pixels: Float[Array, "n 2"], points: Float[Array, "K 2"], frame: LungFrame
+) -> Float[Array, "n 2"]:
+    """Positions in the frame of pixels of the image.
+
+    Args:
+        pixels: Pixels (y, x) of the image.
+        points: Landmarks (y, x) in pixels of the image.
+        frame: Lung frame.
+
+    Returns:
+        Positions (y, x) in pixels of the frame.
+    """
     return to_frame(pixels, points, frame)
 
 
-def filled(pixels: np.ndarray) -> np.ndarray:
-    """To AT_ONCE of them, so that one program serves all."""
-    return np.concatenate([pixels, np.zeros((AT_ONCE - len(pixels), 2), pixels.dtype)])
+def pad_chunk(pixels: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "m 2"]:
+    """Pad to `CHUNK_PX` pixels, so that a single compiled program serves all images.
+
+    Args:
+        pixels: At most `CHUNK_PX` pixels (y, x).
+
+    Returns:
+        `CHUNK_PX` pixels; the padding is 0.
+    """
+    return np.concatenate([pixels, np.zeros((CHUNK_PX - len(pixels), 2), pixels.dtype)])
 
 
 def write_image(path: Path, image: Shaped[np.ndarray, "H W C"]) -> None:
-    """A deflated TIFF, whole or not at all."""
+    """Write an image as a deflate-compressed TIFF; the file is replaced atomically.
+
+    Args:
+        path: Output file.
+        image: Image.
+    """
     write_pages(path, image[None])
 
 
 def write_pages(path: Path, pages: Shaped[np.ndarray, "N H W C"]) -> None:
-    """The same, of images of one shape."""
-    bands = pages.shape[-1]
-    kind: dict[str, Any] = {"photometric": "rgb" if bands == 3 else "minisblack"}
-    if bands > 1:
-        kind["planarconfig"] = "contig"  # else bands might be taken for rows
-    if bands not in (1, 3):
-        kind["extrasamples"] = ("unspecified",) * (bands - 1)
-    pixels = pages[..., 0] if bands == 1 else pages
+    """Write images of equal shape as the pages of a deflate-compressed TIFF; the file is replaced atomically.
+
+    Args:
+        path: Output file.
+        pages: Images.
+    """
+    channels = pages.shape[-1]
+    options: dict[str, Any] = {"photometric": "rgb" if channels == 3 else "minisblack"}
+    if channels > 1:
+        options["planarconfig"] = "contig"  # otherwise readers may mistake channels for rows
+    if channels not in (1, 3):
+        options["extrasamples"] = ("unspecified",) * (channels - 1)
+    pixels = pages[..., 0] if channels == 1 else pages
     pixels = pixels[0] if len(pages) == 1 else pixels
-    atomically(path, lambda temporary: tifffile.imwrite(temporary, pixels, compression="zlib", **kind))
+    atomically(path, lambda temporary: tifffile.imwrite(temporary, pixels, compression="zlib", **options))

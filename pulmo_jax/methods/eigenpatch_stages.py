@@ -125,7 +125,7 @@ def posterior(shape: ShapeModel, stage: Stage, how: Scale, maps: Maps) -> Locate
     """Of all points of an image together."""
 
     def of_one(logits: Array, places: Array) -> Located:
-        found = shape_model.with_maps(shape, logits, places, float(how.pixel), how.iterations, how.damping)
+        found = shape_model.posterior_from_maps(shape, logits, places, float(how.pixel), how.iterations, how.damping)
         return Located(found.points, shape_model.point_covariances(found.covariance))
 
     logits = -jnp.einsum("kbaf,kf->bka", maps.energies, stage.weights)

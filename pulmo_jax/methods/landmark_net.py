@@ -22,9 +22,9 @@ from scipy.optimize import linear_sum_assignment
 
 from pulmo_jax.core import jitter
 from pulmo_jax.core.contrast import local_zscore, zscore
-from pulmo_jax.core.shape_model import ShapeModel, point_covariances, with_gaussians
+from pulmo_jax.core.shape_model import ShapeModel, point_covariances, posterior_from_gaussians
 from pulmo_jax.methods.located import Located, Params
-from pulmo_jax.models.landmark_net import LandmarkNet, grid_px
+from pulmo_jax.models.landmark_net import LandmarkNet, cell_centres
 from pulmo_jax.types import InputError
 
 Loss = Literal["laplace", "wing", "l1", "l2"]
@@ -175,7 +175,7 @@ def halves(count: int) -> tuple[slice, slice]:
 def moments(heat: Float[Array, "B N K"], size: int) -> Located:
     """Mean and covariance of probabilities over the cells of a square grid that covers a square image of `size` px."""
     side = round(heat.shape[1] ** 0.5)
-    centres = grid_px(side, size)
+    centres = cell_centres(side, size)
     y, x = jnp.repeat(centres, side), jnp.tile(centres, side)
     points = jnp.einsum("bnk,nd->bkd", heat, jnp.stack([y, x], -1))
     dy, dx = y[:, None] - points[:, None, :, 0], x[:, None] - points[:, None, :, 1]
@@ -194,7 +194,7 @@ def pooled(found: Located) -> Located:
 
 def shaped(found: Located, model: ShapeModel) -> Located:
     """The posterior where each landmark was seen with an independent Gaussian error of its covariance."""
-    posterior = jax.vmap(with_gaussians, in_axes=(None, 0, 0))(model, found.points, found.covariance)
+    posterior = jax.vmap(posterior_from_gaussians, in_axes=(None, 0, 0))(model, found.points, found.covariance)
     return Located(posterior.points, jax.vmap(point_covariances)(posterior.covariance))
 
 

@@ -220,7 +220,7 @@ class PatchGaussian:
         else:
             by_place = jnp.moveaxis(x.reshape(len(x), -1, d), 0, 1), weights.reshape(len(x), -1).T
             at_once = self.memory_mb * 2**20 // (3 * x.dtype.itemsize * d * (d + len(x)))
-            moments = covariance.add_at_places(params["moments"], *by_place, at_once)
+            moments = covariance.add_samples(params["moments"], *by_place, at_once)
         return {**params, "moments": moments}
 
     def whole(self, inside: Bool[Array, "B P P"]) -> Bool[Array, "B R S"]:
@@ -342,7 +342,7 @@ class PatchGaussian:
         """Between the windows' middles; of a matched filter, whose maxima that would lower, the nearest window's."""
         size, along_side = self.network.patch_size, (self.rows, self.window_side, self.stride * self.cell_px)
         of_nearest = self.score == "matched"
-        weights = (patches.nearest_windows if of_nearest else patches.between_windows)(*along_side, size)
+        weights = (patches.nearest_weights if of_nearest else patches.interpolation_weights)(*along_side, size)
         along = jnp.asarray(weights, at_windows.dtype)
         return jnp.einsum("yr,brsm,xs->byxm", along, at_windows, along)
 

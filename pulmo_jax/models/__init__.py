@@ -1,1 +1,1 @@
-"""Flax networks: definitions only."""
+"""Network definitions (Flax NNX)."""

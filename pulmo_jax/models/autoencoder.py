@@ -1,11 +1,11 @@
-"""A convolutional autoencoder whose strides equal its kernels.
+"""A convolutional autoencoder whose strides equal its kernel sizes.
 
-Strided convolutions that do not overlap are one matrix product over rearranged pixels, forwards and backwards. All the
-rearranging is done once, to the pixels that come in and to those that go out: between them, layers only change shapes.
-On two CPU cores a training step of 64 patches of 64x64 takes 12 ms so (experiments/benchmarks/train_step.py). Measured
-when it still took 19: 52 ms with a residual 3x3 convolution at each scale, 167 ms with the usual stride-2 3x3 layers
-and 350 ms where these are transposed (layers.py there). On the sample CT 1,500 steps of the first kind reached a lower
-loss than 500 of the second.
+Strided convolutions without overlap are matrix products over rearranged pixels, in the forward and the backward pass.
+All pixels are rearranged once at the input and once at the output; between them, layers only reshape. A training step
+of 64 patches of 64 x 64 takes 12 ms on two CPU cores (experiments/benchmarks/train_step.py). Alternatives were measured
+when it still took 19 ms: 52 ms with a residual 3x3 convolution at each scale, 167 ms with ordinary stride-2 3x3 layers,
+and 350 ms with their transposed counterparts in the decoder (layers.py in the same folder). On the sample CT, 1,500
+steps of the chosen network reached a lower loss than 500 steps of the one with residual convolutions.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,22 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-COARSEST_PX = 4  # the side at which the encoder stops halving
+COARSEST_PX = 4  # side of the feature map at which the encoder stops downsampling
 
 
-def by_blocks(x: Float[Array, "B H W C"], strides: Sequence[int]) -> Float[Array, "B N C"]:
-    """Pixels in the order in which strided layers gather them, finest stride first: the first layer's block of
-    strides[0]^2 pixels is consecutive, so is the second's block of strides[1]^2 such blocks, and so on.
+def to_block_order(x: Float[Array, "B H W C"], strides: Sequence[int]) -> Float[Array, "B N C"]:
+    """Reorder pixels into the order in which the strided layers consume them.
 
-    Stride by stride: XLA compiles one transposition of all axes into gigabytes of code.
+    The blocks of the first layer, strides[0]^2 pixels, are contiguous; so are those of the second layer, strides[1]^2
+    blocks of the first, and so on. The axes are transposed one stride at a time, because XLA compiles a single
+    transposition of all axes into gigabytes of code.
+
+    Args:
+        x: Square images.
+        strides: Stride of each layer, finest first.
+
+    Returns:
+        Pixels in block order.
     """
     batch, side, _, channels = x.shape
     for stride in strides:
@@ -33,8 +41,17 @@ def by_blocks(x: Float[Array, "B H W C"], strides: Sequence[int]) -> Float[Array
     return x.reshape(batch, -1, channels)
 
 
-def by_pixels(x: Float[Array, "B N C"], strides: Sequence[int], side: int) -> Float[Array, "B H W C"]:
-    """The inverse of by_blocks; side: of the image in coarsest blocks."""
+def to_pixel_order(x: Float[Array, "B N C"], strides: Sequence[int], side: int) -> Float[Array, "B H W C"]:
+    """Inverse of `to_block_order`.
+
+    Args:
+        x: Pixels in block order.
+        strides: Stride of each layer, finest first.
+        side: Side of the image in units of the coarsest blocks.
+
+    Returns:
+        Square images.
+    """
     batch, _, channels = x.shape
     for stride in reversed(strides):
         x = x.reshape(batch, side, side, stride, stride, -1).transpose(0, 1, 3, 2, 4, 5)
@@ -44,8 +61,19 @@ def by_pixels(x: Float[Array, "B N C"], strides: Sequence[int], side: int) -> Fl
 
 @jax.custom_vjp
 def affine(x: Float[Array, "N I"], kernel: Float[Array, "I O"], bias: Float[Array, "O"]) -> Float[Array, "N O"]:
-    """x @ kernel + bias. Its gradient sums over rows by a matrix product, which XLA does not do by itself: its own sum,
-    on a CPU, takes longer than the products."""
+    """Affine map x @ kernel + bias with a fast gradient.
+
+    The gradient of the bias is computed as a matrix product; XLA's reduction over rows takes longer on a CPU than the
+    products.
+
+    Args:
+        x: N rows.
+        kernel: Weights.
+        bias: Bias.
+
+    Returns:
+        N rows.
+    """
     return x @ kernel + bias
 
 
@@ -62,9 +90,19 @@ affine.defvjp(_affine_forward, _affine_backward)
 
 
 def strides_for(patch_size: int) -> list[int]:
-    """Strides of the encoder's layers: 4, then 2 while the side stays even and at least COARSEST_PX."""
+    """Strides of the encoder: 4, then 2 while the side stays even and at least `COARSEST_PX`.
+
+    Args:
+        patch_size: Side of the input in pixels.
+
+    Returns:
+        Stride of each layer.
+
+    Raises:
+        ValueError: If the side is not a multiple of 4 or is below 8.
+    """
     if patch_size < 8 or patch_size % 4:
-        raise ValueError(f"data.patch_size is {patch_size}; it must be a multiple of 4, at least 8")
+        raise ValueError(f"data.patch_size={patch_size}: must be a multiple of 4 and at least 8")
     strides, side = [4], patch_size // 4
     while side % 2 == 0 and side // 2 >= COARSEST_PX:
         strides.append(2)
@@ -73,10 +111,17 @@ def strides_for(patch_size: int) -> list[int]:
 
 
 class ConvAutoencoder(nnx.Module):
-    """Encoder, a dense bottleneck of `latent` numbers, and the mirrored decoder.
+    """Encoder, dense bottleneck and mirrored decoder.
 
-    patch_size: side of the square input, a multiple of 4; the depth follows it (64 gives 4x4 after three layers).
-    channels: bands of the input, any number.
+    Args:
+        patch_size: Side of the square input in pixels, a multiple of 4. It determines the depth: 64 gives a 4 x 4
+            feature map after three layers.
+        channels: Number of channels of the input.
+        rngs: Random streams for the initialisation.
+        latent: Size of the bottleneck.
+        width: Features of the first layer; they double with each layer up to a factor of 4.
+        dtype: Data type of the computation; parameters are float32.
+        remat: Recompute activations in the backward pass.
     """
 
     def __init__(
@@ -114,38 +159,68 @@ class ConvAutoencoder(nnx.Module):
         self.to_latent, self.from_latent = linear(size, latent), linear(latent, size)
 
     def encode(self, x: Float[Array, "B P P C"]) -> Float[Array, "B D"]:
-        batch, x = x.shape[0], by_blocks(x, self.strides)
+        """Encode patches.
+
+        Args:
+            x: B square patches.
+
+        Returns:
+            Latent vectors.
+        """
+        batch, x = x.shape[0], to_block_order(x, self.strides)
         for layer in self.down:
             x = nnx.silu(self._apply(layer, x))
         return self._apply(self.to_latent, x.reshape(batch, -1))
 
     def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]:
-        """What each layer of the encoder gives, finest first, float32."""
-        batch, x = x.shape[0], by_blocks(x, self.strides)
+        """Feature maps of the encoder.
+
+        Args:
+            x: B square patches.
+
+        Returns:
+            Output of each layer, finest first, in float32.
+        """
+        batch, x = x.shape[0], to_block_order(x, self.strides)
         maps = []
         for i, layer in enumerate(self.down):
             x = nnx.silu(self._apply(layer, x))
             blocks = x.reshape(batch, -1, self.features[i])
-            maps.append(by_pixels(blocks, self.strides[i + 1 :], self.coarse[0]).astype(jnp.float32))
+            maps.append(to_pixel_order(blocks, self.strides[i + 1 :], self.coarse[0]).astype(jnp.float32))
         return maps
 
     def decode(self, z: Float[Array, "B D"]) -> Float[Array, "B P P C"]:
+        """Decode latent vectors.
+
+        Args:
+            z: B latent vectors.
+
+        Returns:
+            Reconstructed patches.
+        """
         x = nnx.silu(self._apply(self.from_latent, z))
         for i in reversed(range(len(self.strides))):
             x = self._apply(self.up[i], x)
-            if i > 0:  # the last layer gives pixels, which have no bound
+            if i > 0:  # no activation after the last layer: pixel values are unbounded
                 x = nnx.silu(x)
-        return by_pixels(x.reshape(len(z), -1, self.channels), self.strides, self.coarse[0])
+        return to_pixel_order(x.reshape(len(z), -1, self.channels), self.strides, self.coarse[0])
 
     def _apply(self, layer: nnx.Linear, x: Float[Array, "..."]) -> Float[Array, "N O"]:
-        """To as many consecutive numbers at a time as the layer takes."""
+        """Apply a layer to consecutive groups of as many numbers as it has inputs."""
         dtype = jnp.dtype(self.dtype)
         rows = x.reshape(-1, layer.in_features).astype(dtype)
         assert layer.bias is not None  # nnx.Linear has one by default
         return affine(rows, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
 
     def __call__(self, x: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """The reconstruction, float32."""
+        """Reconstruct patches.
+
+        Args:
+            x: B square patches.
+
+        Returns:
+            Reconstructions in float32.
+        """
 
         graph, state = nnx.split(self)
 

@@ -1,4 +1,4 @@
-"""Residual blocks (He et al. 2016, ECCV) that are fast under `vmap` over networks, on a CPU too."""
+"""Convolutions and residual blocks (He et al. 2016, ECCV) that stay fast under `vmap` over networks, also on a CPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,14 +10,20 @@ from flax import nnx
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-GROUP = 8  # features that are normalised together
+GROUP = 8  # features per normalisation group
 
 
-def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, of which `vmap` makes several calls in one program.
+def unrolled_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Unroll `vmap` of a function into separate calls within one program on a CPU.
 
-    XLA would make a grouped convolution of convolutions with different kernels: on a CPU three times slower, on a GPU,
-    which one small network does not fill, the faster way.
+    XLA turns a batch of convolutions with different kernels into a grouped convolution. This is three times slower on a
+    CPU, but faster on a GPU, which a single small network does not fill.
+
+    Args:
+        function: Function of arrays.
+
+    Returns:
+        The function with this batching rule.
     """
     batched = custom_vmap(function)
 
@@ -27,8 +33,8 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
             axes = [0 if b else None for b in is_batched]
             result = jax.vmap(function, axes)(*arguments)
             return result, jax.tree.map(lambda _: True, result)
-        each = [[a[i] if b else a for a, b in zip(arguments, is_batched, strict=True)] for i in range(count)]
-        results = [batched(*one) for one in each]
+        calls = [[a[i] if b else a for a, b in zip(arguments, is_batched, strict=True)] for i in range(count)]
+        results = [batched(*call) for call in calls]
         return jax.tree.map(lambda *r: jnp.stack(r), *results), jax.tree.map(lambda _: True, results[0])
 
     return batched
@@ -44,13 +50,22 @@ def _plain_backward(stride: int, x: jax.Array, kernel: jax.Array, g: jax.Array) 
 
 
 STRIDES = (1, 2, 4)
-FORWARD = {stride: one_by_one(partial(_plain, stride)) for stride in STRIDES}
-BACKWARD = {stride: one_by_one(partial(_plain_backward, stride)) for stride in STRIDES}
+FORWARD = {stride: unrolled_vmap(partial(_plain, stride)) for stride in STRIDES}
+BACKWARD = {stride: unrolled_vmap(partial(_plain_backward, stride)) for stride in STRIDES}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolve(stride: int, x: Float[Array, "B H W I"], kernel: Float[Array, "h w I O"]) -> Float[Array, "B y x O"]:
-    """A convolution at every `stride`-th pixel, 1, 2 or 4, zeros around the image; fast under vmap over kernels."""
+    """Strided convolution with zero padding that is fast under `vmap` over kernels.
+
+    Args:
+        stride: Stride, 1, 2 or 4.
+        x: B feature maps.
+        kernel: Convolution kernel.
+
+    Returns:
+        Feature maps at every `stride`-th pixel.
+    """
     return FORWARD[stride](x, kernel)
 
 
@@ -66,7 +81,15 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv(nnx.Module):
-    """A convolution of size x size px, without bias."""
+    """Square convolution without bias.
+
+    Args:
+        inputs: Number of input features.
+        outputs: Number of output features.
+        size: Side of the kernel in pixels.
+        stride: Stride, 1, 2 or 4.
+        rngs: Random streams for the initialisation.
+    """
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1, *, rngs: nnx.Rngs):
         self.stride = stride
@@ -77,7 +100,11 @@ class Conv(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Group normalisation (Wu & He 2018): of no other image than its own."""
+    """Group normalisation (Wu and He 2018), independent of the other images in the batch.
+
+    Args:
+        features: Number of features, a multiple of 8.
+    """
 
     def __init__(self, features: int):
         self.groups = features // GROUP
@@ -85,7 +112,9 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B H W F"]:
         batch, height, width, features = x.shape
-        per_pixels = x.reshape(batch, height * width, features).astype(jnp.float32)  # too much for bfloat16's digits
+        per_pixels = x.reshape(batch, height * width, features).astype(
+            jnp.float32
+        )  # bfloat16 is too coarse for the moments
         mean, square = per_pixels.mean(1), (per_pixels**2).mean(1)
         grouped = (batch, self.groups, GROUP)
         mean = mean.reshape(grouped).mean(-1, keepdims=True)
@@ -96,7 +125,12 @@ class Norm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Adds to its input what two convolutions find in it."""
+    """Pre-activation residual block with two 3 x 3 convolutions.
+
+    Args:
+        features: Number of features, a multiple of 8.
+        rngs: Random streams for the initialisation.
+    """
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.norms = nnx.List([Norm(features), Norm(features)])

@@ -1,4 +1,4 @@
-"""A small convolutional network that tells classes of images apart."""
+"""A small convolutional network for image classification."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -6,15 +6,23 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from pulmo_jax.models.blocks import Block, Conv, Norm
 
 
 class Stage(nnx.Module):
-    """A convolution, rectified, perhaps normalised before; residual blocks; then the greatest of each 2x2 pixels.
+    """Convolution, optional normalisation, ReLU, residual blocks and 2 x 2 max pooling.
 
-    Normalised by image, a small set is learnt by heart sooner: how strong a feature is says much, and is lost by it.
+    Normalisation makes the network memorise small training sets sooner: it discards the magnitude of the features,
+    which is informative.
+
+    Args:
+        inputs: Number of input features.
+        outputs: Number of output features.
+        norm: Whether to normalise.
+        blocks: Number of residual blocks.
+        rngs: Random streams for the initialisation.
     """
 
     def __init__(self, inputs: int, outputs: int, norm: bool, blocks: int, *, rngs: nnx.Rngs):
@@ -29,16 +37,24 @@ class Stage(nnx.Module):
         x = jax.nn.relu(x)
         for block in self.blocks:
             x = block(x)
-        x = jnp.maximum(x[:, ::2], x[:, 1::2])  # slices: on a CPU its gradient takes half the time of a window's
+        x = jnp.maximum(
+            x[:, ::2], x[:, 1::2]
+        )  # slices instead of a pooling window: the gradient takes half the time on a CPU
         return jnp.maximum(x[:, :, ::2], x[:, :, 1::2])
 
 
 class ClassifierNet(nnx.Module):
-    """Stages, each at half the resolution of the one before; then the mean and the greatest value of each feature over
-    the image, and a linear layer that begins at 0.
+    """Stages that each halve the resolution, global mean and max pooling, and a linear layer initialised at 0.
 
-    channels: of the images. widths: features of each stage; multiples of 8 with norm or blocks. The side of the images
-    must be a multiple of 2**len(widths).
+    The side of the images must be a multiple of 2**len(widths).
+
+    Args:
+        n_classes: Number of classes.
+        channels: Number of channels of the images.
+        widths: Features of each stage; multiples of 8 with `norm` or `blocks`.
+        norm: Whether to normalise features.
+        blocks: Residual blocks per stage.
+        rngs: Random streams for the initialisation.
     """
 
     def __init__(
@@ -49,7 +65,16 @@ class ClassifierNet(nnx.Module):
         self.head = nnx.Linear(2 * widths[-1], n_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def features(self, x: Float[Array, "B H W C"], first: int = 0, last: int | None = None) -> Float[Array, "B h w F"]:
-        """What the stages from `first` to before `last` make of images, or of the features of the stage before."""
+        """Apply a range of stages.
+
+        Args:
+            x: Images, or the features of stage `first` - 1.
+            first: First stage to apply.
+            last: Stage at which to stop, exclusive.
+
+        Returns:
+            Features.
+        """
         for stage in list(self.stages)[first:last]:
             x = stage(x)
         return x
@@ -59,7 +84,15 @@ class ClassifierNet(nnx.Module):
         features: Float[Array, "B h w F"],
         drop: Callable[[Float[Array, "B D"]], Float[Array, "B D"]] = lambda pooled: pooled,
     ) -> Float[Array, "B classes"]:
-        """drop: what is done to the pooled features before the last layer, as dropout is."""
+        """Class logits from the features of the last stage.
+
+        Args:
+            features: Features of the last stage.
+            drop: Function applied to the pooled features before the last layer, such as dropout.
+
+        Returns:
+            Logits.
+        """
         pooled = jnp.concatenate([features.mean((1, 2)), features.max((1, 2))], -1)
         return self.head(drop(pooled.astype(jnp.float32)))
 
@@ -67,11 +100,22 @@ class ClassifierNet(nnx.Module):
         return self.logits(self.features(images))
 
 
-def dropout(key: jax.Array, rate: float) -> Callable[[Float[Array, "B D"]], Float[Array, "B D"]]:
-    """Each value kept with probability 1 - rate, and then that much larger (Srivastava et al. 2014)."""
+def dropout(key: Key[Array, ""], rate: float) -> Callable[[Float[Array, "B D"]], Float[Array, "B D"]]:
+    """Dropout as a function of pooled features.
+
+    Args:
+        key: Random key.
+        rate: Probability of setting a value to 0; the others are divided by 1 - rate.
+
+    Returns:
+        The function.
+
+    Reference:
+        Srivastava et al. 2014.
+    """
 
     def drop(pooled: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        kept = jax.random.bernoulli(key, 1 - rate, pooled.shape)
-        return jnp.where(kept, pooled / (1 - rate), 0)
+        keep = jax.random.bernoulli(key, 1 - rate, pooled.shape)
+        return jnp.where(keep, pooled / (1 - rate), 0)
 
     return drop

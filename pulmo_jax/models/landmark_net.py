@@ -1,7 +1,7 @@
-"""Heat maps of landmarks: a small U-Net (Ronneberger et al. 2015, MICCAI) of residual blocks.
+"""Landmark heat maps from a small U-Net (Ronneberger et al. 2015, MICCAI) with residual blocks.
 
-Each landmark's heat map is a probability over the cells of a coarse grid, and its mean the landmark's position (Sun et
-al. 2018, "Integral human pose regression"; Nibali et al. 2018, DSNT), so that an error can be finer than a cell.
+Each heat map is a probability distribution over the cells of a coarse grid, and its mean is the landmark position (Sun
+et al. 2018, "Integral human pose regression"; Nibali et al. 2018, DSNT). Errors can therefore be smaller than a cell.
 """
 
 from itertools import pairwise
@@ -16,9 +16,15 @@ from pulmo_jax.models.blocks import Block, Conv, Norm
 class LandmarkNet(nnx.Module):
     """Logits of one heat map per landmark, at twice the stride of the first layer.
 
-    channels: of the images. stem_stride: of that layer, 2 or 4. widths: features after it and after each halving,
-    multiples of 8. blocks: residual blocks after each halving. The side of the images must be a multiple of the
-    coarsest stride, stem_stride * 2**(len(widths) - 1).
+    The side of the images must be a multiple of the coarsest stride, stem_stride * 2**(len(widths) - 1).
+
+    Args:
+        n_landmarks: Number of landmarks K.
+        channels: Number of channels of the images.
+        stem_stride: Stride of the first layer, 2 or 4.
+        widths: Features after the first layer and after each downsampling; multiples of 8.
+        blocks: Residual blocks after each downsampling.
+        rngs: Random streams for the initialisation.
     """
 
     def __init__(
@@ -49,17 +55,32 @@ class LandmarkNet(nnx.Module):
                 x = block(x)
             scales.append(x)
         for finer, up, merge in reversed(list(zip(scales, self.up, self.merge, strict=False))):
-            x = merge(finer + doubled(up(x)))
+            x = merge(finer + upsample_2x(up(x)))
         return self.head(nnx.silu(self.last(x)))
 
 
-def doubled(x: Float[Array, "B H W F"]) -> Float[Array, "B y x F"]:
-    """Each pixel repeated to 2x2."""
+def upsample_2x(x: Float[Array, "B H W F"]) -> Float[Array, "B y x F"]:
+    """Nearest-neighbour upsampling by a factor of 2.
+
+    Args:
+        x: B feature maps.
+
+    Returns:
+        Feature maps of twice the height and width.
+    """
     batch, height, width, features = x.shape
     wide = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, features))
     return wide.reshape(batch, 2 * height, 2 * width, features)
 
 
-def grid_px(count: int, side: int) -> Float[Array, "h"]:
-    """Centres of `count` cells that cover `side` pixels, px."""
+def cell_centres(count: int, side: int) -> Float[Array, "h"]:
+    """Centres of the cells of a regular grid along one axis.
+
+    Args:
+        count: Number of cells.
+        side: Length of the axis in pixels.
+
+    Returns:
+        Coordinates in pixels.
+    """
     return (jnp.arange(count) + 0.5) * (side / count) - 0.5

@@ -1,1 +1,1 @@
-"""Plain results to figures, tables and the HTML report: nothing here computes a figure of merit."""
+"""Figures, tables and the HTML report; no figure of merit is computed here."""

@@ -1,4 +1,4 @@
-"""Callbacks that draw."""
+"""Training callbacks that draw figures."""
 
 import time
 from pathlib import Path
@@ -11,31 +11,44 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.profile import operations_csv, operations_figure, read_operations
 from pulmo_jax.training.callbacks import Event, Start
 
-PROFILE_FIGURE = "profile"  # its name among the run's figures
+PROFILE_FIGURE = "profile"  # file name of the profile figure
 
 
 class ProgressFigures:
-    """figures/training/step_N.png: what the model makes of validation data, as training goes on; the task draws it."""
+    """Save figures of the model on validation data during training, as figures/training/step_N.png.
+
+    The task draws them, such as patches with their reconstructions.
+
+    Args:
+        every: Number of steps between figures.
+    """
 
     def __init__(self, every: Annotated[int, Field(ge=1, description="steps between figures")] = 500):
         self.every = every
 
     def on_start(self, start: Start) -> None:
+        """Keep the drawing function and the run directory."""
         self._start = start
 
     def on_event(self, event: Event) -> None:
+        """Save a figure every `every` steps and after the last step."""
         if event.last or event.step % self.every == 0:
             figure = self._start.draw(event.state)
             figures.save(figure, self._start.run_dir / "figures" / "training", f"step_{event.step:06d}")
 
     def on_end(self) -> None:
-        pass
+        """Nothing to finish."""
 
 
 class Profile:
-    """profile/: a trace of some steps, for TensorBoard or ui.perfetto.dev; and what it says, in the report.
+    """Trace some training steps with `jax.profiler`.
 
-    The first steps, which also fill caches, are left out.
+    Writes the trace to profile/ (for TensorBoard or ui.perfetto.dev), a table of operations, and a figure for the
+    report. The first steps, which include compilation, are not traced.
+
+    Args:
+        after: Number of steps before the trace.
+        steps: Number of steps in the trace.
     """
 
     def __init__(
@@ -46,9 +59,11 @@ class Profile:
         self.after, self.steps = after, steps
 
     def on_start(self, start: Start) -> None:
+        """Determine the first step of the trace."""
         self._run_dir, self._first, self._tracing = start.run_dir, start.step + self.after, False
 
     def on_event(self, event: Event) -> None:
+        """Start the trace, or stop it and write table and figure."""
         if self._tracing and (event.last or event.step == self._first + self.steps):
             jax.profiler.stop_trace()
             self._tracing = False
@@ -69,5 +84,6 @@ class Profile:
         return self._run_dir / "profile"
 
     def on_end(self) -> None:
+        """Stop the trace if training ended early."""
         if self._tracing:
             jax.profiler.stop_trace()

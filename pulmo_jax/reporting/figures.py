@@ -1,6 +1,6 @@
-"""Curves and histograms for papers: one small style, safe for colour-blind readers, as PNG and vector PDF.
+"""Figures for publication in a common style that is safe for colour-blind readers, as PNG and vector PDF.
 
-Figures are made without pyplot and leave matplotlib's settings as they were.
+Figures are created without pyplot, and matplotlib's global settings are not changed.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from scipy import stats
 
 from pulmo_jax.host.files import atomically
 
-TEXT_WIDTH_IN = 7.0  # of a page in two columns
+TEXT_WIDTH_IN = 7.0  # text width of a two-column page
 COLUMN_WIDTH_IN = 3.4
 PNG_DPI, PDF_IMAGE_DPI = 150, 300
 
@@ -35,14 +35,14 @@ BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE = (
     "#E69F00",
 )
 CURVE_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE)
-DASHES = ((4, 1.5), (1.5, 1), (5, 1, 1, 1))  # of baselines, to be told apart where they coincide
-MANY_SCORES = 1000  # from here on a histogram's tail is worth a logarithmic axis
+DASHES = ((4, 1.5), (1.5, 1), (5, 1, 1, 1))  # line styles of baselines, distinguishable where curves coincide
+MANY_SCORES = 1000  # number of scores above which the counts have a logarithmic axis
 MAX_BINS = 80
-MAX_RATIO = 1e4  # of the scores on a histogram's axis: what is close to 0 needs no room
+MAX_RATIO = 1e4  # largest ratio of scores on a logarithmic axis; lower scores share the first bin
 
 STYLE = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
+    "font.sans-serif": ["DejaVu Sans"],  # bundled with matplotlib, so identical on every machine
     "font.size": 7.5,
     "axes.titlesize": 7.5,
     "axes.labelsize": 7.5,
@@ -60,29 +60,46 @@ STYLE = {
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # TrueType, which journals ask for
+    "pdf.fonttype": 42,  # TrueType, required by journals
 }
 
 Scores = Float[np.ndarray, "_"] | tuple[Float[np.ndarray, "_"], Float[np.ndarray, "_"]]
 
 
 def style() -> AbstractContextManager[None]:
-    """The settings of every figure here, for the length of a `with` block."""
+    """Context manager that applies the common style."""
     return matplotlib.rc_context(cast(Any, STYLE))
 
 
 def literal(text: str, longest: int = 60) -> str:
-    """A name as it is, not as TeX; too long a one loses its middle."""
+    """Escape a name so that it is not parsed as TeX, and shorten it in the middle.
+
+    Args:
+        text: Name.
+        longest: Maximum number of characters, approximately.
+
+    Returns:
+        Text for matplotlib.
+    """
     half = longest // 2
     short = text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
     return short.replace("$", r"\$")
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Writes name.pdf and name.png into the folder, whole or not at all, and returns the PNG's path."""
+    """Save a figure as name.pdf and name.png; each file is replaced atomically.
+
+    Args:
+        figure: Figure.
+        folder: Output folder, created if necessary.
+        name: File name without suffix.
+
+    Returns:
+        Path of the PNG file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with style(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # in a user's file name: a box is drawn instead
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # characters in file names: drawn as a box
         for kind, dpi, metadata in (("pdf", PDF_IMAGE_DPI, {"CreationDate": None}), ("png", PNG_DPI, {})):
             draw = partial(figure.savefig, format=kind, dpi=dpi, metadata=metadata)
             atomically(folder / f"{name}.{kind}", draw)
@@ -90,10 +107,14 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
 
 
 def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss over the steps, and learning rate and gradient norm where logged.
+    """Loss, learning rate and gradient norm against training step.
 
-    rows: those of metrics.jsonl, each with "step" and any of "train/loss", "val/loss", "train/learning_rate",
-    "train/gradient_norm"; None stands for a number that was not finite.
+    Args:
+        rows: Rows of metrics.jsonl with "step" and any of "train/loss", "val/loss", "train/learning_rate" and
+            "train/gradient_norm"; None marks a non-finite value.
+
+    Returns:
+        The figure.
     """
     series = {name: _series(rows, f"train/{name}") for name in ("learning_rate", "gradient_norm")}
     lower = {name: xy for name, xy in series.items() if xy[0].size}
@@ -114,7 +135,14 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def time_shares(seconds: Mapping[str, float]) -> Figure:
-    """Seconds by what a run was doing, in one bar."""
+    """Stacked bar of the time spent in each phase of a run.
+
+    Args:
+        seconds: Seconds by phase.
+
+    Returns:
+        The figure.
+    """
     total, left = sum(seconds.values()), 0.0
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN, 0.9), layout="constrained")
@@ -150,9 +178,17 @@ def _losses(axes: Axes, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndar
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """How one method separates two classes, over all thresholds (either way round).
+    """ROC and precision-recall curve of a method.
 
-    point: (fpr, tpr, precision) at the calibrated threshold. auroc, ap: None if undefined.
+    Attributes:
+        name: Name of the method.
+        fpr: False-positive rate at each threshold.
+        tpr: True-positive rate at each threshold.
+        precision: Precision at each threshold.
+        recall: Recall at each threshold.
+        auroc: Area under the ROC curve; None if undefined.
+        ap: Average precision; None if undefined.
+        point: (fpr, tpr, precision) at the calibrated threshold.
     """
 
     name: str
@@ -166,9 +202,15 @@ class Curve:
 
 
 def roc_and_pr(curves: Sequence[Curve], title: str, prevalence: float) -> Figure:
-    """ROC and precision-recall curves, the method first and baselines after it, beside what chance gives.
+    """ROC and precision-recall curves of a method and its baselines, with chance level.
 
-    prevalence: share of positives, the precision of chance.
+    Args:
+        curves: Curves, the method first.
+        title: Title of the figure.
+        prevalence: Fraction of positives, the precision of a random classifier.
+
+    Returns:
+        The figure.
     """
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN * 0.86, 3.7), layout="constrained")
@@ -195,7 +237,7 @@ def roc_and_pr(curves: Sequence[Curve], title: str, prevalence: float) -> Figure
 
 
 def _plot_precision(axes: Axes, curve: Curve, look: dict[str, Any]) -> None:
-    """In steps, whose area is the average precision."""
+    """Step curve whose area is the average precision."""
     ascending = slice(None, None, -1 if curve.recall[0] > curve.recall[-1] else 1)
     recall, precision = curve.recall[ascending], curve.precision[ascending]
     axes.plot(recall, precision, ds="steps-pre", label=_with_area(curve.name, "AP", curve.ap), **look)
@@ -212,10 +254,17 @@ def score_histogram(
     interval: tuple[float, float] | None,
     name: str,
 ) -> Figure:
-    """Scores of both classes, each as shares of its own, with the threshold and its 95 % interval.
+    """Histograms of normal and anomalous scores, each normalised to 1, with the threshold and its 95 % interval.
 
-    normal, anomalous: scores, or (scores, their weights) for what is binned already.
-    name: what is scored, "pixel" or "image".
+    Args:
+        normal: Scores, or (scores, weights) for binned scores.
+        anomalous: The same for anomalous scores, if any.
+        threshold: Calibrated threshold.
+        interval: 95 % interval of the threshold, if known.
+        name: Unit that is scored, "pixel" or "image".
+
+    Returns:
+        The figure.
     """
     classes = {"normal": _weighted(normal)}
     if anomalous is not None:
@@ -230,8 +279,8 @@ def score_histogram(
             axes.stairs(share, edges, color=colour, lw=1, label=f"{label} ({weight.sum():,.0f} {name}s)")
         _mark_threshold(axes, threshold, interval)
         lower = any(score.min() < edges[0] for score, _ in classes.values())
-        note = " (the first bin holds all lower ones too)" if lower else ""
-        axes.set(xlabel=f"{name} score{note}", ylabel=f"share of {name}s in a bin", xlim=(edges[0], edges[-1]))
+        note = " (first bin includes all lower scores)" if lower else ""
+        axes.set(xlabel=f"{name} score{note}", ylabel=f"fraction of {name}s per bin", xlim=(edges[0], edges[-1]))
         if edges[0] > 0:
             _log_scores(axes, edges[-1] / edges[0])
         if max(weight.sum() for _, weight in classes.values()) > MANY_SCORES:
@@ -245,7 +294,9 @@ def _weighted(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _edges(classes: list[tuple[np.ndarray, np.ndarray]], marks: list[float]) -> np.ndarray:
-    """Of equal ratios, or widths where scores are not positive; the lowest may lie below the first bin."""
+    """Bin edges of equal ratios, or of equal widths if scores are not positive; the lowest scores may lie below the
+    first bin.
+    """
     score, weight = (np.concatenate(parts) for parts in zip(*classes, strict=True))
     order = np.argsort(score)
     rank = np.cumsum(weight[order])
@@ -261,7 +312,7 @@ def _edges(classes: list[tuple[np.ndarray, np.ndarray]], marks: list[float]) -> 
 
 def _log_scores(axes: Axes, ratio: float) -> None:
     axes.set_xscale("log")
-    if ratio < 100:  # few powers of ten are in sight
+    if ratio < 100:  # too few powers of ten for the default ticks
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -271,7 +322,7 @@ def _mark_threshold(axes: Axes, threshold: float, interval: tuple[float, float] 
     axes.axvline(threshold, color="black", lw=1, ls="--", label=f"threshold {threshold:.3g}")
     if interval is not None:
         low, high = interval
-        axes.axvspan(low, high, color="0.5", alpha=0.3, lw=0, label=f"its 95 % interval [{low:.3g}, {high:.3g}]")
+        axes.axvspan(low, high, color="0.5", alpha=0.3, lw=0, label=f"95 % interval [{low:.3g}, {high:.3g}]")
 
 
 def p_value_calibration(
@@ -281,24 +332,32 @@ def p_value_calibration(
     high: Float[np.ndarray, "N"],
     unit: str = "pixel",
 ) -> Figure:
-    """The share of held-out normal pixels (or images) with a p-value of at most each nominal rate.
+    """Observed against nominal false-alarm rate on held-out normal data.
 
-    low, high: 95 % interval of the observed rate; NaN for none.
+    Args:
+        nominal: Nominal rates.
+        observed: Fraction of held-out normal pixels (or images) with a p-value of at most each nominal rate.
+        low: Lower limit of the 95 % interval of the observed rate; NaN if unknown.
+        high: Upper limit of the interval.
+        unit: "pixel" or "image".
+
+    Returns:
+        The figure.
     """
     with style():
         figure = Figure(figsize=(COLUMN_WIDTH_IN, 3.1), layout="constrained")
         axes = figure.subplots()
         limits = (nominal.min() / 1.5, min(1.0, nominal.max() * 1.5))
-        axes.plot(limits, limits, color="0.4", lw=0.8, ls="--", label="as calibrated")
+        axes.plot(limits, limits, color="0.4", lw=0.8, ls="--", label="perfect calibration")
         axes.set(xscale="log", yscale="log")
         if np.isfinite(low).any():
             axes.fill_between(nominal, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
-        seen = observed > 0
+        nonzero = observed > 0
         label = f"held-out normal {unit}s"
-        axes.plot(nominal[seen], observed[seen], color=BLUE, marker="o", ms=3, label=label)
-        if not seen.all():
+        axes.plot(nominal[nonzero], observed[nonzero], color=BLUE, marker="o", ms=3, label=label)
+        if not nonzero.all():
             edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-            axes.plot(nominal[~seen], np.zeros(sum(~seen)), "v", color=BLUE, mfc="white", label="none seen", **edge)
+            axes.plot(nominal[~nonzero], np.zeros(sum(~nonzero)), "v", color=BLUE, mfc="white", label="zero", **edge)
         positive = np.concatenate([observed, limits])
         positive = positive[positive > 0]
         axes.set(xlim=limits, ylim=(positive.min() / 1.5, min(1.0, positive.max() * 1.5)), box_aspect=1)
@@ -313,22 +372,32 @@ def distance_law(
     nominal: Float[np.ndarray, "N"],
     observed: Mapping[str, Float[np.ndarray, "N"]],
 ) -> Figure:
-    """Squared Mahalanobis distances, ascending, against chi-squared's quantiles; and how often p-values of theory are
-    at most each nominal rate."""
+    """Squared Mahalanobis distances against chi-squared quantiles, and observed against nominal false-alarm rates of
+    theoretical p-values.
+
+    Args:
+        distance: Squared distances, ascending.
+        dimensions: Number of dimensions of the Gaussian.
+        nominal: Nominal rates.
+        observed: Observed rates for each theoretical distribution.
+
+    Returns:
+        The figure.
+    """
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN, 3.1), layout="constrained")
         left, right = figure.subplots(1, 2)
         levels = (np.arange(distance.size) + 0.5) / distance.size
-        shown = np.unique(np.geomspace(1, distance.size, 400).round().astype(int))  # dense in the upper tail
+        shown = np.unique(np.geomspace(1, distance.size, 400).round().astype(int))  # denser in the upper tail
         expected = stats.chi2.isf(1 - levels[-shown], dimensions)
         both = (expected.min() / dimensions, expected.max() / dimensions)
         left.plot(both, both, color="0.4", lw=0.8, ls="--", label="Gaussian")
-        left.plot(expected / dimensions, distance[-shown] / dimensions, color=BLUE, label="normal windows, held out")
+        left.plot(expected / dimensions, distance[-shown] / dimensions, color=BLUE, label="held-out normal windows")
         left.set(xscale="log", yscale="log", box_aspect=1)
         left.set(xlabel="chi-squared quantile / dimensions", ylabel="squared distance / dimensions")
         left.legend()
         limits = (nominal.min() / 1.5, min(1.0, nominal.max() * 1.5))
-        right.plot(limits, limits, color="0.4", lw=0.8, ls="--", label="as in theory")
+        right.plot(limits, limits, color="0.4", lw=0.8, ls="--", label="perfect agreement")
         for (name, rate), colour in zip(observed.items(), CURVE_COLOURS, strict=False):
             right.plot(nominal[rate > 0], rate[rate > 0], color=colour, marker="o", ms=3, label=name)
         right.set(xscale="log", yscale="log", xlim=limits, box_aspect=1)

@@ -1,4 +1,4 @@
-"""Which operations of the compiled programs took the time: a trace of jax.profiler as a table and a figure."""
+"""Table and figure of the time spent in each operation of the compiled programs, from a trace of `jax.profiler`."""
 
 import csv
 import gzip
@@ -19,7 +19,14 @@ SHOWN_KINDS = 12
 
 @dataclass(frozen=True)
 class Operation:
-    """One instruction of one compiled program: how often it ran, and its own time without what it called, ms."""
+    """An instruction of a compiled program.
+
+    Attributes:
+        program: Name of the program (HLO module).
+        name: Name of the instruction (HLO operation).
+        calls: Number of executions.
+        ms: Time spent in the instruction itself, without nested instructions, in ms.
+    """
 
     program: str
     name: str
@@ -28,12 +35,19 @@ class Operation:
 
     @property
     def kind(self) -> str:
-        """Instructions are numbered: dot.3 and dot.17 are both products of matrices."""
+        """Name without its number: dot.3 and dot.17 are both matrix products."""
         return re.sub(r"[.\d]+$", "", self.name)
 
 
 def read_operations(folder: Path) -> list[Operation]:
-    """From the newest trace below the folder that `jax.profiler.start_trace` was given; the slowest first."""
+    """Read the newest trace in a folder.
+
+    Args:
+        folder: Folder that was passed to `jax.profiler.start_trace`.
+
+    Returns:
+        Operations, the slowest first.
+    """
     trace = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime_ns)
     with gzip.open(trace) as file:
         events = json.load(file)["traceEvents"]
@@ -44,21 +58,30 @@ def read_operations(folder: Path) -> list[Operation]:
     calls: dict[tuple[str, str], int] = defaultdict(int)
     own_us: dict[tuple[str, str], float] = defaultdict(float)
     for thread in threads.values():
-        callers: list[tuple[float, tuple[str, str]]] = []  # (end, what) of those that are still running
+        callers: list[tuple[float, tuple[str, str]]] = []  # (end, operation) of enclosing operations
         for event in sorted(thread, key=lambda e: (e["ts"], -e["dur"])):
-            what, end = (event["args"]["hlo_module"], event["args"]["hlo_op"]), event["ts"] + event["dur"]
+            operation, end = (event["args"]["hlo_module"], event["args"]["hlo_op"]), event["ts"] + event["dur"]
             while callers and callers[-1][0] <= event["ts"]:
                 callers.pop()
             if callers:
                 own_us[callers[-1][1]] -= event["dur"]
-            calls[what] += 1
-            own_us[what] += event["dur"]
-            callers.append((end, what))
-    found = [Operation(*what, calls[what], us / 1000) for what, us in own_us.items()]
-    return sorted(found, key=lambda operation: -operation.ms)
+            calls[operation] += 1
+            own_us[operation] += event["dur"]
+            callers.append((end, operation))
+    operations = [Operation(*operation, calls[operation], us / 1000) for operation, us in own_us.items()]
+    return sorted(operations, key=lambda operation: -operation.ms)
 
 
 def operations_csv(operations: Sequence[Operation], steps: int) -> str:
+    """Format operations as CSV.
+
+    Args:
+        operations: Operations of the trace.
+        steps: Number of training steps in the trace.
+
+    Returns:
+        CSV text with calls and time per step.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["program", "operation", "calls_per_step", "ms_per_step"])
@@ -68,24 +91,30 @@ def operations_csv(operations: Sequence[Operation], steps: int) -> str:
 
 
 def operations_figure(operations: Sequence[Operation], steps: int, wall_ms: float) -> Figure:
-    """Time of a step by kind of operation, summed over the threads that worked at once.
+    """Bar chart of the time per step by kind of operation, summed over concurrent threads.
 
-    wall_ms: how long a step took, by the clock.
+    Args:
+        operations: Operations of the trace.
+        steps: Number of training steps in the trace.
+        wall_ms: Wall-clock time of a step in ms.
+
+    Returns:
+        The figure.
     """
     by_kind: dict[str, float] = defaultdict(float)
     for operation in operations:
         by_kind[operation.kind] += operation.ms / steps
     kinds = sorted(by_kind, key=lambda kind: -by_kind[kind])
-    rest = sum(by_kind[kind] for kind in kinds[SHOWN_KINDS:])
-    bars = [(kind, by_kind[kind]) for kind in kinds[:SHOWN_KINDS]] + ([("all others", rest)] if rest else [])
+    other_ms = sum(by_kind[kind] for kind in kinds[SHOWN_KINDS:])
+    bars = [(kind, by_kind[kind]) for kind in kinds[:SHOWN_KINDS]] + ([("other", other_ms)] if other_ms else [])
     total = sum(by_kind.values())
     with figures.style():
         figure = Figure(figsize=(figures.TEXT_WIDTH_IN * 0.7, 0.5 + 0.19 * len(bars)), layout="constrained")
         axes = figure.subplots()
         names, values = zip(*bars, strict=True)
-        drawn = axes.barh(range(len(bars)), values, color=figures.BLUE)
-        axes.bar_label(drawn, [f"{value / total:.0%}" for value in values], padding=2, fontsize=6)
+        bar_container = axes.barh(range(len(bars)), values, color=figures.BLUE)
+        axes.bar_label(bar_container, [f"{value / total:.0%}" for value in values], padding=2, fontsize=6)
         axes.set_yticks(range(len(bars)), [figures.literal(name) for name in names])
         axes.invert_yaxis()
-        axes.set_xlabel(f"ms of all threads in a step ({wall_ms:.1f} ms by the clock, {total:.1f} ms of work)")
+        axes.set_xlabel(f"time per step / ms (wall clock {wall_ms:.1f} ms, sum over threads {total:.1f} ms)")
     return figure

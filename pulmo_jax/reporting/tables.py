@@ -1,4 +1,4 @@
-"""Metrics as tables: Markdown for the run directory, HTML for the report, rich for the terminal."""
+"""Tables of figures of merit as Markdown for the run directory, HTML for the report, and text for the terminal."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,14 @@ UNDEFINED = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; notes say why some are undefined."""
+    """A table of text cells.
+
+    Attributes:
+        title: Title.
+        columns: Column headings.
+        rows: Cells of each row.
+        notes: Notes, such as the reason why a value is undefined.
+    """
 
     title: str
     columns: list[str]
@@ -36,15 +43,29 @@ class Table:
 
 
 def metrics_tables(metrics: dict[str, Any]) -> list[Table]:
-    """One table for pixels and one for images, the method first and baselines after it; and one for lesions.
+    """Tables of pixel, image and lesion figures; the method comes first, followed by the baselines.
 
-    metrics: {"pixel" | "image": {score: {figure: {"value", "low", "high", "reason"}}}, "lesions": ...}.
+    Args:
+        metrics: Content of metrics.json: {"pixel" | "image": {score: {figure: {"value", "low", "high", "reason"}}},
+            "lesions": ...}.
+
+    Returns:
+        One table for each unit that is present.
     """
     tables = [figures_table(TITLES[unit], metrics[unit]) for unit in TITLES if unit in metrics]
     return [*tables, lesion_table(metrics["lesions"])] if "lesions" in metrics else tables
 
 
 def figures_table(title: str, scores: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Table of the figures of merit of several scores.
+
+    Args:
+        title: Title of the table.
+        scores: Figures of each score, the method first.
+
+    Returns:
+        The table.
+    """
     names = [name for name in next(iter(scores.values())) if name in COLUMNS]
     rows = [[score, *(cell(figures[name]) for name in names)] for score, figures in scores.items()]
     reasons = [e["reason"] for figures in scores.values() for e in figures.values() if e.get("reason")]
@@ -52,23 +73,46 @@ def figures_table(title: str, scores: dict[str, dict[str, dict[str, Any]]]) -> T
 
 
 def lesion_table(lesions: dict[str, Any]) -> Table:
+    """Table of the recall of lesions by size.
+
+    Args:
+        lesions: The entry "lesions" of metrics.json.
+
+    Returns:
+        The table.
+    """
     rows = [
-        [size(row), f"{row['n_found']} of {row['n_lesions']}", cell(row["recall"])]
+        [format_size(row), f"{row['n_found']} of {row['n_lesions']}", cell(row["recall"])]
         for row in lesions["recall_by_size"]
         if row["n_lesions"]
     ]
-    found, images = lesions["images_with_highest_pixel_in_lesion"], lesions["images_with_lesions"]
-    note = f"In {found} of {images} images with lesions the highest score lies in one."
-    return Table("Lesions found at the threshold", ["area", "found", "recall"], rows, [note])
+    hits, images = lesions["images_with_highest_pixel_in_lesion"], lesions["images_with_lesions"]
+    note = f"The highest score lies inside a lesion in {hits} of {images} images with lesions."
+    return Table("Lesions detected at the threshold", ["area", "detected", "recall"], rows, [note])
 
 
-def size(row: dict[str, Any]) -> str:
+def format_size(row: dict[str, Any]) -> str:
+    """Format a size class of lesions.
+
+    Args:
+        row: Entry of "recall_by_size" in metrics.json.
+
+    Returns:
+        Range of areas in pixels.
+    """
     low, high = row["min_area_px"], row["max_area_px"]
-    return f"{low} px and more" if high is None else f"{low} to below {high} px"
+    return f"≥ {low} px" if high is None else f"{low} to {high - 1} px"
 
 
 def cell(estimate: dict[str, Any]) -> str:
-    """`0.932 [0.910, 0.950]`."""
+    """Format an estimate with its interval, as in `0.932 [0.910, 0.950]`.
+
+    Args:
+        estimate: Mapping with "value", "low" and "high".
+
+    Returns:
+        Text of the cell.
+    """
     value, low, high = estimate["value"], estimate.get("low"), estimate.get("high")
     if value is None:
         return UNDEFINED
@@ -76,14 +120,29 @@ def cell(estimate: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Three decimals, or significant digits where these would say 0.000 or too much."""
+    """Format a number with three decimals, or with significant digits if it is small or large.
+
+    Args:
+        value: Number.
+
+    Returns:
+        Text.
+    """
     if abs(value) >= 10:
         return f"{value:.4g}"
     return f"{value:.3f}" if value == 0 or abs(value) > 0.0095 else f"{value:.2g}"
 
 
 def metrics_markdown(metrics: dict[str, Any]) -> str:
-    parts = ["# Metrics\n\nIn brackets: 95 % intervals, by bootstrap over groups.\n"]
+    """Content of metrics.md.
+
+    Args:
+        metrics: Content of metrics.json.
+
+    Returns:
+        Markdown text.
+    """
+    parts = ["# Metrics\n\nBrackets: 95 % bootstrap intervals over groups.\n"]
     for table in metrics_tables(metrics):
         lines = [f"## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
         lines += [markdown_row(row) for row in table.rows]
@@ -96,11 +155,27 @@ def metrics_markdown(metrics: dict[str, Any]) -> str:
 
 
 def markdown_row(cells: list[str]) -> str:
+    """Format a row of a Markdown table.
+
+    Args:
+        cells: Cells of the row.
+
+    Returns:
+        One line.
+    """
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def facts(section: dict[str, Any], prefix: str = "") -> list[str]:
-    """`- name: value` for every plain entry, nested names joined."""
+    """Flatten nested facts to Markdown list items `- name: value`.
+
+    Args:
+        section: Section of metrics.json.
+        prefix: Prefix of all names.
+
+    Returns:
+        One line per value.
+    """
     lines = []
     for key, value in section.items():
         name = f"{prefix}{key}".replace("_", " ")
@@ -109,21 +184,35 @@ def facts(section: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def metrics_console(metrics: dict[str, Any]) -> list[rich.table.Table]:
-    """The tables for a terminal, without the intervals, which metrics.md has."""
-    shown = []
+    """Tables for the terminal, without the intervals that metrics.md contains.
+
+    Args:
+        metrics: Content of metrics.json.
+
+    Returns:
+        Rich tables.
+    """
+    grids = []
     for table in metrics_tables(metrics):
         grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
         for row in table.rows:
             grid.add_row(*(text.partition(" [")[0] for text in row))
-        shown.append(grid)
-    return shown
+        grids.append(grid)
+    return grids
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, float]:
-    """The few figures by which runs are compared, as far as metrics.json has them: of the method, not its baselines."""
-    found = {}
+    """Figures by which runs are compared in a sweep: those of the method, as far as metrics.json contains them.
+
+    Args:
+        metrics: Content of metrics.json.
+
+    Returns:
+        Values by name.
+    """
+    values = {}
     for unit in ("image", "pixel"):
         method = next(iter(metrics.get(unit, {}).values()), {})
-        found |= {f"{unit} {COLUMNS[name]}": method.get(name, {}).get("value") for name in ("auroc", "ap")}
-    found |= {name: metrics.get(name) for name in ("sources", "highest_snr")}  # of a rotating stack
-    return {name: float(value) for name, value in found.items() if value is not None}
+        values |= {f"{unit} {COLUMNS[name]}": method.get(name, {}).get("value") for name in ("auroc", "ap")}
+    values |= {name: metrics.get(name) for name in ("sources", "highest_snr")}  # point-source runs
+    return {name: float(value) for name, value in values.items() if value is not None}

@@ -24,7 +24,7 @@ from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.host.lock import claim, in_use
 from pulmo_jax.host.resources import is_disk_full
 from pulmo_jax.reporting.figures import save
-from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.report import CaptionedFigure, Section, write_report
 from pulmo_jax.reporting.tables import UNDEFINED, Table, headline
 from pulmo_jax.shell.sweep_figures import sweep_figure
 from pulmo_jax.types import InputError
@@ -285,7 +285,7 @@ def write_pages(sweep: Path) -> list[Row]:
     with bearing_full_disk(sweep):
         if rows:
             shown = swept and any(value is not None for values in measures.values() for value in values)
-            figures = [save(sweep_figure(swept, measures), sweep / "figures", "sweep")] if shown else []
+            figures = [comparison_figure(rows, swept, measures, sweep)] if shown else []
             sections = [
                 Section("Jobs", tables=[jobs_table(rows, swept, measures)]),
                 Section("Jobs that did not finish", tables=failed_tables(rows, swept)),
@@ -293,6 +293,17 @@ def write_pages(sweep: Path) -> list[Row]:
             ]
             write_report(sweep / "sweep.html", f"Sweep {sweep.name}", summary_of(rows, sweep), sections, [], [])
     return rows
+
+
+def comparison_figure(
+    rows: list[Row], swept: dict[str, list[str]], measures: dict[str, list[float | None]], sweep: Path
+) -> CaptionedFigure:
+    path = save(sweep_figure(swept, measures), sweep / "figures", "sweep")
+    caption = (
+        f"Results of {len(rows)} jobs against each swept key. Dots: jobs; lines: means over seeds; bars: one standard "
+        "deviation over seeds. Differences smaller than the bars are not meaningful."
+    )
+    return CaptionedFigure(path, caption)
 
 
 @contextmanager

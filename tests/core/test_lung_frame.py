@@ -178,9 +178,9 @@ def test_a_mirrored_image_turns_every_triangle_over(frame):
 
 
 @pytest.mark.parametrize(("shape", "message"), [
-    (np.array([[0.0, 0], [1, 0], [2, 0], [5, 0]]), "lie on one line"),
-    (np.array([[0.0, 0], [1, 0], [0, 1], [1, 0]]), "landmarks 2 and 4 have the same place"),
-    (np.ones((4, 2)), "1 shapes of 4 landmarks make no frame"),
+    (np.array([[0.0, 0], [1, 0], [2, 0], [5, 0]]), "are collinear"),
+    (np.array([[0.0, 0], [1, 0], [0, 1], [1, 0]]), "landmarks 2 and 4 coincide"),
+    (np.ones((4, 2)), "1 shapes of 4 landmarks do not define a frame"),
     (np.array([[0.0, 0], [1, 0]]), "three or more"),
 ])  # fmt: skip
 def test_landmarks_without_a_frame_are_refused(shape, message):
@@ -195,12 +195,12 @@ def test_shapes_at_one_place_do_not_spoil_the_frame(frame):
 
 @pytest.mark.parametrize(("size", "margin"), [(1, 0.1), (32, 0.5), (32, -0.1)])
 def test_sizes_and_margins_out_of_range_are_refused(size, margin):
-    with pytest.raises(InputError, match="at least 2 px, margin in"):
+    with pytest.raises(InputError, match="the size must be at least 2 px and the margin in"):
         lf.lung_frame(shapes(), size, margin)
 
 
 def test_points_far_from_the_square_are_refused(frame):
-    with pytest.raises(InputError, match="must lie near it"):
+    with pytest.raises(InputError, match="all landmark coordinates must be between"):
         lf.frame_of(frame.points + 100, 48)
 
 

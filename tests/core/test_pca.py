@@ -80,7 +80,7 @@ def test_stacked_subspaces_give_what_each_gives():
 
 
 def test_samples_without_variance_are_named():
-    with pytest.raises(InputError, match="all samples are the same"):
+    with pytest.raises(InputError, match="all samples are identical"):
         pca.fit(np.ones((5, 4), np.float32), 0.95)
     with pytest.raises(InputError, match=r"1 sample\(s\) given"):
         pca.fit(np.ones((1, 4), np.float32), 0.95)

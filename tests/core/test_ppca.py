@@ -58,5 +58,5 @@ def test_program_is_the_same_when_compiled():
 
 @pytest.mark.parametrize("n_components", [0, 12, 50])
 def test_impossible_number_of_components_is_refused(n_components):
-    with pytest.raises(ValueError, match=f"n_components is {n_components}"):
+    with pytest.raises(ValueError, match=f"n_components={n_components}:"):
         ppca.fit(vectors(), n_components)

@@ -13,7 +13,7 @@ import scipy.spatial
 from pulmo_jax.core import procrustes
 
 rotation, similarity, apply, inverse, unit_of = map(
-    jax.jit, (procrustes.rotation, procrustes.similarity, procrustes.apply, procrustes.inverse, procrustes.unit)
+    jax.jit, (procrustes.rotation, procrustes.similarity, procrustes.apply, procrustes.inverse, procrustes.normalise)
 )
 generalised = jax.jit(procrustes.generalised_procrustes, static_argnames="iterations")
 LABELS = Path("../shared/data/chest_landmarks/landmarks_train.csv")

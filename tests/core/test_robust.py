@@ -42,8 +42,8 @@ def precisions(of: ScaleMixture) -> np.ndarray:
 
 
 def assert_alike(found: ScaleMixture, expected: ScaleMixture, tolerance: float = 1e-9) -> None:
-    assert found.settled
-    assert expected.settled
+    assert found.converged
+    assert expected.converged
     a, b = precisions(found), precisions(expected)
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * abs(b).max())
     np.testing.assert_allclose(found.statistics.rho, expected.statistics.rho, rtol=tolerance)
@@ -58,7 +58,7 @@ def test_fixed_point_is_the_reference_s(frames, size):
     samples = correlated(frames, size)
     found = fit(samples)
     m, precision, weights, rho = reference.learn(samples)
-    assert found.settled
+    assert found.converged
     expected = weights[:, None, None] * precision
     np.testing.assert_allclose(precisions(found), expected, rtol=0, atol=1e-9 * abs(expected).max())
     np.testing.assert_allclose(found.statistics.mean, m, rtol=1e-9)
@@ -90,7 +90,7 @@ def test_no_iteration_is_the_plain_covariance():
     np.testing.assert_allclose(found.statistics.factor.lower, expected.lower, rtol=0, atol=1e-12)
     np.testing.assert_allclose(found.statistics.mean, samples.mean(0), rtol=1e-12)
     assert found.statistics.rho == pytest.approx(float(rho), rel=1e-12)
-    assert not found.settled
+    assert not found.converged
 
 
 def test_effective_share():
@@ -171,7 +171,7 @@ def test_float32_is_near_float64():
     with jax.enable_x64(False):
         found = fit(samples.astype(np.float32), tolerance=1e-4)
         assert found.weights.dtype == jnp.float32
-    assert found.settled
+    assert found.converged
     np.testing.assert_allclose(found.weights, expected.weights, rtol=2e-3)
 
 
@@ -184,7 +184,7 @@ def test_a_frame_at_the_mean_does_not_take_it_over(distance):
     samples = correlated(40, 13, bad=0)
     samples[11] = np.delete(samples, 11, axis=0).mean(0) + distance
     found = fit(samples)
-    assert found.settled
+    assert found.converged
     assert float(found.weights[11] / jnp.median(found.weights)) == pytest.approx(1 / LEAST_SCALE, rel=0.05)
     without = fit(np.delete(samples, 11, axis=0))
     np.testing.assert_allclose(
@@ -210,6 +210,6 @@ def test_degenerate_patches_stay_finite(samples):
 
 def test_what_does_not_settle_says_so():
     samples = correlated(30, 13)
-    assert not fit(samples, most=2).settled
+    assert not fit(samples, most=2).converged
     assert int(fit(samples, most=2).iterations) == 2
-    assert fit(samples).settled
+    assert fit(samples).converged

@@ -66,7 +66,7 @@ def test_with_gaussians_is_the_product_of_gaussians():
     seen = CORNERS + rng.normal(size=(3, 2))
     roots = rng.normal(size=(3, 2, 2))
     covariances = roots @ roots.swapaxes(1, 2) + np.eye(2)
-    found = jax.jit(shape_model.with_gaussians)(model, jnp.asarray(seen), jnp.asarray(covariances))
+    found = jax.jit(shape_model.posterior_from_gaussians)(model, jnp.asarray(seen), jnp.asarray(covariances))
     precision = np.linalg.inv(dense_covariance(model))
     likelihood = np.zeros((6, 6))
     for k in range(3):
@@ -83,7 +83,7 @@ def test_a_point_of_no_precision_is_told_by_the_others():
     model = shape_model.fit_shape_model(shapes(4000))
     truth = shapes(1, seed=9)[0]
     precisions = jnp.asarray(np.stack([np.eye(2) * 1e3, np.eye(2) * 1e3, np.zeros((2, 2))]))
-    found = shape_model.with_precisions(model, jnp.asarray(truth), precisions)
+    found = shape_model.posterior_from_precisions(model, jnp.asarray(truth), precisions)
     c, mean = dense_covariance(model), np.asarray(model.mean).ravel()
     given = c[4:, :4] @ np.linalg.inv(c[:4, :4])
     np.testing.assert_allclose(found.points[2], mean[4:] + given @ (truth.ravel() - mean)[:4], atol=0.02)
@@ -109,9 +109,9 @@ def test_maps_that_are_gaussians_give_the_product_of_gaussians():
     model = shape_model.fit_shape_model(shapes())
     centres = CORNERS + np.array([[1.3, -0.8], [0.4, 0.6], [-1.1, 0.2]])
     logits, places = gaussian_maps(model, centres, 1.5)
-    how = jax.jit(lambda logits, places: shape_model.with_maps(model, logits, places, 0.0, 30))
+    how = jax.jit(lambda logits, places: shape_model.posterior_from_maps(model, logits, places, 0.0, 30))
     found = how(jnp.asarray(logits), jnp.asarray(places))
-    expected = shape_model.with_gaussians(
+    expected = shape_model.posterior_from_gaussians(
         model, jnp.asarray(centres), jnp.asarray(np.tile(1.5**2 * np.eye(2), (3, 1, 1)))
     )
     np.testing.assert_allclose(found.points, expected.points, atol=0.02)
@@ -124,7 +124,7 @@ def test_two_maxima_are_told_apart_by_the_other_points():
     rng = np.random.default_rng(4)
     places = np.round(CORNERS)[:, None] + rng.integers(-6, 7, size=(3, 12, 2))
     logits = rng.normal(size=(3, 12))
-    found = shape_model.with_maps(model, jnp.asarray(logits), jnp.asarray(places), 0.0, 60, 0.3)
+    found = shape_model.posterior_from_maps(model, jnp.asarray(logits), jnp.asarray(places), 0.0, 60, 0.3)
     precision, mean = np.linalg.inv(dense_covariance(model)), np.asarray(model.mean).ravel()
     total, first = 0.0, np.zeros(6)
     for combination in product(range(12), repeat=3):
@@ -144,8 +144,8 @@ def test_anchors_that_cannot_be_do_not_count():
     logits, places = gaussian_maps(model, CORNERS, 2.0, 3)
     more = np.concatenate([places, places + 1000], 1)
     cannot = np.concatenate([logits, np.full(logits.shape, -np.inf)], 1)
-    one = shape_model.with_maps(model, jnp.asarray(logits), jnp.asarray(places), 1.0)
-    other = shape_model.with_maps(model, jnp.asarray(cannot), jnp.asarray(more), 1.0)
+    one = shape_model.posterior_from_maps(model, jnp.asarray(logits), jnp.asarray(places), 1.0)
+    other = shape_model.posterior_from_maps(model, jnp.asarray(cannot), jnp.asarray(more), 1.0)
     np.testing.assert_allclose(other.points, one.points, atol=1e-3)
     assert np.isfinite(other.covariance).all()
 
@@ -164,5 +164,5 @@ def test_matrices_of_two_by_two_are_those_of_numpy():
 def test_shapes_that_cannot_be_used_are_named():
     with pytest.raises(InputError, match=r"1 shape\(s\)"):
         shape_model.fit_shape_model(CORNERS[None])
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="non-finite"):
         shape_model.fit_shape_model(np.where(np.eye(3, 2) > 0, np.nan, shapes()))

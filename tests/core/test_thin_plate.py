@@ -138,5 +138,5 @@ def test_targets_that_fold_the_plate_give_numbers(target):
     np.array([[0.0, 0], [1, 0], [0, np.nan]]), np.array([[0.0, 0], [1, 0]]),
 ])  # fmt: skip
 def test_centres_without_a_spline_are_refused(centres):
-    with pytest.raises(InputError, match="make no thin-plate spline"):
+    with pytest.raises(InputError, match="do not define a thin-plate spline"):
         thin_plate.fit(centres)

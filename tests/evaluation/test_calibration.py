@@ -110,7 +110,7 @@ def test_a_rate_that_too_few_images_cannot_certify_is_said():
     threshold = calibrator_of(maps).finish(0.5, 0.01).image_threshold
     assert threshold.value == 8
     assert (threshold.false_alarm_rate, threshold.attainable_rate) == (0.01, 0.25)
-    assert "0.01 per image cannot be certified with 3 normal images" in threshold.warning
+    assert "0.01 per image cannot be guaranteed with 3 normal images" in threshold.warning
 
 
 def test_intervals_agree_with_a_bootstrap_of_groups():
@@ -160,7 +160,7 @@ def test_only_scored_pixels_of_the_foreground_count():
 def test_images_without_foreground_are_counted_and_not_enough():
     score, nothing = np.ones((4, 4), np.float32), np.zeros((4, 4), dtype=bool)
     calibrator = Calibrator().add(score, nothing, 0.0, "a")
-    with pytest.raises(InputError, match="none of 1 normal validation images"):
+    with pytest.raises(InputError, match="none of the 1 normal validation images"):
         calibrator.finish(0.01, 0.05)
     calibration = calibrator.add(score, None, 1.0, "b").finish(0.01, 0.05)
     assert calibration.n_images_without_foreground == 1

@@ -161,7 +161,7 @@ def test_an_interval_takes_two_groups_of_every_class_that_the_figure_needs():
     without = {name for name in FIGURES if estimates[name].low is None}
     assert without == {"balanced_accuracy", "auroc", "ap", "specificity"}
     assert all(estimates[name].value is not None for name in FIGURES)
-    wanted = "no interval: it takes two groups with images of class 0"
+    wanted = "no interval: requires two groups with images of class 0"
     assert estimates["specificity"].reason == wanted
     assert estimates["auroc"].reason == f"{wanted} and two with images of class 1"
     assert estimates["auroc"].skipped > 0  # replicates in which the healthy one weighs 0

@@ -43,5 +43,5 @@ def test_with_many_samples_both_agree():
 
 @pytest.mark.parametrize("n", [1, D])
 def test_too_few_samples_are_refused(n):
-    with pytest.raises(ValueError, match="have no covariance of 4 dimensions"):
+    with pytest.raises(ValueError, match="give a singular covariance in 4 dimensions"):
         hotelling_p_value(np.ones(2), D, n)

@@ -35,7 +35,7 @@ def test_errors_and_units_are_those_of_a_loop():
                 ("px_at_224", 224 / max(h, w)),
                 ("percent_of_diagonal", 100 / np.hypot(h, w)),
             ):
-                assert metrics.in_unit(errors, sizes, unit)[i, k] == pytest.approx(distance * expected)
+                assert metrics.convert_unit(errors, sizes, unit)[i, k] == pytest.approx(distance * expected)
 
 
 def test_unknown_truths_count_nowhere():

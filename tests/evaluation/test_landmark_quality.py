@@ -73,7 +73,7 @@ def test_surprise_is_the_same_when_compiled(model):
 
 def test_few_training_images_are_enough_or_refused():
     assert np.isfinite(quality.surprise(quality.fit_surprise(phantoms(5, 0)), phantoms(5, 1))).all()
-    with pytest.raises(InputError, match="3 or more"):
+    with pytest.raises(InputError, match="provide at least 3"):
         quality.fit_surprise(phantoms(2, 0))
 
 
@@ -88,7 +88,7 @@ def test_threshold_keeps_its_rate_and_is_the_largest_where_that_cannot_be():
     assert quality.threshold(scores, 0.01) == scores.max()
     assert quality.attained_rate(30, 0.01) == pytest.approx(1 / 31)
     assert quality.attained_rate(199, 0.01) == pytest.approx(0.01)
-    with pytest.raises(InputError, match="without validation images"):
+    with pytest.raises(InputError, match="require validation images with landmarks"):
         quality.threshold(scores[:0], 0.01)
 
 

@@ -201,7 +201,7 @@ def test_one_group_gives_figures_without_intervals(data, estimates):
     for name in PIXEL_FIGURES:
         assert alone[name].value == pytest.approx(estimates[name].value)
         assert (alone[name].low, alone[name].high) == (None, None)
-        assert "it takes two groups" in alone[name].reason
+        assert "requires two groups" in alone[name].reason
 
 
 def test_lesions_in_one_group_give_no_interval_however_many_are_normal(data):

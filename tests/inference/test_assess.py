@@ -290,7 +290,7 @@ def test_missing_mask_is_named_before_anything_is_scored(tmp_path):
         write(tmp_path / "images" / name, noise(0))
     write(tmp_path / "masks" / "a.tif", np.zeros(SHAPE, np.uint8))
     refs, _ = index_images(tmp_path / "images")
-    with pytest.raises(InputError, match=rf"{tmp_path}/masks/b.tif: no such mask.*subfolder healthy") as error:
+    with pytest.raises(InputError, match=rf"{tmp_path}/masks/b.tif: mask not found.*subfolder healthy") as error:
         truth_by_masks(refs, tmp_path / "masks", "healthy", Reader())
     assert len(str(error.value).splitlines()) <= 2
 
@@ -325,8 +325,8 @@ def test_folder_called_normal_holds_normal_images():
     ("names", "found"),
     [
         (["tumour/a.tif", "cyst/b.tif"], "found cyst, tumour"),
-        (["a.tif", "normal/b.tif"], "found images outside of any, normal"),
-        (["a.tif"], "found images outside of any"),
+        (["a.tif", "normal/b.tif"], "found no subfolder, normal"),
+        (["a.tif"], "found no subfolder"),
         (["normals/a.tif"], "found normals"),
     ],
 )

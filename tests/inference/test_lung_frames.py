@@ -6,7 +6,7 @@ from references.chest_phantoms import phantom
 
 from pulmo_jax.core.lung_frame import lung_frame
 from pulmo_jax.data.sources import open_source
-from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, shrunk, spacing, write_pages
+from pulmo_jax.inference.lung_frames import block_means, into_frame, out_of_frame, spacing, write_pages
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_large_images_are_averaged_before_they_are_sampled(chests):
 def test_block_means_against_a_loop():
     image = np.random.default_rng(0).normal(size=(7, 11, 2)).astype(np.float32)
     expected = [[image[y : y + 3, x : x + 3].mean((0, 1)) for x in range(0, 11, 3)] for y in range(0, 7, 3)]
-    np.testing.assert_allclose(shrunk(image, 3), expected, rtol=1e-5)
+    np.testing.assert_allclose(block_means(image, 3), expected, rtol=1e-5)
 
 
 def test_a_map_of_the_frame_lies_on_the_image_again(chests):

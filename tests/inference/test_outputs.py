@@ -20,7 +20,14 @@ from scipy.ndimage import maximum_filter
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.host.files import atomically, write_json, write_text
 from pulmo_jax.inference import outputs
-from pulmo_jax.inference.outputs import CSV_COLUMNS, detection_row, open_map, overlay_step, thin_out, write_overlay
+from pulmo_jax.inference.outputs import (
+    CSV_COLUMNS,
+    detection_row,
+    open_map,
+    overlay_step,
+    subsample_mask,
+    write_overlay,
+)
 from pulmo_jax.types import Detection, ImageTags, Window
 
 OUTLINE = (0, 229, 255)
@@ -295,8 +302,8 @@ def test_small_finding_is_outlined_in_a_large_image_too(tmp_path, monkeypatch):
 def test_thinning_keeps_whatever_a_block_holds(mask, step):
     rows, columns = (range(0, size, step) for size in mask.shape)
     expected = [[mask[y : y + step, x : x + step].any() for x in columns] for y in rows]
-    np.testing.assert_array_equal(thin_out(mask, step), expected)
-    assert thin_out(mask, step).shape == mask[::step, ::step].shape
+    np.testing.assert_array_equal(subsample_mask(mask, step), expected)
+    assert subsample_mask(mask, step).shape == mask[::step, ::step].shape
 
 
 # --- detections

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pulmo_jax.models.autoencoder import COARSEST_PX, ConvAutoencoder, affine, by_blocks, by_pixels, strides_for
+from pulmo_jax.models.autoencoder import (
+    COARSEST_PX,
+    ConvAutoencoder,
+    affine,
+    strides_for,
+    to_block_order,
+    to_pixel_order,
+)
 
 
 def network(patch_size: int = 32, channels: int = 2, seed: int = 0, **options) -> ConvAutoencoder:
@@ -42,7 +49,7 @@ def test_every_multiple_of_4_is_halved_as_far_as_it_goes(patch_size):
 
 @pytest.mark.parametrize("patch_size", [-8, 0, 4, 7, 10, 63, 66])
 def test_other_patch_sizes_are_refused(patch_size):
-    with pytest.raises(ValueError, match=f"data.patch_size is {patch_size}; it must be a multiple of 4, at least 8"):
+    with pytest.raises(ValueError, match=f"data.patch_size={patch_size}: must be a multiple of 4 and at least 8"):
         network(patch_size)
 
 
@@ -86,11 +93,11 @@ def gathered(x: np.ndarray, factor: int) -> np.ndarray:
 def test_blocks_are_consecutive_for_every_layer_and_are_undone(side, strides, channels):
     size = side * prod(strides)
     x = np.arange(2 * size * size * channels, dtype=np.float32).reshape(2, size, size, channels)
-    deep, found = x, by_blocks(jnp.asarray(x), strides)
+    deep, found = x, to_block_order(jnp.asarray(x), strides)
     for stride in strides:
         deep = gathered(deep, stride)
     np.testing.assert_array_equal(np.asarray(found).reshape(2, side * side, -1), deep.reshape(2, side * side, -1))
-    np.testing.assert_array_equal(by_pixels(found, strides, side), x)
+    np.testing.assert_array_equal(to_pixel_order(found, strides, side), x)
 
 
 def test_layers_are_the_convolutions_whose_strides_are_their_kernels():

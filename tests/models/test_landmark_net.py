@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from pulmo_jax.models.blocks import Block, Norm, convolve
-from pulmo_jax.models.landmark_net import LandmarkNet, doubled, grid_px
+from pulmo_jax.models.landmark_net import LandmarkNet, cell_centres, upsample_2x
 
 SMALL = {"n_landmarks": 4, "channels": 2, "stem_stride": 2, "widths": (8, 8, 16), "blocks": 1}
 
@@ -104,13 +104,13 @@ def test_a_block_adds_to_its_input():
 
 def test_doubling_repeats_pixels():
     x = random(2, 3, 3, 4)
-    np.testing.assert_array_equal(doubled(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
+    np.testing.assert_array_equal(upsample_2x(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
 
 
 @pytest.mark.parametrize(("count", "side"), [(24, 96), (8, 32), (5, 5)])
 def test_the_cells_cover_the_image(count, side):
     pixels = np.arange(side).reshape(count, -1)
-    np.testing.assert_allclose(grid_px(count, side), pixels.mean(1), atol=1e-5)
+    np.testing.assert_allclose(cell_centres(count, side), pixels.mean(1), atol=1e-5)
 
 
 @pytest.mark.parametrize(("side", "stride", "widths"), [(32, 2, (8, 8, 16)), (96, 2, 5 * (8,)), (192, 4, 5 * (8,))])

@@ -8,7 +8,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.report import CaptionedFigure, Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
 
 VOID = {"meta", "img", "link", "br"}
@@ -47,7 +47,12 @@ def write(tmp_path, figure, **changes):
         "title": "A run",
         "summary": {"seed": "0"},
         "sections": [
-            Section("Test", "A text.", [figure], [Table("Pixels", ["score", "AUROC"], [["z", "0.9"]], ["a note"])]),
+            Section(
+                "Test",
+                "A text.",
+                [CaptionedFigure(figure, "ROC of 7 images")],
+                [Table("Pixels", ["score", "AUROC"], [["z", "0.9"]], ["a note"])],
+            ),
             Section("Empty"),
         ],
         "citations": ["Someone (2000)."],
@@ -69,6 +74,33 @@ def test_figures_are_in_the_page_itself(tmp_path, figure):
     (source,) = [attributes["src"] for tag, attributes in write(tmp_path, figure).elements if tag == "img"]
     data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
     assert Image.open(BytesIO(data)).size == (3, 2)
+
+
+def test_captions_stand_below_their_figures(tmp_path, figure):
+    page = write(tmp_path, figure)
+    (image,) = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert image["alt"] == "ROC of 7 images"
+    assert "figcaption" in {tag for tag, _ in page.elements}
+    assert "ROC of 7 images" in page.words
+
+
+@pytest.mark.parametrize("caption", ["", " \n"])
+def test_figure_without_caption_is_refused(figure, caption):
+    with pytest.raises(ValueError, match=r"roc_curve\.png: a figure of a report needs a caption"):
+        CaptionedFigure(figure, caption)
+
+
+def test_captions_come_from_the_template_of_the_file(figure):
+    found = captioned(figure, {"roc_curve": "ROC of {images} images", "other": "{missing}"}, images=7)
+    assert found == CaptionedFigure(figure, "ROC of 7 images")
+
+
+@pytest.mark.parametrize(
+    ("captions", "missing"), [({}, "roc_curve"), ({"roc_curve": "ROC of {images} images"}, "images")]
+)
+def test_figure_without_template_or_value_is_refused(figure, captions, missing):
+    with pytest.raises(KeyError, match=missing):
+        captioned(figure, captions)
 
 
 def test_links_lead_to_the_sections(tmp_path, figure):

@@ -48,7 +48,7 @@ def test_method_comes_first_and_undefined_figures_say_why():
     assert [row[0] for row in images.rows] == ["autoencoder", "intensity"]
     assert images.notes == ["there are no abnormal images"]
     assert pixels.columns == ["score", "AUROC"]
-    assert lesions.rows == [["100 px and more", "3 of 4", "0.932 [0.910, 0.950]"]]
+    assert lesions.rows == [["≥ 100 px", "3 of 4", "0.932 [0.910, 0.950]"]]
     assert "2 of 4" in lesions.notes[0]
 
 

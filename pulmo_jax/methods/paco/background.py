@@ -121,7 +121,7 @@ def robust_filters_at(
         fit = robust.scale_mixture(deviations, n, shrinkage, program.weights_error)
         of = fit.statistics
         filters = filters_of(template, of.variance, of.rho, of.factor)
-        state = filters.state.at[3].set(~fit.settled)
+        state = filters.state.at[3].set(~fit.converged)
         return filters._replace(state=state), Frames(of.deviations, fit.weights)
 
     return jax.vmap(of_location, in_axes=(1, 0), out_axes=(0, 1))(deviations, n)

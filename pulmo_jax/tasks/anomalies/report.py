@@ -19,9 +19,10 @@ from pulmo_jax.inference.assess import METHOD, Assessment, Truth, choose_example
 from pulmo_jax.methods.patch_gaussian import PatchGaussian
 from pulmo_jax.models.identity import Identity
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.report import Section
+from pulmo_jax.reporting.report import Section, captioned
 from pulmo_jax.reporting.tables import Table, metrics_tables
 from pulmo_jax.reporting.training import descends, training_sections
+from pulmo_jax.tasks.anomalies.captions import CAPTIONS
 from pulmo_jax.tasks.anomalies.figures import Example, View, reconstructions, score_maps, view
 from pulmo_jax.tasks.anomalies.run import Run, thresholds
 
@@ -49,7 +50,10 @@ def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
         f"From {len(scores)} normal validation images in {threshold.n_groups} groups alone. Pixel threshold "
         f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}."
     )
-    return [Section("Calibration", text, [figures.save(figure, out_dir / "figures", "calibration")], [])]
+    saved = figures.save(figure, out_dir / "figures", "calibration")
+    return [
+        Section("Calibration", text, [captioned(saved, CAPTIONS, images=len(scores), groups=threshold.n_groups)], [])
+    ]
 
 
 def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: Reader, out_dir: Path) -> list[Section]:
@@ -62,7 +66,8 @@ def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: 
     if rebuilds(run):
         drawn["validation_reconstructions"] = reconstructions(views)
     paths = [figures.save(figure, out_dir / "figures", name) for name, figure in drawn.items()]
-    return [Section("Validation images", "Normal, not trained on.", paths)]
+    counts = {"shown": len(views), "images": len(refs)}
+    return [Section("Validation images", "Normal, not trained on.", [captioned(p, CAPTIONS, **counts) for p in paths])]
 
 
 def rebuilds(run: Run) -> bool:
@@ -89,7 +94,9 @@ def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_di
         "Where the curve is above the diagonal, p-values of theory promise too few false alarms; the thresholds are "
         "from the calibration, which assumes no law."
     )
-    return [Section("Distances of normal windows", text, [figures.save(figure, out_dir / "figures", "distances")], [])]
+    saved = figures.save(figure, out_dir / "figures", "distances")
+    counts = {"windows": distance.size, "images": len(picked)}
+    return [Section("Distances of normal windows", text, [captioned(saved, CAPTIONS, **counts)], [])]
 
 
 def window_distances(method: PatchGaussian, run: Run, refs: Sequence[ImageRef], reader: Reader) -> np.ndarray:
@@ -124,7 +131,10 @@ def assessment_sections(
     """Tables, curves, histograms and galleries of the test images."""
     folder = out_dir / "figures"
     tables: list[Table] = metrics_tables(scores)
-    curves = [figures.save(f, folder, name) for name, f in curve_figures(run, assessment).items()]
+    n = scores["test"]
+    counts = {"abnormal": n["abnormal_images"], "normal": n["normal_images"]}
+    paths = [figures.save(f, folder, name) for name, f in curve_figures(run, assessment).items()]
+    curves = [captioned(path, CAPTIONS, **counts) for path in paths]
     limit = f"{thresholds(run)[1].value:.3g}"
     galleries = {
         "hits": "Abnormal images with the highest scores",
@@ -132,13 +142,18 @@ def assessment_sections(
         "false_alarms": f"Highest-scoring normal images (false alarms above {limit})",
     }
     maps = [
-        figures.save(score_maps(views[kind], title), folder, f"score_maps_{kind}")
+        captioned(
+            figures.save(score_maps(views[kind], title), folder, f"score_maps_{kind}"),
+            CAPTIONS,
+            shown=len(views[kind]),
+            **counts,
+        )
         for kind, title in galleries.items()
         if views[kind]
     ]
     several = (views["hits"] or views["misses"])[:2] + views["false_alarms"][:2] if rebuilds(run) else []
-    pairs = [figures.save(reconstructions(several), folder, "reconstructions")] if several else []
-    n = scores["test"]
+    paths = [figures.save(reconstructions(several), folder, "reconstructions")] if several else []
+    pairs = [captioned(path, CAPTIONS, shown=len(several), **counts) for path in paths]
     text = f"{n['abnormal_images']} abnormal and {n['normal_images']} normal images in {n['groups']} groups."
     return [
         Section("Test", f"{text} Intervals are 95 % bootstrap intervals by group.", [], tables),

@@ -19,12 +19,13 @@ from pulmo_jax.evaluation.metadata_baseline import majority_probabilities, metad
 from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.report import Section
+from pulmo_jax.reporting.report import CaptionedFigure, Section, captioned
 from pulmo_jax.reporting.tables import Table, cell, figures_table, markdown_row, metrics_console, metrics_markdown
 from pulmo_jax.reporting.training import training_sections
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
 from pulmo_jax.tasks.classification import figures as draw
+from pulmo_jax.tasks.classification.captions import CAPTIONS
 from pulmo_jax.tasks.classification.config import EvaluateClassesConfig
 from pulmo_jax.tasks.classification.data import ClassSet, class_counts, metadata_features, read_classes
 from pulmo_jax.tasks.classification.figures import ClassExample
@@ -304,10 +305,18 @@ def report_sections(
     folder, found = out_dir / "figures", tested.found
     names = [name for name in tested.results if LEAKS not in name and "majority" not in name]
 
-    def save(figure: Any, name: str) -> Path:
+    def save(figure: Any, name: str, **counts: int) -> CaptionedFigure:
         path = figures.save(figure, folder, name)
         figure.clear()  # its parts refer to each other, and would hold what they drew until they are collected
-        return path
+        return captioned(path, CAPTIONS, **shared, **counts)
+
+    shared = {
+        "images": len(found.refs),
+        "groups": len(set(found.groups)),
+        "classes": len(run.classes),
+        "methods": len(estimates),
+        "positive": None if run.positive is None else run.classes[run.positive],
+    }
 
     results = [save(draw.comparison(estimates, COMPARED), "comparison")]
     if run.positive is not None:
@@ -336,7 +345,9 @@ def mean_ece(p: Probabilities, labels: Int[np.ndarray, "N"]) -> float:
     return float(np.mean([expected_calibration_error(of_one, labels) for of_one in p]))
 
 
-def galleries(run: ClassifierRun, tested: Tested, count: int, save: Callable[[Any, str], Path]) -> list[Path]:
+def galleries(
+    run: ClassifierRun, tested: Tested, count: int, save: Callable[..., CaptionedFigure]
+) -> list[CaptionedFigure]:
     """The surest of those that are right, spread over the classes, and the surest of those that are wrong."""
     mean, labels = tested.mean, tested.found.labels
     known = np.atleast_1d(np.isfinite(mean).all(axis=1))
@@ -345,10 +356,11 @@ def galleries(run: ClassifierRun, tested: Tested, count: int, save: Callable[[An
     by_class = [[i for i in order if known[i] and right[i] and labels[i] == k] for k in range(len(run.classes))]
     hits = [i for some in zip_longest(*by_class) for i in some if i is not None][:count]
     misses = [i for i in order if known[i] and not right[i]][:count]
-    groups = {"saliency_right": (hits, "Right"), "saliency_wrong": (misses, "Wrong")}
+    n_right, n_wrong = int((known & right).sum()), int((known & ~right).sum())
+    groups = {"saliency_right": (hits, "Right", n_right), "saliency_wrong": (misses, "Wrong", n_wrong)}
     return [
-        save(draw.saliency_gallery(examples(run, tested, np.array(which)), title), name)
-        for name, (which, title) in groups.items()
+        save(draw.saliency_gallery(examples(run, tested, np.array(which)), title), name, shown=len(which), total=total)
+        for name, (which, title, total) in groups.items()
         if len(which)
     ]
 

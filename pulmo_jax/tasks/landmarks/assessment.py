@@ -22,13 +22,14 @@ from pulmo_jax.inference.lung_frames import into_frame
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.methods.located import Found
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.report import Section
+from pulmo_jax.reporting.report import Section, captioned
 from pulmo_jax.reporting.tables import Table, cell, markdown_row
 from pulmo_jax.reporting.training import training_sections
 from pulmo_jax.runs.directory import citation_of
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
 from pulmo_jax.tasks.landmarks import figures as draw
+from pulmo_jax.tasks.landmarks.captions import CAPTIONS
 from pulmo_jax.tasks.landmarks.config import EvaluateLandmarksConfig
 from pulmo_jax.tasks.landmarks.data import Labelled, labelled
 from pulmo_jax.tasks.landmarks.figures import LandmarkExample
@@ -280,12 +281,14 @@ def report_sections(
         )
     ]
     warped = figures.save(aligned_figure(run, tested, spread[:4], reader), folder, "aligned")
+    n = {"images": len(own), "landmarks": own.shape[1], "classes": len(found["by_class"])}
+    shown = {"examples": len(spread), "failures": len(worst), "aligned": len(spread[:4])}
     text = f"{len(labelled.refs)} images in {len(set(labelled.groups))} groups. Intervals are 95 % bootstrap intervals."
     return [
-        Section("Errors", text, curves, list(tables[:3])),
-        Section("Images", "", galleries, []),
-        Section("Uncertainty", "", [coverage], list(tables[3:])),
-        Section("Alignment", "", [warped], []),
+        Section("Errors", text, [captioned(path, CAPTIONS, **n) for path in curves], list(tables[:3])),
+        Section("Images", "", [captioned(path, CAPTIONS, shown=shown[path.stem], **n) for path in galleries], []),
+        Section("Uncertainty", "", [captioned(coverage, CAPTIONS, **n)], list(tables[3:])),
+        Section("Alignment", "", [captioned(warped, CAPTIONS, shown=shown["aligned"], **n)], []),
     ]
 
 

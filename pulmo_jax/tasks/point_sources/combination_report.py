@@ -17,9 +17,10 @@ from pulmo_jax.evaluation.field_threshold import FieldThreshold
 from pulmo_jax.inference.epochs import Combined, Plan, Track
 from pulmo_jax.methods.paco.epochs import EpochMap, Star
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.report import CaptionedFigure, Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
 from pulmo_jax.tasks.point_sources import epoch_figures
+from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 
 CITATIONS = [
@@ -97,7 +98,9 @@ def source_section(result: CombinedResult, table: Table, out_dir: Path) -> Secti
         "one FWHM of it is left out of every epoch before the next is looked for. False alarm: the probability that "
         "noise alone is as high anywhere in the field."
     )
-    return Section("Sources", text, [figures.save(figure, out_dir / "figures", "combined_maps")], [table])
+    saved = figures.save(figure, out_dir / "figures", "combined_maps")
+    counts = {"epochs": len(result.epochs), "sources": len(combined.found)}
+    return Section("Sources", text, [captioned(saved, CAPTIONS, **counts)], [table])
 
 
 def epoch_section(result: CombinedResult, out_dir: Path) -> Section:
@@ -120,7 +123,8 @@ def epoch_section(result: CombinedResult, out_dir: Path) -> Section:
         "proves nothing by itself, the threshold does."
     )
     saved = [figures.save(bars, folder, "snr_by_epoch"), figures.save(maps, folder, "epoch_maps")]
-    return Section("Epoch by epoch", text, saved)
+    counts = {"epochs": len(result.epochs), "tracks": len(tracks)}
+    return Section("Epoch by epoch", text, [captioned(path, CAPTIONS, **counts) for path in saved])
 
 
 def snr_of(epoch: EpochMap) -> Float[np.ndarray, "H W"]:
@@ -145,7 +149,9 @@ def orbit_sections(result: CombinedResult, out_dir: Path) -> list[Section]:
         figure = epoch_figures.tracks_on_sky(found.sky, labels, path, samples, places[:2000], "arcsec")
         saved = figures.save(figure, out_dir / "figures", f"orbit_{i + 1}")
         title = f"Orbit of source {i + 1}" if combined.found else "Orbit of the highest track, below the threshold"
-        sections.append(Section(title, orbit_text(found, result), [saved], [orbit_table(found, result, star)]))
+        caption = CAPTIONS["orbit"].format(epochs=len(labels), orbits=len(places))
+        drawn = [CaptionedFigure(saved, caption)]
+        sections.append(Section(title, orbit_text(found, result), drawn, [orbit_table(found, result, star)]))
     return sections
 
 
@@ -231,7 +237,8 @@ def noise_section(result: CombinedResult, out_dir: Path) -> Section:
             f"along the nearest of the {combined.n_tracks} tracks tried, before the best are refined; a higher "
             "epochs.shapes raises that."
         )
-    return Section("The threshold", text, [figures.save(figure, out_dir / "figures", "null_maxima")])
+    saved = figures.save(figure, out_dir / "figures", "null_maxima")
+    return Section("The threshold", text, [captioned(saved, CAPTIONS, fields=len(null.maxima))])
 
 
 def ranges(nulls: Sequence[FieldThreshold]) -> str:

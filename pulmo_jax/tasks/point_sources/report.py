@@ -16,10 +16,11 @@ from pulmo_jax.evaluation.null_field import null_values
 from pulmo_jax.inference.point_sources import Search
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.report import Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
 from pulmo_jax.tasks.point_sources import figures as adi_figures
 from pulmo_jax.tasks.point_sources import spectral_figures
+from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import PointSource
 
@@ -95,7 +96,13 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         "scatter at blank positions of the same separation, which is the one to quote. False-alarm probability: of a "
         "peak as high anywhere in the field, by the calibrated SNR."
     )
-    return Section("Sources", text, [figures.save(figure, out_dir / "figures", "detection_maps")], [table])
+    counts = {
+        "frames": len(result.of.reference.deviations),
+        "channels": len(result.of.each),
+        "sources": len(search.sources),
+    }
+    saved = figures.save(figure, out_dir / "figures", "detection_maps")
+    return Section("Sources", text, [captioned(saved, CAPTIONS, threshold=config.search.threshold, **counts)], [table])
 
 
 def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
@@ -127,7 +134,9 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
             f" Source {', '.join(unlike)} does not have the spectrum that was looked for: its flux of all channels "
             "together means little, take those of the channels, or search again with data.spectrum."
         )
-    return Section("Spectra", text, [figures.save(figure, out_dir / "figures", "spectra")], [])
+    saved = figures.save(figure, out_dir / "figures", "spectra")
+    counts = {"sources": len(search.spectra), "channels": len(result.of.each)}
+    return Section("Spectra", text, [captioned(saved, CAPTIONS, **counts)], [])
 
 
 def known_spectra(sources: Sequence[PointSource], result: Result) -> list[np.ndarray | None]:
@@ -155,9 +164,13 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
             f" It is the best of {n_spectra} spectra everywhere, so its mean is above 0 and its spread smaller than "
             "that of one spectrum, by which SNRs are calibrated and which the figure by separation shows."
         )
+    distribution = figures.save(
+        adi_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"
+    )
+    by_radius = figures.save(radial, folder, "null_by_radius")
     saved = [
-        figures.save(adi_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"),
-        figures.save(radial, folder, "null_by_radius"),
+        captioned(distribution, CAPTIONS, positions=len(values), independent=n_independent),
+        captioned(by_radius, CAPTIONS, rings=len(profile.separation_px)),
     ]
     return Section("The noise", text, saved, [])
 
@@ -183,7 +196,9 @@ def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir
         "source that the statistics have not seen. A gap says that no flux is enough: there sources subtract "
         "themselves as fast as they brighten."
     )
-    return Section("Limits", text, [figures.save(figure, out_dir / "figures", "contrast_curve")], [])
+    saved = figures.save(figure, out_dir / "figures", "contrast_curve")
+    counts = {"separations": len(contrast.separation_px), "directions": int(contrast.n.max())}
+    return Section("Limits", text, [captioned(saved, CAPTIONS, sources=len(search.sources), **counts)], [])
 
 
 def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
@@ -215,7 +230,9 @@ def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
         rows.insert(0, ["channels", f"{len(result.of.each)} of {len(result.of.kept)}, {first:g} to {last:g}"])
         text = f"Frames, PSF and pixels are those of the middle channel, {result.stack.wavelengths[channel]:g}."
     table = Table("What was computed", ["", ""], rows, [])
-    return Section("The stack", text, [figures.save(figure, out_dir / "figures", "frames")], [table])
+    saved = figures.save(figure, out_dir / "figures", "frames")
+    numbers = ", ".join(map(str, shown))
+    return Section("The stack", text, [captioned(saved, CAPTIONS, shown=numbers, frames=len(angles))], [table])
 
 
 def source_table(sources: Sequence[PointSource], result: Result) -> Table:
