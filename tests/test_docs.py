@@ -16,12 +16,16 @@ from flax import nnx
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 
 from pulmo_jax.config.nodes import build
+from pulmo_jax.config.section import allowed_keys
 from pulmo_jax.data.synthetic import rotating_stack
-from pulmo_jax.shell.composing import SCHEMAS, allowed_keys, config_dir, defaults_of, primary_config
+from pulmo_jax.runs.task import find_task, task_names
+from pulmo_jax.shell.composing import OF_RUN, VERBS, Command, command_line, config_dir, defaults_of
 from pulmo_jax.training.callbacks import Callback, Event
 from pulmo_jax.training.state import TrainState
+from pulmo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -133,19 +137,35 @@ def first_value(override: str) -> str:
 def test_commands_name_verbs_experiments_and_keys_that_exist(command):
     verb, *arguments = shlex.split(command)
     assert importlib.util.find_spec(f"pulmo_jax.{verb}")
-    if "--config-dir" in arguments or verb not in SCHEMAS:  # the plugin's own test; a module that is no verb
+    if "--config-dir" in arguments or verb not in VERBS:  # the plugin's own test; a module that is no verb
         return
     overrides = [first_value(a) for a in arguments if "=" in a and not a.startswith(("-", "hydra", "install="))]
-    primary = primary_config(verb, overrides)
-    ConfigStore.instance().store(name=f"{primary}_defaults", node=defaults_of(SCHEMAS[primary]))
+    errors = [composing_error(command, overrides) for command in possible(verb, overrides)]
+    assert None in errors, errors
+
+
+def possible(verb: str, overrides: list[str]) -> list[Command]:
+    """The command; of a verb whose task is that of its run, that of every task."""
+    tasks = [find_task(name) for name in task_names()] if verb in OF_RUN else []
+    of_runs = [Command(verb, task) for task in tasks if verb in task.config.SECTIONS]
+    return of_runs or [command_line(verb, overrides)]
+
+
+def composing_error(command: Command, overrides: list[str]) -> HydraException | None:
+    ConfigStore.instance().store(name=f"{command.primary}_defaults", node=defaults_of(command.schema))
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir().absolute()), version_base="1.3"):
-        compose(primary, overrides)
+        try:
+            compose(command.primary, overrides)
+        except HydraException as error:
+            return error
+    return None
 
 
 def test_a_command_with_a_wrong_key_would_be_noticed():
-    with pytest.raises(Exception, match="no_such_key"):
-        test_commands_name_verbs_experiments_and_keys_that_exist("train +experiment=lung data.no_such_key=1")
+    for command in ("train +experiment=lung data.no_such_key=1", "evaluate run=RUN data.no_such_key=1"):
+        with pytest.raises(AssertionError, match="no_such_key"):
+            test_commands_name_verbs_experiments_and_keys_that_exist(command)
 
 
 def keys_in_pages() -> list[str]:
@@ -159,7 +179,8 @@ def keys_in_pages() -> list[str]:
 def test_keys_that_pages_name_exist(key):
     section, name = key.split(".")
     nodes = [yaml.safe_load(file.read_text()) for file in (config_dir() / section).glob("*.yaml")]
-    known = {name for schema in SCHEMAS.values() for name in allowed_keys(schema, [section])}
+    schemas = [schema for task in map(find_task, task_names()) for schema in task.config.SECTIONS.values()]
+    known = {name for schema in schemas for name in allowed_keys(schema, [section])}
     assert name in known | {name for node in nodes for name in node}
 
 
@@ -275,3 +296,10 @@ def test_the_plugins_loss_and_callback_work(my_package):
     good, bad = (Event(1, {"val/loss": loss}, state, False) for loss in (0.0005, 0.5))
     assert callback.on_event(bad) is None
     assert "0.0005" in (callback.on_event(good) or "")
+
+
+def test_the_plugins_task_is_found_by_name(my_package):
+    task = find_task("counting", ("my_package",))
+    assert (task.name, task.package) == ("counting", "my_package.tasks.counting")
+    with pytest.raises(InputError, match="counting"):
+        find_task("counting")
