@@ -4,14 +4,16 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pulmo_jax.config.verbs import IngestConfig
-from pulmo_jax.data.sources.store import Store, damaged
-from pulmo_jax.data.store_writing import Ingested, ingest_folder
 from pulmo_jax.host.console import SOME_FAILED, make_console, tracker
 from pulmo_jax.host.lock import claim
 from pulmo_jax.shell import cli
 from pulmo_jax.types import InputError
+
+if TYPE_CHECKING:  # the readers are imported when the config has been validated
+    from pulmo_jax.data.store_writing import Ingested
 
 EXAMPLES = """
 Every image of the folder, decoded once, in one HDF5 file, with metadata.json beside it; the store goes wherever a
@@ -28,6 +30,8 @@ def ingest(config: IngestConfig, _: Path) -> None:
         return verify(config.output)
     if config.input is None:
         raise InputError("input must be given, as input=FOLDER; or verify=true to check a store that is there")
+    from pulmo_jax.data.store_writing import ingest_folder
+
     began, console = time.monotonic(), make_console()
     target = config.output
     with claim(target.parent, f".{target.name}.lock"):
@@ -49,7 +53,7 @@ def ingest(config: IngestConfig, _: Path) -> None:
         sys.exit(SOME_FAILED)
 
 
-def summary(done: Ingested) -> str:
+def summary(done: "Ingested") -> str:
     groups = len({record.group for record in done.records})
     return (
         f"{done.decoded} images decoded, {done.again} were there or are copies, {len(done.failed)} failed; the store "
@@ -57,7 +61,7 @@ def summary(done: Ingested) -> str:
     )
 
 
-def warnings(done: Ingested) -> list[str]:
+def warnings(done: "Ingested") -> list[str]:
     """Groups that stand in more than one class."""
     classes: dict[str, set[str]] = {}
     for record in done.records:
@@ -68,6 +72,8 @@ def warnings(done: Ingested) -> list[str]:
 
 def verify(path: Path) -> None:
     """Read every page again. Exit status 3 where some are damaged."""
+    from pulmo_jax.data.sources.store import Store, damaged
+
     console = make_console()
     with Store(path) as store:
         bad = damaged(store, tracker(console, "verifying images"))

@@ -7,12 +7,13 @@ its signature alone.
 import importlib
 import inspect
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Strict, ValidationError, create_model
 
 from pulmo_jax.config.section import Node, Section, describe_errors
+from pulmo_jax.config.signatures import REQUIRED, Parameter, read_parameters
 from pulmo_jax.types import InputError
 
 # Arguments that the program may supply to the targets of a group, where their signatures have them and no default of
@@ -51,13 +52,14 @@ def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any
             type or out of range. Nothing is imported before the first check.
     """
     target = find_target(node, where, plugins)
-    arguments = check_arguments(target, node, where)
-    offered = {name: value for name, value in given.items() if name in parameters_of(target) and name not in node}
+    known = parameters_of(target)
+    arguments = check_arguments(known, node, where)
+    offered = {name: value for name, value in given.items() if name in known and name not in node}
     return target(**arguments | offered)
 
 
 def check_node(node: Node, where: str, plugins: tuple[str, ...], required: Iterable[str] = ()) -> None:
-    """Validates a node without building it.
+    """Validates a node without building it; targets of this package are not even imported.
 
     Args:
         required: Arguments from the program without which a target does not belong to this group.
@@ -65,24 +67,41 @@ def check_node(node: Node, where: str, plugins: tuple[str, ...], required: Itera
     Raises:
         InputError: As `build`.
     """
-    target = find_target(node, where, plugins)
-    missing = [name for name in required if name not in parameters_of(target)]
+    known = parameters_of_node(node, where, plugins)
+    missing = [name for name in required if name not in known]
     if missing:
         group = group_of(where)
         raise InputError(f"{where}._target_={node['_target_']}: takes no {', '.join(missing)}, so it is no {group}")
-    check_arguments(target, node, where)
+    check_arguments(known, node, where)
 
 
 def group_of(where: str) -> str:
     return where.split(".")[0]
 
 
-def parameters_of(target: Any) -> dict[str, inspect.Parameter]:
+def parameters_of_node(node: Node, where: str, plugins: tuple[str, ...]) -> dict[str, Parameter]:
+    """The parameters of a node's target: from its source if it is ours, else from the imported object."""
+    name = allowed_target(node, where, plugins)
+    if not name.startswith(f"{__name__.partition('.')[0]}."):
+        return parameters_of(find_target(node, where, plugins))
+    try:
+        return read_parameters(name)
+    except LookupError as error:
+        raise InputError(f"{where}._target_={name}: cannot be imported ({error})") from error
+
+
+def parameters_of(target: Any) -> dict[str, Parameter]:
     """The named parameters of a class or function, inherited ones and a dataclass's fields too."""
     function = function_of(target)
-    parameters = list(inspect.signature(function).parameters.values()) if function else []
-    own = parameters[1:] if inspect.isclass(target) else parameters  # without self
-    return {p.name: p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if function is None:
+        return {}
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = list(inspect.signature(function).parameters.values())[1 if inspect.isclass(target) else 0 :]
+    return {
+        p.name: Parameter(hints.get(p.name, Any), REQUIRED if p.default is p.empty else p.default)
+        for p in found
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
 
 
 def function_of(target: Any) -> Any:
@@ -92,7 +111,8 @@ def function_of(target: Any) -> Any:
     return next((f for f in (target.__init__, target.__new__) if inspect.isfunction(f)), None)
 
 
-def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
+def allowed_target(node: Node, where: str, plugins: tuple[str, ...]) -> str:
+    """The name of a node's target. Raises InputError if it lies outside the group's home and the listed plugins."""
     name = node.get("_target_")
     if not isinstance(name, str) or "." not in name:
         raise InputError(f"{where}._target_ is {name!r}; it must name a class or function, as package.module.Name")
@@ -103,6 +123,12 @@ def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
             f"{where}._target_={name}: only {', '.join(homes)} and the packages in plugins={list(plugins)} may be "
             f"built{hint}"
         )
+    return name
+
+
+def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
+    """Imports a node's target. Raises InputError if it may not or cannot be imported."""
+    name = allowed_target(node, where, plugins)
     module, _, attribute = name.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), attribute)
@@ -113,16 +139,14 @@ def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
     return target
 
 
-def argument_schema(target: Any, group: str) -> type[BaseModel]:
-    """A pydantic model of what a config may set: the target's parameters less those that only the program supplies."""
-    function = function_of(target)
-    hints = typing.get_type_hints(function, include_extras=True) if function else {}
+def argument_schema(parameters: Mapping[str, Parameter], group: str) -> type[BaseModel]:
+    """A pydantic model of what a config may set: the parameters less those that only the program supplies."""
     fields: dict[str, Any] = {
-        name: (strictly(hints.get(name, Any)), ... if parameter.default is parameter.empty else parameter.default)
-        for name, parameter in parameters_of(target).items()
+        name: (strictly(parameter.annotation), parameter.default)
+        for name, parameter in parameters.items()
         if name not in GIVEN.get(group, ())
     }
-    return create_model(getattr(target, "__name__", "target"), __base__=Section, **fields)
+    return create_model("Node", __base__=Section, **fields)
 
 
 def strictly(annotation: Any) -> Any:
@@ -131,8 +155,8 @@ def strictly(annotation: Any) -> Any:
     return Annotated[annotation, Strict()] if base in (int, float, bool) else annotation
 
 
-def check_arguments(target: Any, node: Node, where: str) -> dict[str, Any]:
-    schema = argument_schema(target, group_of(where))
+def check_arguments(parameters: Mapping[str, Parameter], node: Node, where: str) -> dict[str, Any]:
+    schema = argument_schema(parameters, group_of(where))
     values = {key: value for key, value in node.items() if key != "_target_"}
     try:
         checked = schema.model_validate(values)

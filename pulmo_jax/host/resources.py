@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
-
 from pulmo_jax.types import InputError
 
 GIB = 2**30
@@ -21,6 +19,8 @@ CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def available_bytes() -> int | None:
     """What this process may still take of the device's memory, or None where that is not known."""
+    import jax  # here, so that the command line can read this module without it
+
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         found = device.memory_stats() or {}
@@ -45,7 +45,7 @@ def running_out_names(what: str, remedy: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise InputError(f"out of memory in {what}; {remedy}") from error
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:  # JaxRuntimeError is one
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
         reason = str(error).partition("\n")[0]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pulmo_jax.config.section import IMAGES, INPUT, Section
-from pulmo_jax.data.sources.store import is_store
 from pulmo_jax.types import InputError
 
 
@@ -19,7 +18,7 @@ def check_paths(config: Section) -> None:
     for key, path, kind in image_paths(config):
         if kind == INPUT and not path.exists():
             raise InputError(f"{key}={path}: does not exist; give an image or a folder of images")
-        if kind == IMAGES and not path.is_dir() and not is_store(path):
+        if kind == IMAGES and not path.is_dir() and not is_store_file(path):
             what = "is a file" if path.exists() else "does not exist"
             raise InputError(f"{key}={path}: {what}; give a folder of images, or a store of them")
 
@@ -37,3 +36,9 @@ def image_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, Path, 
 def marks(annotation: Any) -> list[Any]:
     """The metadata of an annotation and of the members of a union."""
     return [*getattr(annotation, "__metadata__", ()), *(m for part in typing.get_args(annotation) for m in marks(part))]
+
+
+def is_store_file(path: Path) -> bool:
+    from pulmo_jax.data.sources.store import is_store  # imports h5py, which most commands do not need
+
+    return path.is_file() and is_store(path)

@@ -1,7 +1,8 @@
 """What Hydra composes for each verb: judged, explained where it is refused, and documented."""
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from yaml import YAMLError
 
-from pulmo_jax.config.nodes import argument_schema, find_target
-from pulmo_jax.config.section import Section, allowed_keys, unknown_key, validate
+from pulmo_jax.config.nodes import argument_schema, check_node, parameters_of_node
+from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
 from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.task import Task, find_task, task_names
@@ -123,7 +124,7 @@ def compose_config(
         with initialize_config_dir(str(package_configs().absolute()), version_base="1.3"):
             raw = compose(command.primary, [*overrides, *path])
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error, command.schema)) from error
+        raise InputError(explain(error, command)) from error
     return checked(raw, command)
 
 
@@ -173,14 +174,24 @@ def checked(raw: DictConfig, command: Command) -> Any:
         values: Any = OmegaConf.to_container(ours, resolve=True)
         missing = sorted(OmegaConf.missing_keys(ours))
     except OmegaConfBaseException as error:
-        raise InputError(explain(error, command.schema)) from error
+        raise InputError(explain(error, command)) from error
     if missing:
         raise InputError(f"{', '.join(missing)} must be given, as KEY=VALUE (--help lists all keys)")
     config = validate(command.schema, values)
     check_paths(config)
+    for where, node in nodes_of(config):
+        check_node(node, where, config.plugins)  # from their sources: the task's own check imports JAX
     if command.verb == "train" and command.task is not None:
         command.task.training.check(config)
     return config
+
+
+def nodes_of(config: Section) -> Iterator[tuple[str, Node]]:
+    """The `_target_` nodes of a config, with their keys."""
+    for group in (group for group in GROUPS if group in type(config).model_fields):
+        value = getattr(config, group)
+        if isinstance(value, dict):
+            yield from [(group, value)] if "_target_" in value else ((f"{group}.{k}", n) for k, n in value.items())
 
 
 def experiment_files(arguments: list[str]) -> list[Path]:
@@ -202,14 +213,14 @@ def task_of(file: Path) -> str | None:
     return None if name is None else str(name)
 
 
-def explain(error: Exception, schema: type[Section] | None = None) -> str:
+def explain(error: Exception, command: Command | None = None) -> str:
     """Hydra's message in at most two lines, with our list of keys where one is unknown."""
     text = str(error)
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if isinstance(error, ConfigCompositionException) and key:
         dotted = key.group(1).lstrip("+~")
         *path, _ = dotted.split(".")
-        allowed = (allowed_keys(schema, path) if schema else []) or node_keys(path)
+        allowed = keys_at(path, command) if command else []
         return unknown_key(dotted, allowed) if allowed else f"unknown key {dotted}; --help lists all keys"
     if isinstance(error, OverrideParseException):
         hint = "quote special characters: \"key='value'\""
@@ -231,14 +242,26 @@ def missing_extra(error: Exception) -> str | None:
     return known[0] if known and ("hydra/" in str(missing) or "hydra_plugins" in str(missing)) else None
 
 
-def node_keys(path: list[str]) -> list[str]:
-    """The keys of the default `_target_` node of a group such as model or method."""
-    folder = package_configs() / path[0] if path else package_configs() / "none"
-    for file in sorted(folder.glob("*.yaml")):
-        node = OmegaConf.load(file)
-        if isinstance(node, DictConfig) and "_target_" in node:
-            return [str(key) for key in node if key != "_target_"]
-    return []
+def keys_at(path: list[str], command: Command) -> list[str]:
+    """The keys at a place of a command's config, such as trainer or method."""
+    if not path or path[0] not in GROUPS:
+        return allowed_keys(command.schema, path)
+    choice = package_configs() / path[0] / f"{chosen(path[0], command, sys.argv[1:])}.yaml"
+    node: Any = OmegaConf.to_container(OmegaConf.load(choice)) if choice.is_file() else {}
+    for key in path[1:]:
+        node = node.get(key, {})
+    return [str(key) for key in node if key not in ("_target_", "defaults")]
+
+
+def chosen(group: str, command: Command, arguments: Sequence[str]) -> str:
+    """The choice of a config group: of the command line, of its experiment, or of the primary config."""
+    given = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
+    files = [*experiment_files(list(arguments)), package_configs() / f"{command.primary}.yaml"]
+    contents = [OmegaConf.to_container(OmegaConf.load(file)) for file in files if file.is_file()]
+    for content in contents:
+        entries = [e for e in content.get("defaults", []) if isinstance(e, dict)] if isinstance(content, dict) else []
+        given += [str(v) for e in entries for k, v in e.items() if re.sub(r"^override |/", "", str(k)) == group]
+    return next(iter(given), "")
 
 
 def defaults_of(schema: type[BaseModel], given: BaseModel | None = None) -> dict[str, Any]:
@@ -329,9 +352,8 @@ def print_group(group: str, command: Command) -> None:
         parts = {f"{group}.{key}": node for key, node in choice.items() if key != "defaults"}
         nodes = {group: choice} if "_target_" in choice else parts
         for where, node in nodes.items():
-            target = find_target(node, where, ())
             print(f"\n{where} ({group}={name}): {node['_target_']}")
-            print_keys(argument_schema(target, group), f"{where}.")
+            print_keys(argument_schema(parameters_of_node(node, where, ()), group), f"{where}.")
 
 
 def choices_of(group: str, task: Task) -> Sequence[str]:

@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.host.lock import claim, in_use
 from pulmo_jax.host.resources import is_disk_full
-from pulmo_jax.reporting.figures import save
-from pulmo_jax.reporting.report import CaptionedFigure, Section, write_report
 from pulmo_jax.reporting.tables import UNDEFINED, Table, headline
-from pulmo_jax.shell.sweep_figures import sweep_figure
 from pulmo_jax.types import InputError
+
+if TYPE_CHECKING:
+    from pulmo_jax.reporting.report import CaptionedFigure
 
 RECORD, REFUSED, TRACEBACK = "job.json", "refused.json", "traceback.txt"
 JOB_LOCK = "job.lock"  # held while the job runs, so that a job that was killed is told from one that runs
@@ -280,6 +280,8 @@ def write_tables(sweep: Path) -> list[Row]:
 
 def write_pages(sweep: Path) -> list[Row]:
     """sweep.csv, figures/sweep.png and .pdf, and sweep.html."""
+    from pulmo_jax.reporting.report import Section, write_report  # here and below: matplotlib takes half a second
+
     rows = write_tables(sweep)
     swept, measures = swept_keys(rows), measures_of(rows)
     with bearing_full_disk(sweep):
@@ -297,7 +299,11 @@ def write_pages(sweep: Path) -> list[Row]:
 
 def comparison_figure(
     rows: list[Row], swept: dict[str, list[str]], measures: dict[str, list[float | None]], sweep: Path
-) -> CaptionedFigure:
+) -> "CaptionedFigure":
+    from pulmo_jax.reporting.figures import save
+    from pulmo_jax.reporting.report import CaptionedFigure
+    from pulmo_jax.shell.sweep_figures import sweep_figure
+
     path = save(sweep_figure(swept, measures), sweep / "figures", "sweep")
     caption = (
         f"Results of {len(rows)} jobs against each swept key. Dots: jobs; lines: means over seeds; bars: one standard "

@@ -1,11 +1,8 @@
 """How PACO's maps are computed."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-Mode = Literal["exact", "fast", "robust"]
-ShrinkageName = Literal["paco", "oas", "ledoit_wolf", "fixed", "cv"]
-Frames = Literal["all", "effective"]
+from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 from pulmo_jax.config.section import Bool, Float, Int, Pair, PathLike, Section
-from pulmo_jax.methods.paco.settings import Frames, Mode, ShrinkageName
 
 
 def _is_file(path: PathLike) -> PathLike:

@@ -1,0 +1,126 @@
+"""The parameters of a class or function, read from its source: without imports, --help and a wrong key are fast.
+
+Annotations and defaults are understood if they are made of typing, pydantic and plain values, or are aliases of those;
+anything else, which no config can set, is `Any`.
+"""
+
+import ast
+import builtins
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1]
+LIGHT = ("typing", "collections.abc", "pydantic", "pathlib", "math")
+REQUIRED: Any = ...
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """The annotation and default of a parameter; the default is `...` for one that must be given."""
+
+    annotation: Any
+    default: Any = REQUIRED
+
+
+def read_parameters(target: str) -> dict[str, Parameter]:
+    """The named parameters of `pulmo_jax.module.Name`.
+
+    Raises:
+        LookupError: There is no such class or function.
+    """
+    module, _, name = target.rpartition(".")
+    return dict(_parameters(Names(module), name))
+
+
+class Names(Mapping[str, Any]):
+    """The names of a module, each evaluated from its source when it is asked for."""
+
+    def __init__(self, module: str):
+        self.module, self.statements = module, _statements(module)
+
+    def __getitem__(self, name: str) -> Any:
+        statement = self.statements.get(name)
+        if isinstance(statement, ast.ImportFrom):
+            source = statement.module or ""
+            if source in LIGHT:
+                return getattr(importlib.import_module(source), name)
+            return Names(source)[name] if source.startswith("pulmo_jax.") else Any
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            return evaluated(statement.value, self)
+        if statement is None and not hasattr(builtins, name):
+            raise KeyError(name)
+        return getattr(builtins, name, Any)
+
+    def __iter__(self) -> Any:
+        return iter(self.statements)
+
+    def __len__(self) -> int:
+        return len(self.statements)
+
+
+def evaluated(node: ast.expr | None, names: Names) -> Any:
+    """The value of an expression; `Any` for one that needs more than its source."""
+    if node is None:
+        return Any
+    try:
+        return eval(compile(ast.Expression(node), "<signature>", "eval"), {"__builtins__": {}}, names)  # our own source
+    except (KeyError, NameError, AttributeError, TypeError):
+        return Any
+
+
+@lru_cache
+def _statements(module: str) -> dict[str, ast.stmt]:
+    """The statement that defines each name at the top of a module."""
+    path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.is_file():
+        raise LookupError(f"no module {module}")
+    found: dict[str, ast.stmt] = {}
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.ImportFrom):
+            found |= {alias.asname or alias.name: statement for alias in statement.names}
+        elif isinstance(statement, ast.Import):
+            found |= {(alias.asname or alias.name).partition(".")[0]: statement for alias in statement.names}
+        elif isinstance(statement, ast.ClassDef | ast.FunctionDef):
+            found[statement.name] = statement
+        elif isinstance(statement, ast.Assign):
+            found |= {t.id: statement for t in statement.targets if isinstance(t, ast.Name)}
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            found[statement.target.id] = statement
+    return found
+
+
+def _parameters(names: Names, name: str) -> list[tuple[str, Parameter]]:
+    statement = names.statements.get(name)
+    if isinstance(statement, ast.FunctionDef):
+        return _of_function(statement, names)
+    if not isinstance(statement, ast.ClassDef):
+        raise LookupError(f"{names.module} has no class or function {name}")
+    methods = {part.name: part for part in statement.body if isinstance(part, ast.FunctionDef)}
+    if "__init__" in methods:
+        return _of_function(methods["__init__"], names)[1:]
+    bases = [base.id for base in statement.bases if isinstance(base, ast.Name) and base.id in names.statements]
+    classes = [base for base in bases if isinstance(names.statements[base], ast.ClassDef)]
+    inherited = [parameter for base in classes for parameter in _parameters(names, base)]
+    fields = [
+        (part.target.id, Parameter(evaluated(part.annotation, names), _default(part.value, names)))
+        for part in statement.body
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+    ]
+    is_dataclass = any("dataclass" in ast.unparse(decorator) for decorator in statement.decorator_list)
+    return list(dict([*inherited, *(fields if is_dataclass else [])]).items())
+
+
+def _of_function(function: ast.FunctionDef, names: Names) -> list[tuple[str, Parameter]]:
+    arguments = [*function.args.posonlyargs, *function.args.args]
+    defaults: list[ast.expr | None] = [None] * (len(arguments) - len(function.args.defaults))
+    pairs = [*zip(arguments, [*defaults, *function.args.defaults], strict=True)]
+    pairs += zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    return [(a.arg, Parameter(evaluated(a.annotation, names), _default(value, names))) for a, value in pairs]
+
+
+def _default(value: ast.expr | None, names: Names) -> Any:
+    return REQUIRED if value is None else evaluated(value, names)
