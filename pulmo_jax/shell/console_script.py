@@ -1,10 +1,12 @@
 """The console script: `pulmo-jax VERB ...` is `python -m pulmo_jax.VERB ...`."""
 
+import importlib
 import os
 import runpy
 import sys
 
 from pulmo_jax import __version__
+from pulmo_jax.shell import cli
 
 VERBS = {
     "train": "learn, calibrate, test, report",
@@ -14,7 +16,6 @@ VERBS = {
     "ingest": "a folder of images into one store",
     "samples": "download the sample CT",
 }
-MODULES = {"samples": "data.samples"}
 
 
 def main() -> None:
@@ -26,10 +27,29 @@ def main() -> None:
         print("\npulmo-jax VERB --help lists the keys of a verb; pulmo-jax --version prints the version")
     elif verb == "--version":
         print(__version__)
+    elif verb in ("-sc", "--shell-completion"):
+        complete(sys.argv[1:])
+    elif verb == "samples":
+        sys.argv = ["pulmo-jax samples", *arguments]
+        runpy.run_module("pulmo_jax.data.samples", run_name="__main__")
     elif verb in VERBS:
-        sys.argv = [f"pulmo-jax {verb}", *arguments]
-        sys.path.insert(0, os.getcwd())  # as python -m does: plugins may lie in the current folder
-        runpy.run_module(f"pulmo_jax.{MODULES.get(verb, verb)}", run_name="__main__", alter_sys=True)
+        run(verb, ["pulmo-jax", *arguments])
     else:
         print(f"error: {verb} is no verb of pulmo-jax; there are: {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
+
+
+def run(verb: str, arguments: list[str]) -> None:
+    sys.argv = arguments
+    sys.path.insert(0, os.getcwd())  # as python -m does: plugins may lie in the current folder
+    module = importlib.import_module(f"pulmo_jax.{verb}")
+    cli.main(verb, getattr(module, verb), module.EXAMPLES)
+
+
+def complete(arguments: list[str]) -> None:
+    """Hydra's completion, for the verb that the line to complete begins with."""
+    program, *words = os.environ.get("COMP_LINE", "pulmo-jax train ").split(" ")
+    verb = words[0] if words and words[0] in VERBS else "train"
+    line = " ".join([program, *words[1:]])
+    os.environ |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    run(verb, ["pulmo-jax", *arguments])

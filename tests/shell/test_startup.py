@@ -1,5 +1,6 @@
 """Nothing heavy is imported before the config has been validated; the console script is the verbs."""
 
+import os
 import subprocess
 import sys
 
@@ -79,3 +80,21 @@ def test_console_script_lists_verbs_prints_the_version_and_refuses_others():
     unknown = console_script("trane")
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("error: trane is no verb of pulmo-jax; there are: train, predict")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train trainer.st", "trainer.steps="),
+        ("detect search.thr", "search.threshold="),
+        ("train +experiment=lung_al", "+experiment=lung_aligned"),
+    ],
+)
+def test_shell_completion_knows_the_keys_of_the_verb(line, expected):
+    program = "from pulmo_jax.shell.console_script import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "-sc", "query=bash"],
+        env=os.environ | {"COMP_LINE": f"pulmo-jax {line}", "COMP_POINT": str(len(f"pulmo-jax {line}"))},
+        capture_output=True, text=True, timeout=LIMIT_S, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [expected]
