@@ -156,9 +156,9 @@ def test_content_decides_not_the_suffix(files, name, suffix, tmp_path):
     ("name", "content", "reason"),
     [
         ("empty.tif", b"", r"is empty \(0 bytes\)"),
-        ("text.png", b"not an image, whatever its name" * 20, "no known format"),
+        ("text.png", b"not an image, whatever its name" * 20, "unknown image format"),
         ("zipped.nii.gz", bytes.fromhex("1f8b0800"), "cut off"),
-        ("gif.png", b"GIF89a" + bytes(500), "no known format"),
+        ("gif.png", b"GIF89a" + bytes(500), "unknown image format"),
         ("short.tif", b"II*\0", "cut off"),
     ],
 )

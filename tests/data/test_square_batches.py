@@ -71,7 +71,7 @@ def squares(tmp_path, monkeypatch):
 def test_squares_are_read_once_and_some_of_them_are_those(squares, tmp_path):
     assert squares.stack(np.array([[1, 2], [3, 3]]))[..., 0, 0].tolist() == [[10, 20], [30, 30]]
     (tmp_path / "3.png").unlink()
-    some = squares.of(np.array([5, 3]))
+    some = squares.subset(np.array([5, 3]))
     assert some.stack(np.array([0, 1]))[:, 0, 0].tolist() == [50, 30]
     with pytest.raises(ValueError, match="read-only"):
         some.get(0)[0, 0] = 1
