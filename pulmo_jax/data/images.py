@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source
+from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, list_images, open_source
+from pulmo_jax.data.sources.formats import Format, check_formats, find_format
 from pulmo_jax.data.sources.source import decoding, printable
 from pulmo_jax.data.sources.store import Store, in_store, is_store, open_store
-from pulmo_jax.types import InputError, Source, Window
+from pulmo_jax.types import ImageTags, InputError, Source, Window
 
 MEBIBYTE = 2**20
 OPEN_FILES_PER_THREAD = 32
@@ -83,6 +84,7 @@ def index_images(
     max_image_mb: int = 2048,
     require_masks: bool = False,
     leave_out: Path | None = None,
+    formats: Sequence[Format] = (),
 ) -> tuple[list[ImageRef], list[Skipped]]:
     """Read the header of every image in a folder, a store or a single file, sorted by name.
 
@@ -94,19 +96,22 @@ def index_images(
         max_image_mb: Limit on the decoded size of a page in MiB.
         require_masks: Skip an image without a mask, instead of taking all of it as foreground.
         leave_out: Folder whose files are not listed, such as the results of an earlier call.
+        formats: The user's own image formats, in addition to the built-in ones.
 
     Returns:
         One reference per page, and the files that cannot be read with the reason. The caller decides whether
         unreadable files are an error.
 
     Raises:
-        InputError: The folder cannot be listed or holds no images.
+        InputError: The folder cannot be listed or holds no images, or a format is invalid.
     """
-    store = open_store(folder) if is_store(folder) else None
+    formats = check_formats(formats)
+    suffixes = image_suffixes(formats)
+    store = open_store(folder) if find_format(folder, formats) is None and is_store(folder) else None
     root = folder if folder.is_dir() or store else folder.parent
-    names = stored_names(store) if store else listed_names(folder, root, leave_out)
+    names = stored_names(store) if store else listed_names(folder, root, leave_out, formats)
     with decoding(masks or root):
-        mask_paths = find_masks(masks, names)
+        mask_paths = find_masks(masks, names, suffixes)
     refs, skipped, limit = [], [], max_image_mb * MEBIBYTE
     interned: dict[Any, Any] = {}  # equal values share one object, which bounds memory for large stores
     for name in names:
@@ -116,9 +121,9 @@ def index_images(
             mask = mask_paths[name]
             if mask is None and require_masks:
                 raise InputError(f"{path}: there is no mask {masks}/{name}, nor one with another image suffix")
-            pages, shape, dtype, group = store.header(name, limit) if store else read_header(root, name, limit)
+            pages, shape, dtype, group = store.header(name, limit) if store else read_header(root, name, limit, formats)
             if group_regex is not None:
-                group = extract_group(name, group_regex)
+                group = extract_group(name, group_regex, suffixes)
             name, shape, dtype, group = (interned.setdefault(value, value) for value in (name, shape, dtype, group))
             refs += [ImageRef(root, name, page, pages, shape, dtype, group, mask) for page in range(pages)]
         except InputError as error:
@@ -126,17 +131,19 @@ def index_images(
     return refs, skipped
 
 
-def read_header(folder: Path, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str, str]:
+def read_header(
+    folder: Path, name: str, max_bytes: int, formats: Sequence[Format] = ()
+) -> tuple[int, tuple[int, int, int], str, str]:
     """Read the number of pages, the shape (H, W, C), the dtype and the default group of a file."""
-    with open_source(folder / name, max_bytes=max_bytes) as source:
+    with open_source(folder / name, max_bytes=max_bytes, formats=formats) as source:
         pages, height, width, bands = source.shape
         return pages, (height, width, bands), source.dtype.name, name
 
 
-def listed_names(folder: Path, root: Path, leave_out: Path | None) -> list[str]:
+def listed_names(folder: Path, root: Path, leave_out: Path | None, formats: Sequence[Format] = ()) -> list[str]:
     """List the images of a folder relative to `root`, without those below `leave_out`."""
-    left_out = leave_out and leave_out.resolve()
-    paths = (path for path in list_images(folder) if left_out is None or left_out not in path.resolve().parents)
+    left_out, images = leave_out and leave_out.resolve(), list_images(folder, formats)
+    paths = (path for path in images if left_out is None or left_out not in path.resolve().parents)
     return [path.relative_to(root).as_posix() for path in paths]
 
 
@@ -170,7 +177,7 @@ def require_utf8(path: Path | str, name: str) -> None:
         raise InputError(printable(f"{path}: its name is not valid UTF-8; rename it")) from None
 
 
-def extract_group(name: str, group_regex: str | None) -> str:
+def extract_group(name: str, group_regex: str | None, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
     """Extract the group of an image, such as the patient or slide ID, from its name.
 
     The expression is searched in the file name, then in the path with its subfolders, then in both without the image
@@ -180,6 +187,7 @@ def extract_group(name: str, group_regex: str | None) -> str:
         name: Path of the image relative to its folder.
         group_regex: Regular expression; its first capturing group, or the whole match, is the group. None makes each
             file its own group.
+        suffixes: Image suffixes (see `sources.image_suffixes`).
 
     Returns:
         The group.
@@ -190,7 +198,8 @@ def extract_group(name: str, group_regex: str | None) -> str:
     if group_regex is None:
         return name
     try:
-        spellings = [spelling for whole in (name, stem(name)) for spelling in (whole.rpartition("/")[2], whole)]
+        paths = (name, stem(name, suffixes))
+        spellings = [spelling for path in paths for spelling in (path.rpartition("/")[2], path)]
         match = next((m for text in spellings if (m := re.search(group_regex, text))), None)
     except re.error as error:
         raise InputError(f"data.group_regex={group_regex!r} is not a regular expression: {error}") from error
@@ -200,41 +209,44 @@ def extract_group(name: str, group_regex: str | None) -> str:
     return group
 
 
-def find_masks(folder: Path | None, names: Sequence[str]) -> dict[str, Path | None]:
+def find_masks(
+    folder: Path | None, names: Sequence[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> dict[str, Path | None]:
     """Find the mask of every image.
 
     Args:
         folder: Folder of masks; None for no masks.
         names: Image names relative to their folder.
+        suffixes: Image suffixes (see `sources.image_suffixes`).
 
     Returns:
         For each image the mask with the same relative name, or else the mask with the same file name if only one
         image has that file name; None if there is neither.
     """
-    counts = Counter(stem(name.rpartition("/")[2]) for name in names)
+    counts = Counter(stem(name.rpartition("/")[2], suffixes) for name in names)
 
     def mask_path(name: str) -> Path | None:
         file_name = name.rpartition("/")[2]
-        unique = counts[stem(file_name)] == 1
-        return find_mask(folder, name) or (find_mask(folder, file_name) if unique else None)
+        unique = counts[stem(file_name, suffixes)] == 1
+        return find_mask(folder, name, suffixes) or (find_mask(folder, file_name, suffixes) if unique else None)
 
     return {name: mask_path(name) for name in names}
 
 
-def find_mask(folder: Path | None, name: str) -> Path | None:
+def find_mask(folder: Path | None, name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Path | None:
     """Find the file with the same relative name, or with the same stem and another image suffix."""
     if folder is None:
         return None
     exact = folder / name
     if exact.is_file():
         return exact
-    candidates = (folder / (stem(name) + suffix) for suffix in IMAGE_SUFFIXES)
+    candidates = (folder / (stem(name, suffixes) + suffix) for suffix in suffixes)
     return next((path for path in candidates if path.is_file()), None)
 
 
-def stem(name: str) -> str:
+def stem(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
     """Strip the image suffix. A DICOM name such as 1.2.840.113 has none."""
-    suffix = next((s for s in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
+    suffix = next((s for s in sorted(suffixes, key=len, reverse=True) if name.lower().endswith(s)), "")
     return name[: len(name) - len(suffix)]
 
 
@@ -246,15 +258,19 @@ class Reader:
 
     Args:
         max_image_mb: Limit on the decoded size of a page in MiB.
+        formats: The user's own image formats, in addition to the built-in ones.
+
+    Raises:
+        InputError: A format is invalid.
     """
 
-    def __init__(self, max_image_mb: int = 2048):
-        self.max_image_mb = max_image_mb
+    def __init__(self, max_image_mb: int = 2048, formats: Sequence[Format] = ()):
+        self.max_image_mb, self.formats = max_image_mb, check_formats(formats)
         self._sources: dict[int, OrderedDict[Path, Source]] = {}  # by thread
         weakref.finalize(self, _close_all, self._sources)
 
     def __getstate__(self) -> dict:
-        return {"max_image_mb": self.max_image_mb}
+        return {"max_image_mb": self.max_image_mb, "formats": self.formats}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -303,10 +319,14 @@ class Reader:
             )
         return np.any(source.read(min(ref.page, source.shape[0] - 1), window), axis=-1)
 
+    def tags(self, ref: ImageRef) -> ImageTags:
+        """Read the resolution and georeference of an image. Raises InputError if the file cannot be read."""
+        return self._open(ref.path).tags
+
     def _open(self, path: Path) -> Source:
         cache = self._sources.setdefault(threading.get_ident(), OrderedDict())
         if path not in cache:
-            cache[path] = open_source(path, max_bytes=self.max_image_mb * MEBIBYTE)
+            cache[path] = open_source(path, max_bytes=self.max_image_mb * MEBIBYTE, formats=self.formats)
             while len(cache) > 1 and (
                 len(cache) > OPEN_FILES_PER_THREAD or sum(map(page_bytes, cache.values())) > OPEN_BYTES_PER_THREAD
             ):

@@ -20,7 +20,8 @@ import numpy as np
 
 from pulmo_jax.data.images import MEBIBYTE, Skipped, extract_group, require_utf8
 from pulmo_jax.data.near_copies import merge_groups, perceptual_hash
-from pulmo_jax.data.sources import list_images, open_source
+from pulmo_jax.data.sources import image_suffixes, list_images, open_source
+from pulmo_jax.data.sources.formats import Format, check_formats
 from pulmo_jax.data.sources.source import check_is_file, decoding, printable
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.data.sources.store_chunks import chunk_corners, chunk_shape, pack, pixel_sha256, split_into_chunks
@@ -58,6 +59,7 @@ def ingest_folder(
     threads: int,
     max_image_mb: int,
     tracker: Tracker,
+    formats: Sequence[Format] = (),
 ) -> Ingested:
     """Add the images of a folder to a store.
 
@@ -69,30 +71,35 @@ def ingest_folder(
         threads: Number of decoding threads.
         max_image_mb: Limit on the decoded size of a page in MiB.
         tracker: Makes a progress bar with a label.
+        formats: The user's own image formats. Reading the store does not require them.
 
     Returns:
         The records of the store, the number of pages decoded, and the files that cannot be read.
 
     Raises:
-        InputError: A name is already in the store with other content, or the folder has no readable images.
+        InputError: A name is already in the store with other content, the folder has no readable images, or a format
+            is invalid.
     """
+    formats = check_formats(formats)
     old = read_records(target)
     root = folder if folder.is_dir() else folder.parent
-    paths = {path.relative_to(root).as_posix(): path for path in list_images(folder)}
+    paths = {path.relative_to(root).as_posix(): path for path in list_images(folder, formats)}
     log = Log(log_path(target))
     try:
         with ThreadPoolExecutor(threads) as pool:
             hashing = tracker("reading files")(pool.map(hash_file, paths.values(), paths), len(paths))
             results = dict(zip(paths, hashing, strict=True))
             contents = {name: content for name, content in results.items() if isinstance(content, str)}
-            groups = {name: extract_group(name, group_regex) for name in contents}
+            groups = {name: extract_group(name, group_regex, image_suffixes(formats)) for name in contents}
             require_same_content(target, old, contents)
             first: dict[str, str] = {}  # the first name with each content
             for name, content in contents.items():
                 first.setdefault(content, name)
             known = {record.content for record in old} | complete_files(log).keys()
             todo = {name: content for content, name in first.items() if content not in known}
-            decoding_files = pool.map(lambda name: decode_file(log, paths[name], todo[name], max_image_mb), todo)
+            decoding_files = pool.map(
+                lambda name: decode_file(log, paths[name], todo[name], max_image_mb, formats), todo
+            )
             reasons = dict(zip(todo, tracker("decoding")(decoding_files, len(todo)), strict=True))
         for name, content in contents.items():
             if reason := reasons.get(first[content]):
@@ -156,7 +163,7 @@ def require_same_content(target: Path, old: Sequence[Record], contents: Mapping[
         )
 
 
-def decode_file(log: Log, path: Path, content: str, max_image_mb: int) -> str:
+def decode_file(log: Log, path: Path, content: str, max_image_mb: int, formats: Sequence[Format] = ()) -> str:
     """Decode, hash and compress all pages of a file into the log.
 
     Args:
@@ -164,12 +171,13 @@ def decode_file(log: Log, path: Path, content: str, max_image_mb: int) -> str:
         path: The image file.
         content: Its SHA-256.
         max_image_mb: Limit on the decoded size of a page in MiB.
+        formats: The user's own image formats.
 
     Returns:
         The error message if the file cannot be read, otherwise "".
     """
     try:
-        with open_source(path, max_bytes=max_image_mb * MEBIBYTE) as source:
+        with open_source(path, max_bytes=max_image_mb * MEBIBYTE, formats=formats) as source:
             pages, height, width, channels = source.shape
             file = {"pages": pages, "content": content, "height": height, "width": width, "channels": channels,
                     "dtype": source.dtype.name, "file_bytes": path.stat().st_size}  # fmt: skip

@@ -20,7 +20,7 @@ from pulmo_jax.config.section import Node
 from pulmo_jax.config.trainer import ClusterConfig
 from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.files import write_json
-from pulmo_jax.host.resources import require, explain_out_of_memory
+from pulmo_jax.host.resources import explain_out_of_memory, require
 from pulmo_jax.runs.directory import provenance, save_config, unseal
 from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from references.image_files import noise
+from references.own_format import OwnFormat, write_own
 from scipy.fft import dctn
 
 from pulmo_jax.data import near_copies, store_writing
@@ -86,6 +88,19 @@ def test_every_page_of_a_store_is_that_of_its_file(folder, tmp_path):
         np.testing.assert_array_equal(reader.image(record, window), reader.image(file, window))
     with pytest.raises(InputError, match=r"all\.h5: contains no image nothing\.png"):
         open_source(tmp_path / "all.h5" / "nothing.png")
+
+
+def test_images_of_an_own_format_are_stored_and_read_without_it(folder, tmp_path):
+    pixels = write_own(folder / "yes" / "g.own", noise((2, 9, 8, 1)))
+    own = (OwnFormat(),)
+    done = ingest(folder, tmp_path / "s.h5", group_regex=r"(\w)\.?\w*$", formats=own)
+    assert (done.decoded, done.failed) == (9, [])
+    assert {record.label for record in done.records if record.name == "yes/g.own"} == {"yes"}
+    refs = [ref for ref in pages(tmp_path / "s.h5") if ref.name == "yes/g.own"]
+    np.testing.assert_array_equal(np.stack([Reader().image(ref) for ref in refs]), pixels)
+    (folder / "yes" / "h.own").write_bytes(b"damaged")
+    (failed,) = ingest(folder, tmp_path / "s.h5", group_regex=r"(\w)\.?\w*$", formats=own).failed
+    assert failed.reason == f"{folder}/yes/h.own: is not an OWN file; convert it"
 
 
 def test_the_index_is_in_tables_and_in_json(folder, tmp_path):

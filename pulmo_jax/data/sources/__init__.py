@@ -2,10 +2,11 @@
 
 import gzip
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pulmo_jax.data.sources.dicom import open_dicom
+from pulmo_jax.data.sources.formats import Format, find_format, open_with
 from pulmo_jax.data.sources.nifti import open_nifti
 from pulmo_jax.data.sources.raster import open_jpeg, open_png
 from pulmo_jax.data.sources.source import ImageSource, check_is_file, decoding
@@ -14,6 +15,7 @@ from pulmo_jax.data.sources.tiff import open_tiff
 from pulmo_jax.types import InputError
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".dcm", ".nii", ".nii.gz")
+_BUILT_IN = ("TIFF", "PNG", "JPEG", "DICOM", "NIfTI")
 # Unsupported image formats are listed, too, so that they are reported as errors instead of being skipped silently.
 _UNSUPPORTED_SUFFIXES = (".gif", ".webp", ".bmp", ".jp2", ".heic", ".avif")
 
@@ -22,12 +24,21 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, e
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30) -> ImageSource:
-    """Open an image file. The content determines the format, not the file name.
+def image_suffixes(formats: Sequence[Format] = ()) -> tuple[str, ...]:
+    """Suffixes of image files: those of the built-in formats and of a user's own."""
+    return (*IMAGE_SUFFIXES, *(suffix for f in formats for suffix in f.suffixes))
+
+
+def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30, formats: Sequence[Format] = ()) -> ImageSource:
+    """Open an image file.
+
+    A file with a suffix of a user's format is opened by that format. Otherwise the content determines the format, not
+    the file name.
 
     Args:
         path: Image file, or STORE.h5/name for an image in a store.
         max_bytes: Limit on the decoded size of a page in bytes, checked from the header before anything is decoded.
+        formats: The user's own formats.
 
     Returns:
         The open file.
@@ -40,18 +51,21 @@ def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30) -> ImageSource:
         return open_record(*record, max_bytes)
     with decoding(path):
         check_is_file(path, "an image file")
+        if (image_format := find_format(path, formats)) is not None:
+            return open_with(image_format, path, max_bytes)
         head = _head(path)
         opener = _opener(_unzipped_head(path) if head.startswith(_GZIP_MAGIC) else head)
         if opener is None:
             problem = "is empty (0 bytes)" if not head else "unknown image format"
+            *others, last = (*_BUILT_IN, *(f"*{suffix}" for f in formats for suffix in f.suffixes))
             raise InputError(
-                f"{path}: {problem}; supported formats are TIFF, PNG, JPEG, DICOM and NIfTI: convert the file or move "
-                "it away"
+                f"{path}: {problem}; supported formats are {', '.join(others)} and {last}: convert the file or move it "
+                "away"
             )
         return opener(path, max_bytes)
 
 
-def list_images(folder: Path | str) -> list[Path]:
+def list_images(folder: Path | str, formats: Sequence[Format] = ()) -> list[Path]:
     """List the image files of a folder and its subfolders.
 
     Files are selected by suffix, including unsupported image formats; DICOM files without a suffix are recognised by
@@ -60,6 +74,7 @@ def list_images(folder: Path | str) -> list[Path]:
 
     Args:
         folder: The folder. An image file is listed by itself, and a store as the images in it.
+        formats: The user's own formats, whose files are listed, too.
 
     Returns:
         The files, sorted.
@@ -67,15 +82,16 @@ def list_images(folder: Path | str) -> list[Path]:
     Raises:
         InputError: The folder holds no images, or a subfolder cannot be listed.
     """
-    folder = Path(folder)
+    folder, suffixes = Path(folder), image_suffixes(formats)
     with decoding(folder):
         if folder.is_file():
-            return sorted(folder / name for name in open_store(folder).by_name) if is_store(folder) else [folder]
+            stored = find_format(folder, formats) is None and is_store(folder)
+            return sorted(folder / name for name in open_store(folder).by_name) if stored else [folder]
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder or file; correct the path")
-        images = sorted(path for path in _visible_files(folder) if _is_image(path))
+        images = sorted(path for path in _visible_files(folder) if _is_image(path, suffixes))
         if not images:
-            allowed = ", ".join(IMAGE_SUFFIXES)
+            allowed = ", ".join(suffixes)
             raise InputError(f"{folder}: holds no images ({allowed}, or DICOM without a suffix); give another folder")
         return images
 
@@ -99,9 +115,9 @@ def _visible_files(folder: Path) -> Iterator[Path]:
         yield from (here / file for file in files if not file.startswith("."))
 
 
-def _is_image(path: Path) -> bool:
+def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
     # DICOM files are often named by identifiers, numbers with dots; a DICOMDIR is a table of contents.
-    image = path.name.lower().endswith((*IMAGE_SUFFIXES, *_UNSUPPORTED_SUFFIXES))
+    image = path.name.lower().endswith((*suffixes, *_UNSUPPORTED_SUFFIXES))
     suffixless = path.suffix == "" or path.suffix[1:].isdigit()
     if not image and (not suffixless or path.name.upper() == "DICOMDIR"):
         return False

@@ -11,7 +11,6 @@ Pillow's format plugins are called directly, not through Image.open, because thi
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from PIL.Image import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding, whole_pages
+from pulmo_jax.data.sources.source import ImageSource, decoding, page_source
 from pulmo_jax.types import ImageTags, InputError
 
 # Number of channels to keep, by the mode in Pillow and by the colour type in the header of a 16-bit PNG.
@@ -78,15 +77,11 @@ def _source(
     max_bytes: int,
 ) -> ImageSource:
     width, height = image.size
-    shape = (1, height, width, channels)
-    check_page_size(path, shape, dtype, max_bytes)
 
     def kept_channels(page: int) -> np.ndarray:
         return decode(path).reshape(height, width, -1)[..., :channels]
 
-    resources = ExitStack()
-    reader = whole_pages(kept_channels, shape, dtype, resources)
-    return ImageSource(path, shape, dtype, _tags(image), reader, resources)
+    return page_source(path, (1, height, width, channels), dtype, kept_channels, max_bytes, _tags(image))
 
 
 def _decode_jpeg(path: Path) -> np.ndarray:

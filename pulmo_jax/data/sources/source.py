@@ -150,6 +150,36 @@ def check_page_size(path: Path | str, shape: Shape, dtype: np.dtype, max_bytes: 
         )
 
 
+def page_source(
+    path: Path,
+    shape: Shape,
+    dtype: np.dtype,
+    decode: Callable[[int], np.ndarray],
+    max_bytes: int,
+    tags: ImageTags | None = None,
+) -> ImageSource:
+    """Make the source of a file whose format can only decode whole pages.
+
+    Args:
+        path: The file.
+        shape: (pages, H, W, C) according to the header.
+        dtype: Data type of the decoded pixels.
+        decode: Maps a page index to its pixels (H, W, C).
+        max_bytes: Limit on the decoded size of a page in bytes.
+        tags: Resolution and georeference, if known.
+
+    Returns:
+        The source; it caches the last page and holds no open file.
+
+    Raises:
+        InputError: The image is empty or exceeds the limit.
+    """
+    check_page_size(path, shape, dtype, max_bytes)
+    resources = ExitStack()
+    reader = whole_pages(decode, shape, dtype, resources)
+    return ImageSource(path, shape, dtype, tags or ImageTags(), reader, resources)
+
+
 def whole_pages(
     decode: Callable[[int], np.ndarray], shape: Shape, dtype: np.dtype, resources: ExitStack
 ) -> WindowReader:
