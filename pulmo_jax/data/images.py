@@ -50,6 +50,7 @@ class ImageRef:
 
     @property
     def path(self) -> Path:
+        """Path of the file, or STORE.h5/name for an image in a store."""
         return self.folder / self.name
 
     @property

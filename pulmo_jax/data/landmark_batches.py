@@ -13,12 +13,18 @@ Batch = tuple[np.ndarray, np.ndarray]  # (B, S, S), (B, K, 2)
 
 @dataclass(frozen=True)
 class ReadLandmarks(grain.MapTransform):
-    """Maps row indices (B, 1) to images (B, S, S) and landmarks (B, K, 2)."""
+    """Maps row indices (B, 1) to images (B, S, S) and landmarks (B, K, 2).
+
+    Attributes:
+        images: Downsampled images (N, S, S).
+        points: Landmarks (y, x) in px of these images (N, K, 2).
+    """
 
     images: Float[np.ndarray, "N S S"]
     points: Float[np.ndarray, "N K 2"]
 
     def map(self, element: Int[np.ndarray, "B 1"]) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Read the images and landmarks of a batch."""
         rows = np.asarray(element)[:, 0]
         return np.asarray(self.images[rows]), self.points[rows]
 

@@ -225,6 +225,7 @@ class ReadBatch(grain.RandomMapTransform):
     def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, element: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
+        """Read the patches (B, P, P, C) of cells (B, 3) with random jitter and symmetries."""
         cells, jitter = np.array(element), self.augmentation.jitter_px
         moves = rng.integers(-jitter, jitter + 1, size=(len(cells), 2))
         codes = rng.integers(8, size=len(cells)) if self.augmentation.symmetries else np.zeros(len(cells), int)
@@ -271,7 +272,12 @@ def training_batches(
 
 @dataclass(frozen=True)
 class CellsInOrder:
-    """A single pass over the cells: element k holds the cells (B, 3) of batch k; the last batch may be shorter."""
+    """A single pass over the cells: element k holds the cells (B, 3) of batch k; the last batch may be shorter.
+
+    Attributes:
+        cells: (image, y, x) of every patch (N, 3), in px.
+        batch_size: Cells per batch B.
+    """
 
     cells: Int[np.ndarray, "N 3"]
     batch_size: int
@@ -285,7 +291,12 @@ class CellsInOrder:
 
 @dataclass(frozen=True)
 class ReadOnce(grain.MapTransform):
-    """Reads rows of a batch and their valid pixels; a shorter last batch is padded with rows without valid pixels."""
+    """Reads rows of a batch and their valid pixels; a shorter last batch is padded with rows without valid pixels.
+
+    Attributes:
+        read: Reads patches.
+        rows: Rows of the batch that this process reads.
+    """
 
     read: ReadPatches
     rows: slice
@@ -293,6 +304,7 @@ class ReadOnce(grain.MapTransform):
     def map(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, element: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Read the patches (B, P, P, C) of cells (B, 3) and their valid pixels (B, P, P)."""
         cells, size = np.array(element)[self.rows], self.read.preprocessing.patch_size
         shape = (self.rows.stop - self.rows.start, size, size)
         patches, inside = np.zeros((*shape, self.read.preprocessing.channels), np.float32), np.zeros(shape, bool)

@@ -180,6 +180,7 @@ class ReadSquares(grain.MapTransform):
     def map(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, element: Int[np.ndarray, "B M"]
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Read the images and labels of a batch."""
         rows = np.asarray(element)
         return self.stack(rows), self.labels[rows]
 

@@ -106,13 +106,13 @@ def _visible_files(folder: Path) -> Iterator[Path]:
             )
 
     for name, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        here = Path(name)
-        parents = [folder / parent for parent in here.relative_to(folder).parents]
-        if any(parent.samefile(here) for parent in parents if parent != here):
+        current = Path(name)
+        parents = [folder / parent for parent in current.relative_to(folder).parents]
+        if any(parent.samefile(current) for parent in parents if parent != current):
             subfolders.clear()
             continue
         subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
-        yield from (here / file for file in files if not file.startswith("."))
+        yield from (current / file for file in files if not file.startswith("."))
 
 
 def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:

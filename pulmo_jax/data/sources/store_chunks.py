@@ -70,6 +70,6 @@ def _is_compressible(planes: np.ndarray) -> bool:
     return len(_deflated(sample, 1)) <= MAX_RATIO * sample.size
 
 
-def pixel_sha256(page: np.ndarray) -> str:
+def pixel_sha256(page: Shaped[np.ndarray, "H W C"]) -> str:
     """SHA-256 of the pixels of a page."""
     return hashlib.sha256(np.ascontiguousarray(page).data).hexdigest()
