@@ -12,6 +12,7 @@ from pulmo_jax.data.images import ImageRef, Reader, Skipped
 from pulmo_jax.data.letterbox import Letterbox, fit_letterbox, into_square
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.scratch import allocate_file
+from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.types import InputError
 
 
@@ -44,7 +45,12 @@ class WorkingImages:
 
 
 def read_working(
-    refs: Sequence[ImageRef], size: int, max_image_mb: int, threads: int, track: Any
+    refs: Sequence[ImageRef],
+    size: int,
+    max_image_mb: int,
+    threads: int,
+    track: Any,
+    formats: Sequence[Format] = (),
 ) -> tuple[WorkingImages, list[Skipped]]:
     """Read images and letterbox them into squares in a temporary file.
 
@@ -54,6 +60,7 @@ def read_working(
         max_image_mb: Limit on the decoded size of a page in MiB.
         threads: Number of reading threads.
         track: Wraps an iterable of known length to show progress.
+        formats: The user's own image formats, in addition to the built-in ones.
 
     Returns:
         The working images, and the images that cannot be read with the reason.
@@ -61,7 +68,7 @@ def read_working(
     Raises:
         InputError: The disk has not enough space.
     """
-    reader = Reader(max_image_mb)
+    reader = Reader(max_image_mb, formats)
 
     def square(ref: ImageRef) -> np.ndarray | Skipped:
         try:

@@ -90,7 +90,7 @@ def test_every_network_gets_rows_of_its_own_each_once_in_an_epoch(squares):
     assert sorted(epoch[:, 0].tolist()) == [0, 1, 2, 3]
     assert sorted(rows[0][:, 1].tolist()) == sorted(rows[1][:, 1].tolist()) == [4, 5]
     labels = np.arange(6) % 2
-    images, of = next(iter(iterate(member_batches(squares, labels, rows), 1, threads=2, prefetch=2)))
+    images, of = next(iter(iterate(member_batches(squares, labels, rows, 2), 1, threads=2, prefetch=2)))
     assert images.shape == (2, 2, 16, 16)
     assert (of == labels[rows[1]]).all()
     assert (images[..., 0, 0] == 10 * rows[1]).all()
