@@ -1,4 +1,4 @@
-"""python -m pulmo_jax.ingest: any folder of images into one store on disk, or a check of a store."""
+"""python -m pulmo_jax.ingest: convert a folder of images to a store (one HDF5 file), or verify a store."""
 
 import sys
 import time
@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # the readers are imported when the config has been validated
     from pulmo_jax.data.store_writing import Ingested
 
 EXAMPLES = """
-Every image of the folder, decoded once, in one HDF5 file, with metadata.json beside it; the store goes wherever a
-folder of images goes. Subfolders are the classes. A second call goes on where the first stopped, or adds what is new.
-Exit status 3 says that some files failed; the others are in the store.
+Decodes every image of a folder once and writes one HDF5 file, the store, with metadata.json beside it. A store can be
+used wherever a folder of images can. Subfolders are the classes. A second call resumes an interrupted ingestion, or
+adds new images. Exit status 3 means that some files failed; the others are in the store.
 
   python -m pulmo_jax.ingest input=FOLDER output=STORE.h5
   python -m pulmo_jax.ingest output=STORE.h5 verify=true
@@ -26,10 +26,11 @@ Exit status 3 says that some files failed; the others are in the store.
 
 
 def ingest(config: IngestConfig, _: Path) -> None:
+    """Ingest a folder, or verify a store. Exits with status 3 if some files failed."""
     if config.verify:
         return verify(config.output)
     if config.input is None:
-        raise InputError("input must be given, as input=FOLDER; or verify=true to check a store that is there")
+        raise InputError("input must be given: input=FOLDER, or verify=true to check an existing store")
     from pulmo_jax.data.store_writing import ingest_folder
 
     began, console = time.monotonic(), make_console()
@@ -54,33 +55,34 @@ def ingest(config: IngestConfig, _: Path) -> None:
 
 
 def summary(done: "Ingested") -> str:
+    """One line on what was ingested."""
     groups = len({record.group for record in done.records})
     return (
-        f"{done.decoded} images decoded, {done.again} were there or are copies, {len(done.failed)} failed; the store "
-        f"holds {len(done.records)} images in {groups} groups"
+        f"{done.decoded} images decoded, {done.again} already present or duplicates, {len(done.failed)} failed; the "
+        f"store contains {len(done.records)} images in {groups} groups"
     )
 
 
 def warnings(done: "Ingested") -> list[str]:
-    """Groups that stand in more than one class."""
+    """Warn about groups with images in several classes."""
     classes: dict[str, set[str]] = {}
     for record in done.records:
         classes.setdefault(record.group, set()).add(record.label)
     across = [group for group, labels in classes.items() if len(labels) > 1]
-    return [f"{len(across)} groups of copies stand in more than one class, such as {across[0]}"] if across else []
+    return [f"{len(across)} groups have images in more than one class, such as {across[0]}"] if across else []
 
 
 def verify(path: Path) -> None:
-    """Read every page again. Exit status 3 where some are damaged."""
-    from pulmo_jax.data.sources.store import Store, damaged
+    """Read and compare every page of a store. Exits with status 3 if some are damaged."""
+    from pulmo_jax.data.sources.store import Store, find_damaged
 
     console = make_console()
     with Store(path) as store:
-        bad = damaged(store, tracker(console, "verifying images"))
+        bad = find_damaged(store, tracker(console, "verifying images"))
         total = len(store.records)
-    console.print(f"{total - len(bad)} of {total} images are as they were put in", highlight=False)
+    console.print(f"{total - len(bad)} of {total} images are intact", highlight=False)
     for record in bad:
-        print(f"damaged: {record.title} in {path}; ingest that file again into a new store", file=sys.stderr)
+        print(f"damaged: {record.title} in {path}; ingest this file again into a new store", file=sys.stderr)
     if bad:
         sys.exit(SOME_FAILED)
 

@@ -311,6 +311,17 @@ def test_the_plugins_loss_and_callback_work(my_package):
     assert "0.0005" in (callback.on_event(good) or "")
 
 
+def test_the_plugins_image_format_works(my_package, monkeypatch):
+    monkeypatch.chdir(my_package)
+    (my_package / "images").mkdir()
+    expected = np.random.default_rng(0).integers(0, 2**16, (256, 256), np.uint16)
+    expected.tofile(my_package / "images" / "a.raw")
+    (my_package / "images" / "cut.raw").write_bytes(bytes(100))
+    script = importlib.import_module("my_script")
+    np.testing.assert_array_equal(script.pixels[..., 0], expected)
+    assert [file.reason for file in script.skipped] == ["images/cut.raw: has 100 bytes, not 131072; change side"]
+
+
 def test_the_plugins_task_is_found_by_name(my_package):
     task = find_task("counting", ("my_package",))
     assert (task.name, task.package) == ("counting", "my_package.tasks.counting")

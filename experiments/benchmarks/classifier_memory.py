@@ -96,7 +96,7 @@ def main() -> None:
             f"{median(row['train_s']):.0f} | {row['ingest_mb']:.0f} | {row['ingest_s']:.0f} |"
             for count, row in rows.items()
         ),
-        f"\nThe largest set takes {peaks[-1] - peaks[0]:.0f} MB more than the smallest.",
+        f"\nThe largest set uses {peaks[-1] - peaks[0]:.0f} MB more than the smallest.",
     ]
     (HERE / "classifier_memory.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

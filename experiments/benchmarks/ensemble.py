@@ -103,15 +103,15 @@ def main() -> None:
     lines = [
         f"`python experiments/benchmarks/ensemble.py --members {options.members} --steps {options.steps}`: {machine}; "
         f"median of {options.rounds} rounds.\n",
-        "| | compiling, s | steps, s | in all, s | share of the matrix product's rate |",
+        "| | compiling, s | steps, s | total, s | fraction of the matrix product's rate |",
         "| --- | --- | --- | --- | --- |",
         f"| {options.members} networks in one program | {compile_one:.1f} | {steps_one:.1f} | {times[0]:.1f} | "
         f"{share['vmap']:.0%} |",
-        f"| {options.members} runs, one after the other | {compile_all:.1f} | {steps_all:.1f} | {times[1]:.1f} | "
+        f"| {options.members} consecutive runs | {compile_all:.1f} | {steps_all:.1f} | {times[1]:.1f} | "
         f"{share['runs']:.0%} |\n",
-        f"In one program it is {times[1] / times[0]:.2f} times as fast: compiling {compile_all / compile_one:.2f}, "
-        f"steps {steps_all / steps_one:.2f} times. A training step takes {flops / 1e6:.0f} MFLOP an image; the matrix "
-        f"product reaches {rate / 1e9:.0f} GFLOP/s.",
+        f"A single program is {times[1] / times[0]:.2f} times as fast: {compile_all / compile_one:.2f} times for "
+        f"compiling and {steps_all / steps_one:.2f} times for the steps. A training step takes {flops / 1e6:.0f} MFLOP "
+        f"per image; the matrix product reaches {rate / 1e9:.0f} GFLOP/s.",
     ]
     (HERE / "ensemble.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -172,7 +172,8 @@ def main() -> None:
     lines = [
         f"`python experiments/benchmarks/layers.py --repeats {repeats}` on {machine['device']}, jax {jax.__version__}; "
         f"a float32 matrix product reaches {limit / 1e9:.0f} GFLOP/s in the same run. Medians.\n",
-        "| patch | batch | layers | parameters | GFLOP a step | ms a step | share of the product | compile s |",
+        "| patch | batch | layers | parameters | GFLOP per step | ms per step | fraction of the product's rate | "
+        "compile s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {r['patch']}x{r['patch']}x{r['channels']} | {r['batch']} | {r['layers']} | {r['parameters']:,} | "

@@ -250,11 +250,12 @@ def time_vip(python: Path) -> float:
 
 
 PAPER = """
-On paper, 10,000 stacks of 1024x1024 px x 200 frames in exact mode: {gflop:.0f} GFLOP and {gbytes:.1f} GB of frames
-each. At the {seconds:.0f} s measured below that is {core_hours:.0f} core-hours: {days:.0f} days on this machine,
-{cluster_h:.1f} h on a cluster of 1000 such cores, one stack a task. A GPU of 60 TFLOP/s that reached the same share of
-its limit as this machine ({share:.0%}) would compute one in {gpu_s:.2f} s and all in {gpu_h:.1f} h, less than reading
-them from a disk of 2 GB/s takes ({read_h:.1f} h). Estimates, not measured.
+Extrapolation to 10,000 stacks of 1024x1024 px x 200 frames in exact mode: each has {gflop:.0f} GFLOP and
+{gbytes:.1f} GB of frames. At the {seconds:.0f} s measured below, they take {core_hours:.0f} core-hours:
+{days:.0f} days on this machine, or {cluster_h:.1f} h on a cluster of 1000 such cores with one stack per task.
+A GPU of 60 TFLOP/s that reaches the same fraction of its limit as this machine ({share:.0%}) would process one stack
+in {gpu_s:.2f} s and all in {gpu_h:.1f} h, less than the time to read them from a disk of 2 GB/s ({read_h:.1f} h).
+These are estimates, not measurements.
 """
 
 
@@ -294,10 +295,10 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"# PACO, {SIDE}x{SIDE} px x {FRAMES} frames, 49-pixel patches",
         "",
         f"`python experiments/benchmarks/paco.py --rounds 7 --vip PYTHON --scale`: "
-        f"{', '.join(f'{name} {value}' for name, value in results['machine'].items())}. Least of the rounds; ours in "
-        "float32, NumPy in float64, taking turns.",
+        f"{', '.join(f'{name} {value}' for name, value in results['machine'].items())}. Minimum over the rounds, "
+        "which alternate between the implementations; this package in float32, NumPy in float64.",
         "",
-        "| | wall s | median s | CPU s | of NumPy's wall time |",
+        "| | wall s | median s | CPU s | relative to NumPy's wall time |",
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [
@@ -308,15 +309,15 @@ def as_markdown(results: dict[str, Any]) -> str:
         vip = results["vip_cpu_s"]
         lines += [
             f"| VIP 2.1.1 FastPACO | | | {vip:.0f} | |", "",
-            f"VIP takes {vip / maps['fast']['cpu_s']:.0f} times the CPU seconds of fast and "
-            f"{vip / maps['exact']['cpu_s']:.0f} times those of exact.",
+            f"VIP takes {vip / maps['fast']['cpu_s']:.0f} times the CPU time of fast and "
+            f"{vip / maps['exact']['cpu_s']:.0f} times that of exact.",
         ]  # fmt: skip
     lines += [
         "",
-        f"The machine at its best in this run: {limit['gflops']:.0f} GFLOP/s (float32 matrix product), "
+        f"Peak rates of the machine in this run: {limit['gflops']:.0f} GFLOP/s (float32 matrix product), "
         f"{limit['gbytes_per_s']:.1f} GB/s (copy).",
         "",
-        "| | GFLOP needed | of which lags, covariances, filters, tracks | GB | at the limit, s | share of it reached |",
+        "| | GFLOP needed | for lags, covariances, filters, tracks | GB | lower limit, s | fraction of it reached |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for mode, row in results["work"].items():
@@ -335,7 +336,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     if "scale" in results:
         lines += PAPER.format(**paper(results)).splitlines()
         lines += [
-            "", f"Sizes, memory_mb={SCALE_MEMORY_MB}; from 30 million values on with compilation:", "",
+            "", f"Sizes, memory_mb={SCALE_MEMORY_MB}; including compilation from 30 million values on:", "",
             "| mode | T x H x W | s | ns per pixel and frame | peak memory, MB |", "| --- | --- | --- | --- | --- |",
         ]  # fmt: skip
         for row in results["scale"]:
@@ -351,7 +352,7 @@ def robust_lines(of: dict[str, Any]) -> list[str]:
     lines = [
         "", "## Robust", "",
         f"`python experiments/benchmarks/paco.py --robust`: {', '.join(f'{k} {v}' for k, v in of['machine'].items())}; "
-        f"load of the machine at the end {of['load']:.1f}. Memory: a whole process of the synthetic stack.", "",
+        f"load average at the end {of['load']:.1f}. Memory: a whole process with the synthetic stack.", "",
         "| | fast, wall s | exact | robust | robust, median | robust, CPU s | robust over exact |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip

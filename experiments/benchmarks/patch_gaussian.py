@@ -161,13 +161,13 @@ def main() -> None:
     lines = [
         f"`python experiments/benchmarks/patch_gaussian.py`: {machine}.\n",
         f"Fit of {IMAGES} images x {FEATURES} features x {SIDE}x{SIDE} locations: {gflop:.1f} GFLOP, "
-        f"{limit:.2f} s at that rate (ours: {best['ours']['seconds'] / limit:.1f} times as long). "
-        f"With compilation {best['ours']['with_compilation_s']:.1f} s. "
+        f"{limit:.2f} s at that rate (this package: {best['ours']['seconds'] / limit:.1f} times as long). "
+        f"Including compilation: {best['ours']['with_compilation_s']:.1f} s. "
         f"Means and co-moments take {best['ours']['state_mb']:.0f} MB.\n",
-        "| fit | s | times faster than anomalib's loop | peak MB | of which before the fit |",
+        "| fit | s | speed-up over anomalib's loop | peak MB | before the fit |",
         "| --- | --- | --- | --- | --- |",
         *rows,
-        "\n| 3000x4000x3 by 8x8x3 patches | s | peak MB |",
+        "\n| 3000x4000x3 with 8x8x3 patches | s | peak MB |",
         "| --- | --- | --- |",
         *(
             f"| every {row['stride_px']} px | {row['seconds']:.1f} | {row['peak_mb']:.0f} |"

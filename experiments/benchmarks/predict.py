@@ -196,14 +196,15 @@ def table(rows: list[dict], machine: dict) -> str:
     lines = [
         "# Mapping a large image",
         "",
-        "Written by `python experiments/benchmarks/predict.py`, whose head says how it is measured. uint8 TIFFs, tiles "
-        "of 64 px at 50 % overlap, the best of the repeats. `write` holds p-values, compression and the overlay, in "
-        "threads. On a busy machine compare the CPU time: wall times are of a share of the cores.",
+        "Written by `python experiments/benchmarks/predict.py`, whose docstring describes the measurement. uint8 TIFF "
+        "images, tiles of 64 px at 50 % overlap, best of the repeats. `write` includes p-values, compression and the "
+        "overlay, in threads. On a busy machine compare CPU times: for wall times only a fraction of the cores was "
+        "available.",
         "",
         f"{machine['date']}, {machine['cpu']}, {machine['cpus']} cores; "
         + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-        + f". Matrix product {machine['matmul_gflops']:.0f} GFLOP/s (float32). Load of the machine during the runs, "
-        f"one minute's mean: {machine['load'][0]:.1f} to {machine['load'][1]:.1f}.",
+        + f". Matrix product {machine['matmul_gflops']:.0f} GFLOP/s (float32). One-minute load average during the "
+        f"runs: {machine['load'][0]:.1f} to {machine['load'][1]:.1f}.",
         "",
         "| code | image | wall s | CPU s | read | score | regions | write | peak MB | input and maps MB | beyond MB "
         "| network GFLOP | share of matmul |",
@@ -219,16 +220,16 @@ def table(rows: list[dict], machine: dict) -> str:
     for code in dict.fromkeys(r["code"] for r in rows):
         small, large = (next(r for r in rows if (r["code"], r["image"]) == (code, size)) for size in SIZES)
         lines.append(
-            f"Twice the sides ({code}): {large['wall_s'] / small['wall_s']:.2f} times the wall time, "
+            f"Doubling both sides ({code}): {large['wall_s'] / small['wall_s']:.2f} times the wall time, "
             f"{large['cpu_s'] / small['cpu_s']:.2f} times the CPU time, "
             f"{large['beyond_arrays_mb'] / small['beyond_arrays_mb']:.2f} times the memory beyond input and maps."
         )
     cold, warm = machine["compile_s"]
     lines += [
         "",
-        f"Not in these times: imports and opening the run {rows[0]['open_s']:.1f} s; compiling the network {cold:.2f} s"
-        f" without the compilation cache, {warm:.2f} s with it (the first small image less the second). After small "
-        f"images the process holds {rows[0]['small_image_mb']:.0f} MB.",
+        f"Not included: imports and opening the run {rows[0]['open_s']:.1f} s; compiling the network {cold:.2f} s"
+        f" without the compilation cache, {warm:.2f} s with it (the first small image minus the second). After small "
+        f"images the process uses {rows[0]['small_image_mb']:.0f} MB.",
         "",
     ]
     return "\n".join(lines)

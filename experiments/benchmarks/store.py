@@ -124,12 +124,13 @@ def main() -> None:
         f"`python experiments/benchmarks/store.py`: {machine}.\n",
         f"{len(files)} slices of {options.side}x{options.side} px, half PNG, half JPEG: {sizes['files_mb']:.0f} MB "
         f"of files, {sizes['store_mb']:.0f} MB of store.\n",
-        "| | s | s of all cores | images/s |",
+        "| | wall s | CPU s | images/s |",
         "| --- | --- | --- | --- |",
-        f"| one process, decoding alone (Pillow) | {alone_s:.2f} | {alone_cpu_s:.2f} | {len(files) / alone_s:.0f} |",
-        f"| ingest, all of it | {whole_s:.2f} | {whole_cpu_s:.2f} | {len(files) / whole_s:.0f} |\n",
-        f"Ingest is {by_clock:.2f} times as fast as one process that decodes (median of {options.repeats} turns); with "
-        f"{CORES} cores of its own it would be at most {CORES * by_cores:.2f} times.\n",
+        f"| one process, decoding only (Pillow) | {alone_s:.2f} | {alone_cpu_s:.2f} | {len(files) / alone_s:.0f} |",
+        f"| ingest, in total | {whole_s:.2f} | {whole_cpu_s:.2f} | {len(files) / whole_s:.0f} |\n",
+        f"Ingestion runs at {by_clock:.2f} times the speed of a single process that only decodes (median of "
+        f"{options.repeats} alternating repeats); with {CORES} idle cores it would reach at most "
+        f"{CORES * by_cores:.2f} times that speed.\n",
         "| random reads, images/s | files | store | |",
         "| --- | --- | --- | --- |",
         *(

@@ -92,14 +92,14 @@ def main() -> None:
     later = starts[1:]
     lines = [
         f"`python experiments/benchmarks/train_process.py`: {machine}.\n",
-        "| images of 512x512x3 | peak memory, MB | seconds in all |",
+        "| images of 512x512x3 | peak memory, MB | total, s |",
         "| --- | --- | --- |",
         f"| {options.few} | {memory['few']['peak_mb']:.0f} | {memory['few']['seconds']:.0f} |",
         f"| {options.many} | {memory['many']['peak_mb']:.0f} | {memory['many']['seconds']:.0f} |",
         f"\nDifference: {growth:.0f} MB.\n",
-        f"Start of the process to its first step: {starts[0]:.1f} s with an empty cache, then {np.median(later):.1f} s "
+        f"From process start to the first step: {starts[0]:.1f} s with an empty cache, then {np.median(later):.1f} s "
         f"({min(later):.1f} to {max(later):.1f}).\n",
-        f"Listing {options.many} images: {listed['listed_ms']:.2f} ms each; opening one by itself takes "
+        f"Listing {options.many} images: {listed['listed_ms']:.2f} ms per image; opening a single one takes "
         f"{listed['opened_ms']:.2f} ms.",
     ]
     (HERE / "train_process.md").write_text("\n".join(lines) + "\n")

@@ -278,8 +278,9 @@ def main() -> None:
     (HERE / "train_step.json").write_text(json.dumps(result, indent=2) + "\n")
     lines = [
         f"`python experiments/benchmarks/train_step.py --rounds {rounds}`: {machine}; a float32 matrix product reaches "
-        f"{limit:.0f} GFLOP/s in the same run. Medians, ms a step (lowest to highest round).\n",
-        "| step | pulmo_jax | PyTorch, convolutions | PyTorch, products | ratio to the faster | GFLOP | of product |",
+        f"{limit:.0f} GFLOP/s in the same run. Medians in ms per step (lowest to highest round).\n",
+        "| step | pulmo_jax | PyTorch, convolutions | PyTorch, products | ratio to the faster | GFLOP | "
+        "fraction of the product's rate |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -290,7 +291,7 @@ def main() -> None:
         )
     lines += [
         "",
-        "| loop | one repeated batch | the real pipeline | ratio | reading a batch, one core |",
+        "| loop | one repeated batch | full pipeline | ratio | reading a batch on one core |",
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [

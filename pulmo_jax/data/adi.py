@@ -1,4 +1,4 @@
-"""What differential imaging starts from: rotating image stacks, their angles, PSFs, wavelengths; loaded and checked."""
+"""Angular differential imaging (ADI) data: image cubes with parallactic angles, PSFs and wavelengths."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +9,24 @@ from jaxtyping import Float
 from pulmo_jax.data.arrays import read_array
 from pulmo_jax.types import InputError
 
-_CUBE = "the cube of frames (T, H, W)"
-_ANGLES = "the angles, one number for each frame in degrees"
-_PSF = "the PSF, an image (S, S) of the star without coronagraph"
-_WAVELENGTHS = "the wavelengths, one number for each channel"
-_SPECTRUM = "a spectrum (L,) or several (M, L), one number for each channel"
-_WIDE = 1.05  # ratio of wavelengths from which one PSF for all is worth a remark
+_CUBE = "an image cube (T, H, W)"
+_ANGLES = "parallactic angles in degrees, one per frame"
+_PSF = "an off-axis PSF (S, S)"
+_WAVELENGTHS = "wavelengths, one per channel"
+_SPECTRUM = "one spectrum (L,) or several (M, L), one value per channel"
+_BROADBAND_RATIO = 1.05  # largest over smallest wavelength above which a single PSF deserves a warning
 
 
 @dataclass(frozen=True)
 class RotatingStack:
-    """Frames in which the field rotates and the speckles stand.
+    """A pupil-stabilised image sequence: the field rotates while the speckles stay fixed.
 
-    cube: float32 or float64. angles_deg: of each frame; a source at theta = atan2(y - cy, x - cx) in the derotated map
-    stands at theta - angle in the frame. psf: as in its file, neither centred nor normalised. caveats: what was changed
-    or looks unusual, a sentence each.
+    Attributes:
+        cube: Frames (T, H, W), float32 or float64, in detector units.
+        angles_deg: Rotation of each frame in degrees. A source at theta = atan2(y - cy, x - cx) in the derotated map
+            is at theta - angle in the frame.
+        psf: Off-axis PSF (S, S) as stored, neither centred nor normalised.
+        caveats: One sentence for each value that was changed or looks unusual.
     """
 
     cube: Float[np.ndarray, "T H W"]
@@ -34,9 +37,15 @@ class RotatingStack:
 
 @dataclass(frozen=True)
 class SpectralStack:
-    """L rotating stacks of one field at one time, a channel of wavelength each; a `RotatingStack` is one channel.
+    """A multi-wavelength ADI sequence: L simultaneous stacks of one field, one per spectral channel.
 
-    wavelengths: ascending. psf: of each channel. spectra: of the sources looked for, in any unit; None: flat.
+    Attributes:
+        cube: Frames (L, T, H, W), float32 or float64, in detector units.
+        angles_deg: Rotation of each frame in degrees, common to all channels.
+        psf: Off-axis PSF of each channel (L, S, S), neither centred nor normalised.
+        wavelengths: Ascending, in any unit (L,).
+        spectra: Template spectra of the sources to detect (M, L), in any unit; None means flat.
+        caveats: One sentence for each value that was changed or looks unusual.
     """
 
     cube: Float[np.ndarray, "L T H W"]
@@ -48,16 +57,29 @@ class SpectralStack:
 
     @classmethod
     def of_one(cls, stack: RotatingStack) -> "SpectralStack":
+        """Wrap a single-channel stack."""
         return cls(stack.cube[None], stack.angles_deg, stack.psf[None], np.ones(1), None, stack.caveats)
 
 
 def load_channels(
     cube: Path, angles: Path, psf: Path, wavelengths: Path | None = None, spectrum: Path | None = None
 ) -> SpectralStack:
-    """Reads and checks a cube (L, T, H, W) with its angles, PSF (S, S) or (L, S, S), wavelengths and spectra.
+    """Read a multi-wavelength stack and check that its files are consistent.
 
-    Channels in another order than their wavelengths are sorted, spectra with them. Without wavelengths it is
-    `load_stack`. Raises InputError naming the file for what does not fit together or cannot be used.
+    Channels are sorted by wavelength, and the spectra with them.
+
+    Args:
+        cube: File with the cube (L, T, H, W), in any format of `read_array`.
+        angles: File with the T rotation angles in degrees.
+        psf: File with one PSF (S, S) or one per channel (L, S, S).
+        wavelengths: File with the L wavelengths; without it the cube is read as a single channel by `load_stack`.
+        spectrum: File with template spectra (L,) or (M, L).
+
+    Returns:
+        The stack, with a caveat for each value that was changed or looks unusual.
+
+    Raises:
+        InputError: A file cannot be used or does not match the others; the message names it.
     """
     if wavelengths is None:
         return SpectralStack.of_one(load_stack(cube, angles, psf))
@@ -69,27 +91,46 @@ def load_channels(
     spectra = None if spectrum is None else load_spectra(spectrum, len(values))
     order = np.argsort(values)
     if (order != np.arange(len(order))).any():
-        caveats.append(f"{wavelengths}: the channels are put into the order of their wavelengths")
+        caveats.append(f"{wavelengths}: the channels were sorted by wavelength")
         channels, values, stamps = channels[order], values[order], stamps[order]
         spectra = None if spectra is None else spectra[:, order]
     return SpectralStack(channels, angles_deg, stamps, values, spectra, tuple(caveats))
 
 
 def load_spectra(path: Path, n_channels: int) -> Float[np.ndarray, "M L"]:
-    """One spectrum or a set of them; raises InputError naming the file for another length."""
-    array = read_array(path, (1, 2), what=_SPECTRUM).astype(np.float64)
+    """Read one or several template spectra.
+
+    Args:
+        path: File with an array (L,) or (M, L), in any format of `read_array`.
+        n_channels: Number of spectral channels L.
+
+    Returns:
+        The spectra (M, L) in float64.
+
+    Raises:
+        InputError: The file cannot be read or its spectra have another number of channels.
+    """
+    array = read_array(path, (1, 2), description=_SPECTRUM).astype(np.float64)
     spectra = array.reshape(1, -1) if array.ndim == 1 or array.shape == (n_channels, 1) else array
     if spectra.shape[1] != n_channels:
-        raise InputError(
-            f"{path}: holds an array of shape {array.shape}, the stack has {n_channels} channels; {_SPECTRUM} is needed"
-        )
+        raise InputError(f"{path}: has shape {array.shape}, but the stack has {n_channels} channels; give {_SPECTRUM}")
     return spectra
 
 
 def load_stack(cube: Path, angles: Path, psf: Path) -> RotatingStack:
-    """Reads and checks the three files, in any format of `read_array`; integers become floats that hold them.
+    """Read a single-channel stack and check that its files are consistent.
 
-    Frames may hold NaN. Raises InputError naming the file for what does not fit together or cannot be used.
+    Args:
+        cube: File with the frames (T, H, W), in any format of `read_array`. Frames may contain NaN; integers become
+            floating point of sufficient precision.
+        angles: File with the T rotation angles in degrees.
+        psf: File with the off-axis PSF (S, S), or with several exposures of it, which are averaged.
+
+    Returns:
+        The stack, with a caveat for each value that was changed or looks unusual.
+
+    Raises:
+        InputError: A file cannot be used or does not match the others; the message names it.
     """
     frames = _frames(cube)
     angles_deg = _angles_deg(angles, cube, frames.shape)
@@ -98,34 +139,35 @@ def load_stack(cube: Path, angles: Path, psf: Path) -> RotatingStack:
 
 
 def _wavelengths(path: Path) -> np.ndarray:
-    values = read_array(path, (1,), what=_WAVELENGTHS).astype(np.float64)
+    values = read_array(path, (1,), description=_WAVELENGTHS).astype(np.float64)
     if (bad := np.flatnonzero(~(np.isfinite(values) & (values > 0)))).size:
         raise InputError(
-            f"{path}: {bad.size} of {len(values)} wavelengths are not above 0 and finite, the first is "
-            f"{values[bad[0]]:g} of channel {bad[0]} (counted from 0); correct it or leave the channel out"
+            f"{path}: {bad.size} of {len(values)} wavelengths are not positive and finite; the first is "
+            f"{values[bad[0]]:g}, of channel {bad[0]} (counted from 0). Correct it or remove the channel."
         )
     ascending = np.sort(values)
     if (same := ascending[:-1][np.diff(ascending) == 0]).size:
         raise InputError(
-            f"{path}: {int((values == same[0]).sum())} channels have the wavelength {same[0]:g}; each needs its own: "
-            "average such channels, or correct the wavelengths"
+            f"{path}: {int((values == same[0]).sum())} channels have the same wavelength, {same[0]:g}; wavelengths "
+            "must be distinct: average these channels or correct the wavelengths"
         )
     return values
 
 
 def _channels(path: Path, wavelengths: Path, n: int) -> np.ndarray:
-    """(L, T, H, W)."""
-    array = read_array(path, (3, 4), what=_CUBE)
+    """The cube (L, T, H, W) in floating point."""
+    array = read_array(path, (3, 4), description=_CUBE)
     if array.ndim == 4 and array.shape[-1] == 1 != array.shape[0]:
         array = array[..., 0]
     channels = array[None] if array.ndim == 3 else array
     if len(channels) != n:
-        found = "one channel, (T, H, W)" if array.ndim == 3 else f"{len(channels)} channels, (L, T, H, W)"
+        layout = "one channel, (T, H, W)" if array.ndim == 3 else f"{len(channels)} channels, (L, T, H, W)"
         hint = ""
         if array.ndim == 4 and array.shape[1] == n:
-            hint = ". Axis 1 of the cube is that long: its axes seem to be in another order; save it as (L, T, H, W)"
+            hint = ". Axis 1 of the cube has that length: its axes may be in another order; save it as (L, T, H, W)"
         raise InputError(
-            f"{wavelengths}: holds {n} wavelengths, {path} of shape {array.shape} has {found}; give one for each{hint}"
+            f"{wavelengths}: has {n} wavelengths, but {path} of shape {array.shape} has {layout}; "
+            f"give one wavelength per channel{hint}"
         )
     return channels.astype(np.result_type(channels.dtype, np.float32), copy=False)
 
@@ -133,18 +175,18 @@ def _channels(path: Path, wavelengths: Path, n: int) -> np.ndarray:
 def _radians(path: Path, angles_deg: np.ndarray) -> list[str]:
     if len(angles_deg) >= 10 and np.abs(angles_deg).max() < 2 * np.pi and 0 < np.ptp(angles_deg) < 2:
         return [
-            f"{path}: the angles span {np.ptp(angles_deg):.3g} degrees, from {angles_deg.min():.3g} to "
+            f"{path}: the angles span only {np.ptp(angles_deg):.3g} degrees, from {angles_deg.min():.3g} to "
             f"{angles_deg.max():.3g}; if they are in radians, convert them to degrees"
         ]
     return []
 
 
 def _frames(path: Path) -> np.ndarray:
-    array = read_array(path, (3, 4), what=_CUBE)
+    array = read_array(path, (3, 4), description=_CUBE)
     if array.ndim == 4 and 1 not in (array.shape[0], array.shape[-1]):
         raise InputError(
-            f"{path}: holds an array of shape {array.shape}; {_CUBE} is needed. A multi-wavelength cube (L, T, H, W) "
-            "needs its wavelengths too: data.wavelengths"
+            f"{path}: has shape {array.shape}; give {_CUBE}. A multi-wavelength cube (L, T, H, W) also requires "
+            "data.wavelengths=FILE."
         )
     if array.ndim == 4:
         array = array[0] if array.shape[0] == 1 else array[..., 0]
@@ -152,34 +194,34 @@ def _frames(path: Path) -> np.ndarray:
 
 
 def _angles_deg(path: Path, cube: Path, shape: tuple[int, ...]) -> np.ndarray:
-    angles = read_array(path, (1,), what=_ANGLES).astype(np.float64)
+    angles = read_array(path, (1,), description=_ANGLES).astype(np.float64)
     if len(angles) != shape[0]:
-        hint = f"Save {_ANGLES}."
+        hint = f"Give {_ANGLES}."
         if len(angles) in shape:
             axis = shape.index(len(angles))
-            hint = f"Axis {axis} of the cube is that long: its axes seem to be in another order; save it as (T, H, W)."
-        raise InputError(f"{path}: holds {len(angles)} angles, {cube} has {shape[0]} frames (shape {shape}). {hint}")
+            hint = f"Axis {axis} of the cube has that length: its axes may be in another order; save it as (T, H, W)."
+        raise InputError(f"{path}: has {len(angles)} angles, but {cube} has {shape[0]} frames (shape {shape}). {hint}")
     if (bad := np.flatnonzero(~np.isfinite(angles))).size:
         raise InputError(
-            f"{path}: {bad.size} of {len(angles)} angles are not finite, the first is {angles[bad[0]]} of frame "
-            f"{bad[0]} (counted from 0); leave such frames out of the cube and of the angles"
+            f"{path}: {bad.size} of {len(angles)} angles are not finite; the first is {angles[bad[0]]}, of frame "
+            f"{bad[0]} (counted from 0). Remove these frames from the cube and from the angles."
         )
     return angles
 
 
 def _stamp(path: Path, cube_shape: tuple[int, ...]) -> tuple[np.ndarray, list[str]]:
-    """(S, S), and what was done to it."""
+    """The PSF (S, S) and the caveats about it."""
     array, caveats = _psf_file(path), []
     if array.ndim == 3:
         if len(array) > 1:
-            caveats.append(f"{path}: the mean of {len(array)} images of the PSF is used, as they are centred")
+            caveats.append(f"{path}: {len(array)} PSF images were averaged without recentring")
         array = array.mean(axis=0)
     stamp, cut = _fitting_stamp(path, array, cube_shape)
     return stamp, caveats + cut
 
 
 def _stamps(path: Path, cube_shape: tuple[int, ...], wavelengths: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """(L, S, S), and what was done to them."""
+    """The PSFs (L, S, S) and the caveats about them."""
     n = len(wavelengths)
     if n == 1:
         stamp, caveats = _stamp(path, cube_shape)
@@ -188,41 +230,47 @@ def _stamps(path: Path, cube_shape: tuple[int, ...], wavelengths: np.ndarray) ->
     images = array[None] if array.ndim == 2 else array
     if len(images) not in (1, n):
         raise InputError(
-            f"{path}: holds {len(images)} images of the PSF (shape {array.shape}), the cube has {n} channels; give one "
-            "for each channel, (L, S, S), or one for all, (S, S)"
+            f"{path}: has {len(images)} PSF images (shape {array.shape}), but the cube has {n} channels; give one per "
+            "channel, (L, S, S), or one for all, (S, S)"
         )
-    if len(images) == 1 and wavelengths.max() > _WIDE * wavelengths.min():
+    if len(images) == 1 and wavelengths.max() > _BROADBAND_RATIO * wavelengths.min():
         caveats.append(
-            f"{path}: one PSF is used for all {n} channels, as it is, though diffraction widens it by "
-            f"{wavelengths.max() / wavelengths.min():.2f} from the first to the last; give one for each"
+            f"{path}: one PSF is used for all {n} channels, although diffraction widens it by a factor of "
+            f"{wavelengths.max() / wavelengths.min():.2f} from the first to the last; give one per channel"
         )
     cut = [_fitting_stamp(path, image, cube_shape) for image in images]
     return np.repeat(np.stack([stamp for stamp, _ in cut]), n // len(images), axis=0), caveats + cut[0][1]
 
 
 def _psf_file(path: Path) -> np.ndarray:
-    array = read_array(path, (2, 3), what=_PSF).astype(np.float64)
+    array = read_array(path, (2, 3), description=_PSF).astype(np.float64)
     if not np.isfinite(array).all():
-        raise InputError(f"{path}: {np.sum(~np.isfinite(array))} of {array.size} pixels of the PSF are not finite")
+        bad = np.sum(~np.isfinite(array))
+        raise InputError(f"{path}: {bad} of {array.size} pixels of the PSF are not finite; replace them")
     return array
 
 
 def _fitting_stamp(path: Path, array: np.ndarray, cube_shape: tuple[int, ...]) -> tuple[np.ndarray, list[str]]:
-    """Square, not larger than the frames, with a caveat if it was cut for that."""
+    """The PSF cropped to a square no larger than the frames, with a caveat if it was cropped."""
     caveats = []
     if array.max() <= 0 or array.sum() <= 0:
-        raise InputError(f"{path}: the PSF has no positive flux (sum {array.sum():.3g}, maximum {array.max():.3g})")
+        raise InputError(
+            f"{path}: the PSF has no positive flux (sum {array.sum():.3g}, maximum {array.max():.3g}); "
+            "give an off-axis image of the star"
+        )
     smaller = min(cube_shape[1:])
     if max(array.shape) > smaller or array.shape[0] != array.shape[1]:
-        found, frame = "{} x {} px".format(*array.shape), "{} x {} px".format(*cube_shape[1:])
+        original, frame = "{} x {} px".format(*array.shape), "{} x {} px".format(*cube_shape[1:])
         side = min(*array.shape, smaller)
         array = _cut_square(array, side if side % 2 else max(side - 1, 1))
-        caveats.append(f"{path}: the PSF of {found} is cut to {len(array)} x {len(array)} px (frames are {frame})")
+        caveats.append(
+            f"{path}: the PSF of {original} was cropped to {len(array)} x {len(array)} px (frames are {frame})"
+        )
     return array, caveats
 
 
 def _cut_square(image: np.ndarray, side: int) -> np.ndarray:
-    """The square of this side about the maximum, as far as the image reaches."""
+    """A square of this side around the maximum, shifted where necessary to stay inside the image."""
     peak = np.unravel_index(image.argmax(), image.shape)
     start = [int(np.clip(p - side // 2, 0, size - side)) for p, size in zip(peak, image.shape, strict=True)]
     return image[start[0] : start[0] + side, start[1] : start[1] + side].copy()

@@ -1,9 +1,10 @@
-"""What astropy takes a FITS file at its word for, checked beforehand: the headers' own numbers and the checksums.
+"""Validation of FITS headers and checksums, before astropy reads a file.
 
-Billions of axes keep it busy, to find a lost END it searches the whole file, and a negative number of bytes in a pixel,
-or tiles of HCOMPRESS that are larger than they should be, end the process.
+astropy trusts the header. Billions of declared axes stall it, a missing END card makes it search the whole file, and a
+negative BYTEPIX or an oversized HCOMPRESS tile crashes the process.
 
-Section numbers are those of the FITS standard 4.0 (Pence et al. 2010, A&A 524, A42, and its successor of 2018).
+Reference:
+    FITS standard 4.0 (2018), successor of Pence et al. 2010, A&A 524, A42. Section numbers below refer to it.
 """
 
 import re
@@ -17,41 +18,47 @@ import numpy as np
 from pulmo_jax.types import InputError
 
 _BLOCK, _CARD = 2880, 80  # bytes
-_MAX_HEADER = 4 * 2**20  # bytes in which a header must end; without a limit a lost END means to search the whole file
+_MAX_HEADER = 4 * 2**20  # bytes; without a limit, a missing END card means searching the whole file
 _MAX_AXES = _MAX_FIELDS = 999  # sections 4.4.1 and 7.3.1
-_MAX_TILE = 2**27  # pixels: of 8 bytes each, they are counted in a signed integer of 32 bits
-_SUMMED_AT_ONCE = 1000 * _BLOCK
+_MAX_TILE = 2**27  # pixels; decoders count the bytes, 8 per pixel, in a signed 32-bit integer
+_CHECKSUM_CHUNK_BYTES = 1000 * _BLOCK
 _INTEGER = re.compile(rb"(BITPIX|NAXIS\d*|PCOUNT|GCOUNT|TFIELDS|ZNAXIS\d*|ZTILE\d+|ZVAL\d+) *= *([^/]*)")
 _TEXT = re.compile(rb"(CHECKSUM|DATASUM) *= *'([^']*)'")
 
 
 def check_fits(path: Path, file: BufferedIOBase, size: int) -> None:
-    """Walks the headers of an open file of `size` bytes and verifies DATASUM and CHECKSUM where they are given.
+    """Validate all headers of a FITS file, and DATASUM and CHECKSUM where present.
 
-    Raises InputError naming the header-data unit (HDU) for a header without end, numbers that cannot be, and sums that
-    do not fit.
+    Args:
+        path: Name of the file in error messages.
+        file: The file, open for reading.
+        size: Its length in bytes.
+
+    Raises:
+        InputError: A header has no END card or an impossible value, or a checksum does not match; the message names
+            the header-data unit (HDU).
     """
-    at, unit = 0, 0
-    while at < size:
-        file.seek(at)
+    offset, unit = 0, 0
+    while offset < size:
+        file.seek(offset)
         if unit and not (block := file.read(_BLOCK)).startswith(b"XTENSION"):
             if block.strip(b"\0 "):
-                raise InputError(f"{path}: damaged: what follows HDU {unit - 1} is no further HDU")
+                raise InputError(f"{path}: damaged: HDU {unit - 1} is followed by data that are not an HDU")
             return
-        header = _header(path, file, at, unit)
+        header = _header(path, file, offset, unit)
         numbers = _numbers(path, header, unit)
         _check_compression(path, header, numbers, unit)
-        start = at + len(header)
+        start = offset + len(header)
         stop = start + _padded(_data_bytes(numbers))
-        texts = (_TEXT.match(card) for card in _cards(header))
-        sums = {found[1]: found[2].strip() for found in texts if found}
-        _check_sums(path, file, (at, start, min(stop, size)), sums, unit)
-        at, unit = stop, unit + 1
+        matches = (_TEXT.match(card) for card in _cards(header))
+        sums = {match[1]: match[2].strip() for match in matches if match}
+        _check_sums(path, file, (offset, start, min(stop, size)), sums, unit)
+        offset, unit = stop, unit + 1
 
 
-def _header(path: Path, file: BufferedIOBase, at: int, unit: int) -> bytes:
-    """Whole blocks, up to the one with the END card."""
-    file.seek(at)
+def _header(path: Path, file: BufferedIOBase, offset: int, unit: int) -> bytes:
+    """The header in whole blocks, up to and including the one with the END card."""
+    file.seek(offset)
     header = b""
     while len(header) < _MAX_HEADER and (block := file.read(_BLOCK)):
         header += block
@@ -65,41 +72,43 @@ def _cards(header: bytes) -> list[bytes]:
 
 
 def _numbers(path: Path, header: bytes, unit: int) -> dict[str, int]:
-    """Those that tell how the data are laid out."""
+    """Values of the keywords that define the layout of the data."""
     numbers = {}
     for card in _cards(header):
-        if found := _INTEGER.match(card):
-            keyword, value = found[1].decode(), found[2].strip().decode("ascii", "backslashreplace")
+        if match := _INTEGER.match(card):
+            keyword, value = match[1].decode(), match[2].strip().decode("ascii", "backslashreplace")
             try:
                 numbers[keyword] = int(value)
             except ValueError:
-                if keyword.startswith("ZVAL"):  # parameters of the compression, of which some are no integers
+                if keyword.startswith("ZVAL"):  # compression parameters, some of which are not integers
                     continue
-                raise InputError(f"{path}: damaged: {keyword} of HDU {unit} is {value!r}, no whole number") from None
+                raise InputError(f"{path}: damaged: {keyword} of HDU {unit} is {value!r}, not an integer") from None
     for keyword, limit in (("NAXIS", _MAX_AXES), ("TFIELDS", _MAX_FIELDS)):
         if not 0 <= numbers.get(keyword, 0) <= limit:
-            raise InputError(f"{path}: damaged: {keyword} of HDU {unit} is {numbers[keyword]}, allowed is 0 to {limit}")
+            raise InputError(f"{path}: damaged: {keyword} of HDU {unit} is {numbers[keyword]}, allowed: 0 to {limit}")
     negative = [keyword for keyword, number in numbers.items() if number < 0 and keyword != "BITPIX"]
     if negative:
-        raise InputError(f"{path}: damaged: {negative[0]} of HDU {unit} is {numbers[negative[0]]}")
+        raise InputError(
+            f"{path}: damaged: {negative[0]} of HDU {unit} is {numbers[negative[0]]}, but cannot be negative"
+        )
     return numbers
 
 
 def _check_compression(path: Path, header: bytes, numbers: Mapping[str, int], unit: int) -> None:
-    """Refuses what the decoders of tiles (section 10.4) take for granted: they end the process when it is not so."""
-    if b"'HCOMPRESS" in header:  # a damaged tile makes it write beyond its memory
-        raise InputError(f"{path}: HDU {unit} is compressed as HCOMPRESS; save it with RICE or GZIP")
+    """Refuse compressed tiles (section 10.4) that would crash the decoders."""
+    if b"'HCOMPRESS" in header:  # its decoder writes out of bounds on a damaged tile
+        raise InputError(f"{path}: HDU {unit} is compressed with HCOMPRESS; save it with RICE or GZIP")
     for number in re.findall(rb"ZNAME(\d+) *= *'BYTEPIX *'", header):
         size = numbers.get(f"ZVAL{number.decode()}")
         if size not in (1, 2, 4, 8):
-            raise InputError(f"{path}: damaged: BYTEPIX of HDU {unit} is {size}, allowed is 1, 2, 4 or 8")
+            raise InputError(f"{path}: damaged: BYTEPIX of HDU {unit} is {size}, allowed: 1, 2, 4 or 8")
     tile = prod(number for keyword, number in numbers.items() if keyword.startswith("ZTILE"))
     if tile > _MAX_TILE:
-        raise InputError(f"{path}: damaged: a tile of HDU {unit} has {tile} pixels, allowed is {_MAX_TILE}")
+        raise InputError(f"{path}: damaged: a tile of HDU {unit} has {tile} pixels, allowed: at most {_MAX_TILE}")
 
 
 def _data_bytes(numbers: Mapping[str, int]) -> int:
-    """Section 4.4.1.2, equation 2; random groups (section 6) begin with NAXIS1 = 0, which is no length."""
+    """Section 4.4.1.2, equation 2. Random groups (section 6) have NAXIS1 = 0, which is not a length."""
     lengths = [numbers.get(f"NAXIS{k}", 0) for k in range(1, numbers.get("NAXIS", 0) + 1)]
     if len(lengths) > 1 and lengths[0] == 0 and "GCOUNT" in numbers:
         lengths = lengths[1:]
@@ -113,28 +122,29 @@ def _padded(length: int) -> int:
 
 
 def _check_sums(
-    path: Path, file: BufferedIOBase, places: tuple[int, int, int], sums: Mapping[bytes, bytes], unit: int
+    path: Path, file: BufferedIOBase, offsets: tuple[int, int, int], sums: Mapping[bytes, bytes], unit: int
 ) -> None:
-    """Section 4.4.2.7 and appendix J: DATASUM is the sum of the data; with CHECKSUM in it, the unit sums to -0."""
-    at, start, stop = places
+    """Section 4.4.2.7 and appendix J: DATASUM is the sum of the data; CHECKSUM makes the HDU sum to -0."""
+    header_start, data_start, data_stop = offsets
     declared, summed = sums.get(b"DATASUM", b""), sums.get(b"CHECKSUM", b"").strip(b"0") != b""
     if not declared and not summed:
         return
-    data = _sum(file, start, stop)
+    data = _sum(file, data_start, data_stop)
     wrong = declared and declared != str(data).encode()
-    if wrong or (summed and _folded(_sum(file, at, start) + data) != 2**32 - 1):
+    if wrong or (summed and _folded(_sum(file, header_start, data_start) + data) != 2**32 - 1):
         raise InputError(
-            f"{path}: damaged: the checksum of HDU {unit} does not fit its content.\n"
-            "If a program changed it without renewing the checksum and you trust it: fitscheck --write --force FILE"
+            f"{path}: damaged: the checksum of HDU {unit} does not match its content.\n"
+            "If you trust the file and a program edited it without updating the checksum, run: "
+            "fitscheck --write --force FILE"
         )
 
 
 def _sum(file: BufferedIOBase, start: int, stop: int) -> int:
-    """Sum of the 32-bit words in ones' complement, where a carry is added at the other end."""
-    total, at = 0, start
+    """Ones' complement sum of the 32-bit words, with end-around carry."""
+    total, offset = 0, start
     file.seek(start)
-    while at < stop and (chunk := file.read(min(_SUMMED_AT_ONCE, stop - at))):
-        at += len(chunk)
+    while offset < stop and (chunk := file.read(min(_CHECKSUM_CHUNK_BYTES, stop - offset))):
+        offset += len(chunk)
         words = np.frombuffer(chunk + bytes(-len(chunk) % 4), ">u4")
         total = _folded(total + int(words.sum(dtype=np.uint64)))
     return total

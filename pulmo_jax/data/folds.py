@@ -1,4 +1,4 @@
-"""Folds for cross-validation: every image is tested once, and groups are never taken apart."""
+"""Group-wise stratified folds for cross-validation."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,11 +10,17 @@ from sklearn.model_selection import StratifiedGroupKFold
 from pulmo_jax.types import InputError
 
 Rows = Int[np.ndarray, "_"]
-Classes = Shaped[np.ndarray, "N"]  # of each image the name of its class, or its number
+Classes = Shaped[np.ndarray, "N"]  # class name or class index of each image
 
 
 class Fold(NamedTuple):
-    """Rows of the images that one network learns from, that choose and calibrate it, and that test it."""
+    """Row indices of the images of one fold.
+
+    Attributes:
+        training: Images to train on.
+        validation: Images for model selection and calibration.
+        test: Held-out images.
+    """
 
     training: Rows
     validation: Rows
@@ -29,43 +35,66 @@ def grouped_folds(
     test_fraction: float,
     seed: int,
 ) -> list[Fold]:
-    """Stratified by class; a share of each fold's training groups validates.
+    """Split images into stratified folds that never separate a group.
 
-    count: 1 gives a single fold, with about `test_fraction` of the images to test. Raises InputError where a class has
-    too few groups for every part to get one.
+    Every image is tested exactly once. Part of each fold's training groups becomes its validation set.
+
+    Args:
+        labels: Class of each image (N,).
+        groups: Group of each image, such as the patient, N of them.
+        count: Number of folds; 1 gives a single fold that tests about `test_fraction` of the images.
+        val_fraction: Fraction of the training images used for validation.
+        test_fraction: Fraction of the images used for testing if `count` is 1.
+        seed: Seed of the shuffling.
+
+    Returns:
+        The folds.
+
+    Raises:
+        InputError: A class has too few groups to be present in every part of every fold.
     """
-    of = np.unique(np.array(groups), return_inverse=True)[1]
+    group_ids = np.unique(np.array(groups), return_inverse=True)[1]
     for label in np.unique(labels):
-        if np.unique(of[labels == label]).size <= max(count, 2):
-            raise too_few(label, labels, of, count)
-    everything = np.arange(len(labels))
+        if np.unique(group_ids[labels == label]).size <= max(count, 2):
+            raise _too_few_groups(label, labels, group_ids, count)
+    rows = np.arange(len(labels))
     if count == 1:
-        outer = [held_out(everything, labels, of, test_fraction, seed)]
+        outer = [held_out(rows, labels, group_ids, test_fraction, seed)]
     else:
-        outer = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(everything, labels, of)
-    folds = [Fold(*held_out(rest, labels, of, val_fraction, seed), test) for rest, test in outer]
+        outer = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(rows, labels, group_ids)
+    folds = [Fold(*held_out(rest, labels, group_ids, val_fraction, seed), test) for rest, test in outer]
     for part in (rows for fold in folds for rows in fold):
         for label in np.setdiff1d(labels, labels[part]):
-            raise too_few(label, labels, of, count)
+            raise _too_few_groups(label, labels, group_ids, count)
     return folds
 
 
-def too_few(label: object, labels: Classes, of: Rows, count: int) -> InputError:
-    there = np.unique(of[labels == label]).size
+def _too_few_groups(label: object, labels: Classes, group_ids: Rows, count: int) -> InputError:
+    available = np.unique(group_ids[labels == label]).size
     fewer = " or lower trainer.folds" if count > 1 else ""
     return InputError(
-        f"class {label} has {there} groups of images, too few for trainer.folds={count} with one of them "
-        f"to learn from, one to validate and one to test in each; give more images{fewer}"
+        f"class {label} has {available} groups of images, too few for trainer.folds={count}: every fold needs at "
+        f"least one group for training, validation and test each; give more images{fewer}"
     )
 
 
-def held_out(rows: Rows, labels: Classes, of: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    """(kept, held out) of some rows: the latter one part of about 1 / share, stratified, groups whole; none where a
-    class has one group alone."""
-    parts = max(2, round(1 / share))
-    fewest = min(np.unique(of[rows][labels[rows] == label]).size for label in np.unique(labels[rows]))
+def held_out(rows: Rows, labels: Classes, group_ids: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Hold out a stratified fraction of the images, in whole groups.
+
+    Args:
+        rows: Row indices to split.
+        labels: Class of each image (N,).
+        group_ids: Group index of each image (N,).
+        fraction: Fraction of `rows` to hold out, rounded to 1 / k for an integer k.
+        seed: Seed of the shuffling.
+
+    Returns:
+        (kept, held out); nothing is held out if some class has only one group.
+    """
+    parts = max(2, round(1 / fraction))
+    fewest = min(np.unique(group_ids[rows][labels[rows] == label]).size for label in np.unique(labels[rows]))
     if fewest < 2:
         return rows, rows[:0]
     splitter = StratifiedGroupKFold(min(parts, fewest), shuffle=True, random_state=seed)
-    kept, out = next(splitter.split(rows, labels[rows], of[rows]))
+    kept, out = next(splitter.split(rows, labels[rows], group_ids[rows]))
     return rows[kept], rows[out]

@@ -1,4 +1,4 @@
-"""A set of images as paths and headers, and the one reader of their pixels and foreground masks."""
+"""Image sets as lists of file headers, and a reader of their pixels and foreground masks."""
 
 import math
 import re
@@ -11,22 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Shaped
 
-from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source
+from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, list_images, open_source
+from pulmo_jax.data.sources.formats import Format, check_formats, find_format
 from pulmo_jax.data.sources.source import decoding, printable
-from pulmo_jax.data.sources.store import Store, in_store, is_store, opened
-from pulmo_jax.types import InputError, Source, Window
+from pulmo_jax.data.sources.store import Store, in_store, is_store, open_store
+from pulmo_jax.types import ImageTags, InputError, Source, Window
 
 MEBIBYTE = 2**20
 OPEN_FILES_PER_THREAD = 32
-OPEN_BYTES_PER_THREAD = 16 * MEBIBYTE  # an open file may keep its last page decoded
+OPEN_BYTES_PER_THREAD = 16 * MEBIBYTE  # an open file may cache its last decoded page
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One page of one file: what the header says, and where its foreground mask is.
+    """One page of one image file, described by its header.
 
-    name: path relative to the folder it was found in, with "/"; group: what must stay together in a split.
+    Attributes:
+        folder: Folder that was indexed, or the store.
+        name: Path of the file relative to `folder`, separated by "/".
+        page: Index of the page, from 0.
+        pages: Number of pages in the file.
+        shape: (H, W, C) in pixels.
+        dtype: Data type of the pixels, such as "uint16".
+        group: Images of one group, such as a patient, stay on one side of every split.
+        mask: File of the foreground mask; None means that the whole image is foreground.
     """
 
     folder: Path
@@ -40,21 +50,28 @@ class ImageRef:
 
     @property
     def path(self) -> Path:
+        """Path of the file, or STORE.h5/name for an image in a store."""
         return self.folder / self.name
 
     @property
     def title(self) -> str:
+        """The name, with the page index if there are several pages."""
         return self.name if self.pages == 1 else f"{self.name}[{self.page}]"
 
     @property
     def file_name(self) -> str:
-        """For what is made of it. With the suffix, so that a.png and a.tif do not meet; pages are numbered."""
+        """Base name of output files. It keeps the suffix, so that a.png and a.tif do not collide."""
         return self.name if self.pages == 1 else f"{self.name}_{self.page:04d}"
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that could not be used, and why."""
+    """A file that could not be used.
+
+    Attributes:
+        name: Path relative to the indexed folder.
+        reason: The error message, which names the file.
+    """
 
     name: str
     reason: str
@@ -68,59 +85,76 @@ def index_images(
     max_image_mb: int = 2048,
     require_masks: bool = False,
     leave_out: Path | None = None,
+    formats: Sequence[Format] = (),
 ) -> tuple[list[ImageRef], list[Skipped]]:
-    """Read the header of every image in a folder (or of one file), sorted by name.
+    """Read the header of every image in a folder, a store or a single file, sorted by name.
 
-    masks: folder of same-named foreground masks (see `find_masks`); an image without one is whole foreground unless
-        `require_masks`.
-    leave_out: a folder whose files are not looked at, such as results of an earlier call.
-    group_regex: see `group_of`; default: each file is a group.
-    Unreadable files come back as Skipped: the caller decides. Raises InputError if there is no image at all.
+    Args:
+        folder: Folder of images, store or image file.
+        masks: Folder of foreground masks with the names of their images (see `find_masks`).
+        group_regex: Regular expression that extracts the group from the name (see `extract_group`); without it each
+            file is its own group.
+        max_image_mb: Limit on the decoded size of a page in MiB.
+        require_masks: Skip an image without a mask, instead of taking all of it as foreground.
+        leave_out: Folder whose files are not listed, such as the results of an earlier call.
+        formats: The user's own image formats, in addition to the built-in ones.
+
+    Returns:
+        One reference per page, and the files that cannot be read with the reason. The caller decides whether
+        unreadable files are an error.
+
+    Raises:
+        InputError: The folder cannot be listed or holds no images, or a format is invalid.
     """
-    store = opened(folder) if is_store(folder) else None
+    formats = check_formats(formats)
+    suffixes = image_suffixes(formats)
+    store = open_store(folder) if find_format(folder, formats) is None and is_store(folder) else None
     root = folder if folder.is_dir() or store else folder.parent
-    names = stored_names(store) if store else listed_names(folder, root, leave_out)
+    names = stored_names(store) if store else listed_names(folder, root, leave_out, formats)
     with decoding(masks or root):
-        mask_of = find_masks(masks, names)
+        mask_paths = find_masks(masks, names, suffixes)
     refs, skipped, limit = [], [], max_image_mb * MEBIBYTE
-    once: dict[Any, Any] = {}  # of equal values one is kept
+    interned: dict[Any, Any] = {}  # equal values share one object, which bounds memory for large stores
     for name in names:
-        path = f"{root}/{name}" if store else root / name  # a Path keeps its parts, and Python its names
+        path = f"{root}/{name}" if store else root / name  # a Path per record of a large store would cost memory
         try:
             require_utf8(path, name)
-            mask = mask_of[name]
+            mask = mask_paths[name]
             if mask is None and require_masks:
-                raise InputError(f"{path}: no mask {masks}/{name}, nor with another image suffix")
-            pages, shape, dtype, group = store.header(name, limit) if store else header(root, name, limit)
+                raise InputError(f"{path}: there is no mask {masks}/{name}, nor one with another image suffix")
+            pages, shape, dtype, group = store.header(name, limit) if store else read_header(root, name, limit, formats)
             if group_regex is not None:
-                group = group_of(name, group_regex)
-            name, shape, dtype, group = (once.setdefault(value, value) for value in (name, shape, dtype, group))
+                group = extract_group(name, group_regex, suffixes)
+            name, shape, dtype, group = (interned.setdefault(value, value) for value in (name, shape, dtype, group))
             refs += [ImageRef(root, name, page, pages, shape, dtype, group, mask) for page in range(pages)]
         except InputError as error:
             skipped.append(Skipped(printable(name), str(error)))
     return refs, skipped
 
 
-def header(folder: Path, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str, str]:
-    """Pages, shape, dtype and group of a file."""
-    with open_source(folder / name, max_bytes=max_bytes) as source:
+def read_header(
+    folder: Path, name: str, max_bytes: int, formats: Sequence[Format] = ()
+) -> tuple[int, tuple[int, int, int], str, str]:
+    """Read the number of pages, the shape (H, W, C), the dtype and the default group of a file."""
+    with open_source(folder / name, max_bytes=max_bytes, formats=formats) as source:
         pages, height, width, bands = source.shape
         return pages, (height, width, bands), source.dtype.name, name
 
 
-def listed_names(folder: Path, root: Path, leave_out: Path | None) -> list[str]:
-    left_out = leave_out and leave_out.resolve()
-    paths = (path for path in list_images(folder) if left_out is None or left_out not in path.resolve().parents)
+def listed_names(folder: Path, root: Path, leave_out: Path | None, formats: Sequence[Format] = ()) -> list[str]:
+    """List the images of a folder relative to `root`, without those below `leave_out`."""
+    left_out, images = leave_out and leave_out.resolve(), list_images(folder, formats)
+    paths = (path for path in images if left_out is None or left_out not in path.resolve().parents)
     return [path.relative_to(root).as_posix() for path in paths]
 
 
 def stored_names(store: Store) -> list[str]:
-    """In the order of paths, in which a folder comes before what begins with its name."""
+    """List the files of a store in the order of paths: a folder before names that it is a prefix of."""
     return sorted(store.by_name, key=lambda name: name.replace("/", "\0"))
 
 
 def by_file(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
-    """The pages of each file together."""
+    """Group pages by file."""
     files: dict[Path, list[ImageRef]] = {}
     for ref in refs:
         files.setdefault(ref.path, []).append(ref)
@@ -128,113 +162,172 @@ def by_file(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
 
 
 def fingerprint(path: Path | None) -> list[int] | None:
-    """Changes when the file does."""
+    """Size in bytes and modification time in ns of a file, or of the store that holds it, to detect changes."""
     if path is None:
         return None
-    place = in_store(path)
-    status = (place[0] if place else path).stat()
+    record = in_store(path)
+    status = (record[0] if record else path).stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def require_utf8(path: Path | str, name: str) -> None:
-    """No table, report or map could name it: Python holds bytes that do not decode as lone surrogates."""
+    """Raise InputError for a file name that is not UTF-8, because no table or report could contain it."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise InputError(printable(f"{path}: its name is not UTF-8; rename it")) from None
+        raise InputError(printable(f"{path}: its name is not valid UTF-8; rename it")) from None
 
 
-def group_of(name: str, group_regex: str | None) -> str:
-    """The group that an image belongs to: a patient, a slide, a set of near-copies.
+def extract_group(name: str, group_regex: str | None, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
+    """Extract the group of an image, such as the patient or slide ID, from its name.
 
-    The first group (or whole match) of the expression, in the file's own name or else in the path with its subfolders.
-    Of an aligned image, which has .tif behind its file's name, in that name too.
+    The expression is searched in the file name, then in the path with its subfolders, then in both without the image
+    suffix (an aligned image is named after its original, with .tif appended).
+
+    Args:
+        name: Path of the image relative to its folder.
+        group_regex: Regular expression; its first capturing group, or the whole match, is the group. None makes each
+            file its own group.
+        suffixes: Image suffixes (see `sources.image_suffixes`).
+
+    Returns:
+        The group.
+
+    Raises:
+        InputError: The expression is invalid or does not match.
     """
     if group_regex is None:
         return name
     try:
-        spellings = [spelling for whole in (name, stem(name)) for spelling in (whole.rpartition("/")[2], whole)]
-        match = next((found for text in spellings if (found := re.search(group_regex, text))), None)
+        paths = (name, stem(name, suffixes))
+        spellings = [spelling for path in paths for spelling in (path.rpartition("/")[2], path)]
+        match = next((m for text in spellings if (m := re.search(group_regex, text))), None)
     except re.error as error:
         raise InputError(f"data.group_regex={group_regex!r} is not a regular expression: {error}") from error
     group = match and match[min(1, match.re.groups)]
     if group is None:
-        raise InputError(f"{name}: data.group_regex={group_regex} matches nothing in this name; change the expression")
+        raise InputError(f"{name}: data.group_regex={group_regex} does not match this name; change the expression")
     return group
 
 
-def find_masks(folder: Path | None, names: Sequence[str]) -> dict[str, Path | None]:
-    """The mask of every image: under the same relative name, or under the file's name alone where no other image of
-    the set has that one."""
-    files = Counter(stem(name.rpartition("/")[2]) for name in names)
+def find_masks(
+    folder: Path | None, names: Sequence[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> dict[str, Path | None]:
+    """Find the mask of every image.
 
-    def mask_of(name: str) -> Path | None:
-        file = name.rpartition("/")[2]
-        alone = files[stem(file)] == 1
-        return find_mask(folder, name) or (find_mask(folder, file) if alone else None)
+    Args:
+        folder: Folder of masks; None for no masks.
+        names: Image names relative to their folder.
+        suffixes: Image suffixes (see `sources.image_suffixes`).
 
-    return {name: mask_of(name) for name in names}
+    Returns:
+        For each image the mask with the same relative name, or else the mask with the same file name if only one
+        image has that file name; None if there is neither.
+    """
+    counts = Counter(stem(name.rpartition("/")[2], suffixes) for name in names)
+
+    def mask_path(name: str) -> Path | None:
+        file_name = name.rpartition("/")[2]
+        unique = counts[stem(file_name, suffixes)] == 1
+        return find_mask(folder, name, suffixes) or (find_mask(folder, file_name, suffixes) if unique else None)
+
+    return {name: mask_path(name) for name in names}
 
 
-def find_mask(folder: Path | None, name: str) -> Path | None:
-    """The file in `folder` with the same relative name, or with the same stem and another image suffix."""
+def find_mask(folder: Path | None, name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Path | None:
+    """Find the file with the same relative name, or with the same stem and another image suffix."""
     if folder is None:
         return None
     exact = folder / name
     if exact.is_file():
         return exact
-    candidates = (folder / (stem(name) + suffix) for suffix in IMAGE_SUFFIXES)
+    candidates = (folder / (stem(name, suffixes) + suffix) for suffix in suffixes)
     return next((path for path in candidates if path.is_file()), None)
 
 
-def stem(name: str) -> str:
-    """Without the image's suffix; a DICOM name such as 1.2.840.113 has none."""
-    suffix = next((s for s in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
+def stem(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
+    """Strip the image suffix. A DICOM name such as 1.2.840.113 has none."""
+    suffix = next((s for s in sorted(suffixes, key=len, reverse=True) if name.lower().endswith(s)), "")
     return name[: len(name) - len(suffix)]
 
 
 class Reader:
-    """Reads windows of images and masks; files stay open, a bounded number for each thread.
+    """Reads windows of images and masks, and keeps a bounded number of files open per thread.
 
-    Formats that decode nothing less than a page keep one, so the pages of the open files are bounded too. Pickling a
-    reader (for worker processes) drops its open files.
+    Formats that can only decode whole pages cache one page per file, so the total size of these pages is bounded too.
+    Threads may share a reader. Pickling it, for worker processes, drops its open files.
+
+    Args:
+        max_image_mb: Limit on the decoded size of a page in MiB.
+        formats: The user's own image formats, in addition to the built-in ones.
+
+    Raises:
+        InputError: A format is invalid.
     """
 
-    def __init__(self, max_image_mb: int = 2048):
-        self.max_image_mb = max_image_mb
+    def __init__(self, max_image_mb: int = 2048, formats: Sequence[Format] = ()):
+        self.max_image_mb, self.formats = max_image_mb, check_formats(formats)
         self._sources: dict[int, OrderedDict[Path, Source]] = {}  # by thread
         weakref.finalize(self, _close_all, self._sources)
 
     def __getstate__(self) -> dict:
-        return {"max_image_mb": self.max_image_mb}
+        return {"max_image_mb": self.max_image_mb, "formats": self.formats}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
-    def image(self, ref: ImageRef, window: Window | None = None) -> np.ndarray:
-        """(h, w, C) in the file's dtype."""
+    def image(self, ref: ImageRef, window: Window | None = None) -> Shaped[np.ndarray, "h w C"]:
+        """Read an image or a window of it.
+
+        Args:
+            ref: The image.
+            window: Region to read, in pixels; None reads the whole image.
+
+        Returns:
+            Pixels (h, w, C) in the dtype of the file.
+
+        Raises:
+            InputError: The file cannot be read or has changed since it was indexed.
+        """
         source = self._open(ref.path)
         now, listed = (*source.shape, source.dtype.name), (ref.pages, *ref.shape, ref.dtype)
         if now != listed:
-            raise InputError(f"{ref.path}: is now {now} (pages, H, W, C, dtype), was {listed} when listed")
+            raise InputError(
+                f"{ref.path}: the file changed while in use: (pages, H, W, C, dtype) is {now}, but was {listed}"
+            )
         return source.read(ref.page, window)
 
-    def foreground(self, ref: ImageRef, window: Window | None = None) -> np.ndarray | None:
-        """(h, w) bool, or None where the whole image is foreground."""
+    def foreground(self, ref: ImageRef, window: Window | None = None) -> Bool[np.ndarray, "h w"] | None:
+        """Read the foreground mask of an image or of a window of it.
+
+        Args:
+            ref: The image.
+            window: Region to read, in pixels; None reads the whole mask.
+
+        Returns:
+            True for foreground (h, w); None if the image has no mask and is all foreground.
+
+        Raises:
+            InputError: The mask cannot be read or its size differs from that of the image.
+        """
         if ref.mask is None:
             return None
         source = self._open(ref.mask)
         if source.shape[1:3] != ref.shape[:2] or source.shape[0] not in (1, ref.pages):
             raise InputError(
                 f"{ref.mask}: the mask is {source.shape} (pages, H, W, C), its image {ref.path.name} has "
-                f"{ref.pages} pages of {ref.shape[:2]}; they must agree (one page serves all)"
+                f"{ref.pages} pages of {ref.shape[:2]}; they must agree (a mask of one page applies to all pages)"
             )
         return np.any(source.read(min(ref.page, source.shape[0] - 1), window), axis=-1)
+
+    def tags(self, ref: ImageRef) -> ImageTags:
+        """Read the resolution and georeference of an image. Raises InputError if the file cannot be read."""
+        return self._open(ref.path).tags
 
     def _open(self, path: Path) -> Source:
         cache = self._sources.setdefault(threading.get_ident(), OrderedDict())
         if path not in cache:
-            cache[path] = open_source(path, max_bytes=self.max_image_mb * MEBIBYTE)
+            cache[path] = open_source(path, max_bytes=self.max_image_mb * MEBIBYTE, formats=self.formats)
             while len(cache) > 1 and (
                 len(cache) > OPEN_FILES_PER_THREAD or sum(map(page_bytes, cache.values())) > OPEN_BYTES_PER_THREAD
             ):
@@ -243,11 +336,12 @@ class Reader:
         return cache[path]
 
     def close(self) -> None:
-        """Close the files of all threads, none of which may be reading. They open again when asked for."""
+        """Close all files. No thread may be reading; files reopen on demand."""
         _close_all(self._sources)
 
 
 def page_bytes(source: Source) -> int:
+    """Decoded size of a page in bytes."""
     return math.prod(source.shape[1:]) * source.dtype.itemsize
 
 
@@ -258,5 +352,5 @@ def _close_all(sources: dict[int, OrderedDict[Path, Source]]) -> None:
 
 
 def same_scale(a: str, b: str) -> bool:
-    """Whether two dtypes give the same numbers for the same brightness: equal, or both floating point."""
+    """Whether two dtypes represent intensity on the same scale: they are equal, or both floating point."""
     return a == b or (np.issubdtype(a, np.floating) and np.issubdtype(b, np.floating))

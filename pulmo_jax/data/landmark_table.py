@@ -1,7 +1,7 @@
-"""Landmarks in a table: filename,x1,y1,...,xK,yK in px from 0 at pixel centres, one image in a row.
+"""Tables of landmarks (CSV): filename,x1,y1,...,xK,yK, one row per image.
 
-`landmarks_csv` makes the table of a prediction, with columns std1..K and quality1..K behind the pairs; it can be read
-as labels again. In memory points are (y, x).
+Coordinates are in px, with pixel centres at integers from 0. Arrays hold points as (y, x). `landmarks_csv` formats
+predictions as such a table, followed by the columns std1..K and quality1..K, so predictions can be read as labels.
 """
 
 import csv
@@ -21,20 +21,24 @@ from pulmo_jax.data.images import ImageRef, Skipped, index_images
 from pulmo_jax.data.sources.source import check_is_file, decoding, printable
 from pulmo_jax.types import InputError
 
-FEWEST_POINTS = 3
-FARTHEST_PX = 1e6  # what is farther from an image's corner is no coordinate
-SHOWN = 5  # of many names or problems
-HEADER = "the header must be filename,x1,y1,x2,y2,... with commas between"
+MIN_POINTS = 3
+MAX_COORDINATE_PX = 1e6  # larger values are rejected as typing errors
+SHOWN = 5  # names or problems listed in a message
+HEADER = "the header must be filename,x1,y1,x2,y2,..., separated by commas"
 COORDINATE = re.compile(r"([xy])([1-9]\d{0,3})")
-OURS = re.compile(r"(std|quality)\d+")  # columns of `landmarks_csv` that a reader of labels leaves alone
+PREDICTION_COLUMN = re.compile(r"(std|quality)\d+")  # written by `landmarks_csv`, ignored when reading labels
 
 
 @dataclass(frozen=True, eq=False)
 class LandmarkTable:
     """Labelled images, in the order of the table.
 
-    refs: the images. points: (y, x), in px of each image. skipped: rows that were left out. unlabelled: images of the
-    folder that no row names.
+    Attributes:
+        path: The CSV file.
+        refs: The N images.
+        points: Landmarks (y, x) in px of each image (N, K, 2).
+        skipped: Rows that cannot be used, with the reason.
+        unlabelled: Images of the folder without a row.
     """
 
     path: Path
@@ -45,48 +49,58 @@ class LandmarkTable:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Name of each image, with the page index if its file has several pages."""
         return tuple(ref.title for ref in self.refs)
 
     @property
     def sizes(self) -> Int[np.ndarray, "N 2"]:
-        """Height and width of each image, px."""
+        """Height and width of each image in px."""
         return np.array([ref.shape[:2] for ref in self.refs], np.int64)
 
     @property
     def outside(self) -> Bool[np.ndarray, "N K"]:
-        """The points that lie outside of their image, as those of real labels may."""
+        """Which points are outside their image, as points of real labels may be."""
         last = self.sizes[:, None] - 0.5
         return np.any((self.points < -0.5) | (self.points > last), axis=-1)
 
     def notes(self) -> list[str]:
-        """What a user should know: rows left out, points outside of their image."""
-        beyond = self.outside
-        names = [self.names[i] for i in np.flatnonzero(beyond.any(1))]
+        """Notes for the user on skipped rows and on points outside their image."""
+        outside = self.outside
+        names = [self.names[i] for i in np.flatnonzero(outside.any(1))]
         reasons = [row.reason for row in self.skipped]
-        notes = (
-            (reasons, f"rows left out: {len(reasons)} ({first(reasons, '; ')})"),
-            (names, f"points outside of their image: {beyond.sum()}, in {len(names)} images ({first(names)})"),
-        )
-        return [f"{self.path}: {note}" for of, note in notes if of]
+        notes = []
+        if reasons:
+            notes.append(f"{self.path}: rows skipped: {len(reasons)} ({first(reasons, '; ')})")
+        if names:
+            notes.append(
+                f"{self.path}: points outside their image: {outside.sum()}, in {len(names)} images ({first(names)})"
+            )
+        return notes
 
 
 def without_row(tables: Sequence[LandmarkTable]) -> list[str]:
-    """A sentence on the images of the folder that none of its tables names, if there are any."""
+    """Note for the user on the images without a row in any of the tables; empty if there are none."""
     names = sorted(set.intersection(*(set(table.unlabelled) for table in tables)))
-    where = ", ".join(str(table.path) for table in tables)
-    return [f"{where}: images without a row: {len(names)} ({first(names)})"] if names else []
+    paths = ", ".join(str(table.path) for table in tables)
+    return [f"{paths}: images without a row: {len(names)} ({first(names)})"] if names else []
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table, before its image is known. line: of the file, from 1; points: (K, 2) of (y, x)."""
+    """One row of a table, before its image is found.
+
+    Attributes:
+        name: Content of the column `filename`.
+        line: Line number in the file, from 1.
+        points: Landmarks (y, x) in px (K, 2).
+    """
 
     name: str
     line: int
-    points: np.ndarray
+    points: Float[np.ndarray, "K 2"]
 
 
-Image = ImageRef | Skipped  # one that can be read, or one that cannot
+Image = ImageRef | Skipped  # readable or unreadable
 
 
 def read_landmarks(
@@ -97,56 +111,67 @@ def read_landmarks(
     on_error: Literal["stop", "skip"] = "stop",
     index: tuple[Sequence[ImageRef], Sequence[Skipped]] | None = None,
 ) -> LandmarkTable:
-    """The table, with the images of `folder` that its rows name (see `find_image`).
+    """Read a table of landmarks and find the image of each row.
 
-    n_points: K, where it must be a certain one, such as a run's. on_error: rows that cannot be used, because their
-    image is missing or unreadable or a cell is empty or no number, are an error or are left out. index: what
-    `index_images` gave for the folder, where that is known.
-    Raises InputError for a table that cannot be used, for two rows of one image, for no row left, and see on_error.
+    Args:
+        path: The CSV file.
+        folder: Folder of the images (see `find_image`).
+        n_points: Required number of landmarks K, such as that of a run; None accepts any.
+        on_error: Whether a row with a missing or unreadable image, or with an invalid coordinate, is an error
+            ("stop") or is skipped ("skip").
+        index: Result of `index_images` for the folder, if already available.
+
+    Returns:
+        The labelled images, the skipped rows and the unlabelled images.
+
+    Raises:
+        InputError: The table cannot be used, an image has two rows, no row is left, or `on_error` is "stop" and a row
+            cannot be used.
     """
     rows, skipped = read_rows(path, n_points)
-    images = [image for some in (index or index_images(folder)) for image in some]
-    spelt = by_file_name(images)
-    found: list[tuple[Row, Image]] = []
+    images: list[Image] = [image for part in (index or index_images(folder)) for image in part]
+    by_name = by_file_name(images)
+    matched: list[tuple[Row, Image]] = []
     for row in rows:
         try:
-            found.append((row, find_image(row.name, spelt, folder)))
+            matched.append((row, find_image(row.name, by_name, folder)))
         except InputError as error:
             skipped.append(Skipped(row.name, f"line {row.line}: {error}"))
-    check_unique(path, [(title(image), row.line) for row, image in found])
-    skipped += [Skipped(row.name, f"line {row.line}: {of.reason}") for row, of in found if isinstance(of, Skipped)]
-    pairs = [(row, image) for row, image in found if isinstance(image, ImageRef)]
-    check_left(path, len(pairs), skipped, on_error)
+    check_unique(path, [(title(image), row.line) for row, image in matched])
+    skipped += [Skipped(row.name, f"line {row.line}: {i.reason}") for row, i in matched if isinstance(i, Skipped)]
+    pairs = [(row, image) for row, image in matched if isinstance(image, ImageRef)]
+    check_usable(path, len(pairs), skipped, on_error)
     return LandmarkTable(
         path,
         tuple(image for _, image in pairs),
         np.stack([row.points for row, _ in pairs]),
         tuple(skipped),
-        tuple(sorted({title(image) for image in images} - {title(image) for _, image in found})),
+        tuple(sorted({title(image) for image in images} - {title(image) for _, image in matched})),
     )
 
 
-def check_left(path: Path, left: int, skipped: Sequence[Skipped], on_error: str) -> None:
-    if left and (on_error == "skip" or not skipped):
+def check_usable(path: Path, usable: int, skipped: Sequence[Skipped], on_error: str) -> None:
+    """Raise InputError if no row is usable, or if rows were skipped and `on_error` is "stop"."""
+    if usable and (on_error == "skip" or not skipped):
         return
-    if not left and not skipped:
-        raise InputError(f"{path}: has a header and no rows; give one row for each image")
-    hint = ", or leave them out with data.on_error=skip" if left else ""
+    if not usable and not skipped:
+        raise InputError(f"{path}: has a header but no rows; give one row per image")
+    hint = ", or skip them with data.on_error=skip" if usable else ""
     reasons = first([row.reason for row in skipped], "\n")
     raise InputError(
-        f"{path}: {len(skipped)} of {left + len(skipped)} rows cannot be used; correct them{hint}:\n{reasons}"
+        f"{path}: {len(skipped)} of {usable + len(skipped)} rows cannot be used; correct them{hint}:\n{reasons}"
     )
 
 
 def check_unique(path: Path, names: Iterable[tuple[str, int]]) -> None:
-    """names: of images, and the lines that they stand in."""
+    """Raise InputError if an image has several rows; `names` are pairs of image name and line number."""
     lines: dict[str, list[int]] = {}
     for name, line in names:
         lines.setdefault(name, []).append(line)
-    twice = [f"{printable(name)} (lines {', '.join(map(str, at))})" for name, at in lines.items() if len(at) > 1]
-    if twice:
+    repeated = [f"{printable(name)} (lines {', '.join(map(str, n))})" for name, n in lines.items() if len(n) > 1]
+    if repeated:
         raise InputError(
-            f"{path}: {len(twice)} images have more than one row: {first(twice)}; keep one row for each image"
+            f"{path}: {len(repeated)} images have more than one row: {first(repeated)}; keep one row per image"
         )
 
 
@@ -154,46 +179,71 @@ def check_unique(path: Path, names: Iterable[tuple[str, int]]) -> None:
 
 
 def title(image: Image) -> str:
+    """Name of a readable or unreadable image, with the page index if its file has several pages."""
     return image.name if isinstance(image, Skipped) else image.title
 
 
-def plain(name: str) -> str:
-    """A path as tables of any system may spell it: accents composed, "/" between."""
+def normalised_path(name: str) -> str:
+    """Normalise a path written on any system: composed accents (NFC) and "/" as separator."""
     return unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
 
 
 def by_file_name(images: Iterable[Image]) -> dict[str, list[tuple[str, Image]]]:
-    """Path and image, under the file's own name; a page of several under NAME[page] and under NAME."""
-    found: dict[str, list[tuple[str, Image]]] = {}
+    """Index (path, image) by file name; a page of a multi-page file is indexed as NAME[page] and as NAME."""
+    index: dict[str, list[tuple[str, Image]]] = {}
     for image in images:
-        for path in {plain(title(image)), plain(image.name)}:
-            found.setdefault(path.rpartition("/")[2], []).append((path, image))
-    return found
+        for path in {normalised_path(title(image)), normalised_path(image.name)}:
+            index.setdefault(path.rpartition("/")[2], []).append((path, image))
+    return index
 
 
 def find_image(name: str, images: dict[str, list[tuple[str, Image]]], folder: Path) -> Image:
-    """The image of that path in the folder; else the only one of the same file name of whose path and the name one is
-    the end of the other. Of a file with pages the name is NAME[page].
+    """Find the image that a row of a table names.
 
-    Raises InputError if none or several fit.
+    An exact match of the path in the folder is preferred. Otherwise the image must be the only one whose path ends
+    with the name, or is the end of it. A page of a multi-page file is named NAME[page].
+
+    Args:
+        name: Content of the column `filename`.
+        images: Index of the images by file name (see `by_file_name`).
+        folder: Folder of the images, for error messages.
+
+    Returns:
+        The image.
+
+    Raises:
+        InputError: No image or several images match.
     """
-    wanted = plain(name)
-    near = images.get(wanted.rpartition("/")[2], [])
-    fits = [image for path, image in near if path == wanted]
-    fits = fits or [image for path, image in near if f"/{path}".endswith(f"/{wanted}") or wanted.endswith(f"/{path}")]
-    if not fits:
+    target = normalised_path(name)
+    candidates = images.get(target.rpartition("/")[2], [])
+    matches = [image for path, image in candidates if path == target]
+    matches = matches or [
+        image for path, image in candidates if f"/{path}".endswith(f"/{target}") or target.endswith(f"/{path}")
+    ]
+    if not matches:
         raise InputError(f"{printable(name)}: {folder} has no such image; add it or correct the name")
-    if len(fits) > 1:
-        titles = [title(image) for image in fits]
+    if len(matches) > 1:
+        titles = [title(image) for image in matches]
         raise InputError(f"{printable(name)}: could be {first(titles)}; name one of them")
-    return fits[0]
+    return matches[0]
 
 
 # --- the table itself
 
 
 def read_rows(path: Path, n_points: int | None = None) -> tuple[list[Row], list[Skipped]]:
-    """The rows of a table, and those that cannot be used. Raises InputError as `read_landmarks`."""
+    """Read the rows of a table, without looking for the images.
+
+    Args:
+        path: The CSV file.
+        n_points: Required number of landmarks K; None accepts any.
+
+    Returns:
+        The valid rows, and the invalid ones with the reason.
+
+    Raises:
+        InputError: The file is not such a table, or an image has two rows.
+    """
     check_is_file(path, "a table of landmarks (.csv)")
     with decoding(path):
         raw = path.read_bytes()
@@ -201,9 +251,9 @@ def read_rows(path: Path, n_points: int | None = None) -> tuple[list[Row], list[
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: is no text in UTF-8 ({error.reason} at byte {error.start}); save it as CSV UTF-8"
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8"
         ) from error
-    lines = list(filled_lines(path, text))
+    lines = list(nonempty_lines(path, text))
     if not lines:
         raise InputError(f"{path}: is empty; {HEADER}")
     header = lines[0][1]
@@ -214,12 +264,12 @@ def read_rows(path: Path, n_points: int | None = None) -> tuple[list[Row], list[
             rows.append(parse_row(number, cells, header, name_column, columns))
         except InputError as error:
             skipped.append(Skipped(cells[name_column] if name_column < len(cells) else "", f"line {number}: {error}"))
-    check_unique(path, [(plain(row.name), row.line) for row in rows])
+    check_unique(path, [(normalised_path(row.name), row.line) for row in rows])
     return rows, skipped
 
 
-def filled_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Lines that are not empty: their number and their cells, without spaces around."""
+def nonempty_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the stripped cells of each nonempty line."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         for cells in reader:
@@ -227,65 +277,92 @@ def filled_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             if any(stripped):
                 yield reader.line_num, stripped
     except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num} is no line of a CSV table ({error}); correct it") from error
+        raise InputError(f"{path}: line {reader.line_num} is not valid CSV ({error}); correct it") from error
 
 
 def find_columns(path: Path, header: Sequence[str], n_points: int | None) -> tuple[int, list[tuple[int, int]]]:
-    """Where the file names stand, and the y and x of each point. Raises InputError for any other header."""
+    """Find the columns of the file name and of the coordinates.
+
+    Args:
+        path: The CSV file, for error messages.
+        header: Cells of the header.
+        n_points: Required number of landmarks K; None accepts any.
+
+    Returns:
+        The column index of `filename`, and the column indices (y, x) of each of the K points.
+
+    Raises:
+        InputError: The header is invalid.
+    """
     names = [name.lower() for name in header]
     if "filename" not in names:
-        hint = "; it has other separators" if len(names) == 1 and re.search("[;\t]", names[0]) else ""
+        hint = "; it uses another separator" if len(names) == 1 and re.search("[;\t]", names[0]) else ""
         raise InputError(f"{path}: no column is named filename (found {first(header)}){hint}; {HEADER}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    other = [name or f"(column {i + 1} has no name)" for i, name in enumerate(names)
-             if name != "filename" and not COORDINATE.fullmatch(name) and not OURS.fullmatch(name)]  # fmt: skip
-    if twice or other:
-        what = f"columns that stand there twice: {first(twice)}" if twice else f"unknown columns: {first(other)}"
-        raise InputError(f"{path}: {what}; {HEADER}; remove or rename the others")
-    pairs = {name: at for at, name in enumerate(names) if COORDINATE.fullmatch(name)}
-    k = max((int(name[1:]) for name in pairs), default=0)
-    missing = [name for i in range(1, k + 1) for name in (f"x{i}", f"y{i}") if name not in pairs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    unknown = [name or f"(column {i + 1} has no name)" for i, name in enumerate(names)
+               if name != "filename" and not COORDINATE.fullmatch(name)
+               and not PREDICTION_COLUMN.fullmatch(name)]  # fmt: skip
+    if repeated or unknown:
+        problem = f"repeated columns: {first(repeated)}" if repeated else f"unknown columns: {first(unknown)}"
+        raise InputError(f"{path}: {problem}; {HEADER}; remove or rename the others")
+    columns = {name: column for column, name in enumerate(names) if COORDINATE.fullmatch(name)}
+    k = max((int(name[1:]) for name in columns), default=0)
+    missing = [name for i in range(1, k + 1) for name in (f"x{i}", f"y{i}") if name not in columns]
     if missing:
         raise InputError(f"{path}: the header goes up to point {k}, but lacks {first(missing)}; {HEADER}")
-    if k < FEWEST_POINTS:
-        raise InputError(f"{path}: has {k} points an image, at least {FEWEST_POINTS} are needed; {HEADER}")
+    if k < MIN_POINTS:
+        raise InputError(f"{path}: has {k} points per image, at least {MIN_POINTS} are required; {HEADER}")
     if n_points is not None and k != n_points:
-        raise InputError(f"{path}: has {k} points an image, not {n_points}; give a table of the same landmarks")
-    return names.index("filename"), [(pairs[f"y{i}"], pairs[f"x{i}"]) for i in range(1, k + 1)]
+        raise InputError(f"{path}: has {k} points per image, not {n_points}; give a table of the same landmarks")
+    return names.index("filename"), [(columns[f"y{i}"], columns[f"x{i}"]) for i in range(1, k + 1)]
 
 
 def parse_row(
     line: int, cells: Sequence[str], header: Sequence[str], name_column: int, columns: Sequence[tuple[int, int]]
 ) -> Row:
-    """Raises InputError for a row without the name or a number that it must have."""
+    """Parse one row.
+
+    Args:
+        line: Line number in the file, from 1.
+        cells: Cells of the row.
+        header: Cells of the header.
+        name_column: Column index of `filename`.
+        columns: Column indices (y, x) of each point.
+
+    Returns:
+        The row.
+
+    Raises:
+        InputError: The name or a coordinate is missing or invalid.
+    """
     if len(cells) != len(header):
-        raise InputError(f"has {len(cells)} cells, the header {len(header)}")
+        raise InputError(f"has {len(cells)} cells, but the header has {len(header)}")
     if not cells[name_column]:
         raise InputError("has no filename")
     values = np.array([[number(cells[column]) for column in pair] for pair in columns])
     if not np.isfinite(values).all():
         column = min(c for pair in columns for c in pair if math.isnan(number(cells[c])))
-        found = repr(cells[column][:40]) if cells[column] else "an empty cell"
+        content = repr(cells[column][:40]) if cells[column] else "an empty cell"
         raise InputError(
-            f"{printable(cells[name_column])}: {header[column]} is {found}, must be a number of at most "
-            f"{FARTHEST_PX:g} px"
+            f"{printable(cells[name_column])}: {header[column]} is {content}, must be a number of at most "
+            f"{MAX_COORDINATE_PX:g} px"
         )
     if not np.ptp(values, axis=0).any():
-        raise InputError(f"{printable(cells[name_column])}: all points have one place, {tuple(values[0].tolist())}")
+        raise InputError(f"{printable(cells[name_column])}: all points coincide at {tuple(values[0].tolist())} (y, x)")
     return Row(cells[name_column], line, values)
 
 
 def number(cell: str) -> float:
-    """NaN for what is no coordinate."""
+    """Parse a coordinate in px; NaN if the cell is not a valid one."""
     try:
         value = math.nan if "_" in cell else float(cell)
     except ValueError:
         return math.nan
-    return value if abs(value) <= FARTHEST_PX else math.nan
+    return value if abs(value) <= MAX_COORDINATE_PX else math.nan
 
 
 def first(texts: Sequence[str], separator: str = ", ") -> str:
-    """The first ones, and how many more."""
+    """Join the first few texts, and count the rest."""
     more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return separator.join([*map(printable, texts[:SHOWN]), *more])
 
@@ -296,9 +373,16 @@ def landmarks_csv(
     std: Float[np.ndarray, "N K"],
     low: Bool[np.ndarray, "N K"],
 ) -> str:
-    """The table of a prediction: filename, x1, y1, ..., std1, ..., quality1, ... (ok or low), as text.
+    """Format predictions as a table: filename, x1, y1, ..., std1, ..., quality1, ... (ok or low).
 
-    points: (y, x) in px of each image. std: px. Numbers to 8 digits; what is not finite stays an empty cell.
+    Args:
+        names: Names of the images, N of them.
+        points: Landmarks (y, x) in px of each image (N, K, 2).
+        std: Standard deviation of each landmark in px (N, K).
+        low: Whether a landmark is of low quality (N, K).
+
+    Returns:
+        CSV text with 8 significant digits; values that are not finite become empty cells.
     """
     k = range(1, points.shape[1] + 1)
     text = io.StringIO()

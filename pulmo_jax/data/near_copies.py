@@ -1,8 +1,11 @@
-"""Which images are copies of each other, exact or nearly: what must not stand on both sides of a split.
+"""Detection of duplicate and near-duplicate images, which must not be separated by a split.
 
-Exact copies are files of the same bytes. Near copies, such as the same picture saved anew, at another size or quality,
-are found by a perceptual hash: the signs of the lowest frequencies of a small gray version about their median (Zauner
-2010, "Implementation and benchmarking of perceptual image hash functions", sec. 3.2.1: DCT).
+Duplicates are files with the same content. Near-duplicates, such as an image saved again with another size or
+quality, are found with a perceptual hash: the signs, relative to their median, of the lowest DCT frequencies of a
+small grey version.
+
+Reference:
+    Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", sec. 3.2.1.
 """
 
 from collections.abc import Sequence
@@ -17,73 +20,112 @@ from scipy.sparse.csgraph import connected_components
 from pulmo_jax.data.transforms import finite
 
 SMALL_PX, FREQUENCIES = 32, 8
-NEAR_BITS = 6  # of 63 that near copies may differ in
-FLAT = 1e-3  # sd over range: an image of one level looks like no other
-EXACT = 1e-6  # of the largest frequency: closer to the median, as those of a symmetric image are, a sign is rounding
+NEAR_BITS = 6  # of 63: near-duplicates differ in at most this many bits
+MIN_CONTRAST = 1e-3  # standard deviation over range; flatter images have no hash
+MIN_COEFFICIENT = 1e-6  # relative to the largest; closer to the median, as in symmetric images, the sign is rounding
 COSINES: Float[np.ndarray, "8 32"] = np.asarray(dct(np.eye(SMALL_PX), axis=0, norm="ortho"))[:FREQUENCIES]
-AT_ONCE = 2**17  # pairs of images
+PAIRS_PER_BLOCK = 2**17  # hashes compared at a time, which bounds memory
 
 
-def look_of(page: Shaped[np.ndarray, "H W C"]) -> int:
-    """63 bits; 0 for an image of one level, or none that is finite."""
+def perceptual_hash(page: Shaped[np.ndarray, "H W C"]) -> int:
+    """Compute the perceptual hash of an image.
+
+    Args:
+        page: Pixels (H, W, C) in any unit; values that are not finite count as 0.
+
+    Returns:
+        63 bits; 0 if the image is constant.
+    """
     height, width, channels = page.shape
     if not np.issubdtype(page.dtype, np.integer):
         page = np.where(finite(page)[..., None], page, 0)
     span = float(page.max()) - float(page.min())
-    rows = shrinking(height) @ page.reshape(height, -1).astype(np.float32)
+    rows = resize_matrix(height) @ page.reshape(height, -1).astype(np.float32)
     columns = rows.reshape(SMALL_PX, width, channels).swapaxes(0, 1)
-    both = shrinking(width) @ columns.reshape(width, -1)
+    both = resize_matrix(width) @ columns.reshape(width, -1)
     small: Float[np.ndarray, "32 32"] = both.reshape(SMALL_PX, SMALL_PX, channels).mean(-1, dtype=np.float64).T
-    if span == 0 or small.std() / span < FLAT:
+    if span == 0 or small.std() / span < MIN_CONTRAST:
         return 0
     lowest = (COSINES @ small @ COSINES.T).ravel()[1:]
-    bits = lowest - np.sort(lowest)[lowest.size // 2] > EXACT * np.abs(lowest).max()
+    bits = lowest - np.sort(lowest)[lowest.size // 2] > MIN_COEFFICIENT * np.abs(lowest).max()
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
 @lru_cache(maxsize=128)
-def shrinking(size: int) -> csr_array:
-    """(SMALL_PX, size): bilinear, with an anti-aliasing support when shrinking, as Pillow's, which takes twice the time
-    for an image of floats. A column has two values."""
+def resize_matrix(size: int) -> csr_array:
+    """Sparse matrix (SMALL_PX, size) that resizes an axis, bilinear with anti-aliasing as in Pillow.
+
+    On images of floats this takes half the time of Pillow.
+    """
     step = size / SMALL_PX
     centres = (np.arange(SMALL_PX)[:, None] + 0.5) * step
     weights = np.clip(1 - np.abs(np.arange(size) + 0.5 - centres) / max(step, 1), 0, None)
     return csr_array((weights / weights.sum(1, keepdims=True)).astype(np.float32))
 
 
-def joined_groups(
-    groups: Sequence[str], contents: Sequence[str], looks: UInt64[np.ndarray, "N"], near_bits: int = NEAR_BITS
+def merge_groups(
+    groups: Sequence[str], contents: Sequence[str], hashes: UInt64[np.ndarray, "N"], near_bits: int = NEAR_BITS
 ) -> list[str]:
-    """Groups that hold copies of each other become one, under the name of that of their first image."""
-    first = joined(copies(contents, looks, near_bits), np.arange(len(groups)), first_of_equal(groups))
+    """Merge groups that share duplicate or near-duplicate images.
+
+    Args:
+        groups: Group of each image, N of them.
+        contents: Digest of each file's content, N of them.
+        hashes: Perceptual hash of each image (N,); 0 for none.
+        near_bits: Largest number of different bits between near-duplicates.
+
+    Returns:
+        The new group of each image, named after the group of its first image.
+    """
+    first = merge_sets(first_duplicates(contents, hashes, near_bits), np.arange(len(groups)), first_occurrences(groups))
     return [str(groups[i]) for i in first.tolist()]
 
 
-def copies(contents: Sequence[str], looks: UInt64[np.ndarray, "N"], near_bits: int = NEAR_BITS) -> Int[np.ndarray, "N"]:
-    """For each image the first one that it is a copy of, through others too; itself if of none."""
-    first = first_of_equal(contents)
-    shown = np.flatnonzero(looks != 0)
-    rows = max(1, AT_ONCE // max(1, shown.size))
-    for start in range(0, shown.size, rows):
-        some, others = shown[start : start + rows], shown[start:]
-        near: Bool[np.ndarray, "A N"] = np.bitwise_count(looks[some, None] ^ looks[others]) <= near_bits
+def first_duplicates(
+    contents: Sequence[str], hashes: UInt64[np.ndarray, "N"], near_bits: int = NEAR_BITS
+) -> Int[np.ndarray, "N"]:
+    """Find the sets of images that are connected by being duplicates or near-duplicates.
+
+    Args:
+        contents: Digest of each file's content, N of them.
+        hashes: Perceptual hash of each image (N,); 0 for none.
+        near_bits: Largest number of different bits between near-duplicates.
+
+    Returns:
+        Index of the first image of each image's set (N,), its own if it has no duplicate.
+    """
+    first = first_occurrences(contents)
+    hashed = np.flatnonzero(hashes != 0)
+    rows = max(1, PAIRS_PER_BLOCK // max(1, hashed.size))
+    for start in range(0, hashed.size, rows):
+        block, others = hashed[start : start + rows], hashed[start:]
+        near: Bool[np.ndarray, "A N"] = np.bitwise_count(hashes[block, None] ^ hashes[others]) <= near_bits
         a, b = np.nonzero(near)
-        first = joined(first, some[a], others[b])
+        first = merge_sets(first, block[a], others[b])
     return first
 
 
-def joined(first: Int[np.ndarray, "N"], a: Int[np.ndarray, "P"], b: Int[np.ndarray, "P"]) -> Int[np.ndarray, "N"]:
-    """The first image of each one's set, once those of a and of b, pair by pair, have become one."""
-    apart = first[a] != first[b]
-    if not apart.any():
+def merge_sets(first: Int[np.ndarray, "N"], a: Int[np.ndarray, "P"], b: Int[np.ndarray, "P"]) -> Int[np.ndarray, "N"]:
+    """Merge the sets of images a[i] and b[i], for each of P pairs.
+
+    Args:
+        first: Index of the first image of each image's set (N,).
+        a: Images to link (P,).
+        b: The images to link them with (P,).
+
+    Returns:
+        Index of the first image of each image's merged set (N,).
+    """
+    separate = first[a] != first[b]
+    if not separate.any():
         return first
-    link = first[a[apart]], first[b[apart]]
+    link = first[a[separate]], first[b[separate]]
     graph = csr_array((np.ones(link[0].size, bool), link), shape=(first.size, first.size))
     part = connected_components(graph, directed=False)[1]
     return np.unique(part, return_index=True)[1][part][first]
 
 
-def first_of_equal(values: Sequence[str]) -> Int[np.ndarray, "N"]:
-    """For each value the place where it stands first."""
-    places: dict[str, int] = {}
-    return np.array([places.setdefault(value, i) for i, value in enumerate(values)], int)
+def first_occurrences(values: Sequence[str]) -> Int[np.ndarray, "N"]:
+    """Index of the first occurrence of each value."""
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(value, i) for i, value in enumerate(values)], int)

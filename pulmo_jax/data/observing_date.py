@@ -1,4 +1,4 @@
-"""When a file was observed, as its FITS header says."""
+"""Observing dates from FITS headers."""
 
 import warnings
 from pathlib import Path
@@ -12,8 +12,15 @@ from pulmo_jax.types import InputError
 
 
 def observed_mjd(path: Path) -> float | None:
-    """The modified Julian date of MJD-OBS, or else of DATE-OBS, of the first header that has one; None where the file
-    is no FITS file, has none or cannot be read: a date is a help, not a need."""
+    """Read the observing date of a FITS file from MJD-OBS or, without it, from DATE-OBS.
+
+    Args:
+        path: The file; of any format, because the date is optional.
+
+    Returns:
+        Modified Julian date in days of the first header with a date; None if the file is not FITS, cannot be read or
+        has no date.
+    """
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,11 +1,13 @@
-"""One image, given as an array or as a path."""
+"""A single image, given as an array or as a path."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped
 
 from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.types import InputError
 
 ImageLike = Shaped[np.ndarray, "H W"] | Shaped[np.ndarray, "H W C"] | Path | str
@@ -13,40 +15,45 @@ ARRAY = "array"
 
 
 def one_image(
-    image: ImageLike, page: int, max_image_mb: int, masks: Path | None = None
+    image: ImageLike, page: int, max_image_mb: int, masks: Path | None = None, formats: Sequence[Format] = ()
 ) -> tuple[ImageRef, Shaped[np.ndarray, "H W C"]]:
-    """The reference and the pixels of one image.
+    """Read a single image.
 
     Args:
-        image: Array (H, W) or (H, W, C) in the units of the training images, or a path.
-        page: Of a file with several.
-        max_image_mb: Largest decoded image that is accepted, MiB.
-        masks: Folder of same-named foreground masks, for a path.
+        image: Array (H, W) or (H, W, C) in the unit of the training images, or a path.
+        page: Index of the page in a file, from 0.
+        max_image_mb: Limit on the decoded size of a page in MiB.
+        masks: Folder of foreground masks with the names of their images; ignored for an array.
+        formats: The user's own image formats, in addition to the built-in ones.
+
+    Returns:
+        Reference and pixels (H, W, C) of the image.
 
     Raises:
-        InputError: The file cannot be read or has no such page, or the array has other dimensions.
+        InputError: The file cannot be read or has no such page, or the array has another number of dimensions.
     """
     if isinstance(image, Path | str):
-        return from_file(Path(image), page, max_image_mb, masks)
+        return from_file(Path(image), page, max_image_mb, masks, formats)
     pixels = np.asarray(image)
     if pixels.ndim not in (2, 3) or not pixels.size:
-        raise InputError(f"an image of shape {pixels.shape} was given; give an array (H, W) or (H, W, C), or a path")
+        raise InputError(f"the image has shape {pixels.shape}; give an array (H, W) or (H, W, C), or a path")
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
     return ImageRef(Path(), ARRAY, 0, 1, shape, pixels.dtype.name, ARRAY), pixels
 
 
 def from_file(
-    path: Path, page: int, max_image_mb: int, masks: Path | None
+    path: Path, page: int, max_image_mb: int, masks: Path | None, formats: Sequence[Format] = ()
 ) -> tuple[ImageRef, Shaped[np.ndarray, "H W C"]]:
+    """Read a page of an image file (see `one_image`)."""
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'does not exist'}; give one image")
-    refs, skipped = index_images(path, masks=masks, max_image_mb=max_image_mb)
+    refs, skipped = index_images(path, masks=masks, max_image_mb=max_image_mb, formats=formats)
     if skipped:
         raise InputError(skipped[0].reason)
     if not 0 <= page < len(refs):
-        raise InputError(f"{path}: page {page} was asked for, it has {len(refs)} (counted from 0)")
-    reader = Reader(max_image_mb)
+        raise InputError(f"{path}: there is no page {page}; the file has pages 0 to {len(refs) - 1}")
+    reader = Reader(max_image_mb, formats)
     try:
         return refs[page], reader.image(refs[page])
     finally:

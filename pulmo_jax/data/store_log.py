@@ -1,7 +1,8 @@
-"""The unfinished part of a store: pages that are decoded and packed, one after another, in a file that a kill cannot
-harm. What is whole of it is used when ingesting goes on, by its checksums; an entry that is cut off ends it.
+"""The log of an unfinished ingestion: decoded and compressed pages, appended to a file.
 
-Nothing waits for the disk here: where the machine goes down, not the process alone, work is lost and nothing else."""
+Killing the process does not damage the log. When ingestion resumes, entries with a valid checksum are used, up to the
+first truncated one. The log is not synced to disk, so a crash of the machine may lose entries, but never corrupts data.
+"""
 
 import json
 import struct
@@ -13,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 HEAD = b"pulmo_jax store part 2\n"
-SIZES = struct.Struct("<QI")  # of the JSON, and the checksum of JSON and chunks
+SIZES = struct.Struct("<QI")  # length of the JSON text, and CRC-32 of the JSON text and the chunks
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A page: what is known of it, and its packed chunks."""
+    """A page to append.
+
+    Attributes:
+        facts: Values of its record (see `store_index.Record`), as far as known.
+        chunks: Compressed chunks of its pixels.
+    """
 
     facts: dict[str, Any]
     chunks: list[bytes]
@@ -26,7 +32,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Logged:
-    """An entry that is in the log: where its chunks begin, and how long each is."""
+    """A page in the log.
+
+    Attributes:
+        facts: Values of its record (see `store_index.Record`), as far as known.
+        start: Offset of its first chunk in the file in bytes.
+        lengths: Length of each chunk in bytes.
+    """
 
     facts: dict[str, Any]
     start: int
@@ -34,17 +46,24 @@ class Logged:
 
 
 class Log:
-    """Opened for appending, by any number of threads; `entries` are those that are whole."""
+    """A log file, open for reading and appending. Threads may share it.
+
+    Args:
+        path: The file, which is created if necessary. Invalid entries at its end are removed.
+
+    Attributes:
+        entries: The valid entries.
+    """
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("r+b" if path.exists() else "w+b")
-        self.entries = list(self._whole())
+        self.entries = list(self._valid_entries())
 
-    def _whole(self) -> Iterator[Logged]:
-        """Those before the first that is cut off or damaged, after which the file is cut."""
-        size, good = self.path.stat().st_size, len(HEAD)
+    def _valid_entries(self) -> Iterator[Logged]:
+        """The entries before the first truncated or damaged one, where the file is then truncated."""
+        size, valid_end = self.path.stat().st_size, len(HEAD)
         self.file.seek(0)
         if self.file.read(len(HEAD)) != HEAD:
             self.file.seek(0)
@@ -58,20 +77,20 @@ class Log:
                 lengths = facts.pop("chunk_bytes")
             except (ValueError, AttributeError, KeyError):
                 break
-            start, found = self.file.tell(), zlib.crc32(text)
+            start, actual = self.file.tell(), zlib.crc32(text)
             if start + sum(lengths) > size:
                 break
             for chunk in lengths:
-                found = zlib.crc32(self.file.read(chunk), found)
-            if found != checksum:
+                actual = zlib.crc32(self.file.read(chunk), actual)
+            if actual != checksum:
                 break
-            good = self.file.tell()
+            valid_end = self.file.tell()
             yield Logged(facts, start, lengths)
-        self.file.seek(good)
+        self.file.seek(valid_end)
         self.file.truncate()
 
     def append(self, entry: Entry) -> None:
-        """OSError, such as of a full disk, leaves those before."""
+        """Append a page. An OSError, such as a full disk, leaves the earlier entries valid."""
         lengths = [len(chunk) for chunk in entry.chunks]
         text = json.dumps(entry.facts | {"chunk_bytes": lengths}).encode()
         checksum = zlib.crc32(text)
@@ -86,8 +105,10 @@ class Log:
             self.entries.append(Logged(entry.facts, start, lengths))
 
     def chunks(self, entry: Logged) -> list[bytes]:
+        """Read the compressed chunks of an entry."""
         self.file.seek(entry.start)
         return [self.file.read(length) for length in entry.lengths]
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()

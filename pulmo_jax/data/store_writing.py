@@ -1,8 +1,8 @@
-"""From a folder of images to a store, new or larger: each file is decoded once, copies of it never.
+"""Ingestion of image folders into a store: each file is decoded once, and duplicates are not decoded at all.
 
-Files are decoded and packed by a pool, page by page, into a log beside the store (data/store_log.py), which a kill does
-not harm and the next call goes on with. Only when all are there is the store made: what it held is copied as it stands,
-the log's chunks are put behind it as they are, and the new file takes the old one's place by renaming.
+A thread pool decodes and compresses the files, page by page, into a log beside the store (see `data.store_log`), from
+which an interrupted ingestion resumes. When all pages are in the log, the store is written: its previous content is
+copied, the chunks of the log are appended without decoding, and the new file replaces the old one atomically.
 """
 
 import hashlib
@@ -18,24 +18,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pulmo_jax.data.images import MEBIBYTE, Skipped, group_of, require_utf8
-from pulmo_jax.data.near_copies import joined_groups, look_of
-from pulmo_jax.data.sources import list_images, open_source
+from pulmo_jax.data.images import MEBIBYTE, Skipped, extract_group, require_utf8
+from pulmo_jax.data.near_copies import merge_groups, perceptual_hash
+from pulmo_jax.data.sources import image_suffixes, list_images, open_source
+from pulmo_jax.data.sources.formats import Format, check_formats
 from pulmo_jax.data.sources.source import check_is_file, decoding, printable
-from pulmo_jax.data.sources.store import (
-    SCHEMA,
-    VERSION,
-    Record,
-    Store,
-    chunk_shape,
-    corners,
-    describe,
-    digest,
-    index_of,
-    pack,
-    pixel_digest,
-    tiles_of,
-)
+from pulmo_jax.data.sources.store import Store
+from pulmo_jax.data.sources.store_chunks import chunk_corners, chunk_shape, pack, pixel_sha256, split_into_chunks
+from pulmo_jax.data.sources.store_index import SCHEMA, VERSION, Record, as_metadata, index_array, index_digest
 from pulmo_jax.data.store_log import Entry, Log, Logged
 from pulmo_jax.host.files import replacing, write_json
 from pulmo_jax.types import InputError
@@ -45,7 +35,14 @@ Tracker = Callable[[str], Callable[[Iterable[Any], int], Iterable[Any]]]
 
 @dataclass(frozen=True)
 class Ingested:
-    """records: of the whole store. decoded: pages of this call; again: those whose content was there; failed: files."""
+    """Result of an ingestion.
+
+    Attributes:
+        records: All records of the store.
+        decoded: Number of pages that this call decoded.
+        again: Number of pages of the folder whose content the store already had, or that are duplicates.
+        failed: Files that cannot be read, with the reason.
+    """
 
     records: list[Record]
     decoded: int
@@ -62,115 +59,165 @@ def ingest_folder(
     threads: int,
     max_image_mb: int,
     tracker: Tracker,
+    formats: Sequence[Format] = (),
 ) -> Ingested:
-    """Raises InputError where a name is in the store with other content, or for a folder without images to read."""
+    """Add the images of a folder to a store.
+
+    Args:
+        folder: Folder of images, or an image file. Its subfolders are the classes.
+        target: The store, which is created if necessary.
+        group_regex: Regular expression that extracts the group from the name (see `images.extract_group`).
+        near_bits: Largest number of different bits, of 63, between the perceptual hashes of near-duplicates.
+        threads: Number of decoding threads.
+        max_image_mb: Limit on the decoded size of a page in MiB.
+        tracker: Makes a progress bar with a label.
+        formats: The user's own image formats. Reading the store does not require them.
+
+    Returns:
+        The records of the store, the number of pages decoded, and the files that cannot be read.
+
+    Raises:
+        InputError: A name is already in the store with other content, the folder has no readable images, or a format
+            is invalid.
+    """
+    formats = check_formats(formats)
     old = read_records(target)
     root = folder if folder.is_dir() else folder.parent
-    paths = {path.relative_to(root).as_posix(): path for path in list_images(folder)}
-    log = Log(part_of(target))
+    paths = {path.relative_to(root).as_posix(): path for path in list_images(folder, formats)}
+    log = Log(log_path(target))
     try:
         with ThreadPoolExecutor(threads) as pool:
-            read = tracker("reading files")(pool.map(content_or_reason, paths.values(), paths), len(paths))
-            found = dict(zip(paths, read, strict=True))
-            contents = {name: content for name, content in found.items() if isinstance(content, str)}
-            groups = {name: group_of(name, group_regex) for name in contents}
+            hashing = tracker("reading files")(pool.map(hash_file, paths.values(), paths), len(paths))
+            results = dict(zip(paths, hashing, strict=True))
+            contents = {name: content for name, content in results.items() if isinstance(content, str)}
+            groups = {name: extract_group(name, group_regex, image_suffixes(formats)) for name in contents}
             require_same_content(target, old, contents)
-            first: dict[str, str] = {}  # the name of each content
+            first: dict[str, str] = {}  # the first name with each content
             for name, content in contents.items():
                 first.setdefault(content, name)
-            there = {record.content for record in old} | logged(log).keys()
-            todo = {name: content for content, name in first.items() if content not in there}
-            put = pool.map(lambda name: put_into(log, paths[name], todo[name], max_image_mb), todo)
-            reasons = dict(zip(todo, tracker("decoding")(put, len(todo)), strict=True))
+            known = {record.content for record in old} | complete_files(log).keys()
+            todo = {name: content for content, name in first.items() if content not in known}
+            decoding_files = pool.map(
+                lambda name: decode_file(log, paths[name], todo[name], max_image_mb, formats), todo
+            )
+            reasons = dict(zip(todo, tracker("decoding")(decoding_files, len(todo)), strict=True))
         for name, content in contents.items():
             if reason := reasons.get(first[content]):
-                copy = f"{paths[name]}: is a copy of {first[content]}, which is unreadable"
-                found[name] = Skipped(name, reason if name in todo else copy)
-        failed = [file for file in found.values() if isinstance(file, Skipped)]
-        kept = {name: content for name, content in found.items() if isinstance(content, str)}
+                duplicate = f"{paths[name]}: is a duplicate of {first[content]}, which cannot be read"
+                results[name] = Skipped(name, reason if name in todo else duplicate)
+        failed = [file for file in results.values() if isinstance(file, Skipped)]
+        kept = {name: content for name, content in results.items() if isinstance(content, str)}
         if not kept:
             raise InputError(f"{failed[0].reason}\n(none of the {len(failed)} images can be read)")
-        pages = logged(log)
-        records = joined([*old, *added(old, kept, groups, pages)], near_bits)
+        pages = complete_files(log)
+        records = with_merged_groups([*old, *new_records(old, kept, groups, pages)], near_bits)
         if records != old:
             write_store(target, records, pages, log)
     finally:
         log.close()
         if not log.entries:
-            part_of(target).unlink()
-    write_json(target.with_name("metadata.json"), describe(records))
-    part_of(target).unlink(missing_ok=True)
+            log_path(target).unlink()
+    write_json(target.with_name("metadata.json"), as_metadata(records))
+    log_path(target).unlink(missing_ok=True)
     decoded = sum(len(pages[content]) for name, content in todo.items() if name in kept)
     return Ingested(records, decoded, sum(record.name in kept for record in records) - decoded, failed)
 
 
-def part_of(target: Path) -> Path:
+def log_path(target: Path) -> Path:
+    """Path of the log of an unfinished ingestion."""
     return target.with_name(f"{target.name}.part")
 
 
 def read_records(target: Path) -> list[Record]:
+    """Read the records of a store; an empty list if there is none yet."""
     if not target.exists():
         return []
     with Store(target) as store:
         return list(store.records)
 
 
-def content_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_or_reason(path: Path, name: str) -> str | Skipped:
+def hash_file(path: Path, name: str) -> str | Skipped:
+    """SHA-256 of a file's content, or the reason why the file cannot be read."""
     try:
         require_utf8(path, name)
         with decoding(path):
             check_is_file(path, "an image file")
-            return content_of(path)
+            return file_sha256(path)
     except InputError as error:
         return Skipped(printable(name), str(error))
 
 
 def require_same_content(target: Path, old: Sequence[Record], contents: Mapping[str, str]) -> None:
-    other = sorted({record.name for record in old if contents.get(record.name, record.content) != record.content})
-    if other:
+    """Raise InputError if a file name is already in the store with other content."""
+    changed = sorted({record.name for record in old if contents.get(record.name, record.content) != record.content})
+    if changed:
         raise InputError(
-            f"{target}: {len(other)} of these names are in the store with other content ({', '.join(other[:5])}); "
-            "rename the files, put them into a folder of their own, or give another output"
+            f"{target}: {len(changed)} of these names are in the store with other content ({', '.join(changed[:5])}); "
+            "rename the files, move them to a subfolder, or give another output"
         )
 
 
-def put_into(log: Log, path: Path, content: str, max_image_mb: int) -> str:
-    """All pages of a file, each decoded, described and packed; or why not, "" if so."""
+def decode_file(log: Log, path: Path, content: str, max_image_mb: int, formats: Sequence[Format] = ()) -> str:
+    """Decode, hash and compress all pages of a file into the log.
+
+    Args:
+        log: Where pages are appended.
+        path: The image file.
+        content: Its SHA-256.
+        max_image_mb: Limit on the decoded size of a page in MiB.
+        formats: The user's own image formats.
+
+    Returns:
+        The error message if the file cannot be read, otherwise "".
+    """
     try:
-        with open_source(path, max_bytes=max_image_mb * MEBIBYTE) as source:
+        with open_source(path, max_bytes=max_image_mb * MEBIBYTE, formats=formats) as source:
             pages, height, width, channels = source.shape
             file = {"pages": pages, "content": content, "height": height, "width": width, "channels": channels,
                     "dtype": source.dtype.name, "file_bytes": path.stat().st_size}  # fmt: skip
             for number in range(pages):
                 page = source.read(number)
-                facts = file | {"page": number, "pixels": pixel_digest(page), "look": look_of(page)}
-                log.append(Entry(facts, [pack(tile) for tile in tiles_of(page)]))
+                facts = file | {"page": number, "pixels": pixel_sha256(page), "look": perceptual_hash(page)}
+                log.append(Entry(facts, [pack(chunk) for chunk in split_into_chunks(page)]))
     except InputError as error:
         return str(error)
     return ""
 
 
-def logged(log: Log) -> dict[str, list[Logged]]:
-    """The pages of each content of which the log has all."""
-    pages: dict[str, dict[int, Logged]] = {}
+def complete_files(log: Log) -> dict[str, list[Logged]]:
+    """Pages of the files that are complete in the log, by the SHA-256 of the file."""
+    files: dict[str, dict[int, Logged]] = {}
     for entry in log.entries:
-        pages.setdefault(entry.facts["content"], {})[entry.facts["page"]] = entry
+        files.setdefault(entry.facts["content"], {})[entry.facts["page"]] = entry
     return {
-        content: [found[number] for number in sorted(found)]
-        for content, found in pages.items()
-        if all(len(found) == entry.facts["pages"] for entry in found.values())
+        content: [pages[number] for number in sorted(pages)]
+        for content, pages in files.items()
+        if all(len(pages) == entry.facts["pages"] for entry in pages.values())
     }
 
 
-def added(
+def new_records(
     old: Sequence[Record], contents: Mapping[str, str], groups: Mapping[str, str], pages: Mapping[str, list[Logged]]
 ) -> list[Record]:
-    """The records of files that the store does not know: new pages stand behind the old, copies share a row."""
+    """Make the records of files that are not in the store yet.
+
+    New pages get rows after the existing ones; duplicates share a row.
+
+    Args:
+        old: Records of the store.
+        contents: SHA-256 of each file of the folder, by name.
+        groups: Group of each file of the folder, by name.
+        pages: Pages in the log, by the SHA-256 of their file.
+
+    Returns:
+        The new records.
+    """
     known: dict[str, dict[int, Record]] = {}
     rows: Counter[str] = Counter()
     for record in old:
@@ -192,18 +239,26 @@ def added(
 
 
 def label_of(name: str) -> str:
+    """Class of an image: the first folder of its name, or "" without a folder."""
     return name.partition("/")[0] if "/" in name else ""
 
 
-def joined(records: Sequence[Record], near_bits: int) -> list[Record]:
-    """Copies of each other, and members of one group, are of one group: that of the first of them."""
-    looks = np.array([record.look for record in records], np.uint64)
-    groups = joined_groups([r.group for r in records], [r.content for r in records], looks, near_bits)
+def with_merged_groups(records: Sequence[Record], near_bits: int) -> list[Record]:
+    """Merge groups that share duplicates or near-duplicates, under the name of the first group."""
+    hashes = np.array([record.look for record in records], np.uint64)
+    groups = merge_groups([r.group for r in records], [r.content for r in records], hashes, near_bits)
     return [replace(record, group=group) for record, group in zip(records, groups, strict=True)]
 
 
 def write_store(target: Path, records: Sequence[Record], pages: Mapping[str, list[Logged]], log: Log) -> None:
-    """The store with its new pages, whole or not at all."""
+    """Write the store with its new pages, atomically.
+
+    Args:
+        target: The store, which is replaced.
+        records: All records, old and new.
+        pages: Pages in the log, by the SHA-256 of their file.
+        log: Holds the chunks of the new pages.
+    """
     with replacing(target) as path:
         if target.exists():
             shutil.copyfile(target, path)
@@ -212,25 +267,27 @@ def write_store(target: Path, records: Sequence[Record], pages: Mapping[str, lis
             rows: dict[str, dict[int, Record]] = {}
             for record in records:
                 rows.setdefault(record.images, {})[record.row] = record
-            for placed in rows.values():
-                dataset = dataset_for(images, placed[0])
-                there = len(dataset)
-                dataset.resize(len(placed), axis=0)
-                for row in range(there, len(placed)):
-                    record = placed[row]
+            for by_row in rows.values():
+                dataset = require_dataset(images, by_row[0])
+                existing = len(dataset)
+                dataset.resize(len(by_row), axis=0)
+                for row in range(existing, len(by_row)):
+                    record = by_row[row]
                     write_page(dataset, record, log.chunks(pages[record.content][record.page]))
             write_index(file, records)
-        flush(path)
-    flush(target.parent)
+        sync_to_disk(path)
+    sync_to_disk(target.parent)
 
 
 def write_page(dataset: Any, record: Record, chunks: Iterable[bytes]) -> None:
-    tall, wide, _ = chunk_shape(record.shape, np.dtype(record.dtype))
-    for (top, left), chunk in zip(corners(record.shape, tall, wide), chunks, strict=True):
+    """Write the compressed chunks of a page into its row of a dataset."""
+    height, width, _ = chunk_shape(record.shape, np.dtype(record.dtype))
+    for (top, left), chunk in zip(chunk_corners(record.shape, height, width), chunks, strict=True):
         dataset.id.write_direct_chunk((record.row, top, left, 0), chunk)
 
 
-def dataset_for(images: h5py.Group, record: Record) -> Any:
+def require_dataset(images: h5py.Group, record: Record) -> Any:
+    """The dataset of pages with the shape and dtype of a record, created if necessary."""
     if record.images in images:
         return images[record.images]
     dtype = np.dtype(record.dtype)
@@ -241,16 +298,17 @@ def dataset_for(images: h5py.Group, record: Record) -> Any:
 
 
 def write_index(file: Any, records: Sequence[Record]) -> None:
+    """Replace the index of an open HDF5 file."""
     if "index" in file:
         del file["index"]
     file.create_dataset(
-        "index", data=index_of(records), chunks=(min(1024, len(records)),), shuffle=True, compression="gzip"
+        "index", data=index_array(records), chunks=(min(1024, len(records)),), shuffle=True, compression="gzip"
     )
-    file.attrs.update({"schema": SCHEMA, "version": VERSION, "digest": digest(records)})
+    file.attrs.update({"schema": SCHEMA, "version": VERSION, "digest": index_digest(records)})
 
 
-def flush(path: Path) -> None:
-    """To the disk, a file's content or a folder's names."""
+def sync_to_disk(path: Path) -> None:
+    """Flush a file's content or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Image stacks with a known truth: a rotating field of point sources behind speckles that stand."""
+"""Synthetic ADI sequences with known truth: a rotating field of point sources with static speckles."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from pulmo_jax.data.psf import prepare_psf, shift
 
 FWHM_PX = 4.6
 PSF_SIDE = 39
-STATIC_SHARE = 0.3  # of the halo, as standard deviation over the field
-GAIN_SHARE = 0.12  # of the halo, as standard deviation over time
-QUASI_STATIC_SHARE = 0.08
+STATIC_SHARE = 0.3  # standard deviation over the field, relative to the halo
+GAIN_SHARE = 0.12  # standard deviation over time, relative to the halo
+QUASI_STATIC_SHARE = 0.08  # standard deviation over time, relative to the halo
 SPECKLE_LIFETIME_FRAMES = 2.0
 READ_NOISE = 1.0
 BAND = (1.0, 1.3)  # first and last wavelength of a multi-wavelength stack
-SPECTRUM_ENDS = (0.5, 1.5)  # flux of its sources there, over their mean
-# Separation as a share of the frame's smaller side, angle in degrees from the x axis towards y, flux.
+SPECTRUM_ENDS = (0.5, 1.5)  # flux of its sources at these wavelengths, relative to their mean
+# Separation as a fraction of the smaller frame side, angle in degrees from the x axis towards y, flux.
 _PLANETS = ((0.16, 40.0, 600.0), (0.27, 165.0, 150.0), (0.38, 285.0, 60.0))
 
 _SIGMA_PX = FWHM_PX / (2 * np.sqrt(2 * np.log(2)))
@@ -26,7 +26,12 @@ _SIGMA_PX = FWHM_PX / (2 * np.sqrt(2 * np.log(2)))
 
 @dataclass(frozen=True)
 class SyntheticStack:
-    """A stack and its truth. planets: (y, x, flux) of each in the derotated map, flux in units of the PSF."""
+    """A synthetic stack and its truth.
+
+    Attributes:
+        stack: The stack.
+        planets: (y, x, flux) of each planet: position in px of the derotated map, flux in units of the PSF.
+    """
 
     stack: RotatingStack
     planets: tuple[tuple[float, float, float], ...]
@@ -34,7 +39,14 @@ class SyntheticStack:
 
 @dataclass(frozen=True)
 class SyntheticSpectralStack:
-    """The same with several channels. planets: flux is the mean over them; spectrum: of all sources, of mean 1."""
+    """A synthetic multi-wavelength stack and its truth.
+
+    Attributes:
+        stack: The stack.
+        planets: (y, x, flux) of each planet: position in px of the derotated map, mean flux over the channels in units
+            of the PSF.
+        spectrum: Spectrum of all planets, with mean 1 (L,).
+    """
 
     stack: SpectralStack
     planets: tuple[tuple[float, float, float], ...]
@@ -49,22 +61,40 @@ def rotating_stack(
     planets: tuple[tuple[float, float, float], ...] | None = None,
     speckle_lifetime_frames: float = SPECKLE_LIFETIME_FRAMES,
 ) -> SyntheticStack:
-    """A float32 cube like one of angular differential imaging behind a coronagraph, the same for the same arguments.
+    """Simulate an ADI sequence behind a coronagraph.
 
-    The sum of, in counts:
-    - a halo of 160 (16 px / r)^2 about the centre pixel (H//2, W//2), times (1 - exp(-(r / 1.5 FWHM)^2))^2, which makes
-      it dark in the middle as a coronagraph does;
-    - static speckles, the intensity |E|^2 of a circular Gaussian field (Goodman 2007, Speckle Phenomena in Optics): an
-      exponential of mean 1 whose autocovariance has the PSF's width, as a share of 0.3 of the halo;
-    - quasi-static speckles: Gaussian, of the same autocovariance in the frame and standard deviation 0.08 of the halo;
-    - a halo that brightens and fades as a whole, as with the Strehl ratio, by 0.12 of itself;
-      both correlated in time as exp(-lag / speckle_lifetime_frames) (a first-order autoregression);
-    - white read noise of standard deviation 1;
-    - planets (y, x, flux), by default three from bright and close to faint and far, at the exact sub-pixel place in
-      every frame: the PSF, which `prepare_psf` divides by 1, moved by trigonometric interpolation.
+    The cube is the sum, in counts, of:
 
-    The figures are near those of a VLT/NaCo cube of beta Pictoris in L' (0.15 to 0.2 of the halo in time, neighbouring
-    frames correlated by 0.5 to 0.7). What it lacks: photon noise, wind-driven halo, jitter, smearing within a frame.
+    - A halo 160 (16 px / r)^2 around the central pixel (H // 2, W // 2), times (1 - exp(-(r / 1.5 FWHM)^2))^2, the
+      coronagraph.
+    - Static speckles: the intensity |E|^2 of a circular Gaussian field, that is an exponential distribution of mean 1
+      whose autocovariance has the width of the PSF, weighted by 0.3 of the halo.
+    - Quasi-static speckles: Gaussian, with the same spatial autocovariance and standard deviation 0.08 of the halo.
+    - Fluctuations of the whole halo, as from the Strehl ratio, with standard deviation 0.12 of the halo. Like the
+      quasi-static speckles, they are correlated in time as exp(-lag / speckle_lifetime_frames), by a first-order
+      autoregression.
+    - White read noise of standard deviation 1.
+    - The planets, at their exact sub-pixel positions in every frame: the PSF, normalised by `prepare_psf`, shifted by
+      trigonometric interpolation.
+
+    The values resemble a VLT/NaCo cube of beta Pictoris in L' (fluctuations of 0.15 to 0.2 of the halo, consecutive
+    frames correlated by 0.5 to 0.7). Photon noise, wind-driven halo, jitter and smearing within a frame are not
+    simulated.
+
+    Args:
+        seed: Seed of the noise; equal arguments give equal stacks.
+        frames: Number of frames T.
+        size: Side of the frames in px, or (H, W).
+        rotation_deg: Total field rotation in degrees.
+        planets: (y, x, flux) of each planet, in px of the derotated map and units of the PSF. None gives three, from
+            bright and close to faint and distant.
+        speckle_lifetime_frames: Correlation time of the quasi-static speckles in frames.
+
+    Returns:
+        A stack with a float32 cube, and its truth.
+
+    Reference:
+        Goodman 2007, Speckle Phenomena in Optics.
     """
     made = spectral_stack(seed, 1, frames, size, rotation_deg, planets, speckle_lifetime_frames)
     stack = made.stack
@@ -81,12 +111,26 @@ def spectral_stack(
     speckle_lifetime_frames: float = SPECKLE_LIFETIME_FRAMES,
     spectrum: Float[np.ndarray, "L"] | None = None,
 ) -> SyntheticSpectralStack:
-    """The stack of `rotating_stack` in several channels at once, of wavelengths from 1 to 1.3; one channel is that one.
+    """Simulate a multi-wavelength ADI sequence, with wavelengths from 1 to 1.3.
 
-    PSF, halo and speckles are those of the first channel as many times larger, about the centre, as the wavelength is
-    longer (speckles by cubic splines); the star is as bright in all. Read noise is every channel's own, the PSF of each
-    is divided by its flux as `prepare_psf` measures it. planets: (y, x, flux), flux the mean over the channels;
-    spectrum: of all of them, in any unit, by default rising evenly from half the mean to one and a half.
+    A single channel is the stack of `rotating_stack`. PSF, halo and speckles of the other channels are magnified about
+    the centre in proportion to the wavelength (speckles by cubic splines). The star has the same brightness in all
+    channels. Read noise is independent between channels, and the PSF of each channel is normalised by `prepare_psf`.
+
+    Args:
+        seed: Seed of the noise; equal arguments give equal stacks.
+        channels: Number of channels L.
+        frames: Number of frames T.
+        size: Side of the frames in px, or (H, W).
+        rotation_deg: Total field rotation in degrees.
+        planets: (y, x, flux) of each planet, in px of the derotated map; flux is the mean over the channels in units
+            of the PSF. None gives three planets.
+        speckle_lifetime_frames: Correlation time of the quasi-static speckles in frames.
+        spectrum: Spectrum of all planets in any unit (L,). None gives one that rises linearly from 0.5 to 1.5 of its
+            mean.
+
+    Returns:
+        A stack with a float32 cube, and its truth.
     """
     height, width = (size, size) if isinstance(size, int) else size
     rng = np.random.default_rng(seed)
@@ -102,12 +146,12 @@ def spectral_stack(
     wavelengths = np.linspace(*BAND, channels)
     shares = _spectrum(channels) if spectrum is None else spectrum / spectrum.mean()
     cube, stamps = np.empty((channels, frames, height, width), np.float32), []
-    for channel, (times_larger, share) in enumerate(zip(wavelengths / BAND[0], shares, strict=True)):
-        speckles = STATIC_SHARE * _enlarged(static[None], times_larger, centre)
-        speckles = 1 - STATIC_SHARE + speckles + QUASI_STATIC_SHARE * _enlarged(moving, times_larger, centre)
-        stack = _halo(r / times_larger) * (speckles + GAIN_SHARE * gain)
+    for channel, (scale, share) in enumerate(zip(wavelengths / BAND[0], shares, strict=True)):
+        speckles = STATIC_SHARE * _magnified(static[None], scale, centre)
+        speckles = 1 - STATIC_SHARE + speckles + QUASI_STATIC_SHARE * _magnified(moving, scale, centre)
+        stack = _halo(r / scale) * (speckles + GAIN_SHARE * gain)
         stack += READ_NOISE * rng.standard_normal(stack.shape)
-        stamps.append(synthetic_psf(FWHM_PX * times_larger))
+        stamps.append(synthetic_psf(FWHM_PX * scale))
         for planet_y, planet_x, flux in truth:
             _inject(stack, angles_deg, stamps[-1], centre, (planet_y, planet_x), flux * share)
         cube[channel] = stack
@@ -115,17 +159,32 @@ def spectral_stack(
 
 
 def parallactic_angles(frames: int, rotation_deg: float) -> Float[np.ndarray, "T"]:
-    """Degrees, rising by `rotation_deg` in all, fastest where the star crosses the meridian, at 0."""
+    """Simulate the parallactic angles of a sequence through the meridian.
+
+    Args:
+        frames: Number of frames T.
+        rotation_deg: Total rotation in degrees.
+
+    Returns:
+        Increasing angles in degrees (T,), fastest at the meridian, where the angle is 0.
+    """
     rise = np.arctan(np.linspace(-1.2, 2.0, frames))
     return rotation_deg / (np.arctan(2.0) - np.arctan(-1.2)) * rise
 
 
 def synthetic_psf(fwhm_px: float = FWHM_PX) -> Float[np.ndarray, "S S"]:
-    """A Gaussian core of FWHM 4.6 px with a faint first ring, of flux 1 as `prepare_psf` measures it in its FWHM."""
+    """Simulate a PSF: a Gaussian core with a faint first ring.
+
+    Args:
+        fwhm_px: Full width at half maximum of the core in px.
+
+    Returns:
+        PSF (S, S) with unit flux in an aperture of diameter FWHM.
+    """
     y, x = np.mgrid[:PSF_SIDE, :PSF_SIDE] - PSF_SIDE // 2
     r = np.hypot(y, x)
     core = np.exp(-(r**2) / (2 * (fwhm_px / (2 * np.sqrt(2 * np.log(2)))) ** 2))
-    ring = 0.0175 * np.exp(-((r - 1.59 * fwhm_px) ** 2) / (2 * (0.2 * fwhm_px) ** 2))  # where Airy's is
+    ring = 0.0175 * np.exp(-((r - 1.59 * fwhm_px) ** 2) / (2 * (0.2 * fwhm_px) ** 2))  # as of an Airy pattern
     return prepare_psf(core + ring, flux="fwhm").stamp
 
 
@@ -138,17 +197,17 @@ def _spectrum(channels: int) -> Float[np.ndarray, "L"]:
     return np.linspace(*SPECTRUM_ENDS, channels) if channels > 1 else np.ones(1)
 
 
-def _enlarged(images: np.ndarray, times: float, centre: tuple[int, int]) -> np.ndarray:
-    """(T, H, W) seen `times` larger about the centre."""
-    if times == 1:
+def _magnified(images: np.ndarray, scale: float, centre: tuple[int, int]) -> np.ndarray:
+    """Images (T, H, W) magnified about the centre."""
+    if scale == 1:
         return images
     y, x = np.indices(images.shape[1:])
-    at = np.stack([centre[0] + (y - centre[0]) / times, centre[1] + (x - centre[1]) / times])
-    return np.stack([map_coordinates(image, at, order=3, mode="mirror") for image in images])
+    positions = np.stack([centre[0] + (y - centre[0]) / scale, centre[1] + (x - centre[1]) / scale])
+    return np.stack([map_coordinates(image, positions, order=3, mode="mirror") for image in images])
 
 
 def _speckle_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
-    """(T, H, W), white in time, of unit variance and the PSF's core as its autocovariance in the frame."""
+    """Noise (T, H, W) of unit variance, white in time, with the core of the PSF as its spatial autocovariance."""
     sigma = _SIGMA_PX / np.sqrt(2)
     impulse = np.zeros(shape[1:])
     impulse[0, 0] = 1
@@ -157,7 +216,7 @@ def _speckle_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.
 
 
 def _autoregression(white: np.ndarray, lifetime: float) -> np.ndarray:
-    """x_t = phi x_(t-1) + sqrt(1 - phi^2) w_t along the first axis, phi = exp(-1 / lifetime): of w's variance."""
+    """x_t = phi x_(t-1) + sqrt(1 - phi^2) w_t along the first axis, phi = exp(-1 / lifetime): the variance is kept."""
     phi = np.exp(-1 / lifetime)
     noise = white.copy()
     for t in range(1, len(noise)):
@@ -167,8 +226,8 @@ def _autoregression(white: np.ndarray, lifetime: float) -> np.ndarray:
 
 def _default_planets(height: int, width: int) -> tuple[tuple[float, float, float], ...]:
     side = min(height, width)
-    places = [(share * side, np.deg2rad(angle), flux) for share, angle, flux in _PLANETS]
-    return tuple((float(height // 2 + r * np.sin(a)), float(width // 2 + r * np.cos(a)), flux) for r, a, flux in places)
+    polar = [(share * side, np.deg2rad(angle), flux) for share, angle, flux in _PLANETS]
+    return tuple((float(height // 2 + r * np.sin(a)), float(width // 2 + r * np.cos(a)), flux) for r, a, flux in polar)
 
 
 def _inject(
@@ -176,11 +235,11 @@ def _inject(
     angles_deg: np.ndarray,
     psf: np.ndarray,
     centre: tuple[int, int],
-    place: tuple[float, float],
+    position: tuple[float, float],
     flux: float,
 ) -> None:
-    """Adds a source that stands at `place` in the derotated map; what falls outside of the frame is left out."""
-    dy, dx = place[0] - centre[0], place[1] - centre[1]
+    """Add a source at `position` in the derotated map; parts outside a frame are dropped."""
+    dy, dx = position[0] - centre[0], position[1] - centre[1]
     half = len(psf) // 2
     for frame, angle in zip(cube, np.deg2rad(angles_deg), strict=True):
         theta = np.arctan2(dy, dx) - angle

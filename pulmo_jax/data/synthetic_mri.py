@@ -1,4 +1,4 @@
-"""Drawn axial slices of heads, with and without a lesion: for tests and a first look, with a known truth."""
+"""Synthetic axial slices of heads with and without a lesion, for tests and demonstrations."""
 
 import csv
 import json
@@ -15,16 +15,25 @@ from scipy import ndimage
 
 from pulmo_jax.data.samples import cache_folder
 
-FORMAT, COUNT = 1, 160  # of the set in the cache
+FORMAT, COUNT = 1, 160  # version and number of slices of the cached set
 SIDE = 160
 ABNORMAL = 0.6
 CLASSES = ("no", "yes")
-CONTRASTS = ((0.35, 0.75, 0.1), (0.6, 0.4, 0.95), (0.5, 0.6, 0.15))  # gray, white matter, fluid: T1, T2, FLAIR
+# Intensity of grey matter, white matter and fluid in T1-weighted, T2-weighted and FLAIR images.
+CONTRASTS = ((0.35, 0.75, 0.1), (0.6, 0.4, 0.95), (0.5, 0.6, 0.15))
 
 
 def draw_slice(rng: np.random.Generator, abnormal: bool, side: int = SIDE) -> UInt8[np.ndarray, "S S"]:
-    """A head from above: skull, folded cortex, white matter and ventricles, the two sides much alike; `abnormal` adds a
-    lesion in one of them."""
+    """Draw an axial slice of a nearly symmetric head with skull, folded cortex, white matter and ventricles.
+
+    Args:
+        rng: Random generator.
+        abnormal: Whether to add a lesion in one hemisphere.
+        side: Side of the image in px.
+
+    Returns:
+        8-bit image (S, S).
+    """
     y, x = (np.mgrid[:side, :side] - (side - 1) / 2) / (side / 2)
     turn, tall, wide = np.deg2rad(rng.normal(0, 4)), rng.uniform(0.78, 0.92), rng.uniform(0.62, 0.76)
     v = (np.cos(turn) * y - np.sin(turn) * x - rng.normal(0, 0.02)) / tall
@@ -50,7 +59,17 @@ def draw_slice(rng: np.random.Generator, abnormal: bool, side: int = SIDE) -> UI
 
 
 def symmetric(rng: np.random.Generator, side: int, grain: float, sides_differ: float) -> Float[np.ndarray, "S S"]:
-    """A smooth random field of sd 1, that is its own mirror image up to a share. grain: in sides."""
+    """Draw a smooth random field that is nearly symmetric about its vertical axis.
+
+    Args:
+        rng: Random generator.
+        side: Side of the field in px.
+        grain: Correlation length as a fraction of the side.
+        sides_differ: Weight of the asymmetric part.
+
+    Returns:
+        Field with zero mean and unit standard deviation (S, S).
+    """
     coarse = max(8, min(side, round(4 / grain)))  # a quarter of the grain is fine enough
     rough = rng.normal(size=(2, coarse, coarse))
     smooth = [ndimage.gaussian_filter(one, grain * coarse) for one in rough]
@@ -61,10 +80,18 @@ def symmetric(rng: np.random.Generator, side: int, grain: float, sides_differ: f
 
 
 def with_lesion(rng: np.random.Generator, image: np.ndarray, v: np.ndarray, u: np.ndarray, gray: float) -> np.ndarray:
-    """A blob with an irregular border in one hemisphere: bright, dark within a bright rim, or a little of either."""
-    where, size = rng.uniform((-0.5, 0.22), (0.5, 0.55)), rng.uniform(0.1, 0.24)
+    """Add a lesion with an irregular border to one hemisphere: bright, ring-enhancing or of low contrast.
+
+    Args:
+        rng: Random generator.
+        image: Intensities (S, S).
+        v: Vertical coordinate of each pixel, relative to the head (S, S).
+        u: Horizontal coordinate of each pixel, relative to the head (S, S).
+        gray: Intensity of grey matter.
+    """
+    centre, size = rng.uniform((-0.5, 0.22), (0.5, 0.55)), rng.uniform(0.1, 0.24)
     border = symmetric(rng, len(image), 0.04, sides_differ=3.0)
-    distance = np.hypot(v - where[0], u - where[1] * rng.choice([-1, 1])) / size + 0.12 * border
+    distance = np.hypot(v - centre[0], u - centre[1] * rng.choice([-1, 1])) / size + 0.12 * border
     body, rim = distance < 1, np.abs(distance - 1) < 0.18
     kind, bright = rng.random(), gray + rng.uniform(0.2, 0.5)
     if kind < 0.45:
@@ -74,8 +101,8 @@ def with_lesion(rng: np.random.Generator, image: np.ndarray, v: np.ndarray, u: n
     return np.where(body, image + rng.choice([-1, 1]) * rng.uniform(0.15, 0.3), image)
 
 
-def as_found(rng: np.random.Generator, image: UInt8[np.ndarray, "S S"]) -> Image.Image:
-    """With another margin and size, as pictures from many places have."""
+def with_margin_and_size(rng: np.random.Generator, image: UInt8[np.ndarray, "S S"]) -> Image.Image:
+    """Add random margins and resize, as in images collected from many sources."""
     top, bottom, left, right = rng.integers(0, len(image) // 5, 4)
     padded = np.pad(image, [(top, bottom), (left, right)])
     scale = rng.uniform(0.8, 1.6)
@@ -84,40 +111,54 @@ def as_found(rng: np.random.Generator, image: UInt8[np.ndarray, "S S"]) -> Image
 
 
 def write_slices(folder: Path, count: int, seed: int, *, copies: float = 0.15) -> None:
-    """folder/no and folder/yes with JPEG and PNG files of many sizes, and groups.csv: which show the same slice.
+    """Write a data set of JPEG and PNG files of various sizes in the class folders `no` and `yes`.
 
-    copies: share of the files that are another one's, saved anew. File k depends on (seed, k) alone.
+    groups.csv lists which files show the same slice. File k depends only on (seed, k).
+
+    Args:
+        folder: Output folder.
+        count: Number of files.
+        seed: Seed of the images.
+        copies: Fraction of the files that are near-duplicates of another file.
     """
     rows = []
     for k in range(count):
         rng = np.random.default_rng([seed, k])
-        of = k - 1 if k and rng.random() < copies else k
-        while of and of != k and np.random.default_rng([seed, of]).random() < copies:
-            of -= 1  # a copy of a copy is one of its original
-        source = np.random.default_rng([seed, of, 1])
+        original = k - 1 if k and rng.random() < copies else k
+        while original and original != k and np.random.default_rng([seed, original]).random() < copies:
+            original -= 1  # a copy of a copy shows the first original
+        source = np.random.default_rng([seed, original, 1])
         abnormal = bool(source.random() < ABNORMAL)
-        picture = as_found(source, draw_slice(source, abnormal))
+        picture = with_margin_and_size(source, draw_slice(source, abnormal))
         name, jpeg = f"{CLASSES[abnormal]}/slice {k}", rng.random() < 0.8
-        if of != k:
+        if original != k:
             picture = picture.resize(
                 (round(picture.width * 0.9), round(picture.height * 0.9)), Image.Resampling.BICUBIC
             )
         path = folder / f"{name}.{'jpg' if jpeg else 'png'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=int(rng.integers(70, 95)))  # which PNG has none of
-        rows.append((path.relative_to(folder).as_posix(), str(of)))
+        picture.save(path, quality=int(rng.integers(70, 95)))  # ignored for PNG
+        rows.append((path.relative_to(folder).as_posix(), str(original)))
     with (folder / "groups.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file", "group"), *rows])
 
 
 def synthetic_mri(cache: Path | None = None, console: Console | None = None) -> Path:
-    """The folder of a set of 160 slices in the user's cache, made on the first call, whole or not at all."""
+    """Get a data set of 160 synthetic slices, drawing it on the first call.
+
+    Args:
+        cache: Cache folder (see `samples.cache_folder`).
+        console: Where to report that the slices are drawn; None reports nothing.
+
+    Returns:
+        The folder of the set (see `write_slices`), which appears atomically.
+    """
     folder = cache_folder(cache) / "synthetic_mri"
-    if is_whole(folder):
+    if is_complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     if console is not None:
-        console.print(f"drawing {COUNT} slices, once, into {folder}", highlight=False)
+        console.print(f"drawing {COUNT} synthetic slices (only once) to {folder}", highlight=False)
     with TemporaryDirectory(prefix=".synthetic_mri-", dir=folder.parent) as work:
         made = Path(work) / "made"
         write_slices(made, COUNT, seed=0)
@@ -127,12 +168,13 @@ def synthetic_mri(cache: Path | None = None, console: Console | None = None) -> 
         try:
             os.rename(made, folder)
         except OSError:
-            if not is_whole(folder):  # else another process was faster
+            if not is_complete(folder):  # otherwise another process was faster
                 raise
     return folder
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has the current format and all files."""
     try:
         facts = json.loads((folder / "sample.json").read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The one preprocessing that training, calibration, evaluation and prediction share."""
+"""The preprocessing shared by training, calibration, evaluation and prediction."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,14 +14,21 @@ from pulmo_jax.types import InputError
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become the network's input; stored with the run as preprocessing.json.
+    """Conversion of pixels to network input, stored with a run as preprocessing.json.
 
-    offset, scale: per band, in the files' units: normalised = (pixel - offset) / scale.
-    fill: per band, normalised: stands for pixels outside the foreground and for NaN or infinite ones.
-    mean, std: per band, of the training foreground in the files' units (for the z-score baseline).
-    clip: normalised limits, wide enough that an anomaly keeps its contrast and one dead pixel cannot blind a patch.
-    patch_size: side of the network's input. resize: whole images are shrunk to that side, not cut into patches.
-    aligned_by: digest of the landmark run in whose frame the images are; "" for images as they are.
+    Attributes:
+        channels: Number of bands.
+        dtype: Data type of the image files.
+        patch_size: Side of the network input in px.
+        resize: Whether whole images are resized to this side, instead of being cut into patches.
+        offset: Per band, in the unit of the files: normalised = (pixel - offset) / scale.
+        scale: Per band, in the unit of the files.
+        fill: Per band, normalised; replaces background pixels and pixels that are not finite.
+        mean: Mean of the training foreground per band, in the unit of the files (for the z-score baseline).
+        std: Standard deviation of the training foreground per band, in the unit of the files.
+        clip: Limits of normalised values. They are wide enough to keep the contrast of anomalies, and prevent a dead
+            pixel from dominating a patch.
+        aligned_by: Digest of the landmark run in whose frame the images are; "" for images that are not aligned.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -39,40 +46,65 @@ class Preprocessing:
     aligned_by: str = ""
 
     def save(self, path: Path) -> None:
+        """Write the preprocessing as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Preprocessing":
-        """Raises InputError if the file is missing or is not what `save` wrote."""
+        """Read what `save` wrote.
+
+        Args:
+            path: The JSON file.
+
+        Raises:
+            InputError: The file is missing or invalid.
+        """
         try:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             reason = str(error).partition("\n")[0]
-            raise InputError(f"{path}: not a preprocessing file of a run ({reason}); train again") from error
+            raise InputError(f"{path}: is not a valid preprocessing file ({reason}); train again") from error
 
 
 def preprocess(
-    pixels: Shaped[np.ndarray, "*grid C"], foreground: Bool[np.ndarray, "*grid"] | None, how: Preprocessing
+    pixels: Shaped[np.ndarray, "*grid C"], foreground: Bool[np.ndarray, "*grid"] | None, preprocessing: Preprocessing
 ) -> Float[np.ndarray, "*grid C"]:
-    """Normalised float32 pixels, filled where they are background or not finite."""
+    """Normalise pixels, and fill those that are background or not finite.
+
+    Args:
+        pixels: Images or patches (..., H, W, C) in the unit of the files.
+        foreground: Foreground mask (..., H, W); None if all of it is foreground.
+        preprocessing: The normalisation.
+
+    Returns:
+        Normalised pixels (..., H, W, C) in float32.
+    """
     values = pixels.astype(np.float32, order="C")
-    rows = values.reshape(*values.shape[:-2], -1)  # pixels and their bands as one long axis, which is faster
-    width = rows.shape[-1] // how.channels
-    offset, scale = (np.tile(np.asarray(v, np.float32), width) for v in (how.offset, how.scale))
-    with np.errstate(over="ignore"):  # infinite values are clipped or filled
+    rows = values.reshape(*values.shape[:-2], -1)  # merging pixels and bands into one axis is faster
+    width = rows.shape[-1] // preprocessing.channels
+    offset, scale = (np.tile(np.asarray(v, np.float32), width) for v in (preprocessing.offset, preprocessing.scale))
+    with np.errstate(over="ignore"):  # infinite values are clipped or filled below
         rows -= offset
         rows /= scale
-    np.clip(rows, *how.clip, out=rows)
+    np.clip(rows, *preprocessing.clip, out=rows)
     valid = finite(pixels)
     if foreground is not None:
         valid &= foreground
     if not valid.all():
-        values[~valid] = np.asarray(how.fill, np.float32)
+        values[~valid] = np.asarray(preprocessing.fill, np.float32)
     return values
 
 
 def finite(pixels: Shaped[np.ndarray, "*grid C"]) -> Bool[np.ndarray, "*grid"]:
-    """Pixels that are numbers in every band; beyond float32 is infinite (some writers mark missing pixels so)."""
+    """Find the pixels that are finite in every band.
+
+    Args:
+        pixels: Pixels (..., C) of any dtype.
+
+    Returns:
+        True for finite pixels (...); values beyond the range of float32, which some software uses to mark missing
+        pixels, count as infinite.
+    """
     if np.issubdtype(pixels.dtype, np.integer):
         return np.ones(pixels.shape[:-1], bool)
     with np.errstate(over="ignore"):
@@ -80,18 +112,35 @@ def finite(pixels: Shaped[np.ndarray, "*grid C"]) -> Bool[np.ndarray, "*grid"]:
 
 
 def brightness(pixels: Shaped[np.ndarray, "*grid C"]) -> Float[np.ndarray, "*grid"]:
-    """Mean of the bands, float32, in the file's units; not finite where the pixel is not."""
+    """Average the bands of pixels (..., C), in float32; not finite for pixels that are not."""
     with np.errstate(over="ignore", invalid="ignore"):
         return pixels.mean(axis=-1, dtype=np.float32)
 
 
 def resize_bands(image: Float[np.ndarray, "H W C"], height: int, width: int) -> Float[np.ndarray, "h w C"]:
-    """Bilinear, with an anti-aliasing support when shrinking (Pillow's)."""
+    """Resize an image by bilinear interpolation, with anti-aliasing when downsampling (as Pillow does).
+
+    Args:
+        image: Image (H, W, C).
+        height: New height h in px.
+        width: New width w in px.
+
+    Returns:
+        The resized image (h, w, C).
+    """
     bands = (Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(image.shape[2]))
     return np.stack([np.asarray(b.resize((width, height), Image.Resampling.BILINEAR)) for b in bands], axis=-1)
 
 
 def flip_and_turn(patch: Shaped[np.ndarray, "P P *C"], code: int) -> Shaped[np.ndarray, "P P *C"]:
-    """One of the eight symmetries of the square, as a view: `code` 0-3 quarter turns, 4-7 the same mirrored."""
-    turned = np.rot90(patch, code % 4)
-    return turned[:, ::-1] if code >= 4 else turned
+    """Apply one of the eight symmetries of the square.
+
+    Args:
+        patch: Square image (P, P) or (P, P, C).
+        code: 0 to 3 for rotations by multiples of 90 degrees, 4 to 7 for the same followed by a reflection.
+
+    Returns:
+        View of the patch.
+    """
+    rotated = np.rot90(patch, code % 4)
+    return rotated[:, ::-1] if code >= 4 else rotated

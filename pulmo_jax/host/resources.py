@@ -1,4 +1,4 @@
-"""What a run may run out of, memory and room on the disk: known before or after the fact, and said in words."""
+"""Memory and disk space: checks before use, and error messages when they run out."""
 
 import ctypes
 import errno
@@ -12,52 +12,70 @@ from pulmo_jax.types import InputError
 
 GIB = 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**20  # glibc's malloc.h; allocations from this size on are mapped
-M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**23  # of a heap's free end, for the next image
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**20  # glibc's malloc.h; allocations of at least this size are mapped
+M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**23  # free memory kept at the end of a heap, for the next image
 CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int | None:
-    """What this process may still take of the device's memory, or None where that is not known."""
-    import jax  # here, so that the command line can read this module without it
+    """Memory in bytes that this process can still allocate on the first device; None if unknown."""
+    import jax  # on demand, so that the command line can import this module without JAX
 
     device = jax.local_devices()[0]
     if device.platform != "cpu":
-        found = device.memory_stats() or {}
-        return found["bytes_limit"] - found["bytes_in_use"] if "bytes_limit" in found else None
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
     limits = [_meminfo("MemAvailable"), _control_group()]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def require(needed_bytes: int, what: str, remedy: str) -> None:
-    """Raises InputError where it cannot work: on a CPU the system would kill the process without a word."""
+def require(needed_bytes: int, operation: str, remedy: str) -> None:
+    """Check that there is enough memory: on a CPU, the system would kill the process without a message.
+
+    Args:
+        needed_bytes: Required memory in bytes.
+        operation: What needs the memory, for the error message.
+        remedy: What the user can do, for the error message.
+
+    Raises:
+        InputError: Less memory is available.
+    """
     available = available_bytes()
     if available is not None and needed_bytes > available:
         raise InputError(
-            f"{what} needs {needed_bytes / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are free; {remedy}"
+            f"{operation} needs {needed_bytes / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are free; {remedy}"
         )
 
 
 @contextmanager
-def running_out_names(what: str, remedy: str) -> Iterator[None]:
-    """Turns JAX's and Python's errors on a lack of memory into an InputError with the remedy."""
+def explain_out_of_memory(operation: str, remedy: str) -> Iterator[None]:
+    """Convert out-of-memory errors of JAX and Python to an InputError with a remedy.
+
+    Args:
+        operation: What runs in the `with` block, for the error message.
+        remedy: What the user can do, for the error message.
+
+    Raises:
+        InputError: The block runs out of memory.
+    """
     try:
         yield
     except MemoryError as error:
-        raise InputError(f"out of memory in {what}; {remedy}") from error
-    except RuntimeError as error:  # JaxRuntimeError is one
+        raise InputError(f"out of memory in {operation}; {remedy}") from error
+    except RuntimeError as error:  # the base class of JaxRuntimeError
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise InputError(f"out of memory in {what} ({reason:.120}); {remedy}") from error
+        raise InputError(f"out of memory in {operation} ({reason:.120}); {remedy}") from error
 
 
 def give_back_freed_memory() -> None:
-    """From now on large arrays are mapped, and go back to the system when they are freed.
+    """Make glibc map large arrays, so that their memory returns to the system when they are freed.
 
-    Of itself glibc soon takes all below 32 MiB from its heaps; decoded images that come to lie between what a compiled
-    step has freed hold it there, and memory grows with the set. It costs nothing where a step computes much for each
-    byte; the autoencoder's steps took 1.7 times as long. Other C libraries are left as they are.
+    By default, glibc soon allocates everything below 32 MiB on its heaps. There, decoded images between the freed
+    buffers of compiled steps fragment the heap, and memory use grows with the data set. Mapping costs no time if a
+    step computes much per byte, but made the steps of the autoencoder 1.7 times slower. Other C libraries are not
+    changed.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -66,12 +84,12 @@ def give_back_freed_memory() -> None:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether that, or what it came from, is a full disk: libraries wrap it, and hide its number in a text."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
+    """Whether an error or one of its causes is a full disk, also if a library wrapped it and kept only its message."""
+    visited: list[BaseException] = []
+    while error is not None and error not in visited:
         if getattr(error, "errno", None) in DISK_FULL or any(os.strerror(n) in str(error) for n in DISK_FULL):
             return True
-        seen.append(error)
+        visited.append(error)
         error = error.__cause__ or error.__context__
     return False
 
@@ -85,11 +103,11 @@ def _meminfo(name: str) -> int | None:
 
 
 def _control_group() -> int | None:
-    """The limit of a container or of a scheduler's job (control groups, version 2), less what is in use for good."""
+    """Memory limit of a container or batch job (control groups, version 2), minus memory that cannot be reclaimed."""
     try:
         folder = CONTROL_GROUPS / OWN_GROUP.read_text().strip().rpartition("::/")[2]
         limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
         cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
         return limit - used + int(cached)
-    except (OSError, ValueError, KeyError):  # no such limit: "max" is no number
+    except (OSError, ValueError, KeyError):  # no limit: "max" is not a number
         return None

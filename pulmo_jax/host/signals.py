@@ -1,4 +1,4 @@
-"""Signals: inside the training loop they wait for the step at hand, outside they end the program in good order."""
+"""Signal handling: in the training loop, signals take effect after the current step; elsewhere they end the program."""
 
 import os
 import signal
@@ -10,18 +10,21 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-ONE_STOP_S = 2.0  # one Ctrl-C may arrive twice, from the terminal and from whoever started the job
+ONE_STOP_S = 2.0  # signals within this time count as one: a Ctrl-C may arrive twice, also from a parent process
 
 
 class Interrupt:
-    """While entered, the first signal is only remembered in `signum`; one that comes later acts as usual.
+    """Defers the first signal during a `with` block; a later one acts as usual.
 
-    Outside the main thread, where Python hands out no signals, it does nothing.
+    It has no effect outside the main thread, where Python delivers no signals.
+
+    Attributes:
+        signum: Number of the first signal; None if there was none.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._when = 0.0
+        self._received_s = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -31,8 +34,8 @@ class Interrupt:
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
-            self.signum, self._when = signum, time.monotonic()
-        elif time.monotonic() > self._when + ONE_STOP_S:
+            self.signum, self._received_s = signum, time.monotonic()
+        elif time.monotonic() > self._received_s + ONE_STOP_S:
             self.__exit__()
             signal.raise_signal(signum)
 
@@ -43,7 +46,11 @@ class Interrupt:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked for the end. It passes every `except Exception`, as Ctrl-C does."""
+    """Raised when a signal ends the program. Like Ctrl-C, `except Exception` does not catch it.
+
+    Args:
+        signum: Number of the signal.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -52,7 +59,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(before: Callable[[int], object] = lambda signum: None) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 raise Stopped, after `before(signum)`; a second one does not wait for that."""
+    """Raise `Stopped` on SIGINT, SIGTERM and SIGUSR1 during a `with` block.
+
+    Args:
+        before: Called with the signal number first; a second signal raises `Stopped` immediately.
+    """
 
     def stop_now(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
@@ -63,10 +74,10 @@ def stoppable(before: Callable[[int], object] = lambda signum: None) -> Iterator
         before(signum)
         raise Stopped(signum)
 
-    if threading.current_thread() is not threading.main_thread():  # which gets no signals
+    if threading.current_thread() is not threading.main_thread():  # other threads get no signals
         yield
         return
-    # what is ignored stays so: of a job in the background of a shell that is SIGINT
+    # Ignored signals stay ignored, such as SIGINT in a background job of a shell.
     taken = {s: h for s in SIGNALS if (h := signal.getsignal(s)) is not signal.SIG_IGN}
     for signum in taken:
         signal.signal(signum, stop)
@@ -79,18 +90,18 @@ def stoppable(before: Callable[[int], object] = lambda signum: None) -> Iterator
 
 @contextmanager
 def stepping_down() -> Iterator[None]:
-    """submitit's warning (SIGUSR2) first ends the step at hand, with a checkpoint; then submitit sends the job again.
+    """Finish the current step and save a checkpoint before submitit requeues the job, on its warning signal SIGUSR2.
 
-    Its own handler alone would tear the step apart. Where nobody waits for the signal, nothing is changed.
+    submitit's own handler would interrupt the step. Without such a handler, nothing is changed.
     """
-    again: Any = signal.getsignal(signal.SIGUSR2)
+    requeue: Any = signal.getsignal(signal.SIGUSR2)
     warned: list[int] = []
 
     def warn(signum: int, frame: FrameType | None) -> None:
         warned.append(signum)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    if not callable(again):
+    if not callable(requeue):
         yield
         return
     signal.signal(signal.SIGUSR2, warn)
@@ -98,7 +109,7 @@ def stepping_down() -> Iterator[None]:
         yield
     except (Stopped, SystemExit):
         if warned:
-            again(signal.SIGUSR2, None)
+            requeue(signal.SIGUSR2, None)
         raise
     finally:
-        signal.signal(signal.SIGUSR2, again)
+        signal.signal(signal.SIGUSR2, requeue)

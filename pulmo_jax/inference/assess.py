@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from pulmo_jax.core.histogram import ScoreHistogram
 from pulmo_jax.data.images import ImageRef, Reader, find_masks
+from pulmo_jax.data.sources import image_suffixes
 from pulmo_jax.evaluation.calibration import Calibration, Calibrator
 from pulmo_jax.evaluation.metrics import PixelMetrics
 from pulmo_jax.inference.baselines import BASELINES, baseline_image_score
@@ -203,7 +204,7 @@ def truth_by_masks(
     Raises:
         InputError: If a mask is missing.
     """
-    mask_files = find_masks(folder, sorted({ref.name for ref in refs}))
+    mask_files = find_masks(folder, sorted({ref.name for ref in refs}), image_suffixes(reader.formats))
     masked = {ref.title: replace(ref, mask=mask_files[ref.name]) for ref in refs}
     for ref in masked.values():
         if ref.mask is None and not _is_normal(ref, normal_name):

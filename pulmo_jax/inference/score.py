@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pulmo_jax.core.tiling import blend_strips, cut_tiles
 from pulmo_jax.data.transforms import Preprocessing, finite, preprocess, resize_bands
-from pulmo_jax.host.resources import running_out_names
+from pulmo_jax.host.resources import explain_out_of_memory
 from pulmo_jax.methods.base import Detailed, Method, Params
 
 STRIP_PX = 2**20  # scored at a time; fewer rows of a wide image, so that its strips need no more memory
@@ -205,7 +205,7 @@ def on_devices(spec: PartitionSpec) -> NamedSharding:
 
 def naming_what_to_lower(tiles: Tiles, shape: tuple[int, ...]) -> AbstractContextManager[None]:
     """A lack of memory becomes an InputError."""
-    return running_out_names(
+    return explain_out_of_memory(
         f"scoring an image of {shape[0]} x {shape[1]} px",
         f"lower tiles.batch_size (now {tiles.batch_size}; of a finished run in its config.yaml), or leave out such "
         "large images by data.max_image_mb",

@@ -20,7 +20,7 @@ from pulmo_jax.config.section import Node
 from pulmo_jax.config.trainer import ClusterConfig
 from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.files import write_json
-from pulmo_jax.host.resources import require, running_out_names
+from pulmo_jax.host.resources import explain_out_of_memory, require
 from pulmo_jax.runs.directory import provenance, save_config, unseal
 from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices
@@ -135,7 +135,7 @@ def learn(learning: Learning, state: TrainState, before: Record, config: Any, pl
     with (
         Checkpoints(place.run_dir / "checkpoints", read_only=not first) as checkpoints,
         closing(read_ahead(learning, int(state.step))) as shares,
-        running_out_names("training", learning.remedy),
+        explain_out_of_memory("training", learning.remedy),
     ):
         begins = Start(
             run_dir=place.folder,

@@ -113,7 +113,7 @@ def test_fits_finds_the_first_image_with_the_axes_that_are_asked_for(tmp_path):
     fits.HDUList(hdus).writeto(tmp_path / "x.fits")
     np.testing.assert_array_equal(read_array(tmp_path / "x.fits", (3,)), cube)
     np.testing.assert_array_equal(read_array(tmp_path / "x.fits", (1,)), angles)
-    assert "images of shape (4, 5, 6), (4, 5, 6), (4,); needed: an array, 2-dim" in refusal(tmp_path / "x.fits", (2,))
+    assert "images of shape (4, 5, 6), (4, 5, 6), (4,); give an array, 2-dim" in refusal(tmp_path / "x.fits", (2,))
 
 
 def test_tile_compressed_fits(tmp_path):
@@ -178,7 +178,7 @@ def test_axes_of_length_one_at_the_ends_are_dropped(tmp_path, shape, dims, expec
     array = numbers(shape)
     path = write(tmp_path / "x.npy", array)
     if expected is None:
-        assert f"{shape} and type float32; needed: an array, {dims[0]}-dimensional" in refusal(path, dims)
+        assert f"{shape} and type float32; give an array, {dims[0]}-dimensional" in refusal(path, dims)
     else:
         np.testing.assert_array_equal(read_array(path, dims), array.reshape(expected))
 
@@ -187,8 +187,8 @@ def test_axes_of_length_one_at_the_ends_are_dropped(tmp_path, shape, dims, expec
 
 
 def test_missing_file_and_folder(tmp_path):
-    assert "there is no such file; name a FITS, TIFF, .npy or text file with the cube" in refusal(
-        tmp_path / "x.fits", what="the cube"
+    assert "there is no such file; give a FITS, TIFF, .npy or text file with the cube" in refusal(
+        tmp_path / "x.fits", description="the cube"
     )
     assert "is a folder" in refusal(tmp_path)
 
@@ -237,8 +237,8 @@ def test_no_values(tmp_path, name):
     [
         (b"", "is empty (0 bytes)"),
         (b"# nothing\n\n", "without numbers"),
-        (b"\x00\x01\x02", "of no known format"),
-        (b"\xff\xfe\xfa", "of no known format"),
+        (b"\x00\x01\x02", "unknown file format"),
+        (b"\xff\xfe\xfa", "unknown file format"),
         (b"angle\n1\n2\n", "could not convert string 'angle'"),
         (b"1,,2", "could not convert string ''"),
         (b"1 2\n3\n", "number of columns changed"),
@@ -273,7 +273,7 @@ def test_fits_table_that_is_cut_off(tmp_path):
 
 def test_fits_without_an_image(tmp_path):
     fits.PrimaryHDU().writeto(tmp_path / "x.fits")
-    assert "holds no image; needed: an array, 3-dimensional" in refusal(tmp_path / "x.fits")
+    assert "holds no image; give an array, 3-dimensional" in refusal(tmp_path / "x.fits")
 
 
 def lying(path: Path) -> Path:
@@ -296,7 +296,7 @@ def test_a_lying_header_takes_no_memory(tmp_path, name):
     path = lying(tmp_path / name)
     assert "(10000, 10000, 10000)" in (message := refusal(path))
     assert "the limit is 32 GiB" in message
-    assert "damaged or cut off: its header says" in refusal(path, max_bytes=2**60)
+    assert "damaged or cut off: its header declares" in refusal(path, max_bytes=2**60)
 
 
 def test_a_lying_tiff_takes_no_memory(tmp_path):
@@ -305,7 +305,7 @@ def test_a_lying_tiff_takes_no_memory(tmp_path):
         for tag in ("ImageWidth", "ImageLength", "RowsPerStrip"):
             tif.pages[0].tags[tag].overwrite(60000)
     assert "(60000, 60000, 1) float32" in refusal(tmp_path / "x.tif", (2,), max_bytes=2**30)
-    assert "damaged: 1 of 1 strips or tiles of page 0 listed, of 64 bytes" in refusal(tmp_path / "x.tif", (2,))
+    assert "damaged: 1 of 1 strips or tiles of page 0 listed, with 64 bytes" in refusal(tmp_path / "x.tif", (2,))
 
 
 @pytest.mark.parametrize("name", ["x.fits", "x.fits.gz", "x.tif", "x.npy"])

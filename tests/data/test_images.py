@@ -13,7 +13,7 @@ from PIL import Image
 from references.image_files import noise, write_all, write_dicom
 
 from pulmo_jax.data import images
-from pulmo_jax.data.images import ImageRef, Reader, find_mask, find_masks, group_of, index_images, same_scale
+from pulmo_jax.data.images import ImageRef, Reader, extract_group, find_mask, find_masks, index_images, same_scale
 from pulmo_jax.types import InputError, Window
 
 
@@ -182,10 +182,10 @@ def test_a_missing_mask_is_whole_foreground_or_a_reason_to_skip(folder, tmp_path
 def test_the_group_is_what_the_pattern_finds_in_the_name(regex, group):
     name = "site1/p07_slice3.tif"
     if group is not None:
-        assert group_of(name, regex) == group
+        assert extract_group(name, regex) == group
     else:
         with pytest.raises(InputError, match=r"data\.group_regex"):
-            group_of(name, regex)
+            extract_group(name, regex)
 
 
 def test_images_without_a_group_are_listed(folder):

@@ -92,13 +92,13 @@ def test_a_page_is_named_in_brackets(folder):
 def test_points_outside_of_their_image_are_kept_and_counted(folder):
     found = read_landmarks(table(folder, "a.png,-0.5,-0.5,29.5,19.5,3,3", "b.png,-0.6,5,29.6,5,5,19.6"), folder)
     assert found.outside.tolist() == [[False] * 3, [True] * 3]
-    assert "points outside of their image: 3, in 1 images (b.png)" in found.notes()[0]
+    assert "points outside their image: 3, in 1 images (b.png)" in found.notes()[0]
 
 
 def test_notes_name_images_without_a_row_and_rows_left_out(folder):
     found = read_landmarks(table(folder, "a.png,1,2,3,4,5,6", "none.png,1,2,3,4,5,6"), folder, on_error="skip")
     (left_out,), (unlabelled,) = found.notes(), without_row([found])
-    assert "rows left out: 1 (line 3: none.png: " in left_out
+    assert "rows skipped: 1 (line 3: none.png: " in left_out
     assert unlabelled.endswith("images without a row: 3 (b.png, c.png, sub/d.tif)")
     whole = table(folder, *(f"{name},1,2,3,4,5,6" for name in ("a.png", "b.png", "c.png", "sub/d.tif")))
     assert read_landmarks(whole, folder).notes() == without_row([read_landmarks(whole, folder), found]) == []
@@ -112,10 +112,10 @@ BAD_ROWS = {
     "b.png,1,2,3,-inf,5,6": "b.png: y2 is '-inf'",
     "b.png,1,2,3,4,5,1_0": "b.png: y3 is '1_0'",
     "b.png,1,2,3,4,5,1e7": "b.png: y3 is '1e7', must be a number of at most 1e\\+06 px",
-    "b.png,1,2,3,4,5": "has 6 cells, the header 7",
-    "b.png,1,2,3,4,5,6,7": "has 8 cells, the header 7",
+    "b.png,1,2,3,4,5": "has 6 cells, but the header has 7",
+    "b.png,1,2,3,4,5,6,7": "has 8 cells, but the header has 7",
     ",1,2,3,4,5,6": "has no filename",
-    "b.png,3,4,3,4,3,4": "b.png: all points have one place",
+    "b.png,3,4,3,4,3,4": r"b.png: all points coincide at \(4.0, 3.0\) \(y, x\)",
     "broken.png,1,2,3,4,5,6": "broken.png: .*",
 }
 
@@ -152,15 +152,15 @@ def test_an_unreadable_image_without_a_row_is_no_problem(folder):
 
 @pytest.mark.parametrize(("header", "message"), [
     ("name,x1,y1,x2,y2,x3,y3", "no column is named filename .found name, x1, y1, x2, y2, and 2 more."),
-    ("filename;x1;y1;x2;y2;x3;y3", "it has other separators; the header must be filename,x1,y1"),
+    ("filename;x1;y1;x2;y2;x3;y3", "it uses another separator; the header must be filename,x1,y1"),
     ("filename,x1,y1,x2,y2,x3", "goes up to point 3, but lacks y3"),
     ("filename,x1,y1,x2,y2,x4,y4", "goes up to point 4, but lacks x3, y3"),
     ("filename,x0,y0,x1,y1,x2,y2", "unknown columns: x0, y0"),
     ("filename,x1,y1,x2,y2,x3,y3,age", "unknown columns: age"),
     (",filename,x1,y1,x2,y2,x3,y3", "unknown columns: .column 1 has no name."),
-    ("filename,x1,y1,x2,y2,x3,y3,x1", "stand there twice: x1"),
-    ("filename,x1,y1,x2,y2", "has 2 points an image, at least 3 are needed"),
-    ("filename", "has 0 points an image"),
+    ("filename,x1,y1,x2,y2,x3,y3,x1", "repeated columns: x1"),
+    ("filename,x1,y1,x2,y2", "has 2 points per image, at least 3 are required"),
+    ("filename", "has 0 points per image"),
 ])  # fmt: skip
 def test_headers_that_are_refused(folder, header, message):
     path = table(folder, "a.png" + ",1,2" * 3, header=header)
@@ -172,7 +172,7 @@ def test_headers_that_are_refused(folder, header, message):
 def test_another_number_of_points_than_the_run_s_is_refused(folder):
     path = table(folder, "a.png,1,2,3,4,5,6")
     assert read_landmarks(path, folder, n_points=3).points.shape == (1, 3, 2)
-    with pytest.raises(InputError, match=r"points\.csv: has 3 points an image, not 15"):
+    with pytest.raises(InputError, match=r"points\.csv: has 3 points per image, not 15"):
         read_landmarks(path, folder, n_points=15, on_error="skip")
 
 
@@ -192,10 +192,10 @@ def test_two_rows_of_one_missing_image_are_refused(folder):
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "is empty"),
     (b"\n\n", "is empty"),
-    (HEADER.encode(), "has a header and no rows"),
-    (HEADER.encode("utf-16"), "is no text in UTF-8"),
-    (b"\xff\xd8\xff\xe0", "is no text in UTF-8"),
-    (HEADER.encode() + b'\n"a.png,1,2,3,4,5,6\n', "line 2 is no line of a CSV table"),
+    (HEADER.encode(), "has a header but no rows"),
+    (HEADER.encode("utf-16"), "is not UTF-8 text"),
+    (b"\xff\xd8\xff\xe0", "is not UTF-8 text"),
+    (HEADER.encode() + b'\n"a.png,1,2,3,4,5,6\n', "line 2 is not valid CSV"),
 ])  # fmt: skip
 def test_files_that_are_no_table(folder, content, message):
     path = folder.parent / "points.csv"
@@ -205,7 +205,7 @@ def test_files_that_are_no_table(folder, content, message):
 
 
 def test_a_table_that_is_not_there(folder):
-    with pytest.raises(InputError, match=r"none\.csv: there is no such file; name a table of landmarks"):
+    with pytest.raises(InputError, match=r"none\.csv: there is no such file; give a table of landmarks"):
         read_landmarks(folder / "none.csv", folder)
     with pytest.raises(InputError, match=r"is a folder"):
         read_landmarks(folder, folder)

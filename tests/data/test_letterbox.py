@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pulmo_jax.data.letterbox import into_square, letterbox_of, to_gray
+from pulmo_jax.data.letterbox import fit_letterbox, into_square, to_gray
 
 SIDES = st.integers(1, 300)
 
@@ -13,7 +13,7 @@ SIDES = st.integers(1, 300)
 @given(SIDES, SIDES, st.integers(8, 128))
 @settings(max_examples=60, deadline=None)
 def test_the_longer_side_fills_the_square_and_points_come_back(height, width, size):
-    box = letterbox_of((height, width), size)
+    box = fit_letterbox((height, width), size)
     points = np.random.default_rng(0).uniform(-50, 350, (5, 2))
     np.testing.assert_allclose(box.to_image(box.to_square(points)), points, atol=1e-9)
     corners = box.to_square(np.array([[-0.5, -0.5], [height - 0.5, width - 0.5]]))
@@ -31,7 +31,7 @@ def test_a_spot_is_found_where_its_point_goes(shape):
     assert square.shape == (64, 64)
     weights = np.where(square > 50, square, 0)
     centre = np.array([(weights * grid).sum() for grid in np.indices(square.shape)]) / weights.sum()
-    np.testing.assert_allclose(centre, letterbox_of(shape, 64).to_square(spot), atol=0.25)
+    np.testing.assert_allclose(centre, fit_letterbox(shape, 64).to_square(spot), atol=0.25)
 
 
 def test_edges_are_drawn_out_where_the_image_does_not_fill_the_square():

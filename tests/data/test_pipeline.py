@@ -21,7 +21,7 @@ from pulmo_jax.data.pipeline import (
     Augmentation,
     CellBatches,
     ReadPatches,
-    evenly,
+    evenly_spaced,
     every_patch_once,
     iterate,
     training_batches,
@@ -84,7 +84,7 @@ def batches_of(dataset, count: int, start: int = 0, threads: int = 0, workers: i
 
 
 def test_a_patch_is_the_window_of_the_normalised_image(read, refs):
-    mask_free = replace(read, how=preprocessing(SIZE, offset=(100.0,), scale=(50.0,), clip=(-1.0, 300.0)))
+    mask_free = replace(read, preprocessing=preprocessing(SIZE, offset=(100.0,), scale=(50.0,), clip=(-1.0, 300.0)))
     found = mask_free(np.array([[1, 0, 17]], np.int32))[0]
     expected = np.clip((places(1, SHAPES[1])[:8, 17:25] - 100) / 50, -1, 300)
     np.testing.assert_allclose(found[..., 0], expected, rtol=1e-6)
@@ -111,8 +111,8 @@ def test_a_patch_is_filled_outside_of_its_mask(tmp_path):
 
 
 def test_a_resized_image_is_read_whole(read, refs):
-    whole = replace(read, how=preprocessing(SIZE, resize=True))
-    expected = resize_bands(preprocess(places(0, SHAPES[0])[..., None], None, whole.how), SIZE, SIZE)
+    whole = replace(read, preprocessing=preprocessing(SIZE, resize=True))
+    expected = resize_bands(preprocess(places(0, SHAPES[0])[..., None], None, whole.preprocessing), SIZE, SIZE)
     np.testing.assert_array_equal(whole(np.array([[0, 0, 0]], np.int32))[0], expected)
 
 
@@ -179,7 +179,7 @@ def test_shares_of_several_processes_are_the_batches_of_one(cells, read, count):
 
 
 def test_batch_that_processes_cannot_divide_is_refused(cells, read):
-    with pytest.raises(InputError, match="trainer.batch_size=5 cannot be divided by 2 processes"):
+    with pytest.raises(InputError, match="trainer.batch_size=5 is not divisible by the number of processes, 2"):
         training_batches(cells, read, PLAIN, batch_size=5, seed=0, process_count=2)
 
 
@@ -223,7 +223,7 @@ def test_symmetries_are_drawn_evenly_and_leave_the_place_alone(cells, read):
 @settings(deadline=None)
 def test_validation_patches_are_spread_evenly_over_the_list(length, count):
     cells = np.stack([np.arange(length)] * 3, axis=1)
-    chosen = evenly(cells, count)[:, 0]
+    chosen = evenly_spaced(cells, count)[:, 0]
     assert len(chosen) == min(count, length)
     assert chosen[0] == 0
     if len(chosen) > 1:
@@ -261,7 +261,7 @@ def test_shares_of_one_pass_are_the_rows_of_one_process(read, cells):
     for k in (0, len(whole) - 1):
         for item in (0, 1):
             np.testing.assert_array_equal(np.concatenate([part[k][item] for part in parts]), whole[k][item])
-    with pytest.raises(InputError, match="cannot be divided by 4 processes"):
+    with pytest.raises(InputError, match="is not divisible by the number of processes, 4"):
         every_patch_once(cells, read, batch_size=6, process_count=4)
 
 

@@ -236,7 +236,7 @@ def test_no_psf(stamp, found):
 
 @pytest.mark.parametrize("radius", [None, 0.0, -1.0, 7.6, np.nan])
 def test_aperture_that_the_stamp_does_not_hold(radius):
-    with pytest.raises(InputError, match="radius up to 7.5 px"):
+    with pytest.raises(InputError, match="at most 7.5 px"):
         prepare_psf(gaussian(15, 7, 7), flux="aperture", aperture_px=radius)
 
 

@@ -83,7 +83,7 @@ def test_fine_volumes_are_averaged(monkeypatch):
     assert fine.layers.dtype == np.float32
 
 
-@pytest.mark.parametrize(("damage", "message"), [("labels", "both are needed"), ("hu", "holds no body")])
+@pytest.mark.parametrize(("damage", "message"), [("labels", "both are required"), ("hu", "shows no body")])
 def test_scan_without_lungs_or_body_is_refused(damage, message):
     hu, labels = chest()
     hu, labels = (hu, np.where(labels == 11, 0, labels)) if damage == "labels" else (hu * 0 - 1000, labels)
@@ -182,7 +182,7 @@ def test_opacities_are_in_the_lungs_and_only_add(anatomy):
 def test_scan_that_never_fits_is_refused(anatomy, monkeypatch):
     monkeypatch.setattr(radiographs, "CENTRE", (3.0, 0.5))
     monkeypatch.setattr(radiographs, "MAX_TRIES", 3)
-    with pytest.raises(InputError, match="None of 3 views"):
+    with pytest.raises(InputError, match="none of 3 random views"):
         radiographs.render(anatomy, np.random.default_rng(0), "Normal")
 
 
@@ -197,7 +197,7 @@ def test_prepared_folder_is_laid_out_as_a_users_own(tmp_path, monkeypatch):
     folder = tmp_path / "radiographs"
     radiographs.prepare(tmp_path, folder, {"tiny==1.0": {"cxr.nii.gz": "0"}})
     facts = json.loads((folder / "sample.json").read_text())
-    assert "one patient" in facts["licence"].lower()
+    assert "a single patient" in facts["licence"]
     assert facts["counts"] == {"train": 3, "val": 1, "test": 1}
     assert len(facts["files"]) == 5 + 3
     rows = list(csv.reader((folder / "landmarks_train.csv").read_text().splitlines()))

@@ -257,7 +257,7 @@ def test_without_network_the_command_says_what_to_do(registry, tmp_path, monkeyp
         samples.main()
     assert stop.value.code == 2
     *_, first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("tinyct==1.0 could not be downloaded (ERROR: No matching distribution")
+    assert first.startswith("tinyct==1.0 cannot be downloaded (ERROR: No matching distribution")
     assert "Connect to the network" in first
     assert "pulmo_jax.data.samples" in second
     assert str(tmp_path) in second

@@ -152,7 +152,7 @@ def test_no_file_stays_open(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "sampling", "message"),
     [
-        (lambda path: path.unlink(), SAMPLING, r"none of the 1 images could be read; the first: .*a\.tif"),
+        (lambda path: path.unlink(), SAMPLING, r"none of the 1 images can be read; the first error: .*a\.tif"),
         (lambda path: None, replace(SAMPLING, foreground_range=(-2.0, -1.0)), r"no patch of 8 px has 25% foreground"),
     ],
 )

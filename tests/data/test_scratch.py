@@ -74,7 +74,7 @@ def test_nothing_is_left_on_the_disk(refs, tmp_path):
 
 
 def test_pages_that_were_let_go_of_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "HELD_BYTES", 40_000)
+    monkeypatch.setattr(scratch, "MAX_RESIDENT_BYTES", 40_000)
     arrays = [np.random.default_rng(i).normal(size=(40, 50)) for i in range(10)]
     made = Scratch([(40, 50)] * 10, [np.dtype(float)] * 10, tmp_path)
     for _ in range(3):
@@ -101,7 +101,7 @@ def test_disk_without_room_is_an_error_with_the_remedy(refs, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(scratch.os, "posix_fallocate", full)
-    with pytest.raises(InputError, match=rf"{tmp_path}: no room for 0 MiB.*No space left.*data.decoded_mb=0"):
+    with pytest.raises(InputError, match=rf"{tmp_path}: no space for 0 MiB.*No space left.*data.decoded_mb=0"):
         DecodedReader(Reader(), refs, 1, Path(tmp_path))
     with pytest.raises(InputError, match="another folder with PULMO_JAX_CACHE$"):
         Scratch([(4, 4)], [np.dtype(float)], Path(tmp_path))

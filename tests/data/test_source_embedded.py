@@ -82,7 +82,7 @@ def test_a_dicom_frame_larger_than_its_header_says_is_refused(tmp_path):
 @pytest.mark.parametrize(("codec", "name"), [("jpegxl", "JPEGXL"), ("jpegxr", "JPEGXR")])
 def test_codecs_whose_size_is_not_known_beforehand_are_refused(tmp_path, codec, name):
     tifffile.imwrite(tmp_path / "x.tif", COLOUR, photometric="rgb", compression=codec)
-    with pytest.raises(InputError, match=f"compressed as {name}.*save it with deflate"):
+    with pytest.raises(InputError, match=f"compressed with {name}.*save it with deflate"):
         open_source(tmp_path / "x.tif")
 
 

@@ -55,7 +55,7 @@ def test_a_palette_that_is_missing_is_said(tmp_path):
     at = content.index(b"PLTE") - 4
     end = at + 12 + int.from_bytes(content[at : at + 4], "big")
     (tmp_path / "x.png").write_bytes(content[:at] + content[end:])
-    with pytest.raises(InputError, match=r"x\.png: its palette is missing"):
+    with pytest.raises(InputError, match=r"x\.png: damaged: its palette is missing"):
         open_source(tmp_path / "x.png")
 
 

@@ -291,7 +291,7 @@ def test_a_circle_of_directories_is_refused(tmp_path, target):
     content = bytearray((tmp_path / "x.tif").read_bytes())
     struct.pack_into("<I", content, last + 2 + 12 * tags, first if target == "first" else last)
     (tmp_path / "x.tif").write_bytes(content)
-    with pytest.raises(InputError, match="circle"):
+    with pytest.raises(InputError, match="circular"):
         open_source(tmp_path / "x.tif")
 
 

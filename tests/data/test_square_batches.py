@@ -71,7 +71,7 @@ def squares(tmp_path, monkeypatch):
 def test_squares_are_read_once_and_some_of_them_are_those(squares, tmp_path):
     assert squares.stack(np.array([[1, 2], [3, 3]]))[..., 0, 0].tolist() == [[10, 20], [30, 30]]
     (tmp_path / "3.png").unlink()
-    some = squares.of(np.array([5, 3]))
+    some = squares.subset(np.array([5, 3]))
     assert some.stack(np.array([0, 1]))[:, 0, 0].tolist() == [50, 30]
     with pytest.raises(ValueError, match="read-only"):
         some.get(0)[0, 0] = 1
@@ -90,7 +90,7 @@ def test_every_network_gets_rows_of_its_own_each_once_in_an_epoch(squares):
     assert sorted(epoch[:, 0].tolist()) == [0, 1, 2, 3]
     assert sorted(rows[0][:, 1].tolist()) == sorted(rows[1][:, 1].tolist()) == [4, 5]
     labels = np.arange(6) % 2
-    images, of = next(iter(iterate(member_batches(squares, labels, rows), 1, threads=2, prefetch=2)))
+    images, of = next(iter(iterate(member_batches(squares, labels, rows, 2), 1, threads=2, prefetch=2)))
     assert images.shape == (2, 2, 16, 16)
     assert (of == labels[rows[1]]).all()
     assert (images[..., 0, 0] == 10 * rows[1]).all()

@@ -16,16 +16,19 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from references.image_files import noise
+from references.own_format import OwnFormat, write_own
 from scipy.fft import dctn
 
 from pulmo_jax.data import near_copies, store_writing
 from pulmo_jax.data.images import Reader, index_images
-from pulmo_jax.data.near_copies import copies, joined_groups, look_of
-from pulmo_jax.data.sources import open_source
-from pulmo_jax.data.sources import store as stores
-from pulmo_jax.data.sources.store import Record, Store, damaged, digest, pack, unpack
+from pulmo_jax.data.near_copies import first_duplicates, merge_groups, perceptual_hash
+from pulmo_jax.data.sources import open_source, store_chunks
+from pulmo_jax.data.sources.store import Store, find_damaged
+from pulmo_jax.data.sources.store_chunks import pack, unpack
+from pulmo_jax.data.sources.store_index import Record, index_digest
 from pulmo_jax.data.store_log import Entry, Log
-from pulmo_jax.data.store_writing import ingest_folder, part_of, write_index
+from pulmo_jax.data.store_writing import ingest_folder, log_path, write_index
 from pulmo_jax.data.transforms import resize_bands
 from pulmo_jax.types import InputError, Window
 
@@ -83,8 +86,21 @@ def test_every_page_of_a_store_is_that_of_its_file(folder, tmp_path):
         np.testing.assert_array_equal(reader.image(record), reader.image(file))
         window = Window(7, 3, 20, 19)
         np.testing.assert_array_equal(reader.image(record, window), reader.image(file, window))
-    with pytest.raises(InputError, match=r"all\.h5: holds no nothing\.png"):
+    with pytest.raises(InputError, match=r"all\.h5: contains no image nothing\.png"):
         open_source(tmp_path / "all.h5" / "nothing.png")
+
+
+def test_images_of_an_own_format_are_stored_and_read_without_it(folder, tmp_path):
+    pixels = write_own(folder / "yes" / "g.own", noise((2, 9, 8, 1)))
+    own = (OwnFormat(),)
+    done = ingest(folder, tmp_path / "s.h5", group_regex=r"(\w)\.?\w*$", formats=own)
+    assert (done.decoded, done.failed) == (9, [])
+    assert {record.label for record in done.records if record.name == "yes/g.own"} == {"yes"}
+    refs = [ref for ref in pages(tmp_path / "s.h5") if ref.name == "yes/g.own"]
+    np.testing.assert_array_equal(np.stack([Reader().image(ref) for ref in refs]), pixels)
+    (folder / "yes" / "h.own").write_bytes(b"damaged")
+    (failed,) = ingest(folder, tmp_path / "s.h5", group_regex=r"(\w)\.?\w*$", formats=own).failed
+    assert failed.reason == f"{folder}/yes/h.own: is not an OWN file; convert it"
 
 
 def test_the_index_is_in_tables_and_in_json(folder, tmp_path):
@@ -123,7 +139,7 @@ def test_an_index_with_strings_of_any_length_is_read_too(folder, tmp_path):
     assert len(ingest(folder, tmp_path / "s.h5").records) == 9
     with Store(tmp_path / "s.h5") as store:
         assert list(store.records)[:8] == records
-        assert not damaged(store)
+        assert not find_damaged(store)
 
 
 def test_files_are_found_by_their_names(folder, tmp_path):
@@ -166,12 +182,12 @@ print(len(refs), len(failed), tracemalloc.get_traced_memory()[1])
 def test_the_digest_is_that_of_the_json_of_all_values(folder, tmp_path):
     records = ingest(folder, tmp_path / "s.h5").records
     text = json.dumps([list(asdict(record).values()) for record in records])
-    assert digest(records) == hashlib.sha256(text.encode()).hexdigest()
+    assert index_digest(records) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_large_pages_are_tiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(stores, "TILE_PX", 16)
+    monkeypatch.setattr(store_chunks, "MAX_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(store_chunks, "TILE_PX", 16)
     (tmp_path / "in").mkdir()
     image = picture(0, (50, 37), np.uint16)
     tifffile.imwrite(tmp_path / "in" / "large.tif", image)
@@ -227,8 +243,8 @@ def test_more_images_are_added_and_nothing_is_decoded_twice(folder, tmp_path, mo
         for record in store.records:
             if record.title in before:
                 assert (record.images, record.row) == (before[record.title].images, before[record.title].row)
-        assert not damaged(store)
-    assert not part_of(tmp_path / "s.h5").exists()
+        assert not find_damaged(store)
+    assert not log_path(tmp_path / "s.h5").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "metadata.json", "s.h5"]
 
 
@@ -239,7 +255,7 @@ def test_a_name_with_other_content_is_refused_and_the_store_stays(folder, tmp_pa
     with pytest.raises(InputError, match=r"s\.h5: 1 of these names are in the store with other content \(no/a\.png\)"):
         ingest(folder, tmp_path / "s.h5")
     assert (tmp_path / "s.h5").read_bytes() == bytes_before
-    assert not part_of(tmp_path / "s.h5").exists()
+    assert not log_path(tmp_path / "s.h5").exists()
 
 
 def test_a_file_that_cannot_be_read_is_named_and_the_others_are_there(folder, tmp_path):
@@ -310,8 +326,8 @@ ingest(Path({str(source)!r}), Path({str(target)!r}))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not target.exists() or len(Store(target).records) == 300
-        if part_of(target).exists():
-            log = Log(part_of(target))
+        if log_path(target).exists():
+            log = Log(log_path(target))
             assert len({entry.facts["content"] for entry in log.entries}) == len(log.entries) >= resumed
             resumed = len(log.entries)
             log.close()
@@ -319,33 +335,33 @@ ingest(Path({str(source)!r}), Path({str(target)!r}))
     assert len(done.records) == 300
     assert done.decoded <= 300 - resumed
     with Store(target) as store:
-        assert not damaged(store)
+        assert not find_damaged(store)
         np.testing.assert_array_equal(store.read(store.by_name["007.png"][0])[..., 0], picture(7, (64, 64)))
-    assert not part_of(target).exists()
+    assert not log_path(target).exists()
 
 
 def test_a_flipped_bit_is_found_and_named(folder, tmp_path):
     ingest(folder, tmp_path / "s.h5")
     with Store(tmp_path / "s.h5") as store:
-        assert damaged(store) == []
+        assert find_damaged(store) == []
         record = store.by_name["yes/c.tif"][0]
         info = store.file[f"images/{record.images}"].id.get_chunk_info(record.row)
     data = bytearray((tmp_path / "s.h5").read_bytes())
     data[info.byte_offset + info.size // 2] ^= 16
     (tmp_path / "s.h5").write_bytes(data)
     with Store(tmp_path / "s.h5") as store:
-        assert [record.name for record in damaged(store)] == ["yes/c.tif"]
+        assert [record.name for record in find_damaged(store)] == ["yes/c.tif"]
 
 
 def test_what_is_no_store_or_of_a_newer_schema_is_refused(folder, tmp_path):
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(InputError, match=r"other\.h5: is an HDF5 file but no store"):
+    with pytest.raises(InputError, match=r"other\.h5: is an HDF5 file but not a store"):
         index_images(tmp_path / "other.h5")
     ingest(folder, tmp_path / "s.h5")
     with h5py.File(tmp_path / "s.h5", "a") as file:
         file.attrs["version"] = 2
-    with pytest.raises(InputError, match=r"s\.h5: is a store of version 2, this program reads up to 1"):
+    with pytest.raises(InputError, match=r"s\.h5: has store version 2, but this program reads versions up to 1"):
         index_images(tmp_path / "s.h5")
     (tmp_path / "cut.h5").write_bytes((tmp_path / "s.h5").read_bytes()[:3000])
     with pytest.raises(InputError, match=r"cut\.h5: cannot be read"):
@@ -362,7 +378,7 @@ def test_readers_of_the_old_store_are_not_disturbed(folder, tmp_path):
     for ref, pixels in zip(refs, before, strict=True):
         np.testing.assert_array_equal(reader.image(ref), pixels)
     assert len(old.records) == 8
-    assert not damaged(old)
+    assert not find_damaged(old)
     assert len(pages(tmp_path / "s.h5")) == 9
 
 
@@ -390,12 +406,12 @@ def test_the_look_survives_size_quality_and_brightness(tmp_path):
     Image.fromarray(image).save(tmp_path / "a.jpg", quality=60)
     saved = np.asarray(Image.open(tmp_path / "a.jpg"))
     small = np.asarray(Image.fromarray(image).resize((64, 77), Image.Resampling.BILINEAR))
-    here = look_of(image[..., None])
+    here = perceptual_hash(image[..., None])
     for other in (saved, small, image // 2 + 20):
-        assert (here ^ look_of(other[..., None])).bit_count() <= 4
-    assert min((here ^ look_of(picture(s, (120, 100))[..., None])).bit_count() for s in range(10, 40)) > 8
-    assert look_of(np.full((9, 9, 1), 3.0)) == 0
-    assert look_of(np.full((9, 9, 1), np.nan)) == 0
+        assert (here ^ perceptual_hash(other[..., None])).bit_count() <= 4
+    assert min((here ^ perceptual_hash(picture(s, (120, 100))[..., None])).bit_count() for s in range(10, 40)) > 8
+    assert perceptual_hash(np.full((9, 9, 1), 3.0)) == 0
+    assert perceptual_hash(np.full((9, 9, 1), np.nan)) == 0
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((120, 100), np.uint8), ((31, 200), np.uint16), ((70, 20), np.float32)])
@@ -407,7 +423,7 @@ def test_the_look_is_that_of_pillow_and_scipy(shape, dtype, channels):
         lowest = np.asarray(dctn(resize_bands(gray, 32, 32)[..., 0].astype(np.float64)))
         lowest[0], lowest[:, 0] = lowest[0] / np.sqrt(2), lowest[:, 0] / np.sqrt(2)  # orthonormal
         lowest = lowest[:8, :8].ravel()[1:]
-        assert look_of(page) == sum(1 << i for i in np.flatnonzero(lowest > np.median(lowest)).tolist())
+        assert perceptual_hash(page) == sum(1 << i for i in np.flatnonzero(lowest > np.median(lowest)).tolist())
 
 
 def test_symmetric_images_have_a_look_too(tmp_path):
@@ -417,17 +433,17 @@ def test_symmetric_images_have_a_look_too(tmp_path):
         image = np.concatenate([left, left[:, ::-1]], 1)
         small = np.asarray(Image.fromarray(left).resize((48, 96), Image.Resampling.BILINEAR))
         other = np.concatenate([small, small[:, ::-1]], 1)
-        assert (look_of(image[..., None]) ^ look_of(other[..., None])).bit_count() <= 4
+        assert (perceptual_hash(image[..., None]) ^ perceptual_hash(other[..., None])).bit_count() <= 4
 
 
 def test_copies_are_linked_through_others():
     looks = np.array([0b0, 0b1111, 0b11111111, 1 << 40, 0b111111111111], np.uint64)
-    np.testing.assert_array_equal(copies(list("abcde"), looks, near_bits=4), [0, 1, 1, 3, 1])
-    np.testing.assert_array_equal(copies(["a", "b", "c", "a", "c"], np.zeros(5, np.uint64)), [0, 1, 2, 0, 2])
+    np.testing.assert_array_equal(first_duplicates(list("abcde"), looks, near_bits=4), [0, 1, 1, 3, 1])
+    np.testing.assert_array_equal(first_duplicates(["a", "b", "c", "a", "c"], np.zeros(5, np.uint64)), [0, 1, 2, 0, 2])
 
 
 def test_groups_are_joined_as_by_looking_at_every_pair(monkeypatch):
-    monkeypatch.setattr(near_copies, "AT_ONCE", 7)  # several blocks
+    monkeypatch.setattr(near_copies, "PAIRS_PER_BLOCK", 7)  # several blocks
     rng = np.random.default_rng(0)
     for _ in range(20):
         looks = rng.integers(0, 2**8, 30, np.uint64)
@@ -440,7 +456,7 @@ def test_groups_are_joined_as_by_looking_at_every_pair(monkeypatch):
         first = list(range(30))
         for _ in range(30):
             first = [min(first[j] for j in range(30) if linked(i, j)) for i in range(30)]
-        assert joined_groups(groups, contents, looks, near_bits=1) == [groups[i] for i in first]
+        assert merge_groups(groups, contents, looks, near_bits=1) == [groups[i] for i in first]
 
 
 BRAIN = Path(__file__).parents[3] / "shared/data/brain_mri"

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from pulmo_jax.data.images import Reader, index_images
-from pulmo_jax.data.near_copies import copies, look_of
+from pulmo_jax.data.near_copies import first_duplicates, perceptual_hash
 from pulmo_jax.data.synthetic_mri import COUNT, draw_slice, synthetic_mri, write_slices
 
 N = 60
@@ -43,8 +43,8 @@ def test_a_file_depends_on_its_number_and_the_seed_alone(folder, tmp_path):
 def test_copies_are_of_one_class_and_found_by_their_look(folder):
     refs, _ = index_images(folder)
     of, reader = groups(folder), Reader()
-    looks = np.array([look_of(reader.image(ref)) for ref in refs], np.uint64)
-    found = copies([ref.name for ref in refs], looks)
+    looks = np.array([perceptual_hash(reader.image(ref)) for ref in refs], np.uint64)
+    found = first_duplicates([ref.name for ref in refs], looks)
     same = np.array([[of[a.name] == of[b.name] for b in refs] for a in refs])
     together = found[:, None] == found
     apart = ~np.eye(N, dtype=bool)

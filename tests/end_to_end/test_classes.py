@@ -226,7 +226,7 @@ def test_drawn_slices_are_a_first_look(tmp_path):
     given = ["pulmo_jax.train", "+experiment=brain_mri", "data=synthetic_mri", f"data.cache={tmp_path / 'cache'}", *NET,
              "trainer.folds=1", "trainer.leak=false", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     text = call(*given)
-    assert "drawing 160 slices, once" in text
+    assert "drawing 160 synthetic slices (only once)" in text
     assert "drawn slices: a first look, no claim" in text
     assert "160 images (60 no, 100 yes)" in text
     text = call(*given, "resume=true", "trainer.steps=8")

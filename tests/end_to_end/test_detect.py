@@ -308,7 +308,7 @@ def test_what_is_wrong_with_a_stack_is_said_and_the_planet_found(job, planted, t
     words = " ".join(run.out.split())
     for said in (
         "2 blank, saturated or mostly non-finite frames are dropped: 3, 17", "25 pixels are left out",
-        "1 pixels never vary", "is cut to 47 x 47 px", "22 frames of 47 x 48 px", "rotating by 150.0 degrees",
+        "1 pixels never vary", "was cropped to 47 x 47 px", "22 frames of 47 x 48 px", "rotating by 150.0 degrees",
     ):  # fmt: skip
         assert said in words
     header = run.header()
@@ -534,7 +534,7 @@ def broken(files: dict[str, str], folder: Path, what: str) -> dict[str, str]:
     ("what", "file", "words"),
     [
         ("angles too many", "angles", "24 angles"),
-        ("axes transposed", "angles", "Axis 2 of the cube is that long"),
+        ("axes transposed", "angles", "Axis 2 of the cube has that length"),
         ("psf as cube", "cube", "(39, 39)"),
         ("cube as angles", "angles", "(24, 48, 48)"),
         ("angles not finite", "angles", "frame 5"),
@@ -561,8 +561,8 @@ def test_stack_that_cannot_be_used_is_one_message_that_names_the_file(command, f
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"hello world", "more than numbers"),
-        (b"\x00\x01\x02" * 100, "no known format"),
+        (b"hello world", "not a table of numbers"),
+        (b"\x00\x01\x02" * 100, "unknown file format"),
         (b"PK\x03\x04" + b"\0" * 60, "archive"),
         ("cut off", "damaged or cut off"),
     ],
@@ -583,7 +583,7 @@ def test_file_that_cannot_be_read_is_named(command, files, tmp_path, name, conte
     ("changes", "words"),
     [
         ({"data.centre": "[200,3]"}, "outside the frames"),
-        ({"data.psf_flux": "aperture", "data.psf_aperture_px": 30}, "radius 30"),
+        ({"data.psf_flux": "aperture", "data.psf_aperture_px": 30}, "radius of 30"),
     ],
     ids=str,
 )

@@ -108,13 +108,13 @@ def test_files_with_a_set_of_spectra_and_scaled_frames(cache, made, tmp_path, sy
 @pytest.mark.parametrize(
     ("changes", "named", "words"),
     [
-        ({"wavelengths": np.array([1.0, 1.1, 1.2])}, "wavelengths", "holds 3 wavelengths"),
-        ({"wavelengths": np.array([1.0, 1.0])}, "wavelengths", "2 channels have the wavelength 1"),
-        ({"wavelengths": np.array([1.0, -1.0])}, "wavelengths", "not above 0"),
+        ({"wavelengths": np.array([1.0, 1.1, 1.2])}, "wavelengths", "has 3 wavelengths"),
+        ({"wavelengths": np.array([1.0, 1.0])}, "wavelengths", "2 channels have the same wavelength, 1"),
+        ({"wavelengths": np.array([1.0, -1.0])}, "wavelengths", "not positive"),
         ({"spectrum": np.ones(3)}, "spectrum", "the stack has 2 channels"),
         ({"spectrum": np.array([1.0, -1.0])}, "spectrum", "not negative"),
         ({"spectrum": np.zeros(2)}, "spectrum", "not all 0"),
-        ({"psf": np.ones((3, 9, 9))}, "psf", "3 images of the PSF"),
+        ({"psf": np.ones((3, 9, 9))}, "psf", "3 PSF images"),
         ({"cube": np.ones((2, 26, 46, 46))}, "cube", "no channel can be used"),
     ],
     ids=["count", "equal", "negative", "length", "spectrum negative", "spectrum empty", "psfs", "bad channels"],
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_by_name(cache, made, tmp_path, changes, na
 def test_a_cube_of_several_wavelengths_needs_them(cache, made, tmp_path):
     given = files(tmp_path, made)
     del given["wavelengths"]
-    with pytest.raises(InputError, match="needs its wavelengths too: data.wavelengths"):
+    with pytest.raises(InputError, match="also requires data.wavelengths=FILE"):
         run(cache, tmp_path / "run", **given)
 
 

@@ -52,7 +52,7 @@ def test_training_from_a_store_is_training_from_its_folder(folders, tmp_path):
             for name in of:
                 text = call("pulmo_jax.ingest", f"input={of[name]}", f"output={tmp_path / name}.h5")
                 of[name] = tmp_path / f"{name}.h5"
-            assert "3 images decoded, 0 were there or are copies" in text
+            assert "3 images decoded, 0 already present or duplicates" in text
         rows = train(tmp_path / kind, of["train"], f"data.val={of['val']}")
         out = tmp_path / f"{kind}_out"
         call("pulmo_jax.predict", f"run={tmp_path / kind}", f"input={of['new']}", f"output={out}")
@@ -72,10 +72,12 @@ def test_ingest_tells_what_it_did_and_what_is_wrong(folders, tmp_path):
     (tmp_path / "in" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     store = tmp_path / "sub" / "s.h5"
     text = call("pulmo_jax.ingest", f"input={tmp_path / 'in'}", f"output={store}", status=3)
-    assert "1 images decoded, 1 were there or are copies, 1 failed; the store holds 2 images in 1 groups" in text
+    assert (
+        "1 images decoded, 1 already present or duplicates, 1 failed; the store contains 2 images in 1 groups" in text
+    )
     assert "cut.png" in text
     assert sorted(path.name for path in store.parent.iterdir()) == ["metadata.json", "s.h5"]
-    assert "2 of 2 images are as they were put in" in call("pulmo_jax.ingest", f"output={store}", "verify=true")
+    assert "2 of 2 images are intact" in call("pulmo_jax.ingest", f"output={store}", "verify=true")
     assert "input must be given" in call("pulmo_jax.ingest", f"output={store}", status=2)
     (tmp_path / "text.h5").write_text("nothing")
     text = call("pulmo_jax.train", "+experiment=lung", f"data.train={tmp_path / 'text.h5'}", status=2)

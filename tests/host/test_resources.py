@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pulmo_jax.host import resources
-from pulmo_jax.host.resources import available_bytes, require, running_out_names
+from pulmo_jax.host.resources import available_bytes, explain_out_of_memory, require
 from pulmo_jax.types import InputError
 
 
@@ -43,7 +43,7 @@ def test_limit_of_a_control_group_counts_without_its_cache(monkeypatch, tmp_path
 def test_allocation_that_xla_refuses_names_the_remedy():
     """A real one: more than any address space."""
     with pytest.raises(InputError, match=r"out of memory in training \(.*; lower it") as error:
-        with running_out_names("training", "lower it"):
+        with explain_out_of_memory("training", "lower it"):
             jax.jit(lambda: jnp.ones((2**22, 2**22)) * 2)().block_until_ready()
     assert len(str(error.value).splitlines()) == 1
 
@@ -51,15 +51,15 @@ def test_allocation_that_xla_refuses_names_the_remedy():
 def test_allocation_that_python_refuses_names_the_remedy():
     with (
         pytest.raises(InputError, match="out of memory in training; lower it"),
-        running_out_names("training", "lower it"),
+        explain_out_of_memory("training", "lower it"),
     ):
         bytearray(2**62)
 
 
 def test_other_errors_are_left_alone():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), running_out_names("training", "lower it"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explain_out_of_memory("training", "lower it"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
-    with pytest.raises(ZeroDivisionError), running_out_names("training", "lower it"):
+    with pytest.raises(ZeroDivisionError), explain_out_of_memory("training", "lower it"):
         1 / 0  # noqa: B018
 
 

@@ -1,90 +1,123 @@
-"""Image files: TIFF, PNG, JPEG, DICOM, NIfTI and the records of a store behind one `open_source`."""
+"""Image files: TIFF, PNG, JPEG, DICOM, NIfTI and images in a store, opened by `open_source`."""
 
 import gzip
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pulmo_jax.data.sources.dicom import open_dicom
+from pulmo_jax.data.sources.formats import Format, find_format, open_with
 from pulmo_jax.data.sources.nifti import open_nifti
 from pulmo_jax.data.sources.raster import open_jpeg, open_png
 from pulmo_jax.data.sources.source import ImageSource, check_is_file, decoding
-from pulmo_jax.data.sources.store import in_store, is_store, open_record, opened
+from pulmo_jax.data.sources.store import in_store, is_store, open_record, open_store
 from pulmo_jax.data.sources.tiff import open_tiff
 from pulmo_jax.types import InputError
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".dcm", ".nii", ".nii.gz")
-# Listed too, so that no picture is passed over in silence: to open one says that it is not read.
-_OTHER_PICTURES = (".gif", ".webp", ".bmp", ".jp2", ".heic", ".avif")
+_BUILT_IN = ("TIFF", "PNG", "JPEG", "DICOM", "NIfTI")
+# Unsupported image formats are listed, too, so that they are reported as errors instead of being skipped silently.
+_UNSUPPORTED_SUFFIXES = (".gif", ".webp", ".bmp", ".jp2", ".heic", ".avif")
 
-_HEAD_BYTES = 352  # up to the end of NIfTI's magic, the last of all
+_HEAD_BYTES = 352  # up to the magic number of NIfTI, the last one in any format
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, either byte order
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30) -> ImageSource:
-    """Opens an image file; its content decides the format, not its name.
+def image_suffixes(formats: Sequence[Format] = ()) -> tuple[str, ...]:
+    """Suffixes of image files: those of the built-in formats and of a user's own."""
+    return (*IMAGE_SUFFIXES, *(suffix for f in formats for suffix in f.suffixes))
 
-    max_bytes: limit on the decoded size of one page, checked from the header before anything is decoded.
-    Raises InputError for what cannot be read.
+
+def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30, formats: Sequence[Format] = ()) -> ImageSource:
+    """Open an image file.
+
+    A file with a suffix of a user's format is opened by that format. Otherwise the content determines the format, not
+    the file name.
+
+    Args:
+        path: Image file, or STORE.h5/name for an image in a store.
+        max_bytes: Limit on the decoded size of a page in bytes, checked from the header before anything is decoded.
+        formats: The user's own formats.
+
+    Returns:
+        The open file.
+
+    Raises:
+        InputError: The file cannot be read, has an unknown format or exceeds the limit.
     """
     path = Path(path)
-    if (place := in_store(path)) is not None:
-        return open_record(*place, max_bytes)
+    if (record := in_store(path)) is not None:
+        return open_record(*record, max_bytes)
     with decoding(path):
         check_is_file(path, "an image file")
+        if (image_format := find_format(path, formats)) is not None:
+            return open_with(image_format, path, max_bytes)
         head = _head(path)
         opener = _opener(_unzipped_head(path) if head.startswith(_GZIP_MAGIC) else head)
         if opener is None:
-            found = "is empty (0 bytes)" if not head else "its content is of no known format"
+            problem = "is empty (0 bytes)" if not head else "unknown image format"
+            *others, last = (*_BUILT_IN, *(f"*{suffix}" for f in formats for suffix in f.suffixes))
             raise InputError(
-                f"{path}: {found}; what can be read is TIFF, PNG, JPEG, DICOM and NIfTI: save it as one of these, or "
-                "move it away"
+                f"{path}: {problem}; supported formats are {', '.join(others)} and {last}: convert the file or move it "
+                "away"
             )
         return opener(path, max_bytes)
 
 
-def list_images(folder: Path | str) -> list[Path]:
-    """The image files of a folder and of its subfolders, sorted, by suffix, also of kinds that are not read; a file is
-    listed by itself.
+def list_images(folder: Path | str, formats: Sequence[Format] = ()) -> list[Path]:
+    """List the image files of a folder and its subfolders.
 
-    DICOM files without a suffix are found by their content. Hidden files and folders are left out, and so are folders,
-    pipes, sockets and devices. A link whose file is not there is listed: to open it tells what is wrong.
-    Raises InputError for a folder that holds no images or one below it that cannot be listed.
+    Files are selected by suffix, including unsupported image formats; DICOM files without a suffix are recognised by
+    content. Hidden files and folders, pipes, sockets and devices are ignored. Broken links are listed, so that opening
+    them reports the problem.
+
+    Args:
+        folder: The folder. An image file is listed by itself, and a store as the images in it.
+        formats: The user's own formats, whose files are listed, too.
+
+    Returns:
+        The files, sorted.
+
+    Raises:
+        InputError: The folder holds no images, or a subfolder cannot be listed.
     """
-    folder = Path(folder)
+    folder, suffixes = Path(folder), image_suffixes(formats)
     with decoding(folder):
         if folder.is_file():
-            return sorted(folder / name for name in opened(folder).by_name) if is_store(folder) else [folder]
+            stored = find_format(folder, formats) is None and is_store(folder)
+            return sorted(folder / name for name in open_store(folder).by_name) if stored else [folder]
         if not folder.is_dir():
-            raise InputError(f"{folder}: there is no such folder or file")
-        images = sorted(path for path in _visible_files(folder) if _is_image(path))
+            raise InputError(f"{folder}: no such folder or file; correct the path")
+        images = sorted(path for path in _visible_files(folder) if _is_image(path, suffixes))
         if not images:
-            allowed = ", ".join(IMAGE_SUFFIXES)
-            raise InputError(f"{folder}: holds no images; what is looked for is {allowed} and DICOM without a suffix")
+            allowed = ", ".join(suffixes)
+            raise InputError(f"{folder}: holds no images ({allowed}, or DICOM without a suffix); give another folder")
         return images
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """Files below, through links too; a link back to a folder that it lies in is not followed."""
+    """All files below a folder. Links are followed, except to a folder that contains the link."""
 
     def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):  # a folder that vanished holds nothing
-            raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); allow it or move it away")
+        if not isinstance(error, FileNotFoundError):  # a folder deleted meanwhile has no files
+            raise InputError(
+                f"{error.filename}: cannot be listed ({error.strerror}); change its permissions or move it away"
+            )
 
     for name, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        here = Path(name)
-        parents = [folder / parent for parent in here.relative_to(folder).parents]
-        if any(parent.samefile(here) for parent in parents if parent != here):
+        current = Path(name)
+        parents = [folder / parent for parent in current.relative_to(folder).parents]
+        if any(parent.samefile(current) for parent in parents if parent != current):
             subfolders.clear()
             continue
         subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
-        yield from (here / file for file in files if not file.startswith("."))
+        yield from (current / file for file in files if not file.startswith("."))
 
 
-def _is_image(path: Path) -> bool:
-    # Names of DICOM files are often identifiers, numbers with dots; a DICOMDIR is a table of contents.
-    image = path.name.lower().endswith((*IMAGE_SUFFIXES, *_OTHER_PICTURES))
+def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
+    # DICOM files are often named by identifiers, numbers with dots; a DICOMDIR is a table of contents.
+    image = path.name.lower().endswith((*suffixes, *_UNSUPPORTED_SUFFIXES))
     suffixless = path.suffix == "" or path.suffix[1:].isdigit()
     if not image and (not suffixless or path.name.upper() == "DICOMDIR"):
         return False
@@ -92,7 +125,7 @@ def _is_image(path: Path) -> bool:
         if not path.is_file():
             return image and path.is_symlink() and not path.exists()
         return image or _opener(_head(path)) is open_dicom
-    except OSError:  # to open it tells what is wrong
+    except OSError:  # listed, so that opening it reports the problem
         return True
 
 
@@ -107,7 +140,7 @@ def _unzipped_head(path: Path) -> bytes:
 
 
 def _opener(head: bytes) -> Callable[[Path, int], ImageSource] | None:
-    if head[128:132] == b"DICM":  # first, because the 128 bytes before it may be anything, a TIFF's head too
+    if head[128:132] == b"DICM":  # first, because its preamble may be anything, even the head of a TIFF
         return open_dicom
     if head.startswith(_TIFF_MAGIC):
         return open_tiff

@@ -1,9 +1,8 @@
-"""DICOM, through pydicom: single and multi-frame, greyscale and RGB.
+"""DICOM files, read with pydicom: single-frame and multi-frame, greyscale and RGB.
 
-Pages are frames. Rescale slope and intercept are applied: where the slope is 1 and the intercept a whole
-number, the pixels stay integers, otherwise they become float32 (float64 beyond 24 bits). MONOCHROME1, whose
-larger values are darker, is inverted within the stored range. A lookup table (palette or modality) is
-refused, not ignored.
+Pages are frames. Rescale slope and intercept are applied. If the slope is 1 and the intercept is an integer, pixels
+stay integers; otherwise they become float32, or float64 above 24 bits. MONOCHROME1, in which larger values are darker,
+is inverted within the stored range. Files with a lookup table (palette or modality) are refused.
 """
 
 import os
@@ -25,12 +24,21 @@ from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding
 from pulmo_jax.types import ImageTags, InputError
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
-_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom makes them all RGB
-_PIXEL_DATA_HEAD = 12  # bytes of tag, value representation and length; compressed syntaxes have explicit ones
-_MAX_FLOAT32_BITS = 24  # float32 holds whole numbers of up to 24 bits exactly
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom converts all of them to RGB
+_PIXEL_DATA_HEAD = 12  # bytes of tag, value representation and length, which are explicit in compressed syntaxes
+_MAX_FLOAT32_BITS = 24  # float32 represents integers of up to 24 bits exactly
 
 
 def open_dicom(path: Path, max_bytes: int) -> ImageSource:
+    """Open a DICOM file.
+
+    Args:
+        path: The file.
+        max_bytes: Limit on the decoded size of a frame in bytes.
+
+    Raises:
+        InputError: The file cannot be read, is not supported or exceeds the limit.
+    """
     with decoding(path):
         syntax = read_file_meta_info(path).TransferSyntaxUID
         _check_transfer_syntax(path, syntax)
@@ -57,11 +65,11 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
 
 
 def _check_transfer_syntax(path: Path, syntax: UID) -> None:
-    if syntax == DeflatedExplicitVRLittleEndian:  # its header is inside of the deflated stream, of unknown size
-        raise InputError(f"{path}: a deflated DICOM file; save it uncompressed, for example with dcmconv +te")
+    if syntax == DeflatedExplicitVRLittleEndian:  # its header is part of the deflated stream, of unknown size
+        raise InputError(f"{path}: is a deflated DICOM file; save it uncompressed, for example with dcmconv +te")
     if not get_decoder(syntax).is_available:
         raise InputError(
-            f"{path}: compressed as {syntax.name}, for which no decoder is installed.\n"
+            f"{path}: is compressed with {syntax.name}, for which no decoder is installed.\n"
             "Install one: pip install 'pulmo-jax[dicom]'"
         )
 
@@ -70,13 +78,13 @@ def _check_colours(path: Path, header: Dataset) -> None:
     samples, colours = header.SamplesPerPixel, str(header.PhotometricInterpretation)
     if (samples, colours) not in [(1, grey) for grey in _GREY] + [(3, colour) for colour in _COLOUR]:
         allowed = ", ".join(_GREY + _COLOUR)
-        raise InputError(f"{path}: {colours:.40} with {samples} samples for a pixel; what can be read is {allowed}")
+        raise InputError(f"{path}: has colour space {colours:.40} with {samples} samples per pixel; allowed: {allowed}")
     if "ModalityLUTSequence" in header:
         raise InputError(f"{path}: has a modality lookup table; save it with rescale slope and intercept instead")
 
 
 def _encoded(path: Path, frame: int, frames: int) -> bytes:
-    """A compressed frame as it stands in the file."""
+    """The encoded bytes of a frame."""
     with path.open("rb") as file:
         header = dcmread(file, stop_before_pixels=True)
         file.seek(_PIXEL_DATA_HEAD, os.SEEK_CUR)
@@ -86,23 +94,25 @@ def _encoded(path: Path, frame: int, frames: int) -> bytes:
 
 
 def _check_length(path: Path, header: Dataset, pixel_bytes: int) -> None:
-    """Finds an uncompressed file that was cut off before any of its pixels are read."""
+    """Detect a truncated uncompressed file before reading any pixels."""
     size = path.stat().st_size
     native = not header.file_meta.TransferSyntaxUID.is_compressed
     if native and header.PhotometricInterpretation != "YBR_FULL_422" and size < pixel_bytes:
-        raise InputError(f"{path}: cut off: has {size} bytes, its header says {pixel_bytes} of pixels alone")
+        raise InputError(
+            f"{path}: cut off: has {size} bytes, but its header declares {pixel_bytes} bytes of pixels; copy it again"
+        )
 
 
 def _stored_type(header: Dataset) -> np.dtype:
     if "PixelRepresentation" not in header or header.BitsAllocated not in (1, 8, 16, 32):
-        raise ValueError(f"{header.BitsAllocated} bits for a sample; what can be read is integers of 1 to 32 bits")
+        raise ValueError(f"{header.BitsAllocated} bits per sample; allowed: integers of 1 to 32 bits")
     if not 1 <= header.BitsStored <= header.BitsAllocated:
         raise ValueError(f"{header.BitsStored} bits stored of {header.BitsAllocated} bits allocated")
     return np.dtype(f"{'i' if header.PixelRepresentation else 'u'}{max(1, header.BitsAllocated // 8)}")
 
 
 def _frame_value(header: Dataset, frame: int, group: str, keyword: str) -> Any:
-    """An attribute of a frame; enhanced objects keep it in functional groups of the frame or of all."""
+    """An attribute of a frame; enhanced objects keep it in per-frame or shared functional groups."""
     own = header.get("PerFrameFunctionalGroupsSequence") or []
     shared = header.get("SharedFunctionalGroupsSequence") or []
     for groups in (*own[frame : frame + 1], *shared):
@@ -113,7 +123,7 @@ def _frame_value(header: Dataset, frame: int, group: str, keyword: str) -> Any:
 
 
 def _rescales(header: Dataset, frames: int) -> set[tuple[float, float]]:
-    """Every slope and intercept of an object: one for all frames, or one for each."""
+    """All rescale slopes and intercepts, common to all frames or one per frame."""
     groups = len(header.get("PerFrameFunctionalGroupsSequence") or [])
     if groups not in (0, frames):
         raise ValueError(f"{groups} functional groups for {frames} frames")
@@ -121,7 +131,7 @@ def _rescales(header: Dataset, frames: int) -> set[tuple[float, float]]:
 
 
 def _rescale(header: Dataset, frame: int) -> tuple[float, float]:
-    """Slope and intercept of a frame."""
+    """Rescale slope and intercept of a frame."""
     if header.SamplesPerPixel > 1:
         return 1.0, 0.0
     keywords = ("RescaleSlope", "RescaleIntercept")
@@ -150,16 +160,16 @@ def _rescaled(pixels: np.ndarray, slope: float, intercept: float, dtype: np.dtyp
         return pixels
     if dtype.kind == "f":
         return (pixels * slope + intercept).astype(dtype)
-    # `dtype` was chosen to hold the sum, so a wrap-around of unsigned 32 bits on the way undoes itself.
+    # `dtype` can represent the sum, so a wrap-around of unsigned 32-bit values cancels.
     return np.add(pixels, np.int32(intercept), dtype=np.int32, casting="unsafe").astype(dtype)
 
 
 def _inverted(pixels: np.ndarray, bits: int) -> np.ndarray:
-    """max + min - x of the stored range."""
+    """max + min - x over the stored range."""
     return ~pixels if pixels.dtype.kind == "i" else pixels.dtype.type(2**bits - 1) - pixels
 
 
 def _tags(header: Dataset) -> ImageTags:
-    """PixelSpacing is in mm, of rows (y) first."""
+    """Resolution from PixelSpacing, which is in mm, rows (y) first."""
     y, x = (float(mm) for mm in _frame_value(header, 0, "PixelMeasuresSequence", "PixelSpacing") or (0, 0))
     return ImageTags(resolution=(10 / x, 10 / y, 3) if x > 0 and y > 0 else None)

@@ -1,8 +1,8 @@
-"""NIfTI-1 and -2 in one file (.nii, .nii.gz): nibabel reads the header, a plane is one seek and one read.
+"""Single-file NIfTI-1 and NIfTI-2 (.nii, .nii.gz): nibabel reads the header, and a plane is one seek and one read.
 
-Page k is data[:, :, k].T: columns are the first axis, rows the second, pages the third, channels the fourth.
-The orientation of the affine is not applied. A .nii.gz is unpacked, when first read, into a temporary file
-without a name: this verifies its checksum, and makes its planes as quick to reach as those of a .nii.
+Page k is data[:, :, k].T: columns are the first axis, rows the second, pages the third and channels the fourth. The
+orientation of the affine is not applied. A .nii.gz file is unpacked on first read into an anonymous temporary file,
+which verifies its checksum and gives fast access to its planes.
 """
 
 import gzip
@@ -20,12 +20,21 @@ from nibabel.nifti2 import Nifti2Header
 from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding, whole_pages
 from pulmo_jax.types import ImageTags, InputError
 
-_UNPACKED_AT_ONCE = 2**20  # bytes
-_MAX_FOLLOWING = 64 * 2**20  # bytes behind the pixels, besides as many as the file should have
+_UNZIP_CHUNK_BYTES = 2**20
+_MAX_TRAILING_BYTES = 64 * 2**20  # allowed after the pixels, in addition to the size that the header declares
 _UNIT_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 
 def open_nifti(path: Path, max_bytes: int) -> ImageSource:
+    """Open a NIfTI file.
+
+    Args:
+        path: The file.
+        max_bytes: Limit on the decoded size of a plane in bytes.
+
+    Raises:
+        InputError: The file cannot be read, is not supported or exceeds the limit.
+    """
     with ExitStack() as stack, decoding(path):
         file = stack.enter_context(path.open("rb"))
         zipped = file.read(2) == b"\x1f\x8b"
@@ -41,7 +50,7 @@ def open_nifti(path: Path, max_bytes: int) -> ImageSource:
         start, plane_bytes = header.get_data_offset(), i * j * stored.itemsize
         stop = start + k * channels * plane_bytes
         if not zipped and (size := path.stat().st_size) < stop:
-            raise InputError(f"{path}: cut off: has {size} bytes, its header says {stop}")
+            raise InputError(f"{path}: cut off: has {size} bytes, but its header declares {stop}; copy it again")
         resources = stack.pop_all()
         voxels = _unpacker(path, file, stop, resources) if zipped else lambda: file
 
@@ -56,7 +65,7 @@ def open_nifti(path: Path, max_bytes: int) -> ImageSource:
 
 
 def _header(file: BufferedIOBase) -> Nifti1Header:
-    """Of the version that the header's own length tells, in either byte order."""
+    """The header, whose own length identifies its version, in either byte order."""
     length = file.read(4)
     file.seek(0)
     version_2 = 540 in (int.from_bytes(length, "little"), int.from_bytes(length, "big"))
@@ -64,9 +73,9 @@ def _header(file: BufferedIOBase) -> Nifti1Header:
 
 
 def _axes(path: Path, header: Nifti1Header) -> tuple[int, int, int, int]:
-    """Lengths (i, j, k, channels); those left out are 1."""
+    """Lengths (i, j, k, channels) of the axes; missing axes have length 1."""
     if not header["magic"].tobytes().startswith(b"n+"):
-        raise InputError(f"{path}: the header of an .hdr/.img pair; save both as one .nii file")
+        raise InputError(f"{path}: is the header of an .hdr/.img pair; save both as one .nii file")
     lengths = [int(length) for length in header.get_data_shape()]
     if not 2 <= len(lengths) <= 4 or min(lengths) < 1:
         raise InputError(f"{path}: has axes of {lengths} voxels; save it with 2 to 4 axes, none of them empty")
@@ -77,12 +86,12 @@ def _axes(path: Path, header: Nifti1Header) -> tuple[int, int, int, int]:
 def _stored_type(path: Path, header: Nifti1Header) -> np.dtype:
     stored = header.get_data_dtype()
     if stored.kind not in "iuf" or stored.itemsize > 8:
-        raise InputError(f"{path}: voxels of type {stored}; save it as integers or floats of up to 64 bits")
+        raise InputError(f"{path}: has voxels of type {stored}; save it as integers or floats of up to 64 bits")
     return stored
 
 
 def _scale(header: Nifti1Header) -> tuple[float, float] | None:
-    """Slope and intercept, None if they leave the values as they are."""
+    """Slope and intercept; None if the values are unscaled."""
     slope, intercept = header.get_slope_inter()
     if slope is None or intercept is None or (slope, intercept) == (1, 0):
         return None
@@ -90,12 +99,12 @@ def _scale(header: Nifti1Header) -> tuple[float, float] | None:
 
 
 def _scaled_type(stored: np.dtype) -> np.dtype:
-    """float32 where it holds every stored value exactly."""
+    """float32 if it represents every stored value exactly, otherwise float64."""
     return np.dtype(np.float32 if np.can_cast(stored, np.float32) else np.float64)
 
 
 def _tags(header: Nifti1Header) -> ImageTags:
-    """Pixels per centimetre; by custom, lengths without a unit are in mm."""
+    """Resolution in pixels per centimetre. By convention, lengths without a unit are in mm."""
     mm = _UNIT_MM.get(str(header.get_xyzt_units()[0]), 1.0)
     x, y = (float(zoom) * mm for zoom in header.get_zooms()[:2])
     known = 0 < x < np.inf and 0 < y < np.inf
@@ -111,9 +120,9 @@ def _read(file: BufferedIOBase, offset: int, size: int) -> bytes:
 
 
 def _unpacker(path: Path, file: BufferedIOBase, stop: int, resources: ExitStack) -> Callable[[], BufferedIOBase]:
-    """The first call unpacks `file`, of which the header declares `stop` bytes.
+    """A function whose first call unpacks `file`, for which the header declares `stop` bytes.
 
-    What follows those is not kept, but read: the checksum, which covers the header too, stands at the very end.
+    Data after these bytes are read but not kept: the checksum, which also covers the header, is at the very end.
     """
 
     @cache
@@ -121,10 +130,12 @@ def _unpacker(path: Path, file: BufferedIOBase, stop: int, resources: ExitStack)
         target = resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (closed with the source)
         file.seek(0)
         with gzip.GzipFile(fileobj=file) as source:
-            while chunk := source.read(_UNPACKED_AT_ONCE):
+            while chunk := source.read(_UNZIP_CHUNK_BYTES):
                 target.write(chunk[: max(0, stop - target.tell())])
-                if source.tell() > 2 * stop + _MAX_FOLLOWING:
-                    raise InputError(f"{path}: damaged: unpacks to far more than the {stop} bytes of its header")
+                if source.tell() > 2 * stop + _MAX_TRAILING_BYTES:
+                    raise InputError(
+                        f"{path}: damaged: unpacks to far more than the {stop} bytes that its header declares"
+                    )
         return target
 
     return unpacked

@@ -1,15 +1,16 @@
-"""PNG and JPEG, through Pillow; 16-bit PNG through libpng, because Pillow squeezes 16-bit colour to 8 bits, and whole
-JPEGs through libjpeg, which takes half the time without Pillow around it.
+"""PNG and JPEG files.
 
-Pixels are as stored: an EXIF orientation is not applied. Palette and CMYK images become RGB, an alpha channel
-is dropped, 1-bit images become 0 and 1, and grey values of 2 or 4 bits are spread over 0 to 255. Of a JPEG
-with several pictures (previews, stereo) the first is read; a PNG with several frames is refused.
+Pillow reads them, with two exceptions: 16-bit PNG is read with libpng, because Pillow reduces 16-bit colour to 8 bits,
+and complete JPEG files with libjpeg, which takes half the time.
 
-The plugins are called by themselves, not through Image.open: the limit on the size is ours, not Pillow's.
+Pixels are as stored: EXIF orientation is not applied. Palette and CMYK images become RGB, alpha channels are dropped,
+1-bit images become 0 and 1, and grey values of 2 or 4 bits are scaled to 0 to 255. A JPEG with several images
+(previews, stereo) is read as its first image; a PNG with several frames is refused.
+
+Pillow's format plugins are called directly, not through Image.open, because this package has its own size limit.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 
@@ -19,24 +20,33 @@ from PIL.Image import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding, whole_pages
+from pulmo_jax.data.sources.source import ImageSource, decoding, page_source
 from pulmo_jax.types import ImageTags, InputError
 
-# Channels that are kept, by Pillow's mode and by the colour type in the header of a 16-bit PNG.
+# Number of channels to keep, by the mode in Pillow and by the colour type in the header of a 16-bit PNG.
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}
 _CHANNELS_16_BIT = {0: 1, 2: 3, 4: 1, 6: 3}
 _END_OF_JPEG = b"\xff\xd9"
 
 
 def open_png(path: Path, max_bytes: int) -> ImageSource:
+    """Open a PNG file.
+
+    Args:
+        path: The file.
+        max_bytes: Limit on the decoded size in bytes.
+
+    Raises:
+        InputError: The file cannot be read, is not supported or exceeds the limit.
+    """
     with decoding(path):
         with path.open("rb") as file, PngImageFile(file) as image:
             file.seek(24)
             bits, colour_type = file.read(2)
             if image.n_frames > 1:
-                raise InputError(f"{path}: an animation of {image.n_frames} frames; save one frame as PNG")
+                raise InputError(f"{path}: is an animation of {image.n_frames} frames; save one frame as PNG")
             if image.mode == "P" and image.palette is None:
-                raise InputError(f"{path}: its palette is missing, the file is damaged; save it anew")
+                raise InputError(f"{path}: damaged: its palette is missing; save it again")
             if bits == 16:
                 channels = _CHANNELS_16_BIT[colour_type]
                 return _source(path, image, channels, np.dtype(np.uint16), _decode_png_16_bit, max_bytes)
@@ -44,6 +54,15 @@ def open_png(path: Path, max_bytes: int) -> ImageSource:
 
 
 def open_jpeg(path: Path, max_bytes: int) -> ImageSource:
+    """Open a JPEG file.
+
+    Args:
+        path: The file.
+        max_bytes: Limit on the decoded size in bytes.
+
+    Raises:
+        InputError: The file cannot be read, is not supported or exceeds the limit.
+    """
     with decoding(path), JpegImageFile(path) as image:
         decode = _decode_jpeg_by_pillow if image.mode == "CMYK" else _decode_jpeg
         return _source(path, image, _CHANNELS[image.mode], np.dtype(np.uint8), decode, max_bytes)
@@ -58,22 +77,18 @@ def _source(
     max_bytes: int,
 ) -> ImageSource:
     width, height = image.size
-    shape = (1, height, width, channels)
-    check_page_size(path, shape, dtype, max_bytes)
 
     def kept_channels(page: int) -> np.ndarray:
         return decode(path).reshape(height, width, -1)[..., :channels]
 
-    resources = ExitStack()
-    reader = whole_pages(kept_channels, shape, dtype, resources)
-    return ImageSource(path, shape, dtype, _tags(image), reader, resources)
+    return page_source(path, (1, height, width, channels), dtype, kept_channels, max_bytes, _tags(image))
 
 
 def _decode_jpeg(path: Path) -> np.ndarray:
     data = path.read_bytes()
     if data.endswith(_END_OF_JPEG):
         return imagecodecs.jpeg8_decode(data)
-    return _decode_jpeg_by_pillow(path)  # which says of a file that it is cut off
+    return _decode_jpeg_by_pillow(path)  # which raises an error for a truncated file
 
 
 def _decode_jpeg_by_pillow(path: Path) -> np.ndarray:
@@ -83,17 +98,17 @@ def _decode_jpeg_by_pillow(path: Path) -> np.ndarray:
 
 def _decode_png(path: Path) -> np.ndarray:
     with PngImageFile(BytesIO(_verified(path))) as image:
-        # Not RGB, of which Pillow warns where the palette has transparency.
+        # RGBA, because conversion to RGB makes Pillow warn about palettes with transparency.
         return np.asarray(image.convert("RGBA") if image.mode == "P" else image).astype(np.uint8, copy=False)
 
 
 def _decode_png_16_bit(path: Path) -> np.ndarray:
-    # Damaged files must not come so far: each failure of this decoder costs a reference to None, many end the process.
+    # Verified first: each failure of this decoder loses a reference to None, and many failures crash the process.
     return imagecodecs.png_decode(_verified(path))
 
 
 def _verified(path: Path) -> bytes:
-    """The file's content, its checksums compared, which decoding leaves out."""
+    """The file's content, with verified checksums, which decoding ignores."""
     data = path.read_bytes()
     with PngImageFile(BytesIO(data)) as image:
         image.verify()
@@ -101,6 +116,6 @@ def _verified(path: Path) -> bytes:
 
 
 def _tags(image: Image) -> ImageTags:
-    """`dpi` is pixels per inch (x, y), whatever unit the file has it in."""
+    """Resolution from `dpi`, which Pillow gives in pixels per inch (x, y) for any unit in the file."""
     x, y = (float(dots) for dots in image.info.get("dpi", (0, 0)))
     return ImageTags(resolution=(x, y, 2) if x > 0 and y > 0 else None)

@@ -1,4 +1,4 @@
-"""What every image format shares: one opened file, and the checks on what is asked of it."""
+"""The open image file that all formats share, and its checks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,16 +12,21 @@ import numpy as np
 from pulmo_jax.types import ImageTags, InputError, Window
 
 Shape = tuple[int, int, int, int]  # pages, H, W, C
-_MAX_MESSAGE = 1000  # letters
+_MAX_MESSAGE = 1000  # characters
 WindowReader = Callable[[int, Window], np.ndarray]
 
 
 @dataclass(eq=False)
 class ImageSource:
-    """One image file, opened: the `types.Source` of every format; formats differ in `read_window` alone.
+    """An open image file, the `types.Source` of all formats; formats differ only in `read_window`.
 
-    read_window: (page, window) -> (h, w, C), called with windows that are inside of the page.
-    resources: what `close` lets go of.
+    Attributes:
+        path: The file.
+        shape: (pages, H, W, C).
+        dtype: Data type of the pixels.
+        tags: Resolution and georeference.
+        read_window: Maps (page, window) to pixels (h, w, C), for windows inside the page.
+        resources: Released by `close`.
     """
 
     path: Path
@@ -32,9 +37,18 @@ class ImageSource:
     resources: ExitStack
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
-        """One page, or a window of it: a new array (h, w, C) of `dtype`.
+        """Read a page or a window of it.
 
-        Raises ValueError for a page or window outside of the image, InputError for pixels that do not decode.
+        Args:
+            page: Index of the page, from 0.
+            window: Region to read, in px; None reads the whole page.
+
+        Returns:
+            New array (h, w, C) of `dtype`.
+
+        Raises:
+            ValueError: The page or window is outside the image.
+            InputError: The pixels cannot be decoded.
         """
         pages, height, width, _ = self.shape
         y, x, h, w = window or (0, 0, height, width)
@@ -46,6 +60,7 @@ class ImageSource:
             return self.read_window(page, Window(y, x, h, w))
 
     def close(self) -> None:
+        """Close the file."""
         self.resources.close()
 
     def __enter__(self) -> "ImageSource":
@@ -57,7 +72,14 @@ class ImageSource:
 
 @contextmanager
 def decoding(path: Path) -> Iterator[None]:
-    """Turns whatever a decoder raises into an InputError that names the file and the reason, in printable letters."""
+    """Convert any exception of a decoder to an InputError that names the file and the reason.
+
+    Args:
+        path: The file that is being read.
+
+    Raises:
+        InputError: The message has only printable characters and a bounded length.
+    """
     try:
         yield
     except InputError as error:
@@ -65,61 +87,120 @@ def decoding(path: Path) -> Iterator[None]:
             raise InputError(message) from error
         raise
     except MemoryError as exc:
-        allowed = "of images, data.max_image_mb leaves out the large"
-        raise InputError(printable(f"{path}: does not fit into memory, or is damaged; {allowed}")) from exc
-    except Exception as exc:  # on damaged bytes decoders raise anything, from struct.error to AssertionError
+        remedy = "lower data.max_image_mb to skip large images"
+        raise InputError(printable(f"{path}: does not fit into memory, or is damaged; {remedy}")) from exc
+    except Exception as exc:  # decoders raise anything on damaged data, from struct.error to AssertionError
         reason = f", it may be damaged or cut off ({type(exc).__name__}: {exc}".partition("\n")[0][:340] + ")"
-        if isinstance(exc, OSError) and exc.errno is not None:  # the system's, no decoder's
+        if isinstance(exc, OSError) and exc.errno is not None:  # raised by the system, not by a decoder
             reason = f" ({exc.strerror})"
         raise InputError(printable(f"{path}: cannot be read{reason}")) from exc
 
 
 def printable(text: Path | str) -> str:
-    """Letters as they are; control characters and bytes of a name that are no UTF-8 as in Python's repr."""
+    """Escape control characters, and bytes of a name that are not UTF-8, as Python's repr does."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def _shortened(message: str) -> str:
-    """Some formats let one field hold the whole file. The file's name and the advice stand at the ends."""
+    """Keep the start and end of a long message, which can quote an arbitrarily long header field."""
     return message if len(message) <= _MAX_MESSAGE else f"{message[:600]} … {message[-300:]}"
 
 
-def check_is_file(path: Path, what: str) -> None:
-    """Refuses folders, broken links, pipes, sockets and devices, of which some would never end or never begin."""
+def check_is_file(path: Path, expected: str) -> None:
+    """Refuse folders, broken links, pipes, sockets and devices, some of which would block forever.
+
+    Args:
+        path: The path to check.
+        expected: Description of a valid file, for the error message.
+
+    Raises:
+        InputError: The path is not a regular file.
+    """
     if path.is_file():
         return
     if path.is_dir():
-        found = "is a folder"
+        problem = "is a folder"
     elif path.exists():
-        found = "is a pipe, a socket or a device, no regular file"
+        problem = "is a pipe, a socket or a device, not a regular file"
     else:
-        found = "is a link to a file that is not there" if path.is_symlink() else "there is no such file"
-    raise InputError(f"{path}: {found}; name {what}")
+        problem = "is a broken link" if path.is_symlink() else "there is no such file"
+    raise InputError(f"{path}: {problem}; give {expected}")
 
 
-def check_page_size(path: Path | str, shape: Shape, dtype: np.dtype, max_bytes: int, what: str = "a page") -> None:
-    """Refuses, from what its header says, an image that is empty or that would not fit into memory."""
+def check_page_size(path: Path | str, shape: Shape, dtype: np.dtype, max_bytes: int, unit: str = "a page") -> None:
+    """Refuse an image that is empty or would not fit into memory, before decoding it.
+
+    Args:
+        path: The file, for the error message.
+        shape: (pages, H, W, C) according to the header.
+        dtype: Data type of the decoded pixels.
+        max_bytes: Limit on the decoded size of (H, W, C) in bytes.
+        unit: What is decoded at once, for the error message.
+
+    Raises:
+        InputError: The image is empty or exceeds the limit.
+    """
     if min(shape) < 1:
         raise InputError(f"{path}: holds no pixels: (pages, H, W, C) is {shape}")
     size = prod(shape[1:]) * dtype.itemsize
     if size > max_bytes:
         raise InputError(
-            f"{path}: {what} of (H, W, C) = {shape[1:]} {dtype} decodes to {size / 2**20:.1f} MB, "
+            f"{path}: {unit} of (H, W, C) = {shape[1:]} {dtype} decodes to {size / 2**20:.1f} MB, "
             f"the limit is {max_bytes / 2**20:.1f} MB.\nIf you trust the file, raise data.max_image_mb."
         )
+
+
+def page_source(
+    path: Path,
+    shape: Shape,
+    dtype: np.dtype,
+    decode: Callable[[int], np.ndarray],
+    max_bytes: int,
+    tags: ImageTags | None = None,
+) -> ImageSource:
+    """Make the source of a file whose format can only decode whole pages.
+
+    Args:
+        path: The file.
+        shape: (pages, H, W, C) according to the header.
+        dtype: Data type of the decoded pixels.
+        decode: Maps a page index to its pixels (H, W, C).
+        max_bytes: Limit on the decoded size of a page in bytes.
+        tags: Resolution and georeference, if known.
+
+    Returns:
+        The source; it caches the last page and holds no open file.
+
+    Raises:
+        InputError: The image is empty or exceeds the limit.
+    """
+    check_page_size(path, shape, dtype, max_bytes)
+    resources = ExitStack()
+    reader = whole_pages(decode, shape, dtype, resources)
+    return ImageSource(path, shape, dtype, tags or ImageTags(), reader, resources)
 
 
 def whole_pages(
     decode: Callable[[int], np.ndarray], shape: Shape, dtype: np.dtype, resources: ExitStack
 ) -> WindowReader:
-    """Reads windows where a format decodes nothing less than a page; keeps the last page."""
+    """Make a window reader for a format that can only decode whole pages; it caches the last page.
+
+    Args:
+        decode: Maps a page index to its pixels (H, W, C).
+        shape: (pages, H, W, C) according to the header.
+        dtype: Data type of the pixels.
+        resources: Its closing clears the cache.
+
+    Returns:
+        Maps (page, window) to pixels (h, w, C).
+    """
 
     @lru_cache(maxsize=1)
     def page_pixels(page: int) -> np.ndarray:
         pixels = decode(page)
         if pixels.shape != shape[1:] or pixels.dtype != dtype:
-            found, said = f"{pixels.shape} {pixels.dtype}", f"{shape[1:]} {dtype}"
-            raise ValueError(f"page {page} decodes to {found}, the header says {said}")
+            decoded, declared = f"{pixels.shape} {pixels.dtype}", f"{shape[1:]} {dtype}"
+            raise ValueError(f"page {page} decodes to {decoded}, but its header declares {declared}")
         return pixels
 
     def read_window(page: int, window: Window) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""TIFF and BigTIFF, through tifffile: which of a file's directories are pages, and whether they are whole.
+"""TIFF and BigTIFF files, read with tifffile: selection and validation of pages.
 
-A page is an image directory (IFD); further axes that a writer describes in text (ImageJ, OME) are not
-consulted. Directories marked as a reduced copy or a mask are left out, and so are the smaller levels of an
-Aperio slide. The orientation tag is not applied.
+A page is an image file directory (IFD); axes that some software describes in text (ImageJ, OME) are ignored.
+Directories marked as a reduced copy or a mask are skipped, and so are the lower levels of an Aperio slide. The
+orientation tag is not applied.
 """
 
 import re
@@ -19,15 +19,24 @@ from pulmo_jax.types import ImageTags, InputError
 
 _GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 _GDAL_NODATA = 42113
-# Those on which the pixels and their georeference depend.
+# Tags that determine the pixels and their georeference.
 _LAYOUT_TAGS = (254, *range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 317, 320)
 _USED_TAGS = {*_LAYOUT_TAGS, *range(322, 326), 338, 339, 347, 530, _GDAL_NODATA, *_GEO_TAGS}
 _METAMORPH_PLANES = 33629
 
 
 def open_tiff(path: Path, max_bytes: int) -> ImageSource:
+    """Open a TIFF file.
+
+    Args:
+        path: The file.
+        max_bytes: Limit on the decoded size of a page in bytes.
+
+    Raises:
+        InputError: The file cannot be read, is not supported or exceeds the limit.
+    """
     with ExitStack() as stack, decoding(path):
-        # Flavours of TIFF for which tifffile would guess further pages are read by their directories alone.
+        # For these flavours of TIFF tifffile would guess additional pages; only directories count here.
         file = stack.enter_context(path.open("rb", buffering=0))
         tif = TiffFile(file, name=path.name, is_lsm=False, is_ndpi=False, is_scanimage=False)
         pages = _image_pages(path, tif)
@@ -42,41 +51,41 @@ def open_tiff(path: Path, max_bytes: int) -> ImageSource:
 
 
 def _image_pages(path: Path, tif: TiffFile) -> list[TiffPage]:
-    """The directories that hold the image itself, at full resolution."""
+    """The directories of the image itself, at full resolution."""
     directories = _directories(path, tif)
-    if found := _hidden_images(directories):
-        raise InputError(f"{path}: holds {found}; save it with one directory for each (as BigTIFF above 4 GB)")
+    if hidden := _hidden_images(directories):
+        raise InputError(f"{path}: holds {hidden}; save it with one directory per image (as BigTIFF above 4 GB)")
     if tif.is_svs:
         return [page.aspage() for page in tif.series[0] if page is not None]
     pages = [page for page in directories if not page.is_reduced and not page.is_mask]
     if not pages:
-        raise InputError(f"{path}: all of its images are marked as reduced copies or masks")
+        raise InputError(f"{path}: all its pages are marked as reduced copies or masks; save it without these marks")
     return pages
 
 
 def _directories(path: Path, tif: TiffFile) -> list[TiffPage]:
-    """The whole chain of directories. tifffile ends a broken chain early, with a line in its log."""
+    """The whole chain of directories. tifffile silently truncates a broken chain."""
     directories: dict[int, TiffPage] = {}
     for page in tif.pages:
         if page.offset in directories:
-            raise InputError(f"{path}: damaged: its chain of image directories runs in a circle")
+            raise InputError(f"{path}: damaged: its chain of image directories is circular")
         directories[page.offset] = page.aspage()
     if not directories:
-        raise InputError(f"{path}: damaged or cut off: no image directory can be found")
+        raise InputError(f"{path}: damaged or cut off: it has no image directory")
     following = 0
     for page in directories.values():
         following, codes = _raw_directory(tif, page.offset)
         if lost := sorted(_USED_TAGS.intersection(codes).difference(page.tags.keys())):
             raise InputError(f"{path}: damaged: tag {lost[0]} of page {page.index} cannot be read")
     if following != 0:
-        raise InputError(f"{path}: damaged or cut off: no image directory after the first {len(directories)}")
+        raise InputError(f"{path}: damaged or cut off: there is no image directory after the first {len(directories)}")
     return list(directories.values())
 
 
 def _raw_directory(tif: TiffFile, offset: int) -> tuple[int, list[int]]:
-    """Offset of the directory that follows the one at `offset`, 0 if it is the last, and the codes of its tags.
+    """Offset of the next directory, 0 after the last, and the tag codes of the one at `offset`.
 
-    tifffile passes over a tag that it cannot read, with a line in its log.
+    tifffile silently skips tags that it cannot read.
     """
     file, sizes = tif.filehandle, tif.tiff
     file.seek(offset)
@@ -88,7 +97,7 @@ def _raw_directory(tif: TiffFile, offset: int) -> tuple[int, list[int]]:
 
 
 def _hidden_images(directories: list[TiffPage]) -> str | None:
-    """Some writers put several images behind one directory; to read the first alone would lose the others."""
+    """Describe multiple images in one directory, as some software writes; only the first would be read."""
     first, count = directories[0], len(directories)
     declared = re.search(r"^images=(\d+)", first.description, re.MULTILINE)
     if first.description.startswith("ImageJ=") and declared and int(declared[1]) > count:
@@ -106,37 +115,41 @@ def _common_layout(path: Path, pages: list[TiffPage]) -> tuple[int, int, int, np
     for page, layout in zip(pages, layouts, strict=True):
         if layout != layouts[0]:
             raise InputError(
-                f"{path}: page {page.index} is {_words(*layout)}, "
-                f"page {pages[0].index} is {_words(*layouts[0])}.\n"
-                "All pages of a file must have one shape and depth; save these as separate files."
+                f"{path}: page {page.index} is {_describe(*layout)}, "
+                f"page {pages[0].index} is {_describe(*layouts[0])}.\n"
+                "All pages of a file must have the same shape and bit depth; save them as separate files."
             )
     return layouts[0]
 
 
-def _words(height: int, width: int, channels: int, dtype: np.dtype) -> str:
+def _describe(height: int, width: int, channels: int, dtype: np.dtype) -> str:
     return f"{height} x {width} px of {channels} x {dtype}"
 
 
 def _check_segments(path: Path, page: TiffPage, file_size: int, max_bytes: int) -> None:
-    """Refuses strips and tiles that are missing, end beyond the file, or would not fit into memory."""
+    """Refuse strips and tiles that are missing, extend beyond the file or would not fit into memory."""
     height, width, rows, columns = segment_grid(page)
     decoded = (1, height, width, page.tiledepth * page.shaped[4])
     check_page_size(path, decoded, np.dtype(page.dtype), max_bytes, "a strip or tile")
     needed = page.shaped[0] * rows * columns
     offsets, sizes = (np.array(x[:needed], np.int64) for x in (page.dataoffsets, page.databytecounts))
-    where = f"strips or tiles of page {page.index}"
+    segments = f"strips or tiles of page {page.index}"
     if len(offsets) < needed or len(sizes) < needed or (page.is_final and sizes.sum() < page.nbytes):
-        raise InputError(f"{path}: damaged: {len(offsets)} of {needed} {where} listed, of {sizes.sum()} bytes")
-    if page.is_final:  # one block, for which some writers give a size that is too large
+        raise InputError(
+            f"{path}: damaged: {len(offsets)} of {needed} {segments} listed, with {sizes.sum()} bytes; save it again"
+        )
+    if page.is_final:  # a single block, whose size some software overstates
         offsets, sizes = offsets[:1], np.array([page.nbytes])
     beyond = (offsets < 0) | (sizes < 0) | (offsets > file_size - sizes)
     if beyond.any():
-        raise InputError(f"{path}: cut off: {beyond.sum()} of {needed} {where} lie beyond the end of the file")
-    left_out = (offsets == 0) | (sizes == 0)
-    if left_out.any() and _GDAL_NODATA not in page.tags:
         raise InputError(
-            f"{path}: {left_out.sum()} of {needed} {where} were never written, "
-            "and no GDAL_NODATA tag says with which value to fill them"
+            f"{path}: cut off: {beyond.sum()} of {needed} {segments} are beyond the end of the file; copy it again"
+        )
+    missing = (offsets == 0) | (sizes == 0)
+    if missing.any() and _GDAL_NODATA not in page.tags:
+        raise InputError(
+            f"{path}: {missing.sum()} of {needed} {segments} were never written, "
+            "and there is no GDAL_NODATA tag with a fill value; save it complete"
         )
 
 
@@ -147,7 +160,7 @@ def _tags(page: TiffPage) -> ImageTags:
 
 
 def _resolution(page: TiffPage) -> tuple[float, float, int] | None:
-    """XResolution and YResolution, each a fraction, and ResolutionUnit, if they make sense."""
+    """XResolution, YResolution and ResolutionUnit, if they are valid."""
     fractions = [page.tags.valueof(code, default=(0, 1)) for code in (282, 283)]
     x, y = (float(n / d) if d else 0.0 for n, d in fractions)
     unit = int(page.tags.valueof(296, default=2))

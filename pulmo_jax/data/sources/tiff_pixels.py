@@ -1,8 +1,8 @@
-"""The pixels of a TIFF page: a window decodes only the strips or tiles ("segments") that it touches.
+"""Pixels of a TIFF page: reading a window decodes only the strips or tiles ("segments") that it overlaps.
 
-Depth is kept. Bands, CMYK and an alpha channel are kept as channels. Palette images become RGB, white-is-zero
-images are inverted, 1-bit images become 0 and 1. Segments that a sparse file leaves out are filled with its
-no-data value.
+The bit depth is kept. Bands, CMYK and an alpha channel are kept as channels. Palette images become RGB, white-is-zero
+images are inverted, and 1-bit images become 0 and 1. Missing segments of a sparse file are filled with its no-data
+value.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,30 @@ from pulmo_jax.data.sources.embedded import check_embedded_size
 from pulmo_jax.data.sources.source import WindowReader
 from pulmo_jax.types import InputError, Window
 
-_CACHE_BYTES = 128 * 2**20  # of decoded segments, because neighbouring windows share them
+_CACHE_BYTES = 128 * 2**20  # of decoded segments, which neighbouring windows share
 _JPEG = (6, 7, 33007, 34892)
 # Segments that are images with a header of their own: JPEG, JPEG 2000, LERC, PNG, WebP.
 _EMBEDDED = (*_JPEG, 33003, 33004, 33005, 34712, 34887, 34933, 34927, 50001)
-# None, CCITT, LZW, deflate, PackBits, LZMA, zstd: their decoders are told how much may come out.
+# None, CCITT, LZW, deflate, PackBits, LZMA, zstd: their decoders accept a limit on the output size.
 _BOUNDED = (1, 2, 3, 4, 5, 8, 32946, 50013, 32773, 34925, 34926, 50000)
 _AS_STORED = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.SEPARATED)
 
 
 def pixel_layout(path: Path, page: TiffPage) -> tuple[int, int, int, np.dtype]:
-    """(H, W, C, dtype) of the pixels that are handed out."""
+    """Determine the layout of the decoded pixels of a page.
+
+    Args:
+        path: The file, for error messages.
+        page: The page.
+
+    Returns:
+        (H, W, C, dtype).
+
+    Raises:
+        InputError: The page has an unsupported data type, compression or colour space.
+    """
     if page.imagedepth > 1:
-        raise InputError(f"{path}: page {page.index} is a volume {page.shape}; save one page for each slice")
+        raise InputError(f"{path}: page {page.index} is a volume {page.shape}; save one page per slice")
     if page.dtype is None or page.dtype.kind not in "biuf":
         raise InputError(
             f"{path}: page {page.index} has samples of {page.bitspersample} bits "
@@ -40,7 +51,7 @@ def pixel_layout(path: Path, page: TiffPage) -> tuple[int, int, int, np.dtype]:
         )
     if page.compression not in _BOUNDED + _EMBEDDED:
         name = getattr(page.compression, "name", page.compression)
-        raise InputError(f"{path}: page {page.index} is compressed as {name}; save it with deflate, LZW or JPEG")
+        raise InputError(f"{path}: page {page.index} is compressed with {name}; save it with deflate, LZW or JPEG")
     _check_colours(path, page)
     if _colour_space(page) == PHOTOMETRIC.PALETTE:
         return page.imagelength, page.imagewidth, 3, _palette(page).dtype
@@ -49,7 +60,7 @@ def pixel_layout(path: Path, page: TiffPage) -> tuple[int, int, int, np.dtype]:
 
 
 def segment_grid(page: TiffPage) -> tuple[int, int, int, int]:
-    """Height and width of a segment, and how many segments there are down and across a plane."""
+    """Height and width of a segment in px, and the number of rows and columns of segments in a plane."""
     tiled = page.is_tiled
     height, width = (page.tilelength, page.tilewidth) if tiled else (page.rowsperstrip, page.imagewidth)
     return height, width, ceil(page.imagelength / height), ceil(page.imagewidth / width)
@@ -58,7 +69,18 @@ def segment_grid(page: TiffPage) -> tuple[int, int, int, int]:
 def window_reader(
     file: RawIOBase, tif: TiffFile, pages: list[TiffPage], dtype: np.dtype, resources: ExitStack
 ) -> WindowReader:
-    """Reads windows of `pages`, whose segments are known to lie inside of the file that `tif` has open."""
+    """Make a reader of windows.
+
+    Args:
+        file: The open file, unbuffered.
+        tif: The same file, open in tifffile.
+        pages: Its pages, whose segments are known to be inside the file.
+        dtype: Data type of the decoded pixels.
+        resources: Its closing clears the cache of segments.
+
+    Returns:
+        Maps (page, window) to pixels (h, w, C).
+    """
 
     @lru_cache(maxsize=max(1, _CACHE_BYTES // max(map(_segment_bytes, pages))))
     def segment(number: int, index: int) -> np.ndarray:
@@ -77,16 +99,16 @@ def window_reader(
 
 
 def _stored_samples(file: RawIOBase, tif: TiffFile, page: TiffPage, window: Window) -> np.ndarray:
-    """The window (planes, h, w, samples) of pixels stored as they are, in one piece.
+    """Read a window (planes, h, w, samples) of uncompressed contiguous pixels.
 
-    Read and not mapped: to touch a mapped file that someone cuts short kills the process.
+    The file is not memory-mapped, because accessing a mapped file that is truncated meanwhile kills the process.
     """
     y, x, h, w = window
     planes, _, height, width, samples = page.shaped
     dtype = np.dtype(page.dtype).newbyteorder(tif.byteorder)
     pixel, start = samples * dtype.itemsize, int(page.dataoffsets[0])
     out = np.empty((planes, h, w, samples), dtype)
-    rows, rest = (h, 1) if w == width else (1, h)  # whole rows lie in one piece
+    rows, rest = (h, 1) if w == width else (1, h)  # full-width rows are contiguous
     size, buffer = rows * w * pixel, out.reshape(-1).view(np.uint8).data
     starts = (start + ((plane * height + y + k) * width + x) * pixel for plane in range(planes) for k in range(rest))
     for piece, offset in enumerate(starts):
@@ -96,15 +118,29 @@ def _stored_samples(file: RawIOBase, tif: TiffFile, page: TiffPage, window: Wind
 
 
 def read_into(file: RawIOBase, buffer: memoryview) -> None:
+    """Fill a buffer from the current position of a file. Raises EOFError if the file ends first."""
     while count := file.readinto(buffer) or 0:
         if count == len(buffer):
             return
-        buffer = buffer[count:]  # the system hands out at most 2 GiB at once
+        buffer = buffer[count:]  # the system reads at most 2 GiB at a time
     raise EOFError("the file ends within its pixels")
 
 
 def decode_segment(file: FileHandle, page: TiffPage, index: int) -> np.ndarray:
-    """One strip or tile, (h, w, samples)."""
+    """Decode one strip or tile.
+
+    Args:
+        file: The open file.
+        page: The page.
+        index: Index of the segment.
+
+    Returns:
+        Samples (h, w, samples) of the segment.
+
+    Raises:
+        EOFError: The file ends within the segment.
+        ValueError: The segment does not match its page.
+    """
     offset, size = int(page.dataoffsets[index]), int(page.databytecounts[index])
     file.seek(offset)
     data = file.read(size) if offset and size else None
@@ -127,14 +163,14 @@ def _segment_bytes(page: TiffPage) -> int:
 
 
 def _assembled(page: TiffPage, window: Window, segment: Callable[[int], np.ndarray]) -> np.ndarray:
-    """The window (planes, h, w, samples), from the segments that it touches."""
+    """Assemble a window (planes, h, w, samples) from the segments that it overlaps."""
     height, width, rows, columns = segment_grid(page)
     y, x, h, w = window
     planes, _, _, _, samples = page.shaped
     out = np.empty((planes, h, w, samples), page.dtype)
-    touched_rows = range(y // height, (y + h - 1) // height + 1)
-    touched_columns = range(x // width, (x + w - 1) // width + 1)
-    for plane, row, column in product(range(planes), touched_rows, touched_columns):
+    segment_rows = range(y // height, (y + h - 1) // height + 1)
+    segment_columns = range(x // width, (x + w - 1) // width + 1)
+    for plane, row, column in product(range(planes), segment_rows, segment_columns):
         decoded = segment((plane * rows + row) * columns + column)
         segment_y, window_y = _overlap(row * height, height, y, h)
         segment_x, window_x = _overlap(column * width, width, x, w)
@@ -143,13 +179,13 @@ def _assembled(page: TiffPage, window: Window, segment: Callable[[int], np.ndarr
 
 
 def _overlap(segment: int, segment_length: int, window: int, window_length: int) -> tuple[slice, slice]:
-    """Where a segment and a window meet along one axis, counted from the start of either."""
+    """Overlap of a segment and a window along one axis, relative to the start of each."""
     low, high = max(segment, window), min(segment + segment_length, window + window_length)
     return slice(low - segment, high - segment), slice(low - window, high - window)
 
 
 def _pixels(page: TiffPage, samples: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """(planes, h, w, samples) as stored -> (h, w, C) as handed out."""
+    """Convert stored samples (planes, h, w, samples) to pixels (h, w, C)."""
     planes, h, w, contiguous = samples.shape
     samples = samples.transpose(1, 2, 0, 3).reshape(h, w, planes * contiguous)
     if _colour_space(page) == PHOTOMETRIC.PALETTE:
@@ -157,11 +193,11 @@ def _pixels(page: TiffPage, samples: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if _colour_space(page) == PHOTOMETRIC.MINISWHITE:
         white = 2**page.bitspersample - 1
         samples = samples.dtype.type(white) - samples if samples.dtype.kind == "u" else ~samples
-    return np.ascontiguousarray(samples, dtype)  # `samples` belongs to nobody else
+    return np.ascontiguousarray(samples, dtype)  # no copy needed: `samples` is not shared
 
 
 def _colour_space(page: TiffPage) -> int:
-    """tifffile takes a missing tag for white-is-zero; to leave the values alone is safer."""
+    """The colour space. tifffile takes a missing tag as white-is-zero; keeping the values is safer."""
     return page.photometric if 262 in page.tags else PHOTOMETRIC.MINISBLACK
 
 
@@ -171,7 +207,7 @@ def _check_colours(path: Path, page: TiffPage) -> None:
         colours in _AS_STORED
         or (colours == PHOTOMETRIC.MINISWHITE and single and kind in "biu")
         or (colours == PHOTOMETRIC.PALETTE and single and kind == "u")
-        or (colours == PHOTOMETRIC.YCBCR and page.compression in _JPEG)  # tifffile makes it RGB
+        or (colours == PHOTOMETRIC.YCBCR and page.compression in _JPEG)  # tifffile converts it to RGB
     )
     if not readable:
         raise InputError(
@@ -181,7 +217,7 @@ def _check_colours(path: Path, page: TiffPage) -> None:
 
 
 def _palette(page: TiffPage) -> np.ndarray:
-    """(entries, 3): uint16 as in the file, or uint8 if that is what was stretched or copied into 16 bits."""
+    """Palette (entries, 3) in uint16, or in uint8 if the 16-bit entries are scaled or copied 8-bit values."""
     if page.colormap is None or page.colormap.shape != (3, 2**page.bitspersample):
         raise ValueError(f"no palette of {2**page.bitspersample} colours")
     levels = page.colormap.T.astype(np.uint16)

@@ -14,13 +14,13 @@ from pulmo_jax.data.pipeline import (
     CellsInOrder,
     MapDataset,
     ReadPatches,
-    evenly,
+    evenly_spaced,
     every_patch_once,
     training_batches,
 )
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
-from pulmo_jax.data.scratch import KEEP_NONE, DecodedReader, Scratch
+from pulmo_jax.data.scratch import NO_CACHE_REMEDY, DecodedReader, Scratch
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.console import tracker
@@ -150,7 +150,7 @@ def patch_reader(loading: DataConfig, data: NormalData, reader: Reader, console:
     images, folder = data.training.images, loading.cache or cache_folder()
     if loading.resize and loading.decoded_mb:  # what is kept of an image is small: what it is shrunk to
         shape = (loading.patch_size, loading.patch_size, data.how.channels)
-        shrunk = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder, KEEP_NONE)
+        shrunk = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder, NO_CACHE_REMEDY)
         return ReadPatches(images, data.how, reader, shrunk)
     decoded = DecodedReader(reader, images, loading.decoded_mb, folder)
     if not decoded.fits and loading.decoded_mb:
@@ -172,4 +172,4 @@ def files_of_batch(config: TrainConfig, data: NormalData, once: bool, number: in
 def validation_patches(config: TrainConfig, data: NormalData, reader: Reader) -> np.ndarray:
     """(n, P, P, C): the fixed patches on which the validation loss is measured."""
     read = ReadPatches(data.validation.images, data.how, reader)
-    return read(evenly(data.validation.cells, config.trainer.validation_patches))
+    return read(evenly_spaced(data.validation.cells, config.trainer.validation_patches))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from pulmo_jax.config.nodes import check_node, find_target
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import Reader
-from pulmo_jax.data.pipeline import evenly
+from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
@@ -155,7 +155,7 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
         remedy=less_memory(config),
         reading={"threads": config.data.threads, "prefetch": config.data.prefetch, "workers": config.data.workers},
         mesh=mesh,
-        draw=reconstructions(method, evenly(patches, EXAMPLE_PATCHES)),
+        draw=reconstructions(method, evenly_spaced(patches, EXAMPLE_PATCHES)),
     )
 
 
@@ -253,7 +253,7 @@ def make_validation(
 ) -> Callable[[TrainState], float]:
     """The mean loss of the averaged parameters, with the same noise every time."""
     size = min(batch_size, len(patches))
-    whole = evenly(patches, len(patches) // size * size)  # batches of one shape: one compilation
+    whole = evenly_spaced(patches, len(patches) // size * size)  # batches of one shape: one compilation
     batches = devices.on_all(whole.reshape(-1, size, *patches.shape[1:]), mesh)
 
     @jax.jit

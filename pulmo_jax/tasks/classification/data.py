@@ -14,10 +14,10 @@ from rich.console import Console
 
 from pulmo_jax.data.folds import Fold
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
-from pulmo_jax.data.near_copies import joined_groups, look_of
-from pulmo_jax.data.sources.store import in_store, is_store, opened
+from pulmo_jax.data.near_copies import merge_groups, perceptual_hash
+from pulmo_jax.data.sources.store import in_store, is_store, open_store
 from pulmo_jax.data.square_batches import Squares
-from pulmo_jax.data.store_writing import content_of, label_of
+from pulmo_jax.data.store_writing import file_sha256, label_of
 from pulmo_jax.host.console import tracker
 from pulmo_jax.tasks.classification.config import ClassifierDataConfig
 from pulmo_jax.types import InputError
@@ -78,7 +78,7 @@ def read_classes(
     found = tuple(sorted(set(names)))
     require_classes(root, found, classes)
     classes = tuple(classes or found)
-    groups = joined_groups([ref.group for ref in refs], [contents[i] for i in kept], looks[kept], data.near_bits)
+    groups = merge_groups([ref.group for ref in refs], [contents[i] for i in kept], looks[kept], data.near_bits)
     notes = [*left_out(failed), *across_classes(groups, names)]
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
@@ -89,7 +89,7 @@ def read_classes(
         tuple(groups),
         tuple(contents[i] for i in kept),
         looks[kept],
-        squares.of(kept),
+        squares.subset(kept),
         notes,
     )
 
@@ -122,7 +122,7 @@ def known_or_read(
     """Of every image the file's SHA-256 and the perceptual hash, which a store knows and a folder must be read for; and
     what is wrong with those that cannot be read."""
     if is_store(root):
-        store = opened(root)
+        store = open_store(root)
         records = (store.by_name[ref.name][ref.page] for ref in refs)
         contents, looks = zip(*((record.content, record.look) for record in records), strict=True)
         return list(contents), np.array(looks, np.uint64), {}
@@ -132,7 +132,7 @@ def known_or_read(
         try:
             image = squares.reader.image(refs[i])
             squares.get(i, image)
-            return content_of(refs[i].path), look_of(image)
+            return file_sha256(refs[i].path), perceptual_hash(image)
         except InputError as error:
             bad[i] = str(error)
             return "", 0
@@ -241,4 +241,4 @@ def metadata_features(found: ClassSet) -> np.ndarray:
 
 def file_bytes(ref: ImageRef) -> int:
     place = in_store(ref.path)
-    return opened(place[0]).by_name[ref.name][ref.page].file_bytes if place else ref.path.stat().st_size
+    return open_store(place[0]).by_name[ref.name][ref.page].file_bytes if place else ref.path.stat().st_size

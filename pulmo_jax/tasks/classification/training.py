@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from pulmo_jax.config.nodes import check_node
-from pulmo_jax.data.pipeline import evenly
+from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.square_batches import member_batches, member_rows
 from pulmo_jax.data.synthetic_mri import synthetic_mri
 from pulmo_jax.evaluation.class_calibration import Scaling, fit_scaling
@@ -258,7 +258,7 @@ def validation(method: Classifier, data: ClassData) -> Callable[[TrainState], fl
     """The mean over the honest networks of the loss on the images that validate each."""
     plan, found = data.plan, data.found
     losses = each_its_own(lambda params, images, labels: method.validation_losses(params, (images, labels)))
-    some = [evenly(data.learnt_from(plan.folds[i].validation), MOST_VALIDATED) for i in plan.honest]
+    some = [evenly_spaced(data.learnt_from(plan.folds[i].validation), MOST_VALIDATED) for i in plan.honest]
 
     def loss(state: TrainState) -> float:
         chunks = honest_chunks(plan, parameters(devices.here(state)))
@@ -271,7 +271,7 @@ def validation(method: Classifier, data: ClassData) -> Callable[[TrainState], fl
 def validated_images(data: ClassData) -> Callable[[TrainState], Figure]:
     """Draws validation images of the first network with its probabilities, before calibration."""
     found, plan = data.found, data.plan
-    rows = evenly(plan.folds[0].validation, EXAMPLE_IMAGES)
+    rows = evenly_spaced(plan.folds[0].validation, EXAMPLE_IMAGES)
     images, labels = found.squares.stack(rows), found.labels[rows]
     logits = jax.jit(lambda chunk, images: data.method.logits(jax.tree.map(lambda leaf: leaf[0], chunk), images))
 

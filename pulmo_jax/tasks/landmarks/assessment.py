@@ -14,7 +14,7 @@ from pulmo_jax.config.verbs import EvaluationConfig
 from pulmo_jax.data.images import Reader, index_images
 from pulmo_jax.data.landmark_table import read_landmarks, without_row
 from pulmo_jax.data.letterbox import to_bytes
-from pulmo_jax.data.pipeline import evenly
+from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.evaluation import landmark_metrics as metrics
 from pulmo_jax.evaluation.landmark_metrics import Errors
 from pulmo_jax.evaluation.metrics import Estimate
@@ -272,7 +272,7 @@ def report_sections(
     coverage = figures.save(draw.coverage_calibration(np.array(LEVELS), levels), folder, "coverage")
     reader = Reader(run.config.data.max_image_mb)
     worst = metrics.failures(own, options.examples)
-    spread = np.argsort(own.mean(1))[evenly(np.arange(len(own)), options.examples)]
+    spread = np.argsort(own.mean(1))[evenly_spaced(np.arange(len(own)), options.examples)]
     galleries = [
         figures.save(draw.gallery([example(tested, i, reader) for i in which], title), folder, name)
         for which, title, name in (

@@ -15,7 +15,7 @@ from pulmo_jax.config.nodes import check_node
 from pulmo_jax.data import radiographs
 from pulmo_jax.data.landmark_batches import rows_of_batch, shuffled_batches
 from pulmo_jax.data.letterbox import to_bytes
-from pulmo_jax.data.pipeline import evenly
+from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.samples import fetch_radiographs
 from pulmo_jax.evaluation.landmark_metrics import radial_errors
 from pulmo_jax.inference.locate import in_batches
@@ -195,7 +195,7 @@ def assess(run: LandmarkRun, data: LandmarkData, learned: Learned, place: Place)
 def predictions(method: Locator, sets: LandmarkSets) -> Callable[[TrainState], Figure]:
     """Draws the landmarks in some validation images as a state finds them, beside the true ones."""
     validation, locate = sets.validation, jax.jit(method.locate)
-    rows = evenly(np.arange(len(validation.refs)), EXAMPLE_IMAGES)
+    rows = evenly_spaced(np.arange(len(validation.refs)), EXAMPLE_IMAGES)
     pixels, truth = np.asarray(validation.working.pixels[rows]), validation.square_points[rows]
 
     def draw(state: TrainState) -> Figure:

@@ -153,7 +153,7 @@ def open_run(i: int, path: Path) -> OpenedRun:
     if missing:
         raise InputError(f"{where}: no {missing[0]} there, which later versions of detect write; run detect again")
     data = stack_config(path)
-    maps = {name: read_array(path / f"{name}.fits", (2,), what=f"the map {name}").astype(float) for name in MAPS}
+    maps = {name: read_array(path / f"{name}.fits", (2,), description=f"the map {name}").astype(float) for name in MAPS}
     for name, image in maps.items():
         if image.shape != maps["a"].shape:
             raise InputError(f"{path / name}.fits: {image.shape} px, a.fits {maps['a'].shape}; run detect again")

@@ -185,10 +185,10 @@ def hang(path):
     ("harm", "words"),
     [
         (cut_off, r"1\.png: cannot be read, it may be damaged or cut off"),
-        (lambda path: path.write_bytes(b""), r"1\.png: is empty \(0 bytes\); what can be read is TIFF, PNG, JPEG"),
-        (lambda path: path.write_text("<html>"), r"1\.png: its content is of no known format; what can be read is"),
-        (animate, r"1\.png: an animation of 2 frames; save one frame as PNG"),
-        (hang, r"1\.png: is a link to a file that is not there"),
+        (lambda path: path.write_bytes(b""), r"1\.png: is empty \(0 bytes\); supported formats are TIFF, PNG, JPEG"),
+        (lambda path: path.write_text("<html>"), r"1\.png: unknown image format; supported formats are"),
+        (animate, r"1\.png: is an animation of 2 frames; save one frame as PNG"),
+        (hang, r"1\.png: is a broken link"),
     ],
 )
 def test_a_file_that_is_of_no_use_is_named_or_left_out(folder, harm, words):
@@ -239,7 +239,7 @@ def test_classes_that_the_run_does_not_know(folder):
 
 
 def test_a_group_expression_that_matches_nothing(folder):
-    with pytest.raises(InputError, match=r"no/0\.png: data\.group_regex=patient matches nothing"):
+    with pytest.raises(InputError, match=r"no/0\.png: data\.group_regex=patient does not match"):
         read(folder, group_regex="patient")
 
 
@@ -251,10 +251,10 @@ def set_version(path):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (set_version, r"set\.h5: is a store of version 99, this program reads up to \d+; update it"),
+        (set_version, r"set\.h5: has store version 99, but this program reads versions up to \d+; update it"),
         (cut_off, r"set\.h5: cannot be read, it may be damaged or cut off"),
         (lambda path: path.write_bytes(b""), r"set\.h5: is empty \(0 bytes\)"),
-        (lambda path: path.write_bytes(b"pulmo_jax store part 2\n"), r"set\.h5: its content is of no known format"),
+        (lambda path: path.write_bytes(b"pulmo_jax store part 2\n"), r"set\.h5: unknown image format"),
     ],
 )
 def test_a_store_that_cannot_be_used(folder, tmp_path, harm, words):
@@ -276,8 +276,8 @@ def test_no_room_for_the_squares(folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(scratch, "room", full)
+    monkeypatch.setattr(scratch, "allocate_file", full)
     with pytest.raises(
-        InputError, match=r"cache: no room for .*No space left on device\); make room, or give another folder"
+        InputError, match=r"cache: no space for .*No space left on device\); free some or set another folder"
     ):
         read(folder)

@@ -1,0 +1,75 @@
+"""The chunks of a store: pages split into tiles, byte-shuffled and deflated as by HDF5's own filters."""
+
+import hashlib
+from math import prod
+from typing import Any
+
+import imagecodecs
+import numpy as np
+from jaxtyping import Shaped
+
+MAX_CHUNK_BYTES = 4 * 2**20  # larger pages are split into tiles
+TILE_PX = 512
+MAX_RATIO = 0.25  # a chunk is compressed only if a sample shrinks to at most this fraction
+SAMPLE_BYTES, SAMPLE_STRIDE = 256, 4096  # the sample takes this many bytes of every so many
+
+
+def chunk_shape(shape: tuple[int, int, int], dtype: np.dtype) -> tuple[int, int, int]:
+    """Shape (h, w, C) of the chunks of a page (H, W, C): the whole page, or tiles of a large one."""
+    if prod(shape) * dtype.itemsize <= MAX_CHUNK_BYTES:
+        return shape
+    return min(shape[0], TILE_PX), min(shape[1], TILE_PX), shape[2]
+
+
+def chunk_corners(shape: tuple[int, ...], height: int, width: int) -> list[tuple[int, int]]:
+    """Upper left corners (y, x) of the chunks of a page in px, row by row."""
+    return [(top, left) for top in range(0, shape[0], height) for left in range(0, shape[1], width)]
+
+
+def split_into_chunks(page: Shaped[np.ndarray, "H W C"]) -> list[Shaped[np.ndarray, "h w C"]]:
+    """Split a page into chunks, row by row; chunks that extend beyond the page are padded with 0."""
+    height, width, _ = chunk_shape(page.shape, page.dtype)
+    return [
+        _padded(page[top : top + height, left : left + width], height, width)
+        for top, left in chunk_corners(page.shape, height, width)
+    ]
+
+
+def _padded(tile: np.ndarray, height: int, width: int) -> np.ndarray:
+    if tile.shape[:2] == (height, width):
+        return np.ascontiguousarray(tile)
+    out = np.zeros((height, width, tile.shape[2]), tile.dtype)
+    out[: tile.shape[0], : tile.shape[1]] = tile
+    return out
+
+
+def pack(chunk: Shaped[np.ndarray, "h w C"]) -> bytes:
+    """Compress a chunk with HDF5's shuffle and deflate filters, or store it if compression does not pay off."""
+    planes = np.ascontiguousarray(chunk.reshape(-1, 1).view(np.uint8).reshape(-1, chunk.itemsize).T).reshape(-1)
+    return _deflated(planes, int(_is_compressible(planes)))
+
+
+def unpack(packed: bytes, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "h w C"]:
+    """Decompress a chunk of this shape and dtype."""
+    size = prod(shape)
+    flat = imagecodecs.deflate_decode(packed, out=bytearray(size * dtype.itemsize), raw=False)
+    planes = np.frombuffer(flat, np.uint8).reshape(dtype.itemsize, size)
+    return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
+
+
+def _deflated(values: Any, level: int) -> bytes:
+    """A zlib stream; level 0 stores the bytes uncompressed."""
+    packed: Any = imagecodecs.deflate_encode(values, level=level, raw=False)
+    return packed
+
+
+def _is_compressible(planes: np.ndarray) -> bool:
+    """Whether a sample compresses well. Chunks that do not are stored, which makes them faster to read, too."""
+    whole = planes[: planes.size // SAMPLE_STRIDE * SAMPLE_STRIDE]
+    sample = np.ascontiguousarray(whole.reshape(-1, SAMPLE_STRIDE)[:, :SAMPLE_BYTES])
+    return len(_deflated(sample, 1)) <= MAX_RATIO * sample.size
+
+
+def pixel_sha256(page: Shaped[np.ndarray, "H W C"]) -> str:
+    """SHA-256 of the pixels of a page."""
+    return hashlib.sha256(np.ascontiguousarray(page).data).hexdigest()

@@ -1,0 +1,180 @@
+"""The index of a store: one record per page, kept as a table in the HDF5 file and as metadata.json beside it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, overload
+
+import h5py
+import numpy as np
+
+from pulmo_jax.data.sources.source import decoding
+from pulmo_jax.types import InputError
+
+SCHEMA, VERSION = "pulmo_jax.store", 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One page of an ingested file.
+
+    Attributes:
+        name: Path of the file relative to the ingested folder, separated by "/".
+        page: Index of the page, from 0.
+        pages: Number of pages in the file.
+        label: First folder of `name`, or "" without a folder.
+        group: Images of one group stay on one side of every split.
+        content: SHA-256 of the file.
+        pixels: SHA-256 of the decoded page.
+        look: Perceptual hash of the page.
+        height: Height in px.
+        width: Width in px.
+        channels: Number of channels.
+        dtype: Data type of the pixels, such as "uint16".
+        file_bytes: Size of the file in bytes.
+        images: Name of the dataset below /images that holds the page.
+        row: Row of the page in this dataset.
+    """
+
+    name: str
+    page: int
+    pages: int
+    label: str
+    group: str
+    content: str
+    pixels: str
+    look: int
+    height: int
+    width: int
+    channels: int
+    dtype: str
+    file_bytes: int
+    images: str
+    row: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) in px."""
+        return self.height, self.width, self.channels
+
+    @property
+    def title(self) -> str:
+        """The name, with the page index if the file has several pages."""
+        return self.name if self.pages == 1 else f"{self.name}[{self.page}]"
+
+
+NAMES = tuple(f.name for f in fields(Record))
+VALUES = attrgetter(*NAMES)
+
+
+class Records(Sequence[Record]):
+    """The records of an index. They are created on access, which saves memory for large stores.
+
+    Args:
+        rows: The table of the index.
+    """
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Records": ...
+    def __getitem__(self, index: int | slice) -> "Record | Records":
+        if isinstance(index, slice):
+            return Records(self.rows[index])
+        values: list[Any] = [v.decode() if isinstance(v, bytes) else v for v in self.rows[index].tolist()]
+        return Record(*values)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Files(Mapping[str, list[Record]]):
+    """The pages of each ingested file, by file name.
+
+    Args:
+        records: The index.
+    """
+
+    def __init__(self, records: Records):
+        self.records, self.names = records, records.rows["name"].astype("S")
+        self.order = np.argsort(self.names, kind="stable")
+
+    def __getitem__(self, name: str) -> list[Record]:
+        key = name.encode(errors="surrogateescape")
+        start, stop = (np.searchsorted(self.names, key, side, self.order) for side in ("left", "right"))
+        if start == stop:
+            raise KeyError(name)
+        return [self.records[row] for row in self.order[start:stop].tolist()]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.decode() for name, _ in groupby(self.names[self.order]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def read_index(path: Path, file: Any) -> Records:
+    """Read and verify the index of a store.
+
+    Args:
+        path: The store, for error messages.
+        file: The open HDF5 file.
+
+    Returns:
+        The records.
+
+    Raises:
+        InputError: The file is not a store, is of a newer version or has a damaged index.
+    """
+    schema, version = file.attrs.get("schema"), file.attrs.get("version")
+    if schema != SCHEMA:
+        raise InputError(f"{path}: is an HDF5 file but not a store; make one with `python -m pulmo_jax.ingest`")
+    if not isinstance(version, np.integer | int) or version > VERSION:
+        raise InputError(
+            f"{path}: has store version {version}, but this program reads versions up to {VERSION}; update it"
+        )
+    with decoding(path):
+        records = Records(file["index"][()])
+        actual = index_digest(records)
+    if actual != file.attrs.get("digest"):
+        raise InputError(f"{path}: damaged: its index does not match its digest; ingest the images again")
+    return records
+
+
+def index_array(records: Sequence[Record]) -> np.ndarray:
+    """Convert records to the table of an index.
+
+    Strings have the length of the longest one: HDF5 reads strings of variable length one by one, and keeps them all in
+    memory.
+    """
+
+    def column_dtype(name: str, kind: Any) -> np.dtype:
+        if kind is str:
+            return h5py.string_dtype(length=max(1, *(len(getattr(record, name).encode()) for record in records)))
+        return np.dtype(np.uint64 if name == "look" else np.int64)
+
+    rows = [tuple(v.encode() if isinstance(v, str) else v for v in VALUES(record)) for record in records]
+    return np.array(rows, [(f.name, column_dtype(f.name, f.type)) for f in fields(Record)])
+
+
+def index_digest(records: Iterable[Record]) -> str:
+    """SHA-256 of the JSON text of all values, computed without holding that text in memory."""
+    sha256, separator = hashlib.sha256(b"["), ""
+    for record in records:
+        sha256.update((separator + json.dumps(VALUES(record))).encode())
+        separator = ", "
+    sha256.update(b"]")
+    return sha256.hexdigest()
+
+
+def as_metadata(records: Sequence[Record]) -> dict[str, Any]:
+    """The content of metadata.json."""
+    rows = [dict(zip(NAMES, VALUES(record), strict=True)) for record in records]
+    return {"schema": SCHEMA, "version": VERSION, "digest": index_digest(records), "records": rows}
