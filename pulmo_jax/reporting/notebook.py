@@ -1,4 +1,4 @@
-"""Results in Jupyter: a picture with a caption."""
+"""Display of results in Jupyter: a figure with a caption."""
 
 import base64
 import html
@@ -12,7 +12,15 @@ NOTEBOOK_DPI = 110
 
 
 def figure_html(figure: Figure, caption: str) -> str:
-    """An HTML figure with its caption."""
+    """Render a figure with its caption as HTML.
+
+    Args:
+        figure: Figure.
+        caption: Caption as plain text; it is HTML-escaped.
+
+    Returns:
+        HTML `<figure>` element with an embedded PNG.
+    """
     buffer = io.BytesIO()
     with style():
         figure.savefig(buffer, format="png", dpi=NOTEBOOK_DPI)

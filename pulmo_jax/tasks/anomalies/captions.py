@@ -20,7 +20,7 @@ CAPTIONS = {
     ),
     "roc_pr_images": (
         "ROC and precision-recall curves of the image scores ({abnormal} abnormal, {normal} normal images). The "
-        "method (thick) should lie above its baselines (dashed) and chance (dotted); the dot is the calibrated "
+        "method (thick) should lie above its baselines (thin) and chance (dotted); the dot is the calibrated "
         "threshold."
     ),
     "roc_pr_pixels": (

@@ -2,12 +2,13 @@
 
 CAPTIONS = {
     "comparison": (
-        "Figures of merit on {images} images in {groups} groups for the run (first row) and its baselines ({methods}"
-        " rows), with 95 % intervals. The run should exceed every baseline by more than the intervals."
+        "Figures of merit on {images} images in {groups} groups, with 95 % intervals: the run in the first of {methods}"
+        " rows, then its baselines and the variants that were trained for comparison. The run should exceed every "
+        "baseline by more than the intervals; random splits (leaks) overestimate the performance."
     ),
     "roc_curves": (
         "ROC and precision-recall curves for the class {positive} on {images} images, for the run (thick) and its "
-        "baselines (dashed), averaged over repeats; the band spans the repeats. Curves closer to the upper left "
+        "baselines (thin), averaged over repeats; the band spans the repeats. Curves closer to the upper left "
         "(ROC) and upper right (precision-recall) are better."
     ),
     "confusion_matrix": (

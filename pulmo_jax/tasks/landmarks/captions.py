@@ -3,7 +3,7 @@
 CAPTIONS = {
     "cumulative_errors": (
         "Fraction of the landmarks of {images} images with at most a given error, for the run's method (thick) and "
-        "the baselines (dashed). Curves further to the left are better; look at the gap between the method and the "
+        "the baselines (thin). Curves further to the left are better; look at the gap between the method and the "
         "baselines."
     ),
     "error_by_landmark": (
