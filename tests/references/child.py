@@ -1,7 +1,8 @@
 """Programs in processes of their own, with the run-time shape checks of the tests, and warnings as errors.
 
 `run` is for most calls: a fork of a process that has imported the package, which saves each call the seconds of the
-imports. `start` and `environment` are for programs that are about the start itself, or that signals are sent to.
+imports. `start` and `run_program` start a new Python, for what is about the start itself, needs other devices or gets
+signals.
 """
 
 import atexit
@@ -48,6 +49,18 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Pa
         time.sleep(0.02)
 
 
+def run_program(program: str, *arguments: Any, status: int = 0, **env: Any) -> subprocess.CompletedProcess[str]:
+    """`python -c program arguments` to its end, with more variables in its environment."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=PATIENCE_S)
+    return expect(status, done)
+
+
+def expect(status: int, done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
 def run(
     module: str,
     *arguments: Any,
@@ -67,8 +80,7 @@ def run(
         request = {"module": module, "arguments": [*map(str, arguments)], "env": environment(**(env or {})),
                    "cwd": str(cwd or Path.cwd()), "draw": draw, "out": str(out), "err": str(err)}  # fmt: skip
         done = subprocess.CompletedProcess([module, *arguments], ask(request), out.read_text(), err.read_text())
-    assert done.returncode == status, f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done
+    return expect(status, done)
 
 
 @functools.cache

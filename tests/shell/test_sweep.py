@@ -7,12 +7,11 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from references import child
 from references.pictures import ink
 
 from pulmo_jax.host.lock import claim
@@ -218,8 +217,7 @@ def test_killed_job_is_told_from_one_that_runs_and_can_be_buried(tmp_path, said)
         "run_job(request, lambda resume: os.kill(os.getpid(), 9), print)\n"
     )
     (tmp_path / "0").mkdir()
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "0")], timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    child.run_program(code, tmp_path / "0", status=-signal.SIGKILL)
     assert record_of(tmp_path / "0")["status"] == "running"
     [row] = collect(tmp_path)
     assert row.status == "unfinished"
