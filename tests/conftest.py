@@ -9,12 +9,23 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import signal
 
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook("pulmo_jax", "typechecker.check")
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs for other tests, their child processes and later runs; `--cache-clear` removes them."""
+    cache = config.cache.mkdir("compiled")
+    os.environ["PULMO_JAX_CACHE"] = str(cache)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / "xla")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)

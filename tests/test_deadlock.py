@@ -37,7 +37,7 @@ print("done")
 
 def test_several_batched_factorisations_in_one_program_come_to_an_end():
     try:
-        done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
         pytest.fail("batched Cholesky factorisations deadlock with this jaxlib; pin another (see pyproject.toml)")
     assert done.returncode == 0, done.stderr

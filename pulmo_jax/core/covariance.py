@@ -188,6 +188,10 @@ def shrink(s: Float[Array, "P P"], rho: Float[Array, ""] | float) -> Float[Array
 
     Reference:
         F18, Eq. 10.
+
+    Example:
+        >>> shrink(jnp.array([[4.0, 2.0], [2.0, 9.0]]), 0.5).tolist()
+        [[4.0, 1.0], [1.0, 9.0]]
     """
     return (1 - rho) * s + rho * jnp.diag(jnp.diag(s))
 

@@ -34,7 +34,12 @@ def nearest(position: Float[Array, "*shape"]) -> tuple[Int[Array, "*shape"], Flo
 
 
 def rotation_deg(angles_deg: Float[np.ndarray, "T"]) -> float:
-    """The shortest arc that holds all angles, whether or not they wrap at a full turn."""
+    """The shortest arc that holds all angles, whether or not they wrap at a full turn.
+
+    Example:
+        >>> rotation_deg(np.array([350.0, 0.0, 30.0]))
+        40.0
+    """
     angles = np.sort(np.mod(angles_deg, FULL_TURN))
     gaps = np.diff(np.append(angles, angles[0] + FULL_TURN))
     return float(FULL_TURN - gaps.max())

@@ -51,7 +51,12 @@ def eccentric_anomaly(mean_anomaly: Float[Array, "..."], eccentricity: Float[Arr
 
 
 def period_days(semi_major_axis: Float[Array, "*shape"], star_mass: float) -> Float[Array, "*shape"]:
-    """Kepler's third law, a^3 = M P^2 in au, solar masses and Gaussian years; the companion's own mass is left out."""
+    """Kepler's third law, a^3 = M P^2 in au, solar masses and Gaussian years; the companion's own mass is left out.
+
+    Example:
+        >>> bool(abs(period_days(jnp.array(1.0), 1.0) - 365.257) < 1e-3)
+        True
+    """
     return GAUSSIAN_YEAR_DAYS * jnp.sqrt(semi_major_axis**3 / star_mass)
 
 

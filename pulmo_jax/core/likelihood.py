@@ -61,6 +61,11 @@ def mahalanobis(deviation: Float[Array, "*batch P"], lower: Float[Array, "P P"])
 
     Returns:
         Squared distances.
+
+    Example:
+        >>> lower = jnp.linalg.cholesky(jnp.diag(jnp.array([4.0, 1.0])))  # variances 4 and 1
+        >>> mahalanobis(jnp.array([2.0, 3.0]), lower).tolist()
+        10.0
     """
     return (whiten(deviation, lower) ** 2).sum(-1)
 

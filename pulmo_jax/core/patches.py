@@ -20,6 +20,12 @@ def disc(radius: float) -> Int[np.ndarray, "P 2"]:
 
     Returns:
         Offsets (dy, dx) at a distance of at most `radius`.
+
+    Example:
+        >>> disc(1).tolist()
+        [[-1, 0], [0, -1], [0, 0], [0, 1], [1, 0]]
+        >>> len(disc(4))
+        49
     """
     return annulus(0, radius)
 

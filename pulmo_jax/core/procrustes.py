@@ -64,6 +64,12 @@ def similarity(source: Float[Array, "K 2"], target: Float[Array, "K 2"]) -> Simi
 
     Returns:
         The similarity transform.
+
+    Example:
+        >>> square = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+        >>> moved = similarity(square, 2 * square + jnp.array([3.0, 5.0]))
+        >>> (moved.linear @ jnp.ones(2)).round(5).tolist(), moved.shift.round(5).tolist()
+        ([2.0, 2.0], [3.0, 5.0])
     """
     source_mean, target_mean = source.mean(0), target.mean(0)
     centred = source - source_mean

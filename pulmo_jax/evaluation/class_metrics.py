@@ -94,6 +94,11 @@ def confusion(probabilities: Float[np.ndarray, "R N K"], labels: Int[np.ndarray,
 
     Returns:
         Number of images by true class (rows) and predicted class (columns).
+
+    Example:
+        >>> one_repeat = np.array([[[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]]])
+        >>> confusion(one_repeat, np.array([0, 0, 1])).tolist()
+        [[1.0, 1.0], [0.0, 1.0]]
     """
     n_repeats, _, n_classes = probabilities.shape
     repeat, image = np.nonzero(has_prediction(probabilities))

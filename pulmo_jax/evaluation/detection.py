@@ -45,6 +45,11 @@ def label_regions(
 
     Returns:
         Labels from 1 (0: background), and the area of each label in pixels.
+
+    Example:
+        >>> labels, area = label_regions(np.eye(3, dtype=bool))  # pixels that touch at their corners
+        >>> labels.tolist(), area.tolist()
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [6, 3])
     """
     labels = np.empty(mask.shape, np.int32)
     ndimage.label(mask, structure=np.ones((3, 3)), output=labels)

@@ -19,6 +19,10 @@ def chi_squared_p_value(distance: Float[np.ndarray, "*shape"], dimensions: int) 
 
     Returns:
         p-values.
+
+    Example:
+        >>> chi_squared_p_value(np.array([0.0, 5.991]), dimensions=2).round(3).tolist()
+        [1.0, 0.05]
     """
     return np.asarray(stats.chi2.sf(distance, dimensions))
 

@@ -39,7 +39,15 @@ class FieldThreshold:
 
 
 def field_threshold(maxima: Float[np.ndarray, "n"], level: float) -> FieldThreshold:
-    """From the highest values of n fields of noise, taken as independent. Raises InputError for fewer than two."""
+    """From the highest values of n fields of noise, taken as independent. Raises InputError for fewer than two.
+
+    Example:
+        >>> found = field_threshold(np.arange(1.0, 100.0), level=0.05)  # 99 fields
+        >>> found.value, found.level
+        (95.0, 0.05)
+        >>> field_threshold(np.arange(1.0, 5.0), level=0.05).level  # 4 fields cannot say less
+        0.2
+    """
     n, ordered = len(maxima), np.sort(maxima)
     if n < 2:
         raise InputError(f"{n} null fields tell nothing of a threshold; give at least 2")

@@ -59,6 +59,10 @@ def radial_errors(points: Float[np.ndarray, "N K 2"], truth: Float[np.ndarray, "
 
     Returns:
         Errors in pixels of the image.
+
+    Example:
+        >>> radial_errors(np.array([[[3.0, 4.0]]]), np.zeros((1, 1, 2))).tolist()
+        [[5.0]]
     """
     return np.hypot(*np.moveaxis(points - truth, -1, 0))
 

@@ -125,6 +125,10 @@ def threshold(scores: Float[np.ndarray, "N *K"], rate: float) -> Float[np.ndarra
 
     Raises:
         InputError: If there are no scores.
+
+    Example:
+        >>> threshold(np.arange(1.0, 100.0), rate=0.05).tolist()
+        95.0
     """
     n = len(scores)
     if n == 0:
@@ -144,6 +148,10 @@ def attained_rate(n: int, rate: float) -> float:
 
     Returns:
         The bound; above `rate` only if n is too small.
+
+    Example:
+        >>> attained_rate(99, 0.05), attained_rate(4, 0.05)
+        (0.05, 0.2)
     """
     return max(1, floor((n + 1) * rate + 1e-9)) / (n + 1)
 

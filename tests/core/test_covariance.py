@@ -150,6 +150,7 @@ def test_moments_of_no_samples_add_nothing():
     none = covariance.moments(jnp.zeros((0, 3)))
     for whole in (covariance.merge(some, none), covariance.merge(none, some)):
         jax.tree.map(np.testing.assert_array_equal, whole, some)
+        assert float(whole.n) == 2
 
 
 # --- shrinkage

@@ -1,14 +1,11 @@
 """The streaming histogram against NumPy on the full arrays."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from references import child
 from references.evaluation import group_bootstrap
 
 from pulmo_jax.core.histogram import ScoreHistogram, group_weights
@@ -127,10 +124,8 @@ def test_group_weights_are_poisson_and_differ_by_group_and_seed():
 
 def test_group_weights_are_the_same_in_another_process():
     code = "from pulmo_jax.core.histogram import group_weights; print(*group_weights('é', 20, 0))"
-    other = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True
-    )
-    assert other.stdout.split() == [str(w) for w in group_weights("é", 20, 0)], other.stderr
+    other = child.run_program(code, PYTHONHASHSEED=7)
+    assert other.stdout.split() == [str(w) for w in group_weights("é", 20, 0)]
 
 
 def test_histograms_of_different_bootstraps_do_not_merge():

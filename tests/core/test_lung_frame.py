@@ -62,6 +62,7 @@ def test_the_frame_is_the_mean_shape_upright_and_scaled_to_fill_the_square(frame
 
 def test_a_frame_is_made_again_from_its_points(frame):
     again = lf.frame_of(frame.points, frame.size)
+    np.testing.assert_array_equal(again.points, frame.points)
     jax.tree.map(np.testing.assert_array_equal, frame, again)
 
 

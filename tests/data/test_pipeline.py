@@ -80,7 +80,7 @@ def batches_of(dataset, count: int, start: int = 0, threads: int = 0, workers: i
     finally:
         iterator.close()
         for thread in set(threading.enumerate()) - others:
-            thread.join(timeout=10)  # Grain does not wait for the batches that are being read
+            thread.join(timeout=300)  # Grain does not wait for the batches that are being read
 
 
 def test_a_patch_is_the_window_of_the_normalised_image(read, refs):

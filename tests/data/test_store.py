@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from references import child
 from references.image_files import noise
 from references.own_format import OwnFormat, write_own
 from scipy.fft import dctn
@@ -173,8 +174,7 @@ tracemalloc.start()
 refs, failed = index_images(Path({str(tmp_path / "s.h5")!r}))
 print(len(refs), len(failed), tracemalloc.get_traced_memory()[1])
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    refs, failed, peak = map(int, found.split())
+    refs, failed, peak = map(int, child.run_program(program).stdout.split())
     assert (refs, failed) == (count, 0)
     assert peak < 900 * count
 
@@ -319,7 +319,8 @@ ingest(Path({str(source)!r}), Path({str(target)!r}))
 """
     resumed = 0
     for delay in (0.03, 0.08, 0.15, 0.25):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", program]
+        process = subprocess.Popen(command, env=child.environment(), stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(delay)

@@ -1,15 +1,13 @@
 """Images in the lung frame, from a landmark run to findings in the pixels of the images that they were."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from references import child
 from references.chest_phantoms import phantom, write_set
 from rich.console import Console
 
@@ -24,9 +22,8 @@ SHAPE = (96, 96)
 
 
 def call(*arguments, status=0):
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | {"COLUMNS": "200"})
-    assert done.returncode == status, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    """Run a verb; returns what it printed."""
+    done = child.run(*arguments, status=status, draw=False, env={"COLUMNS": 200})
     return done.stdout + done.stderr
 
 

@@ -2,15 +2,14 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from references import child
+from references.pictures import ink
 
 from pulmo_jax.data.synthetic_mri import write_slices
 from pulmo_jax.tasks.classification.run import open_run
@@ -26,18 +25,15 @@ LOOP = [
 NET = [*LOOP, "method.widths=[8,8]"]
 
 
-def call(*arguments, status=0):
+def call(*arguments, status=0, draw=False):
     """Run a verb; returns what it printed."""
-    command = [sys.executable, "-m", *map(str, arguments)]
-    environment = os.environ | {"PYTHONWARNINGS": "default", "COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == status, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    done = child.run(*arguments, status=status, draw=draw, env={"COLUMNS": 200})
     return done.stdout + done.stderr
 
 
-def train(root, run, *more, status=0):
+def train(root, run, *more, status=0, draw=False):
     return call("pulmo_jax.train", "+experiment=brain_mri", f"data.root={root}", *more, f"hydra.run.dir={run}",
-                status=status)  # fmt: skip
+                status=status, draw=draw)  # fmt: skip
 
 
 def predict(run, images, out, status=0):
@@ -72,7 +68,7 @@ def slices(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(slices, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "net"
-    text = train(slices, folder, *NET)
+    text = train(slices, folder, *NET, draw=True)
     assert "48 images (21 no, 27 yes) in 42 groups; 2 networks and 2 on random splits" in text
     return folder
 
@@ -99,9 +95,9 @@ def test_a_run_tests_every_image_once_and_writes_what_a_report_needs(run, slices
     assert figures_of(run)["ClassifierNetwork"]["accuracy"]["value"] == pytest.approx(right)
     page = (run / "report.html").read_text()
     for name in ("comparison", "roc_curves", "confusion_matrix", "reliability", "training_history", "saliency_right"):
-        assert (run / "figures" / f"{name}.png").stat().st_size > 5000
+        assert ink(run / "figures" / f"{name}.png") > 0.02
     assert page.count("data:image/png") >= 7
-    assert (run / "finished.json").is_file()
+    assert "classes.json" in json.loads((run / "finished.json").read_text())
 
 
 def test_files_that_are_copies_are_of_one_group(run, slices):

@@ -4,10 +4,8 @@ import csv
 import io
 import json
 import logging.config
-import os
 import re
 import signal
-import subprocess
 import sys
 from ast import literal_eval
 from contextlib import redirect_stdout
@@ -20,6 +18,7 @@ import pytest
 import tifffile
 from astropy.io import fits
 from omegaconf import OmegaConf
+from references import child
 
 from pulmo_jax import detect
 from pulmo_jax.config.section import validate
@@ -81,12 +80,6 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Of compiled programs, shared by the processes and this one."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def planted():
     return rotating_stack(SEED, FRAMES, SIZE, ROTATION_DEG, (PLANET,)).stack
 
@@ -114,12 +107,12 @@ def nested(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def job(cache, tmp_path, monkeypatch, capsys):
+def job(tmp_path, monkeypatch, capsys):
     """Does the whole job of a config (dotted keys) but for report and limits."""
     monkeypatch.setattr(detect, "write_adi_report", lambda *arguments: None)
 
     def call(changes: dict[str, Any], name: str = "run") -> Run:
-        config = validate(DetectConfig, nested({"compile_cache": str(cache), "contrast.rings": 0} | changes))
+        config = validate(DetectConfig, nested({"contrast.rings": 0} | changes))
         detect.detect(config, tmp_path / name)
         return Run(tmp_path / name, capsys.readouterr().out)
 
@@ -151,25 +144,16 @@ def as_arguments(changes: dict[str, Any]) -> list[str]:
     return [f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in changes.items()]
 
 
-def process(*arguments: str, cache: Path, cwd: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PULMO_JAX_CACHE": str(cache), "PYTHONWARNINGS": "default"}
-    call = [sys.executable, "-m", "pulmo_jax.detect", *arguments, "+experiment=adi"]
-    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
-
-
 # --- a sweep over a synthetic stack, in a process of its own
 
 
 @pytest.fixture(scope="module")
-def sweep(cache, tmp_path_factory):
+def sweep(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     more = ["method.shrinkage=paco,oas", "contrast.rings=0", "search.max_sources=0", "hydra.sweep.dir=out"]
-    with process("-m", *SMALL, *more, f"compile_cache={cache}", cache=cache, cwd=folder) as running:
-        out, err = running.communicate(timeout=300)
-    assert running.returncode == 0, out + err
-    assert "Traceback" not in err
-    assert "pulmo_jax/" not in err  # no warning of the program's own
-    return [Run(folder / "out" / str(number), out) for number in range(2)]
+    done = child.run("pulmo_jax.detect", "-m", "+experiment=adi", *SMALL, *more, cwd=folder)
+    assert done.stderr == ""
+    return [Run(folder / "out" / str(number), done.stdout) for number in range(2)]
 
 
 def test_every_output_is_there(sweep):
@@ -285,9 +269,9 @@ def test_formats_give_the_map_of_the_synthetic_stack_itself(job, sweep, planted,
     assert f"{given['data.cube']}: 24 frames" in run.out
 
 
-def test_names_with_spaces_umlauts_and_signs(command, files, cache, monkeypatch):
+def test_names_with_spaces_umlauts_and_signs(command, files, monkeypatch):
     monkeypatch.setattr(detect, "write_adi_report", lambda *arguments: None)
-    more = [f"compile_cache={cache}", "contrast.rings=0", "search.max_sources=0", "hydra.run.dir='Läufe 1'"]
+    more = ["contrast.rings=0", "search.max_sources=0", "hydra.run.dir='Läufe 1'"]
     done = command("+experiment=adi", *as_arguments(files), *more)
     assert (done.status, done.err) == (0, "")
     run = Run(Path("Läufe 1"))
@@ -360,11 +344,11 @@ def test_north_turns_the_position_angle_alone(job, files):
 
 
 @pytest.fixture(scope="module")
-def limits(cache, files, tmp_path_factory):
+def limits(files, tmp_path_factory):
     """A run with all that scale and star's flux give, and a contrast curve."""
     folder = tmp_path_factory.mktemp("limits")
     how = {"data.pixel_scale": SCALE, "data.star_flux": STAR_FLUX, "contrast.rings": 2, "contrast.directions": 2}
-    config = validate(DetectConfig, nested(files | how | {"compile_cache": str(cache)}))
+    config = validate(DetectConfig, nested(files | how))
     with redirect_stdout(io.StringIO()) as out:
         detect.detect(config, folder)
     return Run(folder, out.getvalue())
@@ -636,13 +620,13 @@ def test_stack_without_its_angles_and_psf_is_refused(command, files):
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_interrupted_run_says_so_and_nothing_more(cache, tmp_path):
-    with process("data.synthetic.frames=40", "hydra.run.dir=out", cache=cache, cwd=tmp_path) as running:
-        assert running.stdout is not None
-        assert "40 frames" in running.stdout.readline()
+def test_interrupted_run_says_so_and_nothing_more(tmp_path):
+    log, given = tmp_path / "log", ["+experiment=adi", "data.synthetic.frames=40", f"hydra.run.dir={tmp_path / 'out'}"]
+    with child.start("pulmo_jax.detect", *given, log=log) as running:
+        child.wait_until(lambda: "40 frames" in log.read_text(), running, log)
         running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=120)
+        running.wait(timeout=child.PATIENCE_S)
     assert running.returncode == 130
-    assert "Traceback" not in err
-    assert err.strip().splitlines()[-1] == "interrupted"
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().strip().splitlines()[-1] == "interrupted"
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {".hydra"}

@@ -22,24 +22,19 @@ WHOLE: dict[str, Any] = {"frames": 26, "size": 46, "rotation_deg": 150.0, "plane
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def made():
     return spectral_stack(0, 2, WHOLE["frames"], WHOLE["size"], WHOLE["rotation_deg"], (PLANET,))
 
 
-def run(cache: Path, folder: Path, **data: Any) -> Path:
+def run(folder: Path, **data: Any) -> Path:
     values = {"data": data, "method": {"patch_radius_px": 2.5}, "contrast": {"rings": 2, "directions": 2}}
-    detect.detect(validate(DetectConfig, values | {"compile_cache": str(cache)}), folder)
+    detect.detect(validate(DetectConfig, values), folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def synthetic(cache, tmp_path_factory) -> Path:
-    return run(cache, tmp_path_factory.mktemp("synthetic"), synthetic=WHOLE | {"channels": 2})
+def synthetic(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("synthetic"), synthetic=WHOLE | {"channels": 2})
 
 
 def files(folder: Path, made, **changes: Any) -> dict[str, Any]:
@@ -89,10 +84,10 @@ def test_outputs_of_several_wavelengths(synthetic):
 
 
 @pytest.mark.slow
-def test_files_with_a_set_of_spectra_and_scaled_frames(cache, made, tmp_path, synthetic):
+def test_files_with_a_set_of_spectra_and_scaled_frames(made, tmp_path, synthetic):
     spectra = np.stack([made.spectrum[::-1], made.spectrum])
     given = files(tmp_path, made, spectrum=spectra)
-    folder = run(cache, tmp_path / "run", **given, spectral_scaling=True)
+    folder = run(tmp_path / "run", **given, spectral_scaling=True)
     template: Any = fits.getdata(folder / "template.fits")
     assert template[round(PLANET[0]), round(PLANET[1])] == 1
     assert fits.getheader(folder / "snr.fits")["NSPECTRA"] == 2
@@ -119,19 +114,19 @@ def test_files_with_a_set_of_spectra_and_scaled_frames(cache, made, tmp_path, sy
     ],
     ids=["count", "equal", "negative", "length", "spectrum negative", "spectrum empty", "psfs", "bad channels"],
 )
-def test_what_does_not_fit_is_refused_by_name(cache, made, tmp_path, changes, named, words):
+def test_what_does_not_fit_is_refused_by_name(made, tmp_path, changes, named, words):
     given = files(tmp_path, made, **changes)
     with pytest.raises(InputError) as error:
-        run(cache, tmp_path / "run", **given)
+        run(tmp_path / "run", **given)
     assert given[named] in str(error.value)
     assert words in str(error.value)
 
 
-def test_a_cube_of_several_wavelengths_needs_them(cache, made, tmp_path):
+def test_a_cube_of_several_wavelengths_needs_them(made, tmp_path):
     given = files(tmp_path, made)
     del given["wavelengths"]
     with pytest.raises(InputError, match="also requires data.wavelengths=FILE"):
-        run(cache, tmp_path / "run", **given)
+        run(tmp_path / "run", **given)
 
 
 @pytest.mark.parametrize(

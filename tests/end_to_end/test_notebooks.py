@@ -66,7 +66,7 @@ def test_notebook_runs_and_shows_its_figures(path, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     folder = tmp_path / "copy"
     folder.mkdir()
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=3000, resources={"metadata": {"path": str(folder)}}).execute()
 
     cells = code_cells(notebook)
     assert all(cell.execution_count for cell in cells)

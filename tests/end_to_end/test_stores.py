@@ -1,22 +1,19 @@
 """A store in the place of a folder, through the verbs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from references import child
 
 CROP = Path(__file__).parent / "lung_crop"
 
 
 def call(*arguments, status=0):
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | {"COLUMNS": "200"})
-    assert done.returncode == status, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    """Run a verb; returns what it printed."""
+    done = child.run(*arguments, status=status, draw=False, env={"COLUMNS": 200})
     return done.stdout + done.stderr
 
 

@@ -1,8 +1,6 @@
 """The one path from an image to its score map: full coverage, missing pixels, and nothing that depends on tiling."""
 
 import os
-import subprocess
-import sys
 import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -15,6 +13,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import child
 from references.preprocessing import preprocessing
 
 from pulmo_jax.data.images import ImageRef, Reader
@@ -308,7 +307,6 @@ ON_FOUR = """
 import sys
 import jax
 import numpy as np
-sys.path.insert(0, "tests")
 from inference.test_score import autoencoder, image, scorer
 from pulmo_jax.data.transforms import Preprocessing
 
@@ -335,15 +333,7 @@ np.savez(sys.argv[1], **maps)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
 def test_four_devices_give_the_map_of_one(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", ON_FOUR, tmp_path / "found.npz"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    child.run_program(ON_FOUR, tmp_path / "found.npz", XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     found = np.load(tmp_path / "found.npz")
     pixels, foreground = image((45, 70)), np.indices((45, 70)).sum(axis=0) % 31 > 9
     one = scorer(autoencoder(), batch_size=8)

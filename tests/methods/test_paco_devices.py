@@ -1,13 +1,11 @@
 """Maps spread over several devices are those of one."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from references import child
 
 from pulmo_jax.methods import paco
 
@@ -40,18 +38,8 @@ def test_four_devices_compute_the_maps_of_one(tmp_path):
     given["cube"][3, 12, 5] = np.nan
     np.savez(tmp_path / "given.npz", **given)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, tmp_path / "given.npz", tmp_path / "found.npz"],
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"},
-            cwd=Path(paco.__file__).resolve().parents[3],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    except subprocess.TimeoutExpired:
-        pytest.fail("four devices did not come to an end within 300 s")
-    assert done.returncode == 0, done.stderr
+    files = [tmp_path / "given.npz", tmp_path / "found.npz"]
+    child.run_program(PROGRAM, *files, XLA_FLAGS=flags, JAX_PLATFORMS="cpu", JAX_ENABLE_X64=1)
     found = np.load(tmp_path / "found.npz")
     for mode in ("exact", "fast", "robust"):
         with jax.enable_x64(True):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.contour import ContourSet
 from PIL import Image
+from references.pictures import ink
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
 from pulmo_jax.reporting import figures
@@ -37,7 +38,9 @@ def test_score_maps_of_any_bands_with_and_without_truth(tmp_path, channels):
 
 
 def test_score_maps_of_one_tiny_image(tmp_path):
-    assert figures.save(score_maps([view(example(size=(9, 9), foreground=False))], "One"), tmp_path, "one").exists()
+    figure = score_maps([view(example(size=(9, 9), foreground=False))], "One")
+    assert [axes.images[0].get_array().shape[:2] for axes in figure.axes[:4]] == [(9, 9)] * 4
+    assert ink(figures.save(figure, tmp_path, "one")) > 0.1
 
 
 def test_every_example_is_a_row_of_aligned_panels_however_long_its_name():
@@ -83,8 +86,10 @@ def test_a_map_without_any_score_is_drawn(tmp_path):
     empty = example()
     empty.score[:] = np.nan
     empty.detected[:] = False
-    figures.save(score_maps([view(empty)], "Nothing scored"), tmp_path, "empty")
-    figures.save(reconstructions([view(empty)]), tmp_path, "empty_pairs")
+    maps, pairs = score_maps([view(empty)], "Nothing scored"), reconstructions([view(empty)])
+    assert all(np.ma.getmaskarray(axes.images[0].get_array()).all() for axes in maps.axes[2:4])
+    assert ink(figures.save(maps, tmp_path, "empty")) > 0.1
+    assert ink(figures.save(pairs, tmp_path, "empty_pairs")) > 0.1
 
 
 def test_difference_is_signed_on_symmetric_limits():

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
+from references import child
 from rich.console import Console
 
 from pulmo_jax import detect, evaluate, ingest, predict, train
@@ -193,7 +194,8 @@ def test_errors_are_a_line_or_two_and_nothing_is_left_behind(run, tmp_path, verb
 )
 def test_errors_of_a_process_of_its_own(tmp_path, verb, arguments, words):
     command = [sys.executable, "-m", f"pulmo_jax.{verb}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    options = {"env": child.environment(), "capture_output": True, "text": True, "timeout": child.PATIENCE_S}
+    done = subprocess.run(command, cwd=tmp_path, **options)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
@@ -427,7 +429,8 @@ def test_nothing_is_unpickled(run, tmp_path, option):
 
 def test_help_into_a_pipe_that_closes(tmp_path):
     command = f"{sys.executable} -m pulmo_jax.train --help | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    options = {"env": child.environment(), "capture_output": True, "text": True, "timeout": child.PATIENCE_S}
+    done = subprocess.run(command, shell=True, **options)
     assert done.stdout.startswith("usage: ")
     assert done.stderr == ""
 

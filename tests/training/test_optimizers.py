@@ -110,4 +110,9 @@ def test_accumulated_batches_are_one_large_batch():
 )
 @settings(deadline=None, max_examples=30)
 def test_any_schedule_that_a_config_allows_can_be_built(steps, accumulate, warmup_fraction, final_fraction):
-    adamw(steps=steps, accumulate=accumulate, warmup_fraction=warmup_fraction, final_fraction=final_fraction)
+    """And its first update is no larger than the learning rate allows."""
+    options = {"warmup_fraction": warmup_fraction, "final_fraction": final_fraction, "learning_rate": 0.1}
+    optimizer = adamw(steps=steps, accumulate=accumulate, weight_decay=0.5, **options)
+    theta = jnp.array([1.0, -2.0, 0.5])
+    update, _ = optimizer.update(jnp.array([1e-3, 3.0, -100.0]), optimizer.init(theta), theta)
+    assert (abs(update) <= 0.1 * (1 + 0.5 * abs(theta)) * (1 + 1e-6)).all()

@@ -47,7 +47,7 @@ class Predictions:
 
     honest: Probabilities
     as_trained: Probabilities
-    leaky: Probabilities | None
+    leaky: Float[np.ndarray, "_ N K"] | None
 
     @staticmethod
     def of(

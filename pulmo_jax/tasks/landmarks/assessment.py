@@ -274,7 +274,7 @@ def report_sections(
     worst = metrics.failures(own, options.examples)
     spread = np.argsort(own.mean(1))[evenly_spaced(np.arange(len(own)), options.examples)]
     galleries = [
-        figures.save(draw.gallery([example(tested, i, reader) for i in which], title), folder, name)
+        figures.save(draw.gallery([example(tested, i, reader) for i in map(int, which)], title), folder, name)
         for which, title, name in (
             (spread, "From good to bad, evenly spread", "examples"),
             (worst, "The largest errors", "failures"),

@@ -151,7 +151,10 @@ def test_reliability_diagram_holds_the_bins_that_are_not_empty():
 def test_reliability_without_any_image_is_drawn():
     none = np.full(3, np.nan)
     empty = Bins(none, none, np.zeros(3, int), none, none)
-    classes.reliability_diagram({"none": (empty, np.nan)}).draw_without_rendering()
+    figure = classes.reliability_diagram({"none": (empty, np.nan)})
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["perfectly calibrated", "none, ECE nan"]
+    assert all(bar.get_segments() == [] for bar in figure.axes[0].collections)
 
 
 def test_every_cell_of_a_confusion_matrix_holds_its_number_and_its_share_of_the_row():
