@@ -12,6 +12,16 @@ FLAT = 1e-6  # of an image's largest value: what differs less is rounding
 LEAST_LOCAL_SD = 0.1  # of the image's own: what varies less stays faint
 
 
+def moderate(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+    """Each image times 2^64 or 2^-64, exactly, so that its extremes lie far inside the range of float32.
+
+    XLA divides by a broadcast number as it multiplies by the reciprocal, and the reciprocal of a number above 8.5e37 is
+    subnormal, which counts as 0: an image of such values would become 0.
+    """
+    largest = jnp.abs(images).max((1, 2), keepdims=True)
+    return images * jnp.where(largest > 1, 2.0**-64, 2.0**64).astype(images.dtype)
+
+
 def _unit(images: Array, low: Array, high: Array) -> Array:
     """[low, high] to [0, 1], clipped; an image of one level is 0."""
     low, span = low[:, None, None], (high - low)[:, None, None]
@@ -36,8 +46,8 @@ def sahs(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
 
 def zscore(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
     """Each image at mean 0 and standard deviation 1, whatever its units; an image of one level is 0."""
-    largest = jnp.maximum(jnp.abs(images).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
-    step = images / largest
+    images = moderate(images)
+    step = images / jnp.maximum(jnp.abs(images).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
     step = step - step.mean((1, 2), keepdims=True)
     most = jnp.abs(step).max((1, 2), keepdims=True)
     seen = most > FLAT
@@ -77,7 +87,7 @@ def clahe(images: Float[Array, "B S S"], tiles: int = 4, clip: float = 2.0) -> F
     mean count, what was cut spread evenly, and the four nearest tiles' tables blended bilinearly. The last rows and
     columns are mirrored where S is no multiple of `tiles`.
     """
-    side = images.shape[-1]
+    images, side = moderate(images), images.shape[-1]
     more = -side % tiles
     levels = jnp.round(255 * _unit(images, images.min((1, 2)), images.max((1, 2)))).astype(jnp.int32)
     padded = jnp.pad(levels, ((0, 0), (0, more), (0, more)), mode="reflect") if more else levels
