@@ -15,6 +15,16 @@ FLAT = 1e-6  # relative to the largest absolute value; smaller differences are r
 LEAST_LOCAL_SD = 0.1  # regulariser of the local sd, relative to the sd of the image; avoids amplifying noise
 
 
+def moderate(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+    """Each image times 2^64 or 2^-64, exactly, so that its extremes lie far inside the range of float32.
+
+    XLA divides by a broadcast number as it multiplies by the reciprocal, and the reciprocal of a number above 8.5e37 is
+    subnormal, which counts as 0: an image of such values would become 0.
+    """
+    largest = jnp.abs(images).max((1, 2), keepdims=True)
+    return images * jnp.where(largest > 1, 2.0**-64, 2.0**64).astype(images.dtype)
+
+
 def _unit(images: Array, low: Array, high: Array) -> Array:
     """Map [low, high] to [0, 1] and clip; a constant image becomes 0."""
     low, span = low[:, None, None], (high - low)[:, None, None]
@@ -55,6 +65,7 @@ def zscore(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
     Returns:
         Standardised images; a constant image becomes 0.
     """
+    images = moderate(images)
     largest = jnp.maximum(jnp.abs(images).max((1, 2), keepdims=True), jnp.finfo(images.dtype).tiny)
     deviation = images / largest
     deviation = deviation - deviation.mean((1, 2), keepdims=True)
@@ -133,7 +144,7 @@ def clahe(images: Float[Array, "B S S"], tiles: int = 4, clip: float = 2.0) -> F
     Reference:
         Zuiderveld 1994, Graphics Gems IV, Section VIII.5.
     """
-    side = images.shape[-1]
+    images, side = moderate(images), images.shape[-1]
     padding = -side % tiles
     levels = jnp.round(255 * _unit(images, images.min((1, 2)), images.max((1, 2)))).astype(jnp.int32)
     padded = jnp.pad(levels, ((0, 0), (0, padding), (0, padding)), mode="reflect") if padding else levels

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from pulmo_jax.core.contrast import moderate
 from pulmo_jax.core.warps import bilinear, pixel_centres
 
 CUT = 2.5  # truncation of the normal deviates, in sd; keeps the anatomy inside the image
@@ -152,9 +153,11 @@ def random_intensity(
         Augmented images.
     """
     power, smooth, pixels = jax.random.split(key, 3)
-    count, side = len(images), images.shape[-1]
+    images, count, side = moderate(images), len(images), images.shape[-1]
     low, high = images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True)
-    unit = (images - low) / jnp.maximum(high - low, jnp.finfo(images.dtype).tiny)
+    # XLA may compute the images twice, rounded differently: a pixel below `low` by that would have no power.
+    above = jnp.maximum(images - low, 0)
+    unit = above / jnp.maximum(high - low, jnp.finfo(images.dtype).tiny)
     exponents = jnp.exp(gamma * jax.random.normal(power, (count, 1, 1)))
     nodes = jax.random.normal(smooth, (count, FIELD_NODES, FIELD_NODES))
     bumps = jax.image.resize(nodes, (count, side, side), "linear")

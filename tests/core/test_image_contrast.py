@@ -35,6 +35,9 @@ def test_intensities_lose_their_units(unit):
     images = np.random.default_rng(0).gamma(2, 1, (2, 8, 8))
     expected = (images - images.mean((1, 2), keepdims=True)) / images.std((1, 2), keepdims=True)
     np.testing.assert_allclose(contrast.zscore(jnp.asarray(images * unit, jnp.float32)), expected, atol=1e-4)
+    levels = contrast.clahe(jnp.asarray(images, jnp.float32))
+    found = contrast.clahe(jnp.asarray(images * unit, jnp.float32))
+    assert np.mean(np.abs(found - levels) > 1) < 0.02  # a level at a rounding edge may fall to the other side
 
 
 def test_a_constant_image_becomes_zero():

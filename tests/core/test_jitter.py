@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from pulmo_jax.core.contrast import zscore
 from pulmo_jax.core.jitter import (
     CUT,
     Affine,
@@ -165,3 +166,18 @@ def test_the_field_is_smooth_and_noise_is_not():
 
 def test_a_constant_image_stays_finite():
     assert np.isfinite(intensities(np.full((2, SIDE, SIDE), 7, np.float32), gamma=0.3, field=0.1, noise=0.1)).all()
+
+
+def test_a_compiled_step_normalises_an_image_before_and_after():
+    """XLA may compute an image and its least value in two roundings, and a number below 0 has no power."""
+    images = np.random.default_rng(0).normal(size=(8, 32, 32)).astype(np.float32)
+    changed = jax.jit(lambda x: zscore(random_intensity(jax.random.key(3), zscore(x), gamma=0.3, field=0.0, noise=0.0)))
+    np.testing.assert_allclose(changed(jnp.asarray(images)).std((1, 2)), 1, atol=1e-5)
+
+
+def test_intensities_near_the_end_of_float32_are_changed_as_others_are():
+    images = smooth_images()
+    images = images / np.abs(images).max()
+    changed = intensities(images, gamma=0.3, field=0.1, noise=0.1)
+    for unit in (1e-30, 3e38):
+        np.testing.assert_allclose(intensities(images * unit, gamma=0.3, field=0.1, noise=0.1), changed, atol=2e-3)
