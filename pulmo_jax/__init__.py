@@ -29,21 +29,23 @@ if "MALLOC_ARENA_MAX" not in os.environ and platform.libc_ver()[0] == "glibc":
 
 
 def __getattr__(name: str) -> Any:
-    """The Python API, imported when it is first used."""
+    """The Python API, imported when it is first used; `train` and the like are the modules of the verbs."""
+    if name == "open_run":
+        return import_module("pulmo_jax.api").open_run
     if name in __all__:
-        return getattr(import_module("pulmo_jax.api"), name)
+        return import_module(f"pulmo_jax.{name}")
     raise AttributeError(f"module 'pulmo_jax' has no attribute {name!r}")
 
 
 class _Verb(ModuleType):
-    """The module of a verb, `python -m pulmo_jax.train`, which called is the function of the Python API."""
+    """The module of a verb, `python -m pulmo_jax.train`; called, it is the function `pulmo_jax.api.train`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(import_module("pulmo_jax.api"), self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 class _Package(ModuleType):
-    """`pj.train` stays callable after the module `pulmo_jax.train` has been imported."""
+    """Makes the modules of verbs callable when they are imported: `pj.train("lung")`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in __all__ and isinstance(value, ModuleType):
