@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from references import child
 from references.pictures import ink
 
+import pulmo_jax as pj
 from pulmo_jax.data.synthetic_mri import write_slices
 from pulmo_jax.tasks.classification.run import open_run
 from pulmo_jax.training.checkpoint import Checkpoints
@@ -346,3 +347,17 @@ def test_bad_input_is_named_and_nothing_is_left_behind(slices, request, tmp_path
         assert word in text
     assert not list((tmp_path / "run").glob("*.json"))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_python_gives_the_probabilities_of_predict(run, slices, tmp_path):
+    source = sorted((slices / "yes").iterdir())[0]
+    predict(run, source, tmp_path / "out")
+    row, opened = read(tmp_path / "out" / "predictions.csv")[0], pj.open_run(run)
+    for result in (opened.predict(source), opened.predict(np.asarray(Image.open(source)))):
+        assert result.label == row["label"]
+        for name in ("no", "yes"):
+            assert result.probabilities[name] == pytest.approx(float(row[f"p_{name}"]), rel=1e-6)
+            assert result.std[name] == pytest.approx(float(row[f"std_{name}"]), rel=1e-5)
+        assert result.saliency.shape == result.image.shape
+        assert 0 <= result.saliency.min() <= result.saliency.max() <= 1
+        assert f"{row['label']}" in result._repr_html_()

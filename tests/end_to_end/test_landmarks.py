@@ -12,6 +12,7 @@ from references import child
 from references.chest_phantoms import write_set
 from references.pictures import ink
 
+import pulmo_jax as pj
 from pulmo_jax.tasks.landmarks.run import open_run
 from pulmo_jax.types import InputError
 
@@ -210,3 +211,16 @@ def test_a_network_that_was_stopped_goes_on_to_the_same_end(chests, tmp_path):
     rows = [json.loads((folder / "metrics.json").read_text())["errors"] for folder in (whole, halves)]
     assert rows[0] == rows[1]
     assert "LandmarkNetwork" in rows[0]
+
+
+def test_python_gives_the_landmarks_of_predict(run, chests, tmp_path):
+    source = chests / "images" / "Normal-test000.png"
+    call("pulmo_jax.predict", f"run={run}", f"input={source}", f"output={tmp_path / 'out'}")
+    row, opened = read(tmp_path / "out" / "landmarks.csv")[0], pj.open_run(run)
+    for result in (opened.predict(source), opened.predict(np.asarray(Image.open(source)))):
+        np.testing.assert_allclose(result.points, points_of(row), rtol=1e-5)  # the table has fewer digits
+        np.testing.assert_allclose(result.std, [float(row[f"std{k + 1}"]) for k in range(K)], rtol=1e-5)
+        assert result.quality == tuple(row[f"quality{k + 1}"] for k in range(K))
+        assert f"{K} landmarks with their 95 % regions" in result._repr_html_()
+    record = json.loads((tmp_path / "out" / "records" / f"{source.name}.json").read_text())
+    np.testing.assert_allclose(opened.predict(source).points, record["points"], rtol=1e-6)

@@ -18,7 +18,9 @@ from references.gate import gate
 from references.pictures import ink
 from scipy.ndimage import binary_dilation
 
+import pulmo_jax as pj
 from pulmo_jax.inference.outputs import OUTLINE
+from pulmo_jax.types import InputError
 
 CROP = Path(__file__).parent / "lung_crop"
 SETS = {"train": range(8), "val": range(8, 12), "test": range(12, 17)}
@@ -305,3 +307,50 @@ def test_users_own_experiment_and_callback(crop, tmp_path):
     arguments = [f"data.train={crop / 'train'}", *SMALL, f"hydra.run.dir={tmp_path / 'run'}"]
     call("pulmo_jax.train", "--config-dir", "conf", "+experiment=mine", *arguments, cwd=tmp_path)
     assert (tmp_path / "counted.txt").read_text() == "4"
+
+
+def test_python_gives_the_maps_and_findings_of_predict(run, crop, predicted):
+    """From a path, which takes the run's mask, and from an array with its foreground."""
+    opened, name = pj.open_run(run), "lung_15"
+    mask = tifffile.imread(crop / "foreground" / f"{name}.tif") > 0
+    rows = [row for row in read_rows(predicted / "detections.csv") if row["filename"] == f"{name}.tif"]
+    summary = json.loads((predicted / "summary.json").read_text())["images"]
+    written = next(image for image in summary if image["filename"] == f"{name}.tif")
+    pixels = tifffile.imread(crop / "test" / f"{name}.tif")
+    for result in (opened.predict(crop / "test" / f"{name}.tif"), opened.predict(pixels, mask)):
+        for kind, values in (("score", result.score), ("pvalue", result.p_value)):
+            np.testing.assert_allclose(values, tifffile.imread(predicted / "maps" / f"{name}_{kind}.tif"), rtol=1e-6)
+        np.testing.assert_array_equal(result.mask, tifffile.imread(predicted / "maps" / f"{name}_mask.tif") > 0)
+        assert [(f.label, f.y, f.x, f.area_px) for f in result.findings] == [
+            tuple(int(row[key]) for key in ("label", "y", "x", "area_px")) for row in rows
+        ]
+        assert result.image_score == pytest.approx(written["image_score"], rel=1e-6)
+        assert result.image_p_value == pytest.approx(written["image_p_value"], rel=1e-6)
+        assert result.anomalous == written["anomalous"]
+        assert f"{len(rows)} findings" in result._repr_html_()
+
+
+def test_python_refuses_images_that_the_run_is_not_for(run, tmp_path):
+    opened = pj.open_run(run)
+    with pytest.raises(InputError, match=r"3 bands of float32, but the run was trained on 1 of uint16"):
+        opened.predict(np.zeros((40, 40, 3), np.float32))
+    with pytest.raises(InputError, match=r"an image of shape \(3,\) was given; give an array \(H, W\)"):
+        opened.predict(np.zeros(3))
+    with pytest.raises(InputError, match=r"nothing\.tif: does not exist; give one image"):
+        opened.predict(tmp_path / "nothing.tif")
+    with pytest.raises(InputError, match=r"no config\.yaml there; give the run directory"):
+        pj.open_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_python_trains_and_evaluates_as_the_verbs_do(crop, run, tmp_path):
+    """The same run, made from Python, has the same checkpoint and thresholds; and the same figures of merit."""
+    keys = dict(argument.split("=", 1) for argument in SMALL)
+    data = {f"data.{name}": crop / name for name in ("train", "val", "foreground", "test", "test_masks")}
+    typed = {key: OmegaConf.create(f"v: {value}").v for key, value in keys.items()}
+    made = pj.train("lung", {**typed, **data, "trainer.steps": 120}, run_dir=tmp_path / "made")
+    assert (made.path / "calibration.json").read_text() == (run / "calibration.json").read_text()
+    tested = {"data.test": crop / "test", "data.test_masks": crop / "test_masks", "evaluation.replicates": 20}
+    metrics = pj.evaluate(made, tested, out_dir=tmp_path / "out")
+    assert metrics["pixel"] == json.loads((run / "metrics.json").read_text())["pixel"]
+    assert (tmp_path / "out" / "report.html").is_file()
