@@ -87,7 +87,7 @@ def detect(config: DetectConfig, out_dir: Path) -> int:
                 config.contrast.directions,
                 config.contrast.rings,
                 search.profile if config.search.snr == "calibrated" else None,
-                track=tracker(console, "injecting, ring by ring"),
+                track=tracker(console, "injecting, round by round"),
                 using=search.combination,
             )
     result = replace(result, contrast=contrast)

@@ -4,11 +4,15 @@ Dimensions: T frames, H rows, W columns, C channels, B batch, N pixels or locati
 K landmarks, D latent. Coordinates are always (y, x), in pixels from 0.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+Progress = Callable[[Iterable, int], Iterable]  # shows progress over an iterable, given the number of its items
+Say = Callable[[str], None]  # takes a line of text for the user
 
 
 class InputError(ValueError):
