@@ -13,6 +13,7 @@ import numpy as np
 
 # (iterable, length) -> the same items, with progress shown to the user
 ProgressTracker = Callable[[Iterable[Any], int], Iterable[Any]]
+Say = Callable[[str], None]  # takes a line of text for the user
 
 
 class InputError(ValueError):

@@ -1,7 +1,7 @@
-"""A point source between pixels: the trigonometric interpolation of a stamp, and its expansion in the shift.
+"""Point-spread functions between pixels: trigonometric interpolation of a stamp, and its expansion in the shift.
 
-A stamp is square with an odd side S and its source at the middle pixel S//2. Its interpolation is periodic, so values
-are asked for within half a side of the source.
+A stamp is a square of odd side S with its source at the middle pixel S//2. Its interpolation is periodic, so it is
+evaluated within half a side of the source.
 """
 
 from typing import NamedTuple
@@ -12,43 +12,85 @@ from jaxtyping import Array, Float, Int
 from numpy.polynomial import chebyshev
 
 MAX_DEGREE = 24
-ERROR_GRID = 17  # shifts per axis on which an expansion's error is measured; its nodes lie between these
+ERROR_GRID = 17  # shifts per axis at which the error of an expansion is measured; its nodes lie between them
 
 
 def dirichlet(distance: Float[Array, "*shape"], period: int) -> Float[Array, "*shape"]:
-    """The kernel of trigonometric interpolation over an odd number of samples: 1 at 0, 0 at other integers.
+    """Kernel of trigonometric interpolation: 1 at 0, 0 at the other integers.
 
-    As a sum of cosines, and not as sin(pi u) / (S sin(pi u / S)), so that it has derivatives at 0.
+    Written as a sum of cosines, because sin(pi u) / (S sin(pi u / S)) has no derivative at 0 in floating point.
+
+    Args:
+        distance: Distance from a sample, px.
+        period: Number of samples S, odd.
+
+    Returns:
+        The kernel's values.
     """
     k = jnp.arange(1, period // 2 + 1)
     return (1 + 2 * jnp.cos(2 * jnp.pi / period * distance[..., None] * k).sum(-1)) / period
 
 
+def interpolation_matrix(
+    pixels: Int[np.ndarray, "n"], shift_px: Float[Array, "*batch"], side: int
+) -> Float[Array, "*batch n S"]:
+    """Weights of a stamp's pixels along one axis, at whole pixels around a source that lies between pixels.
+
+    S dirichlet(n - m - s) = 1 + 2 sum_k [cos(w_k (n - m)) cos(w_k s) + sin(w_k (n - m)) sin(w_k s)], w_k = 2 pi k / S:
+    a product of a constant matrix with S terms of the shift, instead of n S^2 / 2 cosines for every shift.
+
+    Args:
+        pixels: Pixels n relative to the one that the shift is counted from.
+        shift_px: Offset s of the source from that pixel, px.
+        side: Side S of the stamp, px.
+
+    Returns:
+        Matrices that map the stamp's pixels m to the given ones.
+    """
+    frequency = 2 * np.pi / side * np.arange(1, side // 2 + 1)
+    distance = pixels[:, None] - (np.arange(side) - side // 2)
+    phase = frequency[:, None, None] * distance
+    waves = np.concatenate([np.ones((1, *distance.shape)), 2 * np.cos(phase), 2 * np.sin(phase)]) / side
+    angle = shift_px[..., None] * jnp.asarray(frequency, shift_px.dtype)
+    terms = jnp.concatenate([jnp.ones_like(shift_px)[..., None], jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return jnp.einsum("...k,knm->...nm", terms, jnp.asarray(waves, shift_px.dtype))
+
+
 def sample(
-    stamp: Float[Array, "S S"], y: Float[Array, "*batch n"], x: Float[Array, "*batch m"]
-) -> Float[Array, "*batch n m"]:
-    """The interpolated stamp on the grid of rows y and columns x, counted from its source."""
-    along_y, along_x = sample_matrix(y, stamp.shape[0]), sample_matrix(x, stamp.shape[0])
+    stamp: Float[Array, "S S"], pixels: Int[np.ndarray, "n"], shifts: Float[Array, "*batch 2"]
+) -> Float[Array, "*batch n n"]:
+    """Evaluates the stamp on a square of whole pixels, with its source shifted.
+
+    Args:
+        stamp: PSF stamp.
+        pixels: Rows, and columns, relative to the pixel that the shifts are counted from.
+        shifts: Offsets (dy, dx) of the source from that pixel, px.
+
+    Returns:
+        The values on the square, for every shift.
+    """
+    along_y, along_x = (interpolation_matrix(pixels, shifts[..., axis], stamp.shape[0]) for axis in (0, 1))
     return jnp.einsum("...nS,SR,...mR->...nm", along_y, stamp, along_x)
 
 
-def sample_matrix(position: Float[Array, "*batch n"], side: int) -> Float[Array, "*batch n S"]:
-    """What each of the stamp's pixels along an axis contributes at positions counted from its source."""
-    return dirichlet(position[..., None] - (jnp.arange(side) - side // 2), side)
-
-
 def shift(stamp: Float[Array, "S S"], shifts: Float[Array, "*batch 2"]) -> Float[Array, "*batch S S"]:
-    """The stamp with its source moved by (dy, dx) px from the middle pixel, for each shift."""
-    pixel = jnp.arange(stamp.shape[0]) - stamp.shape[0] // 2
-    return sample(stamp, pixel - shifts[..., :1], pixel - shifts[..., 1:])
+    """Moves the source of a stamp by (dy, dx) px from the middle pixel, for every shift."""
+    return sample(stamp, np.arange(stamp.shape[0]) - stamp.shape[0] // 2, shifts)
 
 
 def render(
     stamps: Float[Array, "T S S"], corner: Int[Array, "T 2"], y: Int[Array, "..."], x: Int[Array, "..."]
 ) -> Float[Array, "*pixels T"]:
-    """What the source of frame t, drawn by stamps[t] with its first pixel at corner[t], gives pixel (y, x) of it.
+    """Evaluates a source at the same pixels of every frame; zero outside its stamp.
 
-    y, x: broadcast against the frames, which are the last axis. Zero outside the stamp.
+    Args:
+        stamps: The source in each frame.
+        corner: Pixel (y, x) of each frame on which the first pixel of its stamp lies.
+        y: Rows of the pixels; they broadcast against the frames, which are the last axis.
+        x: Columns of the pixels.
+
+    Returns:
+        The source at every pixel, in every frame.
     """
     side = stamps.shape[-1]
     row, column = y - corner[:, 0], x - corner[:, 1]
@@ -58,12 +100,18 @@ def render(
 
 
 class ShiftExpansion(NamedTuple):
-    """The stamp on a footprint, for a source up to half a pixel from the middle, as a polynomial in the shift.
+    """PSF on a footprint of P pixels, as a polynomial in a shift of up to half a pixel.
 
-    h(shift)[p] = sum_j T_ky[j](2 dy) T_kx[j](2 dx) templates[j, p], with Chebyshev's polynomials T and ky + kx at most
-    `degree`; product[q, i, j] says how the product of terms i and j falls on the terms of twice the degree, so that a
-    quadratic form h' G h is itself such a polynomial: sum_q terms(2 degree)[q] sum_ij product[q, i, j] G_ij.
-    neglected[p]: the largest |h - stamp| of a pixel over the shifts; error: the largest norm of that over the stamp's.
+    h(shift)[p] = sum_j T_ky[j](2 dy) T_kx[j](2 dx) templates[j, p], with Chebyshev polynomials T and ky + kx at most
+    `degree`. A quadratic form h' G h is such a polynomial of twice the degree:
+    sum_q terms(2 degree)[q] sum_ij product[q, i, j] G_ij.
+
+    Attributes:
+        degree: Highest total degree.
+        templates: Coefficients of the J terms.
+        product: Expansion of the product of terms i and j in the Q terms of twice the degree.
+        neglected: Largest error of each pixel over all shifts.
+        error: Largest norm of the error over all shifts, relative to the largest norm of the PSF.
     """
 
     degree: int
@@ -74,7 +122,7 @@ class ShiftExpansion(NamedTuple):
 
 
 def orders(degree: int) -> tuple[Int[np.ndarray, "J"], Int[np.ndarray, "J"]]:
-    """(ky, kx) of every term of a total degree."""
+    """Degrees (ky, kx) in y and x of the J terms up to a total degree."""
     pairs = [(ky, kx) for ky in range(degree + 1) for kx in range(degree + 1 - ky)]
     ky, kx = np.array(pairs).T
     return ky, kx
@@ -83,19 +131,28 @@ def orders(degree: int) -> tuple[Int[np.ndarray, "J"], Int[np.ndarray, "J"]]:
 def terms(
     shift_y: Float[Array, "*shape"], shift_x: Float[Array, "*shape"], degree: int
 ) -> list[Float[Array, "*shape"]]:
-    """Every one of the J terms of an expansion, at shifts within half a pixel. A list, which XLA keeps in registers."""
+    """Evaluates the J terms of an expansion.
+
+    Args:
+        shift_y: Shift along y, px, at most half a pixel.
+        shift_x: Shift along x, px.
+        degree: Highest total degree.
+
+    Returns:
+        The terms, as a list: XLA keeps its items in registers.
+    """
     along_y, along_x = chebyshev_up_to(2 * shift_y, degree), chebyshev_up_to(2 * shift_x, degree)
     return [along_y[i] * along_x[j] for i, j in zip(*orders(degree), strict=True)]
 
 
 def linear_terms(degree: int) -> list[int]:
-    """Where the terms of a degree stand among those of twice the degree."""
+    """Indices of the terms of a degree among the terms of twice that degree."""
     place = {pair: i for i, pair in enumerate(zip(*(k.tolist() for k in orders(2 * degree)), strict=True))}
     return [place[pair] for pair in zip(*(k.tolist() for k in orders(degree)), strict=True)]
 
 
 def chebyshev_up_to(u: Float[Array, "*shape"], degree: int) -> list[Float[Array, "*shape"]]:
-    """T_0 … T_degree by their recurrence."""
+    """Chebyshev polynomials T_0 to T_degree, by their recurrence."""
     polynomials = [jnp.ones_like(u), u]
     for _ in range(degree - 1):
         polynomials.append(2 * u * polynomials[-1] - polynomials[-2])
@@ -103,11 +160,23 @@ def chebyshev_up_to(u: Float[Array, "*shape"], degree: int) -> list[Float[Array,
 
 
 def expand(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"], tolerance: float) -> ShiftExpansion:
-    """The expansion of the lowest degree whose error is at most `tolerance`.
+    """Expands a PSF in its shift, to the lowest degree that meets a tolerance.
 
-    The coefficients fall geometrically with the degree for a band-limited stamp (Trefethen, Approximation Theory and
-    Approximation Practice, 2013, ch. 8), faster the wider the source is. Raises ValueError where degree 24 is not
-    enough.
+    The coefficients of a band-limited stamp decrease geometrically with the degree, faster for a wider source.
+
+    Args:
+        stamp: PSF stamp.
+        offsets: Footprint, offsets (dy, dx) from the middle pixel.
+        tolerance: Largest error allowed, relative to the norm of the PSF.
+
+    Returns:
+        The expansion.
+
+    Raises:
+        ValueError: Degree 24 does not meet the tolerance.
+
+    Reference:
+        Trefethen 2013, Approximation Theory and Approximation Practice, chapter 8.
     """
     truth = sample_footprint(stamp, offsets, np.linspace(-0.5, 0.5, ERROR_GRID))
     scale = np.linalg.norm(truth, axis=-1).max()
@@ -125,13 +194,13 @@ def expand(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"], tol
 
 
 def centred(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"]) -> ShiftExpansion:
-    """Of degree 0: the stamp where it is."""
+    """Expansion of degree 0: the PSF without a shift."""
     template = stamp[tuple((offsets + len(stamp) // 2).T)]
     return ShiftExpansion(0, template[None], np.ones((1, 1, 1)), np.zeros(len(offsets)), 0.0)
 
 
 def chebyshev_coefficients(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"]) -> np.ndarray:
-    """(n, n, P): coefficients of T_i(2 dy) T_j(2 dx), by interpolation at Chebyshev's nodes."""
+    """Coefficients (n, n, P) of T_i(2 dy) T_j(2 dx), by interpolation at the Chebyshev nodes."""
     nodes = chebyshev.chebpts1(MAX_DEGREE + 9)
     values = sample_footprint(stamp, offsets, nodes / 2)
     weights = chebyshev.chebvander(nodes, MAX_DEGREE) * 2 / len(nodes)
@@ -140,7 +209,16 @@ def chebyshev_coefficients(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndar
 
 
 def sample_footprint(stamp: np.ndarray, offsets: np.ndarray, shifts: np.ndarray) -> Float[np.ndarray, "n n P"]:
-    """The stamp on a footprint for a source at every (dy, dx) of shifts x shifts; float64."""
+    """Evaluates the stamp on a footprint for all shifts (dy, dx) of a grid, in float64.
+
+    Args:
+        stamp: PSF stamp, (S, S).
+        offsets: Footprint, offsets (dy, dx) from the middle pixel, (P, 2).
+        shifts: Shifts of the grid along each axis, px, (n,).
+
+    Returns:
+        The values on the footprint.
+    """
     side = len(stamp)
     k = np.arange(1, side // 2 + 1)
     pixel = np.arange(side) - side // 2
@@ -153,7 +231,7 @@ def sample_footprint(stamp: np.ndarray, offsets: np.ndarray, shifts: np.ndarray)
 
 
 def products(degree: int) -> Float[np.ndarray, "Q J J"]:
-    """T_i T_j = (T_(i+j) + T_|i-j|) / 2 in each axis, as a tensor on the terms of twice the degree."""
+    """Products of terms, T_i T_j = (T_(i+j) + T_|i-j|) / 2 along each axis, in the terms of twice the degree."""
     (ky, kx), (qy, qx) = orders(degree), orders(2 * degree)
 
     def along(k: np.ndarray, q: np.ndarray) -> np.ndarray:

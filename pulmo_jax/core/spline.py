@@ -1,23 +1,34 @@
-"""Cubic B-spline interpolation of images (Unser 1999, IEEE Signal Processing Magazine 16(6):22)."""
+"""Cubic B-spline interpolation of images (Unser 1999, IEEE Signal Processing Magazine 16(6), 22)."""
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 POLE = 3**0.5 - 2
-HORIZON = {4: 14, 8: 30}  # terms of a sum of POLE^k, by bytes of the type, until they are below its rounding
+HORIZON = {4: 14, 8: 30}  # terms of a sum of POLE^k until they are below rounding, by bytes of the floating-point type
+
+Fraction = TypeVar("Fraction", Array, np.ndarray)
 
 
 def coefficients(images: Float[Array, "*batch H W"]) -> Float[Array, "*batch H W"]:
-    """What the splines are weighted with so that they pass through every pixel; images are mirrored at their edges.
+    """Coefficients of the splines that pass through every pixel; images are mirrored at their edges.
 
-    Equals `scipy.ndimage.spline_filter` of order 3 with mode="mirror". Sides of at least 2 px.
+    Equals `scipy.ndimage.spline_filter` of order 3 with mode="mirror".
+
+    Args:
+        images: Images with sides of at least 2 px.
+
+    Returns:
+        The coefficients.
     """
     return filter_axis(filter_axis(images, -2), -1)
 
 
-def filter_axis(images: Array, axis: int) -> Array:
-    """The recursive filter of box 2 along an axis: one pass forward, one back."""
+def filter_axis(images: Float[Array, "*batch H W"], axis: int) -> Float[Array, "*batch H W"]:
+    """Recursive filter of the paper's box 2 along one axis: one pass forward, one back."""
     lines = jnp.moveaxis(images, axis, 0)
     n = len(lines)
     reach = jnp.arange(HORIZON[images.dtype.itemsize])
@@ -38,10 +49,15 @@ def filter_axis(images: Array, axis: int) -> Array:
     return jnp.moveaxis(6 * jnp.concatenate([falling, end[None]]), 0, axis)
 
 
-def weights(fraction: Float[Array, "*shape"]) -> list[Float[Array, "*shape"]]:
-    """Of the coefficients at -1, 0, 1, 2 for a place at a fraction in [0, 1) between 0 and 1.
+def weights(fraction: Fraction) -> list[Fraction]:
+    """Weights of the four coefficients around a position.
 
-    A list and not an array: XLA then keeps the weights in registers, which makes a sum over taps 4 times faster.
+    Args:
+        fraction: Position between coefficients 0 and 1, in [0, 1).
+
+    Returns:
+        Weights of coefficients -1, 0, 1 and 2. A list and not an array: XLA then keeps them in registers, which makes a
+        sum over the four 4 times faster.
     """
     u, v = fraction, 1 - fraction
     return [v**3 / 6, (4 - 6 * u**2 + 3 * u**3) / 6, (4 - 6 * v**2 + 3 * v**3) / 6, u**3 / 6]

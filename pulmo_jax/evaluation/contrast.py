@@ -1,35 +1,47 @@
-"""How faint a source would still be found, by separation: injections into the stack, whole rings at a time."""
+"""Detection limits by separation: sources are injected into the stack until half of them would be detected."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Bool, Float
 
 from pulmo_jax.evaluation.null_field import NullProfile
 from pulmo_jax.methods.paco import Observation, Settings
 from pulmo_jax.methods.paco.channels import Channels, as_channels
+from pulmo_jax.methods.paco.joint import prepare_channels
 from pulmo_jax.methods.paco.spectral import Combination, combine, independent
-from pulmo_jax.methods.paco.tracks import Patch, Stack, inject, prepare
+from pulmo_jax.methods.paco.stack import Patch, Stack
+from pulmo_jax.methods.paco.tracks import inject, inject_channels
+from pulmo_jax.types import ProgressTracker
 
-ROUNDS = 4  # of injections, each at the limit that the one before found
-LARGEST_STEP = 4.0  # of the flux from one round to the next
-NEAR_ENOUGH = 0.1  # of the threshold, for a limit to count as found
-GOLDEN_ANGLE = np.pi * (3 - 5**0.5)  # from ring to ring, so that no direction is favoured
+ROUNDS = 5  # of injections, each at the limit that the one before it found; the first at threshold / sqrt(a)
+LARGEST_STEP = 4.0  # largest factor between the fluxes of two rounds
+NEAR_ENOUGH = 0.1  # relative distance from the threshold within which a limit counts as reached
+GOLDEN_ANGLE = np.pi * (3 - 5**0.5)  # rotates each ring against the one before, so that no direction is favoured
 
-Track = Callable[[Iterable, int], Iterable]
-Injected = Callable[[Float[np.ndarray, "N"]], tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]]
+Terms = tuple[Float[np.ndarray, "R N"], Float[np.ndarray, "R N"]]
+Injected = Callable[[Float[np.ndarray, "R N"]], Terms]  # from fluxes to a and b of sources injected at fixed positions
+Limit = tuple[float, float, float, float, float, float, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Limits by separation, each the median over the directions of its ring.
+    """Detection limits of R rings around the centre, each the median over its directions.
 
-    limit: threshold / sqrt(a), of a source that the statistics do not know, in units of the PSF. throughput: share of
-    an injected source's SNR that is left, at the limit; flux_throughput: the same of its flux b / a; `_std`: their
-    mean and scatter over the directions. limit_corrected: limit / throughput, at which a source's SNR is on average
-    the threshold, so that half of them are found; NaN where no flux reaches it. n: directions used.
+    Attributes:
+        separation_px: Radius of each ring, px.
+        threshold: Lowest SNR of a detection.
+        limit: threshold / sqrt(a), in units of the PSF: the flux of a source that the noise was not learnt from.
+        limit_corrected: limit / throughput, the flux at which the SNR is on average the threshold, so that half of the
+            sources are detected; NaN where no flux reaches it.
+        throughput: Share of an injected source's SNR that is left, at the limit; mean over the directions.
+        throughput_std: Its standard deviation over the directions.
+        flux_throughput: Share of an injected source's flux b / a that is left.
+        flux_throughput_std: Its standard deviation over the directions.
+        n: Number of directions used.
     """
 
     separation_px: Float[np.ndarray, "R"]
@@ -44,112 +56,187 @@ class Contrast:
 
 
 def contrast_curve(
-    of: Observation | Channels,
+    observation: Observation | Channels,
     settings: Settings,
     threshold: float = 5.0,
     n_directions: int = 12,
     n_rings: int = 12,
     null: NullProfile | None = None,
-    track: Track = lambda items, total: items,
+    track: ProgressTracker = lambda items, total: items,
     using: Combination | None = None,
 ) -> Contrast:
-    """Inject sources at the limit of detection and see what is left of them.
+    """Injects sources at the detection limit and measures what is left of them.
 
-    of: with the sources that were found taken out. null: its spread of the SNR, where detections are judged by the
-    calibrated SNR; the limit is then that many times higher or lower. Self-subtraction depends on the flux injected, so
-    each ring is injected ROUNDS times, ending at the limit itself. using: how the channels are combined, None for one
-    channel. Injected are sources of the first of its spectra, alone looked for; fluxes are means over channels.
+    Self-subtraction depends on the injected flux. So all rings are injected ROUNDS times, ending at the limit.
+
+    Args:
+        observation: A rotating stack without its known sources, of one channel or several.
+        settings: How the noise is learnt.
+        threshold: Lowest SNR of a detection.
+        n_directions: Number of injections on each ring, N.
+        n_rings: Largest number of rings.
+        null: Spread of the empirical null, where detections are judged by the calibrated SNR.
+        track: Shows progress over an iterable of known length.
+        using: How the channels are combined; sources have the first of its spectra, and fluxes are means over the
+            channels. By default channels are independent and the spectrum is flat.
+
+    Returns:
+        The limits; rings that no frame sees are left out.
     """
-    channels = as_channels(of)
+    channels = as_channels(observation)
     using = (using or independent(np.ones((1, len(channels.each))))).only(0)
-    prepared = [prepare(each, settings) for each in channels.each]
-    separations = common_separations(channels, [stack for stack, _ in prepared], n_rings)
-    rows = []
-    for k, separation in track(list(enumerate(separations)), len(separations)):
-        directions = 2 * np.pi * np.arange(n_directions) / n_directions + k * GOLDEN_ANGLE
-        places = np.array(channels.centre) + separation * np.stack([np.sin(directions), np.cos(directions)], -1)
-        level = threshold * (1.0 if null is None else float(null.std_at(separation)))
-        if (row := limit_of(injections(channels, prepared, places, using), len(places), level)) is not None:
-            rows.append((separation, level, *row))
+    stacks, patches = prepare_channels(channels, settings)
+    separations = common_separations(channels, stacks, n_rings)
+    angle = 2 * np.pi * np.arange(n_directions) / n_directions + np.arange(len(separations))[:, None] * GOLDEN_ANGLE
+    offsets = separations[:, None, None] * np.stack([np.sin(angle), np.cos(angle)], -1)
+    levels = threshold * (np.ones_like(separations) if null is None else null.std_at(separations))
+    with_sources = injections(channels, (stacks, patches), np.array(channels.centre) + offsets, using)
+    found = limits_of(with_sources, (len(separations), n_directions), levels, track)
+    rows = [
+        (separation, level, *limit)
+        for separation, level, limit in zip(separations, levels, found, strict=True)
+        if limit is not None
+    ]
     return Contrast(*(np.array(rows).T if rows else np.zeros((9, 0))))
 
 
-def common_separations(channels: Channels, stacks: list[Stack], n_rings: int) -> Float[np.ndarray, "R"]:
-    """On the sky, those of the channel whose field is the smallest."""
+def common_separations(channels: Channels, stacks: Sequence[Stack], n_rings: int) -> Float[np.ndarray, "R"]:
+    """Radii of the rings on the sky, px: those of the channel with the smallest field."""
     each = []
-    for of, scale, stack in zip(channels.each, channels.scales, stacks, strict=True):
-        whole = np.asarray(stack.whole).reshape(of.shape)
-        each.append(ring_separations(whole, of.centre, channels.fwhm_px * float(scale), n_rings) / scale)
+    for observation, scale, stack in zip(channels.each, channels.scales, stacks, strict=True):
+        whole = np.asarray(stack.whole).reshape(observation.shape)
+        fwhm_px = channels.fwhm_px * float(scale)
+        each.append(ring_separations(whole, observation.centre, fwhm_px, n_rings) / scale)
     return min(each, key=lambda separations: separations[-1])
 
 
 def injections(
-    channels: Channels, prepared: list[tuple[Stack, Patch]], places: Float[np.ndarray, "N 2"], using: Combination
+    channels: Channels,
+    prepared: tuple[tuple[Stack, ...], tuple[Patch, ...]],
+    places: Float[np.ndarray, "R N 2"],
+    using: Combination,
 ) -> Injected:
-    """The function from fluxes to a and b of sources put at these places of the sky, channels combined."""
+    """Function from fluxes to a and b of sources injected at fixed positions, channels combined.
 
-    def with_sources(fluxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        terms = []
-        for number, (of, (stack, patch)) in enumerate(zip(channels.each, prepared, strict=True)):
-            at = jnp.asarray(channels.in_channel(number, places), stack.deviations.dtype)
-            a, b = injected(stack, patch, at, fluxes * using.spectra[0, number] / of.unit)
-            terms.append((a / of.unit**2, b / of.unit))
-        separation = np.linalg.norm(places - np.array(channels.centre), axis=-1)
-        a, b = np.moveaxis(np.array(terms), 1, 0)
-        combined = combine(a, b, separation, using)
-        return np.nan_to_num(combined.a), np.nan_to_num(combined.b)
+    Args:
+        channels: The observation.
+        prepared: Its arrays and static settings.
+        places: Positions (y, x) on the sky, px.
+        using: How the channels are combined.
+
+    Returns:
+        The function; every call is one program and one transfer.
+    """
+    flat = places.reshape(-1, 2)
+    separation = np.linalg.norm(flat - np.array(channels.centre), axis=-1)
+    units = np.array([observation.unit for observation in channels.each])[:, None]
+    shares = using.spectra[0][:, None] / units
+    dtype = prepared[0][0].deviations.dtype
+    at = jnp.asarray(np.stack([channels.in_channel(k, flat) for k in range(len(units))]), dtype)
+
+    def with_sources(fluxes: np.ndarray) -> Terms:
+        in_channels = jnp.asarray(fluxes.ravel() * shares, dtype)
+        a, b = (part.astype(float) for part in jax.device_get(inject_channels(*prepared, at, in_channels)))
+        combined = combine(a / units**2, b / units, separation, using)
+        a, b = (np.nan_to_num(part).reshape(fluxes.shape) for part in (combined.a, combined.b))
+        return a, b
 
     return with_sources
 
 
-def limit_at(
-    stack: Stack, patch: Patch, places: Float[np.ndarray, "N 2"], level: float
-) -> tuple[float, float, float, float, float, float, int] | None:
-    """A ring's limit and limit_corrected in units of the deviations, the throughputs with their scatter, and n; None
-    where no place on it is seen in any frame. limit_corrected is NaN where most directions have none."""
+def limit_at(stack: Stack, patch: Patch, places: Float[np.ndarray, "N 2"], level: float) -> Limit | None:
+    """Detection limit of one ring in one channel (see `limits_of`), in units of the deviations.
+
+    Args:
+        stack: Arrays of the observation.
+        patch: Static settings.
+        places: Positions (y, x) of the injections, px.
+        level: Lowest SNR of a detection.
+
+    Returns:
+        The limit; None where no frame sees any of the positions.
+    """
     at = jnp.asarray(places, stack.deviations.dtype)
-    return limit_of(lambda fluxes: injected(stack, patch, at, fluxes), len(places), level)
+
+    def with_sources(fluxes: np.ndarray) -> Terms:
+        a, b = jax.device_get(inject(stack, at, jnp.asarray(fluxes[0], at.dtype), patch))
+        return a[None].astype(float), b[None].astype(float)
+
+    return limits_of(with_sources, (1, len(places)), np.array([level]))[0]
 
 
-def limit_of(
-    with_sources: Injected, n_places: int, level: float
-) -> tuple[float, float, float, float, float, float, int] | None:
-    """The same of any function from fluxes to a and b at the places, in its units."""
-    a, b = with_sources(np.zeros(n_places))
+def limits_of(
+    with_sources: Injected,
+    shape: tuple[int, int],
+    levels: Float[np.ndarray, "R"],
+    track: ProgressTracker = lambda items, total: items,
+) -> list[Limit | None]:
+    """Detection limit of every ring.
+
+    Args:
+        with_sources: Function from fluxes to a and b of the injected sources.
+        shape: Numbers of rings and of directions.
+        levels: Lowest SNR of a detection on each ring.
+        track: Shows progress over an iterable of known length.
+
+    Returns:
+        For each ring: limit, corrected limit, throughput and its standard deviation over the directions, throughput of
+        the flux and its standard deviation, and the number of directions; None where no frame sees any position.
+    """
+    a, b = with_sources(np.zeros(shape))
     seen = a > 0
-    if not seen.any():
-        return None
     a, b = np.where(seen, a, 1), np.where(seen, b, 0)
 
-    def gains(fluxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def gains(fluxes: np.ndarray) -> Terms:
         """What a source of each flux adds to the SNR and to b / a."""
         a_with, b_with = with_sources(fluxes)
         a_with = np.where(seen, a_with, 1)
         return b_with / np.sqrt(a_with) - b / np.sqrt(a), b_with / a_with - b / a
 
+    level = levels[:, None]
     raw = fluxes = level / np.sqrt(a)
-    for _ in range(ROUNDS):
-        step = level / np.maximum(gains(fluxes)[0], level / LARGEST_STEP)
+    gain = flux_gain = np.broadcast_to(level, shape)
+    for _ in track(range(ROUNDS), ROUNDS):
+        step = level / np.maximum(gain, level / LARGEST_STEP)
         fluxes = fluxes * np.clip(step, 1 / LARGEST_STEP, LARGEST_STEP)
-    gain, flux_gain = gains(fluxes)
+        gain, flux_gain = gains(fluxes)
     share, flux_share = gain * raw / (fluxes * level), flux_gain / fluxes
     reached = abs(gain / level - 1) < NEAR_ENOUGH
-    corrected = float(np.median(np.where(reached, fluxes * level / np.where(reached, gain, 1), np.inf)[seen]))
+    corrected = np.where(reached, fluxes * level / np.where(reached, gain, 1), np.inf)
+    return [summarise(*ring) for ring in zip(raw, corrected, share, flux_share, seen, strict=True)]
+
+
+def summarise(
+    raw: Float[np.ndarray, "N"],
+    corrected: Float[np.ndarray, "N"],
+    share: Float[np.ndarray, "N"],
+    flux_share: Float[np.ndarray, "N"],
+    seen: Bool[np.ndarray, "N"],
+) -> Limit | None:
+    """A ring's medians and means over the directions that are seen (see `limits_of`)."""
+    if not seen.any():
+        return None
+    middle = float(np.median(corrected[seen]))
     return (
-        float(np.median(raw[seen])), corrected if np.isfinite(corrected) else float("nan"), float(share[seen].mean()),
+        float(np.median(raw[seen])), middle if np.isfinite(middle) else float("nan"), float(share[seen].mean()),
         float(share[seen].std()), float(flux_share[seen].mean()), float(flux_share[seen].std()), int(seen.sum()),
     )  # fmt: skip
 
 
-def injected(
-    stack: Stack, patch: Patch, at: Array, fluxes: Float[np.ndarray, "N"]
-) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
-    a, b = inject(stack, at, jnp.asarray(fluxes, at.dtype), patch)
-    return np.asarray(a, np.float64), np.asarray(b, np.float64)
+def ring_separations(
+    whole: Bool[np.ndarray, "H W"], centre: tuple[float, float], fwhm: float, n: int
+) -> Float[np.ndarray, "R"]:
+    """Radii of rings from one FWHM to the largest circle within the field, at least one FWHM apart.
 
+    Args:
+        whole: Pixels on which a patch can be centred.
+        centre: Centre of rotation (y, x), px.
+        fwhm: FWHM of the PSF, px.
+        n: Largest number of rings.
 
-def ring_separations(whole: np.ndarray, centre: tuple[float, float], fwhm: float, n: int) -> Float[np.ndarray, "R"]:
-    """At most n, from one FWHM to the farthest circle that lies in the field, at least one FWHM apart."""
+    Returns:
+        The radii, px.
+    """
     y, x = np.nonzero(whole)
     farthest = min(centre[0] - y.min(), y.max() - centre[0], centre[1] - x.min(), x.max() - centre[1])
     count = int(np.clip((farthest - fwhm) // fwhm + 1, 1, n))
@@ -157,6 +244,6 @@ def ring_separations(whole: np.ndarray, centre: tuple[float, float], fwhm: float
 
 
 def throughput_map(contrast: Contrast, shape: tuple[int, int], centre: tuple[float, float]) -> Float[np.ndarray, "H W"]:
-    """flux_throughput at every pixel, by its separation."""
+    """Throughput of the flux at every pixel, interpolated in its separation from the centre."""
     y, x = np.indices(shape)
     return np.interp(np.hypot(y - centre[0], x - centre[1]), contrast.separation_px, contrast.flux_throughput)

@@ -52,17 +52,46 @@ def test_positions_of_many_pixels_and_frames_at_once():
     [(0.5, 1), (1.5, 2), (-0.5, 0), (0.5 - 1e-12, 1), (0.5 - 1e-6, 0), (0.4, 0), (-0.6, -1), (7, 7), (-1.5, -1)],
 )
 def test_nearest_pixel_and_halves_go_up(position, pixel):
-    found, rest = geometry.nearest(jnp.array(float(position)))
+    found, rest = geometry.nearest(jnp.array(float(position)), 100)
     assert (int(found), float(rest)) == (pixel, pytest.approx(position - pixel, abs=1e-14))
     assert found.dtype == jnp.int32
 
 
 @given(st.floats(-100, 100))
 def test_nearest_pixel_is_the_reference_s(position):
-    pixel, rest = geometry.nearest(jnp.array(position))
+    pixel, rest = geometry.nearest(jnp.array(position), 100)
     expected, _ = paco.nearest_pixels(np.array([[position, 0.0]]), np.ones((1, 1), bool))
     assert int(pixel) == expected[0, 0]
     assert -0.5 - 2e-9 <= float(rest) <= 0.5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("angle", [30.0, 150.0, -330.0])
+@pytest.mark.parametrize("centre", [32.0, 50.0, 127.0, 500.0])
+def test_ties_go_up_in_every_precision(dtype, angle, centre):
+    """The sine is 1/2, so odd steps along x lie midway between two rows; as computed, they lie on either side."""
+    steps = np.arange(1, centre, 2)
+    y, x = (jnp.asarray(values, dtype) for values in (np.full_like(steps, centre), centre + steps))
+    found, _ = position_of(y, x, jnp.asarray(angle, dtype), jnp.full(2, centre, dtype))
+    pixel, rest = geometry.nearest(found, 2 * centre)
+    np.testing.assert_array_equal(pixel, centre - steps / 2 + 0.5)
+    np.testing.assert_allclose(rest, -0.5, atol=geometry.tie_tolerance_px(dtype, 2 * centre))
+
+
+@given(st.floats(-180, 180), st.floats(0, 200), st.floats(0, 200), st.floats(0, 200), st.floats(0, 200))
+@settings(max_examples=300)
+def test_the_tolerance_of_a_tie_exceeds_the_rounding_error_of_a_position(angle, y, x, cy, cx):
+    exact = position_of(
+        *(jnp.array(float(np.float32(v))) for v in (y, x, angle)), jnp.array(np.float32([cy, cx]), float)
+    )
+    found = position_of(*(jnp.array(v, jnp.float32) for v in (y, x, angle)), jnp.array([cy, cx], jnp.float32))
+    for axis in (0, 1):
+        assert abs(float(found[axis]) - float(exact[axis])) < geometry.tie_tolerance_px(jnp.float32, 200)
+
+
+def test_the_tolerance_of_a_tie_in_float64_is_what_it_was():
+    assert geometry.tie_tolerance_px(jnp.float64, 1000) == geometry.TIE_PX
+    assert geometry.tie_tolerance_px(jnp.float32, 100) == pytest.approx(9.5e-5, rel=0.01)
 
 
 # --- the field's rotation

@@ -27,7 +27,8 @@ def float64():
         yield
 
 
-shift, sample, render = jax.jit(psf.shift), jax.jit(psf.sample), jax.jit(psf.render)
+shift, render = jax.jit(psf.shift), jax.jit(psf.render)
+
 
 # --- interpolation
 
@@ -53,13 +54,20 @@ def test_shifted_stamps_are_the_reference_s():
     np.testing.assert_allclose(shift(RNG_STAMP, shifts[3]), np.roll(RNG_STAMP, (2, -1), (0, 1)), atol=1e-13)
 
 
-def test_samples_on_a_grid_of_rows_and_columns():
-    y, x = np.array([-1.2, 0.0, 3.3, 4.0]), np.array([0.7, -2.0])
-    grid = np.array([[-yy, -xx] for yy in y for xx in x])
-    expected = paco.shift_psf(RNG_STAMP, *grid.T, np.zeros((1, 2), int)).reshape(4, 2)
-    np.testing.assert_allclose(sample(RNG_STAMP, y, x), expected, atol=1e-13)
-    in_batches = sample(RNG_STAMP, np.stack([y, y + 1]), np.stack([x, x]))
-    np.testing.assert_allclose(in_batches[0], expected, atol=1e-13)
+def test_samples_on_whole_pixels_about_a_shifted_source():
+    pixels, shifts = np.arange(-2, 4), np.array([[1.2, -0.7], [0.0, 2.0], [-0.31, 0.5]])
+    grid = np.stack(np.meshgrid(pixels, pixels, indexing="ij"), -1).reshape(-1, 2)
+    expected = paco.shift_psf(RNG_STAMP, *shifts.T, grid).reshape(3, 6, 6)
+    found = jax.jit(lambda at: psf.sample(jnp.asarray(RNG_STAMP), pixels, at))(shifts)
+    np.testing.assert_allclose(found, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("side", [1, 3, 11])
+def test_interpolation_matrix_is_the_kernel_at_all_distances(side):
+    pixels, shifts = np.arange(-4, 7), np.array([0.0, 0.25, -0.5, 1.7])
+    found = jax.jit(lambda at: psf.interpolation_matrix(pixels, at, side))(shifts)
+    distance = pixels[:, None] - (np.arange(side) - side // 2) - shifts[:, None, None]
+    np.testing.assert_allclose(found, psf.dirichlet(jnp.asarray(distance), side), atol=1e-14)
 
 
 def test_sampling_in_float32():

@@ -9,18 +9,10 @@ import pytest
 from references.epoch_maps import FWHM_PX, SIGMA, SUM_OF_SQUARES, epoch, place_of, position
 
 from pulmo_jax.core.kepler import period_days
-from pulmo_jax.inference.epochs import (
-    Plan,
-    combine,
-    draw_fields,
-    highest,
-    make_bank,
-    maxima,
-    own_maxima,
-    without,
-    without_peaks,
-)
-from pulmo_jax.methods.paco.epochs import EpochMap, Star, criterion, prepare, sample
+from pulmo_jax.inference.epoch_noise import FIELDS_AT_ONCE, draw_fields, maxima, own_maxima, without, without_peaks
+from pulmo_jax.inference.epoch_search import highest, make_bank
+from pulmo_jax.inference.epochs import Plan, combine
+from pulmo_jax.methods.paco.epochs import EpochMap, Star, criterion, prepare, sample, turned
 
 pytestmark = pytest.mark.slow
 
@@ -104,8 +96,8 @@ def test_a_fixed_place_does_not_find_it(moving):
 def test_orbits_gather_what_a_fixed_place_does_not():
     maps, _, places = study(2, 3.0)
     ready, plan = prepare(maps), Plan(STAR, shapes=128)
-    _, _, along = highest(ready, make_bank(maps[0], ready, FWHM_PX, plan), plan)
-    _, _, fixed = highest(ready, make_bank(maps[0], ready, FWHM_PX, Plan()), Plan())
+    along = highest(ready, make_bank(maps[0], ready, FWHM_PX, plan), plan).best
+    fixed = highest(ready, make_bank(maps[0], ready, FWHM_PX, Plan()), Plan()).best
     assert float(along.criterion) > 1.5 * float(fixed.criterion)
     start = np.array(place_of(np.asarray(along.start), (32, 32), SCALE))
     assert np.hypot(*(start - places[0])) < 0.75 * FWHM_PX
@@ -122,6 +114,34 @@ def test_a_planet_that_stands_is_found_at_its_place(flux):
     assert best.flux_std == pytest.approx(1 / np.sqrt(5 * SUM_OF_SQUARES))
     if flux == "constant":
         assert best.criterion == pytest.approx(best.snr_combined**2)
+
+
+def test_combining_enables_float64_by_itself():
+    """Without any setting of the caller's the results are those under jax.enable_x64, and its default stays float32."""
+    maps, nulls, _ = study(5, 5.0, still=True)
+    plan = Plan(fields=5, level=0.5, max_sources=1)
+    inside = combine(maps, nulls, FWHM_PX, plan)
+    with jax.enable_x64(False):
+        outside = combine(maps, nulls, FWHM_PX, plan)
+        assert jnp.zeros(1).dtype == jnp.float32
+    assert outside.criterion.dtype == outside.found[0].places.dtype == np.float64
+    np.testing.assert_array_equal(outside.criterion, inside.criterion)
+    np.testing.assert_array_equal(outside.nulls[0].maxima, inside.nulls[0].maxima)
+    np.testing.assert_array_equal(outside.found[0].start_std, inside.found[0].start_std)
+    assert outside.found[0].criterion == inside.found[0].criterion
+
+
+def test_maxima_of_many_fields_are_those_of_each_alone():
+    """More fields than fit into one program, and a number that is no multiple of it."""
+    maps, _, _ = study(4, 3.0, still=True)
+    ready, plan = prepare(maps), Plan(fields=FIELDS_AT_ONCE + 3)
+    bank = make_bank(maps[0], ready, FWHM_PX, plan)
+    fields = draw_fields(plan, 5, 1)
+    found = maxima([ready], fields, bank, plan)
+    assert found.shape == (FIELDS_AT_ONCE + 3,)
+    for number in (0, 7, FIELDS_AT_ONCE + 2):
+        alone = highest(turned(ready, fields.turns[number]), bank, plan)
+        np.testing.assert_allclose(found[number], alone.track.criterion, rtol=1e-9)
 
 
 def test_one_epoch_is_the_single_map():
@@ -195,8 +215,7 @@ def test_a_field_that_is_not_turned_is_the_maps_themselves():
     bank = make_bank(maps[0], ready, FWHM_PX, plan)
     fields = draw_fields(plan, 5, 1)
     still = maxima([ready], fields._replace(turns=0 * fields.turns), bank, plan)
-    _, _, best = highest(ready, bank, plan)
-    np.testing.assert_allclose(still, float(best.criterion), rtol=1e-6)
+    np.testing.assert_allclose(still, highest(ready, bank, plan).track.criterion, rtol=1e-6)
 
 
 def test_place_errors_are_those_of_the_likelihood():
@@ -218,7 +237,7 @@ def test_noise_is_above_the_threshold_as_rarely_as_promised():
         ready, plan = prepare(maps), Plan(fields=29, seed=seed)
         if not seed:
             bank = make_bank(maps[0], ready, FWHM_PX, plan)
-        best = float(highest(ready, bank, plan)[2].criterion)
+        best = highest(ready, bank, plan).track.criterion
         peaks = own_maxima(maps, FWHM_PX, bank, replace(plan))
         alarms.append((1 + (peaks >= best).sum()) / 30 <= level)
     assert sum(alarms) <= 13  # of 60 at 0.1: a probability of 4e-3 for more

@@ -16,12 +16,10 @@ from pulmo_jax.methods.paco.epochs import (
     look_up,
     pixel,
     prepare,
-    refine,
     sample,
-    search,
-    tracks,
     turned,
 )
+from pulmo_jax.methods.paco.orbit_search import refine, search, tracks
 
 STAR = Star(1.75, 51.4)
 STILL = Shape(*(jnp.zeros(1) for _ in range(4)))

@@ -17,7 +17,8 @@ from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import synthetic_psf
 from pulmo_jax.methods import paco
 from pulmo_jax.methods.paco.background import learn
-from pulmo_jax.methods.paco.tracks import characterise, inject, prepare
+from pulmo_jax.methods.paco.source_fit import characterise
+from pulmo_jax.methods.paco.tracks import inject, prepare
 from pulmo_jax.types import InputError
 
 FIELDS = ("a", "b", "snr", "flux", "flux_std")

@@ -12,7 +12,8 @@ from scipy.ndimage import gaussian_filter
 
 from pulmo_jax.methods.paco import Observation, Settings, compute_maps, observe
 from pulmo_jax.methods.paco import tracks as paco_tracks
-from pulmo_jax.methods.paco.tracks import MAX_ITERATIONS, Fit, Patch, Stack, characterise, inject, prepare
+from pulmo_jax.methods.paco.source_fit import MAX_ITERATIONS, Fit, characterise, secant
+from pulmo_jax.methods.paco.tracks import Patch, Stack, inject, prepare
 
 FRAMES, HEIGHT, WIDTH = 40, 33, 36
 CENTRE = (16.3, 17.6)
@@ -177,7 +178,7 @@ def test_flux_is_algorithm_3_s_in_far_fewer_iterations(flux, place):
     ],
 )
 def test_secant(now, before, expected):
-    assert float(paco_tracks.secant(*map(jnp.asarray, (*now, *before)))) == pytest.approx(expected)
+    assert float(secant(*map(jnp.asarray, (*now, *before)))) == pytest.approx(expected)
 
 
 # --- the place

@@ -15,7 +15,7 @@ to them; what it costs is interpolation, larger frames and time. Nor does it cha
 at one place of the sky. So channels are not scaled by default.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import jax.numpy as jnp
@@ -29,13 +29,11 @@ from pulmo_jax.methods.paco.maps import LikelihoodMaps, compute_maps
 from pulmo_jax.methods.paco.observation import Centre, Observation, observe
 from pulmo_jax.methods.paco.settings import Settings
 from pulmo_jax.methods.paco.spectral import merge_caveats
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, ProgressTracker
 
 FRAME_DEGREE = 5  # of the splines that frames and PSFs are interpolated with
 MAP_DEGREE = 3
 REACH_PX = 3  # from an unusable pixel, within which interpolated ones are unusable too
-
-Track = Callable[[Iterable, int], Iterable]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +115,10 @@ def observe_channels(
 
 
 def channel_maps(
-    channels: Channels, settings: Settings, reversed_angles: bool = False, track: Track = lambda items, total: items
+    channels: Channels,
+    settings: Settings,
+    reversed_angles: bool = False,
+    track: ProgressTracker = lambda items, total: items,
 ) -> list[LikelihoodMaps]:
     """The maps of every channel on the sky's pixels; with reversed angles they hold its noise and no source."""
     maps = []

@@ -1,40 +1,42 @@
-"""Several epochs of one star combined, along orbits or at a fixed place: PACOME.
+"""Maps of several epochs of one star on common ground: splines between pixels, sky coordinates, PACOME's criterion.
 
-Dallant, Langlois, Flasseur, Thiébaut 2023 (A&A 679, A38), "D23". Of each epoch the maps a and b are sampled where the
-source stood at that date. With a flux of its own at every epoch, none negative, twice the log-likelihood ratio is the
-sum over the epochs of max(b, 0)^2 / a (D23's criterion); with one flux at all epochs it is max(sum b, 0)^2 / sum a.
+Dallant, Langlois, Flasseur, Thiébaut 2023 (A&A 679, A38), "D23". The maps a and b of each epoch are sampled where the
+source was at that date. If its flux is free at every epoch, and never negative, twice the log-likelihood ratio is the
+sum over the epochs of max(b, 0)^2 / a (D23's criterion); if it is constant, max(sum b, 0)^2 / sum a.
 
 Between pixels, maps are cubic splines through every pixel. b has the width of the PSF's autocorrelation: for a Gaussian
-of 4.6 px the criterion so found between pixels is wrong by less than 1e-3 of itself (bilinear: 0.07). The search looks
-maps up on a grid FINE times finer, which loses at most 0.5 % of a criterion; refinement does not.
+of 4.6 px the criterion between pixels is wrong by less than 1e-3 of itself (bilinear interpolation: 0.07). The search
+(`orbit_search`) uses a grid FINE times finer, which loses at most 0.5 % of a criterion; its refinement uses splines.
+
+Precision is that of JAX when `prepare` is called. Orbits need float64: `inference.epochs.combine` enables it.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 from scipy.ndimage import distance_transform_edt
 
 from pulmo_jax.core import spline
-from pulmo_jax.core.kepler import Shape, orbit_through, sky_position
 
 FINE = 4
-STEPS, STEP_SIZE = 100, 0.07  # of the refinement, in pixels, radians and the like
-OPEN_SHARE = 1e-3  # how close to the ends of their ranges eccentricity and inclination begin their refinement
 
 Flux = Literal["free", "constant"]
 
 
 class EpochMap(NamedTuple):
-    """One epoch's maps (H, W) and where they lie on the sky; NaN where there is no value.
+    """Maps of one epoch and their position on the sky.
 
-    centre: the star, (y, x). north: angle of north from the x axis toward y, radians. scale: arcsec per pixel. days:
-    since the reference date.
+    Attributes:
+        a: Likelihood term a; NaN where there is no value.
+        b: Likelihood term b; NaN where there is no value.
+        centre: Position (y, x) of the star, px.
+        north: Direction of north from the x axis toward y, radians.
+        scale: Pixel scale, arcsec/px.
+        days: Days since the reference date.
     """
 
     a: Float[np.ndarray, "H W"]
@@ -46,8 +48,17 @@ class EpochMap(NamedTuple):
 
 
 class Epochs(NamedTuple):
-    """E epochs made ready, in frames of one size. coefficients: of the splines of a and b; fine: both on the finer
-    grid, 0 where unknown."""
+    """Maps of E epochs, padded to one size.
+
+    Attributes:
+        coefficients: Spline coefficients of a and b.
+        fine: a and b on the finer grid; 0 where they are unknown.
+        known: Pixels with a value.
+        centre: Position (y, x) of the star, px.
+        north: Direction of north, radians.
+        scale: Pixel scale, arcsec/px.
+        days: Days since the reference date.
+    """
 
     coefficients: Float[Array, "E 2 H W"]
     fine: Float[Array, "E fineH fineW 2"]
@@ -59,7 +70,14 @@ class Epochs(NamedTuple):
 
 
 class Star(NamedTuple):
-    """What orbits are drawn about. mass: solar; semi_major_axis: least and largest, au; eccentricity: the same."""
+    """The star and the limits of the orbits about it.
+
+    Attributes:
+        mass: Mass, solar masses.
+        parallax_mas: Parallax, milliarcsec.
+        semi_major_axis: Smallest and largest semi-major axis, au.
+        eccentricity: Smallest and largest eccentricity.
+    """
 
     mass: float
     parallax_mas: float
@@ -67,53 +85,51 @@ class Star(NamedTuple):
     eccentricity: tuple[float, float] = (0.0, 0.5)
 
 
-class Found(NamedTuple):
-    """The best track near each of several others. start: (north, east) at the reference date, arcsec."""
-
-    criterion: Float[Array, "*batch"]
-    start: Float[Array, "*batch 2"]
-    shape: Shape
-
-
 def prepare(maps: Sequence[EpochMap]) -> Epochs:
-    """Splines through the maps, what is NaN filled from the nearest pixel so that it does not spread."""
-    side = [max(3, *(m.a.shape[axis] for m in maps)) for axis in (0, 1)]
-    padded = [np.stack([_pad(m.a, side), _pad(m.b, side)]) for m in maps]
+    """Fits splines to the maps; unknown pixels take the nearest value, so that they do not spread."""
+    side = [max(3, *(epoch.a.shape[axis] for epoch in maps)) for axis in (0, 1)]
+    padded = [np.stack([_pad(epoch.a, side), _pad(epoch.b, side)]) for epoch in maps]
     known = np.stack([np.isfinite(ab).all(0) & (ab[0] > 0) for ab in padded])
     filled = np.stack([_fill(ab, ok) for ab, ok in zip(padded, known, strict=True)])
-    coefficients = jax.jit(spline.coefficients)(jnp.asarray(filled, float))
-    rows, columns = (_finer(n) for n in side)
+    rows, columns = (jnp.asarray(_finer(n), float) for n in side)
+    coefficients, fine = _interpolate(jnp.asarray(filled, float), rows, columns, jnp.asarray(_finer_known(known)))
+    north, scale, days = np.array([[epoch.north, epoch.scale, epoch.days] for epoch in maps], float).T
+    centre = np.array([epoch.centre for epoch in maps], float)
+    return Epochs(coefficients, fine, jnp.asarray(known), *map(jnp.asarray, (centre, north, scale, days)))
+
+
+@jax.jit
+def _interpolate(
+    maps: Float[Array, "E 2 H W"],
+    rows: Float[Array, "fineH H"],
+    columns: Float[Array, "fineW W"],
+    known: Bool[Array, "E fineH fineW"],
+) -> tuple[Float[Array, "E 2 H W"], Float[Array, "E fineH fineW 2"]]:
+    """Spline coefficients, and their values on the finer grid."""
+    coefficients = spline.coefficients(maps)
     fine = jnp.moveaxis(rows @ coefficients @ columns.T, 1, -1)
-    inside = _finer_known(known)
-    angles = np.array([[m.north, m.scale, m.days] for m in maps], float).T
-    return Epochs(
-        coefficients,
-        jnp.where(inside[..., None], fine, 0),
-        jnp.asarray(known),
-        jnp.asarray([m.centre for m in maps], float),
-        *map(jnp.asarray, angles),
-    )
+    return coefficients, jnp.where(known[..., None], fine, 0)
 
 
-def _pad(image: np.ndarray, side: Sequence[int]) -> np.ndarray:
+def _pad(image: Float[np.ndarray, "h w"], side: Sequence[int]) -> Float[np.ndarray, "H W"]:
     return np.pad(image, [(0, n - m) for n, m in zip(side, image.shape, strict=True)], constant_values=np.nan)
 
 
-def _fill(maps: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _fill(maps: Float[np.ndarray, "2 H W"], known: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "2 H W"]:
     if not known.any():
         return np.zeros_like(maps)
     nearest = distance_transform_edt(~known, return_distances=False, return_indices=True)
     return maps[:, *np.asarray(nearest)]
 
 
-def _finer(n: int) -> Float[Array, "fine n"]:
-    """From spline coefficients to values every 1 / FINE of a pixel."""
+def _finer(n: int) -> Float[np.ndarray, "fine n"]:
+    """Matrix from n spline coefficients to values every 1 / FINE of a pixel."""
     place = np.arange((n - 1) * FINE + 1) / FINE
     whole = np.minimum(place.astype(int), n - 1)
     matrix = np.zeros((len(place), n))
-    for offset, weight in enumerate(spline.weights(jnp.asarray(place - whole))):
-        np.add.at(matrix, (np.arange(len(place)), _mirrored(whole - 1 + offset, n)), np.asarray(weight))
-    return jnp.asarray(matrix)
+    for offset, weight in enumerate(spline.weights(place - whole)):
+        np.add.at(matrix, (np.arange(len(place)), _mirrored(whole - 1 + offset, n)), weight)
+    return matrix
 
 
 def _mirrored(index: Int[np.ndarray, "..."] | Int[Array, "..."], n: int) -> Int[np.ndarray, "..."] | Int[Array, "..."]:
@@ -121,7 +137,7 @@ def _mirrored(index: Int[np.ndarray, "..."] | Int[Array, "..."], n: int) -> Int[
 
 
 def _finer_known(known: Bool[np.ndarray, "E H W"]) -> Bool[np.ndarray, "E fineH fineW"]:
-    """Whether the pixels around a place are all known."""
+    """Whether all pixels around a position are known."""
     for axis in (1, 2):
         place = np.arange((known.shape[axis] - 1) * FINE + 1)
         known = np.take(known, place // FINE, axis) & np.take(known, -(-place // FINE), axis)
@@ -129,14 +145,23 @@ def _finer_known(known: Bool[np.ndarray, "E H W"]) -> Bool[np.ndarray, "E fineH 
 
 
 def pixel(epochs: Epochs, north: Float[Array, "E"], sky: Float[Array, "*batch E 2"]) -> Float[Array, "*batch E 2"]:
-    """(y, x) in each epoch's map of (north, east), arcsec. north: its direction, radians."""
+    """Position (y, x) in each epoch's map, px.
+
+    Args:
+        epochs: The maps.
+        north: Direction of north in each, radians.
+        sky: Offsets (north, east) from the star at each epoch, arcsec.
+
+    Returns:
+        The positions.
+    """
     sin, cos = jnp.sin(north), jnp.cos(north)
     up, left = sky[..., 0] / epochs.scale, sky[..., 1] / epochs.scale
     return epochs.centre + jnp.stack([up * sin + left * cos, up * cos - left * sin], -1)
 
 
 def nearest(epochs: Epochs, north: Float[Array, "E"], sky: Float[Array, "*batch E 2"]) -> Int[Array, "*batch E"]:
-    """The index among an epoch's places of the finer grid, one more than all of them outside."""
+    """Flat index of the nearest point of each epoch's finer grid; the number of points for positions outside."""
     _, height, width, _ = epochs.fine.shape
     place = jnp.floor(pixel(epochs, north, sky) * FINE + 0.5).astype(jnp.int32)
     y, x = place[..., 0], place[..., 1]
@@ -145,18 +170,18 @@ def nearest(epochs: Epochs, north: Float[Array, "E"], sky: Float[Array, "*batch 
 
 
 def look_up(epochs: Epochs, sky: Float[Array, "*batch E 2"]) -> Float[Array, "*batch E 2"]:
-    """a and b at the nearest places of the finer grid, 0 where there is no value."""
-    return _cells(epochs.fine)[jnp.arange(len(epochs.north)), nearest(epochs, epochs.north, sky)]
+    """a and b at the nearest points of the finer grid; 0 where they are unknown."""
+    return cells_of(epochs.fine)[jnp.arange(len(epochs.north)), nearest(epochs, epochs.north, sky)]
 
 
-def _cells(fine: Float[Array, "E fineH fineW K"]) -> Float[Array, "E cells K"]:
-    """Flat, with a place for what lies outside, which tells nothing."""
+def cells_of(fine: Float[Array, "E fineH fineW K"]) -> Float[Array, "E cells K"]:
+    """The finer grid, flattened, with a last cell of 0 for positions outside."""
     return jnp.pad(fine.reshape(len(fine), -1, fine.shape[-1]), [(0, 0), (0, 1), (0, 0)])
 
 
 @jax.jit
 def turned(epochs: Epochs, angles: Float[Array, "E"]) -> Epochs:
-    """Each epoch's sky turned about the star by an angle of its own, radians."""
+    """Rotates the sky of each epoch about the star by an angle of its own, radians."""
     _, height, width, _ = epochs.fine.shape
     grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1) / FINE
     up, along = jnp.moveaxis(grid[:, :, None] - epochs.centre, -1, 0)
@@ -164,16 +189,26 @@ def turned(epochs: Epochs, angles: Float[Array, "E"]) -> Epochs:
     sky = epochs.scale[:, None] * jnp.stack([up * sin + along * cos, up * cos - along * sin], -1)
     north = epochs.north + angles
     index = nearest(epochs, north, sky).reshape(-1, len(angles)).T
-    fine = jax.vmap(lambda cells, at: cells[at])(_cells(epochs.fine), index)
+    fine = jax.vmap(lambda cells, at: cells[at])(cells_of(epochs.fine), index)
     return epochs._replace(fine=fine.reshape(epochs.fine.shape), north=north)
 
 
 def sample(epochs: Epochs, sky: Float[Array, "E 2"]) -> Float[Array, "E 2"]:
-    """a and b on the splines, 0 where not all pixels around are known. Can be differentiated."""
+    """a and b on the splines; 0 where a pixel around is unknown. Differentiable in the position.
+
+    Args:
+        epochs: The maps.
+        sky: Offsets (north, east) from the star at each epoch, arcsec.
+
+    Returns:
+        a and b at each epoch.
+    """
     return jax.vmap(_sample_one)(epochs.coefficients, epochs.known, pixel(epochs, epochs.north, sky))
 
 
-def _sample_one(coefficients: Array, known: Array, place: Array) -> Array:
+def _sample_one(
+    coefficients: Float[Array, "2 H W"], known: Bool[Array, "H W"], place: Float[Array, "2"]
+) -> Float[Array, "2"]:
     height, width = known.shape
     whole = jnp.floor(place).astype(jnp.int32)
     low, high = whole, jnp.ceil(place).astype(jnp.int32)
@@ -189,97 +224,16 @@ def _sample_one(coefficients: Array, known: Array, place: Array) -> Array:
 
 
 def criterion(terms: Float[Array, "*batch E 2"], flux: Flux = "free") -> Float[Array, "*batch"]:
-    """Twice the log-likelihood ratio of a source to none (D23), from a and b at each epoch; a = 0 tells nothing."""
+    """Twice the log-likelihood ratio of a source to none (D23).
+
+    Args:
+        terms: a and b at each epoch; epochs with a = 0 do not count.
+        flux: Whether the flux is free at every epoch, or constant.
+
+    Returns:
+        The criterion.
+    """
     a, b = terms[..., 0], terms[..., 1]
     if flux == "constant":
         a, b = a.sum(-1, keepdims=True), b.sum(-1, keepdims=True)
     return jnp.where(a > 0, jnp.maximum(b, 0) ** 2 / jnp.where(a > 0, a, 1), 0).sum(-1)
-
-
-def track(
-    start: Float[Array, "2"], shape: Shape, days: Float[Array, "E"], star: Star | None
-) -> tuple[Float[Array, "E 2"], Bool[Array, ""]]:
-    """(north, east) at each date, arcsec, and whether the orbit's size is allowed. Without a star it stands still."""
-    if star is None:
-        return jnp.broadcast_to(start, (len(days), 2)), jnp.asarray(True)
-    orbit = orbit_through(shape, start[0], start[1], star.parallax_mas)
-    low, high = star.semi_major_axis
-    allowed = (orbit.semi_major_axis >= low) & (orbit.semi_major_axis <= high)
-    return jnp.stack(sky_position(orbit, days, star.mass, star.parallax_mas), -1), allowed
-
-
-@partial(jax.jit, static_argnames="star")
-def tracks(epochs: Epochs, starts: Float[Array, "N 2"], shapes: Shape, star: Star | None) -> Int[Array, "N M E"]:
-    """Where each of M shapes through each of N starts, (north, east) in arcsec at the reference date, stands in each
-    epoch: indices of `nearest`. Shapes of a size that is not allowed are nowhere."""
-
-    def through(start: Array) -> Array:
-        sky, allowed = jax.vmap(lambda shape: track(start, shape, epochs.days, star))(shapes)
-        index = nearest(epochs, epochs.north, sky)
-        return jnp.where(allowed[:, None], index, epochs.fine.shape[1] * epochs.fine.shape[2])
-
-    return jnp.asarray(jax.lax.map(through, starts))
-
-
-@partial(jax.jit, static_argnames="flux")
-def search(epochs: Epochs, index: Int[Array, "N M E"], flux: Flux) -> tuple[Float[Array, "N"], Int[Array, "N"]]:
-    """The highest criterion from each start, and which shape has it; index: from `tracks` of the same epochs, or of
-    others on the same pixels."""
-    cells, epoch = _cells(epochs.fine), jnp.arange(index.shape[-1])
-    if flux == "free":  # one number a place, and no division for every track
-        cells = criterion(cells[..., None, :], flux)
-
-        def values(at: Array) -> Array:
-            return cells[epoch, at].sum(-1)
-    else:
-
-        def values(at: Array) -> Array:
-            return criterion(cells[epoch, at], flux)
-
-    def best(at: Array) -> tuple[Array, Array]:
-        found = values(at)
-        return found.max(), found.argmax()
-
-    return jax.lax.map(best, index)
-
-
-def refine(epochs: Epochs, starts: Float[Array, "K 2"], shapes: Shape, star: Star | None, flux: Flux) -> Found:
-    """The highest criterion near each of K tracks, by gradient (Adam), the best of all steps kept."""
-    low, high = (0.0, 1.0) if star is None else star.eccentricity
-    unit = epochs.scale[0]
-
-    def unpack(free: Array) -> tuple[Array, Shape]:
-        eccentricity = low + (high - low) * jax.nn.sigmoid(free[2])
-        return free[:2] * unit, Shape(eccentricity, jnp.tanh(free[3]), free[4], free[5])
-
-    def pack(start: Array, shape: Shape) -> Array:
-        share = jnp.clip((shape.eccentricity - low) / max(high - low, 1e-9), OPEN_SHARE, 1 - OPEN_SHARE)
-        cos = jnp.clip(shape.cos_inclination, OPEN_SHARE - 1, 1 - OPEN_SHARE)
-        rest = jnp.stack([jnp.log(share / (1 - share)), jnp.arctanh(cos), shape.omega, shape.mean_anomaly])
-        return jnp.concatenate([start / unit, rest])
-
-    def loss(free: Array) -> Array:
-        sky, allowed = track(*unpack(free), epochs.days, star)
-        return -jnp.where(allowed, criterion(sample(epochs, sky), flux), 0)
-
-    def one(start: Array, shape: Shape) -> Found:
-        free, value = descend(loss, pack(start, shape))
-        return Found(-value, *unpack(free))
-
-    return jax.vmap(one)(starts, shapes)
-
-
-def descend(loss: Callable[[Array], Array], free: Float[Array, "D"]) -> tuple[Float[Array, "D"], Float[Array, ""]]:
-    """The lowest loss met on the way down, and where."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(STEP_SIZE, STEPS))
-
-    def step(carry: tuple, _: None) -> tuple[tuple, None]:
-        free, state, best, lowest = carry
-        value, slope = jax.value_and_grad(loss)(free)
-        best, lowest = jnp.where(value < lowest, free, best), jnp.minimum(value, lowest)
-        move, state = optimizer.update(jnp.nan_to_num(slope), state)
-        return (free + move, state, best, lowest), None
-
-    begin = (free, optimizer.init(free), free, jnp.asarray(jnp.inf, free.dtype))
-    (_, _, best, lowest), _ = jax.lax.scan(step, begin, None, length=STEPS)
-    return best, lowest

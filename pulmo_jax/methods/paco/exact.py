@@ -100,7 +100,7 @@ def collect(
     def add_frame(sums: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
         frame = jax.lax.dynamic_index_in_dim(filtered.frames, step, 1, keepdims=False).reshape(-1)
         y, x = geometry.frame_position(*jnp.divmod(pixels, width), scene.angles_deg[step], scene.centre)
-        (row, shift_y), (column, shift_x) = geometry.nearest(y), geometry.nearest(x)
+        (row, shift_y), (column, shift_x) = (geometry.nearest(at, max(program.shape)) for at in (y, x))
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         location = jnp.where(inside, row * width + column, 0)
         usable = inside & take(scene.whole, location)

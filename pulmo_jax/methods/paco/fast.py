@@ -96,10 +96,11 @@ def add_frames(
     b_maps = jax.vmap(splines, (0, None))(lay(weights, batch, program.offsets, corner), nearest)
     a_spline = splines(a_map, nearest)
     rows, columns = jnp.divmod(jnp.arange(sums.shape[1]), program.shape[1])
+    tie_px = geometry.tie_tolerance_px(sums.dtype, max(program.shape))
 
     def add(sums: tuple[Array, ...], step: Array) -> tuple[tuple[Array, ...], None]:
         y, x = geometry.frame_position(rows, columns, angles_deg[start + step], centre)
-        a, b, usable = interpolate((a_spline, b_maps[step]), y - corner[0], x - corner[1], between)
+        a, b, usable = interpolate((a_spline, b_maps[step]), y - corner[0], x - corner[1], between, tie_px)
         usable &= start + step >= first
         return (sums[0] + jnp.where(usable, a, 0), sums[1] + jnp.where(usable, b, 0), sums[2] + usable), None
 
@@ -126,11 +127,15 @@ def splines(image: Float[Array, "h w"], nearest: Int[Array, "h w"]) -> Float[Arr
 
 
 def interpolate(
-    coefficients: tuple[Array, Array], y: Float[Array, "M"], x: Float[Array, "M"], between: Bool[Array, "h w"]
+    coefficients: tuple[Array, Array],
+    y: Float[Array, "M"],
+    x: Float[Array, "M"],
+    between: Bool[Array, "h w"],
+    tie_px: float,
 ) -> tuple[Array, Array, Array]:
     """Both images at (y, x), and whether that lies between locations."""
     height, width = between.shape
-    row, column = jnp.floor(y + geometry.TIE_PX), jnp.floor(x + geometry.TIE_PX)
+    row, column = jnp.floor(y + tie_px), jnp.floor(x + tie_px)
     along_y, along_x = spline.weights(y - row), spline.weights(x - column)
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     row, column = jnp.where(inside, row, 0).astype(jnp.int32), jnp.where(inside, column, 0).astype(jnp.int32)

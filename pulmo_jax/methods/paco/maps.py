@@ -3,7 +3,6 @@
 Flasseur, Denis, Thiébaut, Langlois 2018 (A&A 618, A138), "F18" in this package; robust mode: 2020 (A&A 634, A2).
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,15 +20,13 @@ from pulmo_jax.methods.paco import exact, fast
 from pulmo_jax.methods.paco.background import Background, Program, Template, learn
 from pulmo_jax.methods.paco.observation import Centre, Observation, observe
 from pulmo_jax.methods.paco.settings import Mode, Settings
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, ProgressTracker
 
 FWHM_TO_RADIUS = 0.9  # a Gaussian has fallen to a tenth there; 4 px, that is 49 pixels, for F18's 4.6 px
 MIN_RADIUS_PX = 1.5
 CACHE_BYTES = 8 * 2**20  # of a step on a CPU: larger ones are slower
 ROBUST_COPIES = 4  # of a patch's frames, that an iteration works on
 MIN_SIDE = 3  # of the field of locations, for splines
-
-Track = Callable[[Iterable, int], Iterable]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +76,7 @@ def compute_maps(
     settings: Settings,
     angles_deg: Float[np.ndarray, "T"] | None = None,
     background: Background | None = None,
-    track: Track = lambda items, total: items,
+    track: ProgressTracker = lambda items, total: items,
 ) -> LikelihoodMaps:
     """The maps of an observation.
 
@@ -170,7 +167,7 @@ def expand_psf(stamp: bytes, side: int, offsets: bytes, tolerance: float | None)
 
 
 def exact_sums(
-    of: Observation, plan: Plan, noise: Background, angles: Array, track: Track
+    of: Observation, plan: Plan, noise: Background, angles: Array, track: ProgressTracker
 ) -> tuple[np.ndarray, np.ndarray]:
     """(3, pixels): a, b and the number of frames; (4, pixels): the state of each location's covariance, or NaN."""
     program, n_pixels, dtype = plan.program, plan.whole.size, of.deviations.dtype
@@ -195,7 +192,7 @@ def exact_sums(
 
 
 def fast_sums(
-    of: Observation, plan: Plan, noise: Background, angles: Array, track: Track
+    of: Observation, plan: Plan, noise: Background, angles: Array, track: ProgressTracker
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same by Algorithm 2."""
     program, dtype = plan.program, of.deviations.dtype

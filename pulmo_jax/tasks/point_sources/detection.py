@@ -89,7 +89,7 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
         config.contrast.directions,
         config.contrast.rings,
         search.profile if config.search.snr == "calibrated" else None,
-        track=tracker(place.console, "injecting, ring by ring"),
+        track=tracker(place.console, "injecting, round by round"),
         using=search.combination,
     )
     return replace(result, contrast=contrast), search

@@ -1,0 +1,30 @@
+"""Settings of a search in several epochs."""
+
+from dataclasses import dataclass
+
+from pulmo_jax.methods.paco.epochs import Flux, Star
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is searched for in several epochs, and how.
+
+    Attributes:
+        star: The star and the limits of orbits about it; None for sources at a fixed position.
+        flux: Whether the flux is free at every epoch, or constant.
+        shapes: Number of orbits tried through every position at the reference date.
+        fields: Number of noise fields that the threshold rests on.
+        level: Probability of a false alarm anywhere in the field.
+        single_threshold: Lowest SNR of a source in a single epoch, which provides only one field of noise.
+        max_sources: Largest number of sources.
+        seed: Seed of everything that is drawn.
+    """
+
+    star: Star | None = None
+    flux: Flux = "free"
+    shapes: int = 1024
+    fields: int = 200
+    level: float = 0.05
+    single_threshold: float = 5.0
+    max_sources: int = 5
+    seed: int = 0

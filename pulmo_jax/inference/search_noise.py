@@ -1,0 +1,85 @@
+"""Noise of a search, from maps with reversed angles: its correlation between channels, its spread, false alarms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from pulmo_jax.evaluation.null_field import (
+    NullProfile,
+    correlation_area,
+    field_false_alarm,
+    null_profile,
+    separation_map,
+)
+from pulmo_jax.methods.paco import LikelihoodMaps
+from pulmo_jax.methods.paco.channels import Channels
+from pulmo_jax.methods.paco.spectral import Combination, combine_maps, correlation_by_separation
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Empirical null of a search.
+
+    Attributes:
+        null: Maps with reversed angles, of the best spectrum at every pixel.
+        profile: Spread of the null SNR of a single spectrum, by separation.
+        field: Null SNR of that spectrum over its spread: a field of unit variance.
+        trials: Number of spectra that were tried.
+    """
+
+    null: LikelihoodMaps
+    profile: NullProfile
+    field: Float[np.ndarray, "H W"]
+    trials: int
+
+    def false_alarm(self, snr: float) -> float:
+        """Probability that noise alone has a calibrated peak as high anywhere, with any of the spectra."""
+        single = np.minimum(field_false_alarm(snr, self.field), 1 - 1e-16)
+        return float(-np.expm1(self.trials * np.log1p(-single)))
+
+
+def correlation_of(
+    nulls: Sequence[LikelihoodMaps], channels: Channels
+) -> tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K L L"]]:
+    """Correlation R of the channels' null SNR by separation, from one FWHM outward, where all of them have a value.
+
+    Args:
+        nulls: Maps of each channel with reversed angles.
+        channels: The observation.
+
+    Returns:
+        K separations, px, and R at each; the identity where it cannot be measured.
+    """
+    snr, separation = np.stack([null.snr for null in nulls]), separation_map(channels.shape, channels.centre)
+    known = np.isfinite(snr).all(0) & (separation > channels.fwhm_px)
+    if len(snr) == 1 or not known.any():
+        return np.zeros(1), np.eye(len(snr))[None]
+    area = np.mean([correlation_area(np.where(known, values, np.nan)) for values in snr])
+    return correlation_by_separation(snr[:, known], separation[known], float(area))
+
+
+def noise_of(nulls: Sequence[LikelihoodMaps], channels: Channels, combination: Combination) -> Noise:
+    """Measures the noise of a search from the channels' null maps.
+
+    The highest of several spectra's SNR has neither unit variance nor a normal tail. So the spread is that of a single
+    spectrum, the one whose null spreads the most, and the trials are counted separately.
+
+    Args:
+        nulls: Maps of each channel with reversed angles.
+        channels: The observation.
+        combination: How the channels are combined.
+
+    Returns:
+        The noise.
+    """
+    n_spectra, separation = len(combination.spectra), separation_map(channels.shape, channels.centre)
+    together, _ = combine_maps(nulls, separation, combination)
+    alone = [together.snr]
+    if n_spectra > 1:
+        alone = [combine_maps(nulls, separation, combination.only(k))[0].snr for k in range(n_spectra)]
+    profiles = [null_profile(snr, channels.centre, channels.fwhm_px) for snr in alone]
+    widest = int(np.argmax([profile.std.mean() for profile in profiles]))
+    std = profiles[widest].std_at(separation)
+    return Noise(together, profiles[widest], alone[widest] / std, n_spectra)

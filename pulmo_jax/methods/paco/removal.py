@@ -1,0 +1,100 @@
+"""Sources removed from the frames of a stack."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from pulmo_jax.core import geometry, psf
+from pulmo_jax.methods.paco.batching import map_in_batches
+from pulmo_jax.methods.paco.channels import Channels
+from pulmo_jax.methods.paco.joint import SourceFit
+from pulmo_jax.methods.paco.observation import Observation
+from pulmo_jax.methods.paco.source_fit import Fit
+
+FRAMES_AT_ONCE = 16
+CAPACITY = 8  # numbers of sources are padded to multiples of it, so that few are compiled for
+
+
+def without_sources(channels: Channels, fits: Sequence[SourceFit]) -> Channels:
+    """Removes fitted sources from every frame of every channel."""
+    each = [[fit.each[number] for fit in fits] for number in range(len(channels.each))]
+    return channels.but_with([without(*pair) for pair in zip(channels.each, each, strict=True)])
+
+
+def without(observation: Observation, fits: Sequence[Fit]) -> Observation:
+    """Removes sources from every frame of an observation; fits that are not finite are ignored."""
+    if not fits:
+        return observation
+    deviations = observation.deviations
+    sources = np.zeros((len(fits) + -len(fits) % CAPACITY, 3))
+    sources[: len(fits)] = [[float(fit.y), float(fit.x), float(fit.flux)] for fit in fits]
+    arrays = (
+        jnp.asarray(values, deviations.dtype)
+        for values in (
+            observation.psf.stamp, observation.angles_deg, observation.centre, sources[:, :2], sources[:, 2]
+        )
+    )  # fmt: skip
+    left = subtract(deviations, jnp.asarray(observation.usable), *arrays, count=len(fits))
+    return replace(observation, deviations=left)
+
+
+@partial(jax.jit)
+def subtract(
+    deviations: Float[Array, "T H W"],
+    usable: Bool[Array, "H W"],
+    stamp: Float[Array, "S S"],
+    angles_deg: Float[Array, "T"],
+    centre: Float[Array, "2"],
+    places: Float[Array, "N 2"],
+    fluxes: Float[Array, "N"],
+    count: int | None = None,
+) -> Float[Array, "T H W"]:
+    """Subtracts sources from the frames, and the temporal mean from what is left.
+
+    Args:
+        deviations: Frames minus their temporal mean.
+        usable: Pixels that count; the others stay 0.
+        stamp: PSF stamp.
+        angles_deg: Angle of each frame, degrees.
+        centre: Centre of rotation (y, x), px.
+        places: Positions (y, x) in the derotated map, px.
+        fluxes: Fluxes, in units of the deviations. A source that is not finite is ignored.
+        count: How many of the sources are subtracted, from the first on; all by default.
+
+    Returns:
+        The frames without the sources.
+    """
+    sound = jnp.isfinite(places).all(-1) & jnp.isfinite(fluxes)
+    places, fluxes = jnp.where(sound[:, None], places, 0), jnp.where(sound, fluxes, 0)
+    number = len(fluxes) if count is None else count
+
+    def subtract_from(frame_and_angle: tuple[Array, Array]) -> Array:
+        frame, angle = frame_and_angle
+        position = jnp.stack(geometry.frame_position(places[:, 0], places[:, 1], angle, centre), -1)
+
+        def add(i: Array, total: Array) -> Array:
+            return total + fluxes[i] * draw(stamp, position[i], usable.shape)
+
+        return frame - jnp.where(usable, jax.lax.fori_loop(0, number, add, jnp.zeros_like(frame)), 0)
+
+    with jax.default_matmul_precision("highest"):
+        left = map_in_batches(subtract_from, (deviations, angles_deg), min(FRAMES_AT_ONCE, len(deviations)))
+    return jnp.where(usable, left - left.mean(0), 0)
+
+
+def draw(stamp: Float[Array, "S S"], position: Float[Array, "2"], shape: tuple[int, int]) -> Float[Array, "H W"]:
+    """Draws a source of flux 1 into an empty frame; what lies outside of it is cut off."""
+    side = len(stamp)
+    pixel, shift = geometry.nearest(position, max(shape))
+    corner = pixel - side // 2 + side  # in a frame with a margin of one side all around
+    inside = (corner >= 0) & (corner <= jnp.array(shape) + side)
+    corner = jnp.where(inside, corner, 0)
+    wide = jnp.zeros((shape[0] + 2 * side, shape[1] + 2 * side), stamp.dtype)
+    source = jnp.where(inside.all(), psf.shift(stamp, shift), 0)
+    wide = jax.lax.dynamic_update_slice(wide, source, (corner[0], corner[1]))
+    return wide[side : side + shape[0], side : side + shape[1]]
