@@ -177,7 +177,7 @@ def checked(raw: DictConfig, command: Command) -> Any:
         raise InputError(explain(error, command)) from error
     if missing:
         raise InputError(f"{', '.join(missing)} must be given, as KEY=VALUE (--help lists all keys)")
-    config = validate(command.schema, values)
+    config: Any = validate(command.schema, values)
     check_paths(config)
     for where, node in nodes_of(config):
         check_node(node, where, config.plugins)  # from their sources: the task's own check imports JAX
