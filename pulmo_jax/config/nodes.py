@@ -15,13 +15,6 @@ from pydantic import BaseModel, Strict, ValidationError, create_model
 from pulmo_jax.config.section import Node, Section, describe_errors
 from pulmo_jax.types import InputError
 
-# Arguments that the program may supply to the targets of a group, where their signatures have them and no default of
-# their own is meant to be set by a config.
-GIVEN = {
-    "model": ("patch_size", "channels", "rngs"),
-    "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
-    "optimizer": ("steps",),
-}
 # Where the program's own targets lie. A config, which may come with a run of somebody else's, calls nothing beyond.
 HOMES = {
     "model": ("pulmo_jax.models",),
@@ -29,12 +22,13 @@ HOMES = {
     "optimizer": ("pulmo_jax.training.optimizers",),
     "callbacks": ("pulmo_jax.training.callbacks", "pulmo_jax.reporting.callbacks"),
 }
-# Arguments that only the program can supply. Others that it offers, such as a seed, a config may set.
+# Arguments that only the program can supply.
 GIVEN = {
     "model": ("patch_size", "channels", "rngs"),
     "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
     "optimizer": ("steps",),
 }
+OFFERED = {"method": ("seed",)}  # those that the program supplies unless the config does
 
 
 def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any:
@@ -118,11 +112,18 @@ def argument_schema(target: Any, group: str) -> type[BaseModel]:
     function = function_of(target)
     hints = typing.get_type_hints(function, include_extras=True) if function else {}
     fields: dict[str, Any] = {
-        name: (strictly(hints.get(name, Any)), ... if parameter.default is parameter.empty else parameter.default)
+        name: (strictly(hints.get(name, Any)), default_of(parameter, group))
         for name, parameter in parameters_of(target).items()
         if name not in GIVEN.get(group, ())
     }
     return create_model(getattr(target, "__name__", "target"), __base__=Section, **fields)
+
+
+def default_of(parameter: inspect.Parameter, group: str) -> Any:
+    """Of an argument that the program offers, the key of the config that it is taken from."""
+    if parameter.name in OFFERED.get(group, ()):
+        return f"${{{parameter.name}}}"
+    return ... if parameter.default is parameter.empty else parameter.default
 
 
 def strictly(annotation: Any) -> Any:
@@ -132,10 +133,11 @@ def strictly(annotation: Any) -> Any:
 
 
 def check_arguments(target: Any, node: Node, where: str) -> dict[str, Any]:
+    """The arguments that the node sets, of the annotated types."""
     schema = argument_schema(target, group_of(where))
     values = {key: value for key, value in node.items() if key != "_target_"}
     try:
         checked = schema.model_validate(values)
     except ValidationError as error:
         raise InputError(describe_errors(error, schema, prefix=where)) from None
-    return {key: getattr(checked, key) for key in schema.model_fields}
+    return {key: getattr(checked, key) for key in schema.model_fields if key in checked.model_fields_set}

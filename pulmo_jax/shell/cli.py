@@ -32,7 +32,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pulmo_jax.config.section import Section
 from pulmo_jax.host.console import SOME_FAILED, make_console
 from pulmo_jax.host.lock import claim, in_use
 from pulmo_jax.host.signals import Stopped, stepping_down, stoppable
@@ -116,8 +115,7 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
         command = command_line(verb, sys.argv[1:])
     except InputError as error:
         return fail(str(error))
-    schema = command.schema
-    ConfigStore.instance().store(name=f"{command.primary}_defaults", node=defaults_of(schema))
+    ConfigStore.instance().store(name=f"{command.primary}_defaults", node=defaults_of(command.schema))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and this module alone decides what a person sees
     with ExitStack() as SWEEP.held:
         SWEEP.folder = None
@@ -129,7 +127,7 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
             sys.stdout.flush()
             return end_sweep(None) if SWEEP.folder else fail(job.failures[-1]) if job.failures else 0
         except Exception as error:
-            return end_sweep(error) if SWEEP.folder else status_of(error, job, schema)
+            return end_sweep(error) if SWEEP.folder else status_of(error, job, command)
         except BaseException:
             if SWEEP.folder and write_pages(SWEEP.folder):
                 print(f"go on with the same command and {SWEEP.go_on}", file=sys.stderr)
@@ -157,10 +155,10 @@ def launch(primary: str, job: "Job") -> None:
             sys.argv = arguments
 
 
-def status_of(error: Exception, job: "Job", schema: type[Section]) -> int:
+def status_of(error: Exception, job: "Job", command: Command) -> int:
     """What a run that is no sweep ends with; a fault of the program is raised again."""
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return fail(explain(error, schema))
+        return fail(explain(error, command))
     if isinstance(error, BrokenPipeError) and not job.composed:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on leaving
         return BROKEN_PIPE
@@ -169,7 +167,7 @@ def status_of(error: Exception, job: "Job", schema: type[Section]) -> int:
     if not job.composed and isinstance(error, OSError):
         return fail(f"{error.filename}: cannot be written ({error.strerror}); give another hydra.run.dir")
     if not job.composed and isinstance(error, ValueError):
-        return fail(explain(error, schema))  # what Hydra raises for a group set to null
+        return fail(explain(error, command))  # what Hydra raises for a group set to null
     raise error
 
 
@@ -353,11 +351,11 @@ def judge_sweep(config: DictConfig, command: Command) -> list[str]:
         try:
             checked(loader.load_sweep_config(config, list(overrides)), command)
         except (InputError, HydraException, OmegaConfBaseException) as error:
-            text = str(error) if isinstance(error, InputError) else explain(error, command.schema)
-            faults.append((f"{' '.join(overrides)}: {text.splitlines()[0]}", error))
-    if faults and (len(faults) == len(combinations) or not isinstance(faults[0][1], InputError)):
-        raise faults[0][1]
-    return [text for text, _ in faults] if whole else []
+            text = str(error) if isinstance(error, InputError) else explain(error, command)
+            faults.append((" ".join(overrides), text, error))
+    if faults and (len(faults) == len(combinations) or not isinstance(faults[0][2], InputError)):
+        raise InputError(faults[0][1]) from faults[0][2]
+    return [f"{overrides}: {text.splitlines()[0]}" for overrides, text, _ in faults] if whole else []
 
 
 def examples_of(config: DictConfig) -> tuple[list[list[str]], bool]:
