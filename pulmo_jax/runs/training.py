@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pulmo_jax.config.nodes import build
 from pulmo_jax.config.section import Node
-from pulmo_jax.config.trainer import ClusterConfig
+from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
 from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.resources import require, running_out_names
@@ -126,13 +126,19 @@ def start(
     return state, before
 
 
-def learn(learning: Learning, state: TrainState, before: Record, config: Any, place: Place) -> Learned | None:
+def learn(
+    learning: Learning,
+    state: TrainState,
+    before: Record,
+    callbacks: Sequence[Callback],
+    trainer: TrainerConfig,
+    place: Place,
+) -> Learned | None:
     """Runs the loop from `state` on. None in all processes but the first, which goes on alone.
 
     Exits with the signal's status if one asked for a stop.
     """
     began, first = time.monotonic(), devices.is_first()
-    callbacks = build_callbacks(config.callbacks, config.plugins)
     with (
         Checkpoints(place.run_dir / "checkpoints", read_only=not first) as checkpoints,
         closing(read_ahead(learning, int(state.step))) as shares,
@@ -161,8 +167,8 @@ def learn(learning: Learning, state: TrainState, before: Record, config: Any, pl
             learning.validate,
             callbacks,
             begins,
-            log_every=config.trainer.log_every,
-            validate_every=learning.validate_every or config.trainer.validate_every,
+            log_every=trainer.log_every,
+            validate_every=learning.validate_every or trainer.validate_every,
             agreed=devices.agreed,
         )
         stop_if_interrupted(outcome, place.run_dir, place.console)
@@ -206,6 +212,7 @@ def no_step(state: TrainState, batch: Any) -> Any:
 
 
 def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list[Callback]:
+    """Raises InputError for a node that builds no callback."""
     callbacks = [build(node, f"callbacks.{name}", plugins) for name, node in nodes.items()]
     for name, callback in zip(nodes, callbacks, strict=True):
         if not isinstance(callback, Callback):

@@ -8,8 +8,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
 from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.callbacks import patch_grid
-from pulmo_jax.tasks.anomalies.figures import DETECTED, TRUTH, Example, reconstructions, score_maps, view
+from pulmo_jax.tasks.anomalies.figures import DETECTED, TRUTH, Example, patch_grid, reconstructions, score_maps, view
 
 RNG = np.random.default_rng(0)
 
@@ -215,9 +214,18 @@ def test_false_alarm_figure_draws_observed_against_nominal():
     np.testing.assert_allclose(drawn[0], nominal * 2)
 
 
+def test_patches_stand_above_their_reconstructions():
+    patches, rebuilt = RNG.random((3, 8, 8, 1)), RNG.random((3, 8, 8, 1)) * 3 - 1
+    figure = patch_grid(patches, rebuilt, step=5)
+    assert "step 5" in texts(figure)
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    np.testing.assert_array_equal(shown[:3], patches[..., 0])
+    np.testing.assert_array_equal(shown[3:], np.clip(rebuilt[..., 0], 0, 1))
+
+
 def test_figures_are_written_as_png_and_pdf_with_embedded_fonts(tmp_path):
     path = figures.save(
-        patch_grid(RNG.random((3, 8, 8, 1)), RNG.random((3, 8, 8, 1)), "step 5"), tmp_path / "f", "grid"
+        patch_grid(RNG.random((3, 8, 8, 1)), RNG.random((3, 8, 8, 1)), step=5), tmp_path / "f", "grid"
     )
     with Image.open(path) as image:
         assert image.format == "PNG"
