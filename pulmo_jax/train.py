@@ -44,12 +44,13 @@ def train(config: Any, run_dir: Path) -> float:
     use_compile_cache(config.trainer.compile_cache)
     with workplace(run_dir) as place:
         frame.refuse_or_resume(run_dir, config.resume)
+        callbacks = frame.build_callbacks(config.callbacks, config.plugins)
         config, citation = task.training.prepare(config, place)
         data = task.training.read(config, place)
         learning = task.training.learning(config, data, place)
         state, record = frame.start(learning, config, task.training.records(config, data), citation, place)
         read_s = time.monotonic() - began
-        learned = frame.learn(learning, state, record, config, place)
+        learned = frame.learn(learning, state, record, callbacks, config.trainer, place)
         if learned is None:
             return frame.NOT_FIRST
         learned = learned.timed(read_s, time.monotonic() - began)

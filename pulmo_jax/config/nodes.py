@@ -16,13 +16,6 @@ from pulmo_jax.config.section import Node, Section, describe_errors
 from pulmo_jax.config.signatures import REQUIRED, Parameter, read_parameters
 from pulmo_jax.types import InputError
 
-# Arguments that the program may supply to the targets of a group, where their signatures have them and no default of
-# their own is meant to be set by a config.
-GIVEN = {
-    "model": ("patch_size", "channels", "rngs"),
-    "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
-    "optimizer": ("steps",),
-}
 # Where the program's own targets lie. A config, which may come with a run of somebody else's, calls nothing beyond.
 HOMES = {
     "model": ("pulmo_jax.models",),
@@ -30,12 +23,13 @@ HOMES = {
     "optimizer": ("pulmo_jax.training.optimizers",),
     "callbacks": ("pulmo_jax.training.callbacks", "pulmo_jax.reporting.callbacks"),
 }
-# Arguments that only the program can supply. Others that it offers, such as a seed, a config may set.
+# Arguments that only the program can supply.
 GIVEN = {
     "model": ("patch_size", "channels", "rngs"),
     "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
     "optimizer": ("steps",),
 }
+OFFERED = {"method": ("seed",)}  # those that the program supplies unless the config does
 
 
 def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any:
@@ -142,11 +136,16 @@ def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
 def argument_schema(parameters: Mapping[str, Parameter], group: str) -> type[BaseModel]:
     """A pydantic model of what a config may set: the parameters less those that only the program supplies."""
     fields: dict[str, Any] = {
-        name: (strictly(parameter.annotation), parameter.default)
+        name: (strictly(parameter.annotation), default_of(name, parameter, group))
         for name, parameter in parameters.items()
         if name not in GIVEN.get(group, ())
     }
     return create_model("Node", __base__=Section, **fields)
+
+
+def default_of(name: str, parameter: Parameter, group: str) -> Any:
+    """Of an argument that the program offers, the key of the config that it is taken from."""
+    return f"${{{name}}}" if name in OFFERED.get(group, ()) else parameter.default
 
 
 def strictly(annotation: Any) -> Any:
@@ -156,10 +155,11 @@ def strictly(annotation: Any) -> Any:
 
 
 def check_arguments(parameters: Mapping[str, Parameter], node: Node, where: str) -> dict[str, Any]:
+    """The arguments that the node sets, of the annotated types."""
     schema = argument_schema(parameters, group_of(where))
     values = {key: value for key, value in node.items() if key != "_target_"}
     try:
         checked = schema.model_validate(values)
     except ValidationError as error:
         raise InputError(describe_errors(error, schema, prefix=where)) from None
-    return {key: getattr(checked, key) for key in schema.model_fields}
+    return {key: getattr(checked, key) for key in schema.model_fields if key in checked.model_fields_set}

@@ -1,10 +1,9 @@
 """The frame of every training: refuse or resume, learn, keep the checkpoint that the task asks for."""
 
-import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from pulmo_jax.config.nodes import build
 from pulmo_jax.config.section import Node
-from pulmo_jax.config.trainer import ClusterConfig
+from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
 from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.resources import explain_out_of_memory, require
@@ -27,7 +26,7 @@ from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Callback, Start
 from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
-from pulmo_jax.training.program import Program
+from pulmo_jax.training.program import Program, Step
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
@@ -40,7 +39,8 @@ class Learning:
 
     Attributes:
         state: Before the first step.
-        compile: (state, first batch) -> the step's program.
+        compile: (state, description of a batch) -> the step's program.
+        batch: Shapes and dtypes of a batch, over all processes; None where a step takes none.
         batches: Element k is the batch of step k + 1, or this process's share of its rows.
         steps: Number of the last step.
         validate: Validation loss of a state, which is on all devices of the mesh.
@@ -59,6 +59,7 @@ class Learning:
 
     state: TrainState
     compile: Callable[[TrainState, Any], Program]
+    batch: Any
     batches: MapDataset | Sequence[Any]
     steps: int
     validate: Callable[[TrainState], float]
@@ -125,13 +126,19 @@ def start(
     return state, before
 
 
-def learn(learning: Learning, state: TrainState, before: Record, config: Any, place: Place) -> Learned | None:
+def learn(
+    learning: Learning,
+    state: TrainState,
+    before: Record,
+    callbacks: Sequence[Callback],
+    trainer: TrainerConfig,
+    place: Place,
+) -> Learned | None:
     """Runs the loop from `state` on. None in all processes but the first, which goes on alone.
 
     Exits with the signal's status if one asked for a stop.
     """
     began, first = time.monotonic(), devices.is_first()
-    callbacks = build_callbacks(config.callbacks, config.plugins)
     with (
         Checkpoints(place.run_dir / "checkpoints", read_only=not first) as checkpoints,
         closing(read_ahead(learning, int(state.step))) as shares,
@@ -151,18 +158,17 @@ def learn(learning: Learning, state: TrainState, before: Record, config: Any, pl
             unit=learning.unit,
         )
         state = devices.on_all(state, learning.mesh)
-        batches = (devices.divided(share, learning.mesh) for share in shares)
-        batches, step = compiled(learning, state, batches) if begins.step < begins.steps else (batches, no_step)
+        step = compiled(learning, state) if begins.step < begins.steps else no_step
         compiled_at = time.monotonic()
         outcome = fit(
             state,
             step,
-            batches,
+            (devices.divided(share, learning.mesh) for share in shares),
             learning.validate,
             callbacks,
             begins,
-            log_every=config.trainer.log_every,
-            validate_every=learning.validate_every or config.trainer.validate_every,
+            log_every=trainer.log_every,
+            validate_every=learning.validate_every or trainer.validate_every,
             agreed=devices.agreed,
         )
         stop_if_interrupted(outcome, place.run_dir, place.console)
@@ -190,17 +196,15 @@ def read_ahead(learning: Learning, step: int) -> Any:
     return (batch for batch in learning.batches[step:])
 
 
-def compiled(
-    learning: Learning, state: TrainState, batches: Iterator[Any]
-) -> tuple[Iterator[Any], Callable[[TrainState, Any], Any]]:
-    """The batches again, and the step compiled for them. Raises InputError if memory does not suffice."""
-    batch = next(batches)
+def compiled(learning: Learning, state: TrainState) -> Step:
+    """The step, compiled before a batch is read. Raises InputError if memory does not suffice."""
+    batch = devices.described(learning.batch, learning.mesh)
     program = learning.compile(state, batch)
     ahead = learning.reading.get("prefetch", 0) + 2  # one on the device, one on its way there
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch)) // jax.process_count()
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) // jax.process_count()
     needed = program.temporary_bytes + size * ahead
     require(needed, f"a step of {learning.examples_per_step} {learning.unit}", learning.remedy)
-    return itertools.chain([batch], batches), program.step
+    return program.step
 
 
 def no_step(state: TrainState, batch: Any) -> Any:
@@ -208,6 +212,7 @@ def no_step(state: TrainState, batch: Any) -> Any:
 
 
 def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list[Callback]:
+    """Raises InputError for a node that builds no callback."""
     callbacks = [build(node, f"callbacks.{name}", plugins) for name, node in nodes.items()]
     for name, callback in zip(nodes, callbacks, strict=True):
         if not isinstance(callback, Callback):

@@ -356,10 +356,10 @@ def judge_sweep(config: DictConfig, command: Command) -> list[str]:
             checked(loader.load_sweep_config(config, list(overrides)), command)
         except (InputError, HydraException, OmegaConfBaseException) as error:
             text = str(error) if isinstance(error, InputError) else explain(error, command)
-            faults.append((f"{' '.join(overrides)}: {text.splitlines()[0]}", error))
-    if faults and (len(faults) == len(combinations) or not isinstance(faults[0][1], InputError)):
-        raise faults[0][1]
-    return [text for text, _ in faults] if whole else []
+            faults.append((" ".join(overrides), text, error))
+    if faults and (len(faults) == len(combinations) or not isinstance(faults[0][2], InputError)):
+        raise InputError(faults[0][1]) from faults[0][2]
+    return [f"{overrides}: {text.splitlines()[0]}" for overrides, text, _ in faults] if whole else []
 
 
 def examples_of(config: DictConfig) -> tuple[list[list[str]], bool]:

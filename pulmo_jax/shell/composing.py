@@ -1,9 +1,8 @@
 """What Hydra composes for each verb: judged, explained where it is refused, and documented."""
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from yaml import YAMLError
 
-from pulmo_jax.config.nodes import argument_schema, check_node, parameters_of_node
+from pulmo_jax.config.nodes import OFFERED, argument_schema, check_node, parameters_of_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
 from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.runs.paths import check_paths
@@ -51,10 +50,12 @@ class Command:
     Attributes:
         verb: train, predict, evaluate, detect or ingest.
         task: The task that does it; None for ingest.
+        arguments: Of the command line, where it has not been composed yet.
     """
 
     verb: str
     task: Task | None
+    arguments: tuple[str, ...] = ()
 
     @property
     def schema(self) -> type[Section]:
@@ -72,7 +73,11 @@ def command_of(verb: str, raw: DictConfig) -> Command:
 
 
 def find_command(verb: str, values: Mapping[str, Any]) -> Command:
-    """The command of a verb, by the keys run, task and plugins. Raises InputError for an unknown task."""
+    """The command of a verb, by the keys run, task and plugins.
+
+    Raises:
+        InputError: There is no such task, or it does not have the verb.
+    """
     if verb not in (*DEFAULT_TASKS, *OF_RUN):
         return Command(verb, None)
     plugins = tuple(values.get("plugins") or ())
@@ -80,7 +85,9 @@ def find_command(verb: str, values: Mapping[str, Any]) -> Command:
     if verb in OF_RUN:
         config = Path(str(values.get("run"))) / "config.yaml"
         name = (task_of(config) if config.is_file() else None) or DEFAULT_TASKS["train"]
-    return Command(verb, find_task(str(name), plugins))
+    task = find_task(str(name), plugins)
+    task.section(verb)  # or the task does not have the verb
+    return Command(verb, task)
 
 
 def command_line(verb: str, arguments: list[str]) -> Command:
@@ -93,7 +100,7 @@ def command_line(verb: str, arguments: list[str]) -> Command:
         key, given, value = argument.lstrip("+").partition("=")
         if given and key in ("run", "task", "plugins"):
             values[key] = plain(value)
-    return find_command(verb, values)
+    return replace(find_command(verb, values), arguments=tuple(arguments))
 
 
 def compose_config(
@@ -218,10 +225,7 @@ def explain(error: Exception, command: Command | None = None) -> str:
     text = str(error)
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if isinstance(error, ConfigCompositionException) and key:
-        dotted = key.group(1).lstrip("+~")
-        *path, _ = dotted.split(".")
-        allowed = keys_at(path, command) if command else []
-        return unknown_key(dotted, allowed) if allowed else f"unknown key {dotted}; --help lists all keys"
+        return explain_key(key.group(1).lstrip("+~"), command)
     if isinstance(error, OverrideParseException):
         hint = "quote special characters: \"key='value'\""
         return f"{error.override} is not understood: {text.splitlines()[0]}; {hint}"
@@ -233,6 +237,20 @@ def explain(error: Exception, command: Command | None = None) -> str:
     return "\n".join(lines[:MAX_MESSAGE_LINES])
 
 
+def explain_key(dotted: str, command: Command | None) -> str:
+    """What there is instead of an unknown key; of a key for other runs, the tasks of those."""
+    *path, name = dotted.split(".")
+    if path and name in OFFERED.get(path[0], ()):
+        return f"{dotted} follows {name} unless you add it, as +{dotted}=VALUE"
+    allowed = (allowed_keys(command.schema, path) or node_keys(path, command)) if command else []
+    if command is None or not allowed:
+        return f"unknown key {dotted}; --help lists all keys"
+    owners = [task.name for task in others(command) if name in allowed_keys(task.section(command.verb), path)]
+    beside = f"; {dotted} is for runs of task={', '.join(owners)}" if owners else ""
+    of_run = f"\nthe run is of task={command.task.name}{beside}" if command.task and command.verb in OF_RUN else ""
+    return unknown_key(dotted, allowed) + of_run
+
+
 def missing_extra(error: Exception) -> str | None:
     """The extra that brings the launcher or sweeper which was not found."""
     missing = getattr(error, "missing_cfg_file", "") if isinstance(error, MissingConfigException) else ""
@@ -242,26 +260,28 @@ def missing_extra(error: Exception) -> str | None:
     return known[0] if known and ("hydra/" in str(missing) or "hydra_plugins" in str(missing)) else None
 
 
-def keys_at(path: list[str], command: Command) -> list[str]:
-    """The keys at a place of a command's config, such as trainer or method."""
-    if not path or path[0] not in GROUPS:
-        return allowed_keys(command.schema, path)
-    choice = package_configs() / path[0] / f"{chosen(path[0], command, sys.argv[1:])}.yaml"
-    node: Any = OmegaConf.to_container(OmegaConf.load(choice)) if choice.is_file() else {}
-    for key in path[1:]:
-        node = node.get(key, {})
-    return [str(key) for key in node if key not in ("_target_", "defaults")]
+def node_keys(path: list[str], command: Command) -> list[str]:
+    """The keys of a `_target_` node that the command's config groups bring, such as model or callbacks.checkpoint."""
+    file = package_configs() / path[0] / f"{choice_of(path[0], command)}.yaml" if path else Path()
+    node: Any = OmegaConf.load(file) if file.is_file() else {}
+    for name in path[1:]:
+        node = node.get(name) or {}
+    return [str(key) for key in node if key != "_target_"] if "_target_" in node else []
 
 
-def chosen(group: str, command: Command, arguments: Sequence[str]) -> str:
-    """The choice of a config group: of the command line, of its experiment, or of the primary config."""
-    given = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
-    files = [*experiment_files(list(arguments)), package_configs() / f"{command.primary}.yaml"]
-    contents = [OmegaConf.to_container(OmegaConf.load(file)) for file in files if file.is_file()]
-    for content in contents:
-        entries = [e for e in content.get("defaults", []) if isinstance(e, dict)] if isinstance(content, dict) else []
-        given += [str(v) for e in entries for k, v in e.items() if re.sub(r"^override |/", "", str(k)) == group]
-    return next(iter(given), "")
+def choice_of(group: str, command: Command) -> str | None:
+    """The choice of a config group: that of the command line, of its experiment, or the default."""
+    for argument in command.arguments:
+        if argument.startswith(f"{group}="):
+            return argument.partition("=")[2]
+    for file in [*experiment_files([*command.arguments]), package_configs() / f"{command.primary}.yaml"]:
+        listed: Any = OmegaConf.load(file).get("defaults") or []
+        for item in listed:
+            if isinstance(item, DictConfig):
+                found = {str(key).removeprefix("override ").lstrip("/"): choice for key, choice in item.items()}
+                if group in found:
+                    return str(found[group])
+    return None
 
 
 def defaults_of(schema: type[BaseModel], given: BaseModel | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import dtypes
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -63,6 +64,17 @@ def on_all(tree: Any, mesh: Mesh) -> Any:
 def divided(share: Any, mesh: Mesh) -> Any:
     """The batch, an array or several, of which this process has read `share`: the p-th of n consecutive ones."""
     return jax.tree.map(partial(jax.make_array_from_process_local_data, rows(mesh)), share)
+
+
+def described(batch: Any, mesh: Mesh) -> Any:
+    """A whole batch as `divided` makes it, without its values.
+
+    Args:
+        batch: Shapes and dtypes on the host.
+    """
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes.canonicalize_dtype(leaf.dtype), sharding=rows(mesh)), batch
+    )
 
 
 def here(tree: Any) -> Any:

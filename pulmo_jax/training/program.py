@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from pulmo_jax.training.state import Metrics, TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -26,7 +24,7 @@ class Program:
 
 def compile_step(step: Any, state: TrainState, batch: Any) -> Program:
     """Compiles a jitted step for the shapes and shardings of `state` and `batch`."""
-    program = step.lower(state, jax.tree.map(described, batch)).compile()
+    program = step.lower(state, batch).compile()
     analysis = program.memory_analysis()
     return Program(program, analysis.temp_size_in_bytes if analysis else 0)
 
@@ -34,7 +32,3 @@ def compile_step(step: Any, state: TrainState, batch: Any) -> Program:
 def uncompiled(step: Step) -> Callable[[TrainState, Any], Program]:
     """For a step that is no program of its own, such as a fit on the host."""
     return lambda state, batch: Program(step)
-
-
-def described(array: jax.Array) -> Any:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)

@@ -1,94 +1,19 @@
-"""Configs: what is refused, with which words, and that the groups of configs/ say what the signatures say."""
+"""Typed configs: what is refused, and with which words."""
 
-import inspect
-import sys
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
+from references.default_configs import config, refusal
 
-from pulmo_jax.config.nodes import GIVEN, HOMES, argument_schema, build, check_nodes, find_target
 from pulmo_jax.config.section import Section, describe_errors, validate
-from pulmo_jax.config.verbs import EvaluateConfig, PredictConfig
+from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.runs.paths import check_paths
-from pulmo_jax.shell.cli import defaults_of
-from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.runs.task import find_task, task_names
+from pulmo_jax.tasks.anomalies.config import AssessConfig, MapConfig, TrainConfig
 from pulmo_jax.types import InputError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def group_files():
-    return [(folder.name, file) for folder in map(CONFIGS.joinpath, GIVEN) for file in sorted(folder.glob("*.yaml"))]
-
-
-def nodes_of(group: str, file: Path) -> dict[str, dict]:
-    """{dotted key: node} of a group's file, interpolations resolved with the schema's defaults."""
-    whole = OmegaConf.merge(OmegaConf.create(defaults_of(TrainConfig)), {group: OmegaConf.load(file)})
-    content: Any = OmegaConf.to_container(whole[group], resolve=True)
-    if "_target_" in content:
-        return {group: content}
-    return {f"{group}.{name}": node for name, node in content.items() if name != "defaults"}
-
-
-def pairs(item: Any) -> list[tuple[str, str]]:
-    """Of an entry of a defaults list: {group: choice}, or a name alone."""
-    return list(item.items()) if isinstance(item, DictConfig) else []
-
-
-@cache
-def default_config() -> DictConfig:
-    """What Hydra composes by default."""
-    values = defaults_of(TrainConfig)
-    chosen = {name: choice for item in OmegaConf.load(CONFIGS / "train.yaml").defaults for name, choice in pairs(item)}
-    for group, file in group_files():
-        if chosen[group] != file.stem:
-            continue
-        nodes = nodes_of(group, file)
-        values[group] = nodes[group] if group in nodes else {key.split(".")[1]: node for key, node in nodes.items()}
-    return OmegaConf.create(values)
-
-
-def config(**changes: Any) -> dict[str, Any]:
-    """The default config with dotted changes (data__stride=3)."""
-    tree = default_config().copy()
-    for key, value in changes.items():
-        OmegaConf.update(tree, key.replace("__", "."), value, force_add=True)
-    return OmegaConf.to_container(tree)  # pyright: ignore[reportReturnType]
-
-
-def refusal(schema: type[Section] = TrainConfig, **changes: Any) -> str:
-    """The message about a changed config, of at most two lines."""
-    values = config(**changes) if schema is TrainConfig else changes
-    with pytest.raises(InputError) as error:
-        check_nodes(validate(schema, values)) if schema is TrainConfig else validate(schema, values)
-    message = str(error.value)
-    assert 1 <= len(message.splitlines()) <= 2
-    return message
-
-
-def test_default_config_is_valid_and_holds_the_defaults():
-    found = validate(TrainConfig, config())
-    check_nodes(found)
-    assert found.trainer.steps == TrainConfig.model_fields["trainer"].default.steps
-    assert found.callbacks["checkpoint"]["every"] == found.trainer.checkpoint_every
-
-
-# --- configs/ and the signatures
-
-
-@pytest.mark.parametrize(("group", "file"), group_files(), ids=lambda v: v if isinstance(v, str) else v.stem)
-def test_groups_list_every_key_of_their_signatures_with_its_default(group, file):
-    """A key that a file left out could not be set without "+"; a value that differs would make --help lie."""
-    for where, node in nodes_of(group, file).items():
-        fields = argument_schema(find_target(node, where, ()), GIVEN[group]).model_fields
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in node.items() if key != "_target_"}
-        assert values == {name: field.default for name, field in fields.items()}, where
-        for name, field in fields.items():
-            assert field.description, f"{where}.{name} has no description, so --help does not list it"
+NODES = ("model", "method", "optimizer", "callbacks")  # documented by the signatures of what they name
 
 
 def test_keys_of_all_schemas_are_described():
@@ -98,9 +23,9 @@ def test_keys_of_all_schemas_are_described():
                 assert field.annotation.__doc__
                 check(field.annotation, f"{where}.{name}")
             else:
-                assert field.description or name in GIVEN, f"{where}.{name}"
+                assert field.description or name in NODES, f"{where}.{name}"
 
-    for schema in (TrainConfig, PredictConfig, EvaluateConfig):
+    for schema in (IngestConfig, *(s for name in task_names() for s in find_task(name).config.SECTIONS.values())):
         check(schema, schema.__name__)
 
 
@@ -130,9 +55,9 @@ def test_unknown_key_is_named_with_what_there_is(changes, words):
 def test_unknown_keys_of_the_other_verbs_are_refused(tmp_path):
     (tmp_path / "config.yaml").touch()
     required = {"run": str(tmp_path), "input": "x", "output": "y"}
-    assert validate(PredictConfig, required).input == Path("x")
-    assert "unknown key outptu; did you mean output?" in refusal(PredictConfig, **required, outptu="z")
-    message = refusal(EvaluateConfig, run=str(tmp_path), data={"test": "x", "train": "y"})
+    assert validate(MapConfig, required).input == Path("x")
+    assert "unknown key outptu; did you mean output?" in refusal(MapConfig, **required, outptu="z")
+    message = refusal(AssessConfig, run=str(tmp_path), data={"test": "x", "train": "y"})
     assert "unknown key data.train; data has: test, test_masks" in message
 
 
@@ -216,13 +141,13 @@ def test_many_errors_are_told_in_two_lines():
 
 def test_missing_keys_are_named():
     with pytest.raises(ValidationError) as error:
-        PredictConfig.model_validate({})
-    lines = describe_errors(error.value, PredictConfig).splitlines()
+        MapConfig.model_validate({})
+    lines = describe_errors(error.value, MapConfig).splitlines()
     assert [line.split(";")[0] for line in lines] == ["run is missing", "input is missing"]
 
 
 def test_folder_that_is_no_run_is_named(tmp_path):
-    message = refusal(PredictConfig, run=str(tmp_path), input="x", output="y")
+    message = refusal(MapConfig, run=str(tmp_path), input="x", output="y")
     assert str(tmp_path) in message
     assert "no config.yaml there" in message
 
@@ -237,141 +162,7 @@ def test_paths_that_are_not_there_are_named(tmp_path):
     (tmp_path / "config.yaml").touch()
     predict = {"run": str(tmp_path), "output": "y"}
     with pytest.raises(InputError, match="input=none: does not exist"):
-        check_paths(validate(PredictConfig, {**predict, "input": "none"}))
+        check_paths(validate(MapConfig, {**predict, "input": "none"}))
     with pytest.raises(InputError, match="foreground=none: does not exist"):
-        check_paths(validate(PredictConfig, {**predict, "input": str(file), "foreground": "none"}))
-    check_paths(validate(PredictConfig, {**predict, "input": str(file)}))
-
-
-# --- what a config may build
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Writes a module that can be imported, and that leaves a file behind when it is."""
-    monkeypatch.syspath_prepend(tmp_path)
-    names = []
-
-    def write(name: str, code: str = "") -> Path:
-        names.append(name)
-        left_behind = tmp_path / f"{name}_was_imported"
-        code = f"import pathlib\npathlib.Path({str(left_behind)!r}).touch()\n{inspect.cleandoc(code)}\n"
-        (tmp_path / f"{name}.py").write_text(code)
-        return left_behind
-
-    yield write
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-COUNT = """
-    class Count:
-        def __init__(self, path: str, every: int = 5, share: float = 0.5, verbose: bool = False):
-            self.arguments = (path, every, share, verbose)
-        def on_start(self, start): pass
-        def on_event(self, event): pass
-        def on_end(self): pass
-"""
-
-
-@pytest.mark.parametrize("where", ["model", "method", "optimizer", "callbacks.mine"])
-def test_target_that_is_not_allowed_is_not_even_imported(module, where):
-    left_behind = module("intruder", COUNT)
-    node = {"_target_": "intruder.Count", "path": "x"}
-    with pytest.raises(InputError, match=rf"{where}._target_=intruder.Count: only .*add plugins=\[intruder\]"):
-        build(node, where, ("other",))
-    assert not left_behind.exists()
-    assert "intruder" not in sys.modules
-
-
-def test_config_cannot_lead_through_the_program_to_another_module(module):
-    left_behind = module("intruder", COUNT)
-    inner = {"_target_": "intruder.Count", "path": "x"}
-    node = {"_target_": "pulmo_jax.config.nodes.build", "node": inner, "where": "callbacks.x", "plugins": ["intruder"]}
-    with pytest.raises(InputError, match="only pulmo_jax.methods and the packages"):
-        build(node, "method", (), network=None)
-    assert not left_behind.exists()
-
-
-@pytest.mark.parametrize(
-    ("target", "words"),
-    [
-        (None, "_target_ is None; it must name a class or function"),
-        (3, "_target_ is 3"),
-        ("Autoencoder", "_target_ is 'Autoencoder'"),
-        ("os.system", "only pulmo_jax.models"),
-        ("pulmo_jaxen.Model", "only pulmo_jax.models"),
-        ("pulmo_jax.shell.cli.main", "only pulmo_jax.models"),
-        ("pulmo_jax.models.autoencoder.Nope", "cannot be imported"),
-        ("pulmo_jax.models.nope.Model", "cannot be imported"),
-        ("pulmo_jax.models.autoencoder.jnp.load", "cannot be imported"),
-        ("pulmo_jax.models.autoencoder.jnp", "is no class or function but module"),
-        ("pulmo_jax.models.autoencoder.strides_for", "takes no channels, rngs, so it is no model"),
-    ],
-)
-def test_target_that_is_no_model_is_named(target, words):
-    message = refusal(model={"_target_": target})
-    assert message.startswith("model._target_")
-    assert words in message
-
-
-def test_homes_are_places_of_this_package():
-    assert set(HOMES) == set(GIVEN)
-    assert all(home.startswith("pulmo_jax.") for homes in HOMES.values() for home in homes)
-
-
-def test_plugin_is_built_and_typed_by_its_signature(module):
-    module("my_callbacks", COUNT)
-    node = {"_target_": "my_callbacks.Count", "path": "out.txt", "every": 3}
-    assert build(node, "callbacks.count", ("my_callbacks",)).arguments == ("out.txt", 3, 0.5, False)
-    check_nodes(validate(TrainConfig, config(callbacks__count=node, plugins=["my_callbacks"])))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"every": "3"}, "callbacks.count.every='3': input should be a valid integer"),
-        ({"every": 2.5}, "callbacks.count.every=2.5: input should be a valid integer"),
-        ({"share": "half"}, "callbacks.count.share='half': input should be a valid number"),
-        ({"verbose": "true"}, "callbacks.count.verbose='true': input should be a valid boolean"),
-        ({"path": 3}, "callbacks.count.path=3: input should be a valid string"),
-        ({"evry": 3}, "unknown key callbacks.count.evry; did you mean callbacks.count.every?"),
-    ],
-)
-def test_arguments_of_a_plugin_are_checked(module, changes, words):
-    module("my_callbacks", COUNT)
-    node = {"_target_": "my_callbacks.Count", "path": "x", **changes}
-    assert words in refusal(callbacks__count=node, plugins=["my_callbacks"])
-
-
-def test_missing_argument_of_a_plugin_is_named(module):
-    module("my_callbacks", COUNT)
-    message = refusal(callbacks__count={"_target_": "my_callbacks.Count"}, plugins=["my_callbacks"])
-    assert message.startswith("callbacks.count.path is missing; give callbacks.count.path=...")
-
-
-def test_functions_and_dataclasses_can_be_built_and_ranges_hold(module):
-    module(
-        "my_optimizers",
-        """
-        from dataclasses import dataclass
-        from typing import Annotated, Literal
-        from pydantic import Field
-
-        def sgd(*, steps: int, rate: Annotated[float, Field(gt=0)] = 0.1):
-            return steps, rate
-
-        @dataclass(frozen=True)
-        class Momentum:
-            steps: int
-            kind: Literal["plain", "nesterov"] = "plain"
-        """,
-    )
-    plugins = ("my_optimizers",)
-    assert build({"_target_": "my_optimizers.sgd", "rate": 1}, "optimizer", plugins, steps=7) == (7, 1.0)
-    built = build({"_target_": "my_optimizers.Momentum", "kind": "nesterov"}, "optimizer", plugins, steps=7)
-    assert (built.steps, built.kind) == (7, "nesterov")
-    with pytest.raises(InputError, match="optimizer.rate=0: input should be greater than 0"):
-        build({"_target_": "my_optimizers.sgd", "rate": 0}, "optimizer", plugins, steps=7)
-    with pytest.raises(InputError, match="optimizer.kind='heavy': input should be 'plain' or 'nesterov'"):
-        build({"_target_": "my_optimizers.Momentum", "kind": "heavy"}, "optimizer", plugins, steps=7)
+        check_paths(validate(MapConfig, {**predict, "input": str(file), "foreground": "none"}))
+    check_paths(validate(MapConfig, {**predict, "input": str(file)}))

@@ -95,7 +95,7 @@ def test_a_run_tests_every_image_once_and_writes_what_a_report_needs(run, slices
     right = np.mean([row["label"] == row["class"] for row in rows])
     assert figures_of(run)["ClassifierNetwork"]["accuracy"]["value"] == pytest.approx(right)
     page = (run / "report.html").read_text()
-    for name in ("comparison", "roc_curves", "confusion_matrix", "reliability", "training_history", "saliency_right"):
+    for name in ("comparison", "roc_curves", "confusion_matrix", "reliability", "loss_curves", "saliency_right"):
         assert ink(run / "figures" / f"{name}.png") > 0.02
     assert page.count("data:image/png") >= 7
     assert "classes.json" in json.loads((run / "finished.json").read_text())
@@ -116,7 +116,7 @@ def test_files_that_are_copies_are_of_one_group(run, slices):
 @pytest.mark.slow
 def test_a_run_that_is_there_stays_as_it_was(run, slices, tmp_path):
     before = contents(run)
-    assert "already holds a run; resume=true goes on with it" in train(slices, run, *NET, status=2)
+    assert "already holds a run; resume=true continues it" in train(slices, run, *NET, status=2)
     text = train(slices, run, *NET, "resume=true", "seed=5", status=2)
     assert "resume=true: seed, images, classes, groups or folds differ from those of the run" in text
     shutil.copytree(slices, tmp_path / "fewer")
@@ -154,7 +154,7 @@ def test_a_store_trains_and_is_judged_as_its_folder(run, slices, tmp_path):
     assert figures_of(tmp_path / "run") == figures_of(run)
     tables = []
     for name, images in (("store", store), ("folder", slices)):
-        assert "48 images (0 of them by an earlier call)" in predict(run, images, tmp_path / name)
+        assert "48 files done (0 of them by an earlier call)" in predict(run, images, tmp_path / name)
         tables.append((tmp_path / name / "predictions.csv").read_text())
         assert len(list((tmp_path / name / "overlays").rglob("*.png"))) == COUNT
     assert tables[0] == tables[1]
@@ -224,13 +224,13 @@ def test_drawn_slices_are_a_first_look(tmp_path):
              "trainer.folds=1", "trainer.leak=false", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     text = call(*given)
     assert "drawing 160 synthetic slices (only once)" in text
-    assert "drawn slices: a first look, no claim" in text
+    assert "synthetic slices: a demonstration, not evidence of accuracy" in text
     assert "160 images (60 no, 100 yes)" in text
     text = call(*given, "resume=true", "trainer.steps=8")
     assert "drawing" not in text
     assert "resuming after step 6" in text
     images = tmp_path / "cache" / "synthetic_mri" / "no"
-    assert "60 images" in predict(tmp_path / "run", images, tmp_path / "out")
+    assert "60 files done" in predict(tmp_path / "run", images, tmp_path / "out")
 
 
 # --- prediction
@@ -244,7 +244,7 @@ def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_p
     (inside / "broken.jpg").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.full((30, 20), 9, np.uint8)).save(inside / "sub" / "gray.png")
     text = predict(run, inside, out, status=3)
-    assert "2 images (0 of them by an earlier call)" in text
+    assert "2 files done (0 of them by an earlier call)" in text
     assert "broken.jpg: cannot be read, it may be damaged or cut off" in text
     rows = read(out / "predictions.csv")
     assert list(rows[0]) == ["filename", "label", "p_no", "p_yes", "std_no", "std_yes"]
@@ -260,7 +260,7 @@ def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_p
     table = (out / "predictions.csv").read_bytes()
     drawn = (out / "overlays" / "a.png.png").stat().st_mtime_ns
     (inside / "broken.jpg").write_bytes(whole)
-    assert "3 images (2 of them by an earlier call)" in predict(run, inside, out)
+    assert "3 files done (2 of them by an earlier call)" in predict(run, inside, out)
     assert (out / "overlays" / "a.png.png").stat().st_mtime_ns == drawn
     rows = {row.pop("filename"): row for row in read(out / "predictions.csv")}
     assert rows["broken.jpg"] == rows["a.png"]

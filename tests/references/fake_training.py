@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from pulmo_jax.training.callbacks import Event, Start

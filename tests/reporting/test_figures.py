@@ -219,6 +219,15 @@ def test_false_alarm_figure_draws_observed_against_nominal():
     np.testing.assert_allclose(drawn[0], nominal * 2)
 
 
+def test_patches_stand_above_their_reconstructions():
+    patches, rebuilt = RNG.random((3, 8, 8, 1)), RNG.random((3, 8, 8, 1)) * 3 - 1
+    figure = patch_grid(patches, rebuilt, step=5)
+    assert "step 5" in texts(figure)
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    np.testing.assert_array_equal(shown[:3], patches[..., 0])
+    np.testing.assert_array_equal(shown[3:], np.clip(rebuilt[..., 0], 0, 1))
+
+
 def test_figures_are_written_as_png_and_pdf_with_embedded_fonts(tmp_path):
     path = figures.save(patch_grid(RNG.random((3, 8, 8, 1)), RNG.random((3, 8, 8, 1)), 5), tmp_path / "f", "grid")
     with Image.open(path) as image:

@@ -21,7 +21,8 @@ from references import child
 from rich.console import Console
 
 from pulmo_jax import detect, evaluate, ingest, predict, train
-from pulmo_jax.config.nodes import GIVEN, argument_schema, find_target
+from pulmo_jax.config.nodes import HOMES, argument_schema, find_target
+from pulmo_jax.host.console import tracker
 from pulmo_jax.host.lock import claim
 from pulmo_jax.host.signals import Interrupt, stepping_down, stoppable
 from pulmo_jax.shell import cli, composing
@@ -81,7 +82,7 @@ def keys_of(schema: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += keys_of(field.annotation, f"{prefix}{name}.")
-        elif name not in GIVEN:
+        elif name not in HOMES:
             keys.append(prefix + name)
     return keys
 
@@ -91,7 +92,7 @@ def keys_of(schema: type[BaseModel], prefix: str = "") -> list[str]:
 def test_help_lists_every_key_with_its_default_and_an_example(run, verb, option):
     done = run(verb, option, task=refuse)
     assert (done.status, done.err) == (0, "")
-    for key in keys_of(cli.SCHEMAS[verb]):
+    for key in keys_of(composing.find_command(verb, {}).schema):
         assert re.search(rf"^  {re.escape(key)} +\S.*\[.*(default .+|required)\]$", done.out, re.MULTILINE), key
     assert re.search(rf"^  python -m pulmo_jax\.{verb} \S+", done.out, re.MULTILINE)
     assert EXAMPLES[verb].strip() in done.out
@@ -101,14 +102,14 @@ def test_help_lists_every_key_with_its_default_and_an_example(run, verb, option)
 def test_help_of_train_lists_the_keys_of_every_group(run):
     tasks = [[], ["+experiment=landmarks"], ["+experiment=brain_mri"]]
     text = "".join(run("train", *task, "--help").out for task in tasks)
-    for group in GIVEN:
+    for group in HOMES:
         for file in (composing.package_configs() / group).glob("*.yaml"):
             content = OmegaConf.to_container(OmegaConf.load(file))
             content.pop("defaults", None)
             nodes = {group: content} if "_target_" in content else {f"{group}.{n}": v for n, v in content.items()}
             for where, node in nodes.items():
                 assert f"{where} ({group}={file.stem}): {node['_target_']}" in text
-                for key in argument_schema(find_target(node, where, ()), GIVEN[group]).model_fields:
+                for key in argument_schema(find_target(node, where, ()), group).model_fields:
                     assert f"\n  {where}.{key} " in text
     assert "experiments: brain_mri, landmarks, lung" in text
     assert "[> 0; default 0.002]" in text  # optimizer.learning_rate
@@ -144,6 +145,17 @@ def test_help_of_detect_lists_no_group_of_training(run):
         ("train", ["callbacks.checkpoint.evry=1"], "unknown key callbacks.checkpoint.evry"),
         ("train", ["+callbacks.checkpoint.evry=1"], "did you mean callbacks.checkpoint.every?"),
         ("train", ["foo.bar=1"], "unknown key foo.bar"),
+        ("train", ["method.latent=1"], "unknown key method.latent; method has: loss, score, smooth_px"),
+        ("train", ["method=patch_gaussian", "method.los=l1"], "unknown key method.los; method has: base_run"),
+        ("train", ["+experiment=landmarks", "method.prio=1"], "did you mean method.prior? method has: size, contrast"),
+        (
+            "train",
+            ["+experiment=landmarks", "method.seed=1"],
+            "method.seed follows seed unless you add it, as +method.",
+        ),
+        ("train", ["+experiment=landmarks", "calibration.image_rate=0.1"], "unknown key calibration.image_rate"),
+        ("train", ["task=segmentatoin"], "task=segmentatoin: there is no such task; there are anomalies, classif"),
+        ("train", ["task=point_sources"], "task=point_sources: has no train; it has detect"),
         ("train", ["hydra.foo=1"], "unknown key hydra.foo"),
         ("train", ["~data.foo"], "data.foo"),
         ("train", ["+experiment=nope"], "experiment/nope is not there; there are: adi, brain_mri, epochs, landmarks"),
@@ -183,6 +195,33 @@ def test_errors_are_a_line_or_two_and_nothing_is_left_behind(run, tmp_path, verb
     assert "Traceback" not in done.err
     assert words in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "task", "key", "lines"),
+    [
+        ("predict", "anomalies", "aligned=true",
+         ["error: unknown key aligned; the config has: run, input, output, overwrite, plugins, foreground",
+          "the run is of task=anomalies; aligned is for runs of task=landmarks"]),
+        ("predict", "classes", "foreground=.",
+         ["error: unknown key foreground; the config has: run, input, output, overwrite, plugins",
+          "the run is of task=classification; foreground is for runs of task=anomalies"]),
+        ("predict", "landmarks", "inptu=.",
+         ["error: unknown key inptu; did you mean input? the config has: run, input, output, overwrite, plugins, "
+          "aligned", "the run is of task=landmarks"]),
+        ("evaluate", "landmarks", "data.test_masks=.",
+         ["error: unknown key data.test_masks; data has: images, test, group_regex, class_regex, normal_name, on_error",
+          "the run is of task=landmarks; data.test_masks is for runs of task=anomalies"]),
+    ],
+)  # fmt: skip
+def test_key_of_another_task_is_refused_with_those_of_the_runs_own(run, tmp_path, verb, task, key, lines):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"task: {task}\n")
+    before = sorted(tmp_path.rglob("*"))
+    done = run(verb, "run=run", key, task=refuse)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.splitlines() == lines
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -594,7 +633,7 @@ def test_search_minimises_and_goes_on_where_it_was(run, tmp_path):
 
 
 def test_configs_of_the_checkout_are_found():
-    assert (composing.package_configs() / "train.yaml").is_file()
+    assert (composing.package_configs() / "anomalies.yaml").is_file()
     assert composing.package_configs() == Path(cli.__file__).parents[2] / "configs"
 
 
@@ -614,13 +653,13 @@ def test_configs_inside_a_wheel_are_found(run, tmp_path_factory, monkeypatch):
 
 def test_tracker_in_a_file_is_one_line_and_hands_on_every_item():
     output = io.StringIO()
-    items = cli.tracker(Console(file=output), "reading")(range(3), 3)
+    items = tracker(Console(file=output), "reading")(range(3), 3)
     assert list(items) == [0, 1, 2]
     assert output.getvalue() == "reading: 3\n"
 
 
 def test_tracker_in_a_terminal_is_a_bar():
     output = io.StringIO()
-    items = cli.tracker(Console(file=output, force_terminal=True, width=80), "reading")(range(3), 3)
+    items = tracker(Console(file=output, force_terminal=True, width=80), "reading")(range(3), 3)
     assert list(items) == [0, 1, 2]
     assert "100%" in output.getvalue()

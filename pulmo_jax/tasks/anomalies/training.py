@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pulmo_jax.data import lung_ct
 from pulmo_jax.data.images import Reader
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.samples import fetch_lung_ct
+from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.methods.base import Method, OnePass
@@ -143,7 +145,8 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
     )
     return Learning(
         state=start_from(init_state(method, optimizer), method, normal, data.base),
-        compile=lambda state, batch: compile_step(step, state, batch),
+        compile=partial(compile_step, step),
+        batch=describe_batch(trainer.batch_size, normal.how, one_pass),
         batches=batches,
         steps=len(batches) if one_pass else trainer.steps,
         validate=make_validation(method, patches, trainer.batch_size, config.seed, mesh),
@@ -157,6 +160,13 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
         mesh=mesh,
         draw=reconstructions(method, evenly_spaced(patches, EXAMPLE_PATCHES)),
     )
+
+
+def describe_batch(size: int, how: Preprocessing, one_pass: bool) -> Any:
+    """Shapes and dtypes of a batch of patches, with the mask of the foreground where each is seen once."""
+    shape = (size, how.patch_size, how.patch_size, how.channels)
+    patches, inside = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct(shape[:3], bool)
+    return (patches, inside) if one_pass else patches
 
 
 def records(config: TrainConfig, data: AnomalyData) -> Mapping[str, Any]:

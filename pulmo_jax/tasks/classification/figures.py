@@ -178,8 +178,8 @@ def validation_gallery(
             axes.set_axis_off()
         for axes, image, p, label in zip(panels, images, probabilities, labels, strict=False):
             axes.imshow(image, cmap="gray")
-            said = classes[int(p.argmax())]
-            axes.set_title(f"{said} {p.max():.2f}, is {classes[label]}", fontsize=7)
+            said, true = literal(classes[int(p.argmax())], 16), literal(classes[label], 16)
+            axes.set_title(f"{said} {p.max():.2f}, is {true}", fontsize=7)
     return figure
 
 

@@ -154,7 +154,7 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
     mesh = devices.all_devices(jax.device_count() if at_once else batch_size)
     rows = member_rows(learnt, batch_size, [member.seed for member in plan.members])
     if isinstance(method, Counted):
-        state, batches, steps = counted_state(skeleton(method, plan.sizes), step=0), [None], 1
+        state, batch, batches, steps = counted_state(skeleton(method, plan.sizes), step=0), None, [None], 1
         compile_for = uncompiled(count_all(method, data, learnt, mesh))
     else:
         assert isinstance(method, Descended)  # the config was checked
@@ -162,11 +162,15 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
         state = init_members(method, optimizer, plan.keys, plan.sizes)
         share = jax.process_index(), jax.process_count()
         batches: Any = member_batches(found.squares, found.labels, rows, batch_size, *share)
+        shape = batch_size, len(plan.members)
+        images = jax.ShapeDtypeStruct((*shape, found.squares.size, found.squares.size), np.float32)
+        batch = images, jax.ShapeDtypeStruct(shape, found.labels.dtype)
         everywhere = devices.everywhere(mesh)
         compile_for = uncompiled(make_member_step(method, optimizer, trainer.ema_decay, plan.keys, everywhere))
     return Learning(
         state=state,
         compile=compile_for,
+        batch=batch,
         batches=batches,
         steps=steps,
         validate=validation(method, data),

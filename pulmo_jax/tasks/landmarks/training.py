@@ -106,15 +106,16 @@ def learning(config: LandmarkConfig, data: LandmarkData, place: Place) -> Learni
     everywhere = devices.everywhere(mesh)
     if isinstance(method, Fitted):
         state, steps = fitted_state(method.skeleton(training.points.shape[1]), step=0), 1
-        batches: Any = [None]
-        compile_for = uncompiled(fit_at_once(method, sets, mesh))
+        batch, batches = None, [None]
+        compile_for: Any = uncompiled(fit_at_once(method, sets, mesh))
     else:
         assert isinstance(method, Descended)  # the config was checked
         optimizer = build_optimizer(config)
         state, steps = init_state(method, optimizer), trainer.steps
         share = jax.process_index(), jax.process_count()
         pixels, points = training.working.pixels, training.square_points
-        batches = shuffled_batches(pixels, points, trainer.batch_size, config.seed, *share)
+        batches: Any = shuffled_batches(pixels, points, trainer.batch_size, config.seed, *share)
+        batch = tuple(jax.ShapeDtypeStruct((trainer.batch_size, *a.shape[1:]), a.dtype) for a in (pixels, points))
         step = make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
         compile_for = partial(compile_step, step)
 
@@ -125,6 +126,7 @@ def learning(config: LandmarkConfig, data: LandmarkData, place: Place) -> Learni
     return Learning(
         state=state,
         compile=compile_for,
+        batch=batch,
         batches=batches,
         steps=steps,
         validate=lambda state: error(parameters(devices.here(state))),

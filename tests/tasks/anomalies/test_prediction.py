@@ -8,14 +8,14 @@ import tifffile
 from references.linear_method import LinearMethod
 from references.preprocessing import preprocessing
 
-from pulmo_jax import predict
 from pulmo_jax.data.images import Reader, index_images
 from pulmo_jax.evaluation.calibration import Calibrator
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.inference import outputs, score
 from pulmo_jax.inference.score import Scorer, Tiles
-from pulmo_jax.predict import MAPS, map_file
+from pulmo_jax.tasks.anomalies import prediction
 from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.tasks.anomalies.prediction import MAPS, map_file
 from pulmo_jax.tasks.anomalies.run import Run
 from pulmo_jax.types import InputError
 
@@ -106,7 +106,7 @@ def test_a_writer_that_fails_is_heard_of(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(predict, "write_overlay", full)
+    monkeypatch.setattr(prediction, "write_overlay", full)
     with pytest.raises(OSError, match="No space left"):
         map_file(refs, "a", run_on(tmp_path, "uint8"), Reader(), tmp_path / "out")
     assert list((tmp_path / "out" / "maps").iterdir()) == []

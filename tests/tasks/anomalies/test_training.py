@@ -10,11 +10,12 @@ import tifffile
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from pulmo_jax.host.files import write_json
 from pulmo_jax.host.lock import claim
-from pulmo_jax.runs.directory import finished_step, open_run
-from pulmo_jax.shell import cli
+from pulmo_jax.runs.directory import sealed_step
+from pulmo_jax.runs.report import Findings
+from pulmo_jax.shell.composing import checked, defaults_of, find_command, package_configs
 from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.tasks.anomalies.run import SEALED, open_run
 from pulmo_jax.train import train
 from pulmo_jax.types import InputError
 
@@ -36,8 +37,8 @@ def images(tmp_path_factory):
     return folder
 
 
-def no_report(run, data, options, seed, folder, console, *, training, validation, caveats):
-    write_json(folder / "metrics.json", {"training": training})
+def no_report(run, data, validation, training, caveats, place):
+    return Findings("", {"training": training}, "", [], {}, objective=training["best_val_loss"])
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +47,15 @@ def go(images, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def run(run_dir, *overrides):
-        with initialize_config_dir(str(cli.package_configs().absolute()), version_base="1.3"):
+        with initialize_config_dir(str(package_configs().absolute()), version_base="1.3"):
             data = [f"data.train={images}/train", f"data.val={images}/val", f"trainer.compile_cache={cache}"]
-            raw = compose("train", [*SMALL, *data, *overrides])
-        return train(cli.checked(raw, TrainConfig), run_dir)
+            raw = compose("anomalies", [*SMALL, *data, *overrides])
+        return train(checked(raw, find_command("train", {})), run_dir)
 
     with pytest.MonkeyPatch.context() as patch:
         # The report, which takes most of the time, is looked at by the end-to-end tests.
-        patch.setattr("pulmo_jax.train.assess_and_report", no_report)
-        ConfigStore.instance().store(name="train_defaults", node=cli.defaults_of(TrainConfig))
+        patch.setattr("pulmo_jax.tasks.anomalies.training.assess_training", no_report)
+        ConfigStore.instance().store(name="anomalies_defaults", node=defaults_of(TrainConfig))
         yield run
 
 
@@ -92,7 +93,7 @@ def test_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(go,
     assert re.search(rf"warning: {damaged}: .* SHA-256 .*; using an earlier checkpoint", said)
     assert "resuming after step 3" in said
     assert (run / "checkpoints" / "damaged-4").is_dir()
-    assert finished_step(run) in (2, 4)
+    assert sealed_step(run, SEALED) in (2, 4)
     again = tmp_path / "again"
     go(again, "trainer.steps=4", "optimizer.warmup_fraction=0")
     assert arrays_of(run, 4) == arrays_of(again, 4)
@@ -109,13 +110,13 @@ def copy_of(run, folder):
 def test_finished_run_with_a_damaged_checkpoint_is_refused_until_it_is_made_anew(go, whole, tmp_path, capsys):
     """Thresholds belong to the parameters that they were set with."""
     run = copy_of(whole, tmp_path / "run")
-    damaged = largest_file(run / "checkpoints" / str(finished_step(run)))
+    damaged = largest_file(run / "checkpoints" / str(sealed_step(run, SEALED)))
     flip_a_bit(damaged)
-    with pytest.raises(InputError, match=rf"{damaged}.*\nThe thresholds are for that checkpoint.*resume=true"):
+    with pytest.raises(InputError, match=rf"{damaged}.*\nThe calibration belongs to that checkpoint.*resume=true"):
         open_run(run)
     go(run, "resume=true")
     assert str(damaged) in capsys.readouterr().out
-    assert open_run(run).step == finished_step(run)
+    assert open_run(run).step == sealed_step(run, SEALED)
 
 
 @pytest.mark.parametrize("name", ["calibration.json", "baselines.json", "preprocessing.json"])
@@ -134,7 +135,7 @@ def test_changed_file_of_a_finished_run_is_refused_and_named(whole, tmp_path, na
 def test_unfinished_run_is_refused(whole, tmp_path):
     run = copy_of(whole, tmp_path / "run")
     (run / "finished.json").unlink()
-    with pytest.raises(InputError, match=r"training has not finished there; go on with resume=true"):
+    with pytest.raises(InputError, match=r"training has not finished there; continue it with resume=true"):
         open_run(run)
     (run / "finished.json").write_text("{}")
     with pytest.raises(InputError, match=r"finished.json: is not what training writes"):
@@ -182,7 +183,7 @@ def test_loss_that_overflows_names_the_step_and_the_files_and_keeps_the_checkpoi
 
 
 def test_batch_beyond_the_memory_names_the_setting(go, tmp_path):
-    with pytest.raises(InputError, match=r"a step of 99999992 patches of 16x16x1 needs .* GiB .*trainer.batch_size"):
+    with pytest.raises(InputError, match=r"a step of 99999992 patches needs .* GiB .*trainer.batch_size"):
         go(tmp_path / "run", "trainer.batch_size=99999992")
 
 

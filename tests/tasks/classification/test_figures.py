@@ -188,30 +188,17 @@ def test_texts_of_many_classes_stay_in_their_cells_and_a_missing_class_has_no_sh
     assert figure.get_figwidth() <= figures.TEXT_WIDTH_IN
 
 
-def test_history_holds_the_losses_of_every_member_behind_their_mean():
-    steps = range(1, 9)
-    rows = [{"step": s, "train/loss": 1 / s, "train/gradient_norm": 2.0 + s} for s in steps]
-    for row in rows[1::2]:
-        row |= {"val/loss": 2 / row["step"], "val/loss/0": 1.5 / row["step"], "val/loss/1": 2.5 / row["step"]}
-    rows[3]["val/loss/1"] = None
-    figure = classes.training_history(rows)
+def test_gallery_of_validation_images_says_what_the_network_says_and_what_is_true():
+    images = np.random.default_rng(0).random((5, 12, 12), np.float32)
+    probabilities = np.array([[0.9, 0.1], [0.25, 0.75], [0.4, 0.6], [0.5, 0.5], [1, 0]], np.float32)
+    figure = classes.validation_gallery(images, probabilities, np.array([0, 1, 0, 1, 0]), ["no", "a $1 tumour_$"], 250)
     figure.draw_without_rendering()
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
-    mean, first = lines["validation, mean of 2 members"], lines["validation, each member"]
-    second = figure.axes[0].lines[-1]
-    assert dict(zip(*first.get_data(), strict=True)) == {s: 1.5 / s for s in (2, 4, 6, 8)}
-    assert dict(zip(*second.get_data(), strict=True)) == {s: 2.5 / s for s in (2, 6, 8)}
-    assert mean.get_linewidth() > 2 * first.get_linewidth()
-    assert first.get_zorder() < mean.get_zorder()
-    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend.count("validation, each member") == 1
-    assert figure.axes[1].get_ylabel() == "gradient norm"
-
-
-def test_history_of_one_network_is_that_of_its_losses():
-    figure = classes.training_history([{"step": 1, "train/loss": 0.7, "val/loss": 0.69}])
-    figure.draw_without_rendering()
-    assert "validation" in texts(figure)
+    assert "Validation images, step 250" in texts(figure)
+    shown = [axes for axes in figure.axes if axes.images]
+    np.testing.assert_array_equal([axes.images[0].get_array() for axes in shown], images)
+    assert shown[0].get_title() == "no 0.90, is no"
+    assert shown[2].get_title().replace("\\", "") == "a $1 tumour_$ 0.60, is no"
+    assert not any(axes.axison for axes in figure.axes)
 
 
 def test_comparison_has_a_dot_and_an_interval_for_every_estimate():

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from pulmo_jax.config.section import Section, validate
 from pulmo_jax.data.psf import FluxKind
-from pulmo_jax.detect import settings_of
 from pulmo_jax.inference.point_sources import NORTH_DEG
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.runs.paths import check_paths
-from pulmo_jax.shell.cli import defaults_of
+from pulmo_jax.shell.composing import defaults_of
 from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig, StackConfig
+from pulmo_jax.tasks.point_sources.detection import settings_of
 from pulmo_jax.types import InputError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -118,7 +118,7 @@ def test_choices_and_north_are_those_of_the_functions():
     ("changes", "words"),
     [
         ({"data.cub": "x"}, ["unknown key data.cub", "did you mean data.cube?", "data has: cube, angles, psf"]),
-        ({"cube": "x"}, ["unknown key cube", "the config has: name, seed, resume, data"]),
+        ({"cube": "x"}, ["unknown key cube", "the config has: name, seed, resume, task, plugins, data"]),
         ({"method.shrinkag": "cv"}, ["unknown key method.shrinkag", "did you mean method.shrinkage?"]),
         ({"data.synthetic.frame": 9}, ["unknown key data.synthetic.frame", "did you mean data.synthetic.frames?"]),
         ({"contrast.ring": 1}, ["unknown key contrast.ring", "did you mean contrast.rings?"]),
