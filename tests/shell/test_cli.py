@@ -124,7 +124,7 @@ def test_help_of_detect_lists_its_experiment_ranges_and_choices(run):
     assert "[>= 0, <= 1; default null]" in text  # method.rho
     assert "[paco | oas | ledoit_wolf | fixed | cv; default paco]" in text
     assert "[1 | -1; default 1]" in text  # data.angle_sign
-    assert "data.synthetic: The stack that is made where data.cube is null." in text
+    assert "data.synthetic: Synthetic image stack, used if data.cube is null." in text
 
 
 def test_help_of_detect_lists_no_group_of_training(run):
