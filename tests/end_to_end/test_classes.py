@@ -212,7 +212,7 @@ def test_three_classes_and_one_part_held_out(three, tmp_path):
     assert list(read(out / "predictions.csv")[0])[:5] == ["filename", "label", "p_negative", "p_no", "p_yes"]
     text = evaluate(run, three, tmp_path / "ev")
     assert "60 of the 60 images are copies" in text
-    assert f"and {60 - len(rows)}, which all have, are left out" in text
+    assert f"{60 - len(rows)} images without such a network are excluded" in text
     assert figures_of(tmp_path / "ev")["ClassifierNetwork"]["accuracy"]["value"] == pytest.approx(
         figures_of(run)["ClassifierNetwork"]["accuracy"]["value"]
     )
@@ -301,7 +301,7 @@ def test_on_other_images_all_networks_judge_and_baselines_stand_beside(run, slic
     shutil.copy(slices / "no" / "slice 1.jpg", other / "yes" / "called yes.jpg")
     text = evaluate(run, other, tmp_path / "b")
     assert "1 of the 21 images are copies" in text
-    assert "1 images are of another class than when the run was made, such as yes/called yes.jpg (was no)" in text
+    assert "1 images have another class than in the run, such as yes/called yes.jpg (was no)" in text
     shutil.rmtree(other / "no")
     evaluate(run, other, tmp_path / "c")  # of one class alone
     figures = figures_of(tmp_path / "c")["ClassifierNetwork"]
@@ -309,9 +309,9 @@ def test_on_other_images_all_networks_judge_and_baselines_stand_beside(run, slic
     assert figures["auroc"]["reason"]
     (other / "maybe").mkdir()
     shutil.copy(slices / "no" / "slice 17.jpg", other / "maybe")
-    assert ": that of" in evaluate(run, other, tmp_path / "d", "data.normal_name=yes", status=2)
+    assert ": the normal class of" in evaluate(run, other, tmp_path / "d", "data.normal_name=yes", status=2)
     text = evaluate(run, other, tmp_path / "d", status=2)
-    assert "has classes that the run does not know (maybe); it knows no, yes: rename the folders" in text
+    assert "has classes that are not in the run (maybe); the run has no, yes: rename or remove the folders" in text
     assert not (tmp_path / "d" / "metrics.json").exists()
 
 
@@ -324,10 +324,10 @@ def test_on_other_images_all_networks_judge_and_baselines_stand_beside(run, slic
         (["data.root=null"], ["data.root must be given", "a folder with one subfolder of images for each class",
                               "Brain MRI Images for Brain Tumor Detection", "Kaggle", "data=synthetic_mri"]),
         pytest.param(["data.root=nowhere"], ["data.root=nowhere: does not exist"], marks=pytest.mark.slow),
-        pytest.param(["data.root={set}/no"], ["images lie in no class folder"], marks=pytest.mark.slow),
+        pytest.param(["data.root={set}/no"], ["images are in no class subfolder"], marks=pytest.mark.slow),
         pytest.param(["data.root={set}/groups.csv"], ["is a file; give a folder of images, or a store of them"],
                      marks=pytest.mark.slow),
-        pytest.param(["method=autoencoder"], ["tells no classes apart", "classifier, anomaly"], marks=pytest.mark.slow),
+        pytest.param(["method=autoencoder"], ["is no classifier", "classifier, anomaly"], marks=pytest.mark.slow),
         pytest.param(["method=anomaly", "data.normal_name=healthy"], ["data.normal_name=healthy: is none of the"],
                      marks=pytest.mark.slow),
         pytest.param(["trainer.folds=30"], ["class no has", "too few for trainer.folds=30"], marks=pytest.mark.slow),

@@ -176,7 +176,7 @@ def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
     [
         (["data.images=nowhere"], ["data.images=nowhere: does not exist"]),
         pytest.param(
-            ["method=autoencoder"], ["finds no landmarks", "eigenpatch, landmark_net"], marks=pytest.mark.slow
+            ["method=autoencoder"], ["is no landmark method", "eigenpatch, landmark_net"], marks=pytest.mark.slow
         ),
         pytest.param(
             ["data.val=null", "data.test={train}"],

@@ -95,13 +95,11 @@ def open_frame(align_run: Path, plugins: tuple[str, ...], digest: str = "") -> L
     task = find_task(task_of(align_run), plugins)
     run: Any = task.runs.open_run(align_run, plugins)
     if not isinstance(run, LandmarkRun):
-        raise InputError(
-            f"data.align_run={align_run}: is of task={task.name}, which finds no landmarks; give a landmark run"
-        )
+        raise InputError(f"data.align_run={align_run}: is a run of task={task.name}; give a landmark run")
     if digest and run.digest != digest:
         raise InputError(
-            f"data.align_run={align_run}: is not the run that the training images were aligned by, because it has been "
-            "trained again; restore that run, or train again with this one"
+            f"data.align_run={align_run}: was trained again after the training images had been aligned with it; "
+            "restore the earlier run, or train again with this one"
         )
     return run
 
@@ -122,7 +120,7 @@ def into_lung_frame(
     run = open_frame(config.data.align_run, config.plugins, how.aligned_by)
     points = run.find(working_image(ref, pixels, run.size)).points[0]
     if not np.isfinite(points).all():
-        raise InputError(f"{ref.path}: no landmarks can be found in it; leave it out")
+        raise InputError(f"{ref.path}: no landmarks found; remove this image")
     inside = np.ones(ref.shape[:2], bool) if foreground is None else foreground
     mask = black_and_white(into_frame(np.where(inside, 255, 0).astype(np.uint8)[..., None], points, run.frame))
     return into_frame(pixels, points, run.frame), mask[..., 0] > 0
@@ -142,8 +140,8 @@ def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, conso
         for image in done:
             if where.setdefault(image.name, key) != key:  # their foreground masks would be one
                 raise InputError(
-                    f"data.align_run: {image.pages[0].name} is in data.{key} and in data.{where[image.name]}; give the "
-                    "images of all folders names of their own"
+                    f"data.align_run: {image.pages[0].name} is in data.{key} and in data.{where[image.name]}; use "
+                    "unique file names across all folders"
                 )
     keep_only(folder / "foreground", set(where))
     written = [*dict.fromkeys(where.values()), "foreground", *(["test_masks"] if masks.truth is not None else [])]
@@ -250,7 +248,7 @@ def find_all(
             reason = next(file.reason for file in bad if file.name in {ref.title for ref in pages})
             skipped.append(Skipped(pages[0].name, reason))
         elif not np.isfinite(found.points[rows]).all():
-            skipped.append(Skipped(pages[0].name, f"{pages[0].path}: no landmarks can be found in it; leave it out"))
+            skipped.append(Skipped(pages[0].name, f"{pages[0].path}: no landmarks found; remove this image"))
         else:
             doubtful = int(found.low[rows].all(1).sum())
             done.append(Aligned(pages, f"{pages[0].name}.tif", found.points[rows], doubtful))
@@ -306,8 +304,8 @@ def warn_of_doubt(run: LandmarkRun, images: Sequence[Aligned], key: str, console
     doubtful, total = sum(image.doubtful for image in images), sum(len(image.pages) for image in images)
     if doubtful > MANY * total:
         console.print(
-            f"warning: {doubtful} of {total} {titled(key)} look unlike those of {run.path}: their landmarks are of low "
-            "quality, and so is their alignment",
+            f"warning: {doubtful} of {total} {titled(key)} differ from the training images of {run.path}: their "
+            "landmarks, and hence their alignment, are of low quality",
             highlight=False,
         )
 

@@ -127,7 +127,7 @@ def findings_of(
         warnings += tested.warnings
         metrics |= {**tested.scores, "test": {**tested.scores["test"], "warnings": warnings}}
     return Findings(
-        title=f"{run.config.name}: what does not belong",
+        title=f"{run.config.name}: anomalies",
         metrics=metrics,
         markdown=metrics_markdown(metrics),
         sections=[*(tested.sections if tested else []), *sections],

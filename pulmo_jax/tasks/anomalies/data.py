@@ -91,7 +91,7 @@ def alike(refs: list[ImageRef], first: ImageRef) -> tuple[list[ImageRef], list[S
         Skipped(
             ref.name,
             f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but {first.name} has {first.shape[2]} of {first.dtype}; "
-            "all images of a run must be alike: convert the files",
+            "all images of a run must have the same bands and depth: convert the files",
         )
         for ref in refs
         if ref.shape[2] != first.shape[2] or not same_scale(ref.dtype, first.dtype)
@@ -103,8 +103,8 @@ def alike(refs: list[ImageRef], first: ImageRef) -> tuple[list[ImageRef], list[S
 def settle(skipped: list[Skipped], on_error: str, console: Console) -> None:
     """Files that cannot be used stop the run, or are named and left out, as the config says."""
     if skipped and on_error == "stop":
-        more = f"\n({len(skipped) - 1} more; data.on_error=skip leaves such files out)" if len(skipped) > 1 else ""
-        hint = "" if more else "\nRepair or remove it, or leave such files out with data.on_error=skip."
+        more = f"\n({len(skipped) - 1} more; data.on_error=skip skips such files)" if len(skipped) > 1 else ""
+        hint = "" if more else "\nRepair or remove it, or skip such files with data.on_error=skip."
         raise InputError(skipped[0].reason.splitlines()[0] + more + hint)
     for file in skipped:
         console.print(f"left out: {file.reason}", markup=False, highlight=False)
@@ -155,8 +155,8 @@ def patch_reader(loading: DataConfig, data: NormalData, reader: Reader, console:
     decoded = DecodedReader(reader, images, loading.decoded_mb, folder)
     if not decoded.fits and loading.decoded_mb:
         console.print(
-            f"note: {decoded.needed_mb:.0f} MiB of decoded images are more than data.decoded_mb="
-            f"{loading.decoded_mb}; each patch is decoded anew, which is slower",
+            f"note: {decoded.needed_mb:.0f} MiB of decoded images exceed data.decoded_mb="
+            f"{loading.decoded_mb}; images are decoded for every patch, which is slower",
             highlight=False,
         )
     return ReadPatches(images, data.how, decoded)

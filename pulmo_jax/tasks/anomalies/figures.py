@@ -214,7 +214,7 @@ def _bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, label: str, e
 
 def _score_bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, thresholds: list[float]) -> None:
     marks = ", ".join(f"{threshold:.3g}" for threshold in thresholds)
-    bar = _bar(figure, cell, scale, f"anomaly score (▼ threshold of a pixel: {marks})", extend="max")
+    bar = _bar(figure, cell, scale, f"anomaly score (▼ pixel threshold: {marks})", extend="max")
     above = bar.get_xaxis_transform()
     bar.plot(thresholds, [1.5] * len(thresholds), "v", color="black", ms=4, clip_on=False, transform=above)
 

@@ -44,9 +44,7 @@ def open_base(config: TrainConfig) -> Pretrained | None:
     path = Path(name).absolute()
     before, how, method, state, _ = load_run(path, config.plugins)
     if isinstance(method, OnePass):
-        raise InputError(
-            f"method.base_run={path}: its method has no network of its own; give the run of an autoencoder"
-        )
+        raise InputError(f"method.base_run={path}: its method trains no network; give the run of an autoencoder")
     return Pretrained(path, before, how, learnt(method, state), digest_of_run(path))
 
 
@@ -107,7 +105,7 @@ def require_new(path: Path, counted_once: dict[Path, set[str]]) -> None:
     if twice:
         raise InputError(
             f"method.merge_runs: {len(twice)} of the training images of {path} ({twice[0]}, …) are counted already, "
-            "here or in another of the runs; every image counts once"
+            "by this run or another run of the list; each image may be used once"
         )
     counted_once[before.resolve()] = counted_once.get(before.resolve(), set()) | titles
 
@@ -133,10 +131,10 @@ def counted(path: Path, like: Params, method: PatchGaussian, data: NormalData) -
     """What another run has counted. Raises InputError where it counted something else."""
     _, how, other, state, _ = load_run(path.absolute())
     if not isinstance(other, PatchGaussian):
-        raise InputError(f"method.merge_runs: {path} is the run of another method; give runs of patch Gaussians")
+        raise InputError(f"method.merge_runs: {path} is a run of another method; give runs of patch Gaussians")
     different = [name for name in COUNTED if getattr(other, name) != getattr(method, name)]
     if different:
-        raise InputError(f"method.merge_runs: {path} was made with another method.{', method.'.join(different)}")
+        raise InputError(f"method.merge_runs: {path} differs in method.{', method.'.join(different)}")
     if any(getattr(how, name) != getattr(data.how, name) for name in SCALE):
         raise InputError(
             f"method.merge_runs: {path} has another normalisation; train all with data.normalize=fixed and the same "
@@ -146,5 +144,5 @@ def counted(path: Path, like: Params, method: PatchGaussian, data: NormalData) -
     if len(networks[0]) != len(networks[1]) or any(
         a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(*networks, strict=True)
     ):
-        raise InputError(f"method.merge_runs: {path} saw its images through another network")
+        raise InputError(f"method.merge_runs: {path} uses another network")
     return state.params

@@ -47,7 +47,7 @@ def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
     threshold = calibration.image_threshold
     figure = figures.score_histogram(scores, None, threshold.value, interval(threshold), "image")
     text = (
-        f"From {len(scores)} normal validation images in {threshold.n_groups} groups alone. Pixel threshold "
+        f"Set on {len(scores)} normal validation images in {threshold.n_groups} groups. Pixel threshold "
         f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}."
     )
     saved = figures.save(figure, out_dir / "figures", "calibration")
@@ -67,7 +67,13 @@ def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: 
         drawn["validation_reconstructions"] = reconstructions(views)
     paths = [figures.save(figure, out_dir / "figures", name) for name, figure in drawn.items()]
     counts = {"shown": len(views), "images": len(refs)}
-    return [Section("Validation images", "Normal, not trained on.", [captioned(p, CAPTIONS, **counts) for p in paths])]
+    return [
+        Section(
+            "Validation images",
+            "Normal images that were not used for training.",
+            [captioned(p, CAPTIONS, **counts) for p in paths],
+        )
+    ]
 
 
 def rebuilds(run: Run) -> bool:
@@ -89,10 +95,10 @@ def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_di
     observed = {name: (p <= nominal[:, None]).mean(1) for name, p in laws.items()}
     figure = figures.distance_law(np.sort(distance), d, nominal, observed)
     text = (
-        f"{distance.size} windows of {len(picked)} normal images that the fit has not seen, against what Gaussian data "
-        f"would give: {d} dimensions, learnt from {n:.0f} windows{'' if method.locations == 'pooled' else ' a place'}. "
-        "Where the curve is above the diagonal, p-values of theory promise too few false alarms; the thresholds are "
-        "from the calibration, which assumes no law."
+        f"{distance.size} windows of {len(picked)} held-out normal images, compared with the distribution for Gaussian "
+        f"data: {d} dimensions, fitted to {n:.0f} windows{'' if method.locations == 'pooled' else ' per location'}. "
+        "Above the diagonal, theoretical p-values underestimate the false-alarm rate; the thresholds come from the "
+        "calibration, which assumes no distribution."
     )
     saved = figures.save(figure, out_dir / "figures", "distances")
     counts = {"windows": distance.size, "images": len(picked)}

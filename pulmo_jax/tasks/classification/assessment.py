@@ -100,7 +100,8 @@ def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -
     data = config.data
     if data.normal_name not in (None, run.classes[run.normal]):
         raise InputError(
-            f"data.normal_name={data.normal_name}: that of {config.run} is {run.classes[run.normal]}; leave it out"
+            f"data.normal_name={data.normal_name}: the normal class of {config.run} is {run.classes[run.normal]}; omit "
+            "this key"
         )
     own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
     options = run.config.data.model_copy(update=own)
@@ -135,7 +136,7 @@ def assess_training(
     if run.config.trainer.split == "random" and len(set(found.groups)) < len(found.refs):
         of = f"{len(found.refs)} images in {len(set(found.groups))} groups"
         warnings.insert(
-            0, f"trainer.split=random: copies stand on both sides of the split ({of}): too good to be true."
+            0, f"trainer.split=random: copies are in both training and test sets ({of}), so the results are optimistic."
         )
     tested = Tested(found, results, predictions.as_trained)
     options, seed = run.config.evaluation, run.config.seed
@@ -155,16 +156,16 @@ def assess_test_set(
     warnings = [*relabelled(run, found), *found.notes]
     if copies:
         none_left = len(found.refs) - int(allowed.any(axis=1).sum())
-        more = f", and {none_left}, which all have, are left out." if none_left else "."
+        more = f"; {none_left} images without such a network are excluded." if none_left else "."
         warnings.insert(
             0,
-            f"{copies} of the {len(found.refs)} images are copies, exact or nearly, of those that the run was made "
-            f"with; each is judged by those networks alone that have not learnt from it{more}",
+            f"{copies} of the {len(found.refs)} images are exact or near copies of images of the run; each is "
+            f"classified only by networks that were not trained on it{more}",
         )
     if np.isnan(mean).all():
         raise InputError(
-            f"all {len(found.refs)} images are copies of those that every network of {run.path} has learnt from: "
-            "nothing is left to test on; give other images"
+            f"all {len(found.refs)} images are copies of training images of every network of {run.path}: "
+            "no image is left for the test; give other images"
         )
     results = {method_name(run): mean[None]}
     if not copies:  # a baseline that had learnt from them would be too good
@@ -186,8 +187,8 @@ def relabelled(run: ClassifierRun, found: ClassSet) -> list[str]:
     if not other:
         return []
     return [
-        f"{len(other)} images are of another class than when the run was made, such as {other[0]}; they count as what "
-        "they are called here. One of the labels is wrong: take these files out, or train anew with the right ones"
+        f"{len(other)} images have another class than in the run, such as {other[0]}; their present class is used. One "
+        "of the labels is wrong: remove these files, or train again with the correct labels"
     ]
 
 
@@ -285,7 +286,9 @@ def calibration_facts(run: ClassifierRun, tested: Tested) -> dict[str, Any]:
 
 def difference_table(differences: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [[name, cell(dict(gap))] for name, gap in differences.items()]
-    return Table("AUROC less that of", ["", "difference"], rows, ["Paired: the same images are drawn for both."])
+    return Table(
+        "AUROC minus the AUROC of", ["", "difference"], rows, ["Paired bootstrap: the same images are drawn for both."]
+    )
 
 
 def as_markdown(table: Table) -> str:
@@ -329,13 +332,13 @@ def report_sections(
     parts = {"calibrated": tested.own} | ({} if tested.as_trained is None else {"as trained": tested.as_trained})
     reliable = {name: (reliability(mean_of(p), found.labels), mean_ece(p, found.labels)) for name, p in parts.items()}
     text = (
-        f"{len(found.refs)} images in {len(set(found.groups))} groups; copies are of one group, and no group stands on "
-        "two sides of a split. Intervals are 95 % bootstrap intervals over groups."
+        f"{len(found.refs)} images in {len(set(found.groups))} groups; copies share a group, and no group is in both "
+        "training and test set. Intervals are 95 % bootstrap intervals over groups."
     )
     return [
         Section("Results", text, results, tables),
         Section("Calibration", "", [save(draw.reliability_diagram(reliable), "reliability")], []),
-        Section("Where the decision comes from", "", galleries(run, tested, options.examples, save), []),
+        Section("Saliency", "", galleries(run, tested, options.examples, save), []),
         *(training_sections(run.path, out_dir, training) if training else []),
     ]
 

@@ -25,9 +25,9 @@ from pulmo_jax.types import InputError
 SHOWN = 3  # names in a message
 WANTED = (
     "data.root must be given: a folder with one subfolder of images for each class, such as DIR/yes and DIR/no, or a "
-    "store that `python -m pulmo_jax.ingest` made of it.\n"
-    'The set that this experiment is about is called "Brain MRI Images for Brain Tumor Detection" (253 slices, by N. '
-    "Chakrabarty); it is found under that name on Kaggle. For a first look at drawn slices: data=synthetic_mri"
+    "store created from it by `python -m pulmo_jax.ingest`.\n"
+    'The data set of this experiment is "Brain MRI Images for Brain Tumor Detection" (253 slices, by N. '
+    "Chakrabarty), available on Kaggle. To try the method on synthetic slices: data=synthetic_mri"
 )
 
 
@@ -98,21 +98,19 @@ def require_folders(root: Path, refs: Sequence[ImageRef]) -> None:
     loose = [ref.name for ref in refs if not label_of(ref.name)]
     if loose:
         raise InputError(
-            f"{root}: {len(loose)} images lie in no class folder ({', '.join(loose[:SHOWN])}); put every image into a "
-            f"subfolder that is named by its class, such as {root.name}/yes and {root.name}/no"
+            f"{root}: {len(loose)} images are in no class subfolder ({', '.join(loose[:SHOWN])}); put every image "
+            f"into a subfolder named after its class, such as {root.name}/yes and {root.name}/no"
         )
 
 
 def require_classes(root: Path, found: Sequence[str], classes: Sequence[str] | None) -> None:
     if classes is None and len(found) < 2:
-        raise InputError(
-            f"{root}: holds images of one class only ({found[0]}); give a subfolder for each class, two or more"
-        )
+        raise InputError(f"{root}: has images of one class only ({found[0]}); at least two class subfolders are needed")
     unknown = sorted(set(found) - set(classes or found))
     if unknown:
         raise InputError(
-            f"{root}: has classes that the run does not know ({', '.join(unknown)}); it knows "
-            f"{', '.join(classes or ())}: rename the folders, or leave them out"
+            f"{root}: has classes that are not in the run ({', '.join(unknown)}); the run has "
+            f"{', '.join(classes or ())}: rename or remove the folders"
         )
 
 
@@ -152,8 +150,8 @@ def label_conflicts(refs: Sequence[ImageRef], contents: Sequence[str]) -> dict[i
         other = first.setdefault((content, ref.page), i)
         if content and label_of(refs[other].name) != label_of(ref.name):
             both = (
-                f"{refs[other].path} and {ref.path} are the same file in two classes; take one of them out, or give as "
-                "data.root the folder whose subfolders are the classes"
+                f"{refs[other].path} and {ref.path} are the same file in two classes; remove one of them, or set "
+                "data.root to the folder whose subfolders are the classes"
             )
             wrong |= {i: both, other: both}
     return wrong
@@ -168,8 +166,8 @@ def across_classes(groups: Sequence[str], names: Sequence[str]) -> list[str]:
     if not mixed:
         return []
     return [
-        f"{len(mixed)} groups (a patient's images, or images that look alike) stand in more than one class, such as "
-        f"that of {mixed[0]}; they are kept together, look whether their labels are right"
+        f"{len(mixed)} groups (images of one patient, or near copies) have images in several classes, such as "
+        f"the group of {mixed[0]}; they are kept together, check their labels"
     ]
 
 
@@ -178,7 +176,7 @@ def settle(failed: Sequence[Skipped], on_error: str, console: Console) -> None:
     if failed and on_error == "stop":
         more = f"{len(failed)} files cannot be used; " if len(failed) > 1 else ""
         raise InputError(
-            f"{failed[0].reason.splitlines()[0]}\n({more}repair or remove what is named, or leave such files out with "
+            f"{failed[0].reason.splitlines()[0]}\n({more}repair or remove the file, or skip such files with "
             "data.on_error=skip)"
         )
     for file in failed:
@@ -190,7 +188,7 @@ def none_left(failed: Sequence[Skipped]) -> InputError:
 
 
 def left_out(failed: Sequence[Skipped]) -> list[str]:
-    return [f"{len(failed)} files were left out, such as {failed[0].reason.splitlines()[0]}"] if failed else []
+    return [f"{len(failed)} files were skipped, such as {failed[0].reason.splitlines()[0]}"] if failed else []
 
 
 # --- records

@@ -73,7 +73,7 @@ def classify(
         except InputError as error:
             return Skipped(ref.title, str(error))
         if not np.isfinite(square).all():
-            return Skipped(ref.title, f"{ref.path}: its values are too large to be judged; leave it out")
+            return Skipped(ref.title, f"{ref.path}: its values are too large to be classified; remove this image")
         return square
 
     with ThreadPoolExecutor(run.config.data.threads) as pool:

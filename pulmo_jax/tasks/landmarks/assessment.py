@@ -104,12 +104,12 @@ def assess_landmarks(
     warnings = list(notes)
     if found["by_class"] and not found["class_shift"]:
         warnings.append(
-            f"The classes are {', '.join(found['by_class'])}, and none is data.normal_name={normal}: no class is "
-            "compared with the normal one."
+            f"The classes are {', '.join(found['by_class'])}, and none is data.normal_name={normal}: the classes are "
+            "not compared."
         )
     if chosen_on:
-        warnings.insert(0, "No test table was given: these are the validation images, on which the checkpoint was "
-                        "chosen and the uncertainties were calibrated.")  # fmt: skip
+        warnings.insert(0, "No test table was given: the errors are those of the validation images, which were used to "
+                        "select the checkpoint and to calibrate the uncertainties.")  # fmt: skip
     tables = metric_tables(found)
     curves = training_sections(run.path, place.folder, training or {})
     return Findings(
@@ -187,7 +187,7 @@ def metric_tables(found: Mapping[str, Any]) -> list[Table]:
         return [cell(of[unit][figure]) for unit in UNIT_NAMES for figure in ("mean", "median")]
 
     floor = found["label_floor_px"]
-    note = f"The labels lie on a grid: a perfect prediction would err by {floor:.1f} px on average."
+    note = f"The labels are rounded to a grid: a perfect prediction has a mean error of {floor:.1f} px."
     rows = [[name, *cells(of)] for name, of in found["errors"].items()]
     tables = [Table("Errors", ["method", *units], rows, [note] if floor >= NOTABLE_PX else [])]
     rows = [[str(k + 1), *cells(of)] for k, of in enumerate(found["by_landmark"])]
@@ -203,10 +203,10 @@ def metric_tables(found: Mapping[str, Any]) -> list[Table]:
             ]
             for name, of in found["by_class"].items()
         ]
-        columns = ["class", *units, "mean minus that of the normal class, px", "p"]
+        columns = ["class", *units, "difference from the normal class, px", "p"]
         tables.append(Table("By class", columns, rows, ["p: permutation of the groups, two-sided."]))
     rows = [[level, cell(e)] for level, e in found["coverage"].items() if level in ("0.68", "0.95")]
-    tables.append(Table("Regions of the landmarks", ["nominal", "share of truths inside"], rows, []))
+    tables.append(Table("Regions of the landmarks", ["nominal", "fraction of true landmarks inside"], rows, []))
     of = found["quality"]
     rows = [[key.replace("_", " "), "-" if value is None else f"{value:.3g}"] for key, value in of.items()]
     tables.append(Table("Quality flags", ["", ""], rows, []))
@@ -276,7 +276,7 @@ def report_sections(
     galleries = [
         figures.save(draw.gallery([example(tested, i, reader) for i in map(int, which)], title), folder, name)
         for which, title, name in (
-            (spread, "From good to bad, evenly spread", "examples"),
+            (spread, "Images by increasing error, evenly spaced", "examples"),
             (worst, "The largest errors", "failures"),
         )
     ]

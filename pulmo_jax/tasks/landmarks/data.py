@@ -99,7 +99,7 @@ def require_apart(tables: list[tuple[str, LandmarkTable]], data: LandmarkDataCon
                 what = "images" if data.group_regex is None else "groups (data.group_regex)"
                 raise InputError(
                     f"{table.path} and {others.path}: {len(both)} {what} are in both the {name} and the {other} table "
-                    f"({', '.join(both[:3])}); take them out of one"
+                    f"({', '.join(both[:3])}); remove them from one"
                 )
 
 
@@ -117,7 +117,7 @@ def labelled(
     if skipped and data.on_error == "stop":
         raise InputError(
             f"{skipped[0].reason}\n({len(skipped)} of {len(refs)} {name} images cannot be read; data.on_error=skip "
-            "leaves them out)"
+            "skips them)"
         )
     for file in skipped:
         console.print(f"left out: {file.reason}", markup=False, highlight=False)

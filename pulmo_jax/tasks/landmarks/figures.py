@@ -162,8 +162,8 @@ def shape_clouds(
             axes.set_aspect("equal")
             axes.invert_yaxis()
         right.plot(*mean.T[::-1], "D", ls="", mfc="none", mec="black", mew=0.8, ms=4, label="mean shape")
-        left.set(title="as they lie in their images", xlabel="x / px", ylabel="y / px")
-        right.set(title="laid over each other", xlabel="x / size of the shape", ylabel="y / size of the shape")
+        left.set(title="in the images", xlabel="x / px", ylabel="y / px")
+        right.set(title="aligned", xlabel="x / shape size", ylabel="y / shape size")
         figure.legend(loc="outside lower center")
     return figure
 
@@ -185,7 +185,7 @@ def cumulative_errors(errors: Mapping[str, Float[np.ndarray, "n"]], unit: str) -
             axes.step(np.append(0, ascending), np.append(0, share), where="post", color=colour, label=label, **look)
         first, *others = errors.values()
         ends = [np.quantile(first, 0.99), *([min(np.quantile(other, 0.95) for other in others)] if others else [])]
-        axes.set(xlim=(0, max(ends)), ylim=(0, 1.01), xlabel=f"error / {unit}", ylabel="share of landmarks within it")
+        axes.set(xlim=(0, max(ends)), ylim=(0, 1.01), xlabel=f"error / {unit}", ylabel="fraction of landmarks")
         axes.grid(color="0.9", lw=0.5)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -220,7 +220,7 @@ def class_comparison(
         labels = [f"{literal(name, 16)}\n{of_image[name].size} images" for name in names]
         _boxes(axes, list(of_image.values()), labels)
         _mean_dots(axes, [estimates[name].mean for name in names])
-        axes.set(ylabel=f"mean error of an image / {unit}", ylim=(0, None))
+        axes.set(ylabel=f"mean error per image / {unit}", ylim=(0, None))
         figure.legend(*_legend(axes), loc="outside upper center", ncols=2)
     return figure
 
@@ -263,12 +263,12 @@ def coverage_calibration(nominal: Float[np.ndarray, "n"], observed: Sequence[Est
     with style():
         figure = Figure(figsize=(COLUMN_WIDTH_IN, 3.1), layout="constrained")
         axes = figure.subplots()
-        axes.plot((0, 1), (0, 1), color="0.4", lw=0.8, ls="--", label="as predicted")
+        axes.plot((0, 1), (0, 1), color="0.4", lw=0.8, ls="--", label="calibrated")
         axes.fill_between(nominal, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval over images")
         axes.plot(nominal, share, color=BLUE, marker="o", ms=2.5, label="landmarks")
         for level in (0.68, 0.95):
             axes.axvline(level, color="0.7", lw=0.6, ls=":")
         axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-        axes.set(xlabel="nominal level of the region", ylabel="share of truths inside", title=literal(title))
+        axes.set(xlabel="nominal level of the region", ylabel="fraction of true landmarks inside", title=literal(title))
         axes.legend(loc="lower right")
     return figure

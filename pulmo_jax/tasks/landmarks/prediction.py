@@ -67,7 +67,7 @@ def collect(
     """landmarks.csv."""
     doubtful = [record["filename"] for record in records if all(record["low"])]
     tables = {"landmarks.csv": as_table(records)} if records else {}
-    return Outputs(tables, summarise(run, records, doubtful), f"{len(doubtful)} images of low quality throughout")
+    return Outputs(tables, summarise(run, records, doubtful), f"{len(doubtful)} images with only low-quality landmarks")
 
 
 def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: LocateConfig) -> list[str | None]:
@@ -77,7 +77,7 @@ def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: Locat
 
     def one(i: int) -> str | None:
         if not (np.isfinite(found.points[i]).all() and np.isfinite(found.std[i]).all()):
-            return f"{refs[i].path}: no landmarks can be found in it, its values may be too large; leave it out"
+            return f"{refs[i].path}: no landmarks found, its values may be too large; remove this image"
         try:
             return write_one(i)
         except (InputError, OSError) as error:

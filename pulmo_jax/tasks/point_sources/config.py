@@ -87,7 +87,9 @@ class StackConfig(Section):
             missing = ", ".join(f"data.{key}" for key, there in given.items() if not there)
             raise ValueError(f"{missing} must be given too: a stack is a cube, its angles and a PSF")
         if self.cube is not None and self.psf is not None and self.cube.samefile(self.psf):
-            raise ValueError(f"data.cube and data.psf are both {self.cube}; the PSF is a stamp of the star by itself")
+            raise ValueError(
+                f"data.cube and data.psf are both {self.cube}; data.psf must be an image of the star alone"
+            )
         if self.wavelengths is not None and self.cube is None:
             raise ValueError("data.wavelengths belongs to a data.cube; a synthetic stack has data.synthetic.channels")
         if self.spectrum is not None and self.wavelengths is None and self.cube is not None:
@@ -188,18 +190,18 @@ class EpochsConfig(Section):
         if self.runs is None and not self.dates and self.orbits == "fixed":
             return self
         if not self.runs:
-            raise ValueError("epochs.runs=[RUN1,RUN2,...] is missing: the run directories of detect to combine")
+            raise ValueError("epochs.runs=[RUN1,RUN2,...] is missing: give the run directories of detect to combine")
         folders = [run.resolve() for run in self.runs]
         if twice := next((run for i, run in enumerate(folders) if run in folders[:i]), None):
-            raise ValueError(f"epochs.runs: {twice} is given twice; every epoch counts once")
+            raise ValueError(f"epochs.runs: {twice} is given twice; give every run once")
         if self.dates is not None and len(self.dates) != len(self.runs):
-            raise ValueError(f"epochs.dates has {len(self.dates)} dates for {len(self.runs)} runs; give one a run")
+            raise ValueError(f"epochs.dates has {len(self.dates)} dates for {len(self.runs)} runs; give one per run")
         if self.dates is not None and len(set(self.dates)) < len(self.dates):
-            raise ValueError("epochs.dates: two are equal; combine what was observed at one date into one stack, or "
+            raise ValueError("epochs.dates: two are equal; combine the frames of one date into one stack, or "
                              "give the times too (60000.25 is six hours after 60000)")  # fmt: skip
         missing = [f"epochs.{key}" for key in ("star_mass", "parallax_mas") if getattr(self, key) is None]
         if self.orbits == "keplerian" and missing:
-            raise ValueError(f"epochs.orbits=keplerian needs {' and '.join(missing)}: they set how fast a source moves")
+            raise ValueError(f"epochs.orbits=keplerian needs {' and '.join(missing)}: they determine the orbital speed")
         low, high = self.eccentricity
         if not 0 <= low <= high <= 0.95:
             raise ValueError(f"epochs.eccentricity=[{low:g},{high:g}]: must be [LOW,HIGH] within 0 and 0.95")
