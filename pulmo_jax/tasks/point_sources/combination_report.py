@@ -221,14 +221,14 @@ def noise_section(result: CombinedResult, out_dir: Path) -> Section:
     )
     null = combined.nulls[0]
     text = (
-        f"The same search in two sets of {len(null.maxima)} noise fields. In each field every epoch is rotated about "
-        "the star by a random angle, so that noise coincides by chance only. The first set uses, for each epoch, the map "
-        "with reversed angles, its negative, or the negative of the map itself, at random. These maps may be less "
+        f"The same search in two sets of {len(null.maxima)} noise fields. In each field every epoch is rotated by a "
+        "random angle about the star, so that noise coincides by chance only. The first set uses, for each epoch, the "
+        "map with reversed angles, its negative, or the negative of the map itself, at random. These maps may be less "
         "noisy than the searched maps, so the second set uses the searched maps, with single-epoch detections "
         "removed. Each threshold is exceeded in a fraction of at most "
         f"{null.level:.3g} of its fields: {ranges(combined.nulls)}; the higher threshold is used. With 95 % "
-        f"confidence, noise exceeds the highest field in less than {null.certified:.2g} of all cases; smaller probabilities are "
-        "extrapolated with a Gumbel distribution."
+        f"confidence, noise exceeds the highest field in less than {null.certified:.2g} of all cases; smaller "
+        "probabilities are extrapolated with a Gumbel distribution."
     )
     if len(combined.coverage):
         low, middle = np.percentile(combined.coverage, [10, 50])
