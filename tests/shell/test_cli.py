@@ -394,7 +394,7 @@ def test_schedulers_own_handler_comes_after_the_step():
     [
         ("train", [], "resume=true hydra.run.dir="),
         ("detect", [], "repeat the command"),
-        ("predict", ["run=run", "input=run", "output=out"], "the same command goes on"),
+        ("predict", ["run=run", "input=run", "output=out"], "repeat the command to resume"),
     ],
 )
 def test_full_disk_is_one_line(run, tmp_path, verb, arguments, hint):
