@@ -11,11 +11,11 @@ Trains on the training data, calibrates on the validation data, evaluates on the
 RUN/report.html. The experiment selects the task.
 
   python -m pulmo_jax.train +experiment=lung                            anomaly detection on the sample lung CT
-  python -m pulmo_jax.train +experiment=lung data.train=DIR             anomaly detection on your own normal images
+  python -m pulmo_jax.train +experiment=lung data.train=DIR             the same on your own normal images
   python -m pulmo_jax.train +experiment=lung data.train=DIR data.test=DIR2 data.test_masks=DIR3
   python -m pulmo_jax.train +experiment=lung hydra.run.dir=RUN resume=true
   python -m pulmo_jax.train -m +experiment=lung model.latent=16,64 seed=0,1,2
-  python -m pulmo_jax.train +experiment=landmarks                       lung landmarks; add --help for the keys of this task
+  python -m pulmo_jax.train +experiment=landmarks                       lung landmarks; --help for the keys of this task
   python -m pulmo_jax.train +experiment=brain_mri data.root=DIR         cross-validated classification; DIR/yes, DIR/no
 """
 
