@@ -180,7 +180,7 @@ def settle(failed: Sequence[Skipped], on_error: str, console: Console) -> None:
             "data.on_error=skip)"
         )
     for file in failed:
-        console.print(f"left out: {file.reason}", markup=False, highlight=False)
+        console.print(f"skipped: {file.reason}", markup=False, highlight=False)
 
 
 def none_left(failed: Sequence[Skipped]) -> InputError:

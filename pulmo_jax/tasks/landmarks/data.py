@@ -120,7 +120,7 @@ def labelled(
             "skips them)"
         )
     for file in skipped:
-        console.print(f"left out: {file.reason}", markup=False, highlight=False)
+        console.print(f"skipped: {file.reason}", markup=False, highlight=False)
     if not working.refs:
         raise InputError(f"none of the {len(refs)} {name} images can be read: {skipped[0].reason}")
     kept = {ref: row for row, ref in enumerate(refs)}
