@@ -1,4 +1,4 @@
-"""python -m pulmo_jax.evaluate: figures of merit of a run on labelled images, and a report."""
+"""python -m pulmo_jax.evaluate: figures of merit of a run on labelled images, with a report."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,15 @@ from pulmo_jax.shell import cli
 EXAMPLES = """
 Writes metrics.json, metrics.md, report.html and figures/ into RUN/evaluation/TIME, or into hydra.run.dir=DIR.
 
-  python -m pulmo_jax.evaluate run=RUN data.test=DIR data.test_masks=DIR2     images with masks of the findings
-  python -m pulmo_jax.evaluate run=RUN data.test=DIR                          subfolders are classes, one "normal"
+  python -m pulmo_jax.evaluate run=RUN data.test=DIR data.test_masks=DIR2     images and masks of the findings
+  python -m pulmo_jax.evaluate run=RUN data.test=DIR                          class subfolders, one called "normal"
   python -m pulmo_jax.evaluate run=RUN data.images=DIR data.test=TEST.csv     a landmark run
   python -m pulmo_jax.evaluate run=RUN data.test=DIR_OR_STORE                 a classification run: DIR/yes, DIR/no
 """
 
 
 def evaluate(config: Any, out_dir: Path) -> None:
-    """Tests a run, as it is, on labelled images.
+    """Evaluate a finished run on labelled images.
 
     Args:
         config: Typed config of `evaluate` for the run's task.

@@ -1,4 +1,4 @@
-"""python -m pulmo_jax.predict: a run's results for new images."""
+"""python -m pulmo_jax.predict: apply a run to new images."""
 
 import sys
 from pathlib import Path
@@ -7,27 +7,27 @@ from typing import Any
 from pulmo_jax.shell import cli
 
 EXAMPLES = """
-Writes results for every image, tables of all of them, and OUTPUT/summary.json. A second call continues where the first
-stopped. Exit status 3: some files failed, the others are done; summary.json names the failed.
+Writes the results of every image, tables of all images, and OUTPUT/summary.json. A repeated call resumes an interrupted
+one. Exit status 3 means that some files failed; they are listed in summary.json, the others are finished.
 
   python -m pulmo_jax.predict run=RUN input=image.tif output=results
   python -m pulmo_jax.predict run=RUN input=FOLDER output=results foreground=LUNG_MASKS
 
-A run on anomalies: OUTPUT/maps/NAME_score.tif, NAME_pvalue.tif, NAME_mask.tif and NAME_overlay.png (with
+Anomaly detection: OUTPUT/maps/NAME_score.tif, NAME_pvalue.tif, NAME_mask.tif and NAME_overlay.png (with
 method.score=matched also NAME_amplitude.tif and NAME_blob_sigma.tif), and OUTPUT/detections.csv.
 
-A landmark run: OUTPUT/landmarks.csv, overlays/ and, with aligned=true, the images in the lung frame in aligned/.
+Landmarks: OUTPUT/landmarks.csv, overlays/ and, with aligned=true, the aligned images in aligned/.
 
   python -m pulmo_jax.predict run=LANDMARK_RUN input=FOLDER output=results aligned=true
 
-A classification run: OUTPUT/predictions.csv, and saliency maps in overlays/.
+Classification: OUTPUT/predictions.csv, and saliency maps in overlays/.
 
   python -m pulmo_jax.predict run=CLASSIFICATION_RUN input=FOLDER_OR_STORE output=results
 """
 
 
 def predict(config: Any, _: Path) -> None:
-    """Predicts every image; each is finished on disk before its record is written.
+    """Apply a run to images; the outputs of an image are on disk before its record is written.
 
     Args:
         config: Typed config of `predict` for the run's task.

@@ -1,4 +1,4 @@
-"""python -m pulmo_jax.train: learn, calibrate, test, report."""
+"""python -m pulmo_jax.train: train, calibrate, test and report."""
 
 import time
 from pathlib import Path
@@ -7,28 +7,28 @@ from typing import Any
 from pulmo_jax.shell import cli
 
 EXAMPLES = """
-Learns from the training data, calibrates on the validation data, tests where there are test data, and writes
-RUN/report.html. The experiment chooses the task.
+Trains on the training data, calibrates on the validation data, evaluates on the test data, if any, and writes
+RUN/report.html. The experiment selects the task.
 
-  python -m pulmo_jax.train +experiment=lung                            anomalies, on the sample lung CT
-  python -m pulmo_jax.train +experiment=lung data.train=DIR             on your own normal images
+  python -m pulmo_jax.train +experiment=lung                            anomaly detection on the sample lung CT
+  python -m pulmo_jax.train +experiment=lung data.train=DIR             the same on your own normal images
   python -m pulmo_jax.train +experiment=lung data.train=DIR data.test=DIR2 data.test_masks=DIR3
   python -m pulmo_jax.train +experiment=lung hydra.run.dir=RUN resume=true
   python -m pulmo_jax.train -m +experiment=lung model.latent=16,64 seed=0,1,2
-  python -m pulmo_jax.train +experiment=landmarks                       landmarks; add --help for the keys of this task
-  python -m pulmo_jax.train +experiment=brain_mri data.root=DIR         classes, cross-validated; DIR/yes and DIR/no
+  python -m pulmo_jax.train +experiment=landmarks                       lung landmarks; --help for the keys of this task
+  python -m pulmo_jax.train +experiment=brain_mri data.root=DIR         cross-validated classification; DIR/yes, DIR/no
 """
 
 
 def train(config: Any, run_dir: Path) -> float:
-    """Trains a run, or resumes it.
+    """Train a run, or resume it.
 
     Args:
         config: Typed config of the task.
         run_dir: Run directory.
 
     Returns:
-        The validation loss, which a sweep may minimise; NaN in all processes of a cluster but the first.
+        Validation loss, the objective of a sweep; NaN in all processes of a cluster except the first.
 
     Raises:
         InputError: Config or data cannot be used.

@@ -1,14 +1,14 @@
-"""What bad frames do to PACO's noise and to a source in it, with equal weights (exact) and robust ones.
+"""Effect of bad frames on PACO's noise and on the SNR of a source, with equal (exact) and robust weights.
 
     python experiments/adi_robust/study.py [--seeds 4] [--out results.json]      8 minutes of one core
 
 Stacks without planets: white noise, and `rotating_stack` (speckles correlated in time and space), 100 frames of 100x100
-px over 60 degrees. Five frames of each, drawn by the seed, are made bad in one of three ways: their deviation from the
+px over 60 degrees. Five frames of each, drawn by the seed, are corrupted in one of three ways: their deviation from the
 mean frame times 3 to 10; a bright streak through the centre, of 10 times the noise, at a random angle; the whole frame
 off the centre by 1.5 px. Null: standard deviation of the SNR map at 10 to 40 px from the centre; intervals are 1.96
-standard errors over the stacks. Source: 12 places at 3, 5 and 7 FWHM, a flux of SNR 8 in the exact map of the clean
-stack, one source at a time; its SNR is that with the source less that without, and the same over the null's standard
-deviation of the same stack and mode.
+standard errors over the stacks. Source: 12 positions at 3, 5 and 7 FWHM, a flux of SNR 8 in the exact map of the clean
+stack, one source at a time; its SNR is the difference between the maps with and without the source, also divided by
+the standard deviation of the null map of the same stack and mode.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Do injected planets stand out more in PACO's maps than in those of full-frame PCA?
+"""Are injected planets easier to detect in PACO maps than in those of full-frame PCA?
 
     python experiments/adi_roc/roc.py --cube C.fits --angles A.fits --psf P.fits      a stack without planets
     python experiments/adi_roc/roc.py --synthetic 0 1 2 3 --bad 0.05                  several stacks, by their seeds
 
-At several separations, sources are put into the stack in several directions, one at a time. A map's score of a place
-is its highest signal-to-noise ratio within half a FWHM. Positive: the place of an injected source; negative: the same
-place in the map without it. Area under the ROC curve, over all places and fluxes, with a 95 % bootstrap interval over
-places; and the share of sources above the highest of the negatives. --bad: that share of the frames is made bad, their
-deviation from the mean frame times 3 to 10; fluxes are those for the stack as it was. PCA: principal components of the
+At several separations, sources are put into the stack in several directions, one at a time. The score of a position is
+the highest signal-to-noise ratio within half a FWHM. Positive: the position of an injected source; negative: the same
+position in the map without it. Area under the ROC curve over all positions and fluxes, with a 95 % bootstrap interval
+over positions; and the fraction of sources above the highest negative. --bad: fraction of corrupted frames, their
+deviation from the mean frame times 3 to 10; fluxes are those of the original stack. PCA: principal components of the
 mean-subtracted frames taken out (Soummer et al. 2012; Amara & Quanz 2012), frames derotated by cubic splines and
 averaged, flux in a disc of one FWHM over the standard deviation of that in annuli.
 """

@@ -1,4 +1,4 @@
-"""Which shrinkage finds the most in real, correlated noise, and whether fluxes and their errors are right.
+"""Which shrinkage detects most sources in real, correlated noise, and are the fluxes and their errors correct?
 
     python experiments/adi_shrinkage/study.py --cube C.fits --angles A.fits --psf P.fits      a stack without planets
     python experiments/adi_shrinkage/study.py --synthetic 0                                   a synthetic one, by seed

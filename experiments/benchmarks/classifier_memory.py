@@ -1,10 +1,10 @@
-"""Peak memory of a classification run, from a store of few images and from one of many.
+"""Peak memory of a classification run with a small and a large store.
 
     python experiments/benchmarks/classifier_memory.py [--counts 200 20000]        # ten minutes
 
 Small slices of smooth noise, brighter in one class, are ingested; then `train +experiment=brain_mri` runs on the stores
-in turn, from listing to report, each time in a process of its own, after one run that compiles its programs. Peak
-resident memory as the kernel tells it, the median of the runs. Writes classifier_memory.json and classifier_memory.md.
+in turn, from listing to report, each in its own process, after one run that fills the compilation cache. Peak resident
+memory as reported by the kernel, the median of the runs. Writes classifier_memory.json and classifier_memory.md.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Eigenpatches: all landmarks at all anchors of all images, beside the loop that the algorithm is published as.
+"""Eigenpatches: all landmarks, anchors and images in one compiled call, compared with the published loop.
 
     python experiments/benchmarks/eigenpatch.py [--images ../shared/data/chest_landmarks]        # 4 minutes
 

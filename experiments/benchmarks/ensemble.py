@@ -1,4 +1,4 @@
-"""Several networks in one program, against as many runs one after the other.
+"""Several networks in one program, compared with as many sequential runs.
 
     python experiments/benchmarks/ensemble.py [--members 8] [--steps 100] [--rounds 3]        # five minutes
 

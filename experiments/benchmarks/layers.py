@@ -1,10 +1,10 @@
-"""Which layers for the autoencoder on this machine? A training step of each, in one run, interleaved.
+"""Training step of the autoencoder with different layers, interleaved in one run.
 
     python experiments/benchmarks/layers.py [--repeats 15]
 
-Writes layers.json and layers.md beside this file. Same depth, widths and bottleneck; what differs is how a layer halves
-or doubles the image. FLOPs are counted by XLA for the whole step (forward, backward, update); the share of the machine
-is against a float32 matrix product of 2048x2048 measured in the same run.
+Writes layers.json and layers.md beside this file. Depth, widths and bottleneck are equal; the layers differ in how they
+halve or double the image. FLOPs are counted by XLA for the whole step (forward, backward, update), and compared with
+the rate of a float32 matrix product of 2048x2048 measured in the same run.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""PACO's maps of 100x100 px x 252 frames, beside NumPy and VIP, in one run; and how time and memory grow.
+"""PACO maps of 252 frames of 100x100 px, compared with NumPy and VIP in one run; scaling of time and memory.
 
     python experiments/benchmarks/paco.py [--rounds 7] [--vip PYTHON] [--scale]
     python experiments/benchmarks/paco.py --robust [--rounds 7] [--real FOLDER]
 
 Writes paco.json and paco.md beside this file. Ours (float32) and two float64 NumPy versions take turns on the same
-cube; wall and CPU seconds are the least of all rounds, because other work on the machine only ever adds. --vip: a
+cube; wall and CPU seconds are minima over the rounds, because other load only adds time. --vip: a
 Python that has vip_hci 2.1.1. --scale: the table of sizes, up to 1024x1024x200, each in a process of its own.
---robust: the robust map beside exact and fast, on the same cube, on that with 5 % of bad frames and on a real one
-(FOLDER: cube_with_planet.fits, parallactic_angles.fits, psf.fits), and nothing else; the rest of paco.json stays. What
-it costs depends on the values, as they decide how many iterations are made.
+--robust: only compares the robust map with exact and fast, on the same cube, with 5 % of bad frames, and on a real cube
+(FOLDER: cube_with_planet.fits, parallactic_angles.fits, psf.fits); the rest of paco.json is kept. Its time depends on
+the data through the number of iterations.
 """
 
 import argparse

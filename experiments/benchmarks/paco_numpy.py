@@ -1,10 +1,11 @@
-"""PACO in vectorised float64 NumPy and SciPy: the peer that the benchmarks of the package's PACO run beside.
+"""PACO in vectorised float64 NumPy and SciPy: the reference implementation of the PACO benchmarks.
 
-Flasseur, Denis, Thiébaut & Langlois (2018), A&A 618, A138. What a competent user of NumPy would write: covariances from
-the products of whole image rows (the mean belongs to a pixel, so a covariance belongs to a pair of pixels, whichever
-patch they are in), batched Cholesky solves, cubic convolution along the tracks by flat indices, and for the exact maps
-a basis of the sub-pixel PSFs. It imports nothing from the package; its definitions are those of the slow reference in
-tests/references/paco.py. SciPy must be new enough for `solve` on stacks of matrices (1.17 does it without a loop).
+Flasseur, Denis, Thiébaut & Langlois (2018), A&A 618, A138. As an experienced NumPy user would write it: covariances
+from the products of whole image rows (the mean belongs to a pixel, so a covariance belongs to a pair of pixels,
+whichever patch they are in), batched Cholesky solves, cubic convolution along the tracks by flat indices, and for the
+exact maps a basis of the sub-pixel PSFs. It imports nothing from the package; its definitions are those of the slow
+reference in tests/references/paco.py. SciPy must be new enough for `solve` on stacks of matrices (1.17 does it without
+a loop).
 """
 
 import numpy as np

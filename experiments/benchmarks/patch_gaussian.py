@@ -1,4 +1,4 @@
-"""Patch Gaussians: the fit at every location beside anomalib's loop, and a large image by 8x8 patches.
+"""Patch Gaussians: the fit at every location compared with anomalib's loop, and the scoring of a large image.
 
     python experiments/benchmarks/patch_gaussian.py [--repeats 3]        # 10 minutes; needs torch
 

@@ -1,9 +1,9 @@
-"""Mapping a large image: time by phase, memory, and what doubling its sides costs.
+"""Prediction of a large image: time by phase, memory, and scaling with the image size.
 
     python experiments/benchmarks/predict.py [--repeats 3] [--against CHECKOUT]
 
 Writes predict.json and predict.md beside this file; about 3 minutes on two cores, 1 GB of disk. Trains a small run
-(200 steps on synthetic texture: enough for thresholds that mean something, the time does not depend on them), then maps
+(200 steps on synthetic texture; the time does not depend on the thresholds), then maps
 synthetic uint8 TIFFs of 3000x4000x3 and 6000x8000x3 at 50 % overlap, each in fresh processes that have mapped a small
 image before, so that compilation is left out; it is reported apart, without and with the compilation cache. The best of
 the repeats is taken, all are stored. `--against` measures an older checkout in the same way, interleaved.

@@ -1,11 +1,11 @@
-"""Stores: how fast a folder becomes one, and how fast random images are read from it.
+"""Stores: speed of ingestion, and of random reads.
 
     python experiments/benchmarks/store.py [--images 600] [--side 512]        # half a minute
 
 Slices with the texture of noise and the smoothness of anatomy, half PNG, half JPEG, are written into a temporary
 folder, or --folder names one. Ingesting them (headers, hashes, decoding, hashes of pixels, perceptual hashes, packing,
-writing, fsync) is compared with one process that does nothing but decode each file by Pillow, in turns: by the clock,
-and by the seconds of all cores, which say what the clock could where they have nothing else to do. Then images are
+writing, fsync) is compared with one process that does nothing but decode each file by Pillow, in turns: by wall time
+and by CPU time. Then images are
 read at random, by as many threads as there are cores, from the files and from the store, warm and with the page cache
 emptied of both; best of the repeats. Writes store.json and store.md, for drawn slices.
 """

@@ -1,4 +1,4 @@
-"""Training as a process: peak memory with 200 and with 2,000 images, and the time from its start to its first step.
+"""Training as a process: peak memory with 200 and 2,000 images, and time to the first step.
 
     python experiments/benchmarks/train_process.py [--few 200] [--many 2000]        # 15 minutes, 2 GB of disk
 

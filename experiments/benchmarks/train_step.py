@@ -1,4 +1,4 @@
-"""The training step beside the same network in PyTorch, and the step with the real pipeline beside one repeated batch.
+"""The training step compared with PyTorch, and with the data pipeline compared with one repeated batch.
 
     python experiments/benchmarks/train_step.py [--rounds 15]          # needs PyTorch, in the same environment
 

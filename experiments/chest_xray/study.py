@@ -1,11 +1,11 @@
-"""Normal against pneumonia chest X-rays: what an autoencoder finds beside trivial scores, and false alarms.
+"""Normal and pneumonia chest X-rays: an autoencoder compared with trivial scores, and false-alarm rates.
 
     python experiments/chest_xray/study.py --data ../shared/data/chest_xray --work runs/chest_xray
 
 DATA holds normal/ and pneumonia/ of NIH ChestX-ray14 (names PATIENT_FOLLOWUP.tif). Writes results.json, the tables in
-README.md and chest_xray.png and .pdf beside this file. `--only-score` takes the runs that WORK holds already.
+README.md and chest_xray.png and .pdf beside this file. `--only-score` reuses the runs in WORK.
 
-The settings stand in experiment/chest_xray.yaml and in NETWORKS and SCORES below; none was chosen by a test score.
+The settings are in experiment/chest_xray.yaml and in NETWORKS and SCORES below; none was selected by a test score.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Damaged files of every format, at least 2,000 of each, read in worker processes that may die, hang or eat memory.
+"""Fuzzing of the image readers: at least 2,000 damaged files per format, read in isolated worker processes.
 
     python experiments/fuzz_sources/fuzz.py     # all formats, 1 to 4 minutes; results.json and the table of README.md
     python experiments/fuzz_sources/fuzz.py --formats PNG JPEG --count 20000 --seed 1 --dry

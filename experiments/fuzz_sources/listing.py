@@ -1,4 +1,4 @@
-"""What it costs to list images: time, files opened and bytes read for each, beside opening the file alone.
+"""Cost of listing images: time, opened files and bytes per image, compared with opening the file alone.
 
     python experiments/fuzz_sources/listing.py        # 2,000 files of each kind in a temporary folder, about a minute
 

@@ -1,4 +1,4 @@
-"""Damage to files: blind, aimed at headers, and of a format's own parts."""
+"""Mutations of files: random, in headers, and format-specific."""
 
 import gzip
 import re

@@ -1,4 +1,4 @@
-"""Small valid files of every format that the sources read, by the libraries of those formats."""
+"""Small valid files of every supported format, written by the libraries of these formats."""
 
 import gzip
 import struct

@@ -1,11 +1,11 @@
-"""Does alignment help? Chest X-rays in the lung frame beside the same as they are.
+"""Does alignment help? Anomaly detection in chest X-rays with and without alignment.
 
     python experiments/lung_aligned/study.py --chest ../shared/data/chest_xray --run LANDMARK_RUN --work runs/aligned
 
-LANDMARK_RUN: of `train +experiment=landmarks` on chest X-rays. The patients' folds of ../chest_xray/study.py, five
-seeds; whole images shrunk to 64 px. An autoencoder, and Gaussians of 8x8 patches pooled and at each place, each with
-and without data.align_run. Writes results.json, the table in README.md and aligned.png beside this file. Runs that WORK
-holds are taken as they are.
+LANDMARK_RUN: a run of `train +experiment=landmarks` on chest X-rays. The patient folds of ../chest_xray/study.py, five
+seeds; whole images shrunk to 64 px. An autoencoder, and Gaussians of 8x8 patches pooled and per location, each with
+and without data.align_run. Writes results.json, the table in README.md and aligned.png beside this file. Runs in
+WORK are reused.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Patch Gaussians beside an autoencoder and trivial scores: the sample CT, and chest X-rays.
+"""Patch Gaussians compared with an autoencoder and trivial scores, on the sample CT and on chest X-rays.
 
     python experiments/patch_gaussians/compare.py --chest ../shared/data/chest_xray --work runs/patch_gaussians
 
 Chest X-rays: the patients' folds of ../chest_xray/study.py, whole images shrunk to 64 px; with each of five seeds an
 autoencoder is trained, and the Gaussians are fitted to the same images: of pixels, of its residual, of its features,
 pooled and at each place. Sample CT: three seeds of the autoencoder; the split is that of the sample. Writes
-results.json, the tables in README.md, and distances.png beside this file. Runs that WORK holds are taken as they are.
+results.json, the tables in README.md, and distances.png beside this file. Runs in WORK are reused.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Flip random bits in the files of a checkpoint, cut them short, take them away: is any of it restored without a word?
+"""Flip random bits in checkpoint files, truncate or remove them: is all damage detected?
 
     python experiments/survival/flips.py [--flips 1000] [--seed 0]        # 2 minutes on two cores
 
 One half of the bits is drawn uniformly over all bits of all files, the other half uniformly over the files first, so
-that small ones get their share; then each file is cut at a random length and removed, ten times over. After each the
+that small files are damaged too; then each file is truncated at random and removed, ten times. After each damage the
 checkpoint is restored: DamagedError must name the file, and the checkpoint before it must be used instead. The same is
 done to the other sealed files of a finished run, which prediction must refuse. Writes flips.json beside this file.
 """

@@ -2,10 +2,10 @@
 
     python experiments/survival/kills.py [--kills 200] [--seed 0]        # 15 minutes on two cores
 
-A chain is one run, killed (SIGKILL) up to 8 times and then left to finish. A third of the kills come at a time drawn
+A chain is one run, killed (SIGKILL) up to 8 times and then allowed to finish. A third of the kills come at a time drawn
 uniformly over a whole run (start-up, reading, compiling, steps, saves, calibration, report), a third within 80 ms of
 the moment in which a save has begun, a third within 80 ms of a step drawn uniformly from those that are left. At its
-end each chain must agree with the straight run in: every line of metrics.jsonl (losses and gradient norms in full
+end each chain must agree with the uninterrupted run in: every line of metrics.jsonl (losses and gradient norms in full
 precision, thereby the order of the data), SHA-256 of every array of the last and the best checkpoint (parameters,
 average, optimizer), and calibration.json, baselines.json and preprocessing.json. Writes kills.json beside this file.
 """

@@ -8,16 +8,19 @@ from pulmo_jax.config.section import Float, Int, PathLike, Section
 class TrainerConfig(Section):
     """The training loop."""
 
-    steps: Int = Field(default=1000, ge=1, description="training steps, one batch each")
-    batch_size: Int = Field(default=64, ge=1, description="examples in a batch, over all devices")
+    steps: Int = Field(default=1000, ge=1, description="number of training steps (batches)")
+    batch_size: Int = Field(default=64, ge=1, description="batch size, summed over all devices")
     log_every: Int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: Int = Field(default=100, ge=1, description="steps between validations")
     checkpoint_every: Int = Field(default=200, ge=1, description="steps between checkpoints")
     ema_decay: Float = Field(
-        default=0.99, ge=0, lt=1, description="decay of the moving average of the parameters, which inference uses"
+        default=0.99,
+        ge=0,
+        lt=1,
+        description="decay rate of the exponential moving average of the parameters used at inference",
     )
     compile_cache: PathLike | None = Field(
-        default=None, description="folder of the XLA compilation cache; null: in the user's cache"
+        default=None, description="folder of the XLA compilation cache; null: in the user's cache folder"
     )
 
 
@@ -25,7 +28,7 @@ class ClusterConfig(Section):
     """Training in several processes, on one machine or many; each is started with the same command."""
 
     coordinator: str | None = Field(
-        default=None, description="HOST:PORT of the first process; auto: ask SLURM or Open MPI; null: one process"
+        default=None, description="HOST:PORT of the first process; auto: from SLURM or Open MPI; null: one process"
     )
     processes: Int | None = Field(default=None, ge=1, description="number of processes; null: from the scheduler")
     process: Int | None = Field(default=None, ge=0, description="index of this process; null: from the scheduler")

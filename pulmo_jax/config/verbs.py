@@ -8,40 +8,43 @@ from pulmo_jax.config.section import Bool, ImageInput, Int, PathLike, Regex, Run
 class PredictConfig(Section):
     """python -m pulmo_jax.predict"""
 
-    run: RunFolder = Field(description="run directory that training made")
+    run: RunFolder = Field(description="directory of a finished training run")
     input: ImageInput = Field(description="an image, or a folder of images")
-    output: PathLike = Field(description="folder for the results; a second call continues where the first stopped")
-    overwrite: Bool = Field(default=False, description="predict again what an earlier call has finished")
-    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that the run's _target_ may name")
+    output: PathLike = Field(description="folder for the results; a repeated call resumes")
+    overwrite: Bool = Field(default=False, description="recompute results that already exist")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
 
 
 class EvaluationConfig(Section):
     """Metrics and their intervals."""
 
-    replicates: Int = Field(default=1000, ge=10, description="bootstrap replicates, by group")
+    replicates: Int = Field(default=1000, ge=10, description="bootstrap replicates; groups are resampled")
     examples: Int = Field(default=8, ge=1, le=32, description="images in each gallery of the report")
 
 
 class EvaluateConfig(Section):
     """python -m pulmo_jax.evaluate"""
 
-    run: RunFolder = Field(description="run directory that training made")
-    seed: Int = Field(default=0, ge=0, lt=2**31, description="of the bootstrap")
-    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that the run's _target_ may name")
+    run: RunFolder = Field(description="directory of a finished training run")
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="random seed of the bootstrap")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
 
 
 class IngestConfig(Section):
     """python -m pulmo_jax.ingest"""
 
     input: PathLike | None = Field(default=None, description="folder of images; subfolders are the classes")
-    output: PathLike = Field(description="the store, an HDF5 file; created, or extended")
-    verify: Bool = Field(default=False, description="instead, read every image of the store again and compare")
+    output: PathLike = Field(description="HDF5 image store to create or extend")
+    verify: Bool = Field(default=False, description="only re-read every image of the store and compare")
     group_regex: Regex | None = Field(
         default=None,
-        description="extracts the patient ID from a file's name (first group); null: each file and its copies",
+        description="extracts the patient ID from the file name (first group); null: each file and its copies",
     )
     near_bits: Int = Field(
-        default=6, ge=0, le=20, description="bits of the 63 of the perceptual hash in which near copies may differ"
+        default=6,
+        ge=0,
+        le=20,
+        description="near copies differ in at most this many of the 63 bits of the perceptual hash",
     )
     threads: Int = Field(default=4, ge=1, le=256, description="decoding threads")
-    max_image_mb: Int = Field(default=2048, ge=1, description="largest decoded image that is accepted, MiB")
+    max_image_mb: Int = Field(default=2048, ge=1, description="largest accepted image after decoding, MiB")

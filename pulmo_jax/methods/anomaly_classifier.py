@@ -45,12 +45,16 @@ class AutoencoderAnomaly:
 
     n_classes: int
     normal: int
-    size: Annotated[int, Field(ge=32, le=256, multiple_of=8, description="side of the working images, px")] = 64
-    latent: Annotated[int, Field(ge=1, description="size of the bottleneck")] = 32
-    width: Annotated[int, Field(ge=1, description="features of the first layer; doubled up to 4x")] = 32
-    noise_sigma: Annotated[float, Field(ge=0, description="sd of the noise to remove; 0: plain autoencoder")] = 0.2
-    noise_cell_px: Annotated[int, Field(ge=1, description="grain of that noise")] = 8
-    smooth_px: Annotated[float, Field(ge=0, description="sigma of the smoothing of the signed residual")] = 2.0
+    size: Annotated[int, Field(ge=32, le=256, multiple_of=8, description="side length of the resized images, px")] = 64
+    latent: Annotated[int, Field(ge=1, description="number of features of the bottleneck")] = 32
+    width: Annotated[
+        int, Field(ge=1, description="number of features of the first layer; deeper layers have up to 4x")
+    ] = 32
+    noise_sigma: Annotated[
+        float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
+    ] = 0.2
+    noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 8
+    smooth_px: Annotated[float, Field(ge=0, description="sigma of the smoothing of the signed residual, px")] = 2.0
 
     def __post_init__(self) -> None:
         require_two(self.n_classes)
@@ -101,11 +105,11 @@ class GaussianAnomaly:
 
     n_classes: int
     normal: int
-    size: Annotated[int, Field(ge=32, le=256, description="side of the working images, px")] = 64
-    window_px: Annotated[int, Field(ge=1, description="side of the patches, px")] = 8
-    stride_px: Annotated[int, Field(ge=1, description="grid of the patches, px")] = 4
+    size: Annotated[int, Field(ge=32, le=256, description="side length of the resized images, px")] = 64
+    window_px: Annotated[int, Field(ge=1, description="side length of the patches, px")] = 8
+    stride_px: Annotated[int, Field(ge=1, description="spacing of the patches, px")] = 4
     locations: Annotated[
-        Locations, Field(description="pooled: one Gaussian for all patches; each: one at every place of the image")
+        Locations, Field(description="pooled: one Gaussian for all patches; each: one per location")
     ] = "pooled"
 
     def __post_init__(self) -> None:

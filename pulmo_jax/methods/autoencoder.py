@@ -42,13 +42,15 @@ class Autoencoder:
             "local_mean: the square of the smoothed signed residual"
         ),
     ] = "local_mean"
-    smooth_px: Annotated[float, Field(ge=0, description="sigma of the score's Gaussian smoothing")] = 4.0
+    smooth_px: Annotated[float, Field(ge=0, description="sigma of the Gaussian smoothing of the score, px")] = 4.0
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="an image's score: its highest pixel, the mean of all, or the mean of its top 1 %"),
+        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
     ] = "max"
-    noise_sigma: Annotated[float, Field(ge=0, description="sd of the noise to remove; 0: plain autoencoder")] = 0.2
-    noise_cell_px: Annotated[int, Field(ge=1, description="grain of that noise")] = 16
+    noise_sigma: Annotated[
+        float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
+    ] = 0.2
+    noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
 
     def init(self) -> Params:
         return jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param))

@@ -28,42 +28,48 @@ class ClassifierNetwork:
 
     n_classes: int
     class_weights: tuple[float, ...]
-    size: Annotated[int, Field(ge=16, le=1024, description="side of the working images, px")] = 48
+    size: Annotated[int, Field(ge=16, le=1024, description="side length of the resized images, px")] = 48
     widths: Annotated[
         tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
-        Field(min_length=2, description="features of each stage, which has half the resolution of the one before"),
+        Field(min_length=2, description="number of features of each stage; each stage halves the resolution"),
     ] = (16, 32, 64, 64)
-    norm: Annotated[Literal["none", "group"], Field(description="of the features of each stage, by image")] = "none"
-    blocks: Annotated[int, Field(ge=0, description="residual blocks in each stage")] = 0
-    dropout: Annotated[float, Field(ge=0, lt=1, description="share of the last features that training drops")] = 0.3
+    norm: Annotated[Literal["none", "group"], Field(description="normalisation of the features of each stage")] = "none"
+    blocks: Annotated[int, Field(ge=0, description="number of residual blocks in each stage")] = 0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout rate of the last features")] = 0.3
     label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="share of a label that is spread over all classes")
+        float, Field(ge=0, lt=1, description="label smoothing: probability spread over all classes")
     ] = 0.1
     mixup: Annotated[
-        float, Field(ge=0, description="images are blended in pairs by Beta(mixup, mixup); 0: not at all")
+        float, Field(ge=0, description="mixup: pairs are blended with weights from Beta(mixup, mixup); 0: off")
     ] = 0.4
     asymmetry: Annotated[
         tuple[Annotated[float, Field(ge=0, le=1)], ...],
-        Field(description="further channels: differences from the mirror image, blurred by so many sides (sd)"),
+        Field(description="sds of the blurred mirror-asymmetry input channels, in image side lengths"),
     ] = (0.01, 0.03)
     local_contrast: Annotated[
-        float, Field(ge=0, le=1, description="a further channel: contrast within so many sides (sd); 0: none")
+        float,
+        Field(ge=0, le=1, description="sd of the local-contrast input channel, in image side lengths; 0: no channel"),
     ] = 0.0
-    rotation_deg: Annotated[float, Field(ge=0, description="jitter: sd of the rotation")] = 15.0
-    scale: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the scale")] = 0.1
-    aspect: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of height over width")] = 0.08
-    shear: Annotated[float, Field(ge=0, description="jitter: sd of the shear")] = 0.08
-    shift: Annotated[float, Field(ge=0, description="jitter: sd of the shift, in sides of the image")] = 0.06
-    flip: Annotated[float, Field(ge=0, le=1, description="jitter: share of mirrored images")] = 0.5
-    gamma: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the power of intensities")] = 0.3
-    shading: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.15
-    noise: Annotated[float, Field(ge=0, description="jitter: sd of pixel noise, of the image's range")] = 0.05
+    rotation_deg: Annotated[float, Field(ge=0, description="augmentation: sd of the rotation, degrees")] = 15.0
+    scale: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the scale")] = 0.1
+    aspect: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the aspect ratio")] = 0.08
+    shear: Annotated[float, Field(ge=0, description="augmentation: sd of the shear")] = 0.08
+    shift: Annotated[float, Field(ge=0, description="augmentation: sd of the shift, in image side lengths")] = 0.06
+    flip: Annotated[float, Field(ge=0, le=1, description="augmentation: fraction of mirrored images")] = 0.5
+    gamma: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of gamma")] = 0.3
+    shading: Annotated[float, Field(ge=0, description="augmentation: sd of smooth shading, relative to the range")] = (
+        0.15
+    )
+    noise: Annotated[float, Field(ge=0, description="augmentation: sd of pixel noise, relative to the range")] = 0.05
     views: Annotated[
-        int, Field(ge=1, le=64, description="looks at an image that are averaged: as it is, then turned as in training")
+        int,
+        Field(
+            ge=1, le=64, description="test-time augmentation: number of averaged views; the first is the image itself"
+        ),
     ] = 4
-    flip_average: Annotated[bool, Field(description="average over the mirrored image too")] = True
+    flip_average: Annotated[bool, Field(description="also average over the mirror image")] = True
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Field(description="dtype of the computation; parameters stay float32")
+        Literal["float32", "bfloat16"], Field(description="floating-point type of activations; parameters stay float32")
     ] = "float32"
 
     def __post_init__(self) -> None:

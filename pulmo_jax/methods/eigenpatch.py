@@ -53,34 +53,43 @@ class EigenpatchParams(NamedTuple):
 class Eigenpatch:
     """Implements methods.located.Locator and Fitted. All from `scales` on is of the search with a prior alone."""
 
-    size: Annotated[int, Field(ge=16, description="side of the working images, px")] = 64
+    size: Annotated[int, Field(ge=16, description="side length of the resized images, px")] = 64
     contrast: Annotated[
-        Contrast, Field(description="sahs: asymmetric stretch; clahe: by 4x4 tiles; zscore; none: as the files have it")
+        Contrast, Field(description="contrast enhancement; sahs: asymmetric histogram stretch; clahe: 4x4 tiles")
     ] = "sahs"
-    variance: Annotated[float, Field(gt=0, le=1, description="share that the components of a template keep")] = 0.95
-    prior: Annotated[bool, Field(description="with a model of the shape, coarse to fine; false: as published")] = True
-    images_at_once: Annotated[int, Field(ge=1, description="whose products fit into a core's cache")] = 8
+    variance: Annotated[
+        float, Field(gt=0, le=1, description="fraction of the variance kept by the components of a template")
+    ] = 0.95
+    prior: Annotated[bool, Field(description="shape model and coarse-to-fine search; false: as published")] = True
+    images_at_once: Annotated[int, Field(ge=1, description="number of images per batch")] = 8
     sharpness: Annotated[
-        float, Field(gt=0, description="of prior=false: exponent of the residual in the spread about its minimum")
+        float, Field(gt=0, description="for prior=false: exponent of the residual weights about the minimum")
     ] = 50.0
-    scales: Annotated[tuple[Count, ...], Field(description="working px for each px of a stage, coarse to fine")] = (
+    scales: Annotated[tuple[Count, ...], Field(description="downsampling factor of each stage, coarse to fine")] = (
         2,
         1,
     )
-    templates: Annotated[tuple[Count, ...], Field(description="side of each stage's templates, px of it, odd")] = (
+    templates: Annotated[
+        tuple[Count, ...], Field(description="side length of the templates of each stage, px of that stage, odd")
+    ] = (
         9,
         15,
     )
     reaches: Annotated[
-        tuple[Count, ...], Field(description="how far around the last stage's answer each later one searches, px of it")
+        tuple[Count, ...],
+        Field(description="search radius of each later stage about the previous estimate, px of that stage"),
     ] = (5,)
-    pose: Annotated[float, Field(ge=0, description="sd of the free pose, in sides of the image")] = 0.08
-    folds: Annotated[int, Field(ge=2, description="of the training images, for likelihoods of images not seen")] = 4
-    background: Annotated[int, Field(ge=1, description="patches of an image that stand for anywhere in it")] = 4
-    ridge: Annotated[float, Field(gt=0, description="on the energies' weights")] = 0.001
-    iterations: Annotated[int, Field(ge=1, description="of the posterior of all points together")] = 12
-    damping: Annotated[float, Field(gt=0, le=1, description="share of each iteration's step that is taken")] = 0.5
-    seed: Annotated[int, Field(ge=0, description="of the choice of background patches")] = 0
+    pose: Annotated[float, Field(ge=0, description="sd of the pose, in image side lengths")] = 0.08
+    folds: Annotated[
+        int, Field(ge=2, description="cross-validation folds for out-of-fold likelihoods of the training images")
+    ] = 4
+    background: Annotated[int, Field(ge=1, description="number of background patches per image")] = 4
+    ridge: Annotated[float, Field(gt=0, description="ridge penalty on the weights of the energies")] = 0.001
+    iterations: Annotated[int, Field(ge=1, description="iterations of the joint posterior of all landmarks")] = 12
+    damping: Annotated[
+        float, Field(gt=0, le=1, description="damping: fraction of each iteration's update that is applied")
+    ] = 0.5
+    seed: Annotated[int, Field(ge=0, description="random seed of the background patches")] = 0
 
     def __post_init__(self) -> None:
         if not len(self.scales) == len(self.templates) == len(self.reaches) + 1:

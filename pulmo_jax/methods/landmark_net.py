@@ -45,35 +45,37 @@ class LandmarkNetwork:
     n_landmarks: int
     mirror: tuple[int, ...]
     shapes: ShapeModel | None = field(compare=False)
-    size: Annotated[int, Field(ge=32, le=1024, description="side of the working images, px")] = 192
+    size: Annotated[int, Field(ge=32, le=1024, description="side length of the resized images, px")] = 192
     members: Annotated[int, Field(ge=1, le=32, description="networks in the ensemble")] = 3
-    seed: Annotated[int, Field(ge=0, description="of the initial parameters")] = 0
+    seed: Annotated[int, Field(ge=0, description="random seed of the initial parameters")] = 0
     widths: Annotated[
         tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
-        Field(min_length=3, description="features of the first layer, and after each halving"),
+        Field(min_length=3, description="number of features of the first layer and after each downsampling"),
     ] = (16, 32, 64, 128, 128)
     stem_stride: Annotated[
-        Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice that")
+        Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice this stride")
     ] = 4
-    blocks: Annotated[int, Field(ge=1, description="residual blocks after each halving")] = 1
+    blocks: Annotated[int, Field(ge=1, description="number of residual blocks after each downsampling")] = 1
     local_contrast: Annotated[
         float,
-        Field(ge=0, le=1, description="a second channel: contrast within so many sides of the image (sd); 0: none"),
+        Field(ge=0, le=1, description="sd of the local-contrast input channel, in image side lengths; 0: no channel"),
     ] = 0.0625
     loss: Annotated[
-        Loss, Field(description="laplace: likelihood, by the heat map's mean and spread; others: of its mean alone")
+        Loss, Field(description="laplace: likelihood of the heat map's mean and spread; others: error of the mean")
     ] = "laplace"
-    rotation_deg: Annotated[float, Field(ge=0, description="jitter: sd of the rotation")] = 8.0
-    scale: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the scale")] = 0.12
-    aspect: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of height over width")] = 0.12
-    shear: Annotated[float, Field(ge=0, description="jitter: sd of the shear")] = 0.05
-    shift: Annotated[float, Field(ge=0, description="jitter: sd of the shift, in sides of the image")] = 0.05
-    flip: Annotated[float, Field(ge=0, le=1, description="jitter: share of mirrored images")] = 0.5
-    gamma: Annotated[float, Field(ge=0, description="jitter: sd of the logarithm of the power of intensities")] = 0.4
-    shading: Annotated[float, Field(ge=0, description="jitter: sd of a smooth field, of the image's range")] = 0.2
-    noise: Annotated[float, Field(ge=0, description="jitter: sd of pixel noise, of the image's range")] = 0.03
-    flip_average: Annotated[bool, Field(description="locate in the mirrored image too, and average")] = True
-    shape_prior: Annotated[bool, Field(description="weigh what is seen with a Gaussian of the training shapes")] = True
+    rotation_deg: Annotated[float, Field(ge=0, description="augmentation: sd of the rotation, degrees")] = 8.0
+    scale: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the scale")] = 0.12
+    aspect: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the aspect ratio")] = 0.12
+    shear: Annotated[float, Field(ge=0, description="augmentation: sd of the shear")] = 0.05
+    shift: Annotated[float, Field(ge=0, description="augmentation: sd of the shift, in image side lengths")] = 0.05
+    flip: Annotated[float, Field(ge=0, le=1, description="augmentation: fraction of mirrored images")] = 0.5
+    gamma: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of gamma")] = 0.4
+    shading: Annotated[float, Field(ge=0, description="augmentation: sd of smooth shading, relative to the range")] = (
+        0.2
+    )
+    noise: Annotated[float, Field(ge=0, description="augmentation: sd of pixel noise, relative to the range")] = 0.03
+    flip_average: Annotated[bool, Field(description="average the landmarks over the image and its mirror image")] = True
+    shape_prior: Annotated[bool, Field(description="combine the heat maps with a Gaussian shape prior")] = True
 
     def __post_init__(self) -> None:
         coarsest = self.stem_stride * 2 ** (len(self.widths) - 1)

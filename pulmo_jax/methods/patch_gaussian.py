@@ -82,47 +82,52 @@ class PatchGaussian:
     """
 
     network: Any  # nnx.Module and FeatureNetwork; there is no type for both
-    base_run: Annotated[str | None, Field(description="run whose trained network, patches and scale are used")] = None
+    base_run: Annotated[str | None, Field(description="run whose network, patch size and normalisation are used")] = (
+        None
+    )
     merge_runs: Annotated[
-        tuple[str, ...], Field(description="finished runs of the same method, whose counts are added to this one's")
+        tuple[str, ...], Field(description="finished runs of the same method whose statistics are merged into this one")
     ] = ()
     of: Annotated[
-        What, Field(description="features: of the network (of model identity the pixels); residual: what it leaves")
+        What,
+        Field(description="network features (pixels with model=identity), or the reconstruction residual"),
     ] = "features"
     locations: Annotated[
         Locations,
-        Field(description="pooled: one Gaussian for all; each: one at every place of images that are aligned"),
+        Field(description="pooled: one Gaussian for all windows; each: one per location (aligned images)"),
     ] = "pooled"
-    window_px: Annotated[int, Field(ge=1, description="side of the windows, px of the maps that they are cut from")] = 8
+    window_px: Annotated[int, Field(ge=1, description="side length of the windows, px of the feature maps")] = 8
     stride_px: Annotated[
-        int | None, Field(ge=1, description="grid of the windows, px of the same maps; null: 4, of score=matched 1")
+        int | None,
+        Field(ge=1, description="spacing of the windows, px of the feature maps; null: 4, or 1 with score=matched"),
     ] = None
-    n_features: Annotated[
-        int | None, Field(ge=1, description="so many of a network's features, picked at random; null: all")
-    ] = 100
-    shrinkage: Annotated[ShrinkageName, Field(description="how the weight of the diagonal is found")] = "paco"
-    rho: Annotated[float | None, Field(ge=0, le=1, description="that weight, of shrinkage=fixed")] = None
+    n_features: Annotated[int | None, Field(ge=1, description="number of features, selected at random; null: all")] = (
+        100
+    )
+    shrinkage: Annotated[ShrinkageName, Field(description="estimator of the weight of the diagonal (shrinkage)")] = (
+        "paco"
+    )
+    rho: Annotated[float | None, Field(ge=0, le=1, description="weight of the diagonal for shrinkage=fixed")] = None
     floor: Annotated[
-        float, Field(gt=0, le=1, description="least sd of a dimension, as a share of the mean one: of constant regions")
+        float, Field(gt=0, le=1, description="minimum sd of a dimension relative to the mean sd, for constant regions")
     ] = 0.01
     score: Annotated[
-        Score, Field(description="mahalanobis: squared distance over its dimensions; matched: SNR of Gaussian blobs")
+        Score, Field(description="mahalanobis: squared distance per dimension; matched: SNR of Gaussian blobs")
     ] = "mahalanobis"
     blob_sigmas_px: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...],
-        Field(min_length=1, description="sizes of the blobs that score=matched looks for"),
+        Field(min_length=1, description="sigmas of the blobs for score=matched, px"),
     ] = (1.0, 1.5, 2.0)
-    polarity: Annotated[Polarity, Field(description="blobs brighter than the normal, darker, or both")] = "both"
+    polarity: Annotated[Polarity, Field(description="detect bright blobs, dark blobs, or both")] = "both"
     smooth_px: Annotated[
-        float | None, Field(ge=0, description="sigma of the score's smoothing; null: 2, of score=matched 0")
+        float | None,
+        Field(ge=0, description="sigma of the smoothing of the score, px; null: 2, or 0 with score=matched"),
     ] = None
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="an image's score: its highest pixel, the mean of all, or the mean of its top 1 %"),
+        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
     ] = "max"
-    memory_mb: Annotated[
-        int, Field(ge=1, description="for counting, besides the state itself: fewer locations at a time, MiB")
-    ] = 256
+    memory_mb: Annotated[int, Field(ge=1, description="memory for fitting, in addition to the fitted model, MiB")] = 256
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, FeatureNetwork):

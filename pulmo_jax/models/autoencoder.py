@@ -130,11 +130,13 @@ class ConvAutoencoder(nnx.Module):
         patch_size: int,
         channels: int,
         rngs: nnx.Rngs,
-        latent: Annotated[int, Field(ge=1, description="size of the bottleneck")] = 64,
-        width: Annotated[int, Field(ge=1, description="features of the first layer; doubled up to 4x")] = 32,
+        latent: Annotated[int, Field(ge=1, description="number of features of the bottleneck")] = 64,
+        width: Annotated[
+            int, Field(ge=1, description="number of features of the first layer; deeper layers have up to 4x")
+        ] = 32,
         dtype: Annotated[
             Literal["float32", "bfloat16"],
-            Field(description="dtype of the computation; parameters stay float32"),
+            Field(description="floating-point type of activations; parameters stay float32"),
         ] = "float32",
         remat: Annotated[
             bool, Field(description="recompute activations in the backward pass: less memory, more time")

@@ -58,18 +58,18 @@ def sealed_step(run: Path, files: Sequence[str]) -> int:
     Raises:
         InputError: The run is not finished, or a file is not as training wrote it.
     """
-    again = f"train resume=true hydra.run.dir={run} makes it anew"
+    again = f"train resume=true hydra.run.dir={run} trains it again"
     try:
         digests: dict[str, str] = dict(json.loads((run / FINISHED).read_text()))
     except FileNotFoundError:
         raise InputError(
-            f"run={run}: training has not finished there; continue it with resume=true hydra.run.dir={run}"
+            f"run={run}: training has not finished; continue it with resume=true hydra.run.dir={run}"
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{run / FINISHED}: cannot be read ({error}); {again}") from error
     steps = [Path(name).parent.name for name in digests if name.endswith(MANIFEST)]
     if set(digests) != {*files, *(f"checkpoints/{step}/{MANIFEST}" for step in steps)} or len(steps) != 1:
-        raise InputError(f"{run / FINISHED}: is not what training writes; {again}")
+        raise InputError(f"{run / FINISHED}: is not valid; {again}")
     for name, digest in digests.items():
         try:
             found = _digest(run / name)
@@ -77,7 +77,7 @@ def sealed_step(run: Path, files: Sequence[str]) -> int:
             reason = f"listed in {FINISHED}, cannot be read ({error.strerror})"
             raise InputError(f"{run / name}, {reason}; {again}") from error
         if found != digest:
-            raise InputError(f"{run / name}: is not as training wrote it (SHA-256 not that in {FINISHED}); {again}")
+            raise InputError(f"{run / name}: has changed since training (SHA-256 differs from {FINISHED}); {again}")
     return int(steps[0])
 
 
@@ -98,8 +98,8 @@ def restore_sealed(run: Path, step: int, like: TrainState, *, as_written: bool =
             return checkpoints.restore(step, like, as_written=as_written, partial=True)
     except DamagedError as error:
         raise InputError(
-            f"{error}\nThe calibration belongs to that checkpoint alone; train resume=true hydra.run.dir={run} "
-            "continues from an intact one, and calibrates anew"
+            f"{error}\nThe calibration is valid for that checkpoint only; train resume=true hydra.run.dir={run} "
+            "continues from an intact checkpoint and calibrates again"
         ) from error
 
 

@@ -20,7 +20,7 @@ def check_paths(config: Section) -> None:
             raise InputError(f"{key}={path}: does not exist; give an image or a folder of images")
         if kind == IMAGES and not path.is_dir() and not is_store_file(path):
             what = "is a file" if path.exists() else "does not exist"
-            raise InputError(f"{key}={path}: {what}; give a folder of images, or a store of them")
+            raise InputError(f"{key}={path}: {what}; give a folder of images or a store")
 
 
 def image_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, Path, str]]:

@@ -78,7 +78,7 @@ def predict_all(prediction: Prediction, run: Any, config: Any, place: Place) -> 
     failures = [{"filename": file.name, "reason": file.reason} for file in failed]
     write_json(config.output / "summary.json", {**outputs.summary, "failed": failures})
     place.note(
-        f"{len(done)} files done ({kept} of them by an earlier call), {len(failed)} failed; {outputs.sentence}; "
+        f"{len(done)} files finished ({kept} of them earlier), {len(failed)} failed; {outputs.sentence}; "
         f"{time.monotonic() - began:.0f} s; see {config.output}"
     )
     for file in failed:

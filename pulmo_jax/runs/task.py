@@ -219,10 +219,10 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> Task:
         if is_package(package):
             task = importlib.import_module(package).TASK
             if not isinstance(task, Task):
-                raise InputError(f"task={name}: {package}.TASK is no pulmo_jax.runs.task.Task")
+                raise InputError(f"task={name}: {package}.TASK is not a pulmo_jax.runs.task.Task")
             return task
     raise InputError(
-        f"task={name}: there is no such task; there are {', '.join(task_names())}, and those of plugins={list(plugins)}"
+        f"task={name}: does not exist; tasks: {', '.join(task_names())}, and those of plugins={list(plugins)}"
     )
 
 

@@ -106,7 +106,7 @@ def refuse_or_resume(run_dir: Path, resume: bool) -> None:
     """Raises InputError if the directory holds a run that is not to be resumed."""
     if not resume and Checkpoints(run_dir / "checkpoints", read_only=True).steps():
         raise InputError(
-            f"{run_dir} already holds a run; resume=true continues it, hydra.run.dir=DIR starts another elsewhere"
+            f"{run_dir} already holds a run; resume=true continues it, hydra.run.dir=DIR starts a new one elsewhere"
         )
 
 
@@ -239,8 +239,8 @@ def require_same(folder: Path, record: Record, identity: Mapping[str, Any]) -> N
     changed = [key for key, value in identity.items() if record.identity.get(key) != value]
     if changed:
         raise InputError(
-            f"resume=true: {', '.join(changed)} differ from those of the run in {folder.parent}; "
-            "give the same ones, or start anew with another hydra.run.dir"
+            f"resume=true: {', '.join(changed)} differ from the run in {folder.parent}; "
+            "give the same values, or start a new run with another hydra.run.dir"
         )
 
 

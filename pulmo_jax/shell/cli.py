@@ -69,8 +69,8 @@ PAGES_EVERY_S = 30.0  # the figure takes a second, which some jobs take too
 CHECKED_AHEAD = 64  # combinations of a sweep that are judged before the first job begins
 RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "SUBMITIT_LOCAL_GLOBALID")
 GO_ON = {
-    "train": "go on with resume=true hydra.run.dir={run}",
-    "predict": "the same command goes on from there",
+    "train": "resume with resume=true hydra.run.dir={run}",
+    "predict": "repeat the command to resume",
 }
 
 
@@ -111,7 +111,9 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
         print(__version__)
         return 0
     if any(argument.startswith("--e") for argument in sys.argv[1:]):  # Hydra takes abbreviations
-        return fail("--experimental-rerun would unpickle a file, which may hold any program; give the keys again")
+        return fail(
+            "--experimental-rerun is not allowed, because unpickling a file may execute any code; give the keys again"
+        )
     if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
         return fail(foreign)
     sys.argv[1:] = [re.sub(r"^output\.aligned=", "aligned=", argument) for argument in sys.argv[1:]]
@@ -134,7 +136,7 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
             return end_sweep(error) if SWEEP.folder else status_of(error, job, command)
         except BaseException:
             if SWEEP.folder and write_pages(SWEEP.folder):
-                print(f"go on with the same command and {SWEEP.go_on}", file=sys.stderr)
+                print(f"resume with the same command and {SWEEP.go_on}", file=sys.stderr)
             raise
 
 
@@ -152,7 +154,7 @@ def launch(primary: str, job: "Job") -> None:
             killed = bury(SWEEP.folder, job.call)
             if not killed or SWEEP.queued:
                 raise
-            print(f"killed: jobs {', '.join(killed)}; going on with the others", file=sys.stderr)
+            print(f"killed: jobs {', '.join(killed)}; continuing with the other jobs", file=sys.stderr)
             folder = str(SWEEP.folder).replace("\\", "\\\\").replace("'", "\\'")
             sys.argv = [*arguments, f"hydra.sweep.dir='{folder}'"]
         finally:
@@ -206,8 +208,8 @@ class Job:
             full = disk_full(error, run_dir)
             if full is None:
                 raise
-            hint = GO_ON.get(self.verb, "call it again").format(run=run_dir)
-            self.failures.append(f"{full}; what was finished stays. Make room, then {hint}")
+            hint = GO_ON.get(self.verb, "repeat the command").format(run=run_dir)
+            self.failures.append(f"{full}; finished results are kept. Free disk space, then {hint}")
         return None
 
     def in_sweep(self, raw: DictConfig, folder: Path) -> float | None:
@@ -261,7 +263,9 @@ def stop_jobs(signum: int) -> None:
     here = [row for row in collect(SWEEP.folder) if row.status == "running" and row.host == socket.gethostname()]
     jobs = {row.folder: row.pid for row in here if row.pid is not None and row.pid != os.getpid()}
     if jobs:
-        print(f"stopping {len(jobs)} jobs after their step; once more stops them at once", file=sys.stderr)
+        print(
+            f"stopping {len(jobs)} jobs after their current step; interrupt again to stop them at once", file=sys.stderr
+        )
     for pid in jobs.values() if not (signum == signal.SIGINT and in_foreground()) else ():
         os.kill(pid, signum)
     deadline = time.monotonic() + PATIENCE_S
@@ -285,17 +289,17 @@ def end_sweep(error: Exception | None) -> int:
         first = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} (see {SWEEP.folder / TRACEBACK})"
         with suppress(OSError):
             (SWEEP.folder / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        fail(f"the sweep broke off: {disk_full(error, SWEEP.folder) or first}")
+        fail(f"the sweep was aborted: {disk_full(error, SWEEP.folder) or first}")
     if not (rows := write_pages(SWEEP.folder)):
         return 2
     done = sum(row.status == "done" for row in rows)
-    make_console().print(f"{done} of {len(rows)} jobs are done; see {SWEEP.folder / 'sweep.html'}", highlight=False)
+    make_console().print(f"{done} of {len(rows)} jobs finished; see {SWEEP.folder / 'sweep.html'}", highlight=False)
     if done == len(rows) and error is None:
         return 0
     for row in rows:
         if row.status != "done":
             fail(f"job {row.folder.name} {row.status}: {row.reason.splitlines()[0] if row.reason else ''}")
-    print(f"try these again with the same command and {SWEEP.go_on}", file=sys.stderr)
+    print(f"repeat these with the same command and {SWEEP.go_on}", file=sys.stderr)
     return SOME_FAILED if done else 2
 
 
@@ -387,8 +391,8 @@ def begin_sweep(config: DictConfig, command: Command) -> None:
     """Hold the sweep's folder. Raises InputError if it is taken, or holds jobs that must not be gone on with."""
     folder = Path(config.hydra.sweep.dir).absolute()
     if any(folder.glob(f"*/{RECORD}")) and not config.get("resume", False):
-        hint = "resume=true goes on with it, " if can_resume(command) else ""
-        raise InputError(f"{folder} holds a sweep already; {hint}hydra.sweep.dir=DIR starts another elsewhere")
+        hint = "resume=true continues it, " if can_resume(command) else ""
+        raise InputError(f"{folder} already contains a sweep; {hint}hydra.sweep.dir=DIR starts a new one elsewhere")
     SWEEP.held.enter_context(claim(folder))
     (folder / STOP).unlink(missing_ok=True)
     SWEEP.written = time.monotonic()

@@ -228,11 +228,14 @@ def explain(error: Exception, command: Command | None = None) -> str:
         return explain_key(key.group(1).lstrip("+~"), command)
     if isinstance(error, OverrideParseException):
         hint = "quote special characters: \"key='value'\""
-        return f"{error.override} is not understood: {text.splitlines()[0]}; {hint}"
+        return f"{error.override} is not valid: {text.splitlines()[0]}; {hint}"
     if (extra := missing_extra(error)) is not None:
-        return f"{text.splitlines()[0]}\nit comes with: pip install 'pulmo-jax[{extra}]'"
+        return f"{text.splitlines()[0]}\ninstall it with: pip install 'pulmo-jax[{extra}]'"
     if isinstance(error, MissingConfigException) and error.options is not None:
-        return f"{error.missing_cfg_file} is not there; there are: {', '.join(error.options)} (--config-dir adds yours)"
+        return (
+            f"{error.missing_cfg_file} does not exist; available: {', '.join(error.options)} "
+            "(--config-dir adds your own)"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[:MAX_MESSAGE_LINES])
 
@@ -309,13 +312,13 @@ def print_help(command: Command, examples: str) -> None:
             print_group(group, command)
     for other in others(command):
         if other.section(verb).model_fields.keys() - schema.model_fields.keys() or verb == "evaluate":
-            print(f"\nA run of task={other.name} also has:")
+            print(f"\nAdditional keys for runs of task={other.name}:")
             print_keys(other.section(verb), "", besides=schema)
     if experiments:
         print(f"\nexperiments: {', '.join(experiments)}")
         print("\n--config-dir DIR  your own experiments and groups     --multirun, -m  a sweep: key=a,b,c")
     if verb != "predict":
-        print("hydra.run.dir=DIR  where the results are written")
+        print("hydra.run.dir=DIR  folder for the results")
     print("--hydra-help  Hydra's own options")
 
 
@@ -339,7 +342,7 @@ def foreign_experiment(verb: str, arguments: list[str]) -> str | None:
         owners = [v for v in VERBS if file.is_file() and name in experiments_of(v)]
         if owners and verb not in owners:
             ours = ", ".join(experiments_of(verb)) or "none"
-            return f"experiment={name} is run by python -m pulmo_jax.{owners[0]}; {verb} has: {ours}"
+            return f"experiment={name} belongs to python -m pulmo_jax.{owners[0]}; experiments of {verb}: {ours}"
         if f"experiment={name}" in arguments:
             return f"experiment={name}: write +experiment={name}, with a plus"
     return None

@@ -9,12 +9,12 @@ from pulmo_jax import __version__
 from pulmo_jax.shell import cli
 
 VERBS = {
-    "train": "learn, calibrate, test, report",
-    "predict": "a run's results for new images",
-    "evaluate": "figures of merit of a run on labelled images",
-    "detect": "point sources in a rotating image stack",
-    "ingest": "a folder of images into one store",
-    "samples": "download the sample CT",
+    "train": "train, calibrate, test and report",
+    "predict": "apply a run to new images",
+    "evaluate": "compute figures of merit on labelled images",
+    "detect": "detect point sources in a rotating image stack",
+    "ingest": "convert a folder of images to a store",
+    "samples": "download the sample CT scan",
 }
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     elif verb in VERBS:
         run(verb, ["pulmo-jax", *arguments])
     else:
-        print(f"error: {verb} is no verb of pulmo-jax; there are: {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: {verb} is not a verb of pulmo-jax; verbs: {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
 
 

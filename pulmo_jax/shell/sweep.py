@@ -77,7 +77,7 @@ def run_job(request: Request, work: Callable[[bool], Any], say: Callable[[str], 
             return _in_own_folder(request, work, say)
     except InputError as error:  # another process has the folder, or another job
         write_json(request.folder / REFUSED, {"reason": str(error), "overrides": own(request.overrides)})
-        say(f"job {request.folder.name} is refused: {error}")
+        say(f"job {request.folder.name} was not started: {error}")
         return None
 
 
@@ -87,12 +87,13 @@ def _in_own_folder(request: Request, work: Callable[[bool], Any], say: Callable[
     if stored is not None:
         require_same(request, stored)
         if stored["status"] == "done":
-            say(f"job {folder.name} is done already; objective {stored['objective']}")
+            say(f"job {folder.name} has already finished; objective {stored['objective']}")
             return stored["objective"]
         if stored["status"] == "failed" and stored["call"] == request.call:  # which goes on after a job was killed
             return None
         if stored["status"] == "failed" and request.replay and later_job_done(folder):
-            say(f"job {folder.name} failed before, and the search went on from there: {stored['reason']}")
+            reason = stored["reason"]
+            say(f"job {folder.name} failed earlier and is not repeated, because the search continued: {reason}")
             return None
     (folder / TRACEBACK).unlink(missing_ok=True)
     began = time.monotonic()
@@ -172,16 +173,16 @@ def require_same(request: Request, stored: dict[str, Any]) -> None:
     if now != before:
         there, here = (" ".join(o for o in one if o not in other) for one, other in ((before, now), (now, before)))
         raise InputError(
-            f"{request.folder} holds another job (there: {there or 'not given'}; now: {here or 'not given'}); give the "
-            "same keys as before, or another hydra.sweep.dir, or remove that folder"
+            f"{request.folder} contains another job (there: {there or 'not given'}; now: {here or 'not given'}); give "
+            "the same keys as before, or another hydra.sweep.dir, or remove this folder"
         )
     if stored["config"] != digest(request.config):
         raise InputError(
-            f"{request.folder} holds a job of the same command, but the config behind it has changed since; undo that, "
+            f"{request.folder} contains a job of the same command, but its config files have changed; undo the change, "
             "or give another hydra.sweep.dir"
         )
     if not request.resume and stored["call"] != request.call:
-        raise InputError(f"{request.folder} holds a job already; resume=true goes on with it")
+        raise InputError(f"{request.folder} already contains a job; resume=true continues it")
 
 
 def bury(sweep: Path, call: str) -> list[str]:
@@ -247,7 +248,7 @@ def read_row(folder: Path) -> Row:
     if not record:
         reason = f"{folder / RECORD}: cannot be read"
     if status == "running" and in_use(folder, JOB_LOCK) is None:
-        status, reason = "unfinished", "its process ended without a word: killed, out of memory, or the disk is full"
+        status, reason = "unfinished", "its process ended without a message: killed, out of memory, or the disk is full"
     return Row(
         folder=folder,
         status=status,
@@ -290,7 +291,7 @@ def write_pages(sweep: Path) -> list[Row]:
             figures = [comparison_figure(rows, swept, measures, sweep)] if shown else []
             sections = [
                 Section("Jobs", tables=[jobs_table(rows, swept, measures)]),
-                Section("Jobs that did not finish", tables=failed_tables(rows, swept)),
+                Section("Unfinished jobs", tables=failed_tables(rows, swept)),
                 Section("Comparison", figures=figures),
             ]
             write_report(sweep / "sweep.html", f"Sweep {sweep.name}", summary_of(rows, sweep), sections, [], [])
@@ -364,7 +365,7 @@ def jobs_table(rows: list[Row], swept: dict[str, list[str]], measures: dict[str,
         ]
         for job in order
     ]
-    return Table("All jobs, the lowest objective first", ["job", "status", *swept, *measures, "seconds"], cells, [])
+    return Table("All jobs by increasing objective", ["job", "status", *swept, *measures, "seconds"], cells, [])
 
 
 def failed_tables(rows: list[Row], swept: dict[str, list[str]]) -> list[Table]:
@@ -373,7 +374,7 @@ def failed_tables(rows: list[Row], swept: dict[str, list[str]]) -> list[Table]:
         for job, row in enumerate(rows)
         if row.status != "done"
     ]
-    return [Table("Why", ["job", "status", "keys", "reason"], cells, [])] if cells else []
+    return [Table("Reasons", ["job", "status", "keys", "reason"], cells, [])] if cells else []
 
 
 def text_of(value: float | None) -> str:

@@ -132,7 +132,12 @@ class TensorBoard:
 class ProgressBar:
     """Steps done, patches or images per second, time left; plain lines where the output is not a terminal."""
 
-    def __init__(self, line_every_s: Annotated[float, Field(gt=0, description="seconds between plain lines")] = 10.0):
+    def __init__(
+        self,
+        line_every_s: Annotated[
+            float, Field(gt=0, description="seconds between progress lines without a terminal")
+        ] = 10.0,
+    ):
         self.line_every_s = line_every_s
 
     def on_start(self, start: Start) -> None:
@@ -177,8 +182,10 @@ class EarlyStopping:
 
     def __init__(
         self,
-        patience: Annotated[int, Field(ge=1, description="validations without improvement")] = 10,
-        min_fraction: Annotated[float, Field(ge=0, description="improvement that counts, relative")] = 0.001,
+        patience: Annotated[
+            int, Field(ge=1, description="number of validations without improvement before training stops")
+        ] = 10,
+        min_fraction: Annotated[float, Field(ge=0, description="minimum relative improvement")] = 0.001,
     ):
         self.patience, self.min_fraction = patience, min_fraction
 

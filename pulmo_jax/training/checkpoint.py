@@ -95,7 +95,7 @@ class Checkpoints:
         self.wait()
         step, latest = int(state.step), self.latest_step()
         if latest is not None and step < latest:
-            raise InputError(f"{self.folder}: holds a checkpoint later than step {step}; use a new run directory")
+            raise InputError(f"{self.folder}: contains a checkpoint later than step {step}; use a new run directory")
         if step == latest:
             return
         arrays = {name: np.array(leaf) for name, leaf in _plain(state).items()}  # copies: the next step reuses them
@@ -120,7 +120,7 @@ class Checkpoints:
         except OSError as error:
             raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
         if digest != _sha256(text).encode():
-            raise DamagedError(f"{path}: its text does not have the SHA-256 in its first line")
+            raise DamagedError(f"{path}: damaged, the SHA-256 in its first line does not match")
         return Record(**json.loads(text))
 
     def restore(self, step: int, like: TrainState, *, as_written: bool = False, partial: bool = False) -> TrainState:
@@ -159,7 +159,7 @@ class Checkpoints:
             raise DamagedError(f"{folder}: cannot be restored ({type(error).__name__}: {reason:.300})") from error
         for name in asked:
             if _sha256(np.ascontiguousarray(arrays[name])) != record.arrays[name]["sha256"]:
-                raise DamagedError(f"{folder}: the array {name} does not have the SHA-256 that it was written with")
+                raise DamagedError(f"{folder}: the array {name} is damaged, its SHA-256 does not match")
         return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[names[path]]) for path in wanted])
 
     def restore_newest(
@@ -178,7 +178,7 @@ class Checkpoints:
         losses = sorted((loss, step) for step in self.steps() if (loss := self._loss_of(step)) is not None)
         found = self._first_whole([step for _, step in losses], like, as_written)
         if found is None:
-            raise InputError(f"{self.folder}: holds no validated checkpoint; train again")
+            raise InputError(f"{self.folder}: contains no validated checkpoint; train again")
         return found
 
     def _first_whole(
@@ -194,7 +194,7 @@ class Checkpoints:
                 continue
             return state, record, wrong
         if wrong:
-            raise InputError(f"{wrong[0]}, of which none is whole: start anew with another hydra.run.dir")
+            raise InputError(f"{wrong[0]}, and no checkpoint is intact: start a new run with another hydra.run.dir")
         return None
 
     def wait(self) -> None:
@@ -233,8 +233,8 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             if is_disk_full(error):
                 raise InputError(
-                    f"{folder}: cannot be written, the disk is full; earlier checkpoints are whole. Make room, then go "
-                    "on with resume=true"
+                    f"{folder}: cannot be written, the disk is full; earlier checkpoints are intact. Free disk space, "
+                    "then continue with resume=true"
                 ) from error
             raise
         self._remove_old()
@@ -289,7 +289,7 @@ def _verify_file(path: Path, digest: str) -> None:
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
     if _sha256(content) != digest:
-        raise DamagedError(f"{path}: {len(content)} bytes that do not have the SHA-256 that it was written with")
+        raise DamagedError(f"{path}: {len(content)} bytes, damaged, the SHA-256 does not match")
 
 
 def _flush(path: Path) -> None:

@@ -33,7 +33,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"cluster.coordinator={coordinator} cluster.processes={processes} cluster.process={process}: "
-            f"the processes do not come together ({str(error).partition(chr(10))[0]:.200})"
+            f"the processes cannot connect ({str(error).partition(chr(10))[0]:.200})"
         ) from error
 
 
@@ -96,12 +96,12 @@ def first_then_others() -> Iterator[None]:
         multihost_utils.sync_global_devices("first")
 
 
-def require_same(number: int, what: str) -> None:
+def require_same(number: int, quantity: str) -> None:
     """Raises InputError where the processes do not have the same."""
     if jax.process_count() > 1:
         found = np.ravel(multihost_utils.process_allgather(np.array(number)))
         if (found != number).any():
-            raise InputError(f"the processes differ in {what} (found {', '.join(map(str, found))})")
+            raise InputError(f"the processes differ in {quantity} (values {', '.join(map(str, found))})")
 
 
 def agreed(signum: int | None) -> int | None:

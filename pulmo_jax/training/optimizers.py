@@ -9,12 +9,12 @@ from pydantic import Field
 def adamw(
     *,
     steps: int,
-    learning_rate: Annotated[float, Field(gt=0, description="peak, after warm-up")] = 2e-3,
-    final_fraction: Annotated[float, Field(ge=0, le=1, description="last learning rate over the peak's")] = 0.01,
-    warmup_fraction: Annotated[float, Field(ge=0, le=1, description="share of the steps that warm up")] = 0.05,
+    learning_rate: Annotated[float, Field(gt=0, description="peak learning rate, after warm-up")] = 2e-3,
+    final_fraction: Annotated[float, Field(ge=0, le=1, description="final learning rate relative to the peak")] = 0.01,
+    warmup_fraction: Annotated[float, Field(ge=0, le=1, description="fraction of the steps used for warm-up")] = 0.05,
     weight_decay: Annotated[float, Field(ge=0, description="decoupled weight decay")] = 1e-4,
-    clip_norm: Annotated[float, Field(gt=0, description="largest global norm of a gradient")] = 1.0,
-    accumulate: Annotated[int, Field(ge=1, description="batches whose gradients are averaged for one update")] = 1,
+    clip_norm: Annotated[float, Field(gt=0, description="maximum global norm of the gradient")] = 1.0,
+    accumulate: Annotated[int, Field(ge=1, description="number of batches averaged per update")] = 1,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay, clipping and gradient accumulation.
 

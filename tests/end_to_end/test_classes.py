@@ -118,11 +118,11 @@ def test_a_run_that_is_there_stays_as_it_was(run, slices, tmp_path):
     before = contents(run)
     assert "already holds a run; resume=true continues it" in train(slices, run, *NET, status=2)
     text = train(slices, run, *NET, "resume=true", "seed=5", status=2)
-    assert "resume=true: seed, images, classes, groups or folds differ from those of the run" in text
+    assert "resume=true: seed, images, classes, groups or folds differ from the run" in text
     shutil.copytree(slices, tmp_path / "fewer")
     (tmp_path / "fewer" / "no" / "slice 1.jpg").unlink()
     text = train(tmp_path / "fewer", run, *NET, "resume=true", status=2)
-    assert "resume=true: images, classes, groups or folds differ from those of the run" in text
+    assert "resume=true: images, classes, groups or folds differ from the run" in text
     assert contents(run) == before
 
 
@@ -154,7 +154,7 @@ def test_a_store_trains_and_is_judged_as_its_folder(run, slices, tmp_path):
     assert figures_of(tmp_path / "run") == figures_of(run)
     tables = []
     for name, images in (("store", store), ("folder", slices)):
-        assert "48 files done (0 of them by an earlier call)" in predict(run, images, tmp_path / name)
+        assert "48 files finished (0 of them earlier)" in predict(run, images, tmp_path / name)
         tables.append((tmp_path / name / "predictions.csv").read_text())
         assert len(list((tmp_path / name / "overlays").rglob("*.png"))) == COUNT
     assert tables[0] == tables[1]
@@ -212,7 +212,7 @@ def test_three_classes_and_one_part_held_out(three, tmp_path):
     assert list(read(out / "predictions.csv")[0])[:5] == ["filename", "label", "p_negative", "p_no", "p_yes"]
     text = evaluate(run, three, tmp_path / "ev")
     assert "60 of the 60 images are copies" in text
-    assert f"and {60 - len(rows)}, which all have, are left out" in text
+    assert f"{60 - len(rows)} images without such a network are excluded" in text
     assert figures_of(tmp_path / "ev")["ClassifierNetwork"]["accuracy"]["value"] == pytest.approx(
         figures_of(run)["ClassifierNetwork"]["accuracy"]["value"]
     )
@@ -244,7 +244,7 @@ def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_p
     (inside / "broken.jpg").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.full((30, 20), 9, np.uint8)).save(inside / "sub" / "gray.png")
     text = predict(run, inside, out, status=3)
-    assert "2 files done (0 of them by an earlier call)" in text
+    assert "2 files finished (0 of them earlier)" in text
     assert "broken.jpg: cannot be read, it may be damaged or cut off" in text
     rows = read(out / "predictions.csv")
     assert list(rows[0]) == ["filename", "label", "p_no", "p_yes", "std_no", "std_yes"]
@@ -260,7 +260,7 @@ def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_p
     table = (out / "predictions.csv").read_bytes()
     drawn = (out / "overlays" / "a.png.png").stat().st_mtime_ns
     (inside / "broken.jpg").write_bytes(whole)
-    assert "3 files done (2 of them by an earlier call)" in predict(run, inside, out)
+    assert "3 files finished (2 of them earlier)" in predict(run, inside, out)
     assert (out / "overlays" / "a.png.png").stat().st_mtime_ns == drawn
     rows = {row.pop("filename"): row for row in read(out / "predictions.csv")}
     assert rows["broken.jpg"] == rows["a.png"]
@@ -271,7 +271,7 @@ def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     path = tmp_path / "copy" / "classes.json"
     path.write_text(path.read_text().replace('"no"', '"on"', 1))
-    with pytest.raises(InputError, match=r"classes\.json: is not as training wrote it"):
+    with pytest.raises(InputError, match=r"classes\.json: has changed since training"):
         open_run(tmp_path / "copy")
 
 
@@ -301,7 +301,7 @@ def test_on_other_images_all_networks_judge_and_baselines_stand_beside(run, slic
     shutil.copy(slices / "no" / "slice 1.jpg", other / "yes" / "called yes.jpg")
     text = evaluate(run, other, tmp_path / "b")
     assert "1 of the 21 images are copies" in text
-    assert "1 images are of another class than when the run was made, such as yes/called yes.jpg (was no)" in text
+    assert "1 images have another class than in the run, such as yes/called yes.jpg (was no)" in text
     shutil.rmtree(other / "no")
     evaluate(run, other, tmp_path / "c")  # of one class alone
     figures = figures_of(tmp_path / "c")["ClassifierNetwork"]
@@ -309,9 +309,9 @@ def test_on_other_images_all_networks_judge_and_baselines_stand_beside(run, slic
     assert figures["auroc"]["reason"]
     (other / "maybe").mkdir()
     shutil.copy(slices / "no" / "slice 17.jpg", other / "maybe")
-    assert ": that of" in evaluate(run, other, tmp_path / "d", "data.normal_name=yes", status=2)
+    assert ": the normal class of" in evaluate(run, other, tmp_path / "d", "data.normal_name=yes", status=2)
     text = evaluate(run, other, tmp_path / "d", status=2)
-    assert "has classes that the run does not know (maybe); it knows no, yes: rename the folders" in text
+    assert "has classes that are not in the run (maybe); the run has no, yes: rename or remove the folders" in text
     assert not (tmp_path / "d" / "metrics.json").exists()
 
 
@@ -324,10 +324,10 @@ def test_on_other_images_all_networks_judge_and_baselines_stand_beside(run, slic
         (["data.root=null"], ["data.root must be given", "a folder with one subfolder of images for each class",
                               "Brain MRI Images for Brain Tumor Detection", "Kaggle", "data=synthetic_mri"]),
         pytest.param(["data.root=nowhere"], ["data.root=nowhere: does not exist"], marks=pytest.mark.slow),
-        pytest.param(["data.root={set}/no"], ["images lie in no class folder"], marks=pytest.mark.slow),
-        pytest.param(["data.root={set}/groups.csv"], ["is a file; give a folder of images, or a store of them"],
+        pytest.param(["data.root={set}/no"], ["images are in no class subfolder"], marks=pytest.mark.slow),
+        pytest.param(["data.root={set}/groups.csv"], ["is a file; give a folder of images or a store"],
                      marks=pytest.mark.slow),
-        pytest.param(["method=autoencoder"], ["tells no classes apart", "classifier, anomaly"], marks=pytest.mark.slow),
+        pytest.param(["method=autoencoder"], ["is no classifier", "classifier, anomaly"], marks=pytest.mark.slow),
         pytest.param(["method=anomaly", "data.normal_name=healthy"], ["data.normal_name=healthy: is none of the"],
                      marks=pytest.mark.slow),
         pytest.param(["trainer.folds=30"], ["class no has", "too few for trainer.folds=30"], marks=pytest.mark.slow),

@@ -600,7 +600,7 @@ def assert_refused(done: Done) -> None:
         (["method.shrinkage=fixed"], "method.rho"),
         (["method.rho=0.5"], "method.shrinkage=fixed"),
         (["contrast.rings=many"], "contrast.rings='many'"),
-        (["data.centre=[1,"], "data.centre=[1, is not understood"),
+        (["data.centre=[1,"], "data.centre=[1, is not valid"),
         (["data.cube=a b (c).fits"], "quote special characters"),
         (["+experiment=nope"], "experiment/nope is not there"),
     ],

@@ -103,7 +103,7 @@ def test_jobs_side_by_side_of_which_one_fails(command, tmp_path):
     objective, losses = rows()[1]["objective"], (tmp_path / "sweep" / "1" / "metrics.jsonl").stat().st_mtime_ns
     (tmp_path / "mended").touch()
     again = call(command(*keys, "resume=true"))
-    assert f"job 1 is done already; objective {objective}" in again.stdout
+    assert f"job 1 has already finished; objective {objective}" in again.stdout
     assert (tmp_path / "sweep" / "1" / "metrics.jsonl").stat().st_mtime_ns == losses
     assert statuses() == ["done", "done"]
     assert [row["objective"] for row in rows()] == [objective, objective]  # trouble apart they are the same job
@@ -115,7 +115,7 @@ def test_killed_job_loses_no_other(command, launcher):
     if launcher == "submitit":
         pytest.importorskip("submitit")
     done = call(command(*troubles("none", "kill", "no", "never"), "trainer.steps=2", launcher=launcher), status=3)
-    assert "going on with the others" in done.stderr
+    assert "continuing with the other jobs" in done.stderr
     record = json.loads(Path("sweep/1/job.json").read_text())
     assert (record["status"], "killed" in record["reason"]) == ("failed", True)
     assert statuses()[2:] == ["done", "done"]

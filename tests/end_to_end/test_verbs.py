@@ -205,7 +205,7 @@ def test_second_prediction_does_nothing_again_and_one_bad_file_loses_no_other(ru
 
     (images / "lung_13.tif").write_bytes(whole)
     second = call(*arguments)
-    assert "4 of them by an earlier call" in " ".join(second.stdout.split())
+    assert "4 of them earlier" in " ".join(second.stdout.split())
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert np.isfinite(tifffile.imread(output / "maps" / "lung_13_score.tif")).any()
 

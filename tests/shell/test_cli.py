@@ -125,7 +125,7 @@ def test_help_of_detect_lists_its_experiment_ranges_and_choices(run):
     assert "[>= 0, <= 1; default null]" in text  # method.rho
     assert "[paco | oas | ledoit_wolf | fixed | cv; default paco]" in text
     assert "[1 | -1; default 1]" in text  # data.angle_sign
-    assert "data.synthetic: The stack that is made where data.cube is null." in text
+    assert "data.synthetic: Synthetic image stack, used if data.cube is null." in text
 
 
 def test_help_of_detect_lists_no_group_of_training(run):
@@ -158,11 +158,11 @@ def test_help_of_detect_lists_no_group_of_training(run):
         ("train", ["task=point_sources"], "task=point_sources: has no train; it has detect"),
         ("train", ["hydra.foo=1"], "unknown key hydra.foo"),
         ("train", ["~data.foo"], "data.foo"),
-        ("train", ["+experiment=nope"], "experiment/nope is not there; there are: adi, brain_mri, epochs, landmarks"),
-        ("train", ["model=nope"], "model/nope is not there; there are: conv_autoencoder"),
+        ("train", ["+experiment=nope"], "experiment/nope does not exist; available: adi, brain_mri, epochs, landmarks"),
+        ("train", ["model=nope"], "model/nope does not exist; available: conv_autoencoder"),
         ("train", ["model=null"], "must be a string or a list. Got NoneType"),
-        ("train", ["data.clip=[1,"], "data.clip=[1, is not understood"),
-        ("train", ["data.train"], "data.train is not understood"),
+        ("train", ["data.clip=[1,"], "data.clip=[1, is not valid"),
+        ("train", ["data.train"], "data.train is not valid"),
         ("train", ["trainer.steps=0"], "trainer.steps=0: input should be greater than or equal to 1"),
         ("train", ["data.clip=[2,1]"], "data.clip=[2.0, 1.0]: the first number must be below the second"),
         ("train", ["data.train=/nowhere/at/all"], "data.train=/nowhere/at/all: does not exist"),
@@ -432,8 +432,8 @@ def test_schedulers_own_handler_comes_after_the_step():
     ("verb", "arguments", "hint"),
     [
         ("train", [], "resume=true hydra.run.dir="),
-        ("detect", [], "call it again"),
-        ("predict", ["run=run", "input=run", "output=out"], "the same command goes on"),
+        ("detect", [], "repeat the command"),
+        ("predict", ["run=run", "input=run", "output=out"], "repeat the command to resume"),
     ],
 )
 def test_full_disk_is_one_line(run, tmp_path, verb, arguments, hint):
@@ -446,7 +446,9 @@ def test_full_disk_is_one_line(run, tmp_path, verb, arguments, hint):
     done = run(verb, *arguments, *([] if verb == "predict" else ["hydra.run.dir=out"]), task=task)
     assert done.status == 2
     assert len(done.err.splitlines()) == 1
-    assert done.err.startswith("error: the disk is full: /data/map.tif could not be written; what was finished stays.")
+    assert done.err.startswith(
+        "error: the disk is full: /data/map.tif could not be written; finished results are kept."
+    )
     assert hint in done.err
 
 
@@ -463,7 +465,7 @@ def test_nothing_is_unpickled(run, tmp_path, option):
     (tmp_path / "x.pickle").write_bytes(b"cos\nabort\n(tR.")
     done = run("train", option, "x.pickle", task=refuse)
     assert done.status == 2
-    assert done.err.startswith("error: --experimental-rerun would unpickle a file")
+    assert done.err.startswith("error: --experimental-rerun is not allowed")
 
 
 def test_help_into_a_pipe_that_closes(tmp_path):
@@ -496,7 +498,7 @@ def test_sweep_goes_on_after_a_job_that_failed_and_says_so(run, tmp_path):
     assert done.status == 3
     assert "error: job 1 failed: seed 1 has no luck" in done.err.splitlines()
     assert f"hydra.sweep.dir={tmp_path / 'sweep'} resume=true" in done.err
-    assert "2 of 3 jobs are done" in done.out
+    assert "2 of 3 jobs finished" in done.out
     assert [(r["status"], r["objective"]) for r in records(tmp_path / "sweep").values()] == [
         ("done", 0.0), ("failed", None), ("done", 0.25),
     ]  # fmt: skip
@@ -537,19 +539,19 @@ def test_sweep_goes_on_with_the_jobs_that_are_missing(run, tmp_path):
     command = ["-m", "seed=0,1,2,3", "hydra.sweep.dir=sweep"]
     stopped = run("train", *command, task=until_2)
     assert stopped.status == 143
-    assert f"go on with the same command and hydra.sweep.dir={tmp_path / 'sweep'} resume=true" in stopped.err
+    assert f"resume with the same command and hydra.sweep.dir={tmp_path / 'sweep'} resume=true" in stopped.err
     assert stopped.err.splitlines()[-1] == "stopped by SIGTERM"
     assert [r["status"] for r in records(tmp_path / "sweep").values()] == ["done", "failed", "interrupted"]
     assert "interrupted" in (tmp_path / "sweep" / "sweep.csv").read_text()
 
     refused = run("train", *command, task=refuse)
     assert refused.status == 2
-    assert "holds a sweep already; resume=true goes on with it" in refused.err
+    assert "already contains a sweep; resume=true continues it" in refused.err
 
     ran.clear()
     again = run("train", *command, "resume=true", task=lambda c, d: ran.append((c.seed, c.resume)) or c.seed / 8)
     assert (again.status, again.err) == (0, "")
-    assert "job 0 is done already; objective 0.0" in again.out
+    assert "job 0 has already finished; objective 0.0" in again.out
     assert ran == [(1, True), (2, True), (3, True)]
     assert [r["objective"] for r in records(tmp_path / "sweep").values()] == [0.0, 0.125, 0.25, 0.375]
 
@@ -622,7 +624,7 @@ def test_search_minimises_and_goes_on_where_it_was(run, tmp_path):
     ran.append(None)
     second = run("train", *command, "hydra.sweeper.n_trials=7", "resume=true", task=task)
     assert (second.status, len(ran)) == (3, 8)
-    assert "job 2 failed before, and the search went on from there: no luck" in second.out
+    assert "job 2 failed earlier and is not repeated, because the search continued: no luck" in second.out
     after = records(tmp_path / "sweep")
     assert {name: after[name] for name in before} == before
     best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")

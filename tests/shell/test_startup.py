@@ -74,12 +74,12 @@ def test_console_script_is_the_verbs():
 def test_console_script_lists_verbs_prints_the_version_and_refuses_others():
     import pulmo_jax
 
-    assert "  predict    a run's results for new images" in console_script().stdout
+    assert "  predict    apply a run to new images" in console_script().stdout
     assert console_script("--version").stdout.strip() == pulmo_jax.__version__
     assert console_script("train", "--version").stdout.strip() == pulmo_jax.__version__
     unknown = console_script("trane")
     assert unknown.returncode == 2
-    assert unknown.stderr.startswith("error: trane is no verb of pulmo-jax; there are: train, predict")
+    assert unknown.stderr.startswith("error: trane is not a verb of pulmo-jax; verbs: train, predict")
 
 
 @pytest.mark.parametrize(

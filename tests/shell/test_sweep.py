@@ -164,9 +164,9 @@ def test_job_that_a_scheduler_sends_again_goes_on_by_itself(tmp_path, said):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"overrides": ("+experiment=lung", "seed=1")}, r"holds another job \(there: seed=0; now: seed=1\)"),
+        ({"overrides": ("+experiment=lung", "seed=1")}, r"contains another job \(there: seed=0; now: seed=1\)"),
         ({"overrides": ("+experiment=lung",)}, r"there: seed=0; now: not given"),
-        ({"config": "a: 2"}, "the config behind it has changed"),
+        ({"config": "a: 2"}, "its config files have changed"),
     ],
 )
 def test_folder_of_another_job_is_refused_and_kept(tmp_path, said, changes, words):

@@ -123,7 +123,7 @@ def test_without_a_validated_checkpoint_there_is_no_best(tmp_path):
         assert checkpoints.latest_step() is None
         assert checkpoints.restore_newest(at_step(0)) is None
         checkpoints.save(at_step(1), None, {})
-        with pytest.raises(InputError, match=f"{tmp_path}/empty: holds no validated checkpoint"):
+        with pytest.raises(InputError, match=f"{tmp_path}/empty: contains no validated checkpoint"):
             best_of(checkpoints)
 
 
@@ -131,7 +131,7 @@ def test_same_step_is_saved_once_and_an_earlier_one_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(at_step(5), 1.0, {})
         checkpoints.save(at_step(5), 0.1, {})
-        with pytest.raises(InputError, match=rf"{tmp_path}: holds a checkpoint later than step 4"):
+        with pytest.raises(InputError, match=rf"{tmp_path}: contains a checkpoint later than step 4"):
             checkpoints.save(at_step(4), 0.1, {})
         checkpoints.wait()
         assert best_of(checkpoints) == (5, 1.0)
@@ -272,7 +272,7 @@ def test_without_a_whole_checkpoint_the_first_damaged_file_is_named(copy):
     for step in steps_on_disk(copy):
         (copy / str(step) / "MANIFEST").write_bytes(b"")
     with Checkpoints(copy, read_only=True) as checkpoints:
-        with pytest.raises(InputError, match=f"{copy}/3/MANIFEST.*none is whole.*another hydra.run.dir"):
+        with pytest.raises(InputError, match=f"{copy}/3/MANIFEST.*no checkpoint is intact.*another hydra.run.dir"):
             checkpoints.restore_newest(at_step(0))
 
 

@@ -1,7 +1,8 @@
-"""Images and masks in the lung frame of a landmark run (`data.align_run`): a place is the same in all of them.
+"""Alignment of images and masks to the lung frame of a landmark run (`data.align_run`).
 
-Below a folder, KEY/NAME.tif holds the pages of the image NAME in the frame, foreground/NAME.tif what of the frame lies
-in the image and in the mask that it had, and KEY.json what they were made of, so that no file is warped twice.
+In the lung frame, a location is the same anatomical position in all images. In the output folder, KEY/NAME.tif
+contains the aligned pages of the image NAME, foreground/NAME.tif the aligned foreground (inside the image and its
+mask), and KEY.json the fingerprints of the inputs, so that unchanged files are not aligned again.
 """
 
 import json
@@ -34,13 +35,19 @@ from pulmo_jax.types import InputError
 
 IMAGES = ("train", "val", "test")
 PAGES_PER_BATCH = 64  # pages, or those of one file
-MANY = 0.1  # share of images of low quality that is worth a warning
+MANY = 0.1  # fraction of low-quality images above which a warning is printed
 D = TypeVar("D", DataConfig, EvaluateDataConfig)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Folders of masks, None for none. required: an image without a foreground mask is of no use."""
+    """Folders of masks.
+
+    Attributes:
+        foreground: Folder of foreground masks, if any.
+        truth: Folder of ground-truth masks, if any.
+        required: Images without a foreground mask are rejected.
+    """
 
     foreground: Path | None = None
     truth: Path | None = None
@@ -49,10 +56,13 @@ class Masks:
 
 @dataclass(frozen=True)
 class Aligned:
-    """The pages of a file in the frame.
+    """A file aligned to the lung frame.
 
-    name: of the file in the frame. points: the landmarks in each page, px. doubtful: pages of which all landmarks are
-    of low quality.
+    Attributes:
+        pages: Pages of the original file.
+        name: Name of the aligned file.
+        points: Landmarks (y, x) of each page, px of the original image.
+        doubtful: Number of pages in which all landmarks are of low quality.
     """
 
     pages: tuple[ImageRef, ...]
@@ -63,7 +73,7 @@ class Aligned:
 
 @runtime_checkable
 class LandmarkRun(Protocol):
-    """A run that finds landmarks and has a lung frame; a task of another package, opened by its name."""
+    """Interface of a landmark run; the run belongs to another task and is opened by its name."""
 
     @property
     def path(self) -> Path: ...
@@ -84,24 +94,27 @@ class LandmarkRun(Protocol):
 
 
 def open_frame(align_run: Path, plugins: tuple[str, ...], digest: str = "") -> LandmarkRun:
-    """The run that images are aligned by.
+    """Open the landmark run used for alignment.
 
     Args:
-        digest: Of the run that images were aligned by before, which this one must be; "" for any.
+        align_run: Directory of the landmark run.
+        plugins: Packages that may be imported for it.
+        digest: Required digest of the run, namely of the run that aligned the training images; "": any run.
+
+    Returns:
+        The landmark run.
 
     Raises:
-        InputError: It has no lung frame, or is another one.
+        InputError: If it is not a landmark run, or has another digest.
     """
     task = find_task(task_of(align_run), plugins)
     run: Any = task.runs.open_run(align_run, plugins)
     if not isinstance(run, LandmarkRun):
-        raise InputError(
-            f"data.align_run={align_run}: is of task={task.name}, which finds no landmarks; give a landmark run"
-        )
+        raise InputError(f"data.align_run={align_run}: is a run of task={task.name}; give a landmark run")
     if digest and run.digest != digest:
         raise InputError(
-            f"data.align_run={align_run}: is not the run that the training images were aligned by, because it has been "
-            "trained again; restore that run, or train again with this one"
+            f"data.align_run={align_run}: was trained again after the training images had been aligned with it; "
+            "restore the earlier run, or train again with this one"
         )
     return run
 
@@ -113,25 +126,46 @@ def into_lung_frame(
     pixels: Shaped[np.ndarray, "H W C"],
     foreground: Bool[np.ndarray, "H W"] | None,
 ) -> tuple[Shaped[np.ndarray, "S S C"], Bool[np.ndarray, "S S"]]:
-    """One image and its foreground in the lung frame of a run on aligned images.
+    """Align one image and its foreground to the lung frame.
+
+    Args:
+        config: Config of a run on aligned images.
+        how: Preprocessing of the run.
+        ref: The image.
+        pixels: Its pixels.
+        foreground: Its foreground; None: the whole image.
+
+    Returns:
+        Aligned pixels and foreground; S is the side length of the lung frame, px.
 
     Raises:
-        InputError: No landmarks can be found in it.
+        InputError: If no landmarks are found.
     """
     assert config.data.align_run is not None
     run = open_frame(config.data.align_run, config.plugins, how.aligned_by)
     points = run.find(working_image(ref, pixels, run.size)).points[0]
     if not np.isfinite(points).all():
-        raise InputError(f"{ref.path}: no landmarks can be found in it; leave it out")
+        raise InputError(f"{ref.path}: no landmarks found; remove this image")
     inside = np.ones(ref.shape[:2], bool) if foreground is None else foreground
     mask = black_and_white(into_frame(np.where(inside, 255, 0).astype(np.uint8)[..., None], points, run.frame))
     return into_frame(pixels, points, run.frame), mask[..., 0] > 0
 
 
 def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, console: Console) -> D:
-    """The same data with every folder of images and of masks replaced by its copy in the frame, in `folder`.
+    """Align all images and masks of a data config.
 
-    Raises InputError for an image that cannot be read, or that two folders have by the same name.
+    Args:
+        run: Landmark run.
+        data: Data config with the folders of images and masks.
+        folder: Output folder.
+        max_image_mb: Largest accepted image, MiB.
+        console: For progress and warnings.
+
+    Returns:
+        The data config with the folders replaced by the aligned copies.
+
+    Raises:
+        InputError: If an image cannot be aligned, or two folders have an image of the same name.
     """
     masks = Masks(data.foreground, data.test_masks)
     where: dict[str, str] = {}
@@ -140,10 +174,10 @@ def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, conso
         if skipped:
             raise InputError(f"{skipped[0].reason}\n({len(skipped)} images of data.{key} cannot be aligned)")
         for image in done:
-            if where.setdefault(image.name, key) != key:  # their foreground masks would be one
+            if where.setdefault(image.name, key) != key:  # their foreground masks would collide
                 raise InputError(
-                    f"data.align_run: {image.pages[0].name} is in data.{key} and in data.{where[image.name]}; give the "
-                    "images of all folders names of their own"
+                    f"data.align_run: {image.pages[0].name} is in data.{key} and in data.{where[image.name]}; use "
+                    "unique file names across all folders"
                 )
     keep_only(folder / "foreground", set(where))
     written = [*dict.fromkeys(where.values()), "foreground", *(["test_masks"] if masks.truth is not None else [])]
@@ -153,7 +187,22 @@ def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, conso
 def align_input(
     run: LandmarkRun, source: Path, masks: Masks, output: Path, max_image_mb: int, console: Console
 ) -> tuple[list[Aligned], list[Skipped]]:
-    """output/aligned/images and output/aligned/foreground, of what is to be predicted."""
+    """Align the input of a prediction to output/aligned/images and output/aligned/foreground.
+
+    Args:
+        run: Landmark run.
+        source: Image, or folder of images.
+        masks: Folders of masks.
+        output: Output folder of the prediction.
+        max_image_mb: Largest accepted image, MiB.
+        console: For progress and warnings.
+
+    Returns:
+        Aligned files, and files that cannot be aligned.
+
+    Raises:
+        InputError: If no image can be aligned.
+    """
     folder = output / "aligned"
     done, skipped = align_folder(run, source, folder, "images", masks, max_image_mb, console, leave_out=output)
     if not done:
@@ -172,8 +221,21 @@ def align_folder(
     console: Console,
     leave_out: Path | None = None,
 ) -> tuple[list[Aligned], list[Skipped]]:
-    """Every file of `source` in the frame, and those that cannot be read. Files of an earlier call are taken as they
-    are where nothing has changed, and removed where their image is gone."""
+    """Align the files of a folder. Unchanged files of an earlier call are reused; files without an image are removed.
+
+    Args:
+        run: Landmark run.
+        source: Image, or folder of images.
+        folder: Output folder.
+        key: Subfolder for the images, also the name of their list KEY.json.
+        masks: Folders of masks.
+        max_image_mb: Largest accepted image, MiB.
+        console: For progress and warnings.
+        leave_out: Folder below `source` that is ignored; None: the output folder.
+
+    Returns:
+        Aligned files by name, and files that cannot be aligned.
+    """
     refs, skipped = index_images(
         source,
         masks=masks.foreground,
@@ -206,7 +268,7 @@ def align_folder(
         write_json(folder / f"{key}.json", {name: note for name, note in notes.items() if name in kept})
     for kind in (key, *(["test_masks"] if masks.truth is not None else [])):
         keep_only(folder / kind, {image.name for image in done})
-    warn_of_doubt(run, done, key, console)
+    warn_of_low_quality(run, done, key, console)
     return sorted(done, key=lambda image: image.name), skipped
 
 
@@ -215,7 +277,7 @@ def titled(key: str) -> str:
 
 
 def chunks(files: Sequence[tuple[ImageRef, ...]]) -> Iterator[list[tuple[ImageRef, ...]]]:
-    """Of files with PAGES_PER_BATCH pages in all, or of one."""
+    """Split files into batches with at most PAGES_PER_BATCH pages, or of a single file."""
     some: list[tuple[ImageRef, ...]] = []
     for pages in files:
         if some and sum(map(len, some)) + len(pages) > PAGES_PER_BATCH:
@@ -236,7 +298,7 @@ def read_notes(path: Path) -> dict[str, Any]:
 def find_all(
     run: LandmarkRun, files: Sequence[tuple[ImageRef, ...]], max_image_mb: int
 ) -> tuple[list[Aligned], list[Skipped]]:
-    """The landmarks of every page; files of which a page cannot be read."""
+    """Find the landmarks of every page; files with an unreadable page are skipped."""
     refs = [ref for pages in files for ref in pages]
     if not refs:
         return [], []
@@ -250,7 +312,7 @@ def find_all(
             reason = next(file.reason for file in bad if file.name in {ref.title for ref in pages})
             skipped.append(Skipped(pages[0].name, reason))
         elif not np.isfinite(found.points[rows]).all():
-            skipped.append(Skipped(pages[0].name, f"{pages[0].path}: no landmarks can be found in it; leave it out"))
+            skipped.append(Skipped(pages[0].name, f"{pages[0].path}: no landmarks found; remove this image"))
         else:
             doubtful = int(found.low[rows].all(1).sum())
             done.append(Aligned(pages, f"{pages[0].name}.tif", found.points[rows], doubtful))
@@ -278,7 +340,7 @@ def write_all(
             write_pages(folder / "test_masks" / image.name, black_and_white(marked))
         seen = frames(partial(mask_of, reader=reader))
         write_pages(folder / "foreground" / image.name, black_and_white(seen))
-        write_pages(folder / key / image.name, frames(reader.image))  # the last: where it is, the others are
+        write_pages(folder / key / image.name, frames(reader.image))  # last: implies that the masks exist
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(one, images))
@@ -286,7 +348,7 @@ def write_all(
 
 
 def mask_of(ref: ImageRef, reader: Reader) -> np.ndarray:
-    """(H, W, 1), 0 or 255; of an image without a mask 255 everywhere."""
+    """Foreground (H, W, 1) with values 0 and 255; 255 everywhere without a mask."""
     inside = reader.foreground(ref)
     return np.where(np.ones(ref.shape[:2], bool) if inside is None else inside, 255, 0).astype(np.uint8)[..., None]
 
@@ -296,18 +358,18 @@ def black_and_white(warped: np.ndarray) -> np.ndarray:
 
 
 def keep_only(folder: Path, names: set[str]) -> None:
-    """What an earlier call wrote of images that are gone would be taken for one of these."""
+    """Remove the aligned files of an earlier call whose images no longer exist."""
     for path in list(folder.rglob("*.tif")):
         if path.relative_to(folder).as_posix() not in names:
             path.unlink()
 
 
-def warn_of_doubt(run: LandmarkRun, images: Sequence[Aligned], key: str, console: Console) -> None:
+def warn_of_low_quality(run: LandmarkRun, images: Sequence[Aligned], key: str, console: Console) -> None:
     doubtful, total = sum(image.doubtful for image in images), sum(len(image.pages) for image in images)
     if doubtful > MANY * total:
         console.print(
-            f"warning: {doubtful} of {total} {titled(key)} look unlike those of {run.path}: their landmarks are of low "
-            "quality, and so is their alignment",
+            f"warning: {doubtful} of {total} {titled(key)} differ from the training images of {run.path}: their "
+            "landmarks, and hence their alignment, are of low quality",
             highlight=False,
         )
 
@@ -315,15 +377,21 @@ def warn_of_doubt(run: LandmarkRun, images: Sequence[Aligned], key: str, console
 def write_in_images(
     run: LandmarkRun, images: Sequence[Aligned], maps: dict[str, str], rows: Sequence[dict[str, Any]], output: Path
 ) -> None:
-    """Where the scores and findings of aligned images lie in the images that they were: in_images/NAME_score.tif, NaN
-    beyond the frame, and in_images/detections.csv, y and x in px of the image.
+    """Transform scores and findings back to the original images, in OUTPUT/in_images.
 
-    maps: what the maps of each file that was mapped are called.
+    NAME_score.tif is NaN outside the lung frame; detections.csv has y and x in px of the original image.
+
+    Args:
+        run: Landmark run.
+        images: Aligned files.
+        maps: File name of the maps of each aligned file.
+        rows: Findings in the lung frame.
+        output: Output folder of the prediction.
     """
     by_name = {image.name: image for image in images}
-    for name, called in maps.items():
+    for name, map_name in maps.items():
         image = by_name[name]
-        scores = tifffile.imread(output / "maps" / f"{called}_score.tif").reshape(
+        scores = tifffile.imread(output / "maps" / f"{map_name}_score.tif").reshape(
             len(image.pages), *(run.frame.size,) * 2
         )
         for ref, points, score in zip(image.pages, image.points, scores, strict=True):

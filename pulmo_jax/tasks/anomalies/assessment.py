@@ -1,4 +1,4 @@
-"""A run on labelled images: figures of merit, examples, and the report."""
+"""Evaluation of anomaly detection on labelled images: figures of merit, examples, and the report."""
 
 import csv
 import io
@@ -36,7 +36,19 @@ from pulmo_jax.types import InputError
 
 
 def read_test(run: Run, config: AssessConfig, place: Place) -> EvaluateDataConfig:
-    """The labelled images, aligned as those of the training were."""
+    """Locate the labelled images; align them if the training images were aligned.
+
+    Args:
+        run: Opened run.
+        config: Config of `evaluate`.
+        place: Output folder and console.
+
+    Returns:
+        Folders of the labelled images and masks.
+
+    Raises:
+        InputError: If they cannot be used.
+    """
     data, trained = config.data, run.config.data
     if trained.align_run is None:
         return data
@@ -46,7 +58,20 @@ def read_test(run: Run, config: AssessConfig, place: Place) -> EvaluateDataConfi
 
 
 def assess(run: Run, data: EvaluateDataConfig, config: AssessConfig, place: Place) -> Findings:
-    """Figures of merit on labelled images."""
+    """Evaluate a run on labelled images.
+
+    Args:
+        run: Opened run.
+        data: Folders of the labelled images and masks.
+        config: Config of `evaluate`.
+        place: Output folder and console.
+
+    Returns:
+        Metrics and report.
+
+    Raises:
+        InputError: If the images cannot be used.
+    """
     tested = test_images(run, data, config.evaluation, config.seed, place)
     return findings_of(run, tested, [*loss_sections(run, place.folder, {}), *calibration_sections(run, place.folder)])
 
@@ -59,14 +84,18 @@ def assess_training(
     caveats: Sequence[str],
     place: Place,
 ) -> Findings:
-    """The report of a training: its losses, its validation images and, where there are any, its test images.
+    """Report of a finished training: losses, validation images and, if given, test images.
 
     Args:
-        run: The calibrated run.
+        run: Calibrated run.
         data: Labelled images, if any.
-        validation: Normal images that the thresholds were set on.
-        training: Facts of the training.
-        caveats: What a reader must know of what was learnt.
+        validation: Normal validation images.
+        training: Summary of the training.
+        caveats: Warnings from the training.
+        place: Output folder and console.
+
+    Returns:
+        Metrics and report.
     """
     reader, options, folder = Reader(run.config.data.max_image_mb), run.config.evaluation, place.folder
     tested = None if data is None else test_images(run, data, options, run.config.seed, place)
@@ -81,7 +110,14 @@ def assess_training(
 
 @dataclass(frozen=True)
 class Tested:
-    """The outcome of a test: figures of merit, sections of the report, warnings."""
+    """Outcome of a test.
+
+    Attributes:
+        scores: Figures of merit, for metrics.json.
+        sections: Sections of the report.
+        warnings: Warnings.
+        image_scores: Content of image_scores.csv.
+    """
 
     scores: dict[str, Any]
     sections: list[Section]
@@ -92,7 +128,18 @@ class Tested:
 def test_images(
     run: Run, data: EvaluateDataConfig, options: AnomalyEvaluationConfig, seed: int, place: Place
 ) -> Tested:
-    """Scores every test image with the run's scorer and thresholds, and draws examples."""
+    """Score every test image and draw examples.
+
+    Args:
+        run: Calibrated run.
+        data: Folders of the labelled images and masks.
+        options: Options of the evaluation.
+        seed: Random seed of the bootstrap.
+        place: Output folder and console.
+
+    Returns:
+        Figures of merit and report sections.
+    """
     reader = Reader(run.config.data.max_image_mb)
     refs, truth_of = labelled_images(run.config, run.scorer.how, data, reader)
     warning = missing_masks(refs, run)
@@ -127,7 +174,7 @@ def findings_of(
         warnings += tested.warnings
         metrics |= {**tested.scores, "test": {**tested.scores["test"], "warnings": warnings}}
     return Findings(
-        title=f"{run.config.name}: what does not belong",
+        title=f"{run.config.name}: anomalies",
         metrics=metrics,
         markdown=metrics_markdown(metrics),
         sections=[*(tested.sections if tested else []), *sections],
@@ -143,7 +190,20 @@ def findings_of(
 def labelled_images(
     config: TrainConfig, how: Preprocessing, data: EvaluateDataConfig, reader: Reader
 ) -> tuple[list[ImageRef], Callable[[ImageRef], Truth]]:
-    """The test images and what is known of each. Raises InputError for any that cannot be used."""
+    """List the test images with their ground truth.
+
+    Args:
+        config: Config of the run.
+        how: Preprocessing of the run.
+        data: Folders of the labelled images and masks.
+        reader: Reader of the images.
+
+    Returns:
+        Images, and a function that returns the ground truth of an image.
+
+    Raises:
+        InputError: If an image cannot be used.
+    """
     masks = data.foreground or config.data.foreground
     refs, skipped = index_images(
         data.test,
@@ -168,7 +228,17 @@ def labelled_images(
 
 
 def figures_of_merit(run: Run, assessment: Assessment, replicates: int, seed: int) -> dict[str, Any]:
-    """metrics.json's test sections: {"pixel"|"image": {score name: {metric: estimate}}, "lesions": ..., ...}."""
+    """Figures of merit as in metrics.json.
+
+    Args:
+        run: Calibrated run.
+        assessment: Scores of the test images.
+        replicates: Bootstrap replicates.
+        seed: Random seed of the bootstrap.
+
+    Returns:
+        {"pixel"|"image": {score name: {metric: estimate}}, "lesions": ..., ...}.
+    """
     labels = np.array(assessment.abnormal)
     result: dict[str, Any] = {
         "image": {
@@ -208,7 +278,7 @@ def figures_of_merit(run: Run, assessment: Assessment, replicates: int, seed: in
 
 
 def image_scores_csv(run: Run, assessment: Assessment) -> str:
-    """One row an image: what it is, and its score by the method and by every baseline."""
+    """image_scores.csv: class and scores of every image, by method and baseline."""
     text = io.StringIO()
     names = list(assessment.image_scores)
     writer = csv.writer(text, lineterminator="\n")

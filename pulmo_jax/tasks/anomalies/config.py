@@ -23,52 +23,63 @@ from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConf
 
 
 class DataConfig(Section):
-    """Images in, patches out."""
+    """Training, validation and test images, and how patches are cut from them."""
 
     train: ImageFolder | None = Field(default=None, description="folder of normal images; null: the sample lung CT")
     val: ImageFolder | None = Field(
-        default=None, description="folder of other normal images; null: a share of train, by group"
+        default=None, description="folder of normal validation images; null: split from train by group"
     )
     test: ImageFolder | None = Field(
-        default=None, description="images with findings, with test_masks or in subfolders by class"
+        default=None, description="folder of test images, with test_masks or in class subfolders"
     )
-    test_masks: ImageFolder | None = Field(default=None, description="folder of same-named masks of the findings")
+    test_masks: ImageFolder | None = Field(
+        default=None, description="folder of masks of the findings, with the images' file names"
+    )
     foreground: ImageFolder | None = Field(
-        default=None, description="folder of same-named masks; outside them nothing is scored"
+        default=None, description="folder of foreground masks, with the images' file names; only foreground is scored"
     )
     foreground_range: Pair | None = Field(
-        default=None, description="[low,high] in the files' units: train on patches with enough pixels in this range"
+        default=None, description="[low,high] of foreground intensities, in the files' units; selects training patches"
     )
     cache: PathLike | None = Field(
-        default=None, description="folder of the sample; null: $PULMO_JAX_CACHE or the user's cache"
+        default=None, description="folder for the sample data; null: $PULMO_JAX_CACHE or the user's cache folder"
     )
-    normal_name: str = Field(default="normal", description="subfolder of test that is the normal class")
+    normal_name: str = Field(default="normal", description="subfolder of test with the normal images")
     group_regex: Regex | None = Field(
-        default=None, description="its first group in a file's name is the patient; null: each file"
+        default=None, description="extracts the patient ID from the file name (first group); null: each file is a group"
     )
-    val_fraction: Float = Field(default=0.2, gt=0, lt=1, description="share of the groups held out where val is null")
-    on_error: Literal["stop", "skip"] = Field(default="stop", description="what an unreadable training file does")
-    max_image_mb: Int = Field(default=2048, ge=1, description="largest decoded image that is accepted, MiB")
+    val_fraction: Float = Field(
+        default=0.2, gt=0, lt=1, description="fraction of the groups held out for validation if val is null"
+    )
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="stop at, or skip, unreadable training files")
+    max_image_mb: Int = Field(default=2048, ge=1, description="largest accepted image after decoding, MiB")
     align_run: RunFolder | None = Field(
-        default=None, description="a landmark run: all images and masks are first warped into its lung frame"
+        default=None, description="landmark run by which all images and masks are aligned before use"
     )
-    resize: Bool = Field(default=False, description="shrink whole images to patch_size instead of cutting patches")
-    patch_size: Int = Field(default=64, ge=8, multiple_of=4, description="side of the square patches, px")
-    stride: Int | None = Field(default=None, ge=1, description="grid of training patches, px; null: half of patch_size")
-    min_foreground: Float = Field(default=0.25, ge=0, le=1, description="share of a training patch that is foreground")
+    resize: Bool = Field(default=False, description="resize whole images to patch_size instead of cutting patches")
+    patch_size: Int = Field(default=64, ge=8, multiple_of=4, description="side length of the square patches, px")
+    stride: Int | None = Field(
+        default=None, ge=1, description="spacing of training patches, px; null: half of patch_size"
+    )
+    min_foreground: Float = Field(
+        default=0.25, ge=0, le=1, description="minimum foreground fraction of a training patch"
+    )
     normalize: Literal["percentile", "zscore", "fixed"] = Field(
-        default="percentile", description="fitted, or fixed to a range"
+        default="percentile",
+        description="intensity normalisation: fitted to the training images, or fixed to value_range",
     )
-    percentiles: Pair = Field(default=(0.1, 99.9), description="of the training foreground, mapped to 0 and 1")
+    percentiles: Pair = Field(
+        default=(0.1, 99.9), description="percentiles of the training foreground mapped to 0 and 1"
+    )
     value_range: Pair | None = Field(default=None, description="[low,high] mapped to 0 and 1 by normalize=fixed")
-    clip: Pair = Field(default=(-1.0, 2.0), description="limits of normalised values")
-    augment: Bool = Field(default=True, description="jitter by half the stride, flips and quarter turns")
-    threads: Int = Field(default=4, ge=0, le=256, description="reading threads")
-    prefetch: Int = Field(default=8, ge=1, description="batches read ahead")
+    clip: Pair = Field(default=(-1.0, 2.0), description="limits to which normalised values are clipped")
+    augment: Bool = Field(default=True, description="random shifts by up to half the stride, flips and quarter turns")
+    threads: Int = Field(default=4, ge=0, le=256, description="number of reader threads")
+    prefetch: Int = Field(default=8, ge=1, description="number of batches prefetched")
     decoded_mb: Int = Field(
-        default=8192, ge=0, description="disk for decoded training images, MiB, in the cache; 0: decode for every patch"
+        default=8192, ge=0, description="disk space for decoded training images, MiB; 0: decode for every patch"
     )
-    workers: Int = Field(default=0, ge=0, le=256, description="reading processes; threads are usually enough")
+    workers: Int = Field(default=0, ge=0, le=256, description="number of reader processes; threads are usually enough")
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":
@@ -90,31 +101,33 @@ class DataConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """False alarms, measured on normal validation data alone."""
+    """Decision thresholds, set on normal validation images alone."""
 
-    pixel_rate: Float = Field(default=0.001, gt=0, lt=1, description="share of normal pixels above the pixel threshold")
-    image_rate: Float = Field(default=0.05, gt=0, lt=1, description="share of normal images above the image threshold")
-    min_area_px: Int = Field(default=9, ge=1, description="smallest region that is listed")
+    pixel_rate: Float = Field(default=0.001, gt=0, lt=1, description="false-alarm rate per pixel")
+    image_rate: Float = Field(default=0.05, gt=0, lt=1, description="false-alarm rate per image")
+    min_area_px: Int = Field(default=9, ge=1, description="minimum area of a reported region, px")
 
 
 class TilesConfig(Section):
-    """How prediction covers an image."""
+    """Tiling of images in prediction."""
 
-    overlap: Float = Field(default=0.5, ge=0, lt=1, description="share of a tile that the next one covers too")
-    batch_size: Int = Field(default=64, ge=1, description="tiles at a time")
+    overlap: Float = Field(
+        default=0.5, ge=0, lt=1, description="overlap of neighbouring tiles, as a fraction of a tile"
+    )
+    batch_size: Int = Field(default=64, ge=1, description="number of tiles per batch")
 
 
 class AnomalyTrainerConfig(TrainerConfig):
     """The training loop."""
 
-    validation_patches: Int = Field(default=512, ge=1, description="number of fixed patches for the validation loss")
+    validation_patches: Int = Field(default=512, ge=1, description="number of patches for the validation loss")
 
 
 class AnomalyEvaluationConfig(EvaluationConfig):
     """Metrics and their intervals."""
 
     lesion_sizes_px: Annotated[tuple[Int, ...], AfterValidator(ascending)] = Field(
-        default=(100, 1000), description="edges of the size classes of findings, px of area"
+        default=(100, 1000), description="area limits between the size classes of findings, px"
     )
 
 
@@ -126,11 +139,11 @@ class TrainConfig(Section):
 
     name: str = Field(default="run", description="title of the run")
     seed: Int = Field(
-        default=0, ge=0, lt=2**31, description="of initial parameters, batches, noise, split and bootstrap"
+        default=0, ge=0, lt=2**31, description="random seed of initial parameters, batches, noise, split and bootstrap"
     )
-    resume: Bool = Field(default=False, description="go on from the last checkpoint of hydra.run.dir")
-    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that _target_ may name")
-    task: Literal["anomalies"] = Field(default="anomalies", description="kind of job; an experiment sets it")
+    resume: Bool = Field(default=False, description="resume from the last checkpoint in hydra.run.dir")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
+    task: Literal["anomalies"] = Field(default="anomalies", description="name of the task, set by the experiment")
     data: DataConfig = DataConfig()
     model: Node
     method: Node
@@ -147,21 +160,23 @@ class MapConfig(PredictConfig):
     """python -m pulmo_jax.predict"""
 
     foreground: ImageFolder | None = Field(
-        default=None, description="folder of same-named foreground masks; null: the run's"
+        default=None, description="folder of foreground masks, with the images' file names; null: as in the run"
     )
 
 
 class EvaluateDataConfig(Section):
     """Labelled images."""
 
-    test: ImageFolder = Field(description="folder of test images; without test_masks its subfolders are the classes")
-    test_masks: ImageFolder | None = Field(default=None, description="folder of same-named masks of the findings")
-    foreground: ImageFolder | None = Field(
-        default=None, description="folder of same-named foreground masks; null: the run's"
+    test: ImageFolder = Field(description="folder of test images, in class subfolders unless test_masks is given")
+    test_masks: ImageFolder | None = Field(
+        default=None, description="folder of masks of the findings, with the images' file names"
     )
-    normal_name: str = Field(default="normal", description="subfolder that is the normal class")
+    foreground: ImageFolder | None = Field(
+        default=None, description="folder of foreground masks, with the images' file names; null: as in the run"
+    )
+    normal_name: str = Field(default="normal", description="subfolder with the normal images")
     group_regex: Regex | None = Field(
-        default=None, description="extracts the patient ID from a file's name (first group); null: as in the run"
+        default=None, description="extracts the patient ID from the file name (first group); null: as in the run"
     )
 
 

@@ -1,4 +1,4 @@
-"""The normal images of a run: listed, split, looked at once, and cut into batches."""
+"""Normal images of a run: listing, splitting, scanning, and batches of patches."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +30,15 @@ from pulmo_jax.types import InputError
 
 @dataclass(frozen=True)
 class NormalData:
-    """The images that a run learns from and calibrates on, each read once."""
+    """Training and validation images, each scanned once.
+
+    Attributes:
+        training: Training images.
+        validation: Validation images.
+        sampling: Sampling of the patches.
+        how: Preprocessing.
+        skipped: Files that were skipped.
+    """
 
     training: Scan
     validation: Scan
@@ -42,11 +50,23 @@ class NormalData:
 def read_normal_images(
     data: DataConfig, seed: int, reader: Reader, console: Console, stride: int, how: Preprocessing | None = None
 ) -> NormalData:
-    """List, split, decode every image once, and fit the normalisation where none is given.
+    """List, split and scan the images, and fit the normalisation if none is given.
 
-    stride: of the training patches where the config has none.
+    Args:
+        data: Data config.
+        seed: Random seed of the split.
+        reader: Reader of the images.
+        console: For progress and messages.
+        stride: Default spacing of the training patches, px.
+        how: Preprocessing; None: fitted to the training images.
+
+    Returns:
+        The images of the run.
+
+    Raises:
+        InputError: If no image can be used, or a file cannot be used and data.on_error is "stop".
     """
-    assert data.train is not None  # with_images saw to it
+    assert data.train is not None  # set by `prepare`
     options: dict[str, Any] = {
         "masks": data.foreground,
         "group_regex": data.group_regex,
@@ -77,7 +97,15 @@ def read_normal_images(
 
 
 def require_like(ref: ImageRef, how: Preprocessing) -> None:
-    """Raises InputError for an image that the preprocessing of another run is not for."""
+    """Check that an image has the bands and depth of a base run.
+
+    Args:
+        ref: The image.
+        how: Preprocessing of the base run.
+
+    Raises:
+        InputError: If it has not.
+    """
     if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
         raise InputError(
             f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but method.base_run was trained on {how.channels} of "
@@ -86,12 +114,20 @@ def require_like(ref: ImageRef, how: Preprocessing) -> None:
 
 
 def alike(refs: list[ImageRef], first: ImageRef) -> tuple[list[ImageRef], list[Skipped]]:
-    """Those with the bands and depth of `first`, and the others with the reason."""
+    """Separate images with different bands or depth.
+
+    Args:
+        refs: Images.
+        first: Reference image.
+
+    Returns:
+        Images like the reference, and the others with the reason.
+    """
     odd = [
         Skipped(
             ref.name,
             f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but {first.name} has {first.shape[2]} of {first.dtype}; "
-            "all images of a run must be alike: convert the files",
+            "all images of a run must have the same bands and depth: convert the files",
         )
         for ref in refs
         if ref.shape[2] != first.shape[2] or not same_scale(ref.dtype, first.dtype)
@@ -101,17 +137,26 @@ def alike(refs: list[ImageRef], first: ImageRef) -> tuple[list[ImageRef], list[S
 
 
 def settle(skipped: list[Skipped], on_error: str, console: Console) -> None:
-    """Files that cannot be used stop the run, or are named and left out, as the config says."""
+    """Raise an error for unusable files, or print them.
+
+    Args:
+        skipped: Unusable files.
+        on_error: "stop" or "skip".
+        console: For the messages.
+
+    Raises:
+        InputError: If there are any and `on_error` is "stop".
+    """
     if skipped and on_error == "stop":
-        more = f"\n({len(skipped) - 1} more; data.on_error=skip leaves such files out)" if len(skipped) > 1 else ""
-        hint = "" if more else "\nRepair or remove it, or leave such files out with data.on_error=skip."
+        more = f"\n({len(skipped) - 1} more; data.on_error=skip skips such files)" if len(skipped) > 1 else ""
+        hint = "" if more else "\nRepair or remove it, or skip such files with data.on_error=skip."
         raise InputError(skipped[0].reason.splitlines()[0] + more + hint)
     for file in skipped:
-        console.print(f"left out: {file.reason}", markup=False, highlight=False)
+        console.print(f"skipped: {file.reason}", markup=False, highlight=False)
 
 
 def describe_images(data: NormalData) -> dict[str, Any]:
-    """What was trained on, calibrated on and left out, for the run's records."""
+    """Lists of training, validation and skipped images, for images.json."""
     return {
         "training": [ref.title for ref in data.training.images],
         "validation": [ref.title for ref in data.validation.images],
@@ -121,7 +166,7 @@ def describe_images(data: NormalData) -> dict[str, Any]:
 
 
 def shuffled(config: TrainConfig, data: NormalData, read: ReadPatches) -> MapDataset:
-    """Endlessly many batches, augmented; of several processes each reads its own share."""
+    """Infinite sequence of shuffled, augmented batches; each process reads its share of the rows."""
     loading = config.data
     return training_batches(
         data.training.cells,
@@ -135,7 +180,7 @@ def shuffled(config: TrainConfig, data: NormalData, read: ReadPatches) -> MapDat
 
 
 def single_pass(config: TrainConfig, data: NormalData, read: ReadPatches) -> MapDataset:
-    """Every patch once, as it is, with the pixels of it that count."""
+    """Batches that contain every patch once, without augmentation, with the foreground of each patch."""
     return every_patch_once(
         data.training.cells,
         read,
@@ -146,30 +191,40 @@ def single_pass(config: TrainConfig, data: NormalData, read: ReadPatches) -> Map
 
 
 def patch_reader(loading: DataConfig, data: NormalData, reader: Reader, console: Console) -> ReadPatches:
-    """Reads training patches; what was decoded or shrunk is kept on the disk, as far as data.decoded_mb allows."""
+    """Reader of training patches, with a disk cache of decoded or resized images of at most data.decoded_mb MiB."""
     images, folder = data.training.images, loading.cache or cache_folder()
-    if loading.resize and loading.decoded_mb:  # what is kept of an image is small: what it is shrunk to
+    if loading.resize and loading.decoded_mb:  # only the small, resized images are cached
         shape = (loading.patch_size, loading.patch_size, data.how.channels)
         shrunk = Scratch([shape] * len(images), [np.dtype(np.float32)] * len(images), folder, NO_CACHE_REMEDY)
         return ReadPatches(images, data.how, reader, shrunk)
     decoded = DecodedReader(reader, images, loading.decoded_mb, folder)
     if not decoded.fits and loading.decoded_mb:
         console.print(
-            f"note: {decoded.needed_mb:.0f} MiB of decoded images are more than data.decoded_mb="
-            f"{loading.decoded_mb}; each patch is decoded anew, which is slower",
+            f"note: {decoded.needed_mb:.0f} MiB of decoded images exceed data.decoded_mb="
+            f"{loading.decoded_mb}; images are decoded for every patch, which is slower",
             highlight=False,
         )
     return ReadPatches(images, data.how, decoded)
 
 
 def files_of_batch(config: TrainConfig, data: NormalData, once: bool, number: int) -> list[str]:
-    """The images that a batch is cut from, in one pass or shuffled."""
+    """Names of the images of a batch.
+
+    Args:
+        config: Config of the run.
+        data: Images of the run.
+        once: Patches are read once, in order; otherwise shuffled.
+        number: Index of the batch.
+
+    Returns:
+        Names of the images.
+    """
     cells, size = data.training.cells, config.trainer.batch_size
     cells = CellsInOrder(cells, size)[number] if once else CellBatches(cells, size, config.seed)[number]
     return [data.training.images[i].title for i in np.unique(cells[:, 0])]
 
 
 def validation_patches(config: TrainConfig, data: NormalData, reader: Reader) -> np.ndarray:
-    """(n, P, P, C): the fixed patches on which the validation loss is measured."""
+    """Patches for the validation loss, (n, P, P, C)."""
     read = ReadPatches(data.validation.images, data.how, reader)
     return read(evenly_spaced(data.validation.cells, config.trainer.validation_patches))

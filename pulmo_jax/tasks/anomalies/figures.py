@@ -1,4 +1,4 @@
-"""Images with what was found in them: reconstructions, score maps, galleries of misses and false alarms."""
+"""Figures of images with detections: reconstructions, score maps, galleries of misses and false alarms."""
 
 import dataclasses
 import math
@@ -23,14 +23,14 @@ from pulmo_jax.evaluation.detection import label_regions
 from pulmo_jax.reporting.figures import TEXT_WIDTH_IN, literal, style
 from pulmo_jax.types import Window
 
-TRUTH, DETECTED = "#00E5FF", "#FFE600"  # cyan and yellow: apart from each other, from grey and from inferno
-BACKGROUND = "0.85"  # where there is no score
+TRUTH, DETECTED = "#00E5FF", "#FFE600"  # cyan and yellow, distinct from grey and from the inferno colours
+BACKGROUND = "0.85"  # colour of pixels without a score
 PANEL_WIDTH_IN = TEXT_WIDTH_IN / 4
 BAR_HEIGHT_IN = 0.1
-MAX_SIDE_PX = 1024  # more than a panel shows
+MAX_SIDE_PX = 1024  # exceeds the resolution of a panel
 DETAIL_PX = 128
 
-# How a block of pixels becomes one when an image is shrunk: what is small is kept.
+# Reduction of a block of pixels when an image is downsampled; small regions and peaks are preserved.
 POOL = {
     "image": np.mean,
     "reconstruction": np.mean,
@@ -42,11 +42,19 @@ POOL = {
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One image with what was found in it.
+    """An image with its detections.
 
-    image, reconstruction: normalised, shown from 0 to 1, in colour if C is 3, else the mean of the bands.
-    score: NaN outside the foreground. threshold: that of pixels. label: True for anomalous, None for unknown.
-    focus: what to show in detail, by default the largest true region, or without one the highest score.
+    Attributes:
+        title: Title.
+        image: Normalised image, shown from 0 to 1, in colour if C is 3, otherwise as the mean of the bands.
+        reconstruction: Normalised reconstruction, if any.
+        score: Score map; NaN outside the foreground.
+        truth: Ground truth, if known.
+        detected: Detected pixels.
+        image_score: Score of the image.
+        threshold: Pixel threshold.
+        label: True if abnormal; None: unknown.
+        focus: Window shown in detail; None: the largest true region, otherwise the highest score.
     """
 
     title: str
@@ -63,9 +71,14 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What figures show of an example, small however large the image: what to keep while images stream by.
+    """An example reduced to figure size, so that many examples fit in memory.
 
-    whole, detail: the image and a window of it, each shrunk to MAX_SIDE_PX by a step in pixels.
+    Attributes:
+        whole: The image, downsampled to at most MAX_SIDE_PX.
+        detail: A window of it, downsampled likewise.
+        window: The window, px.
+        whole_step: Downsampling factor of `whole`.
+        detail_step: Downsampling factor of `detail`.
     """
 
     whole: Example
@@ -83,7 +96,14 @@ def view(example: Example) -> View:
 
 
 def reconstructions(views: Sequence[View]) -> Figure:
-    """Image, reconstruction and their difference, of the examples with a reconstruction (one at least)."""
+    """Draw images, reconstructions and their differences.
+
+    Args:
+        views: Examples; at least one has a reconstruction, others are ignored.
+
+    Returns:
+        The figure.
+    """
     pairs = [(v, v.whole.reconstruction) for v in views if v.whole.reconstruction is not None]
     differences = [_difference(v.whole, reconstruction) for v, reconstruction in pairs]
     limit = _percentile(np.concatenate([np.abs(d).ravel() for d in differences]), 99.5)
@@ -102,7 +122,15 @@ def reconstructions(views: Sequence[View]) -> Figure:
 
 
 def score_maps(views: Sequence[View], title: str) -> Figure:
-    """Images and score maps, whole and in detail, with the contours of the truth and of what was detected."""
+    """Draw images and score maps, whole and in detail, with contours of ground truth and detections.
+
+    Args:
+        views: Examples.
+        title: Title of the figure.
+
+    Returns:
+        The figure.
+    """
     scale = _score_scale(views)
     with style():
         figure, panels, grid = _grid(views, 4, title)
@@ -135,11 +163,11 @@ def _show_part(
     _show(score_axes, part.score, scale)
     for axes in (image_axes, score_axes):
         _contour(axes, part.truth, TRUTH, 1.8 * width)
-    _contour(image_axes, part.detected, DETECTED, 0.7 * width)  # on the truth's, which it leaves to be seen
+    _contour(image_axes, part.detected, DETECTED, 0.7 * width)  # narrower than the contour of the truth below it
 
 
 def _grid(views: Sequence[View], n_columns: int, title: str = "") -> tuple[Figure, np.ndarray, GridSpec]:
-    """Rows of panels in the proportions of their images, and below them a row of the grid for colour bars."""
+    """Grid of panels with the aspect ratios of the images, and a row for colour bars."""
     aspects = [v.whole.score.shape[0] / v.whole.score.shape[1] for v in views]
     height_in = PANEL_WIDTH_IN * sum(aspects) + 0.16 * len(views) + (1.1 if title else 0.75)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0, compress=True)
@@ -152,12 +180,12 @@ def _grid(views: Sequence[View], n_columns: int, title: str = "") -> tuple[Figur
 
 
 def _name(panels: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Rows over their whole width, in the first one above the names of the columns."""
+    """Write the names of rows and columns above the panels."""
     for axes, name in zip(panels[0], columns, strict=True):
         axes.set_title(f"\n{name}", fontstyle="italic")
     for i, (axes, name) in enumerate(zip(panels[:, 0], rows, strict=True)):
         above = {"xytext": (0, 15 if i == 0 else 5), "textcoords": "offset points", "annotation_clip": False}
-        # Out of the layout, else a long name would widen its column; an empty title keeps the room.
+        # Excluded from the layout, because a long name would widen its column; an empty title reserves the space.
         axes.annotate(name, (0, 1), xycoords="axes fraction", **above).set_in_layout(False)
         if i > 0:
             axes.set_title(" ")
@@ -191,14 +219,14 @@ def _contour(axes: Axes, mask: np.ndarray | None, colour: str, width: float) -> 
     if mask is None or not mask.any():
         return
     height_px, width_px = mask.shape
-    closed = np.pad(mask, 1).astype(np.float32)  # else contours would be open at the image's edge
+    closed = np.pad(mask, 1).astype(np.float32)  # closes contours at the edge of the image
     x, y = np.arange(-1, width_px + 1), np.arange(-1, height_px + 1)
     lines = axes.contour(x, y, closed, levels=[0.5], colors=colour, linewidths=width)
     lines.set_path_effects(_outline(width + 0.5))
 
 
 def _outline(width: float) -> list[patheffects.AbstractPathEffect]:
-    """Black around a line or a letter, to be read on any image."""
+    """Black outline of a line or letter, for contrast on any image."""
     return [patheffects.withStroke(linewidth=width, foreground="black")]
 
 
@@ -214,7 +242,7 @@ def _bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, label: str, e
 
 def _score_bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, thresholds: list[float]) -> None:
     marks = ", ".join(f"{threshold:.3g}" for threshold in thresholds)
-    bar = _bar(figure, cell, scale, f"anomaly score (▼ threshold of a pixel: {marks})", extend="max")
+    bar = _bar(figure, cell, scale, f"anomaly score (▼ pixel threshold: {marks})", extend="max")
     above = bar.get_xaxis_transform()
     bar.plot(thresholds, [1.5] * len(thresholds), "v", color="black", ms=4, clip_on=False, transform=above)
 
@@ -233,7 +261,7 @@ def _legend(figure: Figure, views: Sequence[View]) -> None:
 
 
 def _score_scale(views: Sequence[View]) -> ScalarMappable:
-    """One for all: from 0, or the lowest score, to three thresholds or the highest scores."""
+    """Common colour scale, from 0 or the lowest score to three thresholds or the highest scores."""
     scores = np.concatenate([v.whole.score.ravel() for v in views])
     threshold = max(v.whole.threshold for v in views)
     low = min(0.0, _percentile(scores, 0.1), threshold)
@@ -242,18 +270,18 @@ def _score_scale(views: Sequence[View]) -> ScalarMappable:
 
 
 def _percentile(values: np.ndarray, percent: float) -> float:
-    """Of what is not NaN; 0 if all is."""
+    """Percentile ignoring NaN; 0 if all values are NaN."""
     kept = values[~np.isnan(values)]
     return float(np.percentile(kept, percent)) if kept.size else 0.0
 
 
 def _difference(example: Example, reconstruction: np.ndarray) -> Float32[np.ndarray, "H W"]:
-    """Image minus reconstruction, the mean of the bands, where there is a score."""
+    """Image minus reconstruction, mean over bands; NaN where the score is."""
     return np.where(np.isnan(example.score), np.float32(np.nan), (example.image - reconstruction).mean(axis=2))
 
 
 def _detail_window(example: Example) -> Window:
-    """Around the focus, twice its size or DETAIL_PX, in the proportions of the image and within it."""
+    """Window about the focus, of twice its size or DETAIL_PX, with the aspect ratio of the image."""
     height_px, width_px = example.score.shape
     box = example.focus or _focus(example)
     least = min(DETAIL_PX / max(height_px, width_px), 0.5)
@@ -294,7 +322,7 @@ def _shrunk(example: Example) -> tuple[Example, int]:
 
 
 def _blocks(array: np.ndarray, step: int) -> np.ndarray:
-    """(H, W, ...) to (h, step, w, step, ...); blocks that the edge cuts go on as it is."""
+    """Reshape (H, W, ...) to (h, step, w, step, ...), padded with edge values."""
     height, width, *bands = array.shape
     padding = [(0, -height % step), (0, -width % step), *[(0, 0) for _ in bands]]
     padded = np.pad(array, padding, mode="edge")
@@ -302,7 +330,16 @@ def _blocks(array: np.ndarray, step: int) -> np.ndarray:
 
 
 def patch_grid(patches: Float[np.ndarray, "B P P C"], rebuilt: Float[np.ndarray, "B P P C"], step: int) -> Figure:
-    """Patches above their reconstructions, normalised 0 to 1."""
+    """Draw patches above their reconstructions.
+
+    Args:
+        patches: Normalised patches.
+        rebuilt: Their reconstructions.
+        step: Training step, for the title.
+
+    Returns:
+        The figure.
+    """
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN, 2.2), layout="constrained")
         figure.suptitle(f"Validation patches, step {step}")

@@ -1,4 +1,4 @@
-"""Prediction of anomaly detection: maps and findings for new images."""
+"""Prediction for anomaly detection: score maps and findings for new images."""
 
 import csv
 import hashlib
@@ -29,7 +29,12 @@ from pulmo_jax.types import Detection, ImageTags, InputError
 
 @dataclass(frozen=True)
 class Context:
-    """Of a file: the name of its maps, and its place in the lung frame if it was aligned."""
+    """Context of an item.
+
+    Attributes:
+        maps: File name of its maps.
+        aligned: Its alignment, for a run on aligned images.
+    """
 
     maps: str
     aligned: Aligned | None
@@ -39,7 +44,16 @@ MAPS = {"score": np.dtype(np.float32), "pvalue": np.dtype(np.float32), "mask": n
 
 
 def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Skipped]]:
-    """One item for each file; of a run on aligned images, for its copy in the lung frame."""
+    """List the files to predict; they are aligned first if the training images were.
+
+    Args:
+        run: Opened run.
+        config: Config of `predict`.
+        place: Output folder and console.
+
+    Returns:
+        One item per file, and unusable files.
+    """
     data, output = run.config.data, config.output
     source, masks, aligned, unaligned = config.input, config.foreground or data.foreground, [], []
     if data.align_run is not None:
@@ -75,7 +89,17 @@ def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Sk
 def predict(
     run: Run, items: Sequence[Item], config: MapConfig, place: Place
 ) -> Iterator[tuple[Item, Record | Skipped]]:
-    """File by file; each is finished on disk before the next begins."""
+    """Predict file by file; the maps of a file are on disk before its record is returned.
+
+    Args:
+        run: Opened run.
+        items: Files.
+        config: Config of `predict`.
+        place: Output folder and console.
+
+    Yields:
+        Each item with its record, or with the reason for its failure.
+    """
     reader = Reader(run.config.data.max_image_mb)
     for item in items:
         try:
@@ -92,7 +116,19 @@ def collect(
     config: MapConfig,
     place: Place,
 ) -> Outputs:
-    """detections.csv; of a run on aligned images also maps and findings in the pixels of the images themselves."""
+    """Tables of all files; for aligned images also maps and findings in the original images.
+
+    Args:
+        run: Opened run.
+        items: Finished items.
+        records: Their records.
+        failed: Failed files.
+        config: Config of `predict`.
+        place: Output folder and console.
+
+    Returns:
+        detections.csv and summary.json.
+    """
     rows = [row for record in records for row in record["detections"]]
     data, tables = run.config.data, {"detections.csv": detections_csv(rows)}
     if data.align_run is not None:
@@ -134,9 +170,17 @@ def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, out
 def map_page(
     ref: ImageRef, run: Run, reader: Reader, writers: dict[str, PageWriter], overlay: Path
 ) -> tuple[dict[str, Any], list[Detection]]:
-    """Write the maps of one page, and return its part of the record and its findings.
+    """Write the maps of one page.
 
-    Of arrays as large as the page no more are held at once than the page and its maps would be.
+    Args:
+        ref: The page.
+        run: Opened run.
+        reader: Reader of the images.
+        writers: Writer of each kind of map.
+        overlay: Path of the overlay.
+
+    Returns:
+        Entry of the record, and the findings.
     """
     calibration = run.calibrations["method"]
     score, details, thumbnail = score_page(ref, run, reader)
@@ -169,16 +213,25 @@ def map_page(
 
 
 def maps_of(run: Run) -> dict[str, np.dtype]:
-    """The maps that are written of every image: what all methods give, and what this one adds."""
+    """Data types of the written maps, including those specific to the method."""
     return MAPS | dict.fromkeys(detail_names(run.scorer.method), np.dtype(np.float32))
 
 
 def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """The score map, the method's other maps, and the normalised pixels that the overlay shows; the page itself is let
-    go of. An amplitude is in the file's units, those of the bands' mean."""
+    """Score one page; its pixels are released on return to limit memory.
+
+    Args:
+        ref: The page.
+        run: Opened run.
+        reader: Reader of the images.
+
+    Returns:
+        Score map, further maps of the method (an amplitude is in the units of the file, averaged over bands), and
+        normalised pixels for the overlay, subsampled.
+    """
     pixels, foreground = reader.image(ref), reader.foreground(ref)
     if ref.page == ref.pages - 1:
-        reader.close()  # it may keep pages decoded, and none of them will be asked for again
+        reader.close()  # releases decoded pages, which are not needed again
     step = overlay_step(pixels.shape)
     details = run.scorer.details(pixels, foreground)
     if "amplitude" in details:
@@ -187,7 +240,7 @@ def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, dic
 
 
 def fingerprint_run(run: Run) -> str:
-    """Changes when anything that decides the maps does."""
+    """Digest of everything that determines the maps."""
     digest = hashlib.sha256(f"{run.step}".encode())
     for name in ("config.yaml", "preprocessing.json", "calibration.json"):
         digest.update((run.path / name).read_bytes())
@@ -203,7 +256,7 @@ def detections_csv(rows: Sequence[Record]) -> str:
 
 
 def summarise(run: Run, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
-    """What was done, with the thresholds that it was done with."""
+    """Content of summary.json: thresholds and results of all images."""
     calibration = run.calibrations["method"]
     images = [image for record in records for image in record["images"]]
     return {

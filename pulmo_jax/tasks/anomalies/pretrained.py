@@ -1,4 +1,4 @@
-"""What a run takes over from earlier ones: a trained network, and what other machines have counted."""
+"""Reuse of earlier runs: a trained network (`method.base_run`) and fitted statistics (`method.merge_runs`)."""
 
 import json
 from dataclasses import dataclass
@@ -18,16 +18,24 @@ from pulmo_jax.tasks.anomalies.run import load_config, load_run
 from pulmo_jax.training.state import TrainState, learnt
 from pulmo_jax.types import InputError
 
-# Of the preprocessing, what decides the numbers inside the foreground.
+# Fields of the preprocessing that determine the values in the foreground.
 SCALE = ("channels", "dtype", "patch_size", "resize", "offset", "scale", "clip")
 
-# Of the method, what decides what is counted.
+# Fields of the method that determine its statistics.
 COUNTED = ("of", "locations", "window_px", "stride", "n_features")
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A finished run whose network another one builds on. digest: of all that decides what it computes."""
+    """A finished run whose network is reused.
+
+    Attributes:
+        path: Run directory.
+        config: Its config.
+        how: Its preprocessing.
+        network: Parameters of its network.
+        digest: Digest of the run.
+    """
 
     path: Path
     config: TrainConfig
@@ -37,21 +45,36 @@ class Pretrained:
 
 
 def open_base(config: TrainConfig) -> Pretrained | None:
-    """The run that method.base_run names. Raises InputError if it is none, or not of a network."""
+    """Open the run method.base_run, if any.
+
+    Args:
+        config: Config of the new run.
+
+    Returns:
+        The base run; None if the config has none.
+
+    Raises:
+        InputError: If it is not a finished run, or has no trained network.
+    """
     name = config.method.get("base_run")
     if name is None:
         return None
     path = Path(name).absolute()
     before, how, method, state, _ = load_run(path, config.plugins)
     if isinstance(method, OnePass):
-        raise InputError(
-            f"method.base_run={path}: its method has no network of its own; give the run of an autoencoder"
-        )
+        raise InputError(f"method.base_run={path}: its method trains no network; give the run of an autoencoder")
     return Pretrained(path, before, how, learnt(method, state), digest_of_run(path))
 
 
 def with_base(config: TrainConfig) -> TrainConfig:
-    """With the network's own description and patches, which the config cannot choose anew."""
+    """Copy model and patch size from the base run to the config.
+
+    Args:
+        config: Config of the new run.
+
+    Returns:
+        The config with the model, patch size and resizing of the base run.
+    """
     name = config.method.get("base_run")
     if name is None:
         return config
@@ -70,7 +93,20 @@ def with_base(config: TrainConfig) -> TrainConfig:
 
 
 def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretrained | None) -> TrainState:
-    """The state before training, with the base's network and with what other runs have counted."""
+    """Initialise a training state with the network of a base run and the statistics of merged runs.
+
+    Args:
+        fresh: Initial state of the method.
+        method: The method.
+        data: Normal images of the run.
+        base: Base run, if any.
+
+    Returns:
+        The state before training.
+
+    Raises:
+        InputError: If the runs do not fit the method or the data.
+    """
     if not isinstance(method, PatchGaussian):
         return fresh
     if base is not None:
@@ -90,7 +126,15 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
 
 
 def require_fit_windows(method: PatchGaussian, data: NormalData) -> None:
-    """Raises InputError where no image has room for a single window."""
+    """Check that at least one image is as large as a window.
+
+    Args:
+        method: The method.
+        data: Normal images of the run.
+
+    Raises:
+        InputError: If all images are smaller.
+    """
     side, first = method.window_side, data.training.images[0]
     if not data.how.resize and all(min(ref.shape[:2]) < side for ref in data.training.images):
         raise InputError(
@@ -99,21 +143,37 @@ def require_fit_windows(method: PatchGaussian, data: NormalData) -> None:
         )
 
 
-def require_new(path: Path, counted_once: dict[Path, set[str]]) -> None:
-    """Every image counts once. Adds the images of the run at `path` to `counted_once`. Raises InputError."""
+def require_new(path: Path, used: dict[Path, set[str]]) -> None:
+    """Check that no image is used twice.
+
+    Args:
+        path: A run to merge.
+        used: Images used so far by folder; the images of the run are added.
+
+    Raises:
+        InputError: If the run shares images with an earlier one.
+    """
     before, titles = load_config(path).data.train, set(json.loads((path / "images.json").read_text())["training"])
-    assert before is not None  # a finished run has them
-    twice = sorted(counted_once.get(before.resolve(), set()) & titles)
+    assert before is not None  # always set in a finished run
+    twice = sorted(used.get(before.resolve(), set()) & titles)
     if twice:
         raise InputError(
-            f"method.merge_runs: {len(twice)} of the training images of {path} ({twice[0]}, …) are counted already, "
-            "here or in another of the runs; every image counts once"
+            f"method.merge_runs: {len(twice)} of the training images of {path} ({twice[0]}, …) are also used "
+            "by this run or another run of the list; each image may be used once"
         )
-    counted_once[before.resolve()] = counted_once.get(before.resolve(), set()) | titles
+    used[before.resolve()] = used.get(before.resolve(), set()) | titles
 
 
 def require_unseen(data: NormalData, base: Pretrained) -> None:
-    """Thresholds from images that the network was trained on would be too low."""
+    """Check that the base network was not trained on the validation images, which would bias the thresholds.
+
+    Args:
+        data: Normal images of the run.
+        base: Base run.
+
+    Raises:
+        InputError: If it was.
+    """
     trained = set(json.loads((base.path / "images.json").read_text())["training"])
     seen = sorted(trained & {ref.title for ref in data.validation.images})
     if seen and base.config.data.train == data_root(data.validation):
@@ -124,19 +184,32 @@ def require_unseen(data: NormalData, base: Pretrained) -> None:
 
 
 def data_root(scan: Scan) -> Path:
-    """The folder that images come from."""
+    """Folder of the images of a scan."""
     ref = scan.images[0]
     return ref.path.parents[len(Path(ref.name).parts) - 1]
 
 
 def counted(path: Path, like: Params, method: PatchGaussian, data: NormalData) -> Params:
-    """What another run has counted. Raises InputError where it counted something else."""
+    """Statistics of another run.
+
+    Args:
+        path: Run to merge.
+        like: Parameters of the new run.
+        method: Method of the new run.
+        data: Normal images of the new run.
+
+    Returns:
+        Parameters of the other run.
+
+    Raises:
+        InputError: If its method, normalisation or network differs.
+    """
     _, how, other, state, _ = load_run(path.absolute())
     if not isinstance(other, PatchGaussian):
-        raise InputError(f"method.merge_runs: {path} is the run of another method; give runs of patch Gaussians")
+        raise InputError(f"method.merge_runs: {path} is a run of another method; give runs of patch Gaussians")
     different = [name for name in COUNTED if getattr(other, name) != getattr(method, name)]
     if different:
-        raise InputError(f"method.merge_runs: {path} was made with another method.{', method.'.join(different)}")
+        raise InputError(f"method.merge_runs: {path} differs in method.{', method.'.join(different)}")
     if any(getattr(how, name) != getattr(data.how, name) for name in SCALE):
         raise InputError(
             f"method.merge_runs: {path} has another normalisation; train all with data.normalize=fixed and the same "
@@ -146,5 +219,5 @@ def counted(path: Path, like: Params, method: PatchGaussian, data: NormalData) -
     if len(networks[0]) != len(networks[1]) or any(
         a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(*networks, strict=True)
     ):
-        raise InputError(f"method.merge_runs: {path} saw its images through another network")
+        raise InputError(f"method.merge_runs: {path} uses another network")
     return state.params

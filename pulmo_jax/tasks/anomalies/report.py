@@ -1,4 +1,4 @@
-"""The sections of a run's report: figures and tables from what training and testing found."""
+"""Sections of the report of an anomaly-detection run: figures and tables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ LAW_IMAGES, TILES_AT_ONCE = 32, 16  # for the figure of distances
 
 
 def named(run: Run, name: str) -> str:
-    """A score's name for people: the run's for its method."""
+    """Display name of a score: the class name of the method, or the name of the baseline."""
     return run.config.method["_target_"].rpartition(".")[2].lower() if name == METHOD else name
 
 
@@ -47,7 +47,7 @@ def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
     threshold = calibration.image_threshold
     figure = figures.score_histogram(scores, None, threshold.value, interval(threshold), "image")
     text = (
-        f"From {len(scores)} normal validation images in {threshold.n_groups} groups alone. Pixel threshold "
+        f"Set on {len(scores)} normal validation images in {threshold.n_groups} groups. Pixel threshold "
         f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}."
     )
     saved = figures.save(figure, out_dir / "figures", "calibration")
@@ -57,26 +57,53 @@ def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
 
 
 def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: Reader, out_dir: Path) -> list[Section]:
-    """Normal images as the model sees them, evenly picked from those that it was not trained on."""
+    """Examples of normal validation images, evenly spaced.
+
+    Args:
+        run: Calibrated run.
+        refs: Normal validation images.
+        count: Maximum number of examples.
+        reader: Reader of the images.
+        out_dir: Output folder.
+
+    Returns:
+        At most one section.
+    """
     if not refs:
         return []
     picked = [refs[i] for i in np.unique(np.linspace(0, len(refs) - 1, min(count, len(refs))).astype(int))]
     views = [view(example(run, ref, Truth(abnormal=False), reader)) for ref in picked]
     drawn = {"validation_score_maps": score_maps(views, "Normal validation images")}
-    if rebuilds(run):
+    if reconstructs(run):
         drawn["validation_reconstructions"] = reconstructions(views)
     paths = [figures.save(figure, out_dir / "figures", name) for name, figure in drawn.items()]
     counts = {"shown": len(views), "images": len(refs)}
-    return [Section("Validation images", "Normal, not trained on.", [captioned(p, CAPTIONS, **counts) for p in paths])]
+    return [
+        Section(
+            "Validation images",
+            "Normal images that were not used for training.",
+            [captioned(p, CAPTIONS, **counts) for p in paths],
+        )
+    ]
 
 
-def rebuilds(run: Run) -> bool:
-    """Whether the model makes something of an image that is not the image itself."""
+def reconstructs(run: Run) -> bool:
+    """Whether the model has a reconstruction, other than the identity."""
     return run.config.model["_target_"] != f"{Identity.__module__}.{Identity.__qualname__}"
 
 
 def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_dir: Path) -> list[Section]:
-    """How far the windows of normal images, held out from the fit, are from the Gaussian's mean."""
+    """Mahalanobis distances of the windows of held-out normal images, compared with their theoretical distribution.
+
+    Args:
+        run: Calibrated run.
+        refs: Normal validation images.
+        reader: Reader of the images.
+        out_dir: Output folder.
+
+    Returns:
+        One section for patch Gaussians, otherwise none.
+    """
     method = run.scorer.method
     if not refs or not isinstance(method, PatchGaussian):
         return []
@@ -89,10 +116,10 @@ def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_di
     observed = {name: (p <= nominal[:, None]).mean(1) for name, p in laws.items()}
     figure = figures.distance_law(np.sort(distance), d, nominal, observed)
     text = (
-        f"{distance.size} windows of {len(picked)} normal images that the fit has not seen, against what Gaussian data "
-        f"would give: {d} dimensions, learnt from {n:.0f} windows{'' if method.locations == 'pooled' else ' a place'}. "
-        "Where the curve is above the diagonal, p-values of theory promise too few false alarms; the thresholds are "
-        "from the calibration, which assumes no law."
+        f"{distance.size} windows of {len(picked)} held-out normal images, compared with the distribution for Gaussian "
+        f"data: {d} dimensions, fitted to {n:.0f} windows{'' if method.locations == 'pooled' else ' per location'}. "
+        "Above the diagonal, theoretical p-values underestimate the false-alarm rate; the thresholds come from the "
+        "calibration, which assumes no distribution."
     )
     saved = figures.save(figure, out_dir / "figures", "distances")
     counts = {"windows": distance.size, "images": len(picked)}
@@ -100,7 +127,17 @@ def distance_sections(run: Run, refs: Sequence[ImageRef], reader: Reader, out_di
 
 
 def window_distances(method: PatchGaussian, run: Run, refs: Sequence[ImageRef], reader: Reader) -> np.ndarray:
-    """Squared Mahalanobis distances of the windows that lie in the foreground, of tiles side by side."""
+    """Squared Mahalanobis distances of all windows in the foreground, from non-overlapping tiles.
+
+    Args:
+        method: Patch Gaussian.
+        run: Calibrated run.
+        refs: Images.
+        reader: Reader of the images.
+
+    Returns:
+        Distances, (N,).
+    """
     read, size = ReadPatches(list(refs), run.scorer.how, reader), run.scorer.how.patch_size
     measure = jax.jit(lambda params, batch, inside: (method.distances(params, batch), method.whole(inside)))
     found = []
@@ -109,7 +146,9 @@ def window_distances(method: PatchGaussian, run: Run, refs: Sequence[ImageRef], 
         ys, xs = range(0, max(height - size, 0) + 1, size), range(0, max(width - size, 0) + 1, size)
         cells = np.array([(i, y, x) for y in ys for x in xs])
         for first in range(0, len(cells), TILES_AT_ONCE):
-            some = np.resize(cells[first : first + TILES_AT_ONCE], (TILES_AT_ONCE, 3))  # repeated: one shape to compile
+            some = np.resize(
+                cells[first : first + TILES_AT_ONCE], (TILES_AT_ONCE, 3)
+            )  # padded by repetition to one compiled shape
             distance, whole = map(np.asarray, measure(run.scorer.params, *read.with_inside(some)))
             count = min(TILES_AT_ONCE, len(cells) - first)
             found.append(distance[:count][whole[:count]])
@@ -128,7 +167,18 @@ def interval(threshold: Threshold) -> tuple[float, float] | None:
 def assessment_sections(
     run: Run, assessment: Assessment, scores: dict[str, Any], views: dict[str, list[View]], out_dir: Path
 ) -> list[Section]:
-    """Tables, curves, histograms and galleries of the test images."""
+    """Tables, curves, histograms and galleries of the test images.
+
+    Args:
+        run: Calibrated run.
+        assessment: Scores of the test images.
+        scores: Figures of merit.
+        views: Examples by gallery: hits, misses, false_alarms.
+        out_dir: Output folder.
+
+    Returns:
+        Sections of the report.
+    """
     folder = out_dir / "figures"
     tables: list[Table] = metrics_tables(scores)
     n = scores["test"]
@@ -151,9 +201,9 @@ def assessment_sections(
         for kind, title in galleries.items()
         if views[kind]
     ]
-    several = (views["hits"] or views["misses"])[:2] + views["false_alarms"][:2] if rebuilds(run) else []
-    paths = [figures.save(reconstructions(several), folder, "reconstructions")] if several else []
-    pairs = [captioned(path, CAPTIONS, shown=len(several), **counts) for path in paths]
+    selected = (views["hits"] or views["misses"])[:2] + views["false_alarms"][:2] if reconstructs(run) else []
+    paths = [figures.save(reconstructions(selected), folder, "reconstructions")] if selected else []
+    pairs = [captioned(path, CAPTIONS, shown=len(selected), **counts) for path in paths]
     text = f"{n['abnormal_images']} abnormal and {n['normal_images']} normal images in {n['groups']} groups."
     return [
         Section("Test", f"{text} Intervals are 95 % bootstrap intervals by group.", [], tables),
@@ -164,7 +214,7 @@ def assessment_sections(
 
 
 def curve_figures(run: Run, assessment: Assessment) -> dict[str, Any]:
-    """ROC, precision-recall and histograms, by file name."""
+    """ROC, precision-recall, calibration and histogram figures by file name."""
     labels = np.array(assessment.abnormal)
     result: dict[str, Any] = {}
     if labels.any() and not labels.all():
@@ -197,7 +247,7 @@ def curve_figures(run: Run, assessment: Assessment) -> dict[str, Any]:
 
 
 def false_alarm_figure(run: Run, state: PixelMetrics) -> Any:
-    """The share of normal test pixels whose p-value is at most each nominal rate: calibrated is the diagonal."""
+    """Observed against nominal false-alarm rate of normal test pixels."""
     score, at_least = np.array(run.calibrations[METHOD].normal_pixel_scores).T
     p_value = (1 + at_least) / (1 + run.calibrations[METHOD].pixel_threshold.n_scores)
     nominal = np.geomspace(max(p_value.min(), 1e-5), 0.5, 16)
@@ -209,7 +259,7 @@ def false_alarm_figure(run: Run, state: PixelMetrics) -> Any:
 
 
 def cut(run: Run, name: str, unit: str) -> float | None:
-    """The calibrated threshold, drawn for the method alone."""
+    """Calibrated threshold of the method, for 'pixel' or 'image'; None for baselines."""
     return getattr(run.calibrations[name], f"{unit}_threshold").value if name == METHOD else None
 
 
@@ -247,7 +297,18 @@ def curve(
 def example_views(
     run: Run, assessment: Assessment, count: int, truth_of: Callable[[ImageRef], Truth], reader: Reader
 ) -> dict[str, list[View]]:
-    """The images of each gallery, scored once more and shrunk for the figures."""
+    """Score the images of each gallery again and reduce them to figure size.
+
+    Args:
+        run: Calibrated run.
+        assessment: Scores of the test images.
+        count: Images per gallery.
+        truth_of: Ground truth of an image.
+        reader: Reader of the images.
+
+    Returns:
+        Examples by gallery.
+    """
     chosen = choose_examples(assessment, count)
     return {kind: [view(example(run, ref, truth_of(ref), reader)) for ref in refs] for kind, refs in chosen.items()}
 

@@ -1,4 +1,4 @@
-"""What a run on anomalies returns for one image."""
+"""Result of anomaly detection for one image."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +13,17 @@ from pulmo_jax.types import Detection
 
 @dataclass(frozen=True, eq=False)
 class AnomalyResult:
-    """Maps and findings of one image; of a run on aligned images, in the lung frame.
+    """Maps and findings of one image, in the lung frame if the run aligns its images.
 
     Attributes:
         title: Name of the image.
         image: Normalised pixels.
-        score: Anomaly score, larger is less normal; NaN outside the foreground.
-        p_value: Share of normal validation pixels that score at least as high; NaN outside the foreground.
+        score: Anomaly score, higher is more abnormal; NaN outside the foreground.
+        p_value: Fraction of normal validation pixels that score at least as high; NaN outside the foreground.
         mask: Pixels of the findings.
-        findings: Regions above the pixel threshold, the highest first; coordinates in px from 0.
+        findings: Regions above the pixel threshold, highest first; coordinates in px from 0.
         image_score: Score of the whole image; NaN if nothing was scored.
-        image_p_value: Share of normal validation images that score at least as high; NaN if nothing was scored.
+        image_p_value: Fraction of normal validation images that score at least as high; NaN if nothing was scored.
         anomalous: Whether the image score is above its threshold.
         pixel_threshold: Score above which a pixel is abnormal.
     """
@@ -40,7 +40,7 @@ class AnomalyResult:
     pixel_threshold: float
 
     def figure(self) -> Any:
-        """The image, its score map and the outlines of the findings."""
+        """Figure of the image and its score map with the outlines of the findings."""
         example = Example(
             title=self.title,
             image=self.image,

@@ -127,7 +127,7 @@ def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Pr
 
 def load_config(run: Path) -> TrainConfig:
     if task_of(run) != TrainConfig.model_fields["task"].default:
-        raise InputError(f"run={run}: is of task={task_of(run)}; give a run that maps anomalies")
+        raise InputError(f"run={run}: is a run of task={task_of(run)}; give a run of task=anomalies")
     return validate(TrainConfig, load_values(run))
 
 
@@ -165,8 +165,8 @@ def missing_masks(refs: Sequence[ImageRef], run: Run) -> str:
     if not without or run.config.data.foreground is None:
         return ""
     return (
-        f"{without} of {len(refs)} images have no foreground mask and are mapped whole, but the run was trained and "
-        "calibrated inside masks: everything outside will be called abnormal. Give a folder of same-named masks."
+        f"{without} of {len(refs)} images have no foreground mask and are scored completely, but the run was trained "
+        "and calibrated within masks: pixels outside will be reported as abnormal. Give a folder of foreground masks."
     )
 
 

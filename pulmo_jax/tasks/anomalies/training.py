@@ -97,7 +97,7 @@ def with_images(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
     if data.val is not None:
         raise InputError(f"data.val={data.val} is given without data.train; give both, or none for the sample")
     if data.align_run is not None:
-        raise InputError(f"data.align_run={data.align_run}: the sample holds no chest X-rays; give data.train=DIR")
+        raise InputError(f"data.align_run={data.align_run}: the sample has no chest X-rays; give data.train=DIR")
     sample = fetch_lung_ct(data.cache, place.console)
     folders = {name: sample / name for name in FOLDERS}
     given = {name: getattr(data, name) for name in ("test", "test_masks") if data.test is not None}
@@ -230,8 +230,8 @@ def require_one_frame(config: TrainConfig) -> None:
     """A Gaussian at each place needs the same places in every image."""
     if config.method.get("locations") == "each" and not config.data.resize:
         raise InputError(
-            "method.locations=each needs data.resize=true: aligned images are then shrunk to data.patch_size, whatever "
-            "their size, and a place is the same in all; for images that are not aligned take method.locations=pooled"
+            "method.locations=each needs data.resize=true: it models one Gaussian per location of aligned "
+            "images, resized to data.patch_size; for images that are not aligned use method.locations=pooled"
         )
 
 

@@ -33,16 +33,19 @@ from pulmo_jax.tasks.classification.run import ClassifierRun, Plan, allowed_netw
 from pulmo_jax.types import InputError
 
 LEAKS = "random split (leaks)"
-BLOCK = 512  # images that are held at once
+BLOCK = 512  # images classified at a time
 COMPARED = ("auroc", "balanced_accuracy", "accuracy")
 Probabilities = Float[np.ndarray, "R N K"]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the networks say of the images that they are tested on, NaN where a repeat tests none.
+    """Out-of-fold predictions; NaN where a repeat does not test an image.
 
-    honest: calibrated; as_trained: the same before calibration; leaky: of the random splits, None without any.
+    Attributes:
+        honest: Calibrated probabilities.
+        as_trained: Probabilities before calibration.
+        leaky: Calibrated probabilities with random splits, if any.
     """
 
     honest: Probabilities
@@ -53,7 +56,18 @@ class Predictions:
     def of(
         plan: Plan, logits: Sequence[np.ndarray], scalings: Sequence[Scaling], count: int, n_classes: int
     ) -> "Predictions":
-        """logits: of each network at the rows that it tests."""
+        """Average the networks of each repeat.
+
+        Args:
+            plan: Plan of the cross-validation.
+            logits: Logits of each network for its test images.
+            scalings: Calibration of each network.
+            count: Number of images.
+            n_classes: Number of classes.
+
+        Returns:
+            Out-of-fold predictions.
+        """
         plain = [Scaling(1.0, (0.0,) * n_classes)] * len(scalings)
         honest, leaky = plan.honest, [i for i, member in enumerate(plan.members) if member.leaky]
 
@@ -74,7 +88,13 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Tested:
-    """Labelled images and what was said of them. results: by name, the run's own first."""
+    """Labelled images with predictions.
+
+    Attributes:
+        found: Labelled images.
+        results: Probabilities by method, the run first, then baselines.
+        as_trained: Probabilities of the run before calibration, if known.
+    """
 
     found: ClassSet
     results: dict[str, Probabilities]
@@ -90,17 +110,30 @@ class Tested:
 
 
 def mean_of(p: Probabilities) -> Float[np.ndarray, "N K"]:
-    """Over the repeats that test an image; NaN where none does."""
+    """Mean over the repeats that test an image; NaN if there are none."""
     known = np.isfinite(p)
     return np.where(known.any(0), np.where(known, p, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
 
 
 def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -> ClassSet:
-    """The images of other class folders. Raises InputError where their classes are not the run's."""
+    """Read labelled test images.
+
+    Args:
+        run: Opened run.
+        config: Config of `evaluate`.
+        place: Output folder and console.
+
+    Returns:
+        Images with class labels.
+
+    Raises:
+        InputError: If their classes differ from those of the run, or images cannot be used.
+    """
     data = config.data
     if data.normal_name not in (None, run.classes[run.normal]):
         raise InputError(
-            f"data.normal_name={data.normal_name}: that of {config.run} is {run.classes[run.normal]}; leave it out"
+            f"data.normal_name={data.normal_name}: the normal class of {config.run} is {run.classes[run.normal]}; omit "
+            "this key"
         )
     own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
     options = run.config.data.model_copy(update=own)
@@ -120,7 +153,20 @@ def assess_training(
     objective: float,
     place: Place,
 ) -> Findings:
-    """The cross-validation that has just ended: every image judged by networks that have not seen it."""
+    """Report of a finished cross-validation.
+
+    Args:
+        run: Calibrated run.
+        found: Images of the run.
+        plan: Plan of the cross-validation.
+        predictions: Out-of-fold predictions.
+        training: Summary of the training.
+        objective: Objective of a sweep.
+        place: Output folder and console.
+
+    Returns:
+        Metrics and report.
+    """
     name, results = method_name(run), {}
     results[name] = predictions.honest
     repeats = len(predictions.honest)
@@ -133,9 +179,10 @@ def assess_training(
     tables = {"out_of_fold.csv": out_of_fold_csv(found, plan, predictions.honest)}
     warnings = list(found.notes)
     if run.config.trainer.split == "random" and len(set(found.groups)) < len(found.refs):
-        of = f"{len(found.refs)} images in {len(set(found.groups))} groups"
+        counts = f"{len(found.refs)} images in {len(set(found.groups))} groups"
         warnings.insert(
-            0, f"trainer.split=random: copies stand on both sides of the split ({of}): too good to be true."
+            0,
+            f"trainer.split=random: copies are in both training and test sets ({counts}), so the results are optimistic.",
         )
     tested = Tested(found, results, predictions.as_trained)
     options, seed = run.config.evaluation, run.config.seed
@@ -145,7 +192,21 @@ def assess_training(
 def assess_test_set(
     run: ClassifierRun, found: ClassSet, place: Place, options: EvaluationConfig, seed: int
 ) -> Findings:
-    """Labelled images that the run meets: each judged by the mean of the networks that may."""
+    """Evaluate a run on labelled images; copies are classified only by networks that were not trained on them.
+
+    Args:
+        run: Opened run.
+        found: Labelled images.
+        place: Output folder and console.
+        options: Options of the evaluation.
+        seed: Random seed of the bootstrap.
+
+    Returns:
+        Metrics and report.
+
+    Raises:
+        InputError: If all images are copies of training images of every network.
+    """
     allowed, copies = allowed_networks(run, found)
     rows = np.arange(len(found.refs))
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
@@ -155,19 +216,19 @@ def assess_test_set(
     warnings = [*relabelled(run, found), *found.notes]
     if copies:
         none_left = len(found.refs) - int(allowed.any(axis=1).sum())
-        more = f", and {none_left}, which all have, are left out." if none_left else "."
+        more = f"; {none_left} images without such a network are excluded." if none_left else "."
         warnings.insert(
             0,
-            f"{copies} of the {len(found.refs)} images are copies, exact or nearly, of those that the run was made "
-            f"with; each is judged by those networks alone that have not learnt from it{more}",
+            f"{copies} of the {len(found.refs)} images are exact or near copies of images of the run; each is "
+            f"classified only by networks that were not trained on it{more}",
         )
     if np.isnan(mean).all():
         raise InputError(
-            f"all {len(found.refs)} images are copies of those that every network of {run.path} has learnt from: "
-            "nothing is left to test on; give other images"
+            f"all {len(found.refs)} images are copies of training images of every network of {run.path}: "
+            "no image is left for the test; give other images"
         )
     results = {method_name(run): mean[None]}
-    if not copies:  # a baseline that had learnt from them would be too good
+    if not copies:  # otherwise the baselines would be biased
         known = np.array([image["metadata"] for image in run.images])
         labels = np.array([run.classes.index(image["label"]) for image in run.images])
         size = len(run.classes), run.config.seed
@@ -178,16 +239,18 @@ def assess_test_set(
 
 
 def relabelled(run: ClassifierRun, found: ClassSet) -> list[str]:
-    """A note where files that the run was made with are of another class now."""
+    """Note on files whose class differs from that in the run."""
     before = {image["content"]: image["label"] for image in run.images}
     now = [found.classes[label] for label in found.labels]
-    told = zip(found.titles, now, found.contents, strict=True)
-    other = [f"{title} (was {before[content]})" for title, name, content in told if before.get(content, name) != name]
+    labelled = zip(found.titles, now, found.contents, strict=True)
+    other = [
+        f"{title} (was {before[content]})" for title, name, content in labelled if before.get(content, name) != name
+    ]
     if not other:
         return []
     return [
-        f"{len(other)} images are of another class than when the run was made, such as {other[0]}; they count as what "
-        "they are called here. One of the labels is wrong: take these files out, or train anew with the right ones"
+        f"{len(other)} images have another class than in the run, such as {other[0]}; their present class is used. "
+        "One of the labels is wrong: remove these files, or train again with the correct labels"
     ]
 
 
@@ -196,7 +259,16 @@ def method_name(run: ClassifierRun) -> str:
 
 
 def baselines(found: ClassSet, plan: Plan, leaky: bool) -> dict[str, Probabilities]:
-    """On the same folds: what the files' sizes tell, and the shares of the classes."""
+    """Baselines on the same folds: a classifier of file metadata, and the class frequencies.
+
+    Args:
+        found: Images of the run.
+        plan: Plan of the cross-validation.
+        leaky: Use the random splits.
+
+    Returns:
+        Probabilities by baseline.
+    """
     features, k = metadata_features(found), len(found.classes)
     which = [i for i, member in enumerate(plan.members) if member.leaky == leaky and member.number == 0]
     first = plan.members[which[0]].repeat
@@ -213,7 +285,7 @@ def baselines(found: ClassSet, plan: Plan, leaky: bool) -> dict[str, Probabiliti
 
 
 def out_of_fold_csv(found: ClassSet, plan: Plan, honest: Probabilities) -> str:
-    """One row an image and repeat: what was said of it by those who had not seen it."""
+    """out_of_fold.csv: out-of-fold predictions, one row per image and repeat."""
     columns = ["repeat", "fold", "filename", "class", "group", "label", *(f"p_{name}" for name in found.classes)]
     first = {(m.repeat, m.fold): plan.folds[i].test for i, m in enumerate(plan.members) if not m.leaky}
     rows = [
@@ -243,12 +315,27 @@ def findings_of(
     tables: Mapping[str, str] | None = None,
     objective: float = math.nan,
 ) -> Findings:
-    """Figures of merit with intervals, and the report."""
+    """Figures of merit with intervals, and the report.
+
+    Args:
+        run: Calibrated run.
+        tested: Labelled images with predictions.
+        out_dir: Output folder.
+        options: Options of the evaluation.
+        seed: Random seed of the bootstrap.
+        warnings: Warnings for the report.
+        training: Summary of the training, if any.
+        tables: Further tables by file name.
+        objective: Objective of a sweep.
+
+    Returns:
+        Metrics and report.
+    """
     training = training or {}
     found, drawn = tested.found, (tested.found.labels, tested.found.groups, run.positive, options.replicates, seed)
     estimates = {name: class_figures(p, *drawn) for name, p in tested.results.items()}
     metrics: dict[str, Any] = {
-        "image": {name: {key: asdict(e) for key, e in of.items()} for name, of in estimates.items()},
+        "image": {name: {key: asdict(e) for key, e in values.items()} for name, values in estimates.items()},
         "differences": {},
         "test": {"images": class_counts(found), "groups": len(set(found.groups))},
         "calibration": calibration_facts(run, tested),
@@ -275,7 +362,7 @@ def findings_of(
 
 
 def calibration_facts(run: ClassifierRun, tested: Tested) -> dict[str, Any]:
-    """How the probabilities were scaled, and what that has done."""
+    """Temperatures of the calibration, and the calibration error before it."""
     temperatures = [1 / scaling.scale for scaling in run.scalings]
     facts: dict[str, Any] = {"temperature": {"lowest": min(temperatures), "highest": max(temperatures)}}
     if tested.as_trained is not None:
@@ -285,7 +372,9 @@ def calibration_facts(run: ClassifierRun, tested: Tested) -> dict[str, Any]:
 
 def difference_table(differences: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [[name, cell(dict(gap))] for name, gap in differences.items()]
-    return Table("AUROC less that of", ["", "difference"], rows, ["Paired: the same images are drawn for both."])
+    return Table(
+        "AUROC minus the AUROC of", ["", "difference"], rows, ["Paired bootstrap: the same images are drawn for both."]
+    )
 
 
 def as_markdown(table: Table) -> str:
@@ -307,7 +396,7 @@ def report_sections(
 
     def save(figure: Any, name: str, **counts: int) -> CaptionedFigure:
         path = figures.save(figure, folder, name)
-        figure.clear()  # its parts refer to each other, and would hold what they drew until they are collected
+        figure.clear()  # breaks reference cycles, which would keep the drawn arrays in memory
         return captioned(path, CAPTIONS, **shared, **counts)
 
     shared = {
@@ -329,26 +418,26 @@ def report_sections(
     parts = {"calibrated": tested.own} | ({} if tested.as_trained is None else {"as trained": tested.as_trained})
     reliable = {name: (reliability(mean_of(p), found.labels), mean_ece(p, found.labels)) for name, p in parts.items()}
     text = (
-        f"{len(found.refs)} images in {len(set(found.groups))} groups; copies are of one group, and no group stands on "
-        "two sides of a split. Intervals are 95 % bootstrap intervals over groups."
+        f"{len(found.refs)} images in {len(set(found.groups))} groups; copies share a group, and no group is in both "
+        "training and test set. Intervals are 95 % bootstrap intervals over groups."
     )
     return [
         Section("Results", text, results, tables),
         Section("Calibration", "", [save(draw.reliability_diagram(reliable), "reliability")], []),
-        Section("Where the decision comes from", "", galleries(run, tested, options.examples, save), []),
+        Section("Saliency", "", galleries(run, tested, options.examples, save), []),
         *(training_sections(run.path, out_dir, training) if training else []),
     ]
 
 
 def mean_ece(p: Probabilities, labels: Int[np.ndarray, "N"]) -> float:
-    """Over the repeats."""
-    return float(np.mean([expected_calibration_error(of_one, labels) for of_one in p]))
+    """Expected calibration error, mean over the repeats."""
+    return float(np.mean([expected_calibration_error(repeat, labels) for repeat in p]))
 
 
 def galleries(
     run: ClassifierRun, tested: Tested, count: int, save: Callable[..., CaptionedFigure]
 ) -> list[CaptionedFigure]:
-    """The surest of those that are right, spread over the classes, and the surest of those that are wrong."""
+    """Galleries of the most confident correct predictions, balanced over classes, and of the most confident errors."""
     mean, labels = tested.mean, tested.found.labels
     known = np.atleast_1d(np.isfinite(mean).all(axis=1))
     sure, right = np.where(known, mean.max(1), -1), np.asarray(mean.argmax(1) == labels)
@@ -366,7 +455,7 @@ def galleries(
 
 
 def one_of_each_group(rows: Sequence[int], groups: Sequence[str]) -> list[int]:
-    """The first of each, so that a gallery does not show copies."""
+    """First image of each group, so that a gallery shows no copies."""
     first: dict[str, int] = {}
     for row in rows:
         first.setdefault(groups[row], row)
@@ -374,12 +463,12 @@ def one_of_each_group(rows: Sequence[int], groups: Sequence[str]) -> list[int]:
 
 
 def examples(run: ClassifierRun, tested: Tested, which: Int[np.ndarray, "_"]) -> list[ClassExample]:
-    """With the saliency of the class that each was called, averaged over all networks."""
-    found, said = tested.found, tested.mean[which].argmax(1)
-    maps = run.saliency(found.squares.stack(which), said)
-    sure = [f"{run.classes[label]} {p:.2f}" for label, p in zip(said, tested.mean[which].max(1), strict=True)]
+    """Examples with the saliency of the predicted class, averaged over all networks."""
+    found, predicted = tested.found, tested.mean[which].argmax(1)
+    maps = run.saliency(found.squares.stack(which), predicted)
+    sure = [f"{run.classes[label]} {p:.2f}" for label, p in zip(predicted, tested.mean[which].max(1), strict=True)]
     notes = [f"{text}, is {run.classes[found.labels[row]]}" for text, row in zip(sure, which, strict=True)]
-    return [example(run, found, *of) for of in zip(which.tolist(), notes, maps, strict=True)]
+    return [example(run, found, *row) for row in zip(which.tolist(), notes, maps, strict=True)]
 
 
 def example(run: ClassifierRun, found: ClassSet, row: int, note: str, saliency: np.ndarray) -> ClassExample:

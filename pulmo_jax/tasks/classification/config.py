@@ -11,33 +11,38 @@ from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConf
 
 
 class ClassifierDataConfig(Section):
-    """Images in subfolders, one for each class."""
+    """Images in class subfolders."""
 
-    root: ImageFolder | None = Field(default=None, description="folder of the class folders, or a store of it")
-    synthetic: Bool = Field(default=False, description="slices that are drawn instead, for a first look")
+    root: ImageFolder | None = Field(default=None, description="folder with one subfolder per class, or a store of it")
+    synthetic: Bool = Field(default=False, description="use synthetic brain slices instead of data.root")
     cache: PathLike | None = Field(
-        default=None, description="folder of drawn slices; null: $PULMO_JAX_CACHE or the user's cache"
+        default=None, description="folder for the synthetic slices; null: $PULMO_JAX_CACHE or the user's cache folder"
     )
-    normal_name: str | None = Field(
-        default=None, description="of two classes the one without the finding; null: the first by name"
-    )
+    normal_name: str | None = Field(default=None, description="the normal one of two classes; null: the first by name")
     group_regex: Regex | None = Field(
-        default=None, description="its first group in a file's name is the patient; copies always stay together"
+        default=None,
+        description="extracts the patient ID from the file name (first group); null: each file and its copies",
     )
     near_bits: Int = Field(
-        default=6, ge=0, le=20, description="of 63 of the perceptual hash, that near copies may differ in"
+        default=6,
+        ge=0,
+        le=20,
+        description="near copies differ in at most this many of the 63 bits of the perceptual hash",
     )
     val_fraction: Float = Field(
-        default=0.1, gt=0, lt=1, description="share of a fold's training groups that validate and calibrate"
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="fraction of each fold's training groups used for validation and calibration",
     )
     test_fraction: Float = Field(
-        default=0.2, gt=0, lt=1, description="share of the groups that test where trainer.folds=1"
+        default=0.2, gt=0, lt=1, description="fraction of the groups in the test set if trainer.folds=1"
     )
-    crop: Bool = Field(default=True, description="cut away the empty border of each image first")
-    on_error: Literal["stop", "skip"] = Field(default="stop", description="what a file that is of no use does")
-    max_image_mb: Int = Field(default=2048, ge=1, description="largest decoded image that is accepted, MiB")
-    threads: Int = Field(default=4, ge=1, le=256, description="reading threads")
-    prefetch: Int = Field(default=4, ge=1, description="batches read ahead")
+    crop: Bool = Field(default=True, description="crop the empty border of each image")
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="stop at, or skip, unusable files")
+    max_image_mb: Int = Field(default=2048, ge=1, description="largest accepted image after decoding, MiB")
+    threads: Int = Field(default=4, ge=1, le=256, description="number of reader threads")
+    prefetch: Int = Field(default=4, ge=1, description="number of batches prefetched")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ClassifierDataConfig":
@@ -47,27 +52,41 @@ class ClassifierDataConfig(Section):
 
 
 class ClassifierTrainerConfig(TrainerConfig):
-    """Cross-validation, and the loop that trains all its networks together."""
+    """Cross-validation and the training loop; the networks of all folds are trained together."""
 
-    folds: Int = Field(default=5, ge=1, le=100, description="parts, each tested once; 1: one part is held out")
-    repeats: Int = Field(default=1, ge=1, le=100, description="times that this is done, each time with other parts")
-    members: Int = Field(default=1, ge=1, le=64, description="networks of each fold, from other initial parameters")
-    split: Literal["group", "random"] = Field(
-        default="group", description="random takes copies apart: for showing what that leaks, and nothing else"
+    folds: Int = Field(
+        default=5, ge=1, le=100, description="number of cross-validation folds; 1: a single held-out test set"
     )
-    leak: Bool = Field(default=True, description="also train on random splits, once, to show beside what they leak")
-    class_weights: Bool = Field(default=False, description="every class counts alike in the loss, however rare")
-    scale_batch: Bool = Field(default=False, description="batch_size is of one device, and grows with their number")
+    repeats: Int = Field(
+        default=1, ge=1, le=100, description="number of repeats of the cross-validation, each with new folds"
+    )
+    members: Int = Field(
+        default=1, ge=1, le=64, description="ensemble size: networks per fold, with different initial parameters"
+    )
+    split: Literal["group", "random"] = Field(
+        default="group", description="split by group, or by image (random; leaks copies, for comparison only)"
+    )
+    leak: Bool = Field(
+        default=True, description="also train once on random splits and report the optimistic bias of the leak"
+    )
+    class_weights: Bool = Field(
+        default=False, description="weight the classes equally in the loss, independent of their frequency"
+    )
+    scale_batch: Bool = Field(default=False, description="batch_size is per device instead of in total")
 
 
 class ClassifierConfig(Section):
     """python -m pulmo_jax.train +experiment=brain_mri"""
 
     name: str = Field(default="classes", description="title of the run")
-    seed: Int = Field(default=0, ge=0, lt=2**31, description="of initial parameters, batches, splits and bootstrap")
-    resume: Bool = Field(default=False, description="go on from the last checkpoint of hydra.run.dir")
-    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that _target_ may name")
-    task: Literal["classification"] = Field(default="classification", description="kind of job; an experiment sets it")
+    seed: Int = Field(
+        default=0, ge=0, lt=2**31, description="random seed of initial parameters, batches, splits and bootstrap"
+    )
+    resume: Bool = Field(default=False, description="resume from the last checkpoint in hydra.run.dir")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
+    task: Literal["classification"] = Field(
+        default="classification", description="name of the task, set by the experiment"
+    )
     data: ClassifierDataConfig = ClassifierDataConfig()
     method: Node
     optimizer: Node
@@ -80,12 +99,12 @@ class ClassifierConfig(Section):
 class ClassTestConfig(Section):
     """Labelled images."""
 
-    test: ImageFolder = Field(description="folder of the class folders, or a store of it")
-    normal_name: str | None = Field(default=None, description="the class without the finding; null: as in the run")
+    test: ImageFolder = Field(description="folder with one subfolder per class, or a store of it")
+    normal_name: str | None = Field(default=None, description="the normal one of two classes; null: as in the run")
     group_regex: Regex | None = Field(
-        default=None, description="extracts the patient ID from a file's name (first group); null: as in the run"
+        default=None, description="extracts the patient ID from the file name (first group); null: as in the run"
     )
-    on_error: Literal["stop", "skip"] = Field(default="stop", description="what an unusable file does")
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="stop at, or skip, unusable files")
 
 
 class EvaluateClassesConfig(EvaluateConfig):

@@ -1,4 +1,4 @@
-"""Images in class folders as a classification job sees them: listed, grouped with their copies, divided into folds."""
+"""Labelled images in class folders: listing, reading, detection of copies, and grouping."""
 
 import hashlib
 from collections import Counter
@@ -25,16 +25,26 @@ from pulmo_jax.types import InputError
 SHOWN = 3  # names in a message
 WANTED = (
     "data.root must be given: a folder with one subfolder of images for each class, such as DIR/yes and DIR/no, or a "
-    "store that `python -m pulmo_jax.ingest` made of it.\n"
-    'The set that this experiment is about is called "Brain MRI Images for Brain Tumor Detection" (253 slices, by N. '
-    "Chakrabarty); it is found under that name on Kaggle. For a first look at drawn slices: data=synthetic_mri"
+    "store created from it by `python -m pulmo_jax.ingest`.\n"
+    'The data set of this experiment is "Brain MRI Images for Brain Tumor Detection" (253 slices, by N. '
+    "Chakrabarty), available on Kaggle. To try the method on synthetic slices: data=synthetic_mri"
 )
 
 
 @dataclass(frozen=True)
 class ClassSet:
-    """Images and their classes. labels: index into `classes`. groups: what must stay together in a split. contents:
-    SHA-256 of each file; looks: perceptual hash of each page."""
+    """Images with class labels.
+
+    Attributes:
+        refs: Images.
+        classes: Names of the classes.
+        labels: Class of each image, as an index into `classes`.
+        groups: Group of each image; images of a group stay together in a split.
+        contents: SHA-256 of each file.
+        looks: Perceptual hash of each page.
+        squares: Resized images.
+        notes: Notes for the report.
+    """
 
     refs: tuple[ImageRef, ...]
     classes: tuple[str, ...]
@@ -53,11 +63,20 @@ class ClassSet:
 def read_classes(
     root: Path, data: ClassifierDataConfig, size: int, console: Console, classes: Sequence[str] | None = None
 ) -> ClassSet:
-    """Every image of the class folders. Raises InputError for what cannot be used, or leaves it out, as data.on_error
-    says.
+    """Read the images of class folders.
 
-    size: side of the squares. classes: those of a run, which a test set must not go beyond; None: as found, two or
-    more.
+    Args:
+        root: Folder with one subfolder per class, or a store.
+        data: Data config.
+        size: Side length of the resized images, px.
+        console: For progress and notes.
+        classes: Allowed classes, those of a run; None: the subfolders, at least two.
+
+    Returns:
+        Images with class labels.
+
+    Raises:
+        InputError: If images cannot be used and data.on_error is "stop", or if the classes do not fit.
     """
     refs, failed = index_images(root, group_regex=data.group_regex, max_image_mb=data.max_image_mb)
     if not refs:
@@ -65,7 +84,7 @@ def read_classes(
     require_folders(root, refs)
     reader = Reader(data.max_image_mb)
     squares = Squares.empty(refs, size, data.crop, reader)
-    contents, looks, bad = known_or_read(root, refs, squares, data.threads, console)
+    contents, looks, bad = read_hashes(root, refs, squares, data.threads, console)
     failed = [*failed, *(Skipped(refs[i].title, reason) for i, reason in bad.items())]
     contradicting = label_conflicts(refs, contents)
     failed += [Skipped(refs[i].title, reason) for i, reason in contradicting.items()]
@@ -98,29 +117,37 @@ def require_folders(root: Path, refs: Sequence[ImageRef]) -> None:
     loose = [ref.name for ref in refs if not label_of(ref.name)]
     if loose:
         raise InputError(
-            f"{root}: {len(loose)} images lie in no class folder ({', '.join(loose[:SHOWN])}); put every image into a "
-            f"subfolder that is named by its class, such as {root.name}/yes and {root.name}/no"
+            f"{root}: {len(loose)} images are in no class subfolder ({', '.join(loose[:SHOWN])}); put every image "
+            f"into a subfolder named after its class, such as {root.name}/yes and {root.name}/no"
         )
 
 
 def require_classes(root: Path, found: Sequence[str], classes: Sequence[str] | None) -> None:
     if classes is None and len(found) < 2:
-        raise InputError(
-            f"{root}: holds images of one class only ({found[0]}); give a subfolder for each class, two or more"
-        )
+        raise InputError(f"{root}: has images of one class only ({found[0]}); at least two class subfolders are needed")
     unknown = sorted(set(found) - set(classes or found))
     if unknown:
         raise InputError(
-            f"{root}: has classes that the run does not know ({', '.join(unknown)}); it knows "
-            f"{', '.join(classes or ())}: rename the folders, or leave them out"
+            f"{root}: has classes that are not in the run ({', '.join(unknown)}); the run has "
+            f"{', '.join(classes or ())}: rename or remove the folders"
         )
 
 
-def known_or_read(
+def read_hashes(
     root: Path, refs: Sequence[ImageRef], squares: Squares, threads: int, console: Console
 ) -> tuple[list[str], np.ndarray, dict[int, str]]:
-    """Of every image the file's SHA-256 and the perceptual hash, which a store knows and a folder must be read for; and
-    what is wrong with those that cannot be read."""
+    """Hashes of every image, from the records of a store or by reading the files of a folder.
+
+    Args:
+        root: Folder or store.
+        refs: Images.
+        squares: Resized images, filled while reading.
+        threads: Number of reader threads.
+        console: For progress.
+
+    Returns:
+        SHA-256 of each file, perceptual hash of each image, and the errors of unreadable images by index.
+    """
     if is_store(root):
         store = open_store(root)
         records = (store.by_name[ref.name][ref.page] for ref in refs)
@@ -145,44 +172,53 @@ def known_or_read(
 
 
 def label_conflicts(refs: Sequence[ImageRef], contents: Sequence[str]) -> dict[int, str]:
-    """Files of the same bytes in different classes: one of the labels is wrong, and nobody can tell which."""
+    """Identical files in different classes, of which one label must be wrong; messages by index."""
     first: dict[tuple[str, int], int] = {}
     wrong: dict[int, str] = {}
     for i, (ref, content) in enumerate(zip(refs, contents, strict=True)):
         other = first.setdefault((content, ref.page), i)
         if content and label_of(refs[other].name) != label_of(ref.name):
             both = (
-                f"{refs[other].path} and {ref.path} are the same file in two classes; take one of them out, or give as "
-                "data.root the folder whose subfolders are the classes"
+                f"{refs[other].path} and {ref.path} are the same file in two classes; remove one of them, or set "
+                "data.root to the folder whose subfolders are the classes"
             )
             wrong |= {i: both, other: both}
     return wrong
 
 
 def across_classes(groups: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A note where groups (patients, near copies) stand in more than one class."""
+    """Note on groups (patients, near copies) with images in several classes."""
     classes: dict[str, set[str]] = {}
     for group, name in zip(groups, names, strict=True):
         classes.setdefault(group, set()).add(name)
-    mixed = [group for group, of in classes.items() if len(of) > 1]
+    mixed = [group for group, names in classes.items() if len(names) > 1]
     if not mixed:
         return []
     return [
-        f"{len(mixed)} groups (a patient's images, or images that look alike) stand in more than one class, such as "
-        f"that of {mixed[0]}; they are kept together, look whether their labels are right"
+        f"{len(mixed)} groups (images of one patient, or near copies) have images in several classes, such as "
+        f"the group of {mixed[0]}; they are kept together, check their labels"
     ]
 
 
 def settle(failed: Sequence[Skipped], on_error: str, console: Console) -> None:
-    """Files that cannot be used stop the run, or are named and left out."""
+    """Raise an error for unusable files, or print them.
+
+    Args:
+        failed: Unusable files.
+        on_error: "stop" or "skip".
+        console: For the messages.
+
+    Raises:
+        InputError: If there are any and `on_error` is "stop".
+    """
     if failed and on_error == "stop":
         more = f"{len(failed)} files cannot be used; " if len(failed) > 1 else ""
         raise InputError(
-            f"{failed[0].reason.splitlines()[0]}\n({more}repair or remove what is named, or leave such files out with "
+            f"{failed[0].reason.splitlines()[0]}\n({more}repair or remove the file, or skip such files with "
             "data.on_error=skip)"
         )
     for file in failed:
-        console.print(f"left out: {file.reason}", markup=False, highlight=False)
+        console.print(f"skipped: {file.reason}", markup=False, highlight=False)
 
 
 def none_left(failed: Sequence[Skipped]) -> InputError:
@@ -190,14 +226,14 @@ def none_left(failed: Sequence[Skipped]) -> InputError:
 
 
 def left_out(failed: Sequence[Skipped]) -> list[str]:
-    return [f"{len(failed)} files were left out, such as {failed[0].reason.splitlines()[0]}"] if failed else []
+    return [f"{len(failed)} files were skipped, such as {failed[0].reason.splitlines()[0]}"] if failed else []
 
 
 # --- records
 
 
 def describe_set(found: ClassSet) -> dict[str, Any]:
-    """What a run was made with: enough to tell later whether an image was among it."""
+    """Content of images.json: images with labels, groups and hashes, by which copies are recognised later."""
     return {
         "classes": list(found.classes),
         "images": [
@@ -217,7 +253,7 @@ def describe_set(found: ClassSet) -> dict[str, Any]:
 
 
 def digest_of(found: ClassSet, folds: Iterable[Fold]) -> str:
-    """Changes with the images, their classes, their groups or their folds."""
+    """Digest of the images, classes, groups and folds."""
     digest = hashlib.sha256()
     for title, label, group, content in zip(found.titles, found.labels, found.groups, found.contents, strict=True):
         digest.update(f"{title}\0{label}\0{group}\0{content}\n".encode())
@@ -233,7 +269,7 @@ def class_counts(found: ClassSet) -> dict[str, int]:
 
 
 def metadata_features(found: ClassSet) -> np.ndarray:
-    """(N, 6) of what a file says without its picture: height, width, their ratio, bands, bytes, bytes for a pixel."""
+    """File metadata of each image, (N, 6): height, width, aspect ratio, bands, bytes, bytes per pixel."""
     height, width, bands = np.array([ref.shape for ref in found.refs], float).T
     sizes = np.array([file_bytes(ref) for ref in found.refs], float)
     return np.stack([height, width, height / width, bands, sizes, sizes / (height * width)], axis=1)

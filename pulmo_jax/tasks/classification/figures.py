@@ -1,6 +1,6 @@
-"""Figures of classified images: how well classes are told apart, how sure that is, and where in an image it comes from.
+"""Figures of classification: performance, calibration, and saliency.
 
-Saliency runs from none to the most of each image: its colours compare places, not images.
+Saliency is scaled to the maximum of each image, so colours cannot be compared between images.
 """
 
 import textwrap
@@ -49,11 +49,16 @@ OPACITY = np.float32(0.75) * np.clip(np.linspace(-0.25, 2, 256, dtype=np.float32
 
 
 def roc_curves(curves: Mapping[str, tuple[Int[np.ndarray, "N"], Float[np.ndarray, "R N"]]], positive: str) -> Figure:
-    """ROC and precision-recall curves, the method first and baselines after it: means over repeats, at each
-    false-positive rate and at each recall. The first method's band runs from its lowest repeat to its highest.
+    """ROC and precision-recall curves, averaged over repeats at fixed false-positive rate and recall.
 
-    curves: labels (1: of the positive class) and the scores of each repeat, NaN for what it did not predict. Repeats
-    with images of one class only do not count.
+    Args:
+        curves: Labels (1: positive class) and scores of each repeat (NaN: not predicted) by method, the run first,
+            then baselines. Repeats with images of a single class are ignored. The band of the first method spans its
+            repeats.
+        positive: Name of the positive class.
+
+    Returns:
+        The figure.
     """
     means, bands = [], None
     for name, (labels, scores) in curves.items():
@@ -82,20 +87,20 @@ def roc_curves(curves: Mapping[str, tuple[Int[np.ndarray, "N"], Float[np.ndarray
 
 
 def _vertical_roc(repeats: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """False-positive rates, each twice, and every repeat's true-positive rate just before and at them.
+    """False-positive rates, each twice, and the true-positive rates of every repeat just before and at them.
 
-    Vertical averaging as in Fawcett, "An introduction to ROC analysis", 2006, section 9.1, but on all rates that occur
-    and on both sides of a step: the area under the mean is the mean area.
+    Vertical averaging as in Fawcett, "An introduction to ROC analysis", 2006, section 9.1, but at all occurring rates
+    and on both sides of a step, so that the area under the mean curve is the mean area.
     """
     curves = [roc_curve(*pair)[:2] for pair in repeats]
     fpr = _grid([x for x, _ in curves])
-    # np.interp takes the last of several points at one x; from the right that is the first.
+    # np.interp uses the last of several points with the same x; from the right this is the first.
     sides = [(np.interp(-fpr, -x[::-1], y[::-1]), np.interp(fpr, x, y)) for x, y in curves]
     return np.repeat(fpr, 2), np.array([np.stack(side, -1).ravel() for side in sides])
 
 
 def _vertical_precision(repeats: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Recalls, and every repeat's precision at the highest threshold that reaches them."""
+    """Recalls, and the precision of every repeat at the highest threshold that reaches them."""
     curves = [precision_recall_curve(*pair)[:2] for pair in repeats]
     rising = [(precision[-2::-1], recall[-2::-1]) for precision, recall in curves]  # without scikit-learn's (1, 0)
     recall = _grid([np.zeros(1), *(x for _, x in rising)])
@@ -108,10 +113,13 @@ def _grid(values: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def reliability_diagram(parts: Mapping[str, tuple[Any, float]]) -> Figure:
-    """Accuracy against confidence, bin by bin with 95 % intervals, and below it the number of predictions in each bin.
+    """Reliability diagram: accuracy against confidence with 95 % intervals, and the number of predictions per bin.
 
-    parts: by name a `Reliability` of evaluation.class_calibration, or whatever has its fields, over bins of equal width
-    from 0 to 1; and the expected calibration error.
+    Args:
+        parts: `Reliability` over bins of equal width from 0 to 1, and the expected calibration error, by name.
+
+    Returns:
+        The figure.
     """
     with style():
         figure = Figure(figsize=(COLUMN_WIDTH_IN, 4.3), layout="constrained")
@@ -136,7 +144,15 @@ def reliability_diagram(parts: Mapping[str, tuple[Any, float]]) -> Figure:
 
 
 def confusion_matrix(counts: Float[np.ndarray, "K K"], classes: Sequence[str]) -> Figure:
-    """Images by true class (rows) and predicted class (columns): how many, and what share of the row."""
+    """Confusion matrix with counts and row percentages.
+
+    Args:
+        counts: Number of images by true class (rows) and predicted class (columns).
+        classes: Names of the classes.
+
+    Returns:
+        The figure.
+    """
     total, n = counts.sum(1, keepdims=True), len(classes)
     share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
     with style():
@@ -167,7 +183,7 @@ def validation_gallery(
     classes: Sequence[str],
     step: int,
 ) -> Figure:
-    """Validation images with the class that a network in training assigns, and its probability."""
+    """Validation images with the class predicted during training, and its probability."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     with style():
@@ -184,7 +200,7 @@ def validation_gallery(
 
 
 def comparison(rows: Mapping[str, Mapping[str, Estimate]], figures: Sequence[str]) -> Figure:
-    """What was found in each row, such as a method, with its 95 % interval: a panel for each figure of merit."""
+    """Estimates with 95 % intervals by row (such as a method), one panel per figure of merit."""
     lines = -(-len(figures) // PANELS)
     columns = -(-len(figures) // lines)
     names = [textwrap.fill(literal(name, 60), 26) for name in rows]
@@ -221,7 +237,14 @@ def _interval(axes: Axes, place: int, estimate: Estimate, colour: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ClassExample:
-    """One image and where in it the decision comes from, 0 for nowhere; the note says what was decided."""
+    """An image with its saliency.
+
+    Attributes:
+        title: Title.
+        image: Grey values from 0 to 255.
+        saliency: Saliency; 0: none.
+        note: Text on the prediction.
+    """
 
     title: str
     image: UInt8[np.ndarray, "H W"]
@@ -230,7 +253,7 @@ class ClassExample:
 
 
 def saliency_gallery(examples: Sequence[ClassExample], title: str) -> Figure:
-    """Images, each beside itself under its saliency."""
+    """Gallery of images, each beside its saliency map."""
     columns = min(PAIRS, len(examples))
     lines = -(-len(examples) // columns)
     pairs = [beside_saliency(example.image, example.saliency) for example in examples]
@@ -254,9 +277,9 @@ def saliency_gallery(examples: Sequence[ClassExample], title: str) -> Figure:
 
 
 def beside_saliency(image: UInt8[np.ndarray, "H W"], saliency: Float[np.ndarray, "H W"]) -> UInt8[np.ndarray, "h w 3"]:
-    """The image, and right of it the image under its saliency, which is transparent where low.
+    """Image beside a copy overlaid with its saliency, which is transparent where it is low.
 
-    Low images are enlarged by a whole factor, large ones shrunk.
+    Small images are enlarged by an integer factor, large images are downsampled.
     """
     height, width = image.shape
     greatest = max(image.shape)
@@ -274,7 +297,14 @@ def beside_saliency(image: UInt8[np.ndarray, "H W"], saliency: Float[np.ndarray,
 def write_saliency_overlay(
     path: Path, image: UInt8[np.ndarray, "H W"], saliency: Float[np.ndarray, "H W"], lines: Sequence[str]
 ) -> None:
-    """`beside_saliency` as PNG above lines of text; drawn by Pillow, for every predicted image of a folder."""
+    """Write the output of `beside_saliency` with lines of text as PNG.
+
+    Args:
+        path: Output file.
+        image: Grey values from 0 to 255.
+        saliency: Saliency.
+        lines: Text below the images.
+    """
     pair = Image.fromarray(beside_saliency(image, saliency))
     font = ImageFont.truetype(FONT, max(FONT_MIN_PX, pair.height // 40))
     line_px, margin = round(1.4 * font.size), round(font.size / 2)
@@ -289,7 +319,7 @@ def write_saliency_overlay(
 
 
 def _fitting(line: str, width_px: int, font: ImageFont.FreeTypeFont) -> str:
-    """A line that is too long loses its middle."""
+    """Shorten a long line in its middle."""
     text = short = " ".join(line.splitlines())
     while font.getlength(short) > width_px:
         half = len(short) // 2 - 1

@@ -1,4 +1,4 @@
-"""Prediction of classification: labels, probabilities, and saliency maps."""
+"""Prediction for classification: labels, probabilities, and saliency maps."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +39,7 @@ def read(run: ClassifierRun, config: PredictConfig, place: Place) -> tuple[list[
 def predict(
     run: ClassifierRun, items: Sequence[Item], config: PredictConfig, place: Place
 ) -> Iterator[tuple[Item, Record | Skipped]]:
-    """Batch by batch: read, classify, draw."""
+    """Read, classify and draw the images in batches."""
     for batch in chunks(items, IMAGES_PER_BATCH):
         item_of = {item.refs[0].title: item for item in batch}
         reader = Reader(run.config.data.max_image_mb)
@@ -56,7 +56,7 @@ def collect(
     config: PredictConfig,
     place: Place,
 ) -> Outputs:
-    """predictions.csv."""
+    """Tables of all images: predictions.csv and summary.json."""
     tables = {"predictions.csv": as_table(records, run.classes)} if records else {}
     counts = ", ".join(f"{sum(r['label'] == name for r in records)} {name}" for name in run.classes)
     return Outputs(tables, summarise(run, records), counts)
@@ -65,7 +65,17 @@ def collect(
 def classify(
     run: ClassifierRun, refs: Sequence[ImageRef], output: Path, reader: Reader
 ) -> tuple[list[tuple[ImageRef, Record]], list[Skipped]]:
-    """The probabilities of each image, with its overlay written; and the images that could not be classified."""
+    """Classify images and write their overlays.
+
+    Args:
+        run: Opened run.
+        refs: Images.
+        output: Output folder of the prediction.
+        reader: Reader of the images.
+
+    Returns:
+        Records of the classified images, and the failed images.
+    """
 
     def read(ref: ImageRef) -> np.ndarray | Skipped:
         try:
@@ -73,7 +83,7 @@ def classify(
         except InputError as error:
             return Skipped(ref.title, str(error))
         if not np.isfinite(square).all():
-            return Skipped(ref.title, f"{ref.path}: its values are too large to be judged; leave it out")
+            return Skipped(ref.title, f"{ref.path}: its values are too large to be classified; remove this image")
         return square
 
     with ThreadPoolExecutor(run.config.data.threads) as pool:
@@ -118,7 +128,7 @@ def overlay_path(ref: ImageRef, output: Path) -> Path:
 
 
 def as_table(records: Sequence[Record], classes: Sequence[str]) -> str:
-    """std: between the networks."""
+    """predictions.csv; std is the standard deviation over the networks."""
     columns = ["filename", "label", *(f"p_{name}" for name in classes), *(f"std_{name}" for name in classes)]
     return as_csv(columns, [{name: record[name] for name in columns} for record in records])
 

@@ -1,4 +1,4 @@
-"""What a classification run returns for one image."""
+"""Result of classification for one image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ class ClassResult:
 
     Attributes:
         title: Name of the image.
-        image: Gray values from 0 to 255, for the picture.
-        label: The most probable class.
-        probabilities: Calibrated, by class: the mean over the networks.
+        image: Grey values from 0 to 255, for display.
+        label: Most probable class.
+        probabilities: Calibrated probability by class, mean over the networks.
         std: Standard deviation over the networks, by class.
-        saliency: How much each pixel speaks for the label, relative to the largest.
+        saliency: Contribution of each pixel to the label, relative to the largest.
     """
 
     title: str
@@ -32,7 +32,7 @@ class ClassResult:
     saliency: Float[ndarray, "H W"]
 
     def figure(self) -> Any:
-        """The image beside itself under its saliency."""
+        """Figure of the image beside its saliency map."""
         return saliency_gallery([ClassExample(self.title, self.image, self.saliency, self.note)], "")
 
     @property

@@ -132,7 +132,7 @@ class ClassifierRun:
         ref, pixels = one_image(image, page, self.config.data.max_image_mb)
         square = square_of(pixels, self.size, self.config.data.crop)
         if not np.isfinite(square).all():
-            raise InputError(f"{ref.path}: its values are too large to be classified; leave it out")
+            raise InputError(f"{ref.path}: its values are too large to be classified; remove this image")
         by_network = self.of_networks(square[None])[:, 0]
         mean, spread = by_network.mean(0), by_network.std(0)
         label = int(mean.argmax())
@@ -168,8 +168,8 @@ def check_nodes(config: ClassifierConfig) -> None:
     target = find_target(config.method, "method", config.plugins)
     if not (isinstance(target, type) and (issubclass(target, Descended) or issubclass(target, Counted))):
         raise InputError(
-            f"method._target_={config.method['_target_']}: tells no classes apart (no `logits` with `train_loss` or "
-            f"`fit`); there are: {', '.join(CHOICES['method'])}"
+            f"method._target_={config.method['_target_']}: is no classifier (it needs `logits` with `train_loss` or "
+            f"`fit`); choose among: {', '.join(CHOICES['method'])}"
         )
     check_node(config.method, "method", config.plugins)
 

@@ -111,7 +111,7 @@ def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, s
     if root is None and config.resume and (place.run_dir / "config.yaml").is_file():
         before = load_values(place.run_dir)["data"]
         if "root" not in before:
-            raise InputError(f"resume=true: {place.run_dir} tells no classes apart; give another hydra.run.dir")
+            raise InputError(f"resume=true: {place.run_dir} is not a classification run; give another hydra.run.dir")
         root = Path(before["root"])
     elif data.synthetic:
         root = synthetic_mri(data.cache, place.console)
@@ -141,7 +141,7 @@ def normal_class(found: ClassSet, name: str | None) -> int:
     if name is None:
         return 0
     if name not in found.classes:
-        raise InputError(f"data.normal_name={name}: is none of the classes, {', '.join(found.classes)}")
+        raise InputError(f"data.normal_name={name}: is not one of the classes, {', '.join(found.classes)}")
     return found.classes.index(name)
 
 

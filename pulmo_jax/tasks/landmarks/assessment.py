@@ -1,4 +1,4 @@
-"""A landmark run on labelled images: errors beside baselines, coverage, quality flags, and the report."""
+"""Evaluation of landmarks on labelled images: errors, baselines, coverage, quality flags, and the report."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,13 +36,19 @@ from pulmo_jax.tasks.landmarks.figures import LandmarkExample
 from pulmo_jax.tasks.landmarks.run import LandmarkRun
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.68, 0.8, 0.9, 0.95, 0.99)
-NOTABLE_PX = 0.5  # of the labels' own floor
+NOTABLE_PX = 0.5  # rounding error of the labels above which a note is shown
 UNIT_NAMES = {"px": "px", "px_at_224": "px at 224", "percent_of_diagonal": "% of the diagonal"}
 
 
 @dataclass(frozen=True)
 class Tested:
-    """What was found in labelled images. errors: px, by method: the run's own first, then the baselines."""
+    """Predictions for labelled images.
+
+    Attributes:
+        labelled: Labelled images.
+        found: Predicted landmarks.
+        errors: Radial errors by method, px, the run first, then baselines.
+    """
 
     labelled: Labelled
     found: Found
@@ -58,7 +64,19 @@ class Tested:
 
 
 def read_test(run: LandmarkRun, config: EvaluateLandmarksConfig, place: Place) -> Labelled:
-    """The images of a table, with the run's own keys where the config has none."""
+    """Read labelled test images; keys missing in the config are those of the run.
+
+    Args:
+        run: Opened run.
+        config: Config of `evaluate`.
+        place: Output folder and console.
+
+    Returns:
+        Labelled images.
+
+    Raises:
+        InputError: If images or table cannot be used.
+    """
     data, trained = config.data, run.config.data
     own = {key: getattr(data, key) or getattr(trained, key) for key in ("group_regex", "class_regex")}
     options = trained.model_copy(update=own | {"on_error": data.on_error, "normal_name": data.normal_name})
@@ -71,7 +89,7 @@ def read_test(run: LandmarkRun, config: EvaluateLandmarksConfig, place: Place) -
 
 
 def assess(run: LandmarkRun, data: Labelled, config: EvaluateLandmarksConfig, place: Place) -> Findings:
-    """The run's errors, and those of the baselines."""
+    """Evaluate a run and its baselines on labelled images."""
     normal, options = config.data.normal_name, config.evaluation
     return assess_landmarks(run, data, place, options, normal=normal, seed=config.seed, notes=data.notes)
 
@@ -89,14 +107,22 @@ def assess_landmarks(
     chosen_on: bool = False,
     objective: float = math.nan,
 ) -> Findings:
-    """Errors, coverage and quality flags on labelled images; draws the figures of the report.
+    """Errors, coverage and quality flags on labelled images, and the figures of the report.
 
     Args:
-        normal: The class that the others are compared with.
-        training: Facts of the training that has just ended.
-        chosen_on: The images are the validation images, on which checkpoint and uncertainties were set, so that the
-            errors are optimistic.
-        objective: What a sweep minimises.
+        run: Calibrated run.
+        labelled: Labelled images.
+        place: Output folder and console.
+        options: Options of the evaluation.
+        normal: Reference class.
+        seed: Random seed of the bootstrap.
+        training: Summary of the training, if any.
+        notes: Warnings for the report.
+        chosen_on: The images are the validation images, so the errors are optimistic.
+        objective: Objective of a sweep.
+
+    Returns:
+        Metrics and report.
     """
     tested = test(run, labelled)
     normal = normal.lower()
@@ -104,12 +130,12 @@ def assess_landmarks(
     warnings = list(notes)
     if found["by_class"] and not found["class_shift"]:
         warnings.append(
-            f"The classes are {', '.join(found['by_class'])}, and none is data.normal_name={normal}: no class is "
-            "compared with the normal one."
+            f"The classes are {', '.join(found['by_class'])}, and none is data.normal_name={normal}: the classes are "
+            "not compared."
         )
     if chosen_on:
-        warnings.insert(0, "No test table was given: these are the validation images, on which the checkpoint was "
-                        "chosen and the uncertainties were calibrated.")  # fmt: skip
+        warnings.insert(0, "No test table was given: the errors are those of the validation images, which were used to "
+                        "select the checkpoint and to calibrate the uncertainties.")  # fmt: skip
     tables = metric_tables(found)
     curves = training_sections(run.path, place.folder, training or {})
     return Findings(
@@ -127,7 +153,7 @@ def assess_landmarks(
 
 
 def test(run: LandmarkRun, labelled: Labelled) -> Tested:
-    """The run's landmarks and the baselines', and their errors in px of each image."""
+    """Predict landmarks by the run and the baselines, with their errors in px of each image."""
     working, found = labelled.working, run.find(labelled.working)
     errors = {run.config.method["_target_"].rpartition(".")[2]: metrics.radial_errors(found.points, labelled.points)}
     for name, points in run.companions.baselines.locate(working.pixels).items():
@@ -136,11 +162,22 @@ def test(run: LandmarkRun, labelled: Labelled) -> Tested:
 
 
 def figures_of_merit(run: LandmarkRun, tested: Tested, normal_name: str, replicates: int, seed: int) -> dict[str, Any]:
-    """metrics.json: errors by method and unit, by landmark, by class; coverage; what was flagged."""
+    """Figures of merit as in metrics.json.
+
+    Args:
+        run: Calibrated run.
+        tested: Predictions for labelled images.
+        normal_name: Reference class, in lower case.
+        replicates: Bootstrap replicates.
+        seed: Random seed of the bootstrap.
+
+    Returns:
+        Errors by method and unit, by landmark and by class, class shifts, coverage and quality flags.
+    """
     labelled, own, found = tested.labelled, tested.own, tested.found
     drawn = (replicates, seed, labelled.groups)
     squared = metrics.squared_distance(found.points, found.covariance, labelled.points)
-    classes, of, groups = labelled.classes, np.array(labelled.classes), np.array(labelled.groups)
+    classes, class_of, groups = labelled.classes, np.array(labelled.classes), np.array(labelled.groups)
 
     def in_units(errors: np.ndarray, which: Any = np.s_[:]) -> dict[str, Any]:
         found = metrics.summary(errors[which], tested.sizes[which], replicates, seed, groups[which].tolist())
@@ -151,7 +188,7 @@ def figures_of_merit(run: LandmarkRun, tested: Tested, normal_name: str, replica
     return {
         "errors": {name: in_units(errors) for name, errors in tested.errors.items()},
         "by_landmark": [in_units(column) for column in np.split(own, own.shape[1], axis=1)],
-        "by_class": {name: in_units(own, of == name) for name in (sorted(set(classes)) if several else [])},
+        "by_class": {name: in_units(own, class_of == name) for name in (sorted(set(classes)) if several else [])},
         "class_shift": {
             name: {"difference_px": asdict(shift.difference), "p_value": shift.p_value}
             for name, shift in metrics.class_shift(own, classes, normal, *drawn).items()
@@ -168,7 +205,7 @@ def figures_of_merit(run: LandmarkRun, tested: Tested, normal_name: str, replica
 
 
 def quality(run: LandmarkRun, tested: Tested) -> dict[str, Any]:
-    """How many landmarks are flagged, and the errors of those that are and are not, px."""
+    """Fraction of flagged landmarks, and mean errors with and without flag, px."""
     low, own = tested.found.low, tested.own
     return {
         "share_low": float(low.mean()),
@@ -183,38 +220,39 @@ def quality(run: LandmarkRun, tested: Tested) -> dict[str, Any]:
 def metric_tables(found: Mapping[str, Any]) -> list[Table]:
     units = [f"{figure}, {name}" for name in UNIT_NAMES.values() for figure in ("mean", "median")]
 
-    def cells(of: Mapping[str, Any]) -> list[str]:
-        return [cell(of[unit][figure]) for unit in UNIT_NAMES for figure in ("mean", "median")]
+    def cells(errors: Mapping[str, Any]) -> list[str]:
+        return [cell(errors[unit][figure]) for unit in UNIT_NAMES for figure in ("mean", "median")]
 
     floor = found["label_floor_px"]
-    note = f"The labels lie on a grid: a perfect prediction would err by {floor:.1f} px on average."
-    rows = [[name, *cells(of)] for name, of in found["errors"].items()]
+    note = f"The labels are rounded to a grid: a perfect prediction has a mean error of {floor:.1f} px."
+    rows = [[name, *cells(errors)] for name, errors in found["errors"].items()]
     tables = [Table("Errors", ["method", *units], rows, [note] if floor >= NOTABLE_PX else [])]
-    rows = [[str(k + 1), *cells(of)] for k, of in enumerate(found["by_landmark"])]
+    rows = [[str(k + 1), *cells(errors)] for k, errors in enumerate(found["by_landmark"])]
     tables.append(Table("By landmark", ["landmark", *units], rows, []))
     if found["by_class"]:
         shift = found["class_shift"]
         rows = [
             [
                 name,
-                *cells(of),
+                *cells(errors),
                 cell(shift[name]["difference_px"]) if name in shift else "",
                 f"{shift[name]['p_value']:.3g}" if name in shift and shift[name]["p_value"] is not None else "",
             ]
-            for name, of in found["by_class"].items()
+            for name, errors in found["by_class"].items()
         ]
-        columns = ["class", *units, "mean minus that of the normal class, px", "p"]
-        tables.append(Table("By class", columns, rows, ["p: permutation of the groups, two-sided."]))
+        columns = ["class", *units, "difference from the normal class, px", "p"]
+        tables.append(Table("By class", columns, rows, ["p: two-sided permutation test over groups."]))
     rows = [[level, cell(e)] for level, e in found["coverage"].items() if level in ("0.68", "0.95")]
-    tables.append(Table("Regions of the landmarks", ["nominal", "share of truths inside"], rows, []))
-    of = found["quality"]
-    rows = [[key.replace("_", " "), "-" if value is None else f"{value:.3g}"] for key, value in of.items()]
+    tables.append(
+        Table("Coverage of the confidence regions", ["nominal", "fraction of true landmarks inside"], rows, [])
+    )
+    rows = [[k.replace("_", " "), "-" if v is None else f"{v:.3g}"] for k, v in found["quality"].items()]
     tables.append(Table("Quality flags", ["", ""], rows, []))
     return tables
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
-    parts = ["# Landmarks\n\nIn brackets: 95 % intervals, by bootstrap over groups of images.\n"]
+    parts = ["# Landmarks\n\nIn brackets: 95 % bootstrap intervals over groups of images.\n"]
     for table in tables:
         lines = [f"## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
         parts.append(
@@ -231,7 +269,7 @@ def for_console(table: Table) -> Grid:
 
 
 def errors_csv(tested: Tested) -> str:
-    """One row a landmark: the error of every method, px, and what the run said of its own."""
+    """landmark_errors.csv: error of every landmark by method, px, with predicted std and quality."""
     columns = ["filename", "class", "landmark", *tested.errors, "std", "quality"]
     rows = [
         {
@@ -258,7 +296,7 @@ def report_sections(
 ) -> list[Section]:
     folder, own, labelled = out_dir / "figures", tested.own, tested.labelled
     cumulative = {name: metrics.cumulative_error(errors)[0] for name, errors in tested.errors.items()}
-    estimates = [_errors(of["px"]) for of in found["by_landmark"]]
+    estimates = [_errors(errors["px"]) for errors in found["by_landmark"]]
     curves = [
         figures.save(draw.cumulative_errors(cumulative, "px"), folder, "cumulative_errors"),
         figures.save(draw.error_by_landmark(own, estimates, "px"), folder, "error_by_landmark"),
@@ -266,7 +304,7 @@ def report_sections(
     if found["by_class"]:
         means, classes = own.mean(1), np.array(labelled.classes)
         of_image = {name: means[classes == name] for name in found["by_class"]}
-        by_class = {name: _errors(of["px"]) for name, of in found["by_class"].items()}
+        by_class = {name: _errors(errors["px"]) for name, errors in found["by_class"].items()}
         curves.append(figures.save(draw.class_comparison(of_image, by_class, "px"), folder, "class_comparison"))
     levels = [Estimate(**found["coverage"][str(level)]) for level in LEVELS]
     coverage = figures.save(draw.coverage_calibration(np.array(LEVELS), levels), folder, "coverage")
@@ -276,7 +314,7 @@ def report_sections(
     galleries = [
         figures.save(draw.gallery([example(tested, i, reader) for i in map(int, which)], title), folder, name)
         for which, title, name in (
-            (spread, "From good to bad, evenly spread", "examples"),
+            (spread, "Images by increasing error, evenly spaced", "examples"),
             (worst, "The largest errors", "failures"),
         )
     ]
@@ -309,12 +347,14 @@ def example(tested: Tested, i: int, reader: Reader) -> LandmarkExample:
 
 
 def aligned_figure(run: LandmarkRun, tested: Tested, which: np.ndarray, reader: Reader) -> Any:
-    """Images in the lung frame, with the frame's landmarks."""
+    """Figure of aligned images with the landmarks of the lung frame."""
     shown = []
     for i in which:
         image = to_bytes(reader.image(tested.labelled.refs[i]))
         warped = into_frame(image[..., None], tested.found.points[i], run.frame)[..., 0]
         shown.append(
-            LandmarkExample(tested.labelled.refs[i].title, warped, run.frame.points, label="the frame's landmarks")
+            LandmarkExample(
+                tested.labelled.refs[i].title, warped, run.frame.points, label="landmarks of the lung frame"
+            )
         )
     return draw.gallery(shown, "In the lung frame")

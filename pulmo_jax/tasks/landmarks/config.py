@@ -1,4 +1,4 @@
-"""Typed config of landmark jobs: points in an image, learnt from a table of them."""
+"""Typed config of landmark localisation: images and tables of their landmarks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -20,31 +20,33 @@ Table = Annotated[PathLike, AfterValidator(_is_table)]
 
 
 class LandmarkDataConfig(Section):
-    """Images, and tables of their landmarks: filename,x1,y1,...,xK,yK in px of each image."""
+    """Images, and CSV tables of their landmarks: filename,x1,y1,...,xK,yK in px."""
 
     images: ImageFolder | None = Field(
         default=None, description="folder of the images; null: radiographs projected from the sample CT"
     )
-    train: Table | None = Field(default=None, description="CSV of the images to learn from")
+    train: Table | None = Field(default=None, description="CSV of the training landmarks")
     val: Table | None = Field(
-        default=None, description="CSV of others, for choices and calibration; null: a share of train, by group"
+        default=None, description="CSV of the validation landmarks; null: split from train by group"
     )
-    test: Table | None = Field(default=None, description="CSV of others again, to test on at the end")
+    test: Table | None = Field(default=None, description="CSV of the test landmarks, evaluated after training")
     cache: PathLike | None = Field(
-        default=None, description="folder of the sample; null: $PULMO_JAX_CACHE or the user's cache"
+        default=None, description="folder for the sample data; null: $PULMO_JAX_CACHE or the user's cache folder"
     )
     group_regex: Regex | None = Field(
-        default=None, description="its first group in a file's name is the patient; null: each file"
+        default=None, description="extracts the patient ID from the file name (first group); null: each file is a group"
     )
     class_regex: Regex | None = Field(
         default=r"^(.*?)[-_ ]*\(?\d*\)?\.[^.]*$",
-        description="its first group in a file's name is the class; null: no classes",
+        description="extracts the class from the file name (first group); null: no classes",
     )
-    normal_name: str = Field(default="normal", description="the class that the others are compared with, in any case")
-    val_fraction: Float = Field(default=0.2, gt=0, lt=1, description="share of the groups held out where val is null")
-    on_error: Literal["stop", "skip"] = Field(default="stop", description="what a row or file that is of no use does")
-    max_image_mb: Int = Field(default=2048, ge=1, description="largest decoded image that is accepted, MiB")
-    threads: Int = Field(default=4, ge=1, le=256, description="reading threads")
+    normal_name: str = Field(default="normal", description="reference class for comparisons, case-insensitive")
+    val_fraction: Float = Field(
+        default=0.2, gt=0, lt=1, description="fraction of the groups held out for validation if val is null"
+    )
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="stop at, or skip, unusable rows and files")
+    max_image_mb: Int = Field(default=2048, ge=1, description="largest accepted image after decoding, MiB")
+    threads: Int = Field(default=4, ge=1, le=256, description="number of reader threads")
 
     @model_validator(mode="after")
     def _consistent(self) -> "LandmarkDataConfig":
@@ -59,15 +61,17 @@ class LandmarkConfig(Section):
     """python -m pulmo_jax.train +experiment=landmarks"""
 
     name: str = Field(default="landmarks", description="title of the run")
-    seed: Int = Field(default=0, ge=0, lt=2**31, description="of initial parameters, batches, split and bootstrap")
-    resume: Bool = Field(default=False, description="go on from the last checkpoint of hydra.run.dir")
-    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that _target_ may name")
-    task: Literal["landmarks"] = Field(default="landmarks", description="kind of job; an experiment sets it")
+    seed: Int = Field(
+        default=0, ge=0, lt=2**31, description="random seed of initial parameters, batches, split and bootstrap"
+    )
+    resume: Bool = Field(default=False, description="resume from the last checkpoint in hydra.run.dir")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
+    task: Literal["landmarks"] = Field(default="landmarks", description="name of the task, set by the experiment")
     data: LandmarkDataConfig = LandmarkDataConfig()
     method: Node
     optimizer: Node
     callbacks: dict[str, Node]
-    frame_px: Int = Field(default=256, ge=16, le=4096, description="side of the lung frame that images are warped into")
+    frame_px: Int = Field(default=256, ge=16, le=4096, description="side length of the aligned images (lung frame), px")
     trainer: TrainerConfig = TrainerConfig(
         steps=6600, batch_size=8, validate_every=250, checkpoint_every=500, ema_decay=0.999
     )
@@ -78,22 +82,22 @@ class LandmarkConfig(Section):
 class LocateConfig(PredictConfig):
     """python -m pulmo_jax.predict"""
 
-    aligned: Bool = Field(default=False, description="also write the images warped into the lung frame")
+    aligned: Bool = Field(default=False, description="also write the aligned images (lung frame)")
 
 
 class LandmarkTestConfig(Section):
     """Labelled images."""
 
-    images: ImageFolder = Field(description="folder of the images in the table")
-    test: Table = Field(description="CSV of their landmarks")
+    images: ImageFolder = Field(description="folder of the test images")
+    test: Table = Field(description="CSV of the test landmarks")
     group_regex: Regex | None = Field(
-        default=None, description="extracts the patient ID from a file's name (first group); null: as in the run"
+        default=None, description="extracts the patient ID from the file name (first group); null: as in the run"
     )
     class_regex: Regex | None = Field(
-        default=None, description="extracts the class from a file's name (first group); null: as in the run"
+        default=None, description="extracts the class from the file name (first group); null: as in the run"
     )
-    normal_name: str = Field(default="normal", description="the class that the others are compared with, in any case")
-    on_error: Literal["stop", "skip"] = Field(default="stop", description="what an unusable row or file does")
+    normal_name: str = Field(default="normal", description="reference class for comparisons, case-insensitive")
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="stop at, or skip, unusable rows and files")
 
 
 class EvaluateLandmarksConfig(EvaluateConfig):

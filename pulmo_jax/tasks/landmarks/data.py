@@ -1,4 +1,4 @@
-"""Images with landmarks, as a landmark job sees them: listed, split, read once, letterboxed."""
+"""Labelled images of a landmark run: listing, splitting, reading, and resizing to squares."""
 
 import re
 from collections.abc import Sequence
@@ -18,12 +18,20 @@ from pulmo_jax.host.console import tracker
 from pulmo_jax.tasks.landmarks.config import LandmarkDataConfig
 from pulmo_jax.types import InputError
 
-MOST_CLASSES = 12  # more are no classes but names
+MOST_CLASSES = 12  # with more, the names are not classes
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Working images and their landmarks. points: (y, x) in px of each image."""
+    """Resized images with true landmarks.
+
+    Attributes:
+        working: Resized images.
+        points: Landmarks (y, x), px of the original image; NaN where unknown.
+        groups: Group of each image.
+        classes: Class of each image.
+        notes: Notes for the report.
+    """
 
     working: WorkingImages
     points: Float[np.ndarray, "N K 2"]
@@ -41,13 +49,20 @@ class Labelled:
 
     @property
     def square_points(self) -> Float[np.ndarray, "N K 2"]:
-        """float32, in working px."""
+        """Landmarks (y, x), px of the resized images, float32."""
         return self.working.to_square(self.points).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class LandmarkSets:
-    """What a run learns from, chooses and calibrates on, and is tested on in the end."""
+    """Data of a landmark run.
+
+    Attributes:
+        training: Training images.
+        validation: Images for model selection and calibration.
+        test: Test images, if any.
+        notes: Notes for the report.
+    """
 
     training: Labelled
     validation: Labelled
@@ -56,7 +71,20 @@ class LandmarkSets:
 
 
 def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) -> LandmarkSets:
-    """Every table, every image. Raises InputError for what cannot be used, or leaves it out, as data.on_error says."""
+    """Read all tables and images.
+
+    Args:
+        data: Data config.
+        size: Side length of the resized images, px.
+        seed: Random seed of the split.
+        console: For progress and notes.
+
+    Returns:
+        Training, validation and test images.
+
+    Raises:
+        InputError: If rows or images cannot be used and data.on_error is "stop", or if the tables share a group.
+    """
     assert data.images is not None
     assert data.train is not None
     index = index_images(data.images, group_regex=data.group_regex, max_image_mb=data.max_image_mb)
@@ -84,22 +112,30 @@ def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) 
 
 
 def divided(table: LandmarkTable, share: float, seed: int) -> dict[str, tuple[list[ImageRef], np.ndarray]]:
-    """Training and validation rows; no group is in both."""
+    """Split a table into training and validation rows by group."""
     row_of = {ref: row for row, ref in enumerate(table.refs)}
     parts = zip(("training", "validation"), split_by_group(list(table.refs), share, seed), strict=True)
     return {name: (refs, table.points[[row_of[ref] for ref in refs]]) for name, refs in parts}
 
 
 def require_apart(tables: list[tuple[str, LandmarkTable]], data: LandmarkDataConfig) -> None:
-    """Raises InputError where a patient is on both sides: errors would look smaller than they are."""
+    """Check that no group is in two tables, which would bias the errors.
+
+    Args:
+        tables: Tables by name.
+        data: Data config.
+
+    Raises:
+        InputError: If one is.
+    """
     for i, (name, table) in enumerate(tables):
         for other, others in tables[i + 1 :]:
             both = sorted({ref.group for ref in table.refs} & {ref.group for ref in others.refs})
             if both:
-                what = "images" if data.group_regex is None else "groups (data.group_regex)"
+                unit = "images" if data.group_regex is None else "groups (data.group_regex)"
                 raise InputError(
-                    f"{table.path} and {others.path}: {len(both)} {what} are in both the {name} and the {other} table "
-                    f"({', '.join(both[:3])}); take them out of one"
+                    f"{table.path} and {others.path}: {len(both)} {unit} are in both the {name} and the {other} table "
+                    f"({', '.join(both[:3])}); remove them from one"
                 )
 
 
@@ -117,10 +153,10 @@ def labelled(
     if skipped and data.on_error == "stop":
         raise InputError(
             f"{skipped[0].reason}\n({len(skipped)} of {len(refs)} {name} images cannot be read; data.on_error=skip "
-            "leaves them out)"
+            "skips them)"
         )
     for file in skipped:
-        console.print(f"left out: {file.reason}", markup=False, highlight=False)
+        console.print(f"skipped: {file.reason}", markup=False, highlight=False)
     if not working.refs:
         raise InputError(f"none of the {len(refs)} {name} images can be read: {skipped[0].reason}")
     kept = {ref: row for row, ref in enumerate(refs)}
@@ -134,8 +170,15 @@ def labelled(
 
 
 def classes_of(names: Sequence[str], class_regex: str | None) -> tuple[str, ...]:
-    """The class of each image by its file's name, or by its folder where that tells none apart; all of one class, "",
-    where both give none or one for nearly every name."""
+    """Class of each image from its file name or, if that gives a single class, from its folder.
+
+    Args:
+        names: Names of the images, relative to their folder.
+        class_regex: Regular expression for the file name, whose first group is the class; None: no classes.
+
+    Returns:
+        Class of each image; "" for all if there is one class, or nearly as many classes as images.
+    """
     if class_regex is None:
         return ("",) * len(names)
     paths = [PurePosixPath(name) for name in names]
@@ -149,6 +192,6 @@ def classes_of(names: Sequence[str], class_regex: str | None) -> tuple[str, ...]
 
 
 def describe_sets(sets: LandmarkSets) -> dict[str, Any]:
-    """What was learnt from, calibrated on and left out, for the run's records."""
+    """Lists of training, validation and test images, for images.json."""
     test = {} if sets.test is None else {"test": sets.test.titles}
     return {"training": sets.training.titles, "validation": sets.validation.titles, **test, "notes": sets.notes}

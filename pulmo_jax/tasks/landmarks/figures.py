@@ -1,7 +1,7 @@
-"""Figures of landmarks: where they were found and how sure that is, how large their errors are, and for whom.
+"""Figures of landmarks: predictions with uncertainties, errors, and errors by class.
 
-Predictions are orange dots with their 95 % ellipses, truths blue diamonds, doubtful predictions crosses: told apart by
-shape as well as by colour.
+Predictions are orange dots with 95 % ellipses, true landmarks blue diamonds, and low-quality predictions crosses, which
+differ in shape as well as in colour.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,16 +35,22 @@ from pulmo_jax.reporting.figures import (
 
 CHI2_95 = 5.991464547107979  # chi-squared with two degrees of freedom: -2 ln 0.05
 ELLIPSE_POINTS = 32
-OVERLAY_MIN_PX = 512  # smaller images are enlarged by a whole factor, for marks finer than their pixels
-COLUMNS = 4  # of a gallery
+OVERLAY_MIN_PX = 512  # smaller images are enlarged by an integer factor
+COLUMNS = 4  # columns of a gallery
 
 
 @dataclass(frozen=True, eq=False)
 class LandmarkExample:
-    """One image with its landmarks, (y, x) in px.
+    """An image with landmarks.
 
-    image: gray or RGB, 0 to 255. covariance: px^2, None for none. truth: NaN or None where unknown. doubtful: flagged.
-    label: what the points are.
+    Attributes:
+        title: Title.
+        image: Grey or RGB values from 0 to 255.
+        points: Landmarks (y, x), px.
+        covariance: Covariance of each landmark, px^2, if known.
+        truth: True landmarks (y, x), px, if known; NaN where unknown.
+        doubtful: Flags of low quality.
+        label: Legend entry of the points.
     """
 
     title: str
@@ -57,14 +63,27 @@ class LandmarkExample:
 
 
 def ellipses(points: Float[np.ndarray, "K 2"], covariance: Float[np.ndarray, "K 2 2"]) -> Float[np.ndarray, "K E 2"]:
-    """The borders of the 95 % regions."""
+    """Outlines of the 95 % confidence regions.
+
+    Args:
+        points: Landmarks (y, x), px.
+        covariance: Covariance of each landmark, px^2.
+
+    Returns:
+        E points (y, x) of each outline, px.
+    """
     angle = np.linspace(0, 2 * np.pi, ELLIPSE_POINTS, endpoint=False)
     circle = np.stack([np.sin(angle), np.cos(angle)], axis=-1) * np.sqrt(CHI2_95)
     return points[:, None] + circle @ np.linalg.cholesky(covariance).swapaxes(-1, -2)
 
 
 def write_overlay(path: Path, example: LandmarkExample) -> None:
-    """The image as PNG with its landmarks, numbered; drawn by Pillow, for every predicted image of a folder."""
+    """Write an image with its numbered landmarks as PNG.
+
+    Args:
+        path: Output file.
+        example: Image with landmarks.
+    """
     step = overlay_step(example.image.shape)
     picture = Image.fromarray(example.image[::step, ::step]).convert("RGB")
     factor = max(1, -(-OVERLAY_MIN_PX // max(picture.size)))
@@ -106,7 +125,15 @@ def _closed(draw: ImageDraw.ImageDraw, corners: np.ndarray, colour: str, width: 
 
 
 def gallery(examples: Sequence[LandmarkExample], title: str) -> Figure:
-    """One image or more with their landmarks, side by side, such as the worst failures."""
+    """Gallery of images with their landmarks.
+
+    Args:
+        examples: Images, at least one.
+        title: Title of the figure.
+
+    Returns:
+        The figure.
+    """
     n_rows = -(-len(examples) // COLUMNS)
     columns = min(COLUMNS, len(examples))
     with style():
@@ -142,7 +169,7 @@ def _show(axes: Axes, example: LandmarkExample) -> None:
         axes.plot(*example.points[~doubtful].T[::-1], "o", mfc=ORANGE, ms=2.6, label=example.label, **dot)
     if doubtful.any():
         axes.plot(
-            *example.points[doubtful].T[::-1], "X", mfc=VERMILLION, ms=4.5, label=f"{example.label}, doubtful", **dot
+            *example.points[doubtful].T[::-1], "X", mfc=VERMILLION, ms=4.5, label=f"{example.label}, low quality", **dot
         )
     axes.set(xlim=limits[0], ylim=limits[1])
 
@@ -150,7 +177,16 @@ def _show(axes: Axes, example: LandmarkExample) -> None:
 def shape_clouds(
     given: Float[np.ndarray, "N K 2"], aligned: Float[np.ndarray, "N K 2"], mean: Float[np.ndarray, "K 2"]
 ) -> Figure:
-    """The landmarks of many images as they lie there, and as shapes: moved, scaled and turned onto their mean."""
+    """Landmarks of many images before and after Procrustes alignment.
+
+    Args:
+        given: Landmarks (y, x), px.
+        aligned: Aligned landmarks.
+        mean: Mean shape.
+
+    Returns:
+        The figure.
+    """
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -162,17 +198,23 @@ def shape_clouds(
             axes.set_aspect("equal")
             axes.invert_yaxis()
         right.plot(*mean.T[::-1], "D", ls="", mfc="none", mec="black", mew=0.8, ms=4, label="mean shape")
-        left.set(title="as they lie in their images", xlabel="x / px", ylabel="y / px")
-        right.set(title="laid over each other", xlabel="x / size of the shape", ylabel="y / size of the shape")
+        left.set(title="in the images", xlabel="x / px", ylabel="y / px")
+        right.set(title="aligned", xlabel="x / shape size", ylabel="y / shape size")
         figure.legend(loc="outside lower center")
     return figure
 
 
 def cumulative_errors(errors: Mapping[str, Float[np.ndarray, "n"]], unit: str) -> Figure:
-    """The share of landmarks found within each distance, by method: the run's own first, baselines after it.
+    """Cumulative distribution of the errors by method.
 
-    errors: ascending, as from `cumulative_error`. The axis ends where 99 % of the first method's errors lie, or 95 % of
-    the best baseline's if that is farther.
+    The axis ends at the 99 % quantile of the first method, or the 95 % quantile of the best baseline if larger.
+
+    Args:
+        errors: Ascending errors by method, the run first, then baselines; see `cumulative_error`.
+        unit: Unit of the errors.
+
+    Returns:
+        The figure.
     """
     with style():
         figure = Figure(figsize=(COLUMN_WIDTH_IN * 1.3, 2.9), layout="constrained")
@@ -185,14 +227,23 @@ def cumulative_errors(errors: Mapping[str, Float[np.ndarray, "n"]], unit: str) -
             axes.step(np.append(0, ascending), np.append(0, share), where="post", color=colour, label=label, **look)
         first, *others = errors.values()
         ends = [np.quantile(first, 0.99), *([min(np.quantile(other, 0.95) for other in others)] if others else [])]
-        axes.set(xlim=(0, max(ends)), ylim=(0, 1.01), xlabel=f"error / {unit}", ylabel="share of landmarks within it")
+        axes.set(xlim=(0, max(ends)), ylim=(0, 1.01), xlabel=f"error / {unit}", ylabel="fraction of landmarks")
         axes.grid(color="0.9", lw=0.5)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
 def error_by_landmark(errors: Float[np.ndarray, "N K"], estimates: Sequence[Errors], unit: str) -> Figure:
-    """For each landmark the middle half of its errors, the central 90 %, the median, and the mean with its interval."""
+    """Box plot of the errors of each landmark: quartiles, 5 and 95 % quantiles, and the mean with its interval.
+
+    Args:
+        errors: Errors; NaN where unknown.
+        estimates: Mean and median of each landmark.
+        unit: Unit of the errors.
+
+    Returns:
+        The figure.
+    """
     columns = [column[~np.isnan(column)] for column in errors.T]
     names = [str(k + 1) for k in range(len(columns))]
     with style():
@@ -208,7 +259,16 @@ def error_by_landmark(errors: Float[np.ndarray, "N K"], estimates: Sequence[Erro
 def class_comparison(
     of_image: Mapping[str, Float[np.ndarray, "n"]], estimates: Mapping[str, Errors], unit: str
 ) -> Figure:
-    """The images' mean errors by class: each image a dot, the middle half a box, the mean with its interval."""
+    """Mean error of each image by class, with box plots and class means with intervals.
+
+    Args:
+        of_image: Mean errors of the images, by class.
+        estimates: Mean and median error of each class.
+        unit: Unit of the errors.
+
+    Returns:
+        The figure.
+    """
     names = list(of_image)
     rng = np.random.default_rng(0)
     with style():
@@ -220,7 +280,7 @@ def class_comparison(
         labels = [f"{literal(name, 16)}\n{of_image[name].size} images" for name in names]
         _boxes(axes, list(of_image.values()), labels)
         _mean_dots(axes, [estimates[name].mean for name in names])
-        axes.set(ylabel=f"mean error of an image / {unit}", ylim=(0, None))
+        axes.set(ylabel=f"mean error per image / {unit}", ylim=(0, None))
         figure.legend(*_legend(axes), loc="outside upper center", ncols=2)
     return figure
 
@@ -256,19 +316,28 @@ def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
 
 
 def coverage_calibration(nominal: Float[np.ndarray, "n"], observed: Sequence[Estimate], title: str = "") -> Figure:
-    """The share of truths inside the regions of each nominal level, as predicted and as found."""
+    """Observed against nominal coverage of the confidence regions.
+
+    Args:
+        nominal: Nominal levels.
+        observed: Observed coverage with intervals.
+        title: Title of the figure.
+
+    Returns:
+        The figure.
+    """
     share = np.array([estimate.value for estimate in observed], float)
     ends = [(e.value if e.low is None else e.low, e.value if e.high is None else e.high) for e in observed]
     low, high = np.array(ends, float).T
     with style():
         figure = Figure(figsize=(COLUMN_WIDTH_IN, 3.1), layout="constrained")
         axes = figure.subplots()
-        axes.plot((0, 1), (0, 1), color="0.4", lw=0.8, ls="--", label="as predicted")
+        axes.plot((0, 1), (0, 1), color="0.4", lw=0.8, ls="--", label="calibrated")
         axes.fill_between(nominal, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval over images")
         axes.plot(nominal, share, color=BLUE, marker="o", ms=2.5, label="landmarks")
         for level in (0.68, 0.95):
             axes.axvline(level, color="0.7", lw=0.6, ls=":")
         axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-        axes.set(xlabel="nominal level of the region", ylabel="share of truths inside", title=literal(title))
+        axes.set(xlabel="nominal level of the region", ylabel="fraction of true landmarks inside", title=literal(title))
         axes.legend(loc="lower right")
     return figure

@@ -1,4 +1,4 @@
-"""Prediction of landmarks: a table, overlays, and images in the lung frame."""
+"""Prediction of landmarks: a table, overlays, and aligned images."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +41,7 @@ def read(run: LandmarkRun, config: LocateConfig, place: Place) -> tuple[list[Ite
 def predict(
     run: LandmarkRun, items: Sequence[Item], config: LocateConfig, place: Place
 ) -> Iterator[tuple[Item, Record | Skipped]]:
-    """Batch by batch: read, locate, draw."""
+    """Read, locate and draw the images in batches."""
     data = run.config.data
     for batch in chunks(items, IMAGES_PER_BATCH):
         item_of = {item.refs[0].title: item for item in batch}
@@ -64,20 +64,29 @@ def collect(
     config: LocateConfig,
     place: Place,
 ) -> Outputs:
-    """landmarks.csv."""
+    """Tables of all images: landmarks.csv and summary.json."""
     doubtful = [record["filename"] for record in records if all(record["low"])]
     tables = {"landmarks.csv": as_table(records)} if records else {}
-    return Outputs(tables, summarise(run, records, doubtful), f"{len(doubtful)} images of low quality throughout")
+    return Outputs(tables, summarise(run, records, doubtful), f"{len(doubtful)} images with only low-quality landmarks")
 
 
 def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: LocateConfig) -> list[str | None]:
-    """The overlay of every image and, where asked for, the image in the lung frame; by threads. What went wrong with
-    each, None for nothing."""
+    """Write the overlay and, on request, the aligned copy of every image, in threads.
+
+    Args:
+        run: Opened run.
+        refs: Images.
+        found: Predicted landmarks.
+        config: Config of `predict`.
+
+    Returns:
+        Error message of each image, or None.
+    """
     reader = Reader(run.config.data.max_image_mb)
 
     def one(i: int) -> str | None:
         if not (np.isfinite(found.points[i]).all() and np.isfinite(found.std[i]).all()):
-            return f"{refs[i].path}: no landmarks can be found in it, its values may be too large; leave it out"
+            return f"{refs[i].path}: no landmarks found, its values may be too large; remove this image"
         try:
             return write_one(i)
         except (InputError, OSError) as error:

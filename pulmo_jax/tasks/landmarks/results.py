@@ -1,4 +1,4 @@
-"""What a landmark run returns for one image."""
+"""Result of landmark localisation for one image."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,16 @@ from pulmo_jax.tasks.landmarks.figures import LandmarkExample, gallery
 
 @dataclass(frozen=True, eq=False)
 class LandmarkResult:
-    """Landmarks of one image, in its own pixels.
+    """Landmarks of one image, in its pixels.
 
     Attributes:
         title: Name of the image.
-        image: Gray values from 0 to 255, for the picture.
-        points: (y, x), px from 0 at pixel centres.
+        image: Grey values from 0 to 255, for display.
+        points: Landmarks (y, x), px from 0 at pixel centres.
         std: Standard deviation of a coordinate, px.
-        covariance: Calibrated, px^2; regions hold 95 % of the validation's landmarks.
+        covariance: Calibrated covariance, px^2; 95 % regions contain 95 % of the validation landmarks.
         quality: "ok" or "low" for each landmark.
-        surprise: How unlike the training images the image is, nats.
+        surprise: Dissimilarity to the training images, nats.
     """
 
     title: str
@@ -33,11 +33,11 @@ class LandmarkResult:
     surprise: float
 
     def figure(self) -> Any:
-        """The image with its landmarks and their 95 % regions."""
+        """Figure of the image with its landmarks and their 95 % regions."""
         low = array([quality == "low" for quality in self.quality])
         return gallery([LandmarkExample(self.title, self.image, self.points, self.covariance, doubtful=low)], "")
 
     def _repr_html_(self) -> str:
         low = sum(quality == "low" for quality in self.quality)
-        caption = f"{self.title}: {len(self.points)} landmarks with their 95 % regions, {low} of low quality."
+        caption = f"{self.title}: {len(self.points)} landmarks with 95 % regions, {low} of low quality."
         return figure_html(self.figure(), caption)

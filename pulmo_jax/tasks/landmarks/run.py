@@ -124,7 +124,7 @@ class LandmarkRun:
         ref, pixels = one_image(image, page, self.config.data.max_image_mb)
         found = self.find(working_image(ref, pixels, self.size))
         if not (np.isfinite(found.points).all() and np.isfinite(found.std).all()):
-            raise InputError(f"{ref.path}: no landmarks can be found in it, its values may be too large")
+            raise InputError(f"{ref.path}: no landmarks found, its values may be too large")
         return LandmarkResult(
             title=ref.title,
             image=to_bytes(pixels),
@@ -164,8 +164,8 @@ def check_nodes(config: LandmarkConfig) -> None:
     target = find_target(config.method, "method", config.plugins)
     if not (isinstance(target, type) and (issubclass(target, Fitted) or issubclass(target, Descended))):
         raise InputError(
-            f"method._target_={config.method['_target_']}: finds no landmarks (no `locate` with `fit` or "
-            f"`train_loss`); there are: {', '.join(CHOICES['method'])}"
+            f"method._target_={config.method['_target_']}: is no landmark method (it needs `locate` with `fit` or "
+            f"`train_loss`); choose among: {', '.join(CHOICES['method'])}"
         )
     check_node(config.method, "method", config.plugins)
 
@@ -222,7 +222,7 @@ def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray
     truth = validation.square_points
     seen = unlike[np.isfinite(unlike)]  # an image of one gray sets no limit
     if not seen.size:
-        raise InputError(f"none of the {len(unlike)} validation images shows more than one gray; give others")
+        raise InputError(f"none of the {len(unlike)} validation images has any contrast; give other images")
     factor = scale_covariance(located.points, located.covariance, truth)
     return LandmarkCalibration(
         covariance_factor=float(factor),
@@ -312,4 +312,4 @@ def read_calibration(path: Path) -> LandmarkCalibration:
     try:
         return TypeAdapter(LandmarkCalibration).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise InputError(f"{path}: cannot be read as a calibration of landmarks; train again") from error
+        raise InputError(f"{path}: is not a valid landmark calibration; train again") from error

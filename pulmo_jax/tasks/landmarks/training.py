@@ -70,7 +70,7 @@ def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
     if data.images is None and config.resume and (place.run_dir / "config.yaml").is_file():
         before = load_values(place.run_dir)["data"]
         if "images" not in before:
-            raise InputError(f"resume=true: {place.run_dir} is no landmark run; give another hydra.run.dir")
+            raise InputError(f"resume=true: {place.run_dir} is not a landmark run; give another hydra.run.dir")
         data = data.model_copy(update={key: before[key] and Path(before[key]) for key in ("images", *TABLES)})
     if data.images is None:
         sample = fetch_radiographs(data.cache, place.console)

@@ -147,25 +147,25 @@ def open_run(i: int, path: Path) -> OpenedRun:
     missing = [name for name in (*(f"{m}.fits" for m in MAPS), "metrics.json", LAST) if not (path / name).is_file()]
     if "a.fits" in missing or "b.fits" in missing or LAST in missing or "metrics.json" in missing:
         raise InputError(
-            f"{where}: no {missing[0]} there, so it is no finished run of detect on a stack; give the run directory "
-            "that detect printed, or let it finish"
+            f"{where}: no {missing[0]} there, so it is not a finished run of detect on a stack; give the run directory "
+            "that detect printed, or wait until it has finished"
         )
     if missing:
-        raise InputError(f"{where}: no {missing[0]} there, which later versions of detect write; run detect again")
+        raise InputError(
+            f"{where}: no {missing[0]} there; the run was made with an earlier version of pulmo_jax, run detect again"
+        )
     data = stack_config(path)
     maps = {name: read_array(path / f"{name}.fits", (2,), description=f"the map {name}").astype(float) for name in MAPS}
     for name, image in maps.items():
         if image.shape != maps["a"].shape:
             raise InputError(f"{path / name}.fits: {image.shape} px, a.fits {maps['a'].shape}; run detect again")
         if not np.isfinite(image).any():
-            raise InputError(f"{path / name}.fits: no pixel has a value (all NaN); leave this run out")
+            raise InputError(f"{path / name}.fits: all pixels are NaN; remove this run from the list")
     header = fits.getheader(path / "a.fits")
     try:
         centre, fwhm = (float(header["CENTERY"]), float(header["CENTERX"])), float(header["PSFFWHM"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path / 'a.fits'}: its header lacks what detect writes ({error}); run detect again"
-        ) from None
+        raise InputError(f"{path / 'a.fits'}: its header is incomplete ({error}); run detect again") from None
     scale, mjd = data.pixel_scale, header.get("MJD-OBS")
     return OpenedRun(
         path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd if isinstance(mjd, float) else None
@@ -179,7 +179,9 @@ def stack_config(path: Path) -> StackConfig:
         return StackConfig.model_validate({key: values["data"][key] for key in SKY_KEYS})
     except Exception as error:
         first = str(error).splitlines()[0]
-        raise InputError(f"{path / 'config.yaml'}: is not what detect writes ({first}); run detect again") from None
+        raise InputError(
+            f"{path / 'config.yaml'}: is not a valid config of detect ({first}); run detect again"
+        ) from None
 
 
 def dates_of(runs: list[OpenedRun], how: EpochsConfig) -> list[float] | None:
@@ -189,10 +191,11 @@ def dates_of(runs: list[OpenedRun], how: EpochsConfig) -> list[float] | None:
     unknown = [run.path for run, date in zip(runs, known, strict=True) if date is None]
     if unknown and how.orbits == "keplerian":
         raise InputError(
-            f"{unknown[0]}: its stack's header has no date (MJD-OBS, DATE-OBS); give epochs.dates=[MJD,...], one a run"
+            f"{unknown[0]}: the FITS header of its stack has no date (MJD-OBS, DATE-OBS); give "
+            "epochs.dates=[MJD,...], one per run"
         )
     if how.orbits == "keplerian" and len(set(dates)) < len(dates):
-        raise InputError("epochs.runs: two have the same date; combine what was observed at one date into one stack")
+        raise InputError("epochs.runs: two runs have the same date; combine the frames of one date into one stack")
     return None if unknown else dates
 
 
@@ -204,7 +207,7 @@ def scales_of(runs: list[OpenedRun], how: EpochsConfig) -> list[float]:
     if len(unknown) < len(runs) or how.orbits == "keplerian":
         why = "orbits are in au" if len(unknown) == len(runs) else "other runs have one"
         raise InputError(
-            f"{unknown[0].path}: was made without data.pixel_scale, and {why}; run detect again with data.pixel_scale"
+            f"{unknown[0].path}: was made without data.pixel_scale, but {why}; run detect again with data.pixel_scale"
         )
     return [1.0] * len(runs)
 
@@ -219,7 +222,7 @@ def check_alike(runs: list[OpenedRun]) -> None:
     if any(given) and not all(given):
         lacking = runs[given.index(False)].path
         raise InputError(
-            f"{lacking}: was made without data.star_flux, which other runs have; give it to all or to none"
+            f"{lacking}: was made without data.star_flux, unlike other runs; set it for all runs or for none"
         )
 
 
@@ -237,19 +240,21 @@ def caveats_of(epochs: list[Epoch], config: DetectConfig) -> tuple[str, ...]:
     notes = []
     if len(epochs) == 1:
         notes.append(
-            "one epoch: its maps cannot be turned against others', so the threshold is that of a single map, "
+            "one epoch: its maps cannot be rotated relative to others, so the threshold is that of a single map, "
             f"search.threshold squared ({config.search.threshold**2:g})"
         )
         if config.epochs.orbits == "keplerian":
-            notes.append("one epoch says where a source is, and nothing of its orbit")
+            notes.append("a single epoch does not constrain the orbit")
     scales = [e.map.scale for e in epochs]
     if np.ptp(scales) > SCALE_TOLERANCE * max(scales):
-        notes.append(f"pixel scales differ, {min(scales):g} to {max(scales):g} arcsec: places are compared in arcsec")
+        notes.append(
+            f"pixel scales differ, {min(scales):g} to {max(scales):g} arcsec: positions are compared in arcsec"
+        )
     if len(epochs) > 1 and config.search.snr == "theoretical":
         spreads = [np.nanstd(e.null.b / np.sqrt(e.null.a)) for e in epochs]
         if max(spreads) > 1.25 * min(spreads):
             notes.append(
-                f"the nulls' standard deviations differ, {min(spreads):.2f} to {max(spreads):.2f}: "
+                f"the standard deviations of the null maps differ, {min(spreads):.2f} to {max(spreads):.2f}: "
                 "search.snr=calibrated would weight the epochs by them"
             )
     return tuple(notes)
@@ -273,14 +278,14 @@ def write_maps(result: CombinedResult, out_dir: Path) -> None:
         header: dict[str, Any] = {
             "OBJECT": (name, meaning),
             "CREATOR": (f"pulmo_jax {__version__}", "Dallant et al. 2023, A&A 679, A38"),
-            "CENTERY": (first.map.centre[0], "[px] the star, from 0"),
-            "CENTERX": (first.map.centre[1], "[px] the star, from 0"),
+            "CENTERY": (first.map.centre[0], "[px] star, from 0"),
+            "CENTERX": (first.map.centre[1], "[px] star, from 0"),
             "NEPOCHS": (len(result.epochs), "combined"),
-            "ORBITS": (result.config.epochs.orbits, "best one through each pixel at the first date"),
-            "THRESHLD": (combined.threshold, "of the criterion"),
+            "ORBITS": (result.config.epochs.orbits, "best orbit through each pixel at the first date"),
+            "THRESHLD": (combined.threshold, "threshold of the criterion"),
         }
         if first.mjd is not None:
-            header["MJD-OBS"] = (first.mjd, "of the places in this map")
+            header["MJD-OBS"] = (first.mjd, "date of the positions in this map")
         write_fits(out_dir / f"{name}.fits", getattr(combined, name), header, parameters)
 
 

@@ -89,14 +89,14 @@ def source_section(result: CombinedResult, table: Table, out_dir: Path) -> Secti
         combined.criterion, combined.snr_combined, combined.threshold, result.epochs[0].map.centre, places,
         (name, "SNR of a constant flux"),
     )  # fmt: skip
-    moving = "the best orbit through it" if result.plan.star else "that place at every epoch"
-    flux = "a flux of its own at every epoch" if free else "one flux at all epochs"
+    moving = "the best orbit through it" if result.plan.star else "the same position at every epoch"
+    flux = "a free flux at every epoch" if free else "one flux at all epochs"
     text = (
-        f"Twice the log-likelihood ratio of a source to none, with {flux}, none negative. Each pixel stands for a "
-        f"source that was there at the first date ({result.epochs[0].label}), and has {moving}. What is above the "
-        f"threshold {combined.threshold:.1f} (the mark on the scale), the highest first, is listed; what lies within "
-        "one FWHM of it is left out of every epoch before the next is looked for. False alarm: the probability that "
-        "noise alone is as high anywhere in the field."
+        f"Criterion: twice the log-likelihood ratio of one source to no source, with {flux}, not negative. Each pixel "
+        f"represents a source at that position at the first date ({result.epochs[0].label}), with {moving}. The table "
+        f"lists the sources above the threshold {combined.threshold:.1f} (the mark on the scale), the highest first; "
+        "pixels within one FWHM of a source are excluded in every epoch before the next source is searched. False "
+        "alarm: the probability that noise alone reaches this criterion anywhere in the field."
     )
     saved = figures.save(figure, out_dir / "figures", "combined_maps")
     counts = {"epochs": len(result.epochs), "sources": len(combined.found)}
@@ -116,11 +116,11 @@ def epoch_section(result: CombinedResult, out_dir: Path) -> Section:
         [epoch.map.centre for epoch in result.epochs],
         np.array([t.places for t in tracks]),
     )
-    which = "each source" if combined.found else "the highest track, which is below the threshold"
+    which = "each source" if combined.found else "the highest track, below the threshold"
     text = (
-        f"The SNR of each epoch along the track of {which}, with its standard error of 1; dashed: the root of the "
-        "criterion. Along a track that was chosen for its height, noise has a positive SNR too: what is shown here "
-        "proves nothing by itself, the threshold does."
+        f"SNR of each epoch along the track of {which}, with its standard error of 1; dashed: square root of the "
+        "criterion. Tracks are selected for a high criterion, so noise has a positive SNR too: significance follows "
+        "from the threshold, not from this figure."
     )
     saved = [figures.save(bars, folder, "snr_by_epoch"), figures.save(maps, folder, "epoch_maps")]
     counts = {"epochs": len(result.epochs), "tracks": len(tracks)}
@@ -167,14 +167,14 @@ def orbit_text(found: Track, result: CombinedResult) -> str:
     dates = [epoch.mjd or 0.0 for epoch in result.epochs]
     years = np.ptp(dates) / DAYS_PER_YEAR
     if found.samples is None:
-        return f"The best of all that were tried; {len(dates)} epochs in {years:.2g} years."
+        return f"Best of all trial orbits; {len(dates)} epochs in {years:.2g} years."
     share = years / np.median(period_years(found.samples.orbits, result.plan))
     return (
         f"Median and 68 % interval of orbits drawn from the posterior: likelihood exp(criterion / 2), semi-major axis "
-        "uniform in its logarithm, eccentricity uniform in its range, all orientations alike. The dates span "
-        f"{years:.2g} years, {share:.0%} of the median period: elements that such an arc does not fix are spread as "
-        "the prior has them, and the best orbit is one of many. omega and the node may both be turned by 180 degrees. "
-        f"The samples are worth {found.samples.independent:.0f} independent ones."
+        "uniform in its logarithm, eccentricity uniform in its range, orientations isotropic. The dates span "
+        f"{years:.2g} years, {share:.0%} of the median period: elements that such an arc does not constrain follow "
+        "the prior, and many orbits fit as well as the best. omega and the node are determined up to 180 degrees. "
+        f"The effective sample size is {found.samples.independent:.0f}."
     )
 
 
@@ -195,7 +195,7 @@ def orbit_table(found: Track, result: CombinedResult, star: Star) -> Table:
             low, middle, high = np.percentile(spread[name], [16, 50, 84])
             row += [f"{middle:.4g}", f"{low:.4g} to {high:.4g}"]
         rows.append(row)
-    note = f"A star of {star.mass:g} solar masses at {star.parallax_mas:g} mas."
+    note = f"Star: {star.mass:g} solar masses, parallax {star.parallax_mas:g} mas."
     return Table("Orbit", columns, rows, [note])
 
 
@@ -215,27 +215,27 @@ def noise_section(result: CombinedResult, out_dir: Path) -> Section:
         return Section("The threshold", f"One epoch: search.threshold squared, {combined.threshold:g}.")
     figure = epoch_figures.null_maxima(
         combined.nulls,
-        ("reversed angles", "the maps, turned"),
+        ("reversed angles", "rotated maps"),
         combined.threshold,
         [found.criterion for found in combined.found or [combined.best]],
     )
     null = combined.nulls[0]
     text = (
-        f"The same search in twice {len(null.maxima)} fields of noise, all epochs turned about the star, each by an "
-        "angle of its own, so that what coincides is drawn anew. First in maps of reversed angles: every epoch's is "
-        "drawn from three, that map, the same negated, and the map itself negated. These are few, and may be quieter "
-        "than the maps that are searched, so those are turned against each other too, less what a single epoch shows "
-        "by itself: noise is as likely to coincide in them as they are. Each threshold is exceeded in at most "
-        f"{null.level:.3g} of its fields: {ranges(combined.nulls)}; the higher one holds. So many fields certify, with "
-        f"95 % confidence, that noise exceeds the highest of them in less than {null.certified:.2g} of all cases, and "
-        "no smaller probability; what is said of smaller ones is Gumbel's law, extrapolated."
+        f"The same search in two sets of {len(null.maxima)} noise fields. In each field every epoch is rotated by a "
+        "random angle about the star, so that noise coincides by chance only. The first set uses, for each epoch, the "
+        "map with reversed angles, its negative, or the negative of the map itself, at random. These maps may be less "
+        "noisy than the searched maps, so the second set uses the searched maps, with single-epoch detections "
+        "removed. Each threshold is exceeded in a fraction of at most "
+        f"{null.level:.3g} of its fields: {ranges(combined.nulls)}; the higher threshold is used. With 95 % "
+        f"confidence, noise exceeds the highest field in less than {null.certified:.2g} of all cases; smaller "
+        "probabilities are extrapolated with a Gumbel distribution."
     )
     if len(combined.coverage):
         low, middle = np.percentile(combined.coverage, [10, 50])
         text += (
-            f" An orbit drawn from the prior keeps {middle:.0%} of its criterion (one in ten less than {low:.0%}) "
-            f"along the nearest of the {combined.n_tracks} tracks tried, before the best are refined; a higher "
-            "epochs.shapes raises that."
+            f" Along the nearest of the {combined.n_tracks} trial tracks, before refinement, an orbit drawn from the "
+            f"prior retains {middle:.0%} of its criterion (median; 10th percentile {low:.0%}); a larger epochs.shapes "
+            "increases this."
         )
     saved = figures.save(figure, out_dir / "figures", "null_maxima")
     return Section("The threshold", text, [captioned(saved, CAPTIONS, fields=len(null.maxima))])
@@ -245,7 +245,7 @@ def ranges(nulls: Sequence[FieldThreshold]) -> str:
     """Each threshold with its 95 % interval."""
     parts = []
     for null in nulls:
-        high = f"{null.high:.1f}" if np.isfinite(null.high) else "beyond the highest"
+        high = f"{null.high:.1f}" if np.isfinite(null.high) else "above the highest"
         parts.append(f"{null.value:.1f} (95 % interval {null.low:.1f} to {high})")
     return " and ".join(parts)
 
@@ -259,7 +259,7 @@ def source_table(result: CombinedResult) -> Table:
         "SNR, constant flux",
         "flux",
         "false alarm",
-        "by Gumbel",
+        "Gumbel",
     ]
     rows = []
     for i, found in enumerate(result.combined.found):
@@ -275,7 +275,7 @@ def source_table(result: CombinedResult) -> Table:
         ])  # fmt: skip
     best = result.combined.best
     notes = [] if rows else [
-        f"Nothing is above {result.combined.threshold:.1f}; the highest criterion is {best.criterion:.1f}."
+        f"No source above {result.combined.threshold:.1f}; the highest criterion is {best.criterion:.1f}."
     ]  # fmt: skip
     return Table(f"{len(rows)} source{'s' * (len(rows) != 1)}", columns, rows, notes)
 
@@ -288,7 +288,7 @@ def for_console(table: Table) -> rich.table.Table:
 
 
 def summary(result: CombinedResult) -> dict[str, str]:
-    moving = "Keplerian orbits" if result.plan.star else "a fixed place"
+    moving = "Keplerian orbits" if result.plan.star else "fixed position"
     return {
         "runs": str(len(result.epochs)),
         "search": f"{moving}, {result.combined.n_tracks} tracks",

@@ -21,14 +21,16 @@ Triple = tuple[Float, Float, Float]
 
 
 class SyntheticConfig(Section):
-    """The stack that is made where data.cube is null."""
+    """Synthetic image stack, used if data.cube is null."""
 
     frames: Int = Field(default=60, ge=2, description="number of frames")
     size: Int = Field(default=100, ge=32, description="side of the frames, px")
-    channels: Int = Field(default=1, ge=1, description="wavelengths; the sources' spectrum rises from half its mean")
-    rotation_deg: Float = Field(default=60.0, gt=0, lt=360, description="by which the field rotates")
+    channels: Int = Field(
+        default=1, ge=1, description="number of wavelengths; the sources' spectrum rises from half its mean"
+    )
+    rotation_deg: Float = Field(default=60.0, gt=0, lt=360, description="total field rotation")
     planets: tuple[Triple, ...] | None = Field(
-        default=None, description="[[y,x,flux],...] in the derotated map; null: three"
+        default=None, description="[[y,x,flux],...] in the derotated frame; null: three planets"
     )
 
     @model_validator(mode="after")
@@ -40,39 +42,41 @@ class SyntheticConfig(Section):
 
 
 class StackConfig(Section):
-    """What was observed. A source at angle theta of the derotated map stands at theta - angle in a frame."""
+    """Image stack. A source at position angle theta in the derotated map is at theta - angle in a frame."""
 
     cube: DataFile | None = Field(
         default=None,
-        description="(T,H,W) frames, or (L,T,H,W): FITS, TIFF or .npy; null: a synthetic stack with known planets",
+        description="image stack (T,H,W) or (L,T,H,W), FITS, TIFF or .npy; null: synthetic, with known planets",
     )
-    angles: DataFile | None = Field(default=None, description="one a frame, degrees: FITS, text or .npy")
+    angles: DataFile | None = Field(
+        default=None, description="parallactic angle of each frame, degrees: FITS, text or .npy"
+    )
     psf: DataFile | None = Field(
-        default=None, description="stamp of the star off the coronagraph, or one a channel: FITS, TIFF or .npy"
+        default=None, description="PSF image (off-axis, unsaturated star), (H,W) or (L,H,W): FITS, TIFF or .npy"
     )
     wavelengths: DataFile | None = Field(
-        default=None, description="one a channel, in any one unit, for (L,T,H,W): FITS, text or .npy"
+        default=None, description="wavelength of each channel of an (L,T,H,W) stack, any unit: FITS, text or .npy"
     )
     spectrum: Spectrum = Field(
         default=None,
-        description="of the sources, (L,) or (M,L) to choose the best from: flux in units of each channel's normalised "
-        "PSF; null or flat: the same in all",
+        description="spectrum of the sources, (L,), or candidate spectra, (M,L), in units of the normalised PSF; "
+        "null or flat: equal flux in all channels",
     )
     spectral_scaling: Bool = Field(
         default=False,
-        description="frames scaled by longest/own wavelength, so that speckles line up; of no use to statistics that "
-        "are each channel's own, as here",
+        description="scale the frames to align the speckles; no benefit here, because statistics are per channel",
     )
-    pixel_scale: Float | None = Field(default=None, gt=0, description="arcsec per pixel; null: unknown")
-    centre: Pair | None = Field(default=None, description="[y,x] of rotation, px from 0; null: the pixel [H//2,W//2]")
+    pixel_scale: Float | None = Field(default=None, gt=0, description="pixel scale, arcsec per pixel; null: unknown")
+    centre: Pair | None = Field(default=None, description="centre of rotation [y,x], px from 0; null: [H//2,W//2]")
     angle_sign: Literal[1, -1] = Field(default=1, description="-1 if the field rotates the other way")
     north_deg: Float = Field(default=90.0, description="angle of north in the derotated map, from the x axis toward y")
     psf_flux: Literal["fwhm", "aperture", "peak", "none"] = Field(
-        default="fwhm", description="what is 1 after normalising: flux in one FWHM, in an aperture, peak, as it is"
+        default="fwhm",
+        description="normalisation of the PSF: unit flux within one FWHM or an aperture, unit peak, or none",
     )
-    psf_aperture_px: Float | None = Field(default=None, gt=0, description="radius for psf_flux=aperture")
+    psf_aperture_px: Float | None = Field(default=None, gt=0, description="aperture radius for psf_flux=aperture")
     star_flux: Float | None = Field(
-        default=None, gt=0, description="the star's flux in units of the normalised PSF, for contrasts; null: unknown"
+        default=None, gt=0, description="flux of the star in units of the normalised PSF, for contrasts; null: unknown"
     )
     synthetic: SyntheticConfig = SyntheticConfig()
 
@@ -83,7 +87,9 @@ class StackConfig(Section):
             missing = ", ".join(f"data.{key}" for key, there in given.items() if not there)
             raise ValueError(f"{missing} must be given too: a stack is a cube, its angles and a PSF")
         if self.cube is not None and self.psf is not None and self.cube.samefile(self.psf):
-            raise ValueError(f"data.cube and data.psf are both {self.cube}; the PSF is a stamp of the star by itself")
+            raise ValueError(
+                f"data.cube and data.psf are both {self.cube}; data.psf must be an image of the star alone"
+            )
         if self.wavelengths is not None and self.cube is None:
             raise ValueError("data.wavelengths belongs to a data.cube; a synthetic stack has data.synthetic.channels")
         if self.spectrum is not None and self.wavelengths is None and self.cube is not None:
@@ -98,21 +104,26 @@ class PacoConfig(Section):
 
     mode: Mode = Field(
         default="exact",
-        description="PSF at its sub-pixel place in every frame; or interpolated maps; or exact, with weighted frames",
+        description="exact: sub-pixel PSF in each frame; fast: interpolated maps; robust: exact, weighted frames",
     )
-    shrinkage: ShrinkageName = Field(default="paco", description="how the weight of the diagonal is found")
-    rho: Float | None = Field(default=None, ge=0, le=1, description="that weight, for shrinkage=fixed")
+    shrinkage: ShrinkageName = Field(default="paco", description="estimator of the weight of the diagonal (shrinkage)")
+    rho: Float | None = Field(default=None, ge=0, le=1, description="weight of the diagonal for shrinkage=fixed")
     frames: Frames = Field(
-        default="all", description="whether paco's and oas's formula counts correlated frames as what they are worth"
+        default="all",
+        description="frames counted by the paco and oas estimators: all, or the effective number",
     )
-    patch_radius_px: Float | None = Field(default=None, ge=1, description="of the disc; null: 0.9 FWHM")
+    patch_radius_px: Float | None = Field(
+        default=None, ge=1, description="radius of the circular patches; null: 0.9 FWHM"
+    )
     psf_error: Float = Field(
-        default=1e-3, gt=0, lt=0.1, description="relative, of the PSF's expansion in exact and robust mode"
+        default=1e-3, gt=0, lt=0.1, description="relative error of the PSF expansion in exact and robust mode"
     )
-    weights_error: Float = Field(default=1e-3, gt=0, lt=1, description="of robust mode's weights, at which it stops")
-    usable_share: Float = Field(default=0.5, gt=0, le=1, description="of a patch's pixels, below which it is left out")
-    precision: Literal["float32", "float64"] = Field(default="float32", description="of all computation")
-    memory_mb: Int = Field(default=256, ge=16, description="budget of the working arrays, MiB, beside the stack")
+    weights_error: Float = Field(
+        default=1e-3, gt=0, lt=1, description="convergence tolerance of the frame weights in robust mode"
+    )
+    usable_share: Float = Field(default=0.5, gt=0, le=1, description="minimum fraction of usable pixels in a patch")
+    precision: Literal["float32", "float64"] = Field(default="float32", description="floating-point precision")
+    memory_mb: Int = Field(default=256, ge=16, description="memory for working arrays, in addition to the stack, MiB")
 
     @model_validator(mode="after")
     def _consistent(self) -> "PacoConfig":
@@ -122,20 +133,21 @@ class PacoConfig(Section):
 
 
 class SearchConfig(Section):
-    """Which peaks are listed."""
+    """Selection of the detected sources."""
 
-    threshold: Float = Field(default=5.0, gt=0, description="of the SNR")
+    threshold: Float = Field(default=5.0, gt=0, description="detection threshold in SNR")
     snr: Literal["theoretical", "calibrated"] = Field(
-        default="theoretical", description="b/sqrt(a), or that over the spread of the empirical null at its separation"
+        default="theoretical",
+        description="b/sqrt(a), or b/sqrt(a) divided by the empirical noise at the same separation",
     )
-    max_sources: Int = Field(default=20, ge=0, description="after which the search stops")
+    max_sources: Int = Field(default=20, ge=0, description="maximum number of sources")
 
 
 class ContrastConfig(Section):
-    """Injections for throughput and limits."""
+    """Injected sources for throughput and detection limits."""
 
-    rings: Int = Field(default=12, ge=0, description="separations, at most; 0: no contrast curve")
-    directions: Int = Field(default=8, ge=2, description="injections at each")
+    rings: Int = Field(default=12, ge=0, description="maximum number of separations; 0: no contrast curve")
+    directions: Int = Field(default=8, ge=2, description="number of injections at each separation")
 
 
 def _is_detect_run(path: PathLike) -> PathLike:
@@ -145,43 +157,51 @@ def _is_detect_run(path: PathLike) -> PathLike:
 
 
 class EpochsConfig(Section):
-    """Finished runs of detect on one star, combined instead of a stack being searched."""
+    """Combination of finished runs of detect on one star, instead of searching a stack."""
 
     runs: tuple[Annotated[PathLike, AfterValidator(_is_detect_run)], ...] | None = Field(
-        default=None, description="their run directories; null: a stack is searched"
+        default=None, description="run directories to combine; null: search a stack"
     )
     dates: tuple[Float, ...] | None = Field(
-        default=None, description="modified Julian dates, one a run; null: from the headers of their cubes"
+        default=None, description="modified Julian date of each run; null: from the FITS headers"
     )
-    orbits: Literal["fixed", "keplerian"] = Field(default="fixed", description="how a source moves between the epochs")
+    orbits: Literal["fixed", "keplerian"] = Field(default="fixed", description="motion of a source between the epochs")
     flux: Literal["free", "constant"] = Field(
-        default="free", description="of a source: its own at every epoch (PACOME), or one at all"
+        default="free", description="flux of a source: free at every epoch (PACOME), or constant"
     )
-    star_mass: Float | None = Field(default=None, gt=0, description="solar masses, for keplerian")
-    parallax_mas: Float | None = Field(default=None, gt=0, description="milliarcsec, for keplerian")
-    semi_major_axis_au: Pair | None = Field(default=None, description="[low,high] of the orbits; null: any")
-    eccentricity: Pair = Field(default=(0.0, 0.5), description="[low,high] of the orbits")
-    shapes: Int = Field(default=1024, ge=1, description="orbits that are tried through every place of the first date")
-    false_alarm: Float = Field(default=0.05, gt=0, lt=1, description="probability of any in the field, by noise alone")
-    null_fields: Int = Field(default=200, ge=2, description="fields of noise that the threshold is set on")
+    star_mass: Float | None = Field(
+        default=None, gt=0, description="mass of the star, solar masses, for orbits=keplerian"
+    )
+    parallax_mas: Float | None = Field(default=None, gt=0, description="parallax, milliarcsec, for orbits=keplerian")
+    semi_major_axis_au: Pair | None = Field(
+        default=None, description="range [low,high] of semi-major axes; null: unlimited"
+    )
+    eccentricity: Pair = Field(default=(0.0, 0.5), description="range [low,high] of eccentricities")
+    shapes: Int = Field(
+        default=1024, ge=1, description="number of trial orbits through each position at the first date"
+    )
+    false_alarm: Float = Field(
+        default=0.05, gt=0, lt=1, description="probability of at least one false detection in the field"
+    )
+    null_fields: Int = Field(default=200, ge=2, description="number of simulated noise fields that set the threshold")
 
     @model_validator(mode="after")
     def _consistent(self) -> "EpochsConfig":
         if self.runs is None and not self.dates and self.orbits == "fixed":
             return self
         if not self.runs:
-            raise ValueError("epochs.runs=[RUN1,RUN2,...] is missing: the run directories of detect to combine")
+            raise ValueError("epochs.runs=[RUN1,RUN2,...] is missing: give the run directories of detect to combine")
         folders = [run.resolve() for run in self.runs]
         if twice := next((run for i, run in enumerate(folders) if run in folders[:i]), None):
-            raise ValueError(f"epochs.runs: {twice} is given twice; every epoch counts once")
+            raise ValueError(f"epochs.runs: {twice} is given twice; give every run once")
         if self.dates is not None and len(self.dates) != len(self.runs):
-            raise ValueError(f"epochs.dates has {len(self.dates)} dates for {len(self.runs)} runs; give one a run")
+            raise ValueError(f"epochs.dates has {len(self.dates)} dates for {len(self.runs)} runs; give one per run")
         if self.dates is not None and len(set(self.dates)) < len(self.dates):
-            raise ValueError("epochs.dates: two are equal; combine what was observed at one date into one stack, or "
+            raise ValueError("epochs.dates: two are equal; combine the frames of one date into one stack, or "
                              "give the times too (60000.25 is six hours after 60000)")  # fmt: skip
         missing = [f"epochs.{key}" for key in ("star_mass", "parallax_mas") if getattr(self, key) is None]
         if self.orbits == "keplerian" and missing:
-            raise ValueError(f"epochs.orbits=keplerian needs {' and '.join(missing)}: they set how fast a source moves")
+            raise ValueError(f"epochs.orbits=keplerian needs {' and '.join(missing)}: they determine the orbital speed")
         low, high = self.eccentricity
         if not 0 <= low <= high <= 0.95:
             raise ValueError(f"epochs.eccentricity=[{low:g},{high:g}]: must be [LOW,HIGH] within 0 and 0.95")
@@ -194,17 +214,21 @@ class DetectConfig(Section):
     """python -m pulmo_jax.detect"""
 
     name: str = Field(default="adi", description="title of the run")
-    seed: Int = Field(default=0, ge=0, lt=2**31, description="of the synthetic stack")
-    resume: Bool = Field(default=False, description="in a sweep: what is done in hydra.sweep.dir is not done again")
-    task: Literal["point_sources"] = Field(default="point_sources", description="kind of job; an experiment sets it")
-    plugins: tuple[str, ...] = Field(default=(), description="packages of yours that _target_ may name")
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="random seed of the synthetic stack")
+    resume: Bool = Field(default=False, description="in a sweep: skip the finished jobs in hydra.sweep.dir")
+    task: Literal["point_sources"] = Field(
+        default="point_sources", description="name of the task, set by the experiment"
+    )
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
     data: StackConfig = StackConfig()
     method: PacoConfig = PacoConfig()
     search: SearchConfig = SearchConfig()
     contrast: ContrastConfig = ContrastConfig()
     epochs: EpochsConfig = EpochsConfig()
-    frames_shown: Int = Field(default=4, ge=1, le=12, description="frames that the report shows")
-    compile_cache: PathLike | None = Field(default=None, description="folder of XLA's cache; null: in the user's cache")
+    frames_shown: Int = Field(default=4, ge=1, le=12, description="number of frames in the report")
+    compile_cache: PathLike | None = Field(
+        default=None, description="folder of the XLA compilation cache; null: in the user's cache folder"
+    )
 
     @model_validator(mode="after")
     def _one_job(self) -> "DetectConfig":

@@ -156,7 +156,7 @@ def tracks_on_sky(
         axes.set(xlim=(reach, -reach), ylim=(-reach, reach), aspect="equal")
         axes.set(xlabel=f"east ({unit})", ylabel=f"north ({unit})")
         lines = [Line2D([], [], color=BLUE, label="best orbit")]
-        lines += [Line2D([], [], color="0.6", lw=0.6, label="equally likely ones")] if len(samples) else []
+        lines += [Line2D([], [], color="0.6", lw=0.6, label="posterior samples")] if len(samples) else []
         places, _ = axes.get_legend_handles_labels()
         axes.legend(handles=[*lines, *places], loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
@@ -179,7 +179,7 @@ def null_maxima(
             axes.axvspan(low, high, color=colour, alpha=0.25, lw=0)
         axes.axvline(threshold, color="black", label="threshold")
         for i, value in enumerate(found):
-            axes.axvline(value, color=BLUE, ls="--", label=None if i else "found, or the highest")
-        axes.set(xlabel="highest criterion of a field", ylabel=f"fields of noise (of {len(nulls[0].maxima)})")
+            axes.axvline(value, color=BLUE, ls="--", label=None if i else "detection, or highest")
+        axes.set(xlabel="highest criterion in a field", ylabel=f"noise fields (of {len(nulls[0].maxima)})")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     return figure

@@ -279,8 +279,8 @@ def _null_counts(axes: Axes, null: np.ndarray, snr: np.ndarray | None, moments: 
     if moments[1] > 0:
         fitted = expected * stats.norm.pdf(x, *moments)
         axes.plot(x, fitted, color="black", lw=0.9, ls="--", label=_normal(moments))
-    note = " (the outer bins hold all beyond)" if (np.array(_reach(values)) > ends).any() else ""
-    axes.set(xlabel=f"SNR{note}", ylabel=f"positions in a bin of {BIN_WIDTH}", xlim=(edges[0], edges[-1]))
+    note = " (outer bins include overflow)" if (np.array(_reach(values)) > ends).any() else ""
+    axes.set(xlabel=f"SNR{note}", ylabel=f"positions per bin of {BIN_WIDTH}", xlim=(edges[0], edges[-1]))
 
 
 def _reach(values: np.ndarray) -> tuple[float, float]:
@@ -290,7 +290,7 @@ def _reach(values: np.ndarray) -> tuple[float, float]:
 
 def _normal(moments: tuple[float, float]) -> str:
     mean, std = moments
-    return f"normal of the null's mean {mean:.2f}, std {std:.2f}".replace("-", "−")
+    return f"normal, mean {mean:.2f}, std {std:.2f}".replace("-", "−")
 
 
 def _null_quantiles(axes: Axes, null: np.ndarray, moments: tuple[float, float], n_independent: int | None) -> None:
@@ -348,7 +348,7 @@ def null_by_radius(
     with style():
         figure = Figure(figsize=(COLUMN_WIDTH_IN, 2.5), layout="constrained")
         axes = figure.subplots()
-        axes.axhline(1, color="black", lw=0.9, ls="--", label="as the likelihood says")
+        axes.axhline(1, color="black", lw=0.9, ls="--", label="theory")
         if np.isfinite(low).any():
             axes.fill_between(radius_px, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
         axes.plot(radius_px, std, color=BLUE, marker="o", ms=3, label="null")
@@ -433,8 +433,8 @@ def _plot_fluxes(axes: Axes, sources: Sequence[PointSource]) -> None:
         likely, blank = [s.flux_debiased_std for s in positive], [s.flux_debiased_std_empirical for s in positive]
         bar: dict[str, Any] = {"fmt": "none", "ecolor": VERMILLION, "zorder": 3}
         axes.plot(x, flux, "o", color=VERMILLION, ms=4.5, mec="white", mew=0.5, zorder=4, label="detection")
-        axes.errorbar(x, flux, yerr=likely, elinewidth=2.4, label="flux std by the likelihood", **bar)
-        axes.errorbar(x, flux, yerr=blank, elinewidth=0.8, capsize=2, label="flux std at blank positions", **bar)
+        axes.errorbar(x, flux, yerr=likely, elinewidth=2.4, label="flux std, likelihood", **bar)
+        axes.errorbar(x, flux, yerr=blank, elinewidth=0.8, capsize=2, label="flux std, blank positions", **bar)
         places = list(zip(x, flux, strict=True))
         _write_labels(axes, places, [str(s.label) for s in positive], [], (300.0, 130.0))
     if others:
@@ -474,7 +474,7 @@ def patch_statistics(
         viridis = colormaps["viridis"].with_extremes(bad=BACKGROUND)
         scale = ScalarMappable(Normalize(*_limits(patch, 0.0, 100.0)), viridis)
         extent = (low[1] - 0.5, high[1] + 0.5, low[0] - 0.5, high[0] + 0.5)
-        _colour_bar(figure, left, _show(left, patch, scale, origin="lower", extent=extent), "value of a pixel")
+        _colour_bar(figure, left, _show(left, patch, scale, origin="lower", extent=extent), "pixel value")
         left.set(title="mean $m$", xlabel="dx (px)", ylabel="dy (px)")
         names = ("sample covariance $S$", f"shrunk covariance $C$, $\\hat\\rho$ = {shrinkage:.3g}")
         for axes, matrix, name in zip(others, (covariance, shrunk), names, strict=True):
@@ -571,5 +571,5 @@ def frames_strip(
                 axes.plot(x, y, **SOURCE_ON_DARK, path_effects=black)
         _name_rows(panels)
         scale.set_array(cube[shown].ravel())
-        _colour_bar(figure, panels, scale, "value of a pixel (asinh scale)")
+        _colour_bar(figure, panels, scale, "pixel value (asinh scale)")
     return figure

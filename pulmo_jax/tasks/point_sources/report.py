@@ -88,13 +88,13 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         truth=result.truth,
         snr_calibrated=calibrated,
     )
-    which = "over the empirical null's spread " if calibrated is not None else ""
+    kind = "calibrated SNR" if calibrated is not None else "SNR"
     text = (
-        f"Peaks of the SNR {which}of at least {config.search.threshold:g}, the brightest taken out before the next is "
-        "looked for. The flux of one pass keeps only a part of a source, because the source is in the statistics that "
-        "it is judged by; the debiased one (Algorithm 3) does not. Its first error is the likelihood's, the second the "
-        "scatter at blank positions of the same separation, which is the one to quote. False-alarm probability: of a "
-        "peak as high anywhere in the field, by the calibrated SNR."
+        f"Peaks with a {kind} of at least {config.search.threshold:g}; each source is subtracted before the next is "
+        "searched. The one-pass flux is biased low, because the source contributes to its own noise statistics; the "
+        "debiased flux (Algorithm 3) is not. Its first error is that of the likelihood, the second the scatter at "
+        "blank positions at the same separation; quote the second. False-alarm probability: of a peak at least as "
+        "high anywhere in the field, from the calibrated SNR."
     )
     counts = {
         "frames": len(result.of.reference.deviations),
@@ -110,29 +110,29 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
     neighbours = [float(np.median(np.diag(r, 1))) for r in using.correlation]
     looked_for = "flat" if n_spectra == 1 and np.ptp(using.spectra) == 0 else "given"
     text = (
-        f"Maps, SNR and flux are those of {len(result.of.each)} channels together, for a source whose spectrum is "
-        f"{looked_for}; its flux is the mean over them, if its spectrum is that one. Their noise is correlated: "
-        "between neighbouring channels by "
-        f"{neighbours[0]:.2f} at {using.separation_px[0]:.0f} px from the centre, {neighbours[-1]:.2f} at "
-        f"{using.separation_px[-1]:.0f} px, and the combination allows for that. "
+        f"Maps, SNR and flux combine {len(result.of.each)} channels for a source with a {looked_for} spectrum; the "
+        "flux is the mean over the channels, if the source has this spectrum. The correlation of the noise between "
+        "neighbouring channels, "
+        f"{neighbours[0]:.2f} at {using.separation_px[0]:.0f} px from the centre and {neighbours[-1]:.2f} at "
+        f"{using.separation_px[-1]:.0f} px, is taken into account. "
     )
     if n_spectra > 1:
         text += (
-            f"Of {n_spectra} spectra the one with the highest SNR is taken at every pixel. The null's map is made in "
-            f"the same way, and false-alarm probabilities count {n_spectra} trials, which is an upper limit. Limits "
-            "are those of the first one. "
+            f"At every pixel the one of {n_spectra} spectra with the highest SNR is used. The null map is computed in "
+            f"the same way, and false-alarm probabilities assume {n_spectra} trials, which is an upper limit. "
+            "Detection limits are those for the first spectrum. "
         )
     if not search.spectra:
         return Section("Spectra", text)
     figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result))
     text += (
-        "Below, the unbiased flux of every source in every channel, in units of the channel's PSF. Thick bars: the "
-        "likelihood's error; thin ones: the scatter at blank positions of the same separation."
+        "The figure shows the debiased flux of every source in every channel, in units of the channel's PSF. Thick "
+        "bars: error of the likelihood; thin bars: scatter at blank positions at the same separation."
     )
     if unlike := [str(s.label) for s in search.spectra if s.template_probability < UNLIKE]:
         text += (
-            f" Source {', '.join(unlike)} does not have the spectrum that was looked for: its flux of all channels "
-            "together means little, take those of the channels, or search again with data.spectrum."
+            f" Source {', '.join(unlike)} does not have the assumed spectrum: use the fluxes of the channels instead "
+            "of the combined flux, or search again with another data.spectrum."
         )
     saved = figures.save(figure, out_dir / "figures", "spectra")
     counts = {"sources": len(search.spectra), "channels": len(result.of.each)}
@@ -154,15 +154,15 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
         profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale
     )
     text = (
-        "The same computation with the angles reversed, and the sources taken out: it holds the noise of the stack and "
-        f"no source. Its standard deviation is {values.std():.2f}, where theory has 1: below 1 the SNR is conservative "
-        "(where the field rotates little the noise subtracts itself too), above 1 it overstates. The highest value is "
-        f"{values.max():.2f}, in about {n_independent} independent ones."
+        "The null map is computed with reversed angles after subtraction of the sources: it contains the noise of the "
+        f"stack and no source. Its standard deviation is {values.std():.2f}; theory predicts 1. Below 1 the SNR is "
+        "conservative (with little field rotation, noise is subtracted too), above 1 it overstates the significance. "
+        f"The highest value is {values.max():.2f}, of about {n_independent} independent values."
     )
     if (n_spectra := len(search.combination.spectra)) > 1:
         text += (
-            f" It is the best of {n_spectra} spectra everywhere, so its mean is above 0 and its spread smaller than "
-            "that of one spectrum, by which SNRs are calibrated and which the figure by separation shows."
+            f" It takes the best of {n_spectra} spectra at every pixel, so its mean is above 0 and its spread is "
+            "smaller than that of a single spectrum, which calibrates the SNR and is shown by separation."
         )
     distribution = figures.save(
         adi_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"
@@ -172,12 +172,12 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
         captioned(distribution, CAPTIONS, positions=len(values), independent=n_independent),
         captioned(by_radius, CAPTIONS, rings=len(profile.separation_px)),
     ]
-    return Section("The noise", text, saved, [])
+    return Section("Noise", text, saved, [])
 
 
 def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir: Path) -> Section:
     if not len(contrast.separation_px):
-        return Section("Limits", "No ring lies in the field, so there is no contrast curve.")
+        return Section("Limits", "The field is too small for a contrast curve.")
     unit = {"none": "units of the PSF given", "peak": "PSF peaks", "fwhm": "flux in one FWHM"}
     figure = adi_figures.contrast_curve(
         contrast.separation_px,
@@ -191,10 +191,10 @@ def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir
         threshold=result.config.search.threshold,
     )
     text = (
-        f"Faintest source that is found half of the time, from injections in {int(contrast.n.max())} directions at "
-        "each separation, each at the limit itself. Without throughput: the threshold over sqrt(a), which holds for a "
-        "source that the statistics have not seen. A gap says that no flux is enough: there sources subtract "
-        "themselves as fast as they brighten."
+        "Flux at which a source is detected with a probability of 50 %, from injections of that flux in "
+        f"{int(contrast.n.max())} directions at each separation. Uncorrected: the threshold divided by sqrt(a), valid "
+        "for a source that does not contribute to the noise statistics. A gap means that no flux suffices: "
+        "self-subtraction there increases as fast as the flux."
     )
     saved = figures.save(figure, out_dir / "figures", "contrast_curve")
     counts = {"separations": len(contrast.separation_px), "directions": int(contrast.n.max())}
@@ -217,19 +217,19 @@ def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
     rows = [
         ["frames used", f"{len(angles)} of {len(of.kept)}"],
         ["rotation", f"{rotation_deg(angles):.1f} degrees"],
-        ["pixels left out", str(int((~of.usable).sum()))],
-        ["pixels of a patch", str(search.n_patch)],
-        ["PSF", f"{of.psf.fwhm_px:.2f} px wide, divided by {of.psf.flux:.4g} ({of.psf.flux_kind})"],
+        ["excluded pixels", str(int((~of.usable).sum()))],
+        ["pixels per patch", str(search.n_patch)],
+        ["PSF", f"{of.psf.fwhm_px:.2f} px FWHM, divided by {of.psf.flux:.4g} ({of.psf.flux_kind})"],
         ["weight of the diagonal (rho)", f"median {np.median(rho):.3f}, {rho.min():.3f} to {rho.max():.3f}"],
         ["locations with a singular covariance", str(int(maps.singular.sum()))],
-        ["error of the PSF's expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the SNR's noise"],
+        ["error of the PSF expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the SNR noise"],
     ]
     text = ""
     if result.spectral:
         first, last = result.of.wavelengths[[0, -1]]
         rows.insert(0, ["channels", f"{len(result.of.each)} of {len(result.of.kept)}, {first:g} to {last:g}"])
-        text = f"Frames, PSF and pixels are those of the middle channel, {result.stack.wavelengths[channel]:g}."
-    table = Table("What was computed", ["", ""], rows, [])
+        text = f"Frames, PSF and pixel numbers refer to the middle channel, {result.stack.wavelengths[channel]:g}."
+    table = Table("Parameters of the stack", ["", ""], rows, [])
     saved = figures.save(figure, out_dir / "figures", "frames")
     numbers = ", ".join(map(str, shown))
     return Section("The stack", text, [captioned(saved, CAPTIONS, shown=numbers, frames=len(angles))], [table])
@@ -256,9 +256,12 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
         columns.append("truth")
         rows = [[*row, known(s, result)] for row, s in zip(rows, sources, strict=True)]
     missed = [t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.of.fwhm_px for s in sources)]
-    notes = [f"Not found: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
+    notes = [f"Not detected: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
     return Table(
-        counted(len(sources), "source"), columns, rows, notes if sources or missed else ["No peak is high enough."]
+        counted(len(sources), "source"),
+        columns,
+        rows,
+        notes if sources or missed else ["No peak exceeds the threshold."],
     )
 
 
@@ -269,7 +272,7 @@ def counted(n: int, thing: str) -> str:
 def known(source: PointSource, result: Result) -> str:
     """The injected source that this is, if any."""
     truth = nearest_known(source, result)
-    return "none: a false alarm" if truth is None else f"{truth[0]:.2f}, {truth[1]:.2f}; {truth[2]:g}"
+    return "none (false alarm)" if truth is None else f"{truth[0]:.2f}, {truth[1]:.2f}; {truth[2]:g}"
 
 
 def nearest_known(source: PointSource, result: Result) -> tuple[float, float, float] | None:

@@ -51,16 +51,16 @@ def write_maps(result: Result, search: Search, out_dir: Path) -> None:
 
 MEANINGS = {
     "snr": ("b / sqrt(a)", ""),
-    "flux": ("b / a, of one pass", "psf"),
+    "flux": ("b / a, one pass", "psf"),
     "flux_std": ("1 / sqrt(a)", "psf"),
     "a": ("sum of h' C^-1 h over the frames", "psf-2"),
     "b": ("sum of h' C^-1 (r - m) over the frames", "psf-1"),
-    "snr_calibrated": ("snr over the spread of the empirical null", ""),
-    "snr_null": ("snr with the angles reversed, sources taken out", ""),
-    "a_null": ("a with the angles reversed, sources taken out", "psf-2"),
-    "b_null": ("b with the angles reversed, sources taken out", "psf-1"),
-    "throughput": ("share of an injected source's flux that is left", ""),
-    "template": ("number of the spectrum that fits best, from 0", ""),
+    "snr_calibrated": ("snr / empirical noise at its separation", ""),
+    "snr_null": ("snr with reversed angles, sources subtracted", ""),
+    "a_null": ("a with reversed angles, sources subtracted", "psf-2"),
+    "b_null": ("b with reversed angles, sources subtracted", "psf-1"),
+    "throughput": ("fraction of an injected flux that is recovered", ""),
+    "template": ("index of the best-fitting spectrum, from 0", ""),
 }
 
 
@@ -77,28 +77,28 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
         "CRPIX1": (centre[1] + 1, "[px] the same, from 1"),
         "CRPIX2": (centre[0] + 1, "[px] the same, from 1"),
         "NFRAMES": (len(of.deviations), "frames used"),
-        "NDROPPED": (int((~of.kept).sum()), "frames left out"),
-        "NMASKED": (int((~of.usable).sum()), "pixels left out"),
-        "ROTATION": (rotation_deg(of.angles_deg), "[deg] of the field"),
-        "NPATCH": (search.n_patch, "pixels of a patch"),
+        "NDROPPED": (int((~of.kept).sum()), "excluded frames"),
+        "NMASKED": (int((~of.usable).sum()), "excluded pixels"),
+        "ROTATION": (rotation_deg(of.angles_deg), "[deg] field rotation"),
+        "NPATCH": (search.n_patch, "pixels per patch"),
         "RHOMED": (float(np.nanmedian(maps.shrinkage)), "median weight of the diagonal"),
         "NSINGULR": (int(maps.singular.sum()), "locations with a singular covariance"),
-        "PSFFWHM": (result.of.fwhm_px, "[px] of the PSF"),
-        "PSFNORM": (of.psf.flux_kind, "what of the PSF is 1"),
-        "PSFFLUX": (of.psf.flux, "what the PSF was divided by"),
-        "PSFERR": (maps.psf_error, "largest relative error of its expansion"),
-        "SNRERR": (maps.snr_error, "bound on what that adds to the noise of the SNR"),
+        "PSFFWHM": (result.of.fwhm_px, "[px] FWHM of the PSF"),
+        "PSFNORM": (of.psf.flux_kind, "normalisation of the PSF"),
+        "PSFFLUX": (of.psf.flux, "divisor of the PSF"),
+        "PSFERR": (maps.psf_error, "largest relative error of the PSF expansion"),
+        "SNRERR": (maps.snr_error, "bound on the resulting error of the SNR"),
     }
     if len(wavelengths) > 1:
-        cards["NCHANNEL"] = (len(wavelengths), "wavelengths; what is said of frames is of the middle one")
+        cards["NCHANNEL"] = (len(wavelengths), "wavelengths; frame data: middle one")
         cards["WAVEMIN"], cards["WAVEMAX"] = (wavelengths[0], "the first"), (wavelengths[-1], "the last")
-        cards["NSPECTRA"] = (len(search.combination.spectra), "spectra tried, each of mean 1")
+        cards["NSPECTRA"] = (len(search.combination.spectra), "number of trial spectra, mean 1")
     if unit:
         cards["BUNIT"] = (unit, "psf: flux of the normalised PSF")
     if scale is not None:
         cards["PIXSCALE"] = (scale, "[arcsec/px]")
     if result.config.data.cube is not None and (mjd := observed_mjd(result.config.data.cube)) is not None:
-        cards["MJD-OBS"] = (mjd, "of the cube's header")
+        cards["MJD-OBS"] = (mjd, "from the header of the cube")
     return cards
 
 

@@ -125,7 +125,7 @@ def test_changed_file_of_a_finished_run_is_refused_and_named(whole, tmp_path, na
     text = (run / name).read_text()
     digit = re.search(r"\d\.\d+", text).end() - 1
     (run / name).write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
-    with pytest.raises(InputError, match=rf"{run}/{name}: is not as training wrote it .*resume=true"):
+    with pytest.raises(InputError, match=rf"{run}/{name}: has changed since training .*resume=true"):
         open_run(run)
     (run / name).unlink()
     with pytest.raises(InputError, match=rf"{run}/{name}, listed in finished.json, cannot be read"):
@@ -135,10 +135,10 @@ def test_changed_file_of_a_finished_run_is_refused_and_named(whole, tmp_path, na
 def test_unfinished_run_is_refused(whole, tmp_path):
     run = copy_of(whole, tmp_path / "run")
     (run / "finished.json").unlink()
-    with pytest.raises(InputError, match=r"training has not finished there; continue it with resume=true"):
+    with pytest.raises(InputError, match=r"training has not finished; continue it with resume=true"):
         open_run(run)
     (run / "finished.json").write_text("{}")
-    with pytest.raises(InputError, match=r"finished.json: is not what training writes"):
+    with pytest.raises(InputError, match=r"finished.json: is not valid"):
         open_run(run)
 
 

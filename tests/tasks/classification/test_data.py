@@ -152,7 +152,7 @@ def test_a_group_across_classes_stays_together_and_is_told(folder, how):
         picture(0).resize((60, 80)).save(folder / "yes" / "larger.png")
     found = read(folder, group_regex=r"(\d)\.png" if how == "patient" else None)
     (note,) = found.notes
-    assert "stand in more than one class, such as that of" in note
+    assert "have images in several classes, such as the group of" in note
     assert len(set(found.groups)) == (3 if how == "patient" else 6)
 
 
@@ -193,11 +193,11 @@ def hang(path):
 )
 def test_a_file_that_is_of_no_use_is_named_or_left_out(folder, harm, words):
     harm(folder / "no" / "1.png")
-    with pytest.raises(InputError, match=rf"{words}(.|\n)*leave such files out with data\.on_error=skip"):
+    with pytest.raises(InputError, match=rf"{words}(.|\n)*skip such files with data\.on_error=skip"):
         read(folder)
     found = read(folder, on_error="skip")
     assert found.titles == ["no/0.png", "no/2.png", *(f"yes/{i}.png" for i in range(3))]
-    assert "1 files were left out, such as" in found.notes[0]
+    assert "1 files were skipped, such as" in found.notes[0]
     assert squares_of(found).shape == (5, SIZE, SIZE)
 
 
@@ -213,7 +213,9 @@ def test_a_folder_of_which_nothing_can_be_read(folder, on_error):
 def test_the_same_file_in_two_classes(folder, tmp_path, stored):
     (folder / "yes" / "again.png").write_bytes((folder / "no" / "0.png").read_bytes())
     root = ingest(folder, tmp_path / "set.h5") if stored else folder
-    with pytest.raises(InputError, match=r"no/0\.png and .*yes/again\.png are the same file in two classes; take one"):
+    with pytest.raises(
+        InputError, match=r"no/0\.png and .*yes/again\.png are the same file in two classes; remove one"
+    ):
         read(root)
     found = read(root, on_error="skip")
     assert {"no/0.png", "yes/again.png"}.isdisjoint(found.titles)
@@ -223,13 +225,15 @@ def test_the_same_file_in_two_classes(folder, tmp_path, stored):
 def test_one_class_alone(folder):
     for path in (folder / "yes").iterdir():
         path.unlink()
-    with pytest.raises(InputError, match=r"set: holds images of one class only \(no\); give a subfolder for each"):
+    with pytest.raises(InputError, match=r"set: has images of one class only \(no\); at least two class subfolders"):
         read(folder)
 
 
 def test_images_in_no_class_folder(folder):
     picture(9).save(folder / "loose.png")
-    with pytest.raises(InputError, match=r"1 images lie in no class folder \(loose\.png\); put every image into a sub"):
+    with pytest.raises(
+        InputError, match=r"1 images are in no class subfolder \(loose\.png\); put every image into a sub"
+    ):
         read(folder)
 
 

@@ -148,7 +148,7 @@ def test_truth_stands_beside_what_was_found_and_what_was_missed_below():
 
 
 def test_nothing_found_is_said():
-    assert source_table([], result(truth=())).notes == ["No peak is high enough."]
+    assert source_table([], result(truth=())).notes == ["No peak exceeds the threshold."]
     assert len(source_table([], result()).notes) == len(TRUTH)
 
 
@@ -287,10 +287,10 @@ def test_a_source_of_another_spectrum_is_told(tmp_path, undrawn):
     made = result(channels=3)
     found = search(made, source(), source(2, 35.0, 5.0))
     text, _ = written(made, found, tmp_path)
-    assert "does not have the spectrum" not in text
+    assert "does not have the assumed spectrum" not in text
     found.spectra[1] = replace(found.spectra[1], template_probability=1e-4)
     text, _ = written(made, found, tmp_path)
-    assert "Source 2 does not have the spectrum" in text
+    assert "Source 2 does not have the assumed spectrum" in text
 
 
 def test_known_spectrum_is_that_of_the_injected_source_nearby():
