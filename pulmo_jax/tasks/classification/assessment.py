@@ -182,7 +182,7 @@ def assess_training(
         counts = f"{len(found.refs)} images in {len(set(found.groups))} groups"
         warnings.insert(
             0,
-            f"trainer.split=random: copies are in both training and test sets ({counts}), so the results are optimistic.",
+            f"trainer.split=random: copies are in both training and test sets ({counts}): the results are optimistic.",
         )
     tested = Tested(found, results, predictions.as_trained)
     options, seed = run.config.evaluation, run.config.seed
