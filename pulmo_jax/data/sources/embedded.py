@@ -47,7 +47,9 @@ def _jpeg(data: bytes) -> tuple[int, int, int] | None:
     while offset + 1 < len(data) and data[offset] == 0xFF:
         marker = data[offset + 1]
         if marker in _JPEG_FRAME:
-            return struct.unpack_from(">HHB", data, offset + 5)
+            (length,) = struct.unpack_from(">H", data, offset + 2)
+            whole = offset + 2 + length <= len(data)
+            return struct.unpack_from(">HHB", data, offset + 5) if whole else None
         offset += 1 if marker == 0xFF else 2
         if marker not in _JPEG_STANDALONE:
             offset += struct.unpack_from(">H", data, offset)[0]
