@@ -146,17 +146,18 @@ class LandmarkRun:
         covariance = covariance / (scales[:, None, :, None] * scales[:, None, None, :])
         outside = ((points < -0.5) | (points > last)).any(-1)
         tiny = np.array([max(ref.shape[:2]) * TINY < self.size for ref in working.refs])[:, None]
-        folded = np.array([on_folds(of_image, self.frame) for of_image in points]).reshape(outside.shape)
-        return Found(points, covariance, std_px(covariance), low | outside | folded | tiny, unlike)
+        low = low | outside | on_folds(points, self.frame) | tiny
+        return Found(points, covariance, std_px(covariance), low, unlike)
 
 
-def on_folds(points: Float[np.ndarray, "K 2"], frame: LungFrame) -> Bool[np.ndarray, "K"]:
-    """Landmarks at a triangle of the frame's mesh that is turned over in the image: no chest lies so."""
-    over = np.asarray(turned_over(jnp.asarray(points, jnp.float32), frame))
-    return np.isin(np.arange(len(points)), frame.triangles[over])
+def on_folds(points: Float[np.ndarray, "N K 2"], frame: LungFrame) -> Bool[np.ndarray, "N K"]:
+    """Landmarks of a triangle of the frame's mesh that is turned over in the image: no chest lies so."""
+    reversed_triangles = np.asarray(turned_over(jnp.asarray(points, jnp.float32), frame))
+    of_triangle = np.eye(points.shape[1], dtype=bool)[frame.triangles].any(1)  # (triangles, K)
+    return (reversed_triangles[:, :, None] & of_triangle).any(1)
 
 
-turned_over = jax.jit(flipped)
+turned_over = jax.jit(jax.vmap(flipped, (0, None)))
 
 
 def check_nodes(config: LandmarkConfig) -> None:
