@@ -153,8 +153,8 @@ class LandmarkRun:
 def on_folds(points: Float[np.ndarray, "N K 2"], frame: LungFrame) -> Bool[np.ndarray, "N K"]:
     """Landmarks of a triangle of the frame's mesh that is turned over in the image: no chest lies so."""
     reversed_triangles = np.asarray(turned_over(jnp.asarray(points, jnp.float32), frame))
-    of_triangle = np.eye(points.shape[1], dtype=bool)[frame.triangles].any(1)  # (triangles, K)
-    return (reversed_triangles[:, :, None] & of_triangle).any(1)
+    corners = np.eye(frame.triangles.max() + 1, dtype=bool)[frame.triangles].any(1)  # (triangles, points of the mesh)
+    return (reversed_triangles[:, :, None] & corners[:, : points.shape[1]]).any(1)
 
 
 turned_over = jax.jit(jax.vmap(flipped, (0, None)))
