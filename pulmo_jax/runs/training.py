@@ -21,6 +21,7 @@ from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.resources import explain_out_of_memory, require
 from pulmo_jax.runs.directory import provenance, save_config, unseal
+from pulmo_jax.runs.older import migrated
 from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Callback, Start
@@ -236,7 +237,8 @@ def restore_last(folder: Path, learning: Learning, console: Console) -> tuple[Tr
 
 
 def require_same(folder: Path, record: Record, identity: Mapping[str, Any]) -> None:
-    changed = [key for key, value in identity.items() if record.identity.get(key) != value]
+    before = migrated(record.identity)
+    changed = [key for key, value in identity.items() if before.get(key) != value]
     if changed:
         raise InputError(
             f"resume=true: {', '.join(changed)} differ from the run in {folder.parent}; "

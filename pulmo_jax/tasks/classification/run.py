@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float, Int
 
-from pulmo_jax.config.nodes import build, check_node, find_target
+from pulmo_jax.config.nodes import build, build_function, check_model, check_node, find_target
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.folds import Fold, grouped_folds
 from pulmo_jax.data.letterbox import to_bytes
@@ -164,7 +164,7 @@ def positive_class(classes: Sequence[str], normal: int) -> int | None:
 
 
 def check_nodes(config: ClassifierConfig) -> None:
-    """Validates the method's node. Raises InputError."""
+    """Validates the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
     if not (isinstance(target, type) and (issubclass(target, Descended) or issubclass(target, Counted))):
         raise InputError(
@@ -172,6 +172,7 @@ def check_nodes(config: ClassifierConfig) -> None:
             f"`fit`); choose among: {', '.join(CHOICES['method'])}"
         )
     check_node(config.method, "method", config.plugins)
+    check_model(config.model, config.method, config.plugins, ("n_classes", "channels", "rngs"))
 
 
 def build_classifier(
@@ -185,6 +186,7 @@ def build_classifier(
         n_classes=n_classes,
         normal=normal,
         class_weights=class_weights,
+        network=config.model and build_function(config.model, "model", config.plugins),
         seed=config.seed,
     )
 

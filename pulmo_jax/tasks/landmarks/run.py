@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from pulmo_jax.config.nodes import build, check_node, find_target
+from pulmo_jax.config.nodes import build, build_function, check_model, check_node, find_target
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.lung_frame import LungFrame, flipped, frame_of, lung_frame
 from pulmo_jax.core.ppca import PPCA
@@ -161,7 +161,7 @@ turned_over = jax.jit(jax.vmap(flipped, (0, None)))
 
 
 def check_nodes(config: LandmarkConfig) -> None:
-    """Validates the method's node. Raises InputError."""
+    """Validates the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
     if not (isinstance(target, type) and (issubclass(target, Fitted) or issubclass(target, Descended))):
         raise InputError(
@@ -169,6 +169,9 @@ def check_nodes(config: LandmarkConfig) -> None:
             f"`train_loss`); choose among: {', '.join(CHOICES['method'])}"
         )
     check_node(config.method, "method", config.plugins)
+    check_model(config.model, config.method, config.plugins, ("n_landmarks", "channels", "rngs"))
+    if "loss" in config.method:
+        check_node(config.method["loss"], "method.loss", config.plugins, ("displacement", "covariance"))
 
 
 def build_locator(config: LandmarkConfig, companions: Companions | None) -> Locator:
@@ -181,6 +184,7 @@ def build_locator(config: LandmarkConfig, companions: Companions | None) -> Loca
         n_landmarks=len(mirror),
         mirror=mirror,
         shapes=shapes,
+        network=config.model and build_function(config.model, "model", config.plugins),
         seed=config.seed,
     )
 

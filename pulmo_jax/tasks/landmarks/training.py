@@ -222,6 +222,7 @@ def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
         "seed": config.seed,
         "trainer.batch_size": config.trainer.batch_size,
         "trainer.ema_decay": config.trainer.ema_decay,
+        "model": config.model,
         "method": config.method,
         "optimizer": config.optimizer,
         "landmarks": table.hexdigest(),
