@@ -18,14 +18,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
-from pulmo_jax.methods import losses
 from pulmo_jax.methods.base import Params
-from pulmo_jax.methods.losses import ImageLoss
+from pulmo_jax.methods.losses import ImageLoss, l1, l2, ssim
 from pulmo_jax.methods.score_maps import ImageStatistic, image_statistic, smooth_within, smoothing_radius
 
 Score = Literal["local_mean", "l2", "l1", "ssim"]
 # Per pixel and band; of local_mean the signed difference, which is smoothed before it is squared.
-RESIDUALS: dict[Score, ImageLoss] = {"local_mean": jnp.subtract, "l2": losses.l2, "l1": losses.l1, "ssim": losses.ssim}
+RESIDUALS: dict[Score, ImageLoss] = {"local_mean": jnp.subtract, "l2": l2, "l1": l1, "ssim": ssim}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Autoencoder:
     """
 
     network: nnx.Module
-    loss: ImageLoss = losses.l2
+    loss: ImageLoss = l2
     score: Annotated[
         Score,
         Field(
