@@ -17,6 +17,7 @@ class TrainingConfig(Section, frozen=True):
     plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
     callbacks: dict[str, Node]
     figures: dict[str, Node] = Field(default={})
+    sources: dict[str, Node] = Field(default={})
     trainer: TrainerConfig = TrainerConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -29,6 +30,7 @@ class PredictConfig(Section):
     output: PathLike = Field(description="folder for the results; a repeated call resumes")
     overwrite: Bool = Field(default=False, description="recompute results that already exist")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
+    sources: dict[str, Node] = Field(default={})
 
 
 class EvaluationConfig(Section):
@@ -45,6 +47,7 @@ class EvaluateConfig(Section):
     seed: Int = Field(default=0, ge=0, lt=2**31, description="random seed of the bootstrap")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
     figures: dict[str, Node] = Field(default={})
+    sources: dict[str, Node] = Field(default={})
 
 
 class IngestConfig(Section):
@@ -65,3 +68,5 @@ class IngestConfig(Section):
     )
     threads: Int = Field(default=4, ge=1, le=256, description="decoding threads")
     max_image_mb: Int = Field(default=2048, ge=1, description="largest accepted image after decoding, MiB")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
+    sources: dict[str, Node] = Field(default={})

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from yaml import YAMLError
 
-from pulmo_jax.config.nodes import HOMES, OFFERED, argument_schema, check_node, parameters_of_node
+from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, argument_schema, check_node, parameters_of_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
 from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.runs.paths import check_paths
@@ -32,7 +32,7 @@ PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
 VERBS = ("train", "predict", "evaluate", "detect", "ingest")
 DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources"}  # without an experiment that names one
-GROUPS = ("model", "method", "optimizer", "callbacks", "figures")  # of `_target_` nodes
+GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # of `_target_` nodes
 OF_RUN = ("predict", "evaluate")  # verbs whose task is that of their run
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
 
@@ -187,7 +187,8 @@ def checked(raw: DictConfig, command: Command) -> Any:
     config: Any = validate(command.schema, values)
     check_paths(config)
     for where, node in nodes_of(config):
-        check_node(node, where, config.plugins)  # from their sources: the task's own check imports JAX
+        required = GIVEN["figures"] if where.startswith("figures.") else ()
+        check_node(node, where, config.plugins, required)  # from their sources: the task's own check imports JAX
     if command.verb == "train" and command.task is not None:
         command.task.training.check(config)
     return config
