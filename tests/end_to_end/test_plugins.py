@@ -58,8 +58,8 @@ def test_its_run_predicts_and_is_evaluated(images, mean_run, tmp_path):
     assert [row["filename"] for row in rows] == [f"{i}.raw" for i in range(6)]
     np.testing.assert_allclose([float(row["distance"]) for row in rows], expected(images[1]), rtol=1e-4)
     call(
-        "evaluate", *OWN, f"run={mean_run}", "plugins=[lab]", "sources=raw", "figures=numbers", "figures.numbers.size_inch=2.0",
-        f"data.test={images[0]}", f"hydra.run.dir={tmp_path / 'evaluation'}",
+        "evaluate", *OWN, f"run={mean_run}", "plugins=[lab]", "sources=raw", "figures=numbers",
+        "figures.numbers.size_inch=2.0", f"data.test={images[0]}", f"hydra.run.dir={tmp_path / 'evaluation'}",
     )  # fmt: skip
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics["distance"] == pytest.approx(expected(images[1]).mean(), rel=1e-5)
@@ -97,7 +97,8 @@ def test_a_method_a_model_and_a_loss_are_trained_together(tmp_path):
     call(
         "train", *OWN, "+experiment=lung", "plugins=[lab]", "method=reseeded", "method/loss=charbonnier", "model=tiny",
         f"data.train={tmp_path / 'normal'}", "data.patch_size=16", "trainer.steps=2", "trainer.batch_size=4",
-        "trainer.validation_patches=4", "calibration.pixel_rate=0.05", "evaluation.replicates=10", f"hydra.run.dir={run}",
+        "trainer.validation_patches=4", "calibration.pixel_rate=0.05", "evaluation.replicates=10",
+        f"hydra.run.dir={run}",
     )  # fmt: skip
     config = OmegaConf.load(run / "config.yaml")
     assert config.method.seed == 3
