@@ -51,3 +51,8 @@ def workplace(run_dir: Path, formats: Sequence[Format] = ()) -> Iterator[Place]:
 def build_formats(config: Any) -> tuple[Format, ...]:
     """The image formats that a config's `sources` name. Raises InputError."""
     return check_formats(build(node, f"sources.{name}", config.plugins) for name, node in config.sources.items())
+
+
+def formats_for(image: Any, config: Any) -> tuple[Format, ...]:
+    """The image formats of a run's config for an image that is a path; arrays need none. Raises InputError."""
+    return build_formats(config) if isinstance(image, Path | str) else ()

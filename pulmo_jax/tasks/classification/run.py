@@ -29,6 +29,7 @@ from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
 from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
 from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
 from pulmo_jax.tasks.classification.results import ClassResult
@@ -129,7 +130,7 @@ class ClassifierRun:
         Raises:
             InputError: The image cannot be read, or its values are too large.
         """
-        ref, pixels = one_image(image, page, self.config.data.max_image_mb)
+        ref, pixels = one_image(image, page, self.config.data.max_image_mb, formats=formats_for(image, self.config))
         square = square_of(pixels, self.size, self.config.data.crop)
         if not np.isfinite(square).all():
             raise InputError(f"{ref.path}: its values are too large to be classified; remove this image")

@@ -124,7 +124,7 @@ def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, s
 def read(config: ClassifierConfig, place: Place) -> ClassData:
     assert config.data.root is not None  # prepare saw to it
     size: int = build_classifier(config).size  # pyright: ignore[reportAttributeAccessIssue]
-    found = read_classes(config.data.root, config.data, size, place.console)
+    found = read_classes(config.data.root, config.data, size, place.console, formats=place.formats)
     normal = normal_class(found, config.data.normal_name)
     weights = class_weights(found.labels, len(found.classes), config.trainer.class_weights)
     plan = make_plan(found, config)

@@ -38,6 +38,7 @@ from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
 from pulmo_jax.methods.located import Descended, Fitted, Found, Locator, Params
 from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
 from pulmo_jax.tasks.landmarks.results import LandmarkResult
@@ -121,7 +122,7 @@ class LandmarkRun:
         Raises:
             InputError: The image cannot be read, or no landmarks can be found in it.
         """
-        ref, pixels = one_image(image, page, self.config.data.max_image_mb)
+        ref, pixels = one_image(image, page, self.config.data.max_image_mb, formats=formats_for(image, self.config))
         found = self.find(working_image(ref, pixels, self.size))
         if not (np.isfinite(found.points).all() and np.isfinite(found.std).all()):
             raise InputError(f"{ref.path}: no landmarks found, its values may be too large")
