@@ -54,7 +54,7 @@ def test_a_task_is_trained_with_the_users_format_callback_and_figure(images, mea
 
 def test_its_run_predicts_and_is_evaluated(images, mean_run, tmp_path):
     call("predict", *OWN, f"run={mean_run}", "plugins=[lab]", "sources=raw", f"input={images[0]}", f"output={tmp_path}")
-    rows = list(csv.DictReader((tmp_path / "distances.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "distances.csv").read_text().splitlines()))
     assert [row["filename"] for row in rows] == [f"{i}.raw" for i in range(6)]
     np.testing.assert_allclose([float(row["distance"]) for row in rows], expected(images[1]), rtol=1e-4)
     call(
@@ -105,4 +105,6 @@ def test_a_method_a_model_and_a_loss_are_trained_together(tmp_path):
     assert config.seed == 0
     assert config.method.loss._target_ == "lab.losses.charbonnier"
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["loss"] > 0.01  # at least its epsilon
+    assert first["train/loss"] > 0.01  # at least its epsilon
+    calls = json.loads((run / "calibration.json").read_text())
+    assert calls["image_threshold"]["value"] > 0
