@@ -27,16 +27,17 @@ def evaluate(config: Any, out_dir: Path) -> None:
     """
     from pulmo_jax.host.console import make_console
     from pulmo_jax.runs.directory import task_of, use_compile_cache
-    from pulmo_jax.runs.place import Place
-    from pulmo_jax.runs.report import write_findings
+    from pulmo_jax.runs.place import Place, build_formats
+    from pulmo_jax.runs.report import with_figures, write_findings
     from pulmo_jax.runs.task import find_task
 
     task = find_task(task_of(config.run), config.plugins)
     use_compile_cache(None)
-    place = Place(config.run, out_dir, make_console())
+    place = Place(config.run, out_dir, make_console(), build_formats(config))
     run = task.runs.open_run(config.run, config.plugins)
     data = task.assessment.read_test(run, config, place)
-    write_findings(task.assessment.assess(run, data, config, place), out_dir, place.console)
+    findings = with_figures(task.assessment.assess(run, data, config, place), run, config, out_dir)
+    write_findings(findings, out_dir, place.console)
     place.note(f"see {out_dir / 'report.html'}")
 
 

@@ -32,6 +32,7 @@ def ingest(config: IngestConfig, _: Path) -> None:
     if config.input is None:
         raise InputError("input must be given: input=FOLDER, or verify=true to check an existing store")
     from pulmo_jax.data.store_writing import ingest_folder
+    from pulmo_jax.runs.place import build_formats
 
     began, console = time.monotonic(), make_console()
     target = config.output
@@ -43,6 +44,7 @@ def ingest(config: IngestConfig, _: Path) -> None:
             near_bits=config.near_bits,
             threads=config.threads,
             max_image_mb=config.max_image_mb,
+            formats=build_formats(config),
             tracker=partial(tracker, console),
         )
     console.print(f"{summary(done)}, {time.monotonic() - began:.0f} s; see {target}", highlight=False)

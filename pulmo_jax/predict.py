@@ -38,14 +38,14 @@ def predict(config: Any, _: Path) -> None:
     """
     from pulmo_jax.host.console import make_console
     from pulmo_jax.runs.directory import task_of, use_compile_cache
-    from pulmo_jax.runs.place import Place
+    from pulmo_jax.runs.place import Place, build_formats
     from pulmo_jax.runs.records import predict_all
     from pulmo_jax.runs.task import find_task
 
     task = find_task(task_of(config.run), config.plugins)
     use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
     run = task.runs.open_run(config.run, config.plugins)
-    place = Place(config.run, config.output, make_console())
+    place = Place(config.run, config.output, make_console(), build_formats(config))
     if status := predict_all(task.prediction, run, config, place):
         sys.exit(status)
 

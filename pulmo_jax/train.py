@@ -35,14 +35,14 @@ def train(config: Any, run_dir: Path) -> float:
     """
     from pulmo_jax.runs import training as frame
     from pulmo_jax.runs.directory import seal, use_compile_cache
-    from pulmo_jax.runs.place import workplace
-    from pulmo_jax.runs.report import write_findings
+    from pulmo_jax.runs.place import build_formats, workplace
+    from pulmo_jax.runs.report import with_figures, write_findings
     from pulmo_jax.runs.task import find_task
 
     began, task = time.monotonic(), find_task(config.task, config.plugins)
     frame.connect(config.cluster)
     use_compile_cache(config.trainer.compile_cache)
-    with workplace(run_dir) as place:
+    with workplace(run_dir, build_formats(config)) as place:
         frame.refuse_or_resume(run_dir, config.resume)
         callbacks = frame.build_callbacks(config.callbacks, config.plugins)
         config, citation = task.training.prepare(config, place)
@@ -57,6 +57,8 @@ def train(config: Any, run_dir: Path) -> float:
         outcome = task.training.finish(config, data, learned, place)
         seal(run_dir, learned.step, task.runs.SEALED)
         findings = task.training.assess(outcome, data, learned, place)
+        if config.figures:
+            findings = with_figures(findings, task.runs.open_run(run_dir, config.plugins), config, place.folder)
         write_findings(findings, place.folder, place.console)
         place.note(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}")
     return findings.objective

@@ -7,7 +7,8 @@ its signature alone.
 import importlib
 import inspect
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Strict, ValidationError, create_model
@@ -22,12 +23,17 @@ HOMES = {
     "method": ("pulmo_jax.methods",),
     "optimizer": ("pulmo_jax.training.optimizers",),
     "callbacks": ("pulmo_jax.training.callbacks", "pulmo_jax.reporting.callbacks"),
+    "method.loss": ("pulmo_jax.methods.losses", "pulmo_jax.methods.landmark_losses"),
+    "figures": (),
+    "sources": (),
 }
 # Arguments that only the program can supply.
 GIVEN = {
-    "model": ("patch_size", "channels", "rngs"),
+    "model": ("patch_size", "channels", "n_landmarks", "n_classes", "rngs"),
     "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
     "optimizer": ("steps",),
+    "method.loss": ("image", "reconstruction", "displacement", "covariance"),
+    "figures": ("run", "findings"),
 }
 OFFERED = {"method": ("seed",)}  # those that the program supplies unless the config does
 
@@ -48,8 +54,24 @@ def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any
     target = find_target(node, where, plugins)
     known = parameters_of(target)
     arguments = check_arguments(known, node, where)
+    arguments |= {key: build_function(node[key], place, plugins) for key, place in nodes_within(node, where)}
     offered = {name: value for name, value in given.items() if name in known and name not in node}
     return target(**arguments | offered)
+
+
+def build_function(node: Node, where: str, plugins: tuple[str, ...]) -> Callable[..., Any]:
+    """What a `_target_` node names, with the node's keys set, to be called with the arguments of `GIVEN` by name.
+
+    Raises:
+        InputError: As `build`.
+    """
+    target = find_target(node, where, plugins)
+    return partial(target, **check_arguments(parameters_of(target), node, where))
+
+
+def nodes_within(node: Node, where: str) -> list[tuple[str, str]]:
+    """The nodes inside a node, such as a method's loss: their keys, and their keys in the config."""
+    return [(key, f"{where}.{key}") for key in node if f"{where}.{key}" in HOMES]
 
 
 def check_node(node: Node, where: str, plugins: tuple[str, ...], required: Iterable[str] = ()) -> None:
@@ -67,10 +89,30 @@ def check_node(node: Node, where: str, plugins: tuple[str, ...], required: Itera
         group = group_of(where)
         raise InputError(f"{where}._target_={node['_target_']}: takes no {', '.join(missing)}, so it is no {group}")
     check_arguments(known, node, where)
+    for key, place in nodes_within(node, where):
+        check_node(node[key], place, plugins)
+
+
+def check_model(model: Node | None, method: Node, plugins: tuple[str, ...], required: Iterable[str]) -> None:
+    """Validates the model of a method with a parameter `network`; other methods take none.
+
+    Args:
+        required: Arguments from the program that the model must take.
+
+    Raises:
+        InputError: As `build`; or a model is missing, or given to a method that takes none.
+    """
+    takes_one = "network" in parameters_of_node(method, "method", plugins)
+    if takes_one and model is None:
+        raise InputError(f"method._target_={method['_target_']}: needs a model; give +model=NAME")
+    if model is not None and not takes_one:
+        raise InputError(f"method._target_={method['_target_']}: takes no model; leave out model")
+    if model is not None:
+        check_node(model, "model", plugins, required)
 
 
 def group_of(where: str) -> str:
-    return where.split(".")[0]
+    return where if where in HOMES else where.split(".")[0]
 
 
 def parameters_of_node(node: Node, where: str, plugins: tuple[str, ...]) -> dict[str, Parameter]:
@@ -113,9 +155,9 @@ def allowed_target(node: Node, where: str, plugins: tuple[str, ...]) -> str:
     homes, package = HOMES[group_of(where)], name.split(".")[0]
     if package not in plugins and not name.startswith(tuple(f"{home}." for home in homes)):
         hint = "" if package == "pulmo_jax" else f"; if it is yours, add plugins=[{package}]"
+        ours = f"{', '.join(homes)} and " if homes else ""
         raise InputError(
-            f"{where}._target_={name}: only {', '.join(homes)} and the packages in plugins={list(plugins)} may be "
-            f"built{hint}"
+            f"{where}._target_={name}: only {ours}the packages in plugins={list(plugins)} may be built{hint}"
         )
     return name
 
@@ -136,7 +178,9 @@ def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
 def argument_schema(parameters: Mapping[str, Parameter], group: str) -> type[BaseModel]:
     """A pydantic model of what a config may set: the parameters less those that only the program supplies."""
     fields: dict[str, Any] = {
-        name: (strictly(parameter.annotation), default_of(name, parameter, group))
+        name: (Node, {})
+        if f"{group}.{name}" in HOMES
+        else (strictly(parameter.annotation), default_of(name, parameter, group))
         for name, parameter in parameters.items()
         if name not in GIVEN.get(group, ())
     }
@@ -156,6 +200,10 @@ def strictly(annotation: Any) -> Any:
 
 def check_arguments(parameters: Mapping[str, Parameter], node: Node, where: str) -> dict[str, Any]:
     """The arguments that the node sets, of the annotated types."""
+    for key, place in nodes_within(node, where):
+        if not isinstance(node[key], Mapping):
+            chosen = f"{place.replace('.', '/')}={node[key]}"
+            raise InputError(f"{place}={node[key]}: is no node with a _target_; choose one with {chosen}")
     schema = argument_schema(parameters, group_of(where))
     values = {key: value for key, value in node.items() if key != "_target_"}
     try:

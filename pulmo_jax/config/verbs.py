@@ -1,8 +1,25 @@
-"""The keys that `predict` and `evaluate` have for every task, and those of `ingest`."""
+"""The keys that `train`, `predict` and `evaluate` have for every task, and those of `ingest`."""
 
 from pydantic import Field
 
-from pulmo_jax.config.section import Bool, ImageInput, Int, PathLike, Regex, RunFolder, Section
+from pulmo_jax.config.section import Bool, ImageInput, Int, Node, PathLike, Regex, RunFolder, Section
+from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
+
+
+class TrainingConfig(Section, frozen=True):
+    """python -m pulmo_jax.train"""
+
+    name: str = Field(default="run", description="title of the run")
+    seed: Int = Field(
+        default=0, ge=0, lt=2**31, description="random seed of initial parameters, batches, noise, splits and bootstrap"
+    )
+    resume: Bool = Field(default=False, description="resume from the last checkpoint in hydra.run.dir")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
+    callbacks: dict[str, Node]
+    figures: dict[str, Node] = Field(default={})
+    sources: dict[str, Node] = Field(default={})
+    trainer: TrainerConfig = TrainerConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 class PredictConfig(Section):
@@ -13,6 +30,7 @@ class PredictConfig(Section):
     output: PathLike = Field(description="folder for the results; a repeated call resumes")
     overwrite: Bool = Field(default=False, description="recompute results that already exist")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
+    sources: dict[str, Node] = Field(default={})
 
 
 class EvaluationConfig(Section):
@@ -28,6 +46,8 @@ class EvaluateConfig(Section):
     run: RunFolder = Field(description="directory of a finished training run")
     seed: Int = Field(default=0, ge=0, lt=2**31, description="random seed of the bootstrap")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
+    figures: dict[str, Node] = Field(default={})
+    sources: dict[str, Node] = Field(default={})
 
 
 class IngestConfig(Section):
@@ -48,3 +68,5 @@ class IngestConfig(Section):
     )
     threads: Int = Field(default=4, ge=1, le=256, description="decoding threads")
     max_image_mb: Int = Field(default=2048, ge=1, description="largest accepted image after decoding, MiB")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
+    sources: dict[str, Node] = Field(default={})

@@ -18,12 +18,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
-from pulmo_jax.core.ssim import ssim_map
 from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.losses import ImageLoss, l1, l2, ssim
 from pulmo_jax.methods.score_maps import ImageStatistic, image_statistic, smooth_within, smoothing_radius
 
-Loss = Literal["l2", "l1", "ssim"]
 Score = Literal["local_mean", "l2", "l1", "ssim"]
+# Per pixel and band; of local_mean the signed difference, which is smoothed before it is squared.
+RESIDUALS: dict[Score, ImageLoss] = {"local_mean": jnp.subtract, "l2": l2, "l1": l1, "ssim": ssim}
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Autoencoder:
     """An autoencoder with its loss and its score; implements methods.base.Method.
 
     network: the model with its initial parameters; maps (B, P, P, C) to the same shape.
+    loss: called with image=, reconstruction=, both (B, P, P, C); returns a value per pixel and band.
     """
 
     network: nnx.Module
-    loss: Annotated[Loss, Field(description="training loss")] = "l2"
+    loss: ImageLoss = l2
     score: Annotated[
         Score,
         Field(
@@ -62,10 +64,10 @@ class Autoencoder:
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
         noisy = batch + self.noise_sigma * coarse_noise(key, batch.shape, self.noise_cell_px)
         reconstruction = self.reconstruct(params, noisy if self.noise_sigma else batch)
-        return difference(batch, reconstruction, self.loss).mean()
+        return self.loss(image=batch, reconstruction=reconstruction).mean()
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        return difference(patches, self.reconstruct(params, patches), self.score)
+        return RESIDUALS[self.score](patches, self.reconstruct(params, patches))
 
     @property
     def halo_px(self) -> int:
@@ -82,19 +84,6 @@ class Autoencoder:
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
         return image_statistic(scores, self.image_statistic)
-
-
-def difference(
-    image: Float[Array, "B H W C"], reconstruction: Float[Array, "B H W C"], kind: Score
-) -> Float[Array, "B H W C"]:
-    """Per pixel and band: squared, absolute, 1 - SSIM, or (local_mean) signed. Normalised units, range 1."""
-    if kind == "l2":
-        return (image - reconstruction) ** 2
-    if kind == "l1":
-        return jnp.abs(image - reconstruction)
-    if kind == "ssim":
-        return 1 - ssim_map(image, reconstruction)
-    return image - reconstruction
 
 
 def coarse_noise(key: Key[Array, ""], shape: tuple[int, ...], cell_px: int) -> Float[Array, "B H W C"]:

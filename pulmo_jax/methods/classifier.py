@@ -1,8 +1,9 @@
 """A convolutional network for small sets of images: what it must not learn from is changed at random all the time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +25,13 @@ class ClassifierNetwork:
     """Implements methods.classes.Classifier and Descended.
 
     class_weights: of each class in the loss, of mean 1 over the training images.
+    network: (n_classes, channels, rngs) -> model with `features`, `logits` and `stride` like `ClassifierNet`.
     """
 
     n_classes: int
     class_weights: tuple[float, ...]
+    network: Callable[..., Any] = ClassifierNet
     size: Annotated[int, Field(ge=16, le=1024, description="side length of the resized images, px")] = 48
-    widths: Annotated[
-        tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
-        Field(min_length=2, description="number of features of each stage; each stage halves the resolution"),
-    ] = (16, 32, 64, 64)
-    norm: Annotated[Literal["none", "group"], Field(description="normalisation of the features of each stage")] = "none"
-    blocks: Annotated[int, Field(ge=0, description="number of residual blocks in each stage")] = 0
     dropout: Annotated[float, Field(ge=0, lt=1, description="dropout rate of the last features")] = 0.3
     label_smoothing: Annotated[
         float, Field(ge=0, lt=1, description="label smoothing: probability spread over all classes")
@@ -68,36 +65,30 @@ class ClassifierNetwork:
         ),
     ] = 4
     flip_average: Annotated[bool, Field(description="also average over the mirror image")] = True
-    dtype: Annotated[
-        Literal["float32", "bfloat16"], Field(description="floating-point type of activations; parameters stay float32")
-    ] = "float32"
 
     def __post_init__(self) -> None:
-        coarsest = 2 ** len(self.widths)
-        if self.size % coarsest:
-            raise InputError(
-                f"method.size={self.size}: with {len(self.widths)} method.widths it must be a multiple of {coarsest}"
-            )
+        if self.size % self.skeleton.stride:
+            raise InputError(f"method.size={self.size}: this model needs a multiple of {self.skeleton.stride}")
 
     def normal_alone(self) -> bool:
         return False
 
-    def network(self, key: Key[Array, ""]) -> ClassifierNet:
-        return ClassifierNet(
-            n_classes=self.n_classes,
-            channels=1 + len(self.asymmetry) + (self.local_contrast > 0),
-            widths=self.widths,
-            norm=self.norm == "group",
-            blocks=self.blocks,
-            rngs=nnx.Rngs(params=key),
-        )
+    def member(self, key: Key[Array, ""]) -> Any:
+        """A network with initial parameters."""
+        channels = 1 + len(self.asymmetry) + (self.local_contrast > 0)
+        return self.network(n_classes=self.n_classes, channels=channels, rngs=nnx.Rngs(params=key))
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """A network without values."""
+        return nnx.eval_shape(lambda: self.member(jax.random.key(0)))
 
     @cached_property
     def graph(self) -> nnx.GraphDef[Any]:
-        return nnx.graphdef(nnx.eval_shape(lambda: self.network(jax.random.key(0))))
+        return nnx.graphdef(self.skeleton)
 
     def init(self, key: Key[Array, ""]) -> Params:
-        return nnx.state(self.network(key), nnx.Param)
+        return nnx.state(self.member(key), nnx.Param)
 
     # --- learning
 
@@ -168,7 +159,7 @@ class ClassifierNetwork:
         from both in the stage: cells of the last one are a third of an image wide. Without a norm what follows is
         linear by pieces, so that the map adds up to that difference of logits, biases and negative parts aside."""
         network = nnx.merge(self.graph, params)
-        features = network.features(self.channels(images).astype(self.dtype), last=MAPPED)
+        features = network.features(self.channels(images), last=MAPPED)
 
         def margin(features: jax.Array) -> jax.Array:
             logits = network.logits(network.features(features, first=MAPPED))
@@ -181,7 +172,7 @@ class ClassifierNetwork:
         self, params: Params, x: Float[Array, "B S S C"], drop: Key[Array, ""] | None = None
     ) -> Float[Array, "B classes"]:
         network = nnx.merge(self.graph, params)
-        features = network.features(x.astype(self.dtype))
+        features = network.features(x)
         return network.logits(features) if drop is None else network.logits(features, dropout(drop, self.dropout))
 
     def channels(self, images: Float[Array, "B S S"]) -> Float[Array, "B S S C"]:

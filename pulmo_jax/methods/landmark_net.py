@@ -7,10 +7,10 @@ mean spread of the heat maps plus the spread between answers (Lakshminarayanan e
 A Gaussian of the training shapes then says what all points together make likely (core/shape_model.py).
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,12 @@ from scipy.optimize import linear_sum_assignment
 from pulmo_jax.core import jitter
 from pulmo_jax.core.contrast import local_zscore, zscore
 from pulmo_jax.core.shape_model import ShapeModel, point_covariances, posterior_from_gaussians
+from pulmo_jax.methods.landmark_losses import LandmarkLoss, laplace
 from pulmo_jax.methods.located import Located, Params
 from pulmo_jax.models.landmark_net import LandmarkNet, cell_centres
 from pulmo_jax.types import InputError
 
-Loss = Literal["laplace", "wing", "l1", "l2"]
 Batch = tuple[Float[Array, "B S S"], Float[Array, "B K 2"]]
-WING_WIDTH, WING_CURVE = 5.0, 1.0  # % of the side: where the wing becomes straight, and its curvature before
-LEAST_SD = 0.25  # % of the side, of the Laplacian: no label is surer
 LEAST_SD_PX = 0.1  # of a landmark: none is known without error
 
 
@@ -40,29 +38,23 @@ class LandmarkNetwork:
 
     mirror: which landmark each one becomes in the image reflected left to right (`mirror_permutation`).
     shapes: of the training images, working px; `shape_prior` needs it.
+    network: (n_landmarks, channels, rngs) -> model, which maps (B, S, S, C) to logits of heat maps (B, h, w, K); the
+        side S must be a multiple of its `stride`.
+    loss: called with displacement= (B, K, 2) and covariance= (B, K, 2, 2), in % of the side; a value per landmark.
     """
 
     n_landmarks: int
     mirror: tuple[int, ...]
     shapes: ShapeModel | None = field(compare=False)
+    network: Callable[..., Any] = LandmarkNet
     size: Annotated[int, Field(ge=32, le=1024, description="side length of the resized images, px")] = 192
     members: Annotated[int, Field(ge=1, le=32, description="networks in the ensemble")] = 3
     seed: Annotated[int, Field(ge=0, description="random seed of the initial parameters")] = 0
-    widths: Annotated[
-        tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
-        Field(min_length=3, description="number of features of the first layer and after each downsampling"),
-    ] = (16, 32, 64, 128, 128)
-    stem_stride: Annotated[
-        Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice this stride")
-    ] = 4
-    blocks: Annotated[int, Field(ge=1, description="number of residual blocks after each downsampling")] = 1
     local_contrast: Annotated[
         float,
         Field(ge=0, le=1, description="sd of the local-contrast input channel, in image side lengths; 0: no channel"),
     ] = 0.0625
-    loss: Annotated[
-        Loss, Field(description="laplace: likelihood of the heat map's mean and spread; others: error of the mean")
-    ] = "laplace"
+    loss: LandmarkLoss = laplace
     rotation_deg: Annotated[float, Field(ge=0, description="augmentation: sd of the rotation, degrees")] = 8.0
     scale: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the scale")] = 0.12
     aspect: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the aspect ratio")] = 0.12
@@ -78,33 +70,29 @@ class LandmarkNetwork:
     shape_prior: Annotated[bool, Field(description="combine the heat maps with a Gaussian shape prior")] = True
 
     def __post_init__(self) -> None:
-        coarsest = self.stem_stride * 2 ** (len(self.widths) - 1)
-        if self.size % coarsest:
-            raise InputError(
-                f"method.size={self.size}: with method.stem_stride={self.stem_stride} and {len(self.widths)} "
-                f"method.widths it must be a multiple of {coarsest}"
-            )
+        if self.size % self.skeleton.stride:
+            raise InputError(f"method.size={self.size}: this model needs a multiple of {self.skeleton.stride}")
         if sorted(self.mirror) != list(range(self.n_landmarks)):
             raise InputError(f"mirror={list(self.mirror)}: it must hold each of 0 to {self.n_landmarks - 1} once")
 
-    def network(self, key: Key[Array, ""]) -> LandmarkNet:
-        return LandmarkNet(
-            n_landmarks=self.n_landmarks,
-            channels=2 if self.local_contrast else 1,
-            stem_stride=self.stem_stride,
-            widths=self.widths,
-            blocks=self.blocks,
-            rngs=nnx.Rngs(params=key),
-        )
+    def member(self, key: Key[Array, ""]) -> Any:
+        """A network with initial parameters."""
+        channels = 2 if self.local_contrast else 1
+        return self.network(n_landmarks=self.n_landmarks, channels=channels, rngs=nnx.Rngs(params=key))
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """A network without values."""
+        return nnx.eval_shape(lambda: self.member(jax.random.key(0)))
 
     @cached_property
     def graph(self) -> nnx.GraphDef[Any]:
-        return nnx.graphdef(nnx.eval_shape(lambda: self.network(jax.random.key(0))))
+        return nnx.graphdef(self.skeleton)
 
     def init(self) -> Params:
         """Of all members: every array has a leading axis."""
         keys = jax.random.split(jax.random.key(self.seed), self.members)
-        return jax.vmap(lambda key: nnx.state(self.network(key), nnx.Param))(keys)
+        return jax.vmap(lambda key: nnx.state(self.member(key), nnx.Param))(keys)
 
     # --- learning
 
@@ -116,7 +104,8 @@ class LandmarkNetwork:
     def _member_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
         images, points = self.jittered(batch, key)
         found = self._heat(params, images)
-        losses = point_losses(found, points, self.loss, self.size)
+        percent = 100 / self.size
+        losses = self.loss(displacement=(found.points - points) * percent, covariance=found.covariance * percent**2)
         inside = ((points >= 0) & (points <= self.size - 1)).all(-1)
         return jnp.where(inside, losses, 0).sum() / jnp.maximum(inside.sum(), 1)
 
@@ -198,37 +187,6 @@ def shaped(found: Located, model: ShapeModel) -> Located:
     """The posterior where each landmark was seen with an independent Gaussian error of its covariance."""
     posterior = jax.vmap(posterior_from_gaussians, in_axes=(None, 0, 0))(model, found.points, found.covariance)
     return Located(posterior.points, jax.vmap(point_covariances)(posterior.covariance))
-
-
-def point_losses(found: Located, points: Float[Array, "B K 2"], loss: Loss, size: int) -> Float[Array, "B K"]:
-    """Of every landmark, distances in % of the side.
-
-    laplace: negative log-likelihood of a bivariate Laplacian with the heat map's mean and covariance (Kumar et al.
-    2020, LUVLi, Eq. 9; there the covariance has a branch of its own). wing: Feng et al. 2018, "Wing loss", Eq. 5.
-    """
-    percent = 100 / size
-    apart = (found.points - points) * percent
-    if loss == "laplace":
-        return laplace(apart, found.covariance * percent**2 + LEAST_SD**2 * jnp.eye(2))
-    if loss == "wing":
-        return wing(apart).sum(-1)
-    return (jnp.abs(apart) if loss == "l1" else apart**2).sum(-1)
-
-
-def wing(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    size = jnp.abs(x)
-    step = WING_WIDTH - WING_WIDTH * math.log1p(WING_WIDTH / WING_CURVE)
-    near = WING_WIDTH * jnp.log1p(size / WING_CURVE)
-    return jnp.where(size < WING_WIDTH, near, size - step)
-
-
-def laplace(apart: Float[Array, "*B 2"], covariance: Float[Array, "*B 2 2"]) -> Float[Array, "*B"]:
-    """log|C| / 2 + sqrt(3 d' C^-1 d), up to a constant; smooth at 0."""
-    yy, yx, xx = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
-    dy, dx = apart[..., 0], apart[..., 1]
-    determinant = yy * xx - yx**2
-    squared = (xx * dy**2 - 2 * yx * dy * dx + yy * dx**2) / determinant
-    return 0.5 * jnp.log(determinant) + jnp.sqrt(3 * squared + 1e-6)
 
 
 def mirror_permutation(points: Float[np.ndarray, "N K 2"]) -> Int[np.ndarray, "K"]:

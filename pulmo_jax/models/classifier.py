@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
+from pydantic import Field
 
 from pulmo_jax.models.blocks import Block, Conv, Norm
 
@@ -46,22 +48,38 @@ class Stage(nnx.Module):
 class ClassifierNet(nnx.Module):
     """Stages that each halve the resolution, global mean and max pooling, and a linear layer initialised at 0.
 
-    The side of the images must be a multiple of 2**len(widths).
+    The side of the images must be a multiple of `stride`.
 
     Args:
         n_classes: Number of classes.
         channels: Number of channels of the images.
-        widths: Features of each stage; multiples of 8 with `norm` or `blocks`.
-        norm: Whether to normalise features.
-        blocks: Residual blocks per stage.
         rngs: Random streams for the initialisation.
+        widths: Features of each stage; multiples of 8.
+        norm: Normalisation of the features: none, or group.
+        blocks: Residual blocks per stage.
+        dtype: Of the computation; parameters stay float32.
     """
 
     def __init__(
-        self, *, n_classes: int, channels: int, widths: tuple[int, ...], norm: bool, blocks: int, rngs: nnx.Rngs
+        self,
+        *,
+        n_classes: int,
+        channels: int,
+        rngs: nnx.Rngs,
+        widths: Annotated[
+            tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
+            Field(min_length=2, description="features of each stage, which has half the resolution of the one before"),
+        ] = (16, 32, 64, 64),
+        norm: Annotated[
+            Literal["none", "group"], Field(description="of the features of each stage, by image")
+        ] = "none",
+        blocks: Annotated[int, Field(ge=0, description="residual blocks in each stage")] = 0,
+        dtype: Annotated[
+            Literal["float32", "bfloat16"], Field(description="dtype of the computation; parameters stay float32")
+        ] = "float32",
     ):
-        steps = pairwise((channels, *widths))
-        self.stages = nnx.List([Stage(fine, coarse, norm, blocks, rngs=rngs) for fine, coarse in steps])
+        self.stride, self.dtype, steps = 2 ** len(widths), dtype, pairwise((channels, *widths))
+        self.stages = nnx.List([Stage(fine, coarse, norm == "group", blocks, rngs=rngs) for fine, coarse in steps])
         self.head = nnx.Linear(2 * widths[-1], n_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def features(self, x: Float[Array, "B H W C"], first: int = 0, last: int | None = None) -> Float[Array, "B h w F"]:
@@ -75,6 +93,7 @@ class ClassifierNet(nnx.Module):
         Returns:
             Features.
         """
+        x = x.astype(self.dtype)
         for stage in list(self.stages)[first:last]:
             x = stage(x)
         return x

@@ -5,10 +5,12 @@ et al. 2018, "Integral human pose regression"; Nibali et al. 2018, DSNT). Errors
 """
 
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from pulmo_jax.models.blocks import Block, Conv, Norm
 
@@ -16,15 +18,15 @@ from pulmo_jax.models.blocks import Block, Conv, Norm
 class LandmarkNet(nnx.Module):
     """Logits of one heat map per landmark, at twice the stride of the first layer.
 
-    The side of the images must be a multiple of the coarsest stride, stem_stride * 2**(len(widths) - 1).
+    The side of the images must be a multiple of `stride`, that of the coarsest features.
 
     Args:
         n_landmarks: Number of landmarks K.
         channels: Number of channels of the images.
+        rngs: Random streams for the initialisation.
         stem_stride: Stride of the first layer, 2 or 4.
         widths: Features after the first layer and after each downsampling; multiples of 8.
         blocks: Residual blocks after each downsampling.
-        rngs: Random streams for the initialisation.
     """
 
     def __init__(
@@ -32,11 +34,17 @@ class LandmarkNet(nnx.Module):
         *,
         n_landmarks: int,
         channels: int,
-        stem_stride: int,
-        widths: tuple[int, ...],
-        blocks: int,
         rngs: nnx.Rngs,
+        stem_stride: Annotated[
+            Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice that")
+        ] = 4,
+        widths: Annotated[
+            tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
+            Field(min_length=3, description="features of the first layer, and after each halving"),
+        ] = (16, 32, 64, 128, 128),
+        blocks: Annotated[int, Field(ge=1, description="residual blocks after each halving")] = 1,
     ):
+        self.stride = stem_stride * 2 ** (len(widths) - 1)
         steps = list(pairwise(widths))
         self.stem = Conv(channels, widths[0], 2 * stem_stride, stem_stride, rngs=rngs)
         self.norms = nnx.List([Norm(fine) for fine, _ in steps])

@@ -21,6 +21,7 @@ from pulmo_jax.config.nodes import build
 from pulmo_jax.config.section import Section
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.runs.older import migrated
 from pulmo_jax.training.checkpoint import MANIFEST, Checkpoints, DamagedError
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
@@ -113,9 +114,9 @@ def _digest(path: Path) -> str:
 
 
 def load_values(run: Path) -> dict[str, Any]:
-    """The keys of config.yaml. Interpolations, which could read the environment, stay plain text."""
+    """The values of config.yaml, in the present keys. Interpolations, which could read the environment, stay text."""
     values: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=False)
-    return values if isinstance(values, dict) else {}
+    return migrated(values) if isinstance(values, dict) else {}
 
 
 def task_of(run: Path) -> str:

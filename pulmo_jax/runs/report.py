@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
+from pulmo_jax.config.nodes import build_function
 from pulmo_jax.host.files import write_json, write_text
-from pulmo_jax.reporting.report import Section, write_report
+from pulmo_jax.reporting.figures import save
+from pulmo_jax.reporting.report import CaptionedFigure, Section, write_report
+from pulmo_jax.types import InputError
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,27 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
         citations=findings.citations,
         warnings=findings.warnings,
     )
+
+
+def with_figures(findings: Findings, run: Any, config: Any, folder: Path) -> Findings:
+    """The findings, with the figures that the config's `figures` name as the last section of the report.
+
+    Args:
+        findings: Of the task.
+        run: The open run.
+        config: With `figures`, nodes of functions (run, findings) -> (matplotlib figure, caption), and `plugins`.
+        folder: Of the report.
+
+    Raises:
+        InputError: A node cannot be built, or its function returns something else.
+    """
+    drawn = []
+    for name, node in config.figures.items():
+        result = build_function(node, f"figures.{name}", config.plugins)(run=run, findings=findings)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Figure)):
+            raise InputError(f"figures.{name}: returned {type(result).__name__}; it must return (figure, caption)")
+        drawn.append(CaptionedFigure(save(result[0], folder / "figures", name), str(result[1])))
+    return replace(findings, sections=[*findings.sections, Section("Further figures", figures=drawn)])
 
 
 def summarise_training(run: Any, training: Mapping[str, Any]) -> dict[str, str]:

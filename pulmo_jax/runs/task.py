@@ -222,7 +222,8 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> Task:
                 raise InputError(f"task={name}: {package}.TASK is not a pulmo_jax.runs.task.Task")
             return task
     raise InputError(
-        f"task={name}: does not exist; tasks: {', '.join(task_names())}, and those of plugins={list(plugins)}"
+        f"task={name}: does not exist; tasks: {', '.join(task_names())}, and those of plugins={list(plugins)}; "
+        "if it is yours, add plugins=[PACKAGE]"
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -21,12 +22,13 @@ from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.resources import explain_out_of_memory, require
 from pulmo_jax.runs.directory import provenance, save_config, unseal
+from pulmo_jax.runs.older import migrated
 from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Callback, Start
 from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
-from pulmo_jax.training.program import Program, Step
+from pulmo_jax.training.program import Program, Step, uncompiled
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
@@ -96,6 +98,53 @@ class Learned:
         """With the seconds that reading the data and the whole training took."""
         seconds = {"reading images": reading_s, **self.facts["seconds"]}
         return replace(self, facts=self.facts | {"training_s": round(total_s, 1), "seconds": seconds})
+
+
+def fitting(
+    fit: Callable[[], Any],
+    like: Any,
+    error: Callable[[Any], float],
+    identity: Mapping[str, Any],
+    titles: Sequence[str],
+    draw: Callable[[TrainState], Figure],
+) -> Learning:
+    """The learning of a method that is fitted to all data in one step, in each process alike.
+
+    Args:
+        fit: Returns the parameters.
+        like: Parameters of the same structure.
+        error: Validation loss of parameters.
+        identity: What a resumed run must share with the run that it continues, in comparable form.
+        titles: Names of the images.
+        draw: A figure of what a state does.
+    """
+    mesh = devices.all_devices(jax.device_count())
+
+    def step(state: TrainState, _: Any) -> Any:
+        return devices.on_all(fitted_state(fit()), mesh), {}
+
+    return Learning(
+        state=fitted_state(like, step=0),
+        compile=uncompiled(step),
+        batch=None,
+        batches=[None],
+        steps=1,
+        validate=lambda state: error(devices.here(state).params),
+        identity=identity,
+        files_of=lambda _: list(titles),
+        examples_per_step=len(titles),
+        unit="images",
+        remedy="use fewer or smaller images",
+        reading={},
+        mesh=mesh,
+        draw=draw,
+        as_written=True,
+    )
+
+
+def fitted_state(params: Any, step: int = 1) -> TrainState:
+    """The state of a method that is fitted in a single step: no moving average, no optimizer."""
+    return TrainState(jnp.asarray(step, jnp.int32), params, (), ())
 
 
 def connect(cluster: ClusterConfig) -> None:
@@ -236,7 +285,8 @@ def restore_last(folder: Path, learning: Learning, console: Console) -> tuple[Tr
 
 
 def require_same(folder: Path, record: Record, identity: Mapping[str, Any]) -> None:
-    changed = [key for key, value in identity.items() if record.identity.get(key) != value]
+    before = migrated(record.identity)
+    changed = [key for key, value in identity.items() if before.get(key) != value]
     if changed:
         raise InputError(
             f"resume=true: {', '.join(changed)} differ from the run in {folder.parent}; "

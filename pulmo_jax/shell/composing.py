@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from yaml import YAMLError
 
-from pulmo_jax.config.nodes import OFFERED, argument_schema, check_node, parameters_of_node
+from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, argument_schema, check_node, parameters_of_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
 from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.runs.paths import check_paths
@@ -32,7 +32,7 @@ PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
 VERBS = ("train", "predict", "evaluate", "detect", "ingest")
 DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources"}  # without an experiment that names one
-GROUPS = ("model", "method", "optimizer", "callbacks")  # of `_target_` nodes
+GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # of `_target_` nodes
 OF_RUN = ("predict", "evaluate")  # verbs whose task is that of their run
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
 
@@ -187,7 +187,8 @@ def checked(raw: DictConfig, command: Command) -> Any:
     config: Any = validate(command.schema, values)
     check_paths(config)
     for where, node in nodes_of(config):
-        check_node(node, where, config.plugins)  # from their sources: the task's own check imports JAX
+        required = GIVEN["figures"] if where.startswith("figures.") else ()
+        check_node(node, where, config.plugins, required)  # from their sources: the task's own check imports JAX
     if command.verb == "train" and command.task is not None:
         command.task.training.check(config)
     return config
@@ -225,6 +226,8 @@ def explain(error: Exception, command: Command | None = None) -> str:
     text = str(error)
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if isinstance(error, ConfigCompositionException) and key:
+        if key.group(1).lstrip("+~").replace("/", ".") in HOMES:
+            return f"{key.group(1)}: nothing in this config takes one; the choice of method decides"
         return explain_key(key.group(1).lstrip("+~"), command)
     if isinstance(error, OverrideParseException):
         hint = "quote special characters: \"key='value'\""
@@ -310,6 +313,8 @@ def print_help(command: Command, examples: str) -> None:
     for group in GROUPS:
         if group in schema.model_fields and not is_section(schema.model_fields[group].annotation):
             print_group(group, command)
+    for group in (group for group in (command.task.config.CHOICES if command.task else ()) if "." in group):
+        print_group(group, command)
     for other in others(command):
         if other.section(verb).model_fields.keys() - schema.model_fields.keys() or verb == "evaluate":
             print(f"\nAdditional keys for runs of task={other.name}:")
@@ -371,11 +376,12 @@ def print_group(group: str, command: Command) -> None:
     """The keys of every choice of a config group that the task lists, from the signatures of their targets."""
     assert command.task is not None
     for name in choices_of(group, command.task):
-        choice: Any = OmegaConf.to_container(OmegaConf.load(package_configs() / group / f"{name}.yaml"))
+        folder = package_configs() / group.replace(".", "/")
+        choice: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
         parts = {f"{group}.{key}": node for key, node in choice.items() if key != "defaults"}
         nodes = {group: choice} if "_target_" in choice else parts
         for where, node in nodes.items():
-            print(f"\n{where} ({group}={name}): {node['_target_']}")
+            print(f"\n{where} ({group.replace('.', '/')}={name}): {node['_target_']}")
             print_keys(argument_schema(parameters_of_node(node, where, ()), group), f"{where}.")
 
 

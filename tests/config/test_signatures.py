@@ -7,13 +7,13 @@ from pulmo_jax.config import nodes
 from pulmo_jax.config.signatures import Parameter, read_parameters
 from pulmo_jax.shell.composing import package_configs
 
-GROUPS = ("model", "method", "optimizer", "callbacks")
+GROUPS = ("model", "method", "method.loss", "optimizer", "callbacks")
 
 
 def targets():
     """(group, dotted name) of every choice of every group."""
     for group in GROUPS:
-        for file in sorted((package_configs() / group).glob("*.yaml")):
+        for file in sorted((package_configs() / group.replace(".", "/")).glob("*.yaml")):
             choice = OmegaConf.to_container(OmegaConf.load(file))
             parts = [choice] if "_target_" in choice else [node for key, node in choice.items() if key != "defaults"]
             yield from ((group, node["_target_"]) for node in parts)

@@ -23,7 +23,7 @@ LOOP = [
     "trainer.validate_every=3", "trainer.checkpoint_every=3", "trainer.log_every=2", "evaluation.replicates=20",
     "evaluation.examples=2",
 ]  # fmt: skip
-NET = [*LOOP, "method.widths=[8,8]"]
+NET = [*LOOP, "model.widths=[8,8]"]
 
 
 def call(*arguments, status=0, draw=False):

@@ -18,7 +18,7 @@ from pulmo_jax.types import InputError
 
 K = 10
 NET = [
-    "method=landmark_net", "method.size=32", "method.stem_stride=2", "method.widths=[8,8,16]", "method.members=2",
+    "method=landmark_net", "method.size=32", "model.stem_stride=2", "model.widths=[8,8,16]", "method.members=2",
     "trainer.batch_size=8", "trainer.steps=8", "trainer.validate_every=4", "trainer.checkpoint_every=4",
     "trainer.log_every=2",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """The classifier network: its loss against plain formulas, what must not matter to it, and where it looks."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,16 @@ import pytest
 from pulmo_jax.core.jitter import Affine, warp_images
 from pulmo_jax.methods.classes import Classifier, Descended
 from pulmo_jax.methods.classifier import ClassifierNetwork
+from pulmo_jax.models.classifier import ClassifierNet
 from pulmo_jax.types import InputError
 
 STILL = {
     "rotation_deg": 0.0, "scale": 0.0, "aspect": 0.0, "shear": 0.0, "shift": 0.0, "flip": 0.0, "gamma": 0.0,
     "shading": 0.0, "noise": 0.0, "dropout": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "views": 1,
 }  # fmt: skip
-SMALL = {"size": 32, "widths": (8, 16)}
+SMALL = {"size": 32, "network": partial(ClassifierNet, widths=(8, 16))}
+EIGHTS = {count: partial(ClassifierNet, widths=count * (8,)) for count in (3, 4)}
+DEEPER = partial(ClassifierNet, widths=(8, 16, 16))
 
 
 def network(n_classes=2, weights=None, **changes):
@@ -135,7 +138,7 @@ def test_bfloat16_computes_about_the_same_and_keeps_its_parameters():
 
 def test_it_learns_what_tells_two_classes_apart_and_shows_where():
     """A bright square in the lower half, anywhere."""
-    rng, method = np.random.default_rng(0), network(widths=(8, 16, 16))
+    rng, method = np.random.default_rng(0), network(network=DEEPER)
     x, y = rng.normal(size=(64, 32, 32)).astype(np.float32), np.arange(64) % 2
     corners = rng.integers(0, 24, 64)
     for i in np.flatnonzero(y):
@@ -163,7 +166,7 @@ def test_it_learns_what_tells_two_classes_apart_and_shows_where():
 
 def test_a_map_adds_up_to_the_decision():
     """Where there are no biases, and nothing speaks against the class."""
-    method = network(widths=(8, 8, 8), flip_average=False)
+    method = network(network=EIGHTS[3], flip_average=False)
     params = jax.tree.map(lambda leaf: jnp.abs(leaf) if leaf.ndim > 1 else 0 * leaf, perturbed(method))
     head = params["head"]["kernel"]
     head[...] = head[...] * jnp.array([-1, 1])
@@ -174,5 +177,5 @@ def test_a_map_adds_up_to_the_decision():
 
 
 def test_a_size_that_cannot_be_halved_so_often_is_refused():
-    with pytest.raises(InputError, match="method.size=40.*must be a multiple of 16"):
-        network(size=40, widths=(8, 8, 8, 8))
+    with pytest.raises(InputError, match="method.size=40: this model needs a multiple of 16"):
+        network(size=40, network=EIGHTS[4])

@@ -1,7 +1,7 @@
 """The landmark network's losses, moments and averages against NumPy; what mirroring must do; and a little training."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -11,29 +11,27 @@ import optax
 import pytest
 
 from pulmo_jax.core.shape_model import fit_shape_model
+from pulmo_jax.methods import landmark_losses as losses
 from pulmo_jax.methods.landmark_net import (
-    WING_CURVE,
-    WING_WIDTH,
     LandmarkNetwork,
-    laplace,
     mirror_permutation,
     moments,
-    point_losses,
     pooled,
     shaped,
-    wing,
 )
 from pulmo_jax.methods.located import Descended, Located, Locator, Params
+from pulmo_jax.models.landmark_net import LandmarkNet
 from pulmo_jax.types import InputError
 
 SIDE = 32
 TABLE = Path(__file__).parents[3] / "shared/data/chest_landmarks/landmarks_train.csv"
+SMALL = partial(LandmarkNet, stem_stride=2, widths=(8, 8, 8))
 STILL = dict.fromkeys(("rotation_deg", "scale", "aspect", "shear", "shift", "flip", "gamma", "shading", "noise"), 0.0)
 
 
 def small(**options) -> LandmarkNetwork:
     given = {"n_landmarks": 3, "mirror": (1, 0, 2), "shapes": None, "shape_prior": False}
-    options = given | {"size": SIDE, "stem_stride": 2, "widths": (8, 8, 8), "members": 2} | options
+    options = given | {"size": SIDE, "network": SMALL, "members": 2} | options
     return LandmarkNetwork(**options)
 
 
@@ -72,7 +70,7 @@ def test_it_is_what_a_landmark_job_trains():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"size": 36}, "method.size=36.*method.stem_stride=2 and 3 method.widths.*multiple of 8"),
+        ({"size": 36}, "method.size=36: this model needs a multiple of 8"),
         ({"mirror": (1, 1, 2)}, r"mirror=\[1, 1, 2\].*0 to 2"),
         ({"mirror": (1, 0)}, r"mirror=\[1, 0\]"),
     ],
@@ -138,13 +136,14 @@ def test_the_covariance_of_a_mixture():
 
 
 def test_the_wing_is_a_logarithm_and_then_straight():
-    x = np.linspace(-12, 12, 241)
-    constant = WING_WIDTH - WING_WIDTH * np.log(1 + WING_WIDTH / WING_CURVE)
-    inner = WING_WIDTH * np.log(1 + abs(x) / WING_CURVE)
-    expected = np.where(abs(x) < WING_WIDTH, inner, abs(x) - constant)
-    np.testing.assert_allclose(wing(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5)
-    jumps = np.abs(np.diff(np.asarray(wing(jnp.asarray(x, jnp.float32)))))
-    assert jumps.max() < 0.1 * WING_WIDTH / WING_CURVE + 1e-3
+    x, width, curve = np.stack([np.linspace(-12, 12, 241), np.zeros(241)], -1), 5.0, 1.0
+    constant = width - width * np.log(1 + width / curve)
+    inner = width * np.log(1 + abs(x[:, 0]) / curve)
+    expected = np.where(abs(x[:, 0]) < width, inner, abs(x[:, 0]) - constant)
+    found = losses.wing(jnp.asarray(x, jnp.float32), jnp.zeros((241, 2, 2)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jumps = np.abs(np.diff(np.asarray(found)))
+    assert jumps.max() < 0.1 * width / curve + 1e-3
 
 
 @pytest.mark.parametrize("covariance", [[[1.0, 0.0], [0.0, 1.0]], [[4.0, 1.0], [1.0, 0.5]]], ids=["round", "long"])
@@ -152,26 +151,42 @@ def test_the_laplacian_is_a_density_with_that_covariance(covariance):
     step = 0.05
     d = np.stack(np.meshgrid(*2 * [np.arange(-30, 30, step)], indexing="ij"), -1)
     spread = jnp.broadcast_to(jnp.asarray(covariance), (*d.shape, 2))
-    density = np.exp(-np.asarray(laplace(jnp.asarray(d, jnp.float32), spread), np.float64)) * step**2
+    density = np.exp(-np.asarray(losses.laplace(jnp.asarray(d, jnp.float32), spread, 0.0), np.float64)) * step**2
     assert density.sum() == pytest.approx(2 * np.pi / 3, rel=0.01)
     second = np.einsum("yx,yxi,yxj->ij", density / density.sum(), d, d)
     np.testing.assert_allclose(second, covariance, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("loss", "of"), [("l1", np.abs), ("l2", np.square)])
-def test_losses_are_of_percents_of_the_side(loss, of):
-    apart = np.random.default_rng(0).normal(0, 3, (2, 3, 2)).astype(np.float32)
-    result = Located(jnp.asarray(apart), jnp.zeros((2, 3, 2, 2)))
-    losses = point_losses(result, jnp.zeros((2, 3, 2)), loss, SIDE)
-    np.testing.assert_allclose(losses, of(apart * 100 / SIDE).sum(-1), rtol=1e-5)
+@pytest.mark.parametrize(("loss", "of"), [(losses.l1, np.abs), (losses.l2, np.square)])
+def test_plain_losses_are_sums_over_the_coordinates(loss, of):
+    displacement = np.random.default_rng(0).normal(0, 3, (2, 3, 2)).astype(np.float32)
+    found = loss(jnp.asarray(displacement), jnp.zeros((2, 3, 2, 2)))
+    np.testing.assert_allclose(found, of(displacement).sum(-1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["laplace", "wing", "l1", "l2"])
+def test_the_loss_is_of_percents_of_the_side_and_counts_what_is_inside():
+    seen = {}
+
+    def loss(displacement, covariance):
+        seen.update(displacement=displacement, covariance=covariance)
+        return losses.l2(displacement, covariance)
+
+    method, (images, points) = small(loss=loss, members=1, **STILL), blobs(2)
+    params = initial(1)
+    points = points.at[0, 0].set(jnp.array([-5.0, 3.0]))  # outside the image
+    value = method.train_loss(params, (images, points), jax.random.key(0))
+    heat = method._heat(jax.tree.map(lambda leaf: leaf[0], params), images)
+    apart = np.asarray((heat.points - points) * 100 / SIDE, np.float64)
+    assert set(seen) == {"displacement", "covariance"}
+    assert float(value) == pytest.approx((apart**2).sum(-1).ravel()[1:].mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", [losses.laplace, losses.wing, losses.l1, losses.l2])
 def test_every_loss_pulls_towards_the_point(loss):
     spread = jnp.broadcast_to(4 * jnp.eye(2), (1, 1, 2, 2))
 
     def of(point: jax.Array) -> jax.Array:
-        return point_losses(Located(point, spread), jnp.full((1, 1, 2), 10.0), loss, SIDE).sum()
+        return loss(point - 10.0, spread).sum()
 
     for start in (5.0, 9.5, 18.0):
         gradient = jax.grad(of)(jnp.full((1, 1, 2), start))

@@ -12,10 +12,12 @@ from pulmo_jax.training import devices
 from pulmo_jax.types import InputError
 
 COMMON = """
+from functools import partial
 import jax, numpy as np
 from flax import nnx
 from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.methods.landmark_net import LandmarkNetwork
+from pulmo_jax.models.landmark_net import LandmarkNet
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.training import devices
 from pulmo_jax.training.optimizers import adamw
@@ -56,7 +58,8 @@ except InputError as error:
     print(error)
 """
 LANDMARKS = """
-network = LandmarkNetwork(3, (1, 0, 2), None, size=32, stem_stride=2, widths=(8, 8, 8), members=2, shape_prior=False)
+model = partial(LandmarkNet, stem_stride=2, widths=(8, 8, 8))
+network = LandmarkNetwork(3, (1, 0, 2), None, model, size=32, members=2, shape_prior=False)
 
 def images_and_points(rng):
     return rng.random((8, 32, 32), np.float32), rng.uniform(4, 28, (8, 3, 2)).astype(np.float32)

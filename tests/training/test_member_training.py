@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import optax
 import pytest
 
 from pulmo_jax.methods.classifier import ClassifierNetwork
+from pulmo_jax.models.classifier import ClassifierNet
 from pulmo_jax.training.members import chunk_sizes, init_members, make_member_step
 
-METHOD = ClassifierNetwork(2, (1.0, 1.0), size=32, widths=(8, 8), asymmetry=(), mixup=0.0)
+NETWORK = partial(ClassifierNet, widths=(8, 8))
+METHOD = ClassifierNetwork(2, (1.0, 1.0), NETWORK, size=32, asymmetry=(), mixup=0.0)
 SEEDS = [3, 5, 8]
 
 
@@ -96,6 +99,7 @@ def test_chunks_are_even():
 
 PROGRAM = """
 import sys
+from functools import partial
 import jax, numpy as np
 sys.path.insert(0, {folder!r})
 from training.test_member_training import METHOD, SEEDS, batches, keys

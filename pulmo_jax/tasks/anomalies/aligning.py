@@ -21,6 +21,7 @@ from rich.console import Console
 
 from pulmo_jax.core.lung_frame import LungFrame, to_image
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, find_masks, fingerprint, index_images
+from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.data.working_images import WorkingImages, read_working, working_image
 from pulmo_jax.host.console import tracker
@@ -151,7 +152,9 @@ def into_lung_frame(
     return into_frame(pixels, points, run.frame), mask[..., 0] > 0
 
 
-def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, console: Console) -> D:
+def align_data(
+    run: LandmarkRun, data: D, folder: Path, max_image_mb: int, console: Console, formats: Sequence[Format] = ()
+) -> D:
     """Align all images and masks of a data config.
 
     Args:
@@ -160,6 +163,7 @@ def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, conso
         folder: Output folder.
         max_image_mb: Largest accepted image, MiB.
         console: For progress and warnings.
+        formats: The user's own image formats.
 
     Returns:
         The data config with the folders replaced by the aligned copies.
@@ -170,7 +174,9 @@ def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, conso
     masks = Masks(data.foreground, data.test_masks)
     where: dict[str, str] = {}
     for key in (key for key in IMAGES if getattr(data, key, None) is not None):
-        done, skipped = align_folder(run, getattr(data, key), folder, key, masks, max_image_mb, console)
+        done, skipped = align_folder(
+            run, getattr(data, key), folder, key, masks, max_image_mb, console, formats=formats
+        )
         if skipped:
             raise InputError(f"{skipped[0].reason}\n({len(skipped)} images of data.{key} cannot be aligned)")
         for image in done:
@@ -185,7 +191,13 @@ def align_data(run: LandmarkRun, data: D, folder: Path, max_image_mb: int, conso
 
 
 def align_input(
-    run: LandmarkRun, source: Path, masks: Masks, output: Path, max_image_mb: int, console: Console
+    run: LandmarkRun,
+    source: Path,
+    masks: Masks,
+    output: Path,
+    max_image_mb: int,
+    console: Console,
+    formats: Sequence[Format] = (),
 ) -> tuple[list[Aligned], list[Skipped]]:
     """Align the input of a prediction to output/aligned/images and output/aligned/foreground.
 
@@ -196,6 +208,7 @@ def align_input(
         output: Output folder of the prediction.
         max_image_mb: Largest accepted image, MiB.
         console: For progress and warnings.
+        formats: The user's own image formats.
 
     Returns:
         Aligned files, and files that cannot be aligned.
@@ -204,7 +217,7 @@ def align_input(
         InputError: If no image can be aligned.
     """
     folder = output / "aligned"
-    done, skipped = align_folder(run, source, folder, "images", masks, max_image_mb, console, leave_out=output)
+    done, skipped = align_folder(run, source, folder, "images", masks, max_image_mb, console, output, formats)
     if not done:
         raise InputError(f"{skipped[0].reason}\n(none of the {len(skipped)} images can be aligned)")
     keep_only(folder / "foreground", {image.name for image in done})
@@ -220,6 +233,7 @@ def align_folder(
     max_image_mb: int,
     console: Console,
     leave_out: Path | None = None,
+    formats: Sequence[Format] = (),
 ) -> tuple[list[Aligned], list[Skipped]]:
     """Align the files of a folder. Unchanged files of an earlier call are reused; files without an image are removed.
 
@@ -232,6 +246,7 @@ def align_folder(
         max_image_mb: Largest accepted image, MiB.
         console: For progress and warnings.
         leave_out: Folder below `source` that is ignored; None: the output folder.
+        formats: The user's own image formats.
 
     Returns:
         Aligned files by name, and files that cannot be aligned.
@@ -242,6 +257,7 @@ def align_folder(
         max_image_mb=max_image_mb,
         require_masks=masks.required,
         leave_out=leave_out or folder,
+        formats=formats,
     )
     truth = find_masks(masks.truth, [ref.name for ref in refs])
     files = by_file(refs)
@@ -259,8 +275,8 @@ def align_folder(
                 done.append(Aligned(pages, name, np.array(before[name]["points"]), before[name]["doubtful"]))
             else:
                 todo.append(pages)
-        fresh, unreadable = find_all(run, todo, max_image_mb)
-        write_all(run, fresh, folder, key, truth, max_image_mb)
+        fresh, unreadable = find_all(run, todo, max_image_mb, formats)
+        write_all(run, fresh, folder, key, truth, Reader(max_image_mb, formats))
         for image in fresh:
             notes[image.name] |= {"points": image.points.tolist(), "doubtful": image.doubtful}
         done, skipped = done + fresh, skipped + unreadable
@@ -296,13 +312,13 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 
 def find_all(
-    run: LandmarkRun, files: Sequence[tuple[ImageRef, ...]], max_image_mb: int
+    run: LandmarkRun, files: Sequence[tuple[ImageRef, ...]], max_image_mb: int, formats: Sequence[Format] = ()
 ) -> tuple[list[Aligned], list[Skipped]]:
     """Find the landmarks of every page; files with an unreadable page are skipped."""
     refs = [ref for pages in files for ref in pages]
     if not refs:
         return [], []
-    working, bad = read_working(refs, run.size, max_image_mb, run.config.data.threads, lambda items, _: items)
+    working, bad = read_working(refs, run.size, max_image_mb, run.config.data.threads, lambda items, _: items, formats)
     row_of = {(ref.path, ref.page): row for row, ref in enumerate(working.refs)}
     found = run.find(working) if working.refs else None
     done, skipped = [], []
@@ -325,10 +341,8 @@ def write_all(
     folder: Path,
     key: str,
     truth: dict[str, Path | None],
-    max_image_mb: int,
+    reader: Reader,
 ) -> None:
-    reader = Reader(max_image_mb)
-
     def one(image: Aligned) -> None:
         def frames(of_page: Callable[[ImageRef], np.ndarray]) -> np.ndarray:
             pairs = zip(image.pages, image.points, strict=True)

@@ -54,7 +54,7 @@ def read_test(run: Run, config: AssessConfig, place: Place) -> EvaluateDataConfi
         return data
     data = data.model_copy(update={"foreground": data.foreground or trained.foreground})
     frame = open_frame(trained.align_run, config.plugins, run.scorer.how.aligned_by)
-    return align_data(frame, data, place.folder / "aligned", trained.max_image_mb, place.console)
+    return align_data(frame, data, place.folder / "aligned", trained.max_image_mb, place.console, place.formats)
 
 
 def assess(run: Run, data: EvaluateDataConfig, config: AssessConfig, place: Place) -> Findings:
@@ -97,7 +97,7 @@ def assess_training(
     Returns:
         Metrics and report.
     """
-    reader, options, folder = Reader(run.config.data.max_image_mb), run.config.evaluation, place.folder
+    reader, options, folder = Reader(run.config.data.max_image_mb, place.formats), run.config.evaluation, place.folder
     tested = None if data is None else test_images(run, data, options, run.config.seed, place)
     sections = [
         *loss_sections(run, folder, training),
@@ -140,7 +140,7 @@ def test_images(
     Returns:
         Figures of merit and report sections.
     """
-    reader = Reader(run.config.data.max_image_mb)
+    reader = Reader(run.config.data.max_image_mb, place.formats)
     refs, truth_of = labelled_images(run.config, run.scorer.how, data, reader)
     warning = missing_masks(refs, run)
     assessment = score_all(
@@ -211,6 +211,7 @@ def labelled_images(
         group_regex=data.group_regex or config.data.group_regex,
         max_image_mb=config.data.max_image_mb,
         require_masks=data.foreground is not None,
+        formats=reader.formats,
     )
     if skipped:
         raise InputError(

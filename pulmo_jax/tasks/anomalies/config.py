@@ -18,8 +18,8 @@ from pulmo_jax.config.section import (
     Section,
     ascending,
 )
-from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
-from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig
+from pulmo_jax.config.trainer import TrainerConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
 
 
 class DataConfig(Section):
@@ -134,23 +134,15 @@ class AnomalyEvaluationConfig(EvaluationConfig):
 EVALUATION = AnomalyEvaluationConfig(replicates=200, examples=4)
 
 
-class TrainConfig(Section):
+class TrainConfig(TrainingConfig, frozen=True):
     """python -m pulmo_jax.train +experiment=lung"""
 
-    name: str = Field(default="run", description="title of the run")
-    seed: Int = Field(
-        default=0, ge=0, lt=2**31, description="random seed of initial parameters, batches, noise, split and bootstrap"
-    )
-    resume: Bool = Field(default=False, description="resume from the last checkpoint in hydra.run.dir")
-    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
     task: Literal["anomalies"] = Field(default="anomalies", description="name of the task, set by the experiment")
     data: DataConfig = DataConfig()
     model: Node
     method: Node
     optimizer: Node
-    callbacks: dict[str, Node]
     trainer: AnomalyTrainerConfig = AnomalyTrainerConfig()
-    cluster: ClusterConfig = ClusterConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     tiles: TilesConfig = TilesConfig()
     evaluation: AnomalyEvaluationConfig = EVALUATION
@@ -188,4 +180,8 @@ class AssessConfig(EvaluateConfig):
 
 
 SECTIONS: Mapping[str, type[Section]] = {"train": TrainConfig, "predict": MapConfig, "evaluate": AssessConfig}
-CHOICES: Mapping[str, Sequence[str]] = {"method": ("autoencoder", "patch_gaussian")}
+CHOICES: Mapping[str, Sequence[str]] = {
+    "method": ("autoencoder", "patch_gaussian"),
+    "method.loss": ("l2", "l1", "ssim"),
+    "model": ("conv_autoencoder", "identity"),
+}

@@ -72,6 +72,7 @@ def read_normal_images(
         "group_regex": data.group_regex,
         "max_image_mb": data.max_image_mb,
         "require_masks": data.foreground is not None,
+        "formats": reader.formats,
     }
     refs, skipped = index_images(data.train, **options)
     val_refs, val_skipped = index_images(data.val, **options) if data.val is not None else ([], [])

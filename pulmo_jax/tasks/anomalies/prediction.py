@@ -59,7 +59,7 @@ def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Sk
     if data.align_run is not None:
         frame = open_frame(data.align_run, config.plugins, run.scorer.how.aligned_by)
         given = Masks(masks, required=config.foreground is not None)
-        aligned, unaligned = align_input(frame, source, given, output, data.max_image_mb, place.console)
+        aligned, unaligned = align_input(frame, source, given, output, data.max_image_mb, place.console, place.formats)
         source, masks = output / "aligned" / "images", output / "aligned" / "foreground"
     refs, failed = index_images(
         source,
@@ -67,6 +67,7 @@ def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Sk
         max_image_mb=data.max_image_mb,
         require_masks=config.foreground is not None,
         leave_out=None if data.align_run else output,
+        formats=place.formats,
     )
     for warning in [missing_masks(refs, run), *(t.warning for t in thresholds(run))]:
         if warning:
@@ -100,7 +101,7 @@ def predict(
     Yields:
         Each item with its record, or with the reason for its failure.
     """
-    reader = Reader(run.config.data.max_image_mb)
+    reader = Reader(run.config.data.max_image_mb, place.formats)
     for item in items:
         try:
             yield item, map_file(item.refs, item.context.maps, run, reader, config.output)
@@ -149,7 +150,7 @@ def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, out
     """Score every page, write maps/NAME_*, and return the file's record."""
     first, rows, images = pages[0], [], []
     require_fit(first, run.scorer.how)
-    with open_source(first.path, max_bytes=run.config.data.max_image_mb * 2**20) as source:
+    with open_source(first.path, max_bytes=run.config.data.max_image_mb * 2**20, formats=reader.formats) as source:
         tags: ImageTags = source.tags
     size_px = len(pages) * first.shape[0] * first.shape[1]
     with ExitStack() as stack:

@@ -20,6 +20,7 @@ from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
 from pulmo_jax.runs.directory import load_values, restore_sealed, sealed_step, task_of
+from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.results import AnomalyResult
@@ -60,10 +61,10 @@ class Run:
         Raises:
             InputError: The image cannot be read, or differs from the training images in bands or depth.
         """
-        data = self.config.data
-        ref, pixels = one_image(image, page, data.max_image_mb, data.foreground)
+        data, formats = self.config.data, formats_for(image, self.config)
+        ref, pixels = one_image(image, page, data.max_image_mb, data.foreground, formats)
         if foreground is None and ref.mask is not None:
-            foreground = Reader(data.max_image_mb).foreground(ref)
+            foreground = Reader(data.max_image_mb, formats).foreground(ref)
         if data.align_run is not None:
             pixels, foreground = into_lung_frame(self.config, self.scorer.how, ref, pixels, foreground)
         require_fit(ref, self.scorer.how)

@@ -71,6 +71,8 @@ class AnomalyData:
 def check(config: TrainConfig) -> None:
     check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs"))
     check_node(config.method, "method", config.plugins, ("network",))
+    if "loss" in config.method:
+        check_node(config.method["loss"], "method.loss", config.plugins, ("image", "reconstruction"))
     check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
     for name, node in config.callbacks.items():
         check_node(node, f"callbacks.{name}", config.plugins)
@@ -113,8 +115,8 @@ def read(config: TrainConfig, place: Place) -> AnomalyData:
     if data.align_run is not None:
         landmarks = open_frame(data.align_run, config.plugins)
         frame = landmarks.digest
-        data = align_data(landmarks, data, place.folder / "aligned", data.max_image_mb, place.console)
-    reader = Reader(data.max_image_mb)
+        data = align_data(landmarks, data, place.folder / "aligned", data.max_image_mb, place.console, place.formats)
+    reader = Reader(data.max_image_mb, place.formats)
     require_one_frame(config)
     stride = data.patch_size // (1 if sees_once(config) else 2)
     normal = read_normal_images(data, config.seed, reader, place.console, stride, base.how if base else None)

@@ -137,7 +137,7 @@ def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -
         )
     own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
     options = run.config.data.model_copy(update=own)
-    return read_classes(data.test, options, run.size, place.console, run.classes)
+    return read_classes(data.test, options, run.size, place.console, run.classes, place.formats)
 
 
 def assess(run: ClassifierRun, data: ClassSet, config: EvaluateClassesConfig, place: Place) -> Findings:

@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pulmo_jax.config.section import Bool, Float, ImageFolder, Int, Node, PathLike, Regex, Section
-from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
-from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig
+from pulmo_jax.config.trainer import TrainerConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
 
 
 class ClassifierDataConfig(Section):
@@ -75,24 +75,18 @@ class ClassifierTrainerConfig(TrainerConfig):
     scale_batch: Bool = Field(default=False, description="batch_size is per device instead of in total")
 
 
-class ClassifierConfig(Section):
+class ClassifierConfig(TrainingConfig, frozen=True):
     """python -m pulmo_jax.train +experiment=brain_mri"""
 
     name: str = Field(default="classes", description="title of the run")
-    seed: Int = Field(
-        default=0, ge=0, lt=2**31, description="random seed of initial parameters, batches, splits and bootstrap"
-    )
-    resume: Bool = Field(default=False, description="resume from the last checkpoint in hydra.run.dir")
-    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
     task: Literal["classification"] = Field(
         default="classification", description="name of the task, set by the experiment"
     )
     data: ClassifierDataConfig = ClassifierDataConfig()
+    model: Node | None = None
     method: Node
     optimizer: Node
-    callbacks: dict[str, Node]
     trainer: ClassifierTrainerConfig = ClassifierTrainerConfig(steps=800, batch_size=16)
-    cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
@@ -119,4 +113,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "predict": PredictConfig,
     "evaluate": EvaluateClassesConfig,
 }
-CHOICES: Mapping[str, Sequence[str]] = {"method": ("classifier", "anomaly", "anomaly_gaussian")}
+CHOICES: Mapping[str, Sequence[str]] = {
+    "method": ("classifier", "anomaly", "anomaly_gaussian"),
+    "model": ("classifier",),
+}

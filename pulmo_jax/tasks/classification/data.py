@@ -15,6 +15,7 @@ from rich.console import Console
 from pulmo_jax.data.folds import Fold
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
 from pulmo_jax.data.near_copies import merge_groups, perceptual_hash
+from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.sources.store import in_store, is_store, open_store
 from pulmo_jax.data.square_batches import Squares
 from pulmo_jax.data.store_writing import file_sha256, label_of
@@ -61,7 +62,12 @@ class ClassSet:
 
 
 def read_classes(
-    root: Path, data: ClassifierDataConfig, size: int, console: Console, classes: Sequence[str] | None = None
+    root: Path,
+    data: ClassifierDataConfig,
+    size: int,
+    console: Console,
+    classes: Sequence[str] | None = None,
+    formats: Sequence[Format] = (),
 ) -> ClassSet:
     """Read the images of class folders.
 
@@ -71,6 +77,7 @@ def read_classes(
         size: Side length of the resized images, px.
         console: For progress and notes.
         classes: Allowed classes, those of a run; None: the subfolders, at least two.
+        formats: The user's own image formats.
 
     Returns:
         Images with class labels.
@@ -78,11 +85,11 @@ def read_classes(
     Raises:
         InputError: If images cannot be used and data.on_error is "stop", or if the classes do not fit.
     """
-    refs, failed = index_images(root, group_regex=data.group_regex, max_image_mb=data.max_image_mb)
+    refs, failed = index_images(root, group_regex=data.group_regex, max_image_mb=data.max_image_mb, formats=formats)
     if not refs:
         raise none_left(failed)
     require_folders(root, refs)
-    reader = Reader(data.max_image_mb)
+    reader = Reader(data.max_image_mb, formats)
     squares = Squares.empty(refs, size, data.crop, reader)
     contents, looks, bad = read_hashes(root, refs, squares, data.threads, console)
     failed = [*failed, *(Skipped(refs[i].title, reason) for i, reason in bad.items())]

@@ -22,7 +22,12 @@ IMAGES_PER_BATCH = 64  # classified, drawn and recorded together
 
 
 def read(run: ClassifierRun, config: PredictConfig, place: Place) -> tuple[list[Item], list[Skipped]]:
-    refs, failed = index_images(config.input, max_image_mb=run.config.data.max_image_mb, leave_out=config.output)
+    refs, failed = index_images(
+        config.input,
+        max_image_mb=run.config.data.max_image_mb,
+        leave_out=config.output,
+        formats=place.formats,
+    )
     digest, output = run.digest, config.output
     items = [
         Item(
@@ -42,7 +47,7 @@ def predict(
     """Read, classify and draw the images in batches."""
     for batch in chunks(items, IMAGES_PER_BATCH):
         item_of = {item.refs[0].title: item for item in batch}
-        reader = Reader(run.config.data.max_image_mb)
+        reader = Reader(run.config.data.max_image_mb, place.formats)
         done, failed = classify(run, [item.refs[0] for item in batch], config.output, reader)
         yield from ((item_of[file.name], file) for file in failed)
         yield from ((item_of[ref.title], {"filename": ref.title, **values}) for ref, values in done)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float, Int
 
-from pulmo_jax.config.nodes import build, check_node, find_target
+from pulmo_jax.config.nodes import build, build_function, check_model, check_node, find_target
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.folds import Fold, grouped_folds
 from pulmo_jax.data.letterbox import to_bytes
@@ -29,6 +29,7 @@ from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
 from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
 from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
 from pulmo_jax.tasks.classification.results import ClassResult
@@ -129,7 +130,7 @@ class ClassifierRun:
         Raises:
             InputError: The image cannot be read, or its values are too large.
         """
-        ref, pixels = one_image(image, page, self.config.data.max_image_mb)
+        ref, pixels = one_image(image, page, self.config.data.max_image_mb, formats=formats_for(image, self.config))
         square = square_of(pixels, self.size, self.config.data.crop)
         if not np.isfinite(square).all():
             raise InputError(f"{ref.path}: its values are too large to be classified; remove this image")
@@ -164,7 +165,7 @@ def positive_class(classes: Sequence[str], normal: int) -> int | None:
 
 
 def check_nodes(config: ClassifierConfig) -> None:
-    """Validates the method's node. Raises InputError."""
+    """Validates the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
     if not (isinstance(target, type) and (issubclass(target, Descended) or issubclass(target, Counted))):
         raise InputError(
@@ -172,6 +173,7 @@ def check_nodes(config: ClassifierConfig) -> None:
             f"`fit`); choose among: {', '.join(CHOICES['method'])}"
         )
     check_node(config.method, "method", config.plugins)
+    check_model(config.model, config.method, config.plugins, ("n_classes", "channels", "rngs"))
 
 
 def build_classifier(
@@ -185,6 +187,7 @@ def build_classifier(
         n_classes=n_classes,
         normal=normal,
         class_weights=class_weights,
+        network=config.model and build_function(config.model, "model", config.plugins),
         seed=config.seed,
     )
 

@@ -124,7 +124,7 @@ def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, s
 def read(config: ClassifierConfig, place: Place) -> ClassData:
     assert config.data.root is not None  # prepare saw to it
     size: int = build_classifier(config).size  # pyright: ignore[reportAttributeAccessIssue]
-    found = read_classes(config.data.root, config.data, size, place.console)
+    found = read_classes(config.data.root, config.data, size, place.console, formats=place.formats)
     normal = normal_class(found, config.data.normal_name)
     weights = class_weights(found.labels, len(found.classes), config.trainer.class_weights)
     plan = make_plan(found, config)
@@ -242,6 +242,7 @@ def identify(config: ClassifierConfig, found: ClassSet, plan: Plan) -> dict[str,
         "trainer.ema_decay": config.trainer.ema_decay,
         "trainer.class_weights": config.trainer.class_weights,
         "data.crop": config.data.crop,
+        "model": config.model,
         "method": config.method,
         "optimizer": config.optimizer,
         "images, classes, groups or folds": digest_of(found, plan.folds),

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,12 +79,16 @@ def read_test(run: LandmarkRun, config: EvaluateLandmarksConfig, place: Place) -
     data, trained = config.data, run.config.data
     own = {key: getattr(data, key) or getattr(trained, key) for key in ("group_regex", "class_regex")}
     options = trained.model_copy(update=own | {"on_error": data.on_error, "normal_name": data.normal_name})
-    index = index_images(data.images, group_regex=options.group_regex, max_image_mb=options.max_image_mb)
+    index = index_images(
+        data.images, group_regex=options.group_regex, max_image_mb=options.max_image_mb, formats=place.formats
+    )
     table = read_landmarks(data.test, data.images, n_points=run.n_landmarks, on_error=options.on_error, index=index)
     notes = table.notes() + without_row([table])
     for note in notes:
         place.note(f"note: {note}")
-    return replace(labelled(table.refs, table.points, run.size, options, place.console, "test"), notes=tuple(notes))
+    return replace(
+        labelled(table.refs, table.points, run.size, options, place.console, "test", place.formats), notes=tuple(notes)
+    )
 
 
 def assess(run: LandmarkRun, data: Labelled, config: EvaluateLandmarksConfig, place: Place) -> Findings:
@@ -142,7 +145,7 @@ def assess_landmarks(
         title=f"{run.config.name}: landmarks",
         metrics={"training": dict(training or {}), **found},
         markdown=as_markdown(tables),
-        sections=[*report_sections(run, tested, found, tables, options, place.folder), *curves],
+        sections=[*report_sections(run, tested, found, tables, options, place), *curves],
         summary=summarise_training(run, training or {}),
         shown=[for_console(tables[0])],
         tables={"landmark_errors.csv": errors_csv(tested)},
@@ -292,9 +295,9 @@ def report_sections(
     found: Mapping[str, Any],
     tables: Sequence[Table],
     options: EvaluationConfig,
-    out_dir: Path,
+    place: Place,
 ) -> list[Section]:
-    folder, own, labelled = out_dir / "figures", tested.own, tested.labelled
+    folder, own, labelled = place.folder / "figures", tested.own, tested.labelled
     cumulative = {name: metrics.cumulative_error(errors)[0] for name, errors in tested.errors.items()}
     estimates = [_errors(errors["px"]) for errors in found["by_landmark"]]
     curves = [
@@ -308,7 +311,7 @@ def report_sections(
         curves.append(figures.save(draw.class_comparison(of_image, by_class, "px"), folder, "class_comparison"))
     levels = [Estimate(**found["coverage"][str(level)]) for level in LEVELS]
     coverage = figures.save(draw.coverage_calibration(np.array(LEVELS), levels), folder, "coverage")
-    reader = Reader(run.config.data.max_image_mb)
+    reader = Reader(run.config.data.max_image_mb, place.formats)
     worst = metrics.failures(own, options.examples)
     spread = np.argsort(own.mean(1))[evenly_spaced(np.arange(len(own)), options.examples)]
     galleries = [

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from pulmo_jax.config.section import Bool, Float, ImageFolder, Int, Node, PathLike, Regex, Section
-from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
-from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig
+from pulmo_jax.config.trainer import TrainerConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
 
 
 def _is_table(path: PathLike) -> PathLike:
@@ -57,25 +57,19 @@ class LandmarkDataConfig(Section):
         return self
 
 
-class LandmarkConfig(Section):
+class LandmarkConfig(TrainingConfig, frozen=True):
     """python -m pulmo_jax.train +experiment=landmarks"""
 
     name: str = Field(default="landmarks", description="title of the run")
-    seed: Int = Field(
-        default=0, ge=0, lt=2**31, description="random seed of initial parameters, batches, split and bootstrap"
-    )
-    resume: Bool = Field(default=False, description="resume from the last checkpoint in hydra.run.dir")
-    plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
     task: Literal["landmarks"] = Field(default="landmarks", description="name of the task, set by the experiment")
     data: LandmarkDataConfig = LandmarkDataConfig()
+    model: Node | None = None
     method: Node
     optimizer: Node
-    callbacks: dict[str, Node]
     frame_px: Int = Field(default=256, ge=16, le=4096, description="side length of the aligned images (lung frame), px")
     trainer: TrainerConfig = TrainerConfig(
         steps=6600, batch_size=8, validate_every=250, checkpoint_every=500, ema_decay=0.999
     )
-    cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
@@ -112,4 +106,8 @@ SECTIONS: Mapping[str, type[Section]] = {
     "predict": LocateConfig,
     "evaluate": EvaluateLandmarksConfig,
 }
-CHOICES: Mapping[str, Sequence[str]] = {"method": ("eigenpatch", "landmark_net")}
+CHOICES: Mapping[str, Sequence[str]] = {
+    "method": ("eigenpatch", "landmark_net"),
+    "method.loss": ("laplace", "wing", "landmark_l1", "landmark_l2"),
+    "model": ("landmark_net",),
+}

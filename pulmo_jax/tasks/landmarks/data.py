@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pulmo_jax.data.images import ImageRef, index_images
 from pulmo_jax.data.landmark_table import LandmarkTable, read_landmarks, without_row
+from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.working_images import WorkingImages, read_working
 from pulmo_jax.host.console import tracker
@@ -70,7 +71,9 @@ class LandmarkSets:
     notes: list[str]
 
 
-def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) -> LandmarkSets:
+def read_sets(
+    data: LandmarkDataConfig, size: int, seed: int, console: Console, formats: Sequence[Format] = ()
+) -> LandmarkSets:
     """Read all tables and images.
 
     Args:
@@ -78,6 +81,7 @@ def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) 
         size: Side length of the resized images, px.
         seed: Random seed of the split.
         console: For progress and notes.
+        formats: The user's own image formats.
 
     Returns:
         Training, validation and test images.
@@ -87,7 +91,7 @@ def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) 
     """
     assert data.images is not None
     assert data.train is not None
-    index = index_images(data.images, group_regex=data.group_regex, max_image_mb=data.max_image_mb)
+    index = index_images(data.images, group_regex=data.group_regex, max_image_mb=data.max_image_mb, formats=formats)
     training = read_landmarks(data.train, data.images, on_error=data.on_error, index=index)
     n_points = training.points.shape[1]
     others = [
@@ -107,7 +111,7 @@ def read_sets(data: LandmarkDataConfig, size: int, seed: int, console: Console) 
     }
     if others[0] is None:
         parts |= divided(training, data.val_fraction, seed)
-    sets = {name: labelled(refs, points, size, data, console, name) for name, (refs, points) in parts.items()}
+    sets = {name: labelled(refs, points, size, data, console, name, formats) for name, (refs, points) in parts.items()}
     return LandmarkSets(sets["training"], sets["validation"], sets.get("test"), notes)
 
 
@@ -146,9 +150,10 @@ def labelled(
     data: LandmarkDataConfig,
     console: Console,
     name: str,
+    formats: Sequence[Format] = (),
 ) -> Labelled:
     working, skipped = read_working(
-        refs, size, data.max_image_mb, data.threads, tracker(console, f"reading {name} images")
+        refs, size, data.max_image_mb, data.threads, tracker(console, f"reading {name} images"), formats
     )
     if skipped and data.on_error == "stop":
         raise InputError(

@@ -24,7 +24,12 @@ IMAGES_PER_BATCH = 64  # located, drawn and recorded together
 
 
 def read(run: LandmarkRun, config: LocateConfig, place: Place) -> tuple[list[Item], list[Skipped]]:
-    refs, failed = index_images(config.input, max_image_mb=run.config.data.max_image_mb, leave_out=config.output)
+    refs, failed = index_images(
+        config.input,
+        max_image_mb=run.config.data.max_image_mb,
+        leave_out=config.output,
+        formats=place.formats,
+    )
     digest, output = run.digest, config.output
     items = [
         Item(
@@ -46,12 +51,23 @@ def predict(
     for batch in chunks(items, IMAGES_PER_BATCH):
         item_of = {item.refs[0].title: item for item in batch}
         working, skipped = read_working(
-            [item.refs[0] for item in batch], run.size, data.max_image_mb, data.threads, lambda items, _: items
+            [item.refs[0] for item in batch],
+            run.size,
+            data.max_image_mb,
+            data.threads,
+            lambda items, _: items,
+            place.formats,
         )
         yield from ((item_of[file.name], file) for file in skipped)
         if working.refs:
             found = run.find(working)
-            for i, (ref, wrong) in enumerate(zip(working.refs, draw(run, working.refs, found, config), strict=True)):
+            for i, (ref, wrong) in enumerate(
+                zip(
+                    working.refs,
+                    draw(run, working.refs, found, config, Reader(data.max_image_mb, place.formats)),
+                    strict=True,
+                )
+            ):
                 record = record_of(ref, i, found) if wrong is None else Skipped(ref.title, wrong)
                 yield item_of[ref.title], record
 
@@ -70,7 +86,9 @@ def collect(
     return Outputs(tables, summarise(run, records, doubtful), f"{len(doubtful)} images with only low-quality landmarks")
 
 
-def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: LocateConfig) -> list[str | None]:
+def draw(
+    run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: LocateConfig, reader: Reader
+) -> list[str | None]:
     """Write the overlay and, on request, the aligned copy of every image, in threads.
 
     Args:
@@ -78,11 +96,11 @@ def draw(run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: Locat
         refs: Images.
         found: Predicted landmarks.
         config: Config of `predict`.
+        reader: Reader of the images.
 
     Returns:
         Error message of each image, or None.
     """
-    reader = Reader(run.config.data.max_image_mb)
 
     def one(i: int) -> str | None:
         if not (np.isfinite(found.points[i]).all() and np.isfinite(found.std[i]).all()):

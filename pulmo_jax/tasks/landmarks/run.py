@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from pulmo_jax.config.nodes import build, check_node, find_target
+from pulmo_jax.config.nodes import build, build_function, check_model, check_node, find_target
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.lung_frame import LungFrame, flipped, frame_of, lung_frame
 from pulmo_jax.core.ppca import PPCA
@@ -38,6 +38,7 @@ from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
 from pulmo_jax.methods.located import Descended, Fitted, Found, Locator, Params
 from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
 from pulmo_jax.tasks.landmarks.results import LandmarkResult
@@ -121,7 +122,7 @@ class LandmarkRun:
         Raises:
             InputError: The image cannot be read, or no landmarks can be found in it.
         """
-        ref, pixels = one_image(image, page, self.config.data.max_image_mb)
+        ref, pixels = one_image(image, page, self.config.data.max_image_mb, formats=formats_for(image, self.config))
         found = self.find(working_image(ref, pixels, self.size))
         if not (np.isfinite(found.points).all() and np.isfinite(found.std).all()):
             raise InputError(f"{ref.path}: no landmarks found, its values may be too large")
@@ -161,7 +162,7 @@ turned_over = jax.jit(jax.vmap(flipped, (0, None)))
 
 
 def check_nodes(config: LandmarkConfig) -> None:
-    """Validates the method's node. Raises InputError."""
+    """Validates the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
     if not (isinstance(target, type) and (issubclass(target, Fitted) or issubclass(target, Descended))):
         raise InputError(
@@ -169,6 +170,9 @@ def check_nodes(config: LandmarkConfig) -> None:
             f"`train_loss`); choose among: {', '.join(CHOICES['method'])}"
         )
     check_node(config.method, "method", config.plugins)
+    check_model(config.model, config.method, config.plugins, ("n_landmarks", "channels", "rngs"))
+    if "loss" in config.method:
+        check_node(config.method["loss"], "method.loss", config.plugins, ("displacement", "covariance"))
 
 
 def build_locator(config: LandmarkConfig, companions: Companions | None) -> Locator:
@@ -181,6 +185,7 @@ def build_locator(config: LandmarkConfig, companions: Companions | None) -> Loca
         n_landmarks=len(mirror),
         mirror=mirror,
         shapes=shapes,
+        network=config.model and build_function(config.model, "model", config.plugins),
         seed=config.seed,
     )
 

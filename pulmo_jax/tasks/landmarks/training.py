@@ -87,7 +87,7 @@ def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
 
 
 def read(config: LandmarkConfig, place: Place) -> LandmarkData:
-    sets = read_sets(config.data, working_size(config), config.seed, place.console)
+    sets = read_sets(config.data, working_size(config), config.seed, place.console, place.formats)
     with place.console.status("fitting shape, appearance and baselines to the training images"):
         companions = fit_companions(config, sets.training)
     place.note(
@@ -222,6 +222,7 @@ def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
         "seed": config.seed,
         "trainer.batch_size": config.trainer.batch_size,
         "trainer.ema_decay": config.trainer.ema_decay,
+        "model": config.model,
         "method": config.method,
         "optimizer": config.optimizer,
         "landmarks": table.hexdigest(),

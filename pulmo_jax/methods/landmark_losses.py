@@ -1,0 +1,59 @@
+"""Training losses of landmarks: a function of displacements and heat-map covariances that returns a value per landmark.
+
+Displacements, found minus true, are in % of the side of the image, covariances in %^2.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from pydantic import Field
+
+LandmarkLoss = Callable[..., Float[Array, "*B"]]  # called with displacement=, covariance=
+
+
+def laplace(
+    displacement: Float[Array, "*B 2"],
+    covariance: Float[Array, "*B 2 2"],
+    least_sd: Annotated[float, Field(gt=0, description="sd added to the heat map's, % of the side")] = 0.25,
+) -> Float[Array, "*B"]:
+    """Negative log-likelihood of a bivariate Laplacian, log|C| / 2 + sqrt(3 d' C^-1 d), up to a constant; smooth at 0.
+
+    Reference:
+        Kumar et al. 2020, LUVLi, Eq. 9. There the covariance has a branch of its own.
+    """
+    covariance = covariance + least_sd**2 * jnp.eye(2)
+    yy, yx, xx = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
+    dy, dx = displacement[..., 0], displacement[..., 1]
+    determinant = yy * xx - yx**2
+    squared = (xx * dy**2 - 2 * yx * dy * dx + yy * dx**2) / determinant
+    return 0.5 * jnp.log(determinant) + jnp.sqrt(3 * squared + 1e-6)
+
+
+def wing(
+    displacement: Float[Array, "*B 2"],
+    covariance: Float[Array, "*B 2 2"],
+    width: Annotated[float, Field(gt=0, description="% of the side at which the loss becomes linear")] = 5.0,
+    curve: Annotated[float, Field(gt=0, description="curvature below that")] = 1.0,
+) -> Float[Array, "*B"]:
+    """Logarithmic for small displacements, linear for large ones.
+
+    Reference:
+        Feng et al. 2018, "Wing loss", Eq. 5.
+    """
+    size = jnp.abs(displacement)
+    step = width - width * math.log1p(width / curve)
+    near = width * jnp.log1p(size / curve)
+    return jnp.where(size < width, near, size - step).sum(-1)
+
+
+def l1(displacement: Float[Array, "*B 2"], covariance: Float[Array, "*B 2 2"]) -> Float[Array, "*B"]:
+    """Sum of the absolute coordinates."""
+    return jnp.abs(displacement).sum(-1)
+
+
+def l2(displacement: Float[Array, "*B 2"], covariance: Float[Array, "*B 2 2"]) -> Float[Array, "*B"]:
+    """Squared length."""
+    return (displacement**2).sum(-1)
