@@ -163,7 +163,7 @@ def learn(learning: Learning, state: TrainState, before: Record, config: Any, pl
             begins,
             log_every=config.trainer.log_every,
             validate_every=learning.validate_every or config.trainer.validate_every,
-            agreed=devices.agreed,
+            agreed=devices.agreement(learning.mesh),
         )
         stop_if_interrupted(outcome, place.run_dir, place.console)
         devices.disconnect()

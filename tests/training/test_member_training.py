@@ -1,14 +1,11 @@
 """Networks that are trained together become what each becomes alone."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from references import child
 
 from pulmo_jax.methods.classifier import ClassifierNetwork
 from pulmo_jax.training.members import chunk_sizes, init_members, make_member_step
@@ -95,9 +92,7 @@ def test_chunks_are_even():
 
 
 PROGRAM = """
-import sys
 import jax, numpy as np
-sys.path.insert(0, {folder!r})
 from training.test_member_training import METHOD, SEEDS, batches, keys
 import optax
 from pulmo_jax.training import devices
@@ -124,10 +119,5 @@ print("same losses")
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
 def test_batches_divided_among_four_devices_give_the_losses_of_one():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    program = PROGRAM.format(folder=os.path.dirname(os.path.dirname(__file__)))
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = child.run_program(PROGRAM, XLA_FLAGS=child.FOUR_DEVICES, JAX_PLATFORMS="cpu")
     assert "same losses" in done.stdout
