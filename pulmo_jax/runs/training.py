@@ -218,7 +218,7 @@ def learn(
             begins,
             log_every=trainer.log_every,
             validate_every=learning.validate_every or trainer.validate_every,
-            agreed=devices.agreed,
+            agreed=devices.agreement(learning.mesh),
         )
         stop_if_interrupted(outcome, place.run_dir, place.console)
         devices.disconnect()

@@ -46,18 +46,29 @@ class Start:
 
 @dataclass(frozen=True)
 class Event:
-    """After a step.
+    """After a step, which may still be computing where it is not logged.
 
     metrics: {"train/loss": ..., ...} on a logged step, with "val/loss" when validated; else empty.
-    state: valid during the call only, the next step reuses its memory. last: no step follows; stopped: because a
-    callback had this reason, None where it is a signal or the last step of all.
+    checked_state: what `state` calls. last: no step follows; stopped: because a callback had this reason, None where it
+    is a signal or the last step of all.
     """
 
     step: int
     metrics: dict[str, float]
-    state: TrainState
+    checked_state: Callable[[], TrainState]
     last: bool
     stopped: str | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """The state after the step. Valid during the call only, because the next step reuses its memory.
+
+        Reading it waits for the step.
+
+        Raises:
+            InputError: Loss or gradient of the step are not finite.
+        """
+        return self.checked_state()
 
 
 @runtime_checkable

@@ -4,12 +4,13 @@ Every process runs the same job on its own share of each batch. Batches, noise a
 step), so that the number of devices changes the order of some sums and nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 from jax.experimental import multihost_utils
@@ -104,11 +105,23 @@ def require_same(number: int, quantity: str) -> None:
             raise InputError(f"the processes differ in {quantity} (values {', '.join(map(str, found))})")
 
 
-def agreed(signum: int | None) -> int | None:
-    """A signal that any of the processes has received, so that all stop after the same step."""
+def agreement(mesh: Mesh) -> Callable[[int | None], int | None]:
+    """Lets all processes act on a signal that any of them has received, after the same step.
+
+    Returns:
+        (signal of this process) -> signal of any process. With several processes the answer is that of the call before,
+        so that no device waits for it.
+    """
     if jax.process_count() == 1:
-        return signum
-    return int(np.max(multihost_utils.process_allgather(np.array(signum or 0)))) or None
+        return lambda signum: signum
+    highest = jax.jit(jnp.max, out_shardings=everywhere(mesh))
+    sent: list[jax.Array] = []
+
+    def agreed(signum: int | None) -> int | None:
+        sent.append(highest(divided(np.full(len(mesh.local_devices), signum or 0, np.int32), mesh)))
+        return (int(sent.pop(0)) or None) if len(sent) > 1 else None
+
+    return agreed
 
 
 def disconnect() -> None:

@@ -15,7 +15,9 @@ import optax
 from jaxtyping import Array, Key
 
 from pulmo_jax.methods.classes import Descended, Params
-from pulmo_jax.training.state import Metrics, TrainState
+from pulmo_jax.training.state import Metrics, TrainState, make_update
+
+Chunk = tuple[Params, Params, optax.OptState]  # parameters, their moving average, and the optimizer's state
 
 
 def chunk_sizes(count: int, at_once: int) -> list[int]:
@@ -42,34 +44,44 @@ def make_member_step(
     keys: Key[Array, "M"],
     sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The training step (state, batch) -> (state, metrics); the state's buffers are donated.
+    """The training step (state, batch) -> (state, metrics) of all networks; the state's buffers are donated.
 
-    batch: images (B, M, S, S) and labels (B, M); rows may be divided among devices. keys: of the networks, from which
-    all that is random in their training comes. metrics: means over the networks.
+    A chunk is one call of a compiled program, which cuts the chunk's columns out of the batch.
+
+    Args:
+        method: Gives the loss of a batch of one network.
+        optimizer: Makes updates of gradients.
+        ema_decay: Largest decay of the moving average (see `state.make_update`).
+        keys: One for each network, from which all of its random numbers come.
+        sharding: Of the new state, if it is on several devices; the batch's rows may be divided among them.
+
+    Returns:
+        A step whose batch is images (B, M, S, S) and labels (B, M), and whose metrics are means over the networks.
     """
+    by_member = TrainState(None, 0, 0, 0)
+    update = jax.vmap(make_update(method, optimizer, ema_decay), in_axes=(by_member, 1, 0), out_axes=(by_member, 0))
 
-    def one(step: jax.Array, params: Params, ema: Params, opt_state: Any, batch: Any, key: jax.Array) -> Any:
-        loss, gradient = jax.value_and_grad(method.train_loss)(params, batch, jax.random.fold_in(key, step))
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-        return params, ema, opt_state, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+    @partial(jax.jit, donate_argnums=1, out_shardings=sharding)
+    def advance(step: jax.Array, chunk: Chunk, batch: Any, keys: jax.Array, first: jax.Array) -> tuple[Chunk, Metrics]:
+        count = members_of(chunk[0])
+        columns = [jax.lax.dynamic_slice_in_dim(array, first, count, axis=1) for array in batch]
+        own_keys = jax.lax.dynamic_slice_in_dim(keys, first, count)
+        state, metrics = update(TrainState(step, *chunk), tuple(columns), own_keys)
+        return (state.params, state.ema, state.opt_state), metrics
 
-    @partial(jax.jit, donate_argnums=(1, 2, 3), out_shardings=sharding)
-    def chunk(step: jax.Array, params: Params, ema: Params, opt_state: Any, batch: Any, key: jax.Array) -> Any:
-        return jax.vmap(one, in_axes=(None, 0, 0, 0, 1, 0))(step, params, ema, opt_state, batch, key)
+    @partial(jax.jit, out_shardings=sharding)
+    def summarize(step: jax.Array, metrics: list[Metrics]) -> tuple[jax.Array, Metrics]:
+        return step + 1, jax.tree.map(lambda *values: jnp.concatenate(values).mean(), *metrics)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        done, first = [], 0
-        chunks: Any = state.params, state.ema, state.opt_state
-        for part in zip(*chunks, strict=True):
-            members = slice(first, first + members_of(part[0]))
-            done.append(chunk(state.step, *part, tuple(array[:, members] for array in batch), keys[members]))
-            first = members.stop
-        params, ema, opt_state, metrics = (list(column) for column in zip(*done, strict=True))
-        means = {name: jnp.concatenate([m[name] for m in metrics]).mean() for name in metrics[0]}
-        return TrainState(state.step + 1, params, ema, opt_state), means
+        chunks = list(zip(state.params, state.ema, state.opt_state, strict=True))
+        firsts = np.cumsum([0, *(members_of(chunk[0]) for chunk in chunks[:-1])], dtype=np.int32)
+        advanced = [
+            advance(state.step, chunk, tuple(batch), keys, first) for chunk, first in zip(chunks, firsts, strict=True)
+        ]
+        number, means = summarize(state.step, [metrics for _, metrics in advanced])
+        params, ema, opt_state = (list(column) for column in zip(*(chunk for chunk, _ in advanced), strict=True))
+        return TrainState(number, params, ema, opt_state), means
 
     return step
 

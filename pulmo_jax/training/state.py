@@ -7,8 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
+from pulmo_jax.methods import classes
 from pulmo_jax.methods.base import Method, OnePass, Params
 from pulmo_jax.methods.located import Descended
 
@@ -47,6 +48,34 @@ def inference_state(method: Method) -> TrainState:
     return TrainState((), params, (), ()) if isinstance(method, OnePass) else averaged_state(params)
 
 
+def make_update(
+    method: Method | Descended | classes.Descended, optimizer: optax.GradientTransformation, ema_decay: float
+) -> Callable[[TrainState, Any, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """One gradient step of one network, pure and not compiled.
+
+    Args:
+        method: Gives the loss of a batch.
+        optimizer: Makes updates of gradients.
+        ema_decay: Largest decay of the moving average. It is min(ema_decay, (1 + step) / (10 + step)), so that the
+            average forgets the random start (as in TensorFlow's ExponentialMovingAverage).
+
+    Returns:
+        (state, batch, key) -> (state, metrics); the noise is a function of key and `state.step`.
+    """
+
+    def update(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        loss, gradient = jax.value_and_grad(method.train_loss)(state.params, batch, key)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return update
+
+
 def make_step(
     method: Method | Descended,
     optimizer: optax.GradientTransformation,
@@ -56,20 +85,17 @@ def make_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The jitted training step (state, batch) -> (state, metrics); the state's buffers are donated.
 
-    sharding: where the new state is, if on several devices; the batch's rows may be divided among them.
-    The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that it forgets the random start (as in
-    TensorFlow's ExponentialMovingAverage).
+    Args:
+        method: Gives the loss of a batch.
+        optimizer: Makes updates of gradients.
+        ema_decay: Largest decay of the moving average (see `make_update`).
+        seed: Of the noise.
+        sharding: Of the new state, if it is on several devices; the batch's rows may be divided among them.
     """
+    update = make_update(method, optimizer, ema_decay)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, gradient = jax.value_and_grad(method.train_loss)(state.params, batch, key)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return update(state, batch, jax.random.key(seed))
 
     return jax.jit(step, donate_argnums=0, out_shardings=sharding)
 

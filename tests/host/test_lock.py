@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+from references import child
 
 from pulmo_jax.host import lock
 from pulmo_jax.host.lock import NAME, claim, in_use
@@ -28,7 +29,8 @@ with claim(Path(sys.argv[1])):
 def holder(tmp_path):
     """Another process that holds tmp_path until its input is closed."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=child.environment(), text=True, **pipes) as process:
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
@@ -60,7 +62,7 @@ def test_other_process_is_named(holder, tmp_path):
 
 def test_kill_9_leaves_nothing_in_the_way(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
-    holder.wait(timeout=60)
+    holder.wait(timeout=child.PATIENCE_S)
     assert (tmp_path / NAME).is_file()
     assert in_use(tmp_path) is None
     with claim(tmp_path):

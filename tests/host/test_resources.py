@@ -1,12 +1,11 @@
 """Out of memory: a sentence with the setting to lower, before the fact or after."""
 
 import platform
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from references import child
 
 from pulmo_jax.host import resources
 from pulmo_jax.host.resources import available_bytes, explain_out_of_memory, require
@@ -89,5 +88,5 @@ print(resident() - before)
 @pytest.mark.parametrize("called", [True, False])
 def test_freed_arrays_go_back_to_the_system(called):
     """Though small ones that stay lie between them; without the call they do not, or the call may go."""
-    ran = subprocess.run([sys.executable, "-c", HOLES.format(called)], capture_output=True, text=True, check=True)
+    ran = child.run_program(HOLES.format(called))
     assert (int(ran.stdout) < 10 * 2**20) == called

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
+FOUR_DEVICES = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"  # XLA_FLAGS: on the CPU
 PATIENCE_S = 3000.0  # for a process that hangs: no call takes a tenth of it on a quiet machine
 
 

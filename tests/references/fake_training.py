@@ -49,4 +49,5 @@ def fake_start(
 
 def event(step: int, last: bool = False, **metrics: float) -> Event:
     """`val_loss` is the key val/loss, and so on."""
-    return Event(step, {name.replace("_", "/", 1): value for name, value in metrics.items()}, fake_state(step), last)
+    named = {name.replace("_", "/", 1): value for name, value in metrics.items()}
+    return Event(step, named, lambda: fake_state(step), last)

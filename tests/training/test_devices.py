@@ -1,12 +1,9 @@
 """One batch over four simulated devices: the losses of one device, within rounding."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
+from references import child
 
 from pulmo_jax.training import devices
 from pulmo_jax.types import InputError
@@ -76,22 +73,14 @@ assert images.addressable_shards[0].data.shape == (2, 32, 32) and points.address
     "program", [PATCHES, pytest.param(LANDMARKS, marks=pytest.mark.slow)], ids=["patches", "landmarks"]
 )
 def test_batch_divided_among_four_devices_gives_the_losses_of_one(program):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", COMMON + program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = child.run_program(COMMON + program, XLA_FLAGS=child.FOUR_DEVICES, JAX_PLATFORMS="cpu")
     if program is PATCHES:
         assert "trainer.batch_size=6 cannot be divided by the 4 devices; give a multiple of 4" in done.stdout
 
 
 def test_one_process_agrees_with_itself():
-    assert devices.agreed(None) is None
-    assert devices.agreed(15) == 15
+    agreed = devices.agreement(devices.all_devices(4))
+    assert [agreed(signum) for signum in (None, 15, None)] == [None, 15, None]
     assert devices.is_first()
     with devices.first_then_others():
         devices.require_same(3, "the step")

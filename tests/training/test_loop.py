@@ -15,6 +15,7 @@ from references.linear_method import LinearMethod, batch_of
 
 from pulmo_jax.host import signals as interrupt
 from pulmo_jax.host.signals import Interrupt
+from pulmo_jax.training import loop
 from pulmo_jax.training.callbacks import Callback, Checkpoint, JsonLines, read_metrics
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.loop import fit
@@ -121,18 +122,52 @@ def test_failing_end_does_not_keep_the_others_from_ending(tmp_path):
     assert log[-2:] == [("c", "end"), ("a", "end")]
 
 
-@pytest.mark.parametrize(("name", "value"), [("loss", np.nan), ("loss", np.inf), ("gradient_norm", np.nan)])
-def test_loss_or_gradient_that_is_not_finite_stops_with_its_step(tmp_path, name, value):
+def losing_step(at: int, name: str = "loss", value: float = np.nan):
+    """Counts, with one metric of step `at` that is not finite; adds its number to `taken`."""
+    taken = []
+
     def step(state, batch):
         state, info = counting_step(state, batch)
-        return state, info | ({name: jnp.asarray(value)} if int(state.step) == 7 else {})
+        taken.append(int(state.step))
+        return state, info | ({name: jnp.asarray(value)} if taken[-1] == at else {})
 
-    recorder = Recorder()
-    files = "7a.tif, 7b.tif, 7c.tif, 7d.tif, 7e.tif and 2 more"
-    with pytest.raises(InputError, match=rf"train/{name} is {value} at step 7, on patches of {files};.*learning_rate"):
-        fit_fake(tmp_path, recorder, step=step)
-    assert recorder.events[-1].step == 6
+    return step, taken
+
+
+LOST = "7a.tif, 7b.tif, 7c.tif, 7d.tif, 7e.tif and 2 more"
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss", np.nan), ("loss", np.inf), ("gradient_norm", np.nan)])
+@pytest.mark.parametrize(("log_every", "last_event"), [(1, 6), (7, 6), (3, 7)])
+def test_loss_or_gradient_that_is_not_finite_stops_with_its_step(tmp_path, name, value, log_every, last_event):
+    """Where the step is logged, before its event; otherwise before the next one's."""
+    recorder, (step, taken) = Recorder(), losing_step(7, name, value)
+    with pytest.raises(InputError, match=rf"train/{name} is {value} at step 7, on patches of {LOST};.*learning_rate"):
+        fit_fake(tmp_path, recorder, step=step, log_every=log_every, validate_every=100)
+    assert recorder.events[-1].step == last_event
     assert recorder.log[-1] == ("", "end")
+    assert taken[-1] == last_event + 1
+
+
+@pytest.mark.parametrize("steps", [7, 8])
+def test_last_steps_are_read_too(tmp_path, steps):
+    step, _ = losing_step(7)
+    with pytest.raises(InputError, match=rf"train/loss is nan at step 7, on patches of {LOST}"):
+        fit_fake(tmp_path, Recorder(), step=step, steps=steps, log_every=100, validate_every=100)
+
+
+def test_state_of_a_step_that_is_not_finite_is_given_to_no_callback(tmp_path):
+    (step, taken), states = losing_step(7), {}
+
+    def look(number):
+        states[number] = recorder.events[-1].state
+
+    recorder = Recorder(on=look)
+    with pytest.raises(InputError, match=rf"train/loss is nan at step 7, on patches of {LOST}"):
+        fit_fake(tmp_path, recorder, step=step, log_every=100, validate_every=100)
+    assert list(states) == [1, 2, 3, 4, 5, 6]
+    assert all(int(state.step) == number for number, state in states.items())
+    assert taken[-1] == 7
 
 
 def test_validation_loss_that_is_not_finite_stops_with_its_step(tmp_path):
@@ -142,7 +177,11 @@ def test_validation_loss_that_is_not_finite_stops_with_its_step(tmp_path):
     assert recorder.events[-1].step == 7
 
 
-def test_checkpoint_before_the_loss_was_lost_is_kept(tmp_path):
+@pytest.mark.parametrize(("every", "kept"), [(1, 5), (2, 4), (3, 3)])
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_checkpoint_before_the_loss_was_lost_is_kept(tmp_path, every, kept, log_every):
+    """Neither that of the lost step itself is written, nor a later one."""
+
     def batches():
         for k in itertools.count():
             yield batch_of(k) * (np.nan if k == 5 else 1)
@@ -150,11 +189,12 @@ def test_checkpoint_before_the_loss_was_lost_is_kept(tmp_path):
     optimizer = adamw(steps=10)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         state, step = init_state(LinearMethod(), optimizer), make_step(LinearMethod(), optimizer, 0.9, 0)
-        start, callbacks = fake_start(tmp_path, 10, checkpoints=checkpoints), [Checkpoint(every=1)]
-        with pytest.raises(InputError, match="at step 6"):
-            fit(state, step, batches(), lambda state: 1.0, callbacks, start, log_every=1, validate_every=1)
-        assert checkpoints.latest_step() == 5
-        restored = checkpoints.restore(5, init_state(LinearMethod(), optimizer))
+        start = fake_start(tmp_path, 10, checkpoints=checkpoints, files_of=lambda step: [f"{step}.tif"])
+        often = {"log_every": log_every, "validate_every": 100}
+        with pytest.raises(InputError, match="is nan at step 6, on patches of 6.tif"):
+            fit(state, step, batches(), lambda state: 1.0, [Checkpoint(every)], start, **often)
+        assert checkpoints.latest_step() == kept
+        restored = checkpoints.restore(kept, init_state(LinearMethod(), optimizer))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored))
 
 
@@ -348,6 +388,39 @@ def test_next_batch_is_read_while_the_step_computes(tmp_path):
         fake_start(tmp_path, 3), log_every=1, validate_every=9,
     )  # fmt: skip
     assert order == ["batch", "step", "batch", "event", "step", "batch", "event", "step", "event"]
+
+
+def test_metrics_are_read_while_the_next_step_computes(tmp_path, monkeypatch):
+    """But at once where they are logged, and at the end."""
+    order, reading = [], loop.reading
+
+    def step(state, batch):
+        order.append(f"step {int(state.step) + 1}")
+        return counting_step(state, batch)
+
+    def reading_in_order(info, number, files_of):
+        read = reading(info, number, files_of)
+        return lambda: order.append(f"read {number}") or read()
+
+    monkeypatch.setattr(loop, "reading", reading_in_order)
+    fit_fake(tmp_path, Recorder(), step=step, steps=5, log_every=3, validate_every=100)
+    once = list(dict.fromkeys(order))
+    assert once == ["step 1", "step 2", "read 1", "step 3", "read 2", "read 3", "step 4", "step 5", "read 4", "read 5"]
+
+
+def test_state_can_be_read_in_the_event_though_the_next_step_takes_its_memory(tmp_path):
+    optimizer = adamw(steps=6, learning_rate=0.1)
+    step, gains = make_step(METHOD, optimizer, 0.9, seed=1), []
+    recorder = Recorder(on=lambda number: gains.append(float(recorder.events[-1].state.params["gain"][0])) and None)
+    batches = (batch_of(k) for k in itertools.count())
+    outcome = fit(
+        init_state(METHOD, optimizer), step, batches, lambda s: 0.5, [recorder], fake_start(tmp_path, 6),
+        log_every=100, validate_every=100,
+    )  # fmt: skip
+    assert len(set(gains)) == 6
+    assert gains[-1] == float(outcome.state.params["gain"][0])
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(recorder.events[-2].state.params["gain"])
 
 
 def test_nothing_depends_on_the_clock(tmp_path, monkeypatch):

@@ -1,8 +1,5 @@
 """Networks that are trained together become what each becomes alone."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -10,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from references import child
 
 from pulmo_jax.methods.classifier import ClassifierNetwork
 from pulmo_jax.models.classifier import ClassifierNet
@@ -98,10 +96,8 @@ def test_chunks_are_even():
 
 
 PROGRAM = """
-import sys
 from functools import partial
 import jax, numpy as np
-sys.path.insert(0, {folder!r})
 from training.test_member_training import METHOD, SEEDS, batches, keys
 import optax
 from pulmo_jax.training import devices
@@ -128,10 +124,5 @@ print("same losses")
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
 def test_batches_divided_among_four_devices_give_the_losses_of_one():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    program = PROGRAM.format(folder=os.path.dirname(os.path.dirname(__file__)))
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = child.run_program(PROGRAM, XLA_FLAGS=child.FOUR_DEVICES, JAX_PLATFORMS="cpu")
     assert "same losses" in done.stdout
