@@ -374,8 +374,7 @@ def print_keys(
 
 def print_group(group: str, command: Command) -> None:
     """The keys of every choice of a config group that the task lists, from the signatures of their targets."""
-    assert command.task is not None
-    for name in choices_of(group, command.task):
+    for name in choices_of(group, command.task) if command.task else ():
         folder = package_configs() / group.replace(".", "/")
         choice: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
         parts = {f"{group}.{key}": node for key, node in choice.items() if key != "defaults"}

@@ -10,8 +10,8 @@ from pulmo_jax.types import InputError
 
 METHODS = "pulmo_jax.methods"
 LANDMARKS = {
-    "_target_": f"{METHODS}.landmark_net.LandmarkNetwork", "size": 64, "widths": [8, 8, 16], "stem_stride": 2, "blocks": 1,
-    "loss": "wing",
+    "_target_": f"{METHODS}.landmark_net.LandmarkNetwork", "size": 64, "widths": [8, 8, 16], "stem_stride": 2,
+    "blocks": 1, "loss": "wing",
 }  # fmt: skip
 CLASSES = {
     "_target_": f"{METHODS}.classifier.ClassifierNetwork", "size": 32, "widths": [8, 8], "norm": "group", "blocks": 1,
