@@ -13,7 +13,7 @@ from pulmo_jax.methods.classes import Params
 
 AT_ONCE, AT_ONCE_ACCELERATOR = 8, 32  # images of each network in one call; on a CPU more are no faster
 
-Stack = Callable[[Int[np.ndarray, "*b"]], Shaped[np.ndarray, "*b ..."] | Shaped[Array, "*b ..."]]  # rows to their data
+Stack = Callable[[Int[np.ndarray, "*b"]], Shaped[np.ndarray, "..."] | Shaped[Array, "..."]]  # rows to their data
 
 
 def at_once() -> int:

@@ -66,11 +66,17 @@ def cut_batches(
         yield some, tiles
 
 
-def padded(array: Shaped[np.ndarray, "H W ..."], top: int, rows: int, width: int) -> Shaped[np.ndarray, "rows width ..."]:
+def padded(
+    array: Shaped[np.ndarray, "H W ..."], top: int, rows: int, width: int
+) -> Shaped[np.ndarray, "rows width ..."]:
     """Rows of the array from `top` on, in a dtype that travels; beyond its ends the last rows and columns repeated."""
     dtype = array.dtype.name if array.dtype.name in (*AS_STORED, "bool") else "float32"
     out = np.empty((rows, width, *array.shape[2:]), dtype)
-    some = array[top : top + rows] if top + rows <= len(array) else array[np.minimum(np.arange(top, top + rows), len(array) - 1)]
+    some = (
+        array[top : top + rows]
+        if top + rows <= len(array)
+        else array[np.minimum(np.arange(top, top + rows), len(array) - 1)]
+    )
     with np.errstate(over="ignore"):  # numbers beyond float32 are infinite, that is, missing
         out[:, : array.shape[1]] = some
     out[:, array.shape[1] :] = out[:, array.shape[1] - 1 : array.shape[1]]

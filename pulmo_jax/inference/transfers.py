@@ -45,11 +45,11 @@ def keep(array: Shaped[np.ndarray, "N ..."]) -> Shaped[np.ndarray, "N ..."] | Sh
 
 def pick(
     array: Shaped[np.ndarray, "N ..."] | Shaped[Array, "N ..."], rows: Int[np.ndarray, "*b"]
-) -> Shaped[np.ndarray, "*b ..."] | Shaped[Array, "*b ..."]:
+) -> Shaped[np.ndarray, "..."] | Shaped[Array, "..."]:
     """Rows of an array, where it lies; one compiled program serves all rows of one shape."""
     return array[rows] if isinstance(array, np.ndarray) else _taken(array, rows)
 
 
 @jax.jit
-def _taken(array: Shaped[Array, "N ..."], rows: Int[Array, "*b"]) -> Shaped[Array, "*b ..."]:
+def _taken(array: Shaped[Array, "N ..."], rows: Int[Array, "*b"]) -> Shaped[Array, "..."]:
     return array[rows]

@@ -20,7 +20,7 @@ MIN_WEIGHT = 1e-6
 class Extent(NamedTuple):
     """The image in the coordinates of an array: rows from top to below bottom, columns from left to below right.
 
-    A strip has a negative top where the image goes on above it, and a bottom beyond its last row where it goes on below.
+    A strip has a negative top where the image goes on above it, and a bottom beyond its last row where it does below.
     """
 
     top: int | Int[Array, ""]

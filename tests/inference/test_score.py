@@ -35,7 +35,7 @@ HOW = preprocessing(SIZE, channels=2, offset=(100.0, 50.0), scale=(20.0, 10.0), 
 class Pointwise:
     """A method whose residual is the normalised pixel plus its parameter; the score is the sum over the bands.
 
-    calls: how often each function was traced, that is, compiled. It is a dict on purpose: a method need not be hashable.
+    calls: how often each function was traced, that is, compiled. It has no hash, which methods need not have.
     """
 
     calls: Counter = field(default_factory=Counter)
