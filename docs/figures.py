@@ -67,7 +67,7 @@ def fitted_gaussian(normal: np.ndarray) -> tuple[PatchGaussian, Any]:
 
 
 def score_of(method: PatchGaussian, params: Any, image: np.ndarray) -> np.ndarray:
-    return method.score_map(np.asarray(method.residual(params, image[None])[0]), np.ones(image.shape[:2], bool))
+    return method.score_map(method.residual(params, image[None])[0], jnp.ones(image.shape[:2], bool))
 
 
 def calibrated(method: PatchGaussian, params: Any, normal: np.ndarray) -> Calibration:

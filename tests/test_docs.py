@@ -291,9 +291,8 @@ def test_the_plugins_method_and_model_work(my_package):
     gradient = jax.grad(method.train_loss)(params, patches, jax.random.key(0))
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
     bright = patches.at[0, 8, 8].add(20)
-    foreground = np.ones((16, 16), bool)
-    foreground[0] = False
-    scores = method.score_map(np.asarray(method.residual(params, bright)[0]), foreground)
+    foreground = jnp.ones((16, 16), bool).at[0].set(False)
+    scores = np.asarray(method.score_map(method.residual(params, bright)[0], foreground))
     assert np.isnan(scores[0]).all()
     assert np.unravel_index(np.nanargmax(scores), scores.shape) == (8, 8)
     assert method.image_score(scores) == pytest.approx(np.nanmax(scores))

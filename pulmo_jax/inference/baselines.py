@@ -6,11 +6,13 @@ image score is the mean of the map.
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from pulmo_jax.core.tiling import rounded
 from pulmo_jax.data.transforms import Preprocessing, brightness, finite
-from pulmo_jax.methods.score_maps import smooth_within
+from pulmo_jax.methods.score_maps import Extent, smooth_within
 
 LOCAL_MEAN_PX = 4.0  # sd of the Gaussian; default smoothing of the autoencoder's score
 
@@ -46,8 +48,13 @@ def local_intensity(
     Returns:
         Score map.
     """
-    inside = _inside(pixels, foreground)
-    return _within(smooth_within(brightness(pixels)[..., None], inside, LOCAL_MEAN_PX)[..., 0], pixels, foreground)
+    height, width = pixels.shape[:2]
+    padding = (0, rounded(height) - height), (0, rounded(width) - width)  # one program serves similar sizes
+    image, inside = (np.pad(a, padding) for a in (brightness(pixels), _inside(pixels, foreground)))
+    smooth = smooth_within(
+        jnp.asarray(image)[..., None], jnp.asarray(inside), LOCAL_MEAN_PX, Extent(0, height, 0, width)
+    )
+    return _within(np.asarray(smooth)[:height, :width, 0], pixels, foreground)
 
 
 def z_score(

@@ -1,50 +1,82 @@
-"""What several networks make of images: each of rows of its own, or all of the same ones."""
+"""Results of several networks: each for images of its own, or all for the same images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from pulmo_jax.inference.transfers import keep, kept_bytes, pick, read_behind
 from pulmo_jax.methods.classes import Params
 
-AT_ONCE = 8  # images
+AT_ONCE, AT_ONCE_ACCELERATOR = 8, 32  # images of each network in one call; on a CPU more are no faster
 
-Stack = Callable[[Int[np.ndarray, "*b"]], np.ndarray]  # rows to what is in them
+Stack = Callable[[Int[np.ndarray, "*b"]], Shaped[np.ndarray, "..."] | Shaped[Array, "..."]]  # rows to their data
+
+
+def at_once() -> int:
+    return AT_ONCE if jax.default_backend() == "cpu" else AT_ONCE_ACCELERATOR
 
 
 def at_rows(
     function: Callable[..., Any], chunk: Params, rows: Sequence[Int[np.ndarray, "_"]], *stacks: Stack
 ) -> list[np.ndarray]:
-    """What `function` (params, *arrays (B, ...)) -> (B, ...) gives, for each network of a chunk at rows of its own.
+    """Results of each network of a chunk at rows of its own.
 
-    function: compiled, and under `vmap` over the networks. Calls are of one shape: the shorter lists are filled up.
+    Args:
+        function: (params, *arrays (M, B, ...)) -> (M, B, ...), compiled, and under `vmap` over the networks. Calls have
+            one shape: shorter lists of rows are filled up.
+        chunk: parameters of M networks.
+        rows: of each network.
+        stacks: the arguments of the function at given rows; see `kept`.
+
+    Returns:
+        For each network one result a row.
     """
-    longest = max((len(own) for own in rows), default=0)
+    longest, size = max((len(own) for own in rows), default=0), at_once()
     if not longest:
         return [np.zeros(0, np.float32) for _ in rows]
     filled = np.stack([np.resize(own, longest) if len(own) else np.zeros(longest, int) for own in rows])
-    parts = []
-    for start in range(0, longest, AT_ONCE):
-        some = np.take(filled, range(start, start + AT_ONCE), axis=1, mode="clip")
-        parts.append(np.asarray(function(chunk, *(jnp.asarray(stack(some)) for stack in stacks))))
-    found = np.concatenate(parts, axis=1)
+    parts = (np.take(filled, range(start, start + size), axis=1, mode="clip") for start in range(0, longest, size))
+    results = (function(chunk, *(stack(some) for stack in stacks)) for some in parts)
+    found = np.concatenate(list(read_behind(results)), axis=1)
     return [found[m, : len(own)] for m, own in enumerate(rows)]
+
+
+def kept(stack: Stack, rows: Sequence[Int[np.ndarray, "_"]]) -> Stack:
+    """The same stack for these rows alone, which are uploaded once, on the first call, and stay on the device.
+
+    For loops that ask for the same rows again, such as validation. Where the rows have more than
+    `transfers.kept_bytes` together, the stack itself.
+    """
+    known = np.unique(np.concatenate(rows))
+    if not known.size or known.size * stack(known[:1]).nbytes > kept_bytes():
+        return stack
+
+    @cache
+    def uploaded() -> Any:
+        return keep(np.asarray(stack(known)))
+
+    return lambda some: pick(uploaded(), np.searchsorted(known, some))
 
 
 def of_all(
     function: Callable[..., Any], chunks: Sequence[Params], images: Float[np.ndarray, "N S S"], *others: np.ndarray
 ) -> Float[np.ndarray, "M N ..."]:
-    """What every network gives for all images, (M, N, ...)."""
-    count = len(images)
-    parts = []
-    for start in range(0, count, AT_ONCE):
-        some = [np.take(array, range(start, start + AT_ONCE), axis=0, mode="clip") for array in (images, *others)]
-        arrays = [jnp.asarray(array) for array in some]
-        parts.append(np.concatenate([np.asarray(function(chunk, *arrays)) for chunk in chunks]))
-    return np.concatenate(parts, axis=1)[:, :count]
+    """Results of every network for all images, (M, N, ...)."""
+    count, size = len(images), at_once()
+
+    def results() -> Iterator[list[Array]]:
+        for start in range(0, count, size):
+            arrays = [
+                jax.device_put(np.take(array, range(start, start + size), axis=0, mode="clip"))
+                for array in (images, *others)
+            ]
+            yield [function(chunk, *arrays) for chunk in chunks]
+
+    return np.concatenate([np.concatenate(part) for part in read_behind(results())], axis=1)[:, :count]
 
 
 def each_its_own(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -1,29 +1,32 @@
 """The score map of one image: the one path that calibration, evaluation and prediction share.
 
-An image passes in rows of tiles and leaves in strips of scores, so that what is held besides the image and its map does
-not grow with its height. Tiles are divided among all devices of this process.
+All is computed on the device. An image goes there in strips of rows and leaves it in strips of scores, so that memory
+does not grow with the height of the image. Tiles are divided among all devices of this process. Every program is
+compiled once for a run, except those of the strips, which are compiled once for each of a few shapes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from pulmo_jax.core.tiling import blend_strips, cut_tiles
+from pulmo_jax.core.tiling import Grid, Wanted, batches, blend_strips
 from pulmo_jax.data.transforms import Preprocessing, finite, preprocess, resize_bands
 from pulmo_jax.host.resources import explain_out_of_memory
+from pulmo_jax.inference.strips import cut_batches, everywhere, padded
+from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Detailed, Method, Params
+from pulmo_jax.methods.score_maps import Extent
 
-STRIP_PX = 2**20  # scored at a time; fewer rows of a wide image, so that its strips need no more memory
+STRIP_PX = 2**22  # of all tiles in a strip: at an overlap of a half, a quarter as many of the image
 
 Strips = Iterator[tuple[int, np.ndarray]]  # (first row, rows), consecutive
+OnTiles = Callable[[Params, Float[Array, "B P P C"]], Float[Array, "B P P M"]]
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,26 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A trained method with all that it needs to score an image. `scorer(pixels, foreground)` gives the map."""
+    """A trained method with all that it needs to score an image. `scorer(pixels, foreground)` gives the map.
+
+    residual, reconstruct, detail_maps: the method's functions, compiled; score_window: see `window_scorer`.
+    """
 
     method: Method
     params: Params
     how: Preprocessing
     tiles: Tiles
-    residual: Callable[[Params, Float[Array, "B P P C"]], Float[Array, "B P P M"]]
-    reconstruct: Callable[[Params, Float[Array, "B P P C"]], Float[Array, "B P P C"]]
+    residual: OnTiles
+    reconstruct: OnTiles
+    detail_maps: OnTiles | None
+    score_window: Callable[..., Any]
 
     @classmethod
     def of(cls, method: Method, params: Params, how: Preprocessing, tiles: Tiles) -> "Scorer":
         """Compiles each function once, on its first tiles. The parameters are copied to every device."""
-        params = jax.device_put(params, on_devices(PartitionSpec()))
-        return cls(method, params, how, tiles, jax.jit(method.residual), jax.jit(method.reconstruct))
+        details = jax.jit(method.details) if isinstance(method, Detailed) else None
+        on_tiles = jax.jit(method.residual), jax.jit(method.reconstruct), details
+        return cls(method, jax.tree.map(everywhere, params), how, tiles, *on_tiles, window_scorer(method))
 
     def __call__(
         self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
@@ -69,64 +78,121 @@ class Scorer:
     ) -> Float[np.ndarray, "H W C"]:
         """The normal version of the image, normalised units."""
         with naming_what_to_lower(self.tiles, pixels.shape):
-            return gathered(self._blend(self.reconstruct, pixels, foreground), np.empty(pixels.shape, np.float32))
+            return gathered(self._maps(self.reconstruct, pixels, foreground), np.empty(pixels.shape, np.float32))
 
     def details(
         self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
     ) -> dict[str, Float[np.ndarray, "H W"]]:
-        """What else the method says of every pixel, by name; NaN where there is no score."""
+        """The method's other maps, by name; NaN where there is no score."""
         names = detail_names(self.method)
-        if not names:
+        if not names or self.detail_maps is None:
             return {}
         with naming_what_to_lower(self.tiles, pixels.shape):
-            strips = self._blend(jax.jit(cast(Detailed, self.method).details), pixels, foreground)
+            strips = self._maps(self.detail_maps, pixels, foreground)
             maps = gathered(strips, np.empty((*pixels.shape[:2], len(names)), np.float32))
         maps[~Inside(pixels, foreground)(0, len(pixels))] = np.nan
         return {name: maps[..., i] for i, name in enumerate(names)}
 
     def strips(self, pixels: np.ndarray, foreground: np.ndarray | None) -> Strips:
-        """The score map from the top to the bottom, in strips of about STRIP_PX pixels."""
+        """The score map from the top to the bottom, in strips."""
         height, width = pixels.shape[:2]
-        inside = Inside(pixels, foreground)
-
-        def score_strip(top: int, residual: np.ndarray, done: int, end: int) -> tuple[int, np.ndarray]:
-            score = self.method.score_map(residual, inside(top, top + len(residual)))
-            return done, score[done - top : end - top]
-
-        residuals = self._blend(self.residual, pixels, foreground, inside.any_of_tiles(self.how.patch_size))
-        halo = self.method.halo_px
-        strips = overlapping(residuals, height, max(1, halo, STRIP_PX // width), halo)
+        inside, grid, halo = Inside(pixels, foreground), self._grid(pixels.shape), self.method.halo_px
+        residual = self._blended(self.residual, pixels, foreground, grid, inside.any_of_tiles(grid.tile))
+        scores = scored(self.score_window, residual, inside, grid, halo)
         end = 0
-        for y, score in one_behind(score_strip, strips):
-            yield y, score
-            end = y + len(score)
+        for i, rows in enumerate(read_behind(scores, ahead=1)):
+            top = i * grid.rows - halo
+            rows = rows[max(-top, 0) : height - top, :width]
+            if len(rows):
+                yield end, rows
+            end += len(rows)
         if end < height:  # no pixel to score at all
             yield end, np.full((height - end, width), np.nan, np.float32)
 
-    def _blend(
+    def _grid(self, shape: tuple[int, ...]) -> Grid:
+        size = self.how.patch_size
+        return Grid.over(shape[:2], size, self.tiles.stride(size), self.method.halo_px, STRIP_PX)
+
+    def _maps(self, function: OnTiles, pixels: np.ndarray, foreground: np.ndarray | None) -> Strips:
+        """The blended maps of all tiles, (h, W, M)."""
+        grid, (height, width) = self._grid(pixels.shape), pixels.shape[:2]
+        strips = self._blended(function, pixels, foreground, grid)
+        for i, rows in enumerate(read_behind(map(bands_last, strips), ahead=1)):
+            yield i * grid.rows, rows[: height - i * grid.rows, :width]
+
+    def _blended(
         self,
-        function: Callable,
+        function: OnTiles,
         pixels: np.ndarray,
         foreground: np.ndarray | None,
-        wanted: Callable[[int, np.ndarray], np.ndarray] | None = None,
-    ) -> Strips:
-        """Only the tiles of one batch are ever normalised to floats; the image stays in its own dtype."""
-        height, width = pixels.shape[:2]
-        size = self.how.patch_size
+        grid: Grid,
+        wanted: Wanted | None = None,
+    ) -> Iterator[Float[Array, "M rows width"]]:
         if self.how.resize:
-            whole = resize_bands(preprocess(pixels, foreground, self.how), size, size)
-            maps = function(self.params, jax.device_put(whole[None], on_devices(PartitionSpec())))
-            yield 0, resize_bands(np.asarray(maps)[0], height, width)  # such images are small
-            return
-
-        def of_tiles(positions: Int[np.ndarray, "B 2"]) -> Float[Array, "B P P M"]:
-            tiles = cut_tiles(pixels, positions, size)
-            inside = None if foreground is None else cut_tiles(foreground, positions, size)
-            return function(self.params, jax.device_put(preprocess(tiles, inside, self.how), on_devices(TILES)))
-
+            return self._resized(function, pixels, foreground, grid)
         devices = len(jax.local_devices())
-        batch_size = -(-self.tiles.batch_size // devices) * devices
-        yield from blend_strips(of_tiles, (height, width), size, self.tiles.stride(size), batch_size, wanted)
+        size = -(-self.tiles.batch_size // devices) * devices
+        tiles = cut_batches(batches(grid.positions(wanted), size), size, pixels, foreground, grid, self.how)
+        maps = ((positions, everywhere(function(self.params, batch))) for positions, batch in tiles)
+        return blend_strips(maps, grid)
+
+    def _resized(
+        self, function: OnTiles, pixels: np.ndarray, foreground: np.ndarray | None, grid: Grid
+    ) -> Iterator[Float[Array, "M rows width"]]:
+        """The whole image as one tile; such images are small."""
+        size = grid.tile
+        whole = resize_bands(preprocess(pixels, foreground, self.how), size, size)
+        maps = resize_bands(np.asarray(function(self.params, everywhere(whole[None])))[0], *grid.shape)
+        for k in range(grid.n_strips):
+            yield everywhere(np.moveaxis(padded(maps, k * grid.rows, grid.rows, grid.width), -1, 0))
+
+
+def window_scorer(method: Method) -> Callable[..., tuple[Float[Array, "rows width"], Float[Array, "M halos width"]]]:
+    """The compiled function that scores a strip as soon as the `halo_px` rows below it are known."""
+    halo = method.halo_px
+
+    def score(
+        above: Float[Array, "M halos width"],
+        strip: Float[Array, "M rows width"],
+        inside: Bool[Array, "h width"],
+        extent: Extent,
+    ) -> tuple[Float[Array, "rows width"], Float[Array, "M halos width"]]:
+        """(scores of as many rows as the strip has, beginning `halo_px` above it; what the next call needs as above)
+
+        above: the last 2 halo_px rows before the strip. inside, extent: of both together.
+        """
+        window, rows = jnp.concatenate([above, strip], axis=1), strip.shape[1]
+        scores = method.score_map(jnp.moveaxis(window, 0, -1), inside, extent)
+        return scores[halo : halo + rows], window[:, rows:]
+
+    return jax.jit(score)
+
+
+def scored(
+    score_window: Callable[..., Any],
+    strips: Iterator[Float[Array, "M rows width"]],
+    inside: "Inside",
+    grid: Grid,
+    halo: int,
+) -> Iterator[Float[Array, "rows width"]]:
+    """Scores on the device: those of part k begin with the image row k * rows - halo."""
+    (height, width), above, strip = grid.shape, None, None
+    everything = None if inside.may_be_false else everywhere(np.ones((2 * halo + grid.rows, grid.width), bool))
+    for k in range(-(-(height + halo) // grid.rows)):
+        strip = next(strips, strip)  # below the image any rows will do
+        if strip is None:
+            return
+        if above is None:
+            above = jnp.zeros((len(strip), 2 * halo, grid.width), jnp.float32, device=strip.sharding)
+        top = k * grid.rows - 2 * halo
+        here = everywhere(inside.window(top, 2 * halo + grid.rows, grid.width)) if everything is None else everything
+        scores, above = score_window(above, strip, here, Extent(-top, height - top, 0, width))
+        yield scores
+
+
+@jax.jit
+def bands_last(strip: Float[Array, "M rows width"]) -> Float[Array, "rows width M"]:
+    return jnp.moveaxis(strip, 0, -1)
 
 
 def detail_names(method: Method) -> tuple[str, ...]:
@@ -144,9 +210,21 @@ class Inside:
         inside = finite(self.pixels[top:bottom])
         return inside if self.foreground is None else inside & self.foreground[top:bottom]
 
-    def any_of_tiles(self, tile: int) -> Callable[[int, np.ndarray], np.ndarray] | None:
+    @property
+    def may_be_false(self) -> bool:
+        return self.foreground is not None or not np.issubdtype(self.pixels.dtype, np.integer)
+
+    def window(self, top: int, rows: int, width: int) -> Bool[np.ndarray, "rows width"]:
+        """Also of rows and columns beyond the image, where it is False."""
+        here, height = np.zeros((rows, width), bool), len(self.pixels)
+        first, end = max(top, 0), min(top + rows, height)
+        if first < end:
+            here[first - top : end - top, : self.pixels.shape[1]] = self(first, end)
+        return here
+
+    def any_of_tiles(self, tile: int) -> Wanted | None:
         """Whether tiles at row y and columns xs have such a pixel; None where all have."""
-        if self.foreground is None and np.issubdtype(self.pixels.dtype, np.integer):
+        if not self.may_be_false:
             return None
 
         def any_of(y: int, xs: np.ndarray) -> np.ndarray:
@@ -157,50 +235,11 @@ class Inside:
         return any_of
 
 
-def overlapping(strips: Strips, height: int, rows: int, halo: int) -> Iterator[tuple[int, np.ndarray, int, int]]:
-    """(top, strip, done, end): strips of at least `rows` new rows, from `done` to `end`, with `halo` rows on either
-    side of them where the image has any; `top` is the first row of the strip."""
-    parts: list[np.ndarray] = []
-    top = done = bottom = 0
-    for y, strip in strips:
-        parts.append(strip)
-        bottom = y + len(strip)
-        end = height if bottom == height else bottom - halo
-        if end - done < rows and end < height:
-            continue
-        held = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        yield top, held, done, end
-        kept = max(end - halo, 0)
-        parts, top, done = [held[kept - top :].copy()], kept, end
-
-
-def one_behind(function: Callable[..., Any], arguments: Iterable[tuple]) -> Iterator[Any]:
-    """function(*a) for each, in a thread of its own while the next is being made."""
-    with ThreadPoolExecutor(1) as thread:
-        before = None
-        for some in arguments:
-            now = thread.submit(function, *some)
-            if before is not None:
-                yield before.result()
-            before = now
-        if before is not None:
-            yield before.result()
-
-
 def gathered(strips: Iterable[tuple[int, np.ndarray]], whole: np.ndarray) -> np.ndarray:
     """The strips in one array."""
     for y, rows in strips:
         whole[y : y + len(rows)] = rows
     return whole
-
-
-TILES = PartitionSpec("tiles")
-
-
-@cache
-def on_devices(spec: PartitionSpec) -> NamedSharding:
-    """Over the devices of this process: batches of tiles divided, or all on each."""
-    return NamedSharding(Mesh(np.array(jax.local_devices()), ("tiles",), axis_types=(AxisType.Auto,)), spec)
 
 
 def naming_what_to_lower(tiles: Tiles, shape: tuple[int, ...]) -> AbstractContextManager[None]:

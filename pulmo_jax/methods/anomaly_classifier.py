@@ -1,12 +1,13 @@
 """Two classes told apart by a model of one of them: how far an image is from the normal ones is its score."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 from pydantic import Field
@@ -124,13 +125,35 @@ class GaussianAnomaly:
     def normal_alone(self) -> bool:
         return True
 
-    def fit(self, batches: Iterable[Any]) -> Params:
-        """Of normal images. Raises InputError where they do not vary at all."""
-        update, counted = jax.jit(self.method.update), self.method.init()
+    @cached_property
+    def compiled(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """(update, finish), compiled once for all networks that are fitted."""
+
+        def update(counted: Params, images: Float[Array, "B S S"], count: Int[Array, ""]) -> Params:
+            inside = jnp.broadcast_to((jnp.arange(len(images)) < count)[:, None, None], images.shape)
+            return self.method.update(counted, zscore(images)[..., None], inside)
+
+        return jax.jit(update, donate_argnums=0), jax.jit(self.method.finish)
+
+    def fit(self, batches: Iterable[Float[Array, "_ S S"]]) -> Params:
+        """Parameters from normal images.
+
+        Args:
+            batches: shorter ones are filled up to the size of the first one, so that one program serves all.
+
+        Raises:
+            InputError: the images do not vary at all.
+        """
+        (update, finish), counted, size = self.compiled, self.method.init(), 0
         for images in batches:
-            counted = update(counted, zscore(images)[..., None], jnp.ones(images.shape, bool))
+            size, count = size or len(images), len(images)
+            filled = images if count >= size else images[np.minimum(np.arange(size), count - 1)]
+            counted = update(counted, filled, count)
         self.method.caveats(counted)
-        return self.method.finish(counted)
+        return finish(counted)
+
+    def skeleton(self) -> Params:
+        return jax.eval_shape(lambda: self.method.finish(self.method.init()))
 
     def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
         """The mean squared Mahalanobis distance of each image's patches."""

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l1, l2, ssim
-from pulmo_jax.methods.score_maps import ImageStatistic, image_statistic, smooth_within, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
 
 Score = Literal["local_mean", "l2", "l1", "ssim"]
 # Per pixel and band; of local_mean the signed difference, which is smoothed before it is squared.
@@ -74,13 +74,11 @@ class Autoencoder:
         return smoothing_radius(self.smooth_px)
 
     def score_map(
-        self, residual: Float[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"]
-    ) -> Float[np.ndarray, "H W"]:
-        smooth = smooth_within(residual, foreground, self.smooth_px)
-        total, bands = np.zeros(foreground.shape, np.float32), smooth.shape[-1]
-        for c in range(bands):  # a mean over an axis as short as this is many times slower
-            total += smooth[..., c] ** 2 if self.score == "local_mean" else smooth[..., c]
-        return np.where(foreground, total / bands, np.float32(np.nan))
+        self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
+    ) -> Float[Array, "H W"]:
+        smooth = smooth_within(residual, foreground, self.smooth_px, extent)
+        score = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
+        return jnp.where(foreground, score, jnp.nan)
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
         return image_statistic(scores, self.image_statistic)

@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Bool, Float, Key, PyTree
 from numpy import ndarray
 
+from pulmo_jax.methods.score_maps import Extent
+
 Params = PyTree[Any]
 
 
@@ -12,9 +14,9 @@ Params = PyTree[Any]
 class Method(Protocol):
     """A description without state: all that is learnt is in `params`, which the caller carries.
 
-    A score map is made in two stages. `residual` works on tiles of one fixed shape, which the caller blends; so it
-    must return what may be averaged where tiles overlap. `score_map` turns the blended residual of the image into the
-    score, strip by strip.
+    A score map is made in two stages, both in compiled programs on the device. `residual` works on tiles of one fixed
+    shape, which the caller blends; so it must return values that may be averaged where tiles overlap. `score_map` turns
+    the blended residual into the score, in strips of rows.
     """
 
     @property
@@ -38,11 +40,20 @@ class Method(Protocol):
         """Departure from the normal at every pixel, in M maps that may be blended."""
         ...
 
-    def score_map(self, residual: Float[ndarray, "H W M"], foreground: Bool[ndarray, "H W"]) -> Float[ndarray, "H W"]:
-        """The anomaly score, larger is less normal: float32, NaN outside the foreground.
+    def score_map(
+        self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
+    ) -> Float[Array, "H W"]:
+        """The anomaly score of an image, or of a strip of it; larger is less normal.
 
-        Of the whole image or of some of its rows: rows that are `halo_px` or more from where the image was cut must be
-        what they are in the whole image, to the last bit.
+        Args:
+            residual: blended; in the background and beyond the image its values have no meaning.
+            foreground: the pixels to be scored.
+            extent: where the image lies in the arrays, which may be larger or hold some of its rows only. Its members
+                may be traced. Default: the arrays are an image.
+
+        Returns:
+            Float32, NaN outside the foreground. Rows of a strip that are `halo_px` or more from where the image was cut
+            must be those of the whole image, to the last bit, both compiled.
         """
         ...
 

@@ -43,3 +43,7 @@ class Counted(Classifier, Protocol):
     """A `Classifier` that sees every training image once."""
 
     def fit(self, batches: Iterable[Float[Array, "B S S"]]) -> Params: ...
+
+    def skeleton(self) -> Params:
+        """Structure, shapes and dtypes of the parameters that `fit` gives (`jax.ShapeDtypeStruct`); no data is read."""
+        ...

@@ -21,12 +21,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
-from scipy.ndimage import minimum_filter
 
 from pulmo_jax.core import covariance, likelihood, patches
 from pulmo_jax.core.covariance import Moments
 from pulmo_jax.methods.base import Params
-from pulmo_jax.methods.score_maps import ImageStatistic, image_statistic, smooth_within, smoothing_radius
+from pulmo_jax.methods.score_maps import (
+    Extent,
+    ImageStatistic,
+    eroded,
+    image_statistic,
+    smooth_within,
+    smoothing_radius,
+)
 from pulmo_jax.types import InputError
 
 What = Literal["features", "residual"]
@@ -36,6 +42,7 @@ Polarity = Literal["both", "bright", "dark"]
 ShrinkageName = Literal["paco", "oas", "fixed"]  # those that need no more than the covariance and the number of samples
 LOCATIONS_AT_ONCE = 64
 PART_INSIDE = 1e-6  # weight of a window that is partly background, where others are near
+SIGNED = {"both": jnp.abs, "bright": jnp.positive, "dark": jnp.negative}  # what of an SNR counts, by polarity
 SEED = 0  # of the choice among a network's features
 
 
@@ -338,7 +345,7 @@ class PatchGaussian:
     def details(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
         """Height (normalised units) and sigma (px) of the blob with the strongest SNR at every window."""
         snr, amplitude = self.blob_terms(params, patches)
-        best = jnp.argmax({"both": abs, "bright": jnp.positive, "dark": jnp.negative}[self.polarity](snr), axis=-1)
+        best = jnp.argmax(SIGNED[self.polarity](snr), axis=-1)
         height = jnp.take_along_axis(amplitude, best[..., None], axis=-1)[..., 0]
         sigma = jnp.asarray(self.blob_sigmas_px, snr.dtype)[best]
         return self.to_pixels(jnp.stack([height, sigma], axis=-1))
@@ -352,18 +359,15 @@ class PatchGaussian:
         return jnp.einsum("yr,brsm,xs->byxm", along, at_windows, along)
 
     def score_map(
-        self, residual: Float[np.ndarray, "H W M"], foreground: Bool[np.ndarray, "H W"]
-    ) -> Float[np.ndarray, "H W"]:
+        self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
+    ) -> Float[Array, "H W"]:
         """Smoothed over windows that lie inside; those on the edge serve where there are no others."""
-        strongest = {"both": np.abs, "bright": np.positive, "dark": np.negative}[self.polarity]
-        score = residual[..., 0] if self.score == "mahalanobis" else strongest(residual).max(axis=-1)
-        weight = np.ones(foreground.shape, np.float32)
-        if not foreground.all():
-            reach = self.window_side + self.stride * self.cell_px
-            weight = np.where(minimum_filter(foreground, reach, mode="nearest"), np.float32(1), np.float32(PART_INSIDE))
-        both = np.stack([np.where(np.isfinite(score), score, 0) * weight, weight], axis=-1).astype(np.float32)
-        smooth = smooth_within(both, foreground, self.smoothing)
-        return np.where(foreground, smooth[..., 0] / np.maximum(smooth[..., 1], np.float32(1e-12)), np.float32(np.nan))
+        score = residual[..., 0] if self.score == "mahalanobis" else SIGNED[self.polarity](residual).max(axis=-1)
+        whole = eroded(foreground, self.window_side + self.stride * self.cell_px, extent)
+        weight = jnp.where(whole, 1, PART_INSIDE).astype(score.dtype)
+        both = jnp.stack([jnp.where(jnp.isfinite(score), score, 0) * weight, weight], axis=-1)
+        total, weights = jnp.moveaxis(smooth_within(both, foreground, self.smoothing, extent), -1, 0)
+        return jnp.where(foreground, total / jnp.maximum(weights, 1e-12), jnp.nan)
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
         return image_statistic(scores, self.image_statistic)

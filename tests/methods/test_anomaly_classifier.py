@@ -81,3 +81,24 @@ def test_an_autoencoder_learns_its_class():
     assert float(losses(params, batch).mean()) < 0.5 * before
     score = np.asarray(jax.jit(method.logits)(params, jnp.concatenate([flat[:2], textures(2, 5)])))[:, 1]
     assert score[2:].min() > score[:2].max()
+
+
+@pytest.mark.parametrize("locations", ["pooled", "each"])
+def test_one_compilation_serves_all_networks_and_short_batches_count_no_image_twice(locations):
+    method = GaussianAnomaly(2, 0, size=32, window_px=4, locations=locations)
+    images = textures(21, 1)
+    found = [method.fit(images[i : i + 8] for i in range(0, 21, 8)) for _ in range(3)]
+    assert [program._cache_size() for program in method.compiled] == [1, 1]
+    expected = GaussianAnomaly(2, 0, size=32, window_px=4, locations=locations).fit([images])
+    for params in found:
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("locations", ["pooled", "each"])
+def test_the_skeleton_is_that_of_fitted_parameters(locations):
+    method = GaussianAnomaly(2, 0, size=32, window_px=4, stride_px=8, locations=locations)
+    skeleton, fitted = method.skeleton(), method.fit([textures(20, 1)])
+    assert jax.tree.structure(skeleton) == jax.tree.structure(fitted)
+    for expected, found in zip(jax.tree.leaves(skeleton), jax.tree.leaves(fitted), strict=True):
+        assert (expected.shape, expected.dtype) == (found.shape, found.dtype)

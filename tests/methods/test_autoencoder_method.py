@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from references import image_operations
+from scipy.ndimage import minimum_filter
 
 from pulmo_jax.core.ssim import ssim_map
 from pulmo_jax.methods import losses
 from pulmo_jax.methods.autoencoder import RESIDUALS, Autoencoder, coarse_noise
 from pulmo_jax.methods.base import Method
-from pulmo_jax.methods.score_maps import smooth_within
+from pulmo_jax.methods.patch_gaussian import PatchGaussian
+from pulmo_jax.methods.score_maps import Extent, eroded, smooth_within
 from pulmo_jax.models.autoencoder import ConvAutoencoder
+from pulmo_jax.models.identity import Identity
 from pulmo_jax.training.state import init_state, make_step
 
 
@@ -84,6 +87,13 @@ def test_noise_differs_by_patch_band_and_key():
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
 
 
+def in_buffer(image: np.ndarray, top: int, left: int = 0, shape: tuple[int, int] = (80, 16), fill: float = np.nan):
+    """(buffer with the image in it, extent): arrays of one shape, for which all is compiled once."""
+    buffer = np.full((*shape, *image.shape[2:]), fill, image.dtype)
+    buffer[top : top + len(image), left : left + image.shape[1]] = image
+    return jnp.asarray(buffer), Extent(top, top + len(image), left, left + image.shape[1])
+
+
 @given(
     st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda shape: hnp.arrays(bool, shape)),
     st.sampled_from([0.5, 1.0, 2.5]),
@@ -91,37 +101,59 @@ def test_noise_differs_by_patch_band_and_key():
 )
 @settings(deadline=None, max_examples=30)
 def test_smoothing_is_the_weighted_mean_of_the_foreground(foreground, sigma, seed):
+    """Of an image anywhere in its arrays, and smaller than the kernel too."""
     maps = np.random.default_rng(seed).normal(0, 1, (*foreground.shape, 2)).astype(np.float32)
-    found = smooth_within(maps, foreground, sigma)
+    height, width = foreground.shape
+    (inside, extent), (values, _) = (
+        in_buffer(foreground, seed % 60, seed % 5, fill=True),
+        in_buffer(maps, seed % 60, seed % 5),
+    )
+    found = np.asarray(smooth_within(values, inside, sigma, extent))[extent.top :, extent.left :][:height, :width]
     assert found.dtype == np.float32
     for band in range(2):
         expected = image_operations.smooth_within(maps[..., band], foreground, sigma)
         np.testing.assert_allclose(found[foreground][:, band], expected[foreground], atol=1e-4)
 
 
-@given(hnp.arrays(bool, (40, 50)), st.floats(0, 8), st.floats(0.125, 1e4, width=32))
+@given(hnp.arrays(bool, (40, 50)), st.sampled_from([0.0, 0.1, 0.3, 2.0, 8.0]), st.floats(0.125, 1e4, width=32))
 @settings(deadline=None, max_examples=30)
 def test_a_constant_stays_constant_in_any_foreground(foreground, sigma, value):
-    maps = np.where(foreground, np.float32(value), np.float32(1e6))[..., None]
-    np.testing.assert_allclose(smooth_within(maps, foreground, sigma)[foreground], value, rtol=2e-5)
+    maps = jnp.where(foreground, value, 1e6)[..., None].astype(jnp.float32)
+    smooth = np.asarray(smooth_within(maps, jnp.asarray(foreground), sigma))
+    np.testing.assert_allclose(smooth[foreground], value, rtol=2e-5)
 
 
 def test_the_background_does_not_leak_in():
     maps, foreground = noisy_patches((30, 30, 1)), noisy_patches((30, 30), seed=1) > 0
     elsewhere = np.where(foreground[..., None], maps, np.float32(np.nan))
-    expected = smooth_within(maps, foreground, 4.0)[foreground]
-    np.testing.assert_array_equal(smooth_within(elsewhere, foreground, 4.0)[foreground], expected)
+    one, other = (np.asarray(smooth_within(jnp.asarray(m), jnp.asarray(foreground), 4.0)) for m in (maps, elsewhere))
+    np.testing.assert_array_equal(other[foreground], one[foreground])
 
 
 def test_without_smoothing_the_map_is_left_alone():
     maps = noisy_patches((5, 6, 2))
-    np.testing.assert_array_equal(smooth_within(maps, np.ones((5, 6), bool), 0.0), maps)
+    np.testing.assert_array_equal(smooth_within(jnp.asarray(maps), jnp.ones((5, 6), bool), 0.0), maps)
+
+
+@given(
+    st.tuples(st.integers(1, 30), st.integers(1, 12)).flatmap(lambda shape: hnp.arrays(bool, shape)),
+    st.integers(1, 7),
+    st.integers(0, 5),
+)
+@settings(deadline=None, max_examples=40)
+def test_erosion_is_scipys_minimum_filter(foreground, reach, left):
+    """Whatever lies beyond the image in the arrays."""
+    height, width = foreground.shape
+    for beyond in (True, False):
+        buffer, extent = in_buffer(foreground, 3 * left, left % 4, fill=beyond)
+        found = np.asarray(eroded(buffer, reach, extent))[extent.top :, extent.left :][:height, :width]
+        np.testing.assert_array_equal(found, minimum_filter(foreground, reach, mode="nearest"))
 
 
 @pytest.mark.parametrize("score", ["l2", "local_mean"])
 def test_the_score_map_is_not_a_number_outside_of_the_foreground(score):
     residual, foreground = noisy_patches((20, 24, 3)), noisy_patches((20, 24), seed=1) > -0.5
-    found = halving(score=score, smooth_px=1.5).score_map(residual, foreground)
+    found = np.asarray(halving(score=score, smooth_px=1.5).score_map(jnp.asarray(residual), jnp.asarray(foreground)))
     assert found.dtype == np.float32
     assert found.shape == (20, 24)
     np.testing.assert_array_equal(np.isnan(found), ~foreground)
@@ -132,29 +164,58 @@ def test_the_score_map_is_not_a_number_outside_of_the_foreground(score):
 
 @given(
     st.tuples(st.integers(1, 60), st.integers(1, 12)).flatmap(lambda shape: hnp.arrays(bool, shape)),
-    st.sampled_from([0.0, 0.4, 1.0, 2.5]),
-    st.sampled_from(["l2", "local_mean"]),
+    st.sampled_from(["autoencoder", "mahalanobis", "matched"]),
     st.data(),
 )
 @settings(deadline=None, max_examples=60)
-def test_a_strip_with_its_halo_has_the_scores_of_the_whole_image(foreground, sigma, score, data):
-    """To the last bit; also where a part of the image has no background, and needs no weights."""
-    height = len(foreground)
+def test_a_strip_with_its_halo_has_the_scores_of_the_whole_image(foreground, kind, data):
+    """To the last bit; also where a part of the image has no background."""
+    method, score_map = SCORES[kind]
+    height, width = foreground.shape
     foreground[: data.draw(st.integers(0, height))] = True
-    method = halving(score=score, smooth_px=sigma)
     residual = noisy_patches((*foreground.shape, 2))
     top = data.draw(st.integers(0, height - 1))
     bottom = data.draw(st.integers(top + 1, height))
     above, below = max(top - method.halo_px, 0), min(bottom + method.halo_px, height)
-    strip = method.score_map(residual[above:below], foreground[above:below])[top - above : bottom - above]
-    np.testing.assert_array_equal(strip, method.score_map(residual, foreground)[top:bottom])
+    at, left = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 4))
+    inside, extent = in_buffer(foreground, at, left, fill=False)
+    whole = score_map(in_buffer(residual, at, left)[0], inside, extent)[at : at + height, left : left + width]
+    inside, _ = in_buffer(foreground[above:below], 0, left, fill=False)
+    extent = Extent(-above, height - above, left, left + width)
+    strip = score_map(in_buffer(residual[above:below], 0, left)[0], inside, extent)
+    np.testing.assert_array_equal(strip[top - above : bottom - above, left : left + width], whole[top:bottom])
+
+
+SCORES = {
+    name: (method, jax.jit(method.score_map))
+    for name, method in {
+        "autoencoder": halving(smooth_px=2.5),
+        "mahalanobis": PatchGaussian(Identity(patch_size=16, channels=2, rngs=nnx.Rngs(0)), window_px=4, stride_px=2),
+        "matched": PatchGaussian(Identity(patch_size=16, channels=2, rngs=nnx.Rngs(0)), window_px=5, score="matched",
+                                 blob_sigmas_px=(1.0, 1.5), smooth_px=1.0),
+    }.items()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_programs_of_other_shapes_give_the_same_bits(kind):
+    """Strips of an image are higher or lower than the image: each shape is a program of its own."""
+    method, score_map = SCORES[kind]
+    residual, foreground = jnp.asarray(noisy_patches((90, 37, 2))), jnp.asarray(noisy_patches((90, 37), seed=1) > -1)
+    whole = score_map(residual, foreground, Extent(0, 90, 0, 37))
+    for top, bottom in ((0, 41), (30, 90), (13, 77)):
+        strip = score_map(residual[top:bottom], foreground[top:bottom], Extent(-top, 90 - top, 0, 37))
+        first, last = (
+            (0 if top == 0 else method.halo_px),
+            (bottom - top if bottom == 90 else bottom - top - method.halo_px),
+        )
+        np.testing.assert_array_equal(strip[first:last], whole[top + first : top + last])
 
 
 def test_the_halo_is_as_far_as_the_score_looks():
     """No less, or strips would be wrong; no more, or they would cost more than they must."""
     method = halving(score="local_mean", smooth_px=1.5)
-    residual, everywhere = np.zeros((31, 1, 1), np.float32), np.ones((31, 1), bool)
-    residual[15] = 1e3
+    residual, everywhere = jnp.zeros((31, 1, 1)).at[15].set(1e3), jnp.ones((31, 1), bool)
     reached = np.flatnonzero(method.score_map(residual, everywhere)[:, 0])
     assert (reached[0], reached[-1]) == (15 - method.halo_px, 15 + method.halo_px)
     assert halving(smooth_px=0.0).halo_px == 0
@@ -164,12 +225,12 @@ def test_the_local_mean_sees_a_shift_that_hides_in_the_noise():
     """What it is for: the mean of many residuals is known better than any one of them."""
     residual = noisy_patches((64, 64, 1))
     residual[24:40, 24:40] += 0.5
-    everywhere = np.ones((64, 64), bool)
+    everywhere = jnp.ones((64, 64), bool)
     blob = np.zeros((64, 64), bool)
     blob[28:36, 28:36] = True
     contrast = {}
     for score, values in (("local_mean", residual), ("l2", residual**2)):
-        scores = halving(score=score, smooth_px=4.0).score_map(values, everywhere)
+        scores = np.asarray(halving(score=score, smooth_px=4.0).score_map(jnp.asarray(values), everywhere))
         contrast[score] = (scores[blob].mean() - np.median(scores)) / scores[~blob].std()
     assert contrast["local_mean"] > 3 > contrast["l2"]
 

@@ -217,17 +217,30 @@ def test_scores_near_the_background_are_those_of_windows_inside():
     foreground = np.zeros((40, 40), bool)
     foreground[5:35, 5:35] = True
     residual[~foreground] = residual[5:8, 5:35] = 1e4  # what a window half in the background may give
-    scores = method.score_map(residual, foreground)
+    scores = np.asarray(method.score_map(jnp.asarray(residual), jnp.asarray(foreground)))
     assert np.isnan(scores[~foreground]).all()
     assert np.nanmax(scores[12:, 12:]) < 1.1
     assert np.isfinite(scores[foreground]).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"stride_px": 4}, {"score": "matched", "blob_sigmas_px": (1.0, 1.3)}])
+@pytest.mark.parametrize("shape", [(30, 23), (5, 40), (1, 1)])
+def test_score_maps_are_those_of_scipy_in_float64(options, shape):
+    """Windows of even and odd sides, foreground at the borders of the image, images below the kernel."""
+    method, rng = pixels(smooth_px=1.5, **options), np.random.default_rng(0)
+    residual = rng.normal(size=(*shape, 2 if options.get("score") else 1)).astype(np.float32)
+    foreground = np.indices(shape).sum(0) % 23 > 3
+    residual[~foreground] = np.nan
+    expected = reference.score_map(method, residual, foreground)
+    found = method.score_map(jnp.asarray(residual), jnp.asarray(foreground))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("polarity", "best"), [("bright", 3.0), ("dark", 5.0), ("both", 5.0)])
 def test_blobs_of_the_wanted_sign_count(polarity, best):
     method = pixels(score="matched", blob_sigmas_px=(1.0, 1.3), polarity=polarity)
-    residual = np.full((20, 20, 2), [3.0, -5.0], np.float32)
-    np.testing.assert_allclose(method.score_map(residual, np.ones((20, 20), bool)), best, rtol=1e-5)
+    residual = jnp.broadcast_to(jnp.array([3.0, -5.0]), (20, 20, 2))
+    np.testing.assert_allclose(method.score_map(residual, jnp.ones((20, 20), bool)), best, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +292,7 @@ def test_an_injected_blob_is_found_on_its_pixel_with_its_height_and_size():
     patch = texture(1, channels=1, seed=9)
     y, x = np.indices((16, 16))
     patch[0, ..., 0] += 5 * np.exp(-((y - 7) ** 2 + (x - 8) ** 2) / (2 * 2.0**2))
-    score = method.score_map(np.asarray(method.residual(params, jnp.asarray(patch)))[0], np.ones((16, 16), bool))
+    score = np.asarray(method.score_map(method.residual(params, jnp.asarray(patch))[0], jnp.ones((16, 16), bool)))
     peak = tuple(map(int, np.unravel_index(score.argmax(), score.shape)))
     assert peak == (7, 8)
     height, sigma = np.asarray(method.details(params, jnp.asarray(patch)))[0, *peak]

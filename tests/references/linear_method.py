@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.score_maps import Extent
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class LinearMethod:
         return patches - self.reconstruct(params, patches)
 
     def score_map(
-        self, residual: Float[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"]
-    ) -> Float[np.ndarray, "H W"]:
-        return np.where(foreground, residual.mean(axis=-1), np.float32(np.nan))
+        self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
+    ) -> Float[Array, "H W"]:
+        return jnp.where(foreground, residual.mean(axis=-1), jnp.nan)
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
         return float(np.nanmax(scores)) if np.isfinite(scores).any() else float("nan")

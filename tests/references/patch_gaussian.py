@@ -1,6 +1,9 @@
-"""Patch Gaussians by slow loops in float64: windows, moments, shrinkage, distances, matched filters."""
+"""Patch Gaussians by slow loops in float64: windows, moments, shrinkage, distances, matched filters, score maps."""
+
+from typing import Any
 
 import numpy as np
+from scipy.ndimage import gaussian_filter, minimum_filter
 
 
 def windows(image: np.ndarray, side: int, stride: int) -> list[tuple[int, int, np.ndarray]]:
@@ -50,3 +53,15 @@ def matched(sample: np.ndarray, mean: np.ndarray, c: np.ndarray, template: np.nd
     inverse = np.linalg.inv(c)
     a, b = template @ inverse @ template, template @ inverse @ (sample - mean)
     return float(b / np.sqrt(a)), float(b / a)
+
+
+def score_map(method: Any, residual: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """Weighted means (1 for windows inside, 1e-6 for others) by SciPy's filters."""
+    signed = abs(residual) if method.polarity == "both" else residual * (1 if method.polarity == "bright" else -1)
+    score = signed.max(-1) if method.score == "matched" else residual[..., 0]
+    whole = minimum_filter(foreground, method.window_side + method.stride * method.cell_px, mode="nearest")
+    weight = np.where(whole, 1.0, 1e-6) * foreground
+    radius = int(4 * method.smoothing + 0.5)
+    values = np.where(foreground, score, 0.0).astype(np.float64) * weight
+    total, weights = (gaussian_filter(a, method.smoothing, radius=radius) for a in (values, weight))
+    return np.where(foreground, total / np.maximum(weights, 1e-12), np.nan)

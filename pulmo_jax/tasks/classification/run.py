@@ -307,10 +307,9 @@ def restore(path: Path, method: Classifier, config: ClassifierConfig, plan: Plan
 
 
 def skeleton(method: Counted, sizes: Sequence[int]) -> list[Params]:
-    """Parameters of the structure that training writes."""
-    flat = np.random.default_rng(0).normal(size=(2, method.size, method.size))  # pyright: ignore[reportAttributeAccessIssue]
-    one = method.fit([jnp.asarray(flat, jnp.float32)])
-    return [jax.tree.map(lambda leaf, size=size: jnp.stack([leaf] * size), one) for size in sizes]
+    """Parameters of the structure that training writes, all zero."""
+    one = method.skeleton()
+    return [jax.tree.map(lambda leaf, size=size: jnp.zeros((size, *leaf.shape), leaf.dtype), one) for size in sizes]
 
 
 def counted_state(chunks: list[Params], step: int = 1) -> TrainState:

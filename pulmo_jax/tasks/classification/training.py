@@ -17,7 +17,7 @@ from pulmo_jax.data.square_batches import member_batches, member_rows
 from pulmo_jax.data.synthetic_mri import synthetic_mri
 from pulmo_jax.evaluation.class_calibration import Scaling, fit_scaling
 from pulmo_jax.host.resources import give_back_freed_memory
-from pulmo_jax.inference.members import at_rows, each_its_own
+from pulmo_jax.inference.members import Stack, at_rows, each_its_own, kept
 from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
 from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
@@ -200,12 +200,13 @@ def finish(config: ClassifierConfig, data: ClassData, learned: Learned, place: P
     """Calibrates every network on the images that validate it, and predicts those that test it."""
     plan, found, method = data.plan, data.found, data.method
     logits, chunks = each_its_own(method.logits), parameters(learned.state)
-    validated = of_members(logits, chunks, plan, [rows.validation for rows in plan.folds], found)
+    squares = found.squares.stack
+    validated = of_members(logits, chunks, plan, [rows.validation for rows in plan.folds], squares)
     scalings = [
         fit_scaling(of_one, found.labels[rows.validation], offsets=method.normal_alone())
         for of_one, rows in zip(validated, plan.folds, strict=True)
     ]
-    tested = of_members(logits, chunks, plan, [rows.test for rows in plan.folds], found)
+    tested = of_members(logits, chunks, plan, [rows.test for rows in plan.folds], squares)
     honest = tuple(scalings[i] for i in plan.honest)
     write_classes(place.run_dir, plan, found, data.normal, data.weights, honest)
     run = ClassifierRun(
@@ -264,10 +265,11 @@ def validation(method: Classifier, data: ClassData) -> Callable[[TrainState], fl
     plan, found = data.plan, data.found
     losses = each_its_own(lambda params, images, labels: method.validation_losses(params, (images, labels)))
     some = [evenly_spaced(data.learnt_from(plan.folds[i].validation), MOST_VALIDATED) for i in plan.honest]
+    images, labels = kept(found.squares.stack, some), kept(lambda rows: found.labels[rows], some)
 
     def loss(state: TrainState) -> float:
         chunks = honest_chunks(plan, parameters(devices.here(state)))
-        found_losses = of_members(losses, chunks, plan, some, found, labels=True)
+        found_losses = of_members(losses, chunks, plan, some, images, labels)
         return float(np.mean([of_one.mean() for of_one in found_losses]))
 
     return loss
@@ -293,11 +295,9 @@ def of_members(
     chunks: list[Params],
     plan: Plan,
     rows: list[np.ndarray],
-    found: ClassSet,
-    labels: bool = False,
+    *stacks: Stack,
 ) -> list[np.ndarray]:
-    """What each network gives at rows of its own."""
-    stacks = (found.squares.stack, lambda at: found.labels[at])[: 1 + labels]
+    """Results of each network at rows of its own, whose images (and labels) the stacks give."""
     results, first = [], 0
     for chunk, size in zip(chunks, plan.sizes, strict=False):
         results += at_rows(function, chunk, rows[first : first + size], *stacks)

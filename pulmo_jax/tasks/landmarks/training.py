@@ -18,7 +18,8 @@ from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.samples import fetch_radiographs
 from pulmo_jax.evaluation.landmark_metrics import radial_errors
-from pulmo_jax.inference.locate import in_batches
+from pulmo_jax.inference.locate import locating
+from pulmo_jax.inference.transfers import keep
 from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
 from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
@@ -231,10 +232,10 @@ def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
 
 def validation_error(method: Locator, sets: LandmarkSets) -> Callable[[Params], float]:
     """The mean error over all landmarks of the validation images, working px."""
-    pixels, truth, locate = sets.validation.working.pixels, sets.validation.square_points, jax.jit(method.locate)
+    pixels, truth, locate = keep(sets.validation.working.pixels), sets.validation.square_points, locating(method)
 
     def error(params: Params) -> float:
-        found = in_batches(lambda batch: locate(params, batch), pixels)
+        found = locate(params, pixels)
         return float(radial_errors(found.points, truth).mean())
 
     return error

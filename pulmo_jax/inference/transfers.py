@@ -1,0 +1,55 @@
+"""Copies between host and device that let neither wait for the other, and data that stay on the device."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree, Shaped
+
+AHEAD = 2  # results that may be under way while the host reads one
+KEPT_BYTES, KEPT_BYTES_CPU = 2**28, 2**25  # on a CPU the device's memory is the host's
+
+
+def read_behind(results: Iterable[PyTree], ahead: int = AHEAD) -> Iterator[Any]:
+    """The results as NumPy arrays, in order.
+
+    Args:
+        results: device arrays, or trees of them; making one only dispatches its computation.
+        ahead: computations that are dispatched before the host waits for the result of the first one. They bound the
+            memory that results take.
+    """
+    under_way: deque[PyTree] = deque()
+    for result in results:
+        for leaf in jax.tree.leaves(result):
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()
+        under_way.append(result)
+        if len(under_way) > ahead:
+            yield jax.tree.map(np.asarray, under_way.popleft())
+    for result in under_way:
+        yield jax.tree.map(np.asarray, result)
+
+
+def kept_bytes() -> int:
+    """How many bytes of data may stay on the device because a loop will use them again."""
+    return KEPT_BYTES_CPU if jax.default_backend() == "cpu" else KEPT_BYTES
+
+
+def keep(array: Shaped[np.ndarray, "N ..."]) -> Shaped[np.ndarray, "N ..."] | Shaped[Array, "N ..."]:
+    """The array on the device if it has no more than `kept_bytes`; else as it is."""
+    return jnp.asarray(array) if array.nbytes <= kept_bytes() else array
+
+
+def pick(
+    array: Shaped[np.ndarray, "N ..."] | Shaped[Array, "N ..."], rows: Int[np.ndarray, "*b"]
+) -> Shaped[np.ndarray, "..."] | Shaped[Array, "..."]:
+    """Rows of an array, where it lies; one compiled program serves all rows of one shape."""
+    return array[rows] if isinstance(array, np.ndarray) else _taken(array, rows)
+
+
+@jax.jit
+def _taken(array: Shaped[Array, "N ..."], rows: Int[Array, "*b"]) -> Shaped[Array, "..."]:
+    return array[rows]
