@@ -6,7 +6,7 @@ from pulmo_jax.config.section import Bool, ImageInput, Int, Node, PathLike, Rege
 from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
 
 
-class TrainingConfig(Section, frozen=True):
+class TrainingConfig(Section, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]  # frozen by its config
     """python -m pulmo_jax.train"""
 
     name: str = Field(default="run", description="title of the run")

@@ -114,7 +114,8 @@ class Grid:
         """Sums of the blend windows over the rows of all strips and over the columns; 1 beyond the image."""
         sizes = self.n_strips * self.rows, self.width
         sums = (summed_weights(*along) for along in zip(self.starts, (self.tile,) * 2, self.shape, strict=True))
-        return tuple(np.pad(s, (0, n - len(s)), constant_values=1) for s, n in zip(sums, sizes, strict=True))
+        rows, columns = (np.pad(s, (0, n - len(s)), constant_values=1) for s, n in zip(sums, sizes, strict=True))
+        return rows, columns
 
     def positions(self, wanted: Wanted | None) -> Iterator[Int[np.ndarray, "n 2"]]:
         """(y, x) of the tiles that are wanted, for each row of tiles."""

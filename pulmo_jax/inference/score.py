@@ -111,7 +111,7 @@ class Scorer:
 
     def _grid(self, shape: tuple[int, ...]) -> Grid:
         size = self.how.patch_size
-        return Grid.over(shape[:2], size, self.tiles.stride(size), self.method.halo_px, STRIP_PX)
+        return Grid.over((shape[0], shape[1]), size, self.tiles.stride(size), self.method.halo_px, STRIP_PX)
 
     def _maps(self, function: OnTiles, pixels: np.ndarray, foreground: np.ndarray | None) -> Strips:
         """The blended maps of all tiles, (h, W, M)."""

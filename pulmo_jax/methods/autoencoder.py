@@ -77,7 +77,7 @@ class Autoencoder:
         self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
         smooth = smooth_within(residual, foreground, self.smooth_px, extent)
-        score = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
+        score: Array = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
         return jnp.where(foreground, score, jnp.nan)
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:

@@ -367,7 +367,7 @@ class PatchGaussian:
         weight = jnp.where(whole, 1, PART_INSIDE).astype(score.dtype)
         both = jnp.stack([jnp.where(jnp.isfinite(score), score, 0) * weight, weight], axis=-1)
         total, weights = jnp.moveaxis(smooth_within(both, foreground, self.smoothing, extent), -1, 0)
-        return jnp.where(foreground, total / jnp.maximum(weights, 1e-12), jnp.nan)
+        return jnp.asarray(jnp.where(foreground, total / jnp.maximum(weights, 1e-12), jnp.nan))
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
         return image_statistic(scores, self.image_statistic)

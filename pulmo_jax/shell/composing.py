@@ -281,7 +281,8 @@ def choice_of(group: str, command: Command) -> str | None:
         if argument.startswith(f"{group}="):
             return argument.partition("=")[2]
     for file in [*experiment_files([*command.arguments]), package_configs() / f"{command.primary}.yaml"]:
-        listed: Any = OmegaConf.load(file).get("defaults") or []
+        content: Any = OmegaConf.load(file)
+        listed: Any = content.get("defaults") or []
         for item in listed:
             if isinstance(item, DictConfig):
                 found = {str(key).removeprefix("override ").lstrip("/"): choice for key, choice in item.items()}

@@ -74,7 +74,8 @@ def make_member_step(
         return step + 1, jax.tree.map(lambda *values: jnp.concatenate(values).mean(), *metrics)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        chunks = list(zip(state.params, state.ema, state.opt_state, strict=True))
+        optimizer_states: Any = state.opt_state
+        chunks = list(zip(state.params, state.ema, optimizer_states, strict=True))
         firsts = np.cumsum([0, *(members_of(chunk[0]) for chunk in chunks[:-1])], dtype=np.int32)
         advanced = [
             advance(state.step, chunk, tuple(batch), keys, first) for chunk, first in zip(chunks, firsts, strict=True)

@@ -73,17 +73,20 @@ def subtract(
     places, fluxes = jnp.where(sound[:, None], places, 0), jnp.where(sound, fluxes, 0)
     number = len(fluxes) if count is None else count
 
+    shape = usable.shape[0], usable.shape[1]
+
     def subtract_from(frame_and_angle: tuple[Array, Array]) -> Array:
         frame, angle = frame_and_angle
         position = jnp.stack(geometry.frame_position(places[:, 0], places[:, 1], angle, centre), -1)
 
         def add(i: Array, total: Array) -> Array:
-            return total + fluxes[i] * draw(stamp, position[i], usable.shape)
+            return total + fluxes[i] * draw(stamp, position[i], shape)
 
-        return frame - jnp.where(usable, jax.lax.fori_loop(0, number, add, jnp.zeros_like(frame)), 0)
+        drawn: Array = jax.lax.fori_loop(0, number, add, jnp.zeros_like(frame))
+        return frame - jnp.asarray(jnp.where(usable, drawn, 0))
 
     with jax.default_matmul_precision("highest"):
-        left = map_in_batches(subtract_from, (deviations, angles_deg), min(FRAMES_AT_ONCE, len(deviations)))
+        left: Array = map_in_batches(subtract_from, (deviations, angles_deg), min(FRAMES_AT_ONCE, len(deviations)))
     return jnp.where(usable, left - left.mean(0), 0)
 
 

@@ -194,7 +194,7 @@ def validation_gallery(
             axes.set_axis_off()
         for axes, image, p, label in zip(panels, images, probabilities, labels, strict=False):
             axes.imshow(image, cmap="gray")
-            said, true = literal(classes[int(p.argmax())], 16), literal(classes[label], 16)
+            said, true = (literal(classes[i], 16) for i in (int(p.argmax()), int(label)))
             axes.set_title(f"{said} {p.max():.2f}, is {true}", fontsize=7)
     return figure
 

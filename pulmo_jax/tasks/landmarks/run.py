@@ -154,8 +154,8 @@ class LandmarkRun:
 def on_folds(points: Float[np.ndarray, "N K 2"], frame: LungFrame) -> Bool[np.ndarray, "N K"]:
     """Landmarks of a triangle of the frame's mesh that is turned over in the image: no chest lies so."""
     reversed_triangles = np.asarray(turned_over(jnp.asarray(points, jnp.float32), frame))
-    corners = np.eye(frame.triangles.max() + 1, dtype=bool)[frame.triangles].any(1)  # (triangles, points of the mesh)
-    return (reversed_triangles[:, :, None] & corners[:, : points.shape[1]]).any(1)
+    corners = np.any(np.eye(frame.triangles.max() + 1)[frame.triangles] > 0, axis=1)  # (triangles, mesh points)
+    return np.any(reversed_triangles[:, :, None] & corners[:, : points.shape[1]], axis=1)
 
 
 turned_over = jax.jit(jax.vmap(flipped, (0, None)))
