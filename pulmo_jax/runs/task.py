@@ -217,9 +217,9 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> Task:
     places += [plugin for plugin in plugins if plugin.rpartition(".")[2] == name]
     for package in places if name.isidentifier() else []:
         if is_package(package):
-            task = importlib.import_module(package).TASK
+            task = getattr(importlib.import_module(package), "TASK", None)
             if not isinstance(task, Task):
-                raise InputError(f"task={name}: {package}.TASK is not a pulmo_jax.runs.task.Task")
+                raise InputError(f"task={name}: {package} has no TASK = Task(__name__), of pulmo_jax.runs.task.Task")
             return task
     raise InputError(
         f"task={name}: does not exist; tasks: {', '.join(task_names())}, and those of plugins={list(plugins)}; "
