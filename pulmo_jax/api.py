@@ -46,7 +46,7 @@ def open_run(path: Path | str, plugins: Sequence[str] = ()) -> OpenRun:
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no config.yaml there; give the run directory that training printed")
     use_compile_cache(None)
-    return find_task(task_of(folder), plugins).runs.open_run(folder, tuple(plugins))
+    return find_task(task_of(folder), plugins).open_run(folder, tuple(plugins))
 
 
 def train(

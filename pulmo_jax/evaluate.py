@@ -34,7 +34,7 @@ def evaluate(config: Any, out_dir: Path) -> None:
     task = find_task(task_of(config.run), config.plugins)
     use_compile_cache(None)
     place = Place(config.run, out_dir, make_console(), build_formats(config))
-    run = task.runs.open_run(config.run, config.plugins)
+    run = task.open_run(config.run, config.plugins)
     data = task.assessment.read_test(run, config, place)
     findings = with_figures(task.assessment.assess(run, data, config, place), run, config, out_dir)
     write_findings(findings, out_dir, place.console)

@@ -44,7 +44,7 @@ def predict(config: Any, _: Path) -> None:
 
     task = find_task(task_of(config.run), config.plugins)
     use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
-    run = task.runs.open_run(config.run, config.plugins)
+    run = task.open_run(config.run, config.plugins)
     place = Place(config.run, config.output, make_console(), build_formats(config))
     if status := predict_all(task.prediction, run, config, place):
         sys.exit(status)

@@ -43,7 +43,7 @@ def train(config: Any, run_dir: Path) -> float:
     frame.connect(config.cluster)
     use_compile_cache(config.trainer.compile_cache)
     with workplace(run_dir, build_formats(config)) as place:
-        frame.refuse_or_resume(run_dir, config.resume)
+        frame.refuse_or_resume(run_dir, config)
         callbacks = frame.build_callbacks(config.callbacks, config.plugins)
         config, citation = task.training.prepare(config, place)
         data = task.training.read(config, place)
@@ -58,7 +58,7 @@ def train(config: Any, run_dir: Path) -> float:
         seal(run_dir, learned.step, task.runs.SEALED)
         findings = task.training.assess(outcome, data, learned, place)
         if config.figures:
-            findings = with_figures(findings, task.runs.open_run(run_dir, config.plugins), config, place.folder)
+            findings = with_figures(findings, task.open_run(run_dir, config.plugins), config, place.folder)
         write_findings(findings, place.folder, place.console)
         place.note(f"done in {time.monotonic() - began:.0f} s; open {run_dir / 'report.html'}")
     return findings.objective

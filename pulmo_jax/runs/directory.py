@@ -17,8 +17,9 @@ from typing import Any
 import jax
 from omegaconf import OmegaConf
 
+from pulmo_jax import __version__
 from pulmo_jax.config.nodes import build
-from pulmo_jax.config.section import Section
+from pulmo_jax.config.section import C, Section, validate
 from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.runs.older import migrated
@@ -27,7 +28,6 @@ from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
 PACKAGES = (
-    "pulmo-jax",
     "jax",
     "jaxlib",
     "flax",
@@ -119,6 +119,26 @@ def load_values(run: Path) -> dict[str, Any]:
     return migrated(values) if isinstance(values, dict) else {}
 
 
+def load_config(run: Path, schema: type[C], plugins: tuple[str, ...]) -> C:
+    """The typed config of a run.
+
+    Args:
+        run: Run directory.
+        schema: Of the task whose run it must be.
+        plugins: Packages that may be imported for it; the run's own list is not trusted.
+
+    Raises:
+        InputError: It is a run of another task, or its config cannot be read.
+    """
+    wanted = schema.model_fields["task"].default
+    if (found := task_of(run)) != wanted:
+        raise InputError(f"run={run}: is a run of task={found}; give a run of task={wanted}")
+    try:
+        return validate(schema, load_values(run) | {"plugins": plugins})
+    except InputError as error:
+        raise InputError(f"{run / 'config.yaml'}: {str(error).splitlines()[0]}") from error
+
+
 def task_of(run: Path) -> str:
     """The name of the task that made the run."""
     return str(load_values(run).get("task", DEFAULT_TASK))
@@ -146,7 +166,7 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {"pulmo-jax": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
     }
 
 

@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from pulmo_jax.config.section import Section
+from pulmo_jax.runs.older import TASKS as FORMER_NAMES
+from pulmo_jax.runs.older import naming_version
 from pulmo_jax.types import InputError
 
 if TYPE_CHECKING:  # JAX is not imported before the config has been validated
@@ -25,7 +27,6 @@ if TYPE_CHECKING:  # JAX is not imported before the config has been validated
     from pulmo_jax.runs.training import Learned, Learning
 
 TASKS = "pulmo_jax.tasks"
-RENAMED = {"classes": "classification"}  # names in runs made before 0.2
 
 
 @runtime_checkable
@@ -191,6 +192,11 @@ class Task:
     def detection(self) -> Detection:
         return cast(Detection, self._part("detection"))
 
+    def open_run(self, path: Path, plugins: tuple[str, ...] = ()) -> OpenRun:
+        """`runs.open_run`, whose errors say which version made the run, if it is another one."""
+        with naming_version(path):
+            return self.runs.open_run(path, plugins)
+
     def section(self, verb: str) -> type[Section]:
         """The typed config of a verb.
 
@@ -212,14 +218,14 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> Task:
     Raises:
         InputError: No such task is there.
     """
-    name = RENAMED.get(name, name)
+    name = FORMER_NAMES.get(name, name)
     places = [f"{TASKS}.{name}", *(f"{plugin}.tasks.{name}" for plugin in plugins)]
     places += [plugin for plugin in plugins if plugin.rpartition(".")[2] == name]
     for package in places if name.isidentifier() else []:
         if is_package(package):
-            task = importlib.import_module(package).TASK
+            task = getattr(importlib.import_module(package), "TASK", None)
             if not isinstance(task, Task):
-                raise InputError(f"task={name}: {package}.TASK is not a pulmo_jax.runs.task.Task")
+                raise InputError(f"task={name}: {package} has no TASK = Task(__name__), of pulmo_jax.runs.task.Task")
             return task
     raise InputError(
         f"task={name}: does not exist; tasks: {', '.join(task_names())}, and those of plugins={list(plugins)}; "

@@ -21,7 +21,7 @@ from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
 from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.resources import explain_out_of_memory, require
-from pulmo_jax.runs.directory import provenance, save_config, unseal
+from pulmo_jax.runs.directory import provenance, save_config, task_of, unseal
 from pulmo_jax.runs.older import migrated
 from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices
@@ -151,9 +151,13 @@ def connect(cluster: ClusterConfig) -> None:
     devices.connect(cluster.coordinator, cluster.processes, cluster.process)
 
 
-def refuse_or_resume(run_dir: Path, resume: bool) -> None:
-    """Raises InputError if the directory holds a run that is not to be resumed."""
-    if not resume and Checkpoints(run_dir / "checkpoints", read_only=True).steps():
+def refuse_or_resume(run_dir: Path, config: Any) -> None:
+    """Raises InputError if the directory holds a run that is not to be resumed, or is of another task."""
+    if (run_dir / "config.yaml").is_file() and (task := task_of(run_dir)) != config.task and config.resume:
+        raise InputError(
+            f"resume=true: {run_dir} is a run of task={task}, not of task={config.task}; give another hydra.run.dir"
+        )
+    if not config.resume and Checkpoints(run_dir / "checkpoints", read_only=True).steps():
         raise InputError(
             f"{run_dir} already holds a run; resume=true continues it, hydra.run.dir=DIR starts a new one elsewhere"
         )
@@ -228,15 +232,17 @@ def learn(
         last = checkpoints.restore_newest(here, as_written=learning.as_written) if learning.keep == "last" else None
         kept, record, damaged = last or checkpoints.restore_best(here, as_written=learning.as_written)
     tell_damage(damaged, place.console)
-    assert record.val_loss is not None  # the last one, and the best of those that have one
+    val_loss = record.val_loss
+    if val_loss is None:  # the last checkpoint of a run that an older version fitted
+        val_loss = learning.validate(devices.on_all(kept, learning.mesh))
     facts = {
         "steps": int(outcome.state.step),
         "stopped_early": before.stopped or outcome.stopped or "no",
         "best_step": record.step,
-        "best_val_loss": record.val_loss,
+        "best_val_loss": val_loss,
         "seconds": {"compiling": compiled_at - began, **outcome.seconds},
     }
-    return Learned(kept, record.step, record.val_loss, facts)
+    return Learned(kept, record.step, val_loss, facts)
 
 
 def read_ahead(learning: Learning, step: int) -> Any:

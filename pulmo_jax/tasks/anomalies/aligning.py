@@ -109,7 +109,7 @@ def open_frame(align_run: Path, plugins: tuple[str, ...], digest: str = "") -> L
         InputError: If it is not a landmark run, or has another digest.
     """
     task = find_task(task_of(align_run), plugins)
-    run: Any = task.runs.open_run(align_run, plugins)
+    run: Any = task.open_run(align_run, plugins)
     if not isinstance(run, LandmarkRun):
         raise InputError(f"data.align_run={align_run}: is a run of task={task.name}; give a landmark run")
     if digest and run.digest != digest:

@@ -11,10 +11,11 @@ from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.methods.base import Method, OnePass, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
-from pulmo_jax.runs.directory import digest_of_run
+from pulmo_jax.runs.directory import digest_of_run, load_config
+from pulmo_jax.runs.older import naming_version
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.data import NormalData
-from pulmo_jax.tasks.anomalies.run import load_config, load_run
+from pulmo_jax.tasks.anomalies.run import load_run
 from pulmo_jax.training.state import TrainState, learnt
 from pulmo_jax.types import InputError
 
@@ -60,7 +61,8 @@ def open_base(config: TrainConfig) -> Pretrained | None:
     if name is None:
         return None
     path = Path(name).absolute()
-    before, how, method, state, _ = load_run(path, config.plugins)
+    with naming_version(path):
+        before, how, method, state, _ = load_run(path, config.plugins)
     if isinstance(method, OnePass):
         raise InputError(f"method.base_run={path}: its method trains no network; give the run of an autoencoder")
     return Pretrained(path, before, how, learnt(method, state), digest_of_run(path))
@@ -79,7 +81,8 @@ def with_base(config: TrainConfig) -> TrainConfig:
     if name is None:
         return config
     path = Path(name).absolute()
-    base = load_config(path)
+    with naming_version(path):
+        base = load_config(path, TrainConfig, config.plugins)
     data = {"patch_size": base.data.patch_size, "resize": base.data.resize}
     if config.data.stride is not None:
         data["stride"] = min(config.data.stride, base.data.patch_size)
@@ -153,7 +156,8 @@ def require_new(path: Path, used: dict[Path, set[str]]) -> None:
     Raises:
         InputError: If the run shares images with an earlier one.
     """
-    before, titles = load_config(path).data.train, set(json.loads((path / "images.json").read_text())["training"])
+    before = load_config(path, TrainConfig, ()).data.train
+    titles = set(json.loads((path / "images.json").read_text())["training"])
     assert before is not None  # always set in a finished run
     twice = sorted(used.get(before.resolve(), set()) & titles)
     if twice:

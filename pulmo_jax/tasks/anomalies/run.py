@@ -10,7 +10,6 @@ from flax import nnx
 from jaxtyping import Bool, Shaped
 
 from pulmo_jax.config.nodes import build
-from pulmo_jax.config.section import validate
 from pulmo_jax.data.images import ImageRef, Reader, same_scale
 from pulmo_jax.data.one_image import ImageLike, one_image
 from pulmo_jax.data.transforms import Preprocessing, preprocess
@@ -19,7 +18,7 @@ from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
-from pulmo_jax.runs.directory import load_values, restore_sealed, sealed_step, task_of
+from pulmo_jax.runs.directory import load_config, restore_sealed, sealed_step
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
 from pulmo_jax.tasks.anomalies.config import TrainConfig
@@ -118,18 +117,11 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
 
 def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Preprocessing, Method, TrainState, int]:
     """A finished run: config, preprocessing, method, the state as far as inference needs it, step."""
-    step = sealed_step(path, SEALED)
-    config = load_config(path).model_copy(update={"plugins": plugins})
+    config, step = load_config(path, TrainConfig, plugins), sealed_step(path, SEALED)
     how = Preprocessing.load(path / "preprocessing.json")
     method = build_method(config, how)
     state = restore_sealed(path, step, inference_state(method))
     return config, how, method, state, step
-
-
-def load_config(run: Path) -> TrainConfig:
-    if task_of(run) != TrainConfig.model_fields["task"].default:
-        raise InputError(f"run={run}: is a run of task={task_of(run)}; give a run of task=anomalies")
-    return validate(TrainConfig, load_values(run))
 
 
 def make_scorer(config: TrainConfig, method: Method, params: Params, how: Preprocessing) -> Scorer:

@@ -21,7 +21,7 @@ from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.methods.base import Method, OnePass
-from pulmo_jax.runs.directory import build_optimizer
+from pulmo_jax.runs.directory import build_optimizer, load_config
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
@@ -41,7 +41,7 @@ from pulmo_jax.tasks.anomalies.data import (
 )
 from pulmo_jax.tasks.anomalies.figures import patch_grid
 from pulmo_jax.tasks.anomalies.pretrained import Pretrained, open_base, start_from, with_base
-from pulmo_jax.tasks.anomalies.run import Run, build_method, load_config, make_scorer, save_calibrations
+from pulmo_jax.tasks.anomalies.run import Run, build_method, make_scorer, save_calibrations
 from pulmo_jax.training import devices
 from pulmo_jax.training.program import compile_step
 from pulmo_jax.training.state import TrainState, init_state, learnt, make_pass, make_step
@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
 
 def with_images(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
     if config.resume and config.data.train is None and (place.run_dir / "config.yaml").is_file():
-        before = load_config(place.run_dir).data
+        before = load_config(place.run_dir, TrainConfig, config.plugins).data
         folders = {key: getattr(before, key) for key in FOLDERS}
         given = {key: getattr(config.data, key) for key in folders if getattr(config.data, key) is not None}
         config = config.model_copy(update={"data": config.data.model_copy(update=folders | given)})

@@ -19,7 +19,6 @@ import optax
 from jaxtyping import Bool, Float, Int
 
 from pulmo_jax.config.nodes import build, build_function, check_model, check_node, find_target
-from pulmo_jax.config.section import validate
 from pulmo_jax.data.folds import Fold, grouped_folds
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.one_image import ImageLike, one_image
@@ -28,7 +27,7 @@ from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
 from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
-from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
@@ -269,9 +268,7 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> ClassifierRun:
     Raises:
         InputError: It is not a finished classification run, or not as training wrote it.
     """
-    step = sealed_step(path, SEALED)
-    values = load_values(path) | {"plugins": plugins, "task": ClassifierConfig.model_fields["task"].default}
-    config = validate(ClassifierConfig, values)
+    config, step = load_config(path, ClassifierConfig, plugins), sealed_step(path, SEALED)
     check_nodes(config)
     facts = json.loads((path / CLASSES).read_text())
     classes, normal = tuple(facts["classes"]), facts["normal"]

@@ -109,10 +109,7 @@ def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, s
     give_back_freed_memory()
     data, root = config.data, config.data.root
     if root is None and config.resume and (place.run_dir / "config.yaml").is_file():
-        before = load_values(place.run_dir)["data"]
-        if "root" not in before:
-            raise InputError(f"resume=true: {place.run_dir} is not a classification run; give another hydra.run.dir")
-        root = Path(before["root"])
+        root = Path(load_values(place.run_dir)["data"]["root"])
     elif data.synthetic:
         root = synthetic_mri(data.cache, place.console)
         place.note("synthetic slices: a demonstration, not evidence of accuracy")

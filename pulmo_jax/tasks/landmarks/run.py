@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from pulmo_jax.config.nodes import build, build_function, check_model, check_node, find_target
-from pulmo_jax.config.section import validate
 from pulmo_jax.core.lung_frame import LungFrame, flipped, frame_of, lung_frame
 from pulmo_jax.core.ppca import PPCA
 from pulmo_jax.core.shape_model import ShapeModel, fit_shape_model
@@ -37,7 +36,7 @@ from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
 from pulmo_jax.methods.located import Descended, Fitted, Found, Locator, Params
-from pulmo_jax.runs.directory import digest_of_run, load_values, restore_sealed, sealed_step
+from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
@@ -280,8 +279,7 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
     Raises:
         InputError: It is not a finished landmark run, or not as training wrote it.
     """
-    step = sealed_step(path, SEALED)
-    config = validate(LandmarkConfig, load_values(path) | {"plugins": plugins})
+    config, step = load_config(path, LandmarkConfig, plugins), sealed_step(path, SEALED)
     check_nodes(config)
     facts = json.loads((path / "landmarks.json").read_text())
     mirror = tuple(facts["mirror"])

@@ -43,7 +43,6 @@ from pulmo_jax.tasks.landmarks.run import (
 from pulmo_jax.training import devices
 from pulmo_jax.training.program import compile_step, uncompiled
 from pulmo_jax.training.state import TrainState, init_state, make_step
-from pulmo_jax.types import InputError
 
 TABLES = ("train", "val", "test")
 BATCHES_AHEAD = 4
@@ -70,8 +69,6 @@ def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
     data, citation = config.data, ""
     if data.images is None and config.resume and (place.run_dir / "config.yaml").is_file():
         before = load_values(place.run_dir)["data"]
-        if "images" not in before:
-            raise InputError(f"resume=true: {place.run_dir} is not a landmark run; give another hydra.run.dir")
         data = data.model_copy(update={key: before[key] and Path(before[key]) for key in ("images", *TABLES)})
     if data.images is None:
         sample = fetch_radiographs(data.cache, place.console)
