@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
-from pulmo_jax.config.nodes import build, build_function
+from pulmo_jax.config.nodes import OFFERED, build, build_function
 from pulmo_jax.config.section import allowed_keys
 from pulmo_jax.config.verbs import EvaluateConfig
 from pulmo_jax.data.synthetic import rotating_stack
@@ -197,10 +197,11 @@ def test_keys_that_pages_name_exist(key):
     nodes = [yaml.safe_load(file.read_text()) for file in (package_configs() / section).glob("*.yaml")]
     schemas = [schema for task in map(find_task, task_names()) for schema in task.config.SECTIONS.values()]
     known = {name for schema in schemas for name in allowed_keys(schema, [section])}
-    assert name in known | {name for node in nodes for name in node}
+    within = {folder.name for folder in (package_configs() / section).iterdir() if folder.is_dir()} if nodes else set()
+    assert name in known | within | {*OFFERED.get(section, ())} | {name for node in nodes for name in node}
 
 
-@pytest.mark.parametrize("group", ["experiment", "model", "method", "optimizer", "callbacks", "data"])
+@pytest.mark.parametrize("group", ["experiment", "model", "method", "method/loss", "optimizer", "callbacks", "data"])
 def test_the_configuration_page_lists_every_choice(group):
     page = (DOCS / "reference" / "configuration.md").read_text()
     for file in (package_configs() / group).glob("*.yaml"):
