@@ -309,7 +309,7 @@ def test_the_plugins_loss_and_callback_work(my_package):
     callback = built(my_package, "callbacks", "good_enough", "good_enough")
     assert isinstance(callback, Callback)
     state = TrainState(jnp.ones((), jnp.int32), (), (), ())
-    good, bad = (Event(1, {"val/loss": loss}, state, False) for loss in (0.0005, 0.5))
+    good, bad = (Event(1, {"val/loss": loss}, lambda: state, False) for loss in (0.0005, 0.5))
     assert callback.on_event(bad) is None
     assert "0.0005" in (callback.on_event(good) or "")
 
