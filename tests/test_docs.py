@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
-from pulmo_jax.config.nodes import build
+from pulmo_jax.config.nodes import OFFERED, build, build_function
 from pulmo_jax.config.section import allowed_keys
+from pulmo_jax.config.verbs import EvaluateConfig
 from pulmo_jax.data.synthetic import rotating_stack
+from pulmo_jax.runs.report import Findings, with_figures
 from pulmo_jax.runs.task import find_task, task_names
 from pulmo_jax.shell.composing import OF_RUN, VERBS, Command, command_line, defaults_of, package_configs
 from pulmo_jax.training.callbacks import Callback, Event
@@ -194,10 +197,11 @@ def test_keys_that_pages_name_exist(key):
     nodes = [yaml.safe_load(file.read_text()) for file in (package_configs() / section).glob("*.yaml")]
     schemas = [schema for task in map(find_task, task_names()) for schema in task.config.SECTIONS.values()]
     known = {name for schema in schemas for name in allowed_keys(schema, [section])}
-    assert name in known | {name for node in nodes for name in node}
+    within = {folder.name for folder in (package_configs() / section).iterdir() if folder.is_dir()} if nodes else set()
+    assert name in known | within | {*OFFERED.get(section, ())} | {name for node in nodes for name in node}
 
 
-@pytest.mark.parametrize("group", ["experiment", "model", "method", "optimizer", "callbacks", "data"])
+@pytest.mark.parametrize("group", ["experiment", "model", "method", "method/loss", "optimizer", "callbacks", "data"])
 def test_the_configuration_page_lists_every_choice(group):
     page = (DOCS / "reference" / "configuration.md").read_text()
     for file in (package_configs() / group).glob("*.yaml"):
@@ -299,13 +303,13 @@ def test_the_plugins_method_and_model_work(my_package):
 
 
 def test_the_plugins_loss_and_callback_work(my_package):
-    losses = importlib.import_module("my_package.losses")
-    image = jnp.zeros((1, 4, 4, 1))
-    assert losses.charbonnier(image, image + 3.0) == pytest.approx(3.0, rel=1e-3)
+    node = yaml.safe_load((my_package / "my_configs/method/loss/charbonnier.yaml").read_text())
+    loss, image = build_function(node, "method.loss", ("my_package",)), jnp.zeros((1, 4, 4, 1))
+    assert loss(image=image, reconstruction=image + 3.0) == pytest.approx(3.0, rel=1e-3)
     callback = built(my_package, "callbacks", "good_enough", "good_enough")
     assert isinstance(callback, Callback)
     state = TrainState(jnp.ones((), jnp.int32), (), (), ())
-    good, bad = (Event(1, {"val/loss": loss}, state, False) for loss in (0.0005, 0.5))
+    good, bad = (Event(1, {"val/loss": loss}, lambda: state, False) for loss in (0.0005, 0.5))
     assert callback.on_event(bad) is None
     assert "0.0005" in (callback.on_event(good) or "")
 
@@ -319,6 +323,16 @@ def test_the_plugins_image_format_works(my_package, monkeypatch):
     script = importlib.import_module("my_script")
     np.testing.assert_array_equal(script.pixels[..., 0], expected)
     assert [file.reason for file in script.skipped] == ["images/cut.raw: has 100 bytes, not 131072; change side"]
+
+
+def test_the_plugins_figure_and_source_work(my_package):
+    node = yaml.safe_load((my_package / "my_configs/figures/bars.yaml").read_text())
+    config = EvaluateConfig.model_construct(figures=node, plugins=("my_package",))
+    findings = Findings("title", {"a": 1.0, "b": "text"}, "", [], {})
+    found = with_figures(findings, SimpleNamespace(path=my_package / "run"), config, my_package)
+    assert found.sections[-1].figures[0].caption.startswith("1 numbers of run.")
+    assert (my_package / "figures" / "bars.png").stat().st_size > 1000
+    assert built(my_package, "sources", "raw16", "raw16").side == 256
 
 
 def test_the_plugins_task_is_found_by_name(my_package):

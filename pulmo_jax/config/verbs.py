@@ -16,8 +16,8 @@ class TrainingConfig(Section, frozen=True):  # pyright: ignore[reportGeneralType
     resume: Bool = Field(default=False, description="resume from the last checkpoint in hydra.run.dir")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
     callbacks: dict[str, Node]
-    figures: dict[str, Node] = Field(default={})
-    sources: dict[str, Node] = Field(default={})
+    figures: dict[str, Node] = Field(default={}, description="nodes of your own report figures; figures=NAME chooses")
+    sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")
     trainer: TrainerConfig = TrainerConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -30,7 +30,7 @@ class PredictConfig(Section):
     output: PathLike = Field(description="folder for the results; a repeated call resumes")
     overwrite: Bool = Field(default=False, description="recompute results that already exist")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
-    sources: dict[str, Node] = Field(default={})
+    sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")
 
 
 class EvaluationConfig(Section):
@@ -46,8 +46,8 @@ class EvaluateConfig(Section):
     run: RunFolder = Field(description="directory of a finished training run")
     seed: Int = Field(default=0, ge=0, lt=2**31, description="random seed of the bootstrap")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
-    figures: dict[str, Node] = Field(default={})
-    sources: dict[str, Node] = Field(default={})
+    figures: dict[str, Node] = Field(default={}, description="nodes of your own report figures; figures=NAME chooses")
+    sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")
 
 
 class IngestConfig(Section):
@@ -69,4 +69,4 @@ class IngestConfig(Section):
     threads: Int = Field(default=4, ge=1, le=256, description="decoding threads")
     max_image_mb: Int = Field(default=2048, ge=1, description="largest accepted image after decoding, MiB")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
-    sources: dict[str, Node] = Field(default={})
+    sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")

@@ -19,16 +19,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def group_files() -> list[tuple[str, Path]]:
     """The groups of `_target_` nodes, with their choices."""
-    return [(group, file) for group in HOMES for file in sorted((CONFIGS / group).glob("*.yaml"))]
+    return [(group, file) for group in HOMES for file in sorted((CONFIGS / group.replace(".", "/")).glob("*.yaml"))]
 
 
 def nodes_of(group: str, file: Path) -> dict[str, dict]:
     """{dotted key: node} of a group's file, interpolations resolved with the schema's defaults."""
     whole = OmegaConf.merge(OmegaConf.create(defaults_of(TrainConfig)), {group: OmegaConf.load(file)})
     content: Any = OmegaConf.to_container(whole[group], resolve=True)
+    content.pop("defaults", None)
     if "_target_" in content:
         return {group: content}
-    return {f"{group}.{name}": node for name, node in content.items() if name != "defaults"}
+    return {f"{group}.{name}": node for name, node in content.items()}
 
 
 @cache
@@ -37,9 +38,10 @@ def default_config() -> DictConfig:
     listed = OmegaConf.load(CONFIGS / "anomalies.yaml").defaults
     chosen = {name: choice for item in listed if isinstance(item, DictConfig) for name, choice in item.items()}
     for group, file in group_files():
-        if chosen[group] == file.stem:
+        if chosen.get(group) == file.stem:
             nodes = nodes_of(group, file)
             values[group] = nodes[group] if group in nodes else {key.split(".")[1]: node for key, node in nodes.items()}
+    values["method"]["loss"] = nodes_of("method.loss", CONFIGS / "method" / "loss" / "l2.yaml")["method.loss"]
     return OmegaConf.create(values)
 
 
