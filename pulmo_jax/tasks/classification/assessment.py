@@ -137,7 +137,7 @@ def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -
         )
     own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
     options = run.config.data.model_copy(update=own)
-    return read_classes(data.test, options, run.size, place.console, run.classes, place.formats)
+    return read_classes(data.test, options, run.size, place.console, run.classes)
 
 
 def assess(run: ClassifierRun, data: ClassSet, config: EvaluateClassesConfig, place: Place) -> Findings:
@@ -182,7 +182,7 @@ def assess_training(
         counts = f"{len(found.refs)} images in {len(set(found.groups))} groups"
         warnings.insert(
             0,
-            f"trainer.split=random: copies are in both training and test sets ({counts}): the results are optimistic.",
+            f"trainer.split=random: copies are in training and test sets ({counts}), so the results are optimistic.",
         )
     tested = Tested(found, results, predictions.as_trained)
     options, seed = run.config.evaluation, run.config.seed

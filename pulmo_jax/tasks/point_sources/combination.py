@@ -1,7 +1,6 @@
-"""What `detect` does with a list of finished runs: one search in all their maps, along orbits or at fixed places.
+"""Combination of finished runs of `detect`: one search in the maps of all epochs, at fixed positions or along orbits.
 
-The runs' own sources are not asked for: it all rests on a.fits and b.fits, and on a_null.fits and b_null.fits for what
-noise alone does.
+Only a.fits and b.fits are used, and a_null.fits and b_null.fits for the noise; the detections of the runs are ignored.
 """
 
 import time
@@ -31,7 +30,7 @@ from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, Epo
 from pulmo_jax.tasks.point_sources.config import DetectConfig, EpochsConfig, StackConfig
 from pulmo_jax.types import InputError
 
-LAST = "report.html"  # what detect writes last: where it is, all of a run is
+LAST = "report.html"  # written last by detect, so it marks a finished run
 MAPS = ("a", "b", "a_null", "b_null")
 OUTPUTS = ("criterion.fits", "snr_combined.fits", "detections.csv", "orbits.csv", "metrics.json", LAST)
 SCALE_TOLERANCE = 1e-6
@@ -42,7 +41,18 @@ NULLS = ("reversed_angles", "own_maps")
 
 
 def combine_runs(config: DetectConfig, place: Place) -> int:
-    """The whole job; returns the number of sources found."""
+    """Search in the maps of several runs; write maps, tables and report.
+
+    Args:
+        config: Config of `detect` with `epochs.runs`.
+        place: Output folder and console.
+
+    Returns:
+        Number of detected sources.
+
+    Raises:
+        InputError: If a run cannot be used.
+    """
     began, console, out_dir = time.monotonic(), place.console, place.folder
     epochs = open_epochs(config)
     plan = plan_of(config)
@@ -76,24 +86,24 @@ def combine_runs(config: DetectConfig, place: Place) -> int:
 
 
 def plan_of(config: DetectConfig) -> Plan:
-    how = config.epochs
+    options = config.epochs
     star = None
-    if how.orbits == "keplerian":
-        assert how.star_mass is not None
-        assert how.parallax_mas is not None
-        low, high = how.semi_major_axis_au or (0.0, np.inf)
+    if options.orbits == "keplerian":
+        assert options.star_mass is not None
+        assert options.parallax_mas is not None
+        low, high = options.semi_major_axis_au or (0.0, np.inf)
         star = Star(
-            float(how.star_mass),
-            float(how.parallax_mas),
+            float(options.star_mass),
+            float(options.parallax_mas),
             (float(low), float(high)),
-            (float(how.eccentricity[0]), float(how.eccentricity[1])),
+            (float(options.eccentricity[0]), float(options.eccentricity[1])),
         )
     return Plan(
         star=star,
-        flux=how.flux,
-        shapes=how.shapes,
-        fields=how.null_fields,
-        level=float(how.false_alarm),
+        flux=options.flux,
+        shapes=options.shapes,
+        fields=options.null_fields,
+        level=float(options.false_alarm),
         single_threshold=float(config.search.threshold),
         max_sources=config.search.max_sources,
         seed=config.seed,
@@ -102,7 +112,17 @@ def plan_of(config: DetectConfig) -> Plan:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What a run's files say. scale: arcsec per pixel, None if the run did not know."""
+    """Contents of a finished run.
+
+    Attributes:
+        path: Run directory.
+        data: Keys of the stack that define units and orientation.
+        maps: Maps by name.
+        centre: Position (y, x) of the star, px.
+        fwhm_px: FWHM of the PSF.
+        scale: Pixel scale, arcsec per pixel, if known.
+        mjd: Modified Julian date, if known.
+    """
 
     path: Path
     data: StackConfig
@@ -114,11 +134,21 @@ class OpenedRun:
 
 
 def open_epochs(config: DetectConfig) -> list[Epoch]:
-    """The runs in the order of their dates, where they have any. Raises InputError naming the run at fault."""
-    how = config.epochs
-    runs = [open_run(i, path) for i, path in enumerate(how.runs or ())]
-    dates = dates_of(runs, how)
-    scales = scales_of(runs, how)
+    """Open the runs, ordered by date if the dates are known.
+
+    Args:
+        config: Config of `detect` with `epochs.runs`.
+
+    Returns:
+        Epochs with maps in common units.
+
+    Raises:
+        InputError: If a run cannot be used.
+    """
+    options = config.epochs
+    runs = [open_run(i, path) for i, path in enumerate(options.runs or ())]
+    dates = dates_of(runs, options)
+    scales = scales_of(runs, options)
     check_alike(runs)
     flux_units = [run.data.star_flux for run in runs]
     known = all(unit is not None for unit in flux_units)
@@ -173,7 +203,7 @@ def open_run(i: int, path: Path) -> OpenedRun:
 
 
 def stack_config(path: Path) -> StackConfig:
-    """Of the run's own what the maps' units and directions are; its files, which may be gone, are not asked for."""
+    """Keys of a run that define units and orientation of its maps; its input files need not exist any more."""
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=False)
         return StackConfig.model_validate({key: values["data"][key] for key in SKY_KEYS})
@@ -184,27 +214,27 @@ def stack_config(path: Path) -> StackConfig:
         ) from None
 
 
-def dates_of(runs: list[OpenedRun], how: EpochsConfig) -> list[float] | None:
-    """None where not all are known, which a fixed place does not need."""
-    known = how.dates if how.dates is not None else [run.mjd for run in runs]
+def dates_of(runs: list[OpenedRun], options: EpochsConfig) -> list[float] | None:
+    """Dates of the runs; None if not all are known, which is allowed for fixed positions."""
+    known = options.dates if options.dates is not None else [run.mjd for run in runs]
     dates = [float(date) for date in known if date is not None]
     unknown = [run.path for run, date in zip(runs, known, strict=True) if date is None]
-    if unknown and how.orbits == "keplerian":
+    if unknown and options.orbits == "keplerian":
         raise InputError(
             f"{unknown[0]}: the FITS header of its stack has no date (MJD-OBS, DATE-OBS); give "
             "epochs.dates=[MJD,...], one per run"
         )
-    if how.orbits == "keplerian" and len(set(dates)) < len(dates):
+    if options.orbits == "keplerian" and len(set(dates)) < len(dates):
         raise InputError("epochs.runs: two runs have the same date; combine the frames of one date into one stack")
     return None if unknown else dates
 
 
-def scales_of(runs: list[OpenedRun], how: EpochsConfig) -> list[float]:
-    """Arcsec per pixel; 1 where no run knows it and none is needed."""
+def scales_of(runs: list[OpenedRun], options: EpochsConfig) -> list[float]:
+    """Pixel scales, arcsec per pixel; 1 if unknown for all runs, which is allowed for fixed positions."""
     unknown = [run for run in runs if run.scale is None]
     if not unknown:
         return [float(run.scale or 0) for run in runs]
-    if len(unknown) < len(runs) or how.orbits == "keplerian":
+    if len(unknown) < len(runs) or options.orbits == "keplerian":
         why = "orbits are in au" if len(unknown) == len(runs) else "other runs have one"
         raise InputError(
             f"{unknown[0].path}: was made without data.pixel_scale, but {why}; run detect again with data.pixel_scale"
@@ -213,7 +243,7 @@ def scales_of(runs: list[OpenedRun], how: EpochsConfig) -> list[float]:
 
 
 def check_alike(runs: list[OpenedRun]) -> None:
-    """Fluxes of all runs must be in the same units."""
+    """Check that the fluxes of all runs have the same units."""
     kinds = {run.data.psf_flux: run.path for run in runs}
     if len(kinds) > 1:
         found = ", ".join(f"{path}: {kind}" for kind, path in kinds.items())
@@ -227,7 +257,19 @@ def check_alike(runs: list[OpenedRun]) -> None:
 
 
 def as_epoch(run: OpenedRun, scale: float, days: float, unit: float, calibrated: bool, kind: str) -> EpochMap:
-    """Its maps in units of the star's flux, where that is known; over the spread of the null's SNR, if calibrated."""
+    """Convert the maps of a run to common units.
+
+    Args:
+        run: The run.
+        scale: Pixel scale, arcsec per pixel.
+        days: Time since the first epoch.
+        unit: Flux of the star in units of the PSF, or 1.
+        calibrated: Divide by the empirical standard deviation of the SNR.
+        kind: "" for the maps, "_null" for the null maps.
+
+    Returns:
+        Maps of the epoch.
+    """
     a, b = run.maps[f"a{kind}"] * unit**2, run.maps[f"b{kind}"] * unit
     if calibrated:
         null = run.maps["b_null"] / np.sqrt(run.maps["a_null"])
@@ -290,7 +332,7 @@ def write_maps(result: CombinedResult, out_dir: Path) -> None:
 
 
 def detections_csv(result: CombinedResult) -> str:
-    """One row a source: where it stood at the first date, and what each epoch says of it."""
+    """detections.csv: position at the first date, and SNR and flux in each epoch, of every source."""
     rows = [detection_row(label + 1, found, result) for label, found in enumerate(result.combined.found)]
     columns = list(detection_row(1, result.combined.best, result))
     return as_csv(columns, rows)
@@ -326,8 +368,7 @@ def detection_row(label: int, found: Track, result: CombinedResult) -> dict[str,
 
 
 def orbits_csv(result: CombinedResult) -> str:
-    """The best orbit of each source, and equally likely ones of the posterior; label 0: of the highest track, where no
-    source is found."""
+    """orbits.csv: best orbit and posterior samples of each source; without a source, of the highest track (label 0)."""
     rows = []
     for label, found in enumerate(result.combined.found or [result.combined.best]):
         assert found.orbit is not None
@@ -364,7 +405,7 @@ def elements(orbit: Orbit, result: CombinedResult) -> dict[str, Any]:
 
 
 def summarise(result: CombinedResult, seconds: float) -> dict[str, Any]:
-    """metrics.json."""
+    """Content of metrics.json."""
     combined = result.combined
     metrics: dict[str, Any] = {
         "sources": len(combined.found),
@@ -396,7 +437,7 @@ def summarise(result: CombinedResult, seconds: float) -> dict[str, Any]:
 
 
 def orbit_summary(found: Track, result: CombinedResult) -> dict[str, Any]:
-    """16th, 50th and 84th percentiles of the samples."""
+    """Percentiles (16, 50, 84) of the posterior samples of an orbit."""
     assert found.samples is not None
     columns = elements(found.samples.orbits, result)
     spread = {name: [float(v) for v in np.percentile(values, PERCENTILES)] for name, values in columns.items()}

@@ -36,7 +36,16 @@ DAYS_PER_YEAR = 365.25
 
 @dataclass(frozen=True)
 class Epoch:
-    """One run's maps, made comparable. mjd: None if unknown."""
+    """Maps of one run in common units.
+
+    Attributes:
+        label: Name for figures.
+        path: Run directory.
+        mjd: Modified Julian date, if known.
+        fwhm_px: FWHM of the PSF.
+        map: Maps of the epoch.
+        null: Null maps of the epoch.
+    """
 
     label: str
     path: Path
@@ -48,7 +57,15 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class CombinedResult:
-    """What `detect` made of a list of runs; the epochs in the order of time."""
+    """Result of a combination.
+
+    Attributes:
+        config: Config of `detect`.
+        epochs: Epochs in the order of time.
+        combined: Result of the search.
+        plan: Settings of the search.
+        caveats: Warnings.
+    """
 
     config: DetectConfig
     epochs: list[Epoch]
@@ -58,12 +75,18 @@ class CombinedResult:
 
     @property
     def in_arcsec(self) -> bool:
-        """Or in pixels, where no run knows how large these are."""
+        """Whether positions are in arcsec; otherwise in px, because no run has a pixel scale."""
         return self.epochs[0].map.scale != 1.0
 
 
 def write_combined_report(result: CombinedResult, out_dir: Path, console: Console) -> None:
-    """figures/ and report.html; the table of sources on the console."""
+    """Write figures and report, and print the table of sources.
+
+    Args:
+        result: Result of the search.
+        out_dir: Output folder.
+        console: For the table.
+    """
     table = source_table(result)
     console.print(for_console(table))
     write_report(
@@ -156,7 +179,7 @@ def orbit_sections(result: CombinedResult, out_dir: Path) -> list[Section]:
 
 
 def path_of(orbits: Orbit, star: Star) -> Float[np.ndarray, "M S 2"]:
-    """One revolution each, as (north, east)."""
+    """Sky positions (north, east), arcsec, of S points along one revolution of each of M orbits."""
     period = period_days(jnp.asarray(orbits.semi_major_axis), star.mass)[:, None]
     days = jnp.linspace(0, 1, PATH_POINTS) * period
     columns = jax.tree.map(lambda v: jnp.asarray(v)[:, None], orbits)

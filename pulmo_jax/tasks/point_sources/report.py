@@ -31,14 +31,22 @@ differential imaging: a local weighting approach. A&A 634, A2."""
 SPECTRAL_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2020. PACO ASDI: an algorithm for exoplanet
 detection and characterization in direct imaging with integral field spectrographs. A&A 637, A9."""
 
-UNLIKE = 1e-2  # probability below which a source's spectrum is said to be another one than looked for
-TAIL = 1e-6  # below it a probability rests on the normal distribution's tail alone
+UNLIKE = 1e-2  # probability below which a source is reported to have another spectrum than assumed
+TAIL = 1e-6  # smaller probabilities depend on the tail of the normal distribution alone
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A run of `detect`. truth: (y, x, flux) of each known source of a synthetic stack, flux the mean over channels;
-    spectrum: of all of them, of mean 1, None if it is not known."""
+    """An observation and its detection limits.
+
+    Attributes:
+        config: Config of `detect`.
+        stack: The stack.
+        of: Channels of the prepared observation.
+        truth: Sources (y, x, flux) of a synthetic stack; the flux is the mean over channels.
+        contrast: Detection limits, if measured.
+        spectrum: Spectrum of the known sources, mean 1, if known.
+    """
 
     config: DetectConfig
     stack: SpectralStack
@@ -53,7 +61,13 @@ class Result:
 
 
 def write_adi_report(result: Result, search: Search, out_dir: Path, console: Console) -> None:
-    """figures/ and report.html; the table of sources on the console."""
+    """Write figures and report, and print the table of sources.
+
+    Args:
+        result: Result of the search.
+        out_dir: Output folder.
+        console: For the table.
+    """
     table = source_table(search.sources, result)
     console.print(for_console(table))
     write_report(
@@ -140,7 +154,7 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
 
 
 def known_spectra(sources: Sequence[PointSource], result: Result) -> list[np.ndarray | None]:
-    """Of the injected source that each is, if any."""
+    """True spectrum of each source, if it is an injected one."""
     shares = None if result.spectrum is None else result.spectrum[result.of.kept]
     truth = [None if shares is None else nearest_known(source, result) for source in sources]
     return [None if shares is None or t is None else t[2] * shares for t in truth]
@@ -270,7 +284,7 @@ def counted(n: int, thing: str) -> str:
 
 
 def known(source: PointSource, result: Result) -> str:
-    """The injected source that this is, if any."""
+    """Table cell: the injected source at this position, if any."""
     truth = nearest_known(source, result)
     return "none (false alarm)" if truth is None else f"{truth[0]:.2f}, {truth[1]:.2f}; {truth[2]:g}"
 
@@ -284,7 +298,7 @@ def nearest_known(source: PointSource, result: Result) -> tuple[float, float, fl
 
 
 def for_console(table: Table) -> rich.table.Table:
-    """Without what makes it too wide for a terminal; report.html has it all."""
+    """Table for the terminal, without the wide columns."""
     kept = [i for i, name in enumerate(table.columns) if name not in ("separation", "angle (deg)", "one pass")]
     grid = rich.table.Table(box=rich.box.SIMPLE, title=table.title, caption=" ".join(table.notes))
     for i in kept:

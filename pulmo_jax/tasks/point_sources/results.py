@@ -1,4 +1,4 @@
-"""What a search writes: maps as FITS files, tables of sources, spectra and limits, metrics."""
+"""Output files of a search: FITS maps, tables of sources, spectra and limits, and metrics."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from pulmo_jax.types import PointSource
 
 
 def clear(out_dir: Path) -> None:
-    """Take away an earlier run's results, of which this one may not write all."""
+    """Remove the results of an earlier run in the same folder."""
     names = [f"{name}.fits" for name in MEANINGS]
     for name in (*names, "detections.csv", "spectra.csv", "contrast.csv", "metrics.json", "report.html"):
         (out_dir / name).unlink(missing_ok=True)
@@ -28,7 +28,15 @@ def clear(out_dir: Path) -> None:
 
 
 def likelihood_maps(result: Result, search: Search) -> dict[str, np.ndarray]:
-    """Every map of a search, by name."""
+    """All maps of a search.
+
+    Args:
+        result: The observation, with detection limits.
+        search: Result of the search.
+
+    Returns:
+        Maps (H, W) by name.
+    """
     of = result.of
     maps = {name: getattr(search.maps, name) for name in ("snr", "flux", "flux_std", "a", "b")}
     maps |= {"snr_calibrated": search.snr_calibrated, "snr_null": search.null.snr}
@@ -43,7 +51,13 @@ def likelihood_maps(result: Result, search: Search) -> dict[str, np.ndarray]:
 
 
 def write_maps(result: Result, search: Search, out_dir: Path) -> None:
-    """Every map as a FITS file with the config and the observation in its header."""
+    """Write every map as a FITS file, with the config and the observation in its header.
+
+    Args:
+        result: The observation, with detection limits.
+        search: Result of the search.
+        out_dir: Output folder.
+    """
     parameters = flatten(result.config.model_dump(mode="json"))
     for name, image in likelihood_maps(result, search).items():
         write_fits(out_dir / f"{name}.fits", image, header(result, search, name), parameters)
@@ -65,7 +79,7 @@ MEANINGS = {
 
 
 def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, str]]:
-    """What the map is, and the observation's own numbers; the config comes on top."""
+    """FITS cards that describe a map and the observation."""
     of, maps, scale = result.of.reference, search.maps, result.config.data.pixel_scale
     centre, wavelengths = result.of.centre, result.of.wavelengths
     meaning, unit = MEANINGS[name]
@@ -103,7 +117,7 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
 
 
 def detections_csv(sources: list[PointSource], data: StackConfig) -> str:
-    """One row a source; separations in arcsec and contrasts too where the config says how."""
+    """detections.csv, with separations in arcsec and contrasts if pixel scale and stellar flux are known."""
     names = [field.name for field in fields(PointSource)]
     scaled = ["separation_arcsec", "separation_arcsec_std"] if data.pixel_scale else []
     contrasts = ["contrast", "contrast_std"] if data.star_flux else []
@@ -121,7 +135,7 @@ def detections_csv(sources: list[PointSource], data: StackConfig) -> str:
 
 
 def spectra_csv(spectra: list[SourceSpectrum]) -> str:
-    """One row a source and channel."""
+    """spectra.csv: flux of every source in every channel."""
     rows = [
         {"label": s.label, "channel": k, "wavelength": s.wavelengths[k], "flux": s.flux[k], "flux_std": s.flux_std[k]}
         | {"flux_std_empirical": s.flux_std_empirical[k], "template": s.template}
@@ -146,7 +160,7 @@ def contrast_csv(contrast: Contrast, data: StackConfig) -> str:
 
 
 def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
-    """metrics.json."""
+    """Content of metrics.json."""
     of, profile = result.of.reference, search.profile
     null = search.null.snr[np.isfinite(search.null.snr)]
     return {

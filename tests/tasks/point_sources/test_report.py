@@ -144,7 +144,7 @@ def test_truth_stands_beside_what_was_found_and_what_was_missed_below():
     table = source_table([source(), source(2, 35.0, 5.0)], result())
     assert table.columns[-1] == "truth"
     assert [row[-1] for row in table.rows] == ["28.00, 30.00; 100", "none (false alarm)"]
-    assert table.notes == ["Not found: the source of flux 50 at (y, x) = (10.0, 20.0)."]
+    assert table.notes == ["Not detected: the source of flux 50 at (y, x) = (10.0, 20.0)."]
 
 
 def test_nothing_found_is_said():
@@ -186,7 +186,7 @@ def test_page_holds_numbers_caveats_and_figures(tmp_path):
     text, console = written(made, search(made, source(), caveats=("12 frames are few",)), tmp_path)
     for words in (
         "11 of 12", "60.0 degrees", "median 0.125, 0.125 to 0.500", "4.6", "5.0e-04", "2.0e-03", "12 frames are few",
-        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "injections of that flux in 8 directions", "99.9 ± 4.4 ± 8.8",
+        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "flux in 8 directions", "99.9 ± 4.4 ± 8.8",
     ):  # fmt: skip
         assert words in text
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
