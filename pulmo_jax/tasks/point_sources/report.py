@@ -19,7 +19,7 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
 from pulmo_jax.tasks.point_sources import figures as adi_figures
-from pulmo_jax.tasks.point_sources import spectral_figures
+from pulmo_jax.tasks.point_sources import null_figures, spectral_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import PointSource
@@ -164,7 +164,7 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
     of, null, profile = result.of, search.null.snr, search.profile
     values, n_independent = null_values(null, of.centre, of.fwhm_px)
     folder = out_dir / "figures"
-    radial = adi_figures.null_by_radius(
+    radial = null_figures.null_by_radius(
         profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale
     )
     text = (
@@ -179,7 +179,7 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
             "smaller than that of a single spectrum, which calibrates the SNR and is shown by separation."
         )
     distribution = figures.save(
-        adi_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"
+        null_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"
     )
     by_radius = figures.save(radial, folder, "null_by_radius")
     saved = [
