@@ -159,15 +159,15 @@ def test_what_is_no_finished_run_is_refused(runs, tmp_path):
         configured([tmp_path / "nowhere"])
     (runs[1] / "report.html").unlink()
     assert "runs.1=" in refusal(runs)
-    assert "no finished run" in refusal(runs)
+    assert "not a finished run" in refusal(runs)
     (runs[0] / "a_null.fits").unlink()
-    assert "later versions" in refusal(runs)
+    assert "earlier version" in refusal(runs)
 
 
 def test_damaged_maps_are_refused(runs):
     a, b = read(runs[0])
     fits.writeto(runs[0] / "b.fits", np.full_like(b, np.nan), overwrite=True)
-    assert "all NaN" in refusal(runs)
+    assert "all pixels are NaN" in refusal(runs)
     fits.writeto(runs[0] / "b.fits", b[:-2], overwrite=True)
     assert "run detect again" in refusal(runs)
     (runs[0] / "b.fits").write_bytes(b"SIMPLE  = nonsense")

@@ -164,7 +164,7 @@ def test_null_is_counted_whole_beside_the_normal():
     n_null, n_snr = (patch.get_data() for patch in counts.patches)
     assert (n_null.values.sum(), n_snr.values.sum()) == (2999, 500)
     assert n_null.values[-1] == 1  # what lies beyond
-    assert "beyond" in counts.get_xlabel()
+    assert "overflow" in counts.get_xlabel()
     finite = null[np.isfinite(null)]
     normal, fitted = line(counts, "standard normal"), line(counts, "normal of the null's")
     assert normal.get_ydata().max() == pytest.approx(2999 * 0.25 * stats.norm.pdf(0), rel=1e-3)
@@ -222,7 +222,7 @@ def test_null_by_radius_draws_std_and_interval():
     np.testing.assert_array_equal(line(axes, "null").get_xydata(), np.stack([RADIUS, std], 1))
     band = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])
     assert (band[:, 1].min(), band[:, 1].max()) == (pytest.approx(0.7), pytest.approx(1.3))
-    assert list(line(axes, "as the likelihood").get_ydata()) == [1, 1]
+    assert list(line(axes, "theory").get_ydata()) == [1, 1]
     (above,) = axes.child_axes
     np.testing.assert_allclose(above.get_xlim(), np.array(axes.get_xlim()) * SCALE)
 
