@@ -329,12 +329,12 @@ def restore_last(folder: Path, learning: Learning, console: Console) -> tuple[Tr
     """
     fresh, identity = learning.state, learning.identity
     with devices.first_then_others(), Checkpoints(folder, read_only=not devices.is_first()) as checkpoints:
-        found = checkpoints.restore_newest(fresh, as_written=learning.as_written)
-    state, record, damaged = found or (fresh, Record(0, None, [], dict(identity)), [])
+        restored = checkpoints.restore_newest(fresh, as_written=learning.as_written)
+    state, record, damaged = restored or (fresh, Record(0, None, [], dict(identity)), [])
     warn_of_damage(damaged, console)
     require_same(folder, record, identity)
     devices.require_same(record.step, f"the last checkpoint in {folder}; give all processes the same hydra.run.dir")
-    if found:
+    if restored:
         console.print(f"resuming after step {record.step}", highlight=False)
     return state, record
 

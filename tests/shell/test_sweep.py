@@ -16,7 +16,8 @@ from references.pictures import ink
 
 from pulmo_jax.host.lock import claim
 from pulmo_jax.shell import sweep
-from pulmo_jax.shell.sweep import RECORD, REFUSED, TRACEBACK, Request, bury, collect, disk_full, run_job, write_pages
+from pulmo_jax.shell.sweep import RECORD, REFUSED, TRACEBACK, Request, bury, collect, disk_full, run_job
+from pulmo_jax.shell.sweep_pages import write_pages
 from pulmo_jax.types import InputError
 
 METRICS = {

@@ -166,7 +166,7 @@ def test_null_is_counted_whole_beside_the_normal():
     assert n_null.values[-1] == 1  # what lies beyond
     assert "overflow" in counts.get_xlabel()
     finite = null[np.isfinite(null)]
-    normal, fitted = line(counts, "standard normal"), line(counts, "normal of the null's")
+    normal, fitted = line(counts, "standard normal"), line(counts, "normal, mean")
     assert normal.get_ydata().max() == pytest.approx(2999 * 0.25 * stats.norm.pdf(0), rel=1e-3)
     np.testing.assert_allclose(
         fitted.get_ydata(), 2999 * 0.25 * stats.norm.pdf(fitted.get_xdata(), finite.mean(), finite.std(ddof=1))
