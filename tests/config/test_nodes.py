@@ -99,8 +99,8 @@ def test_config_cannot_lead_through_the_program_to_another_module(module):
         ("pulmo_jax.models.autoencoder.Nope", "cannot be imported"),
         ("pulmo_jax.models.nope.Model", "cannot be imported"),
         ("pulmo_jax.models.autoencoder.jnp.load", "cannot be imported"),
-        ("pulmo_jax.models.autoencoder.jnp", "is no class or function but module"),
-        ("pulmo_jax.models.autoencoder.strides_for", "takes no channels, rngs, so it is no model"),
+        ("pulmo_jax.models.autoencoder.jnp", "is a module, not a class or function"),
+        ("pulmo_jax.models.autoencoder.strides_for", "lacks the arguments channels, rngs of a model"),
     ],
 )
 def test_target_that_is_no_model_is_named(target, words):

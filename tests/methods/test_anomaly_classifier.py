@@ -33,7 +33,7 @@ def test_they_are_what_the_jobs_ask_for():
 
 @pytest.mark.parametrize("made", [AutoencoderAnomaly, GaussianAnomaly])
 def test_more_than_two_classes_are_refused(made):
-    with pytest.raises(InputError, match="tells two classes apart, there are 3"):
+    with pytest.raises(InputError, match="an anomaly method needs two classes, but there are 3"):
         made(3, 0)
 
 

@@ -263,7 +263,7 @@ def test_angles_that_wrap_are_no_other_rotation():
     assert checked_observe(stack(), wrapped, PSF).caveats == ()
     small = np.linspace(-1, 1, T)
     (caveat,) = checked_observe(stack(), np.mod(small, 360), PSF).caveats
-    assert caveat.startswith("the field rotates by 2 degrees, 0.45 px at the corners: less than the PSF's width")
+    assert caveat.startswith("the field rotates by 2 degrees, 0.45 px at the corners: less than the PSF FWHM")
 
 
 def test_without_rotation_nothing_can_be_found():
