@@ -338,32 +338,32 @@ def detections_csv(result: CombinedResult) -> str:
     return as_csv(columns, rows)
 
 
-def detection_row(label: int, found: Track, result: CombinedResult) -> dict[str, Any]:
-    north, east = found.sky[0]
+def detection_row(label: int, track: Track, result: CombinedResult) -> dict[str, Any]:
+    north, east = track.sky[0]
     separation = float(np.hypot(north, east))
     unit = "arcsec" if result.in_arcsec else "px"
     row: dict[str, Any] = {
         "label": label,
-        "y": float(found.places[0, 0]),
-        "x": float(found.places[0, 1]),
+        "y": float(track.places[0, 0]),
+        "x": float(track.places[0, 1]),
         f"north_{unit}": float(north),
-        f"north_{unit}_std": float(found.start_std[0]),
+        f"north_{unit}_std": float(track.start_std[0]),
         f"east_{unit}": float(east),
-        f"east_{unit}_std": float(found.start_std[1]),
+        f"east_{unit}_std": float(track.start_std[1]),
         f"separation_{unit}": separation,
         "position_angle_deg": float(np.mod(np.rad2deg(np.arctan2(east, north)), FULL_TURN)),
-        "criterion": found.criterion,
-        "snr_combined": found.snr_combined,
-        "flux_combined": found.flux,
-        "flux_combined_std": found.flux_std,
-        "epochs": int((found.a > 0).sum()),
-        "false_alarm_probability": result.combined.false_alarm(found.criterion),
-        "false_alarm_gumbel": result.combined.extrapolated(found.criterion),
+        "criterion": track.criterion,
+        "snr_combined": track.snr_combined,
+        "flux_combined": track.flux,
+        "flux_combined_std": track.flux_std,
+        "epochs": int((track.a > 0).sum()),
+        "false_alarm_probability": result.combined.false_alarm(track.criterion),
+        "false_alarm_gumbel": result.combined.extrapolated(track.criterion),
     }
     for i in range(len(result.epochs)):
-        flux = float(found.b[i] / found.a[i]) if found.a[i] > 0 else float("nan")
-        row |= {f"y_{i + 1}": float(found.places[i, 0]), f"x_{i + 1}": float(found.places[i, 1])}
-        row |= {f"snr_{i + 1}": float(found.snr[i]), f"flux_{i + 1}": flux}
+        flux = float(track.b[i] / track.a[i]) if track.a[i] > 0 else float("nan")
+        row |= {f"y_{i + 1}": float(track.places[i, 0]), f"x_{i + 1}": float(track.places[i, 1])}
+        row |= {f"snr_{i + 1}": float(track.snr[i]), f"flux_{i + 1}": flux}
     return row
 
 
@@ -436,13 +436,13 @@ def summarise(result: CombinedResult, seconds: float) -> dict[str, Any]:
     return metrics | {"caveats": list(result.caveats), "seconds": seconds}
 
 
-def orbit_summary(found: Track, result: CombinedResult) -> dict[str, Any]:
+def orbit_summary(track: Track, result: CombinedResult) -> dict[str, Any]:
     """Percentiles (16, 50, 84) of the posterior samples of an orbit."""
-    assert found.samples is not None
-    columns = elements(found.samples.orbits, result)
+    assert track.samples is not None
+    columns = elements(track.samples.orbits, result)
     spread = {name: [float(v) for v in np.percentile(values, PERCENTILES)] for name, values in columns.items()}
-    independent = found.samples.independent
-    return {"percentiles_16_50_84": spread, "independent_samples": independent, "accepted": found.samples.accepted}
+    independent = track.samples.independent
+    return {"percentiles_16_50_84": spread, "independent_samples": independent, "accepted": track.samples.accepted}
 
 
 def finite(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""What combining epochs found, as tables and figures, and the report that holds them."""
+"""Report of a combination of epochs: tables and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,18 +186,18 @@ def path_of(orbits: Orbit, star: Star) -> Float[np.ndarray, "M S 2"]:
     return np.stack(sky_position(columns, days, star.mass, star.parallax_mas), -1)
 
 
-def orbit_text(found: Track, result: CombinedResult) -> str:
+def orbit_text(track: Track, result: CombinedResult) -> str:
     dates = [epoch.mjd or 0.0 for epoch in result.epochs]
     years = np.ptp(dates) / DAYS_PER_YEAR
-    if found.samples is None:
+    if track.samples is None:
         return f"Best of all trial orbits; {len(dates)} epochs in {years:.2g} years."
-    share = years / np.median(period_years(found.samples.orbits, result.plan))
+    share = years / np.median(period_years(track.samples.orbits, result.plan))
     return (
         f"Median and 68 % interval of orbits drawn from the posterior: likelihood exp(criterion / 2), semi-major axis "
         "uniform in its logarithm, eccentricity uniform in its range, orientations isotropic. The dates span "
         f"{years:.2g} years, {share:.0%} of the median period: elements that such an arc does not constrain follow "
         "the prior, and many orbits fit as well as the best. omega and the node are determined up to 180 degrees. "
-        f"The effective sample size is {found.samples.independent:.0f}."
+        f"The effective sample size is {track.samples.independent:.0f}."
     )
 
 
@@ -206,15 +206,15 @@ def period_years(orbits: Orbit, plan: Plan) -> Float[np.ndarray, "S"]:
     return np.asarray(period_days(jnp.asarray(orbits.semi_major_axis), plan.star.mass) / DAYS_PER_YEAR)
 
 
-def orbit_table(found: Track, result: CombinedResult, star: Star) -> Table:
-    assert found.orbit is not None
-    best = quantities(jax.tree.map(np.atleast_1d, found.orbit), result.plan)
-    columns = ["", "best"] + (["median", "68 % interval"] if found.samples else [])
-    spread = quantities(found.samples.orbits, result.plan) if found.samples else {}
+def orbit_table(track: Track, result: CombinedResult, star: Star) -> Table:
+    assert track.orbit is not None
+    best = quantities(jax.tree.map(np.atleast_1d, track.orbit), result.plan)
+    columns = ["", "best"] + (["median", "68 % interval"] if track.samples else [])
+    spread = quantities(track.samples.orbits, result.plan) if track.samples else {}
     rows = []
     for name, value in best.items():
         row = [name, f"{value[0]:.4g}"]
-        if found.samples:
+        if track.samples:
             low, middle, high = np.percentile(spread[name], [16, 50, 84])
             row += [f"{middle:.4g}", f"{low:.4g} to {high:.4g}"]
         rows.append(row)

@@ -96,9 +96,9 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
     """
     config, settings = result.config, settings_of(result.config.method)
     with naming(config.data.spectrum):
-        spectra = as_spectra(result.stack.spectra, len(result.of.each))
+        spectra = as_spectra(result.stack.spectra, len(result.channels.each))
     search = find_sources(
-        result.of,
+        result.channels,
         settings,
         config.search.threshold,
         calibrated=config.search.snr == "calibrated",
@@ -108,7 +108,7 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
         track=long_work(place.console, "mapping"),
         spectra=spectra,
     )
-    for caveat in search.caveats[len(result.of.caveats) :]:
+    for caveat in search.caveats[len(result.channels.caveats) :]:
         place.note(f"note: {caveat}")
     if not config.contrast.rings:
         return result, search
@@ -131,7 +131,7 @@ def write(result: Result, search: Search, place: Place, seconds: float) -> None:
     clear(folder)
     write_maps(result, search, folder)
     write_text(folder / "detections.csv", detections_csv(search.sources, config.data))
-    if len(result.of.each) > 1:
+    if len(result.channels.each) > 1:
         write_text(folder / "spectra.csv", spectra_csv(search.spectra))
     if result.contrast is not None:
         write_text(folder / "contrast.csv", contrast_csv(result.contrast, config.data))
@@ -157,14 +157,14 @@ def long_work(console: Console, label: str) -> Any:
 
 def describe(result: Result, place: Place) -> None:
     """Print a summary of the stack and its warnings."""
-    reference, (height, width), stack = result.of.reference, result.of.shape, result.stack
+    reference, (height, width), stack = result.channels.reference, result.channels.shape, result.stack
     source = result.config.data.cube or f"a synthetic stack with {len(result.truth)} planets, seed {result.config.seed}"
-    channels = f"{len(result.of.each)} channels of " if len(stack.wavelengths) > 1 else ""
+    channels = f"{len(result.channels.each)} channels of " if len(stack.wavelengths) > 1 else ""
     place.note(
         f"{source}: {channels}{len(reference.deviations)} frames of {height} x {width} px, field rotation "
         f"{rotation_deg(reference.angles_deg):.1f} degrees; PSF FWHM {reference.psf.fwhm_px:.2f} px"
     )
-    for caveat in (*stack.caveats, *result.of.caveats):
+    for caveat in (*stack.caveats, *result.channels.caveats):
         place.note(f"note: {caveat}")
 
 
@@ -224,7 +224,7 @@ def detect_arrays(
         maps = likelihood_maps(result, search)
     caveats = (*result.stack.caveats, *search.caveats)
     scale = config.data.pixel_scale
-    return Detections(tuple(search.sources), maps, result.contrast, caveats, result.of.centre, scale)
+    return Detections(tuple(search.sources), maps, result.contrast, caveats, result.channels.centre, scale)
 
 
 def as_file(value: Any, path: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""What `detect` found, as tables and figures, and the report that holds them."""
+"""Report of a search for point sources: tables and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Result:
     Attributes:
         config: Config of `detect`.
         stack: The stack.
-        of: Channels of the prepared observation.
+        channels: Channels of the prepared observation.
         truth: Sources (y, x, flux) of a synthetic stack; the flux is the mean over channels.
         contrast: Detection limits, if measured.
         spectrum: Spectrum of the known sources, mean 1, if known.
@@ -50,14 +50,14 @@ class Result:
 
     config: DetectConfig
     stack: SpectralStack
-    of: Channels
+    channels: Channels
     truth: Sequence[tuple[float, float, float]]
     contrast: Contrast | None = None
     spectrum: np.ndarray | None = None
 
     @property
     def spectral(self) -> bool:
-        return len(self.of.each) > 1
+        return len(self.channels.each) > 1
 
 
 def write_adi_report(result: Result, search: Search, out_dir: Path, console: Console) -> None:
@@ -97,7 +97,7 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         search.maps.snr,
         search.maps.flux,
         search.sources,
-        result.of.centre,
+        result.channels.centre,
         config.data.pixel_scale,
         truth=result.truth,
         snr_calibrated=calibrated,
@@ -111,8 +111,8 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         "high anywhere in the field, from the calibrated SNR."
     )
     counts = {
-        "frames": len(result.of.reference.deviations),
-        "channels": len(result.of.each),
+        "frames": len(result.channels.reference.deviations),
+        "channels": len(result.channels.each),
         "sources": len(search.sources),
     }
     saved = figures.save(figure, out_dir / "figures", "detection_maps")
@@ -124,8 +124,8 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
     neighbours = [float(np.median(np.diag(r, 1))) for r in using.correlation]
     looked_for = "flat" if n_spectra == 1 and np.ptp(using.spectra) == 0 else "given"
     text = (
-        f"Maps, SNR and flux combine {len(result.of.each)} channels for a source with a {looked_for} spectrum; the "
-        "flux is the mean over the channels, if the source has this spectrum. The correlation of the noise between "
+        f"Maps, SNR and flux combine {len(result.channels.each)} channels for a source with a {looked_for} spectrum; "
+        "the flux is the mean over the channels, if the source has this spectrum. The correlation of the noise between "
         "neighbouring channels, "
         f"{neighbours[0]:.2f} at {using.separation_px[0]:.0f} px from the centre and {neighbours[-1]:.2f} at "
         f"{using.separation_px[-1]:.0f} px, is taken into account. "
@@ -149,20 +149,20 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
             "of the combined flux, or search again with another data.spectrum."
         )
     saved = figures.save(figure, out_dir / "figures", "spectra")
-    counts = {"sources": len(search.spectra), "channels": len(result.of.each)}
+    counts = {"sources": len(search.spectra), "channels": len(result.channels.each)}
     return Section("Spectra", text, [captioned(saved, CAPTIONS, **counts)], [])
 
 
 def known_spectra(sources: Sequence[PointSource], result: Result) -> list[np.ndarray | None]:
     """True spectrum of each source, if it is an injected one."""
-    shares = None if result.spectrum is None else result.spectrum[result.of.kept]
+    shares = None if result.spectrum is None else result.spectrum[result.channels.kept]
     truth = [None if shares is None else nearest_known(source, result) for source in sources]
     return [None if shares is None or t is None else t[2] * shares for t in truth]
 
 
 def null_section(result: Result, search: Search, out_dir: Path) -> Section:
-    of, null, profile = result.of, search.null.snr, search.profile
-    values, n_independent = null_values(null, of.centre, of.fwhm_px)
+    observation, null, profile = result.channels, search.null.snr, search.profile
+    values, n_independent = null_values(null, observation.centre, observation.fwhm_px)
     folder = out_dir / "figures"
     radial = null_figures.null_by_radius(
         profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale
@@ -216,9 +216,9 @@ def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir
 
 
 def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
-    of, centre = result.of.reference, result.of.centre
-    channel = np.flatnonzero(result.of.kept)[len(result.of.each) // 2]
-    cube, angles = result.stack.cube[channel][of.kept], of.angles_deg
+    observation, centre = result.channels.reference, result.channels.centre
+    channel = np.flatnonzero(result.channels.kept)[len(result.channels.each) // 2]
+    cube, angles = result.stack.cube[channel][observation.kept], observation.angles_deg
     shown = adi_figures.shown_frames(len(angles), result.config.frames_shown)
     places = None
     if search.sources:
@@ -226,22 +226,24 @@ def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
         theta = np.arctan2(dy, dx) - np.deg2rad(angles[shown])
         places = np.array(centre) + np.hypot(dy, dx) * np.stack([np.sin(theta), np.cos(theta)], -1)
     figure = adi_figures.frames_strip(cube, angles, centre, places, result.config.frames_shown)
-    maps = search.maps
+    maps, psf = search.maps, observation.psf
     rho = maps.shrinkage[np.isfinite(maps.shrinkage)]
     rows = [
-        ["frames used", f"{len(angles)} of {len(of.kept)}"],
+        ["frames used", f"{len(angles)} of {len(observation.kept)}"],
         ["rotation", f"{rotation_deg(angles):.1f} degrees"],
-        ["excluded pixels", str(int((~of.usable).sum()))],
+        ["excluded pixels", str(int((~observation.usable).sum()))],
         ["pixels per patch", str(search.n_patch)],
-        ["PSF", f"{of.psf.fwhm_px:.2f} px FWHM, divided by {of.psf.flux:.4g} ({of.psf.flux_kind})"],
+        ["PSF", f"{psf.fwhm_px:.2f} px FWHM, divided by {psf.flux:.4g} ({psf.flux_kind})"],
         ["weight of the diagonal (rho)", f"median {np.median(rho):.3f}, {rho.min():.3f} to {rho.max():.3f}"],
         ["locations with a singular covariance", str(int(maps.singular.sum()))],
-        ["error of the PSF expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the SNR noise"],
+        ["error of the PSF expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the noise"],
     ]
     text = ""
     if result.spectral:
-        first, last = result.of.wavelengths[[0, -1]]
-        rows.insert(0, ["channels", f"{len(result.of.each)} of {len(result.of.kept)}, {first:g} to {last:g}"])
+        first, last = result.channels.wavelengths[[0, -1]]
+        rows.insert(
+            0, ["channels", f"{len(result.channels.each)} of {len(result.channels.kept)}, {first:g} to {last:g}"]
+        )
         text = f"Frames, PSF and pixel numbers refer to the middle channel, {result.stack.wavelengths[channel]:g}."
     table = Table("Parameters of the stack", ["", ""], rows, [])
     saved = figures.save(figure, out_dir / "figures", "frames")
@@ -269,7 +271,9 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
     if result.truth:
         columns.append("truth")
         rows = [[*row, known(s, result)] for row, s in zip(rows, sources, strict=True)]
-    missed = [t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.of.fwhm_px for s in sources)]
+    missed = [
+        t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.channels.fwhm_px for s in sources)
+    ]
     notes = [f"Not detected: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
     return Table(
         counted(len(sources), "source"),
@@ -294,7 +298,7 @@ def nearest_known(source: PointSource, result: Result) -> tuple[float, float, fl
         return float(np.hypot(known[0] - source.y, known[1] - source.x))
 
     nearest = min(result.truth, key=distance, default=None)
-    return nearest if nearest is not None and distance(nearest) <= result.of.fwhm_px else None
+    return nearest if nearest is not None and distance(nearest) <= result.channels.fwhm_px else None
 
 
 def for_console(table: Table) -> rich.table.Table:
@@ -309,11 +313,11 @@ def for_console(table: Table) -> rich.table.Table:
 
 
 def summary(result: Result, search: Search) -> dict[str, str]:
-    config = result.config
+    config, (height, width) = result.config, result.channels.shape
     return {
         "stack": str(config.data.cube or f"synthetic, seed {config.seed}"),
-        "frames": f"{len(result.of.reference.deviations)} of {result.of.shape[0]} x {result.of.shape[1]} px",
-        **({"channels": str(len(result.of.each))} if result.spectral else {}),
+        "frames": f"{len(result.channels.reference.deviations)} of {height} x {width} px",
+        **({"channels": str(len(result.channels.each))} if result.spectral else {}),
         "method": f"PACO, {config.method.mode}, shrinkage {config.method.shrinkage}",
         "sources": str(len(search.sources)),
         "highest SNR": f"{np.nanmax(search.maps.snr):.2f}",

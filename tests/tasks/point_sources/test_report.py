@@ -78,13 +78,15 @@ def search(
     )  # fmt: skip
     null = replace(maps, snr=0.8 * rng.permuted(snr))
     profile = null_profile(null.snr, CENTRE, 4.6)
-    n = len(made.of.each)
+    n = len(made.channels.each)
     r = np.stack([np.eye(n) * (1 - share) + share for share in (0.625, 0.25)])
     combination = Combination(np.array([7.0, 15.0]), r, as_spectra(templates, n))
     level = np.linspace(40.0, 160.0, n)
-    spectra = [SourceSpectrum(s.label, made.of.wavelengths, level, level / 20, level / 10, 0, 0.5) for s in sources]
+    spectra = [
+        SourceSpectrum(s.label, made.channels.wavelengths, level, level / 20, level / 10, 0, 0.5) for s in sources
+    ]
     return Search(
-        maps=maps, sources=list(sources), fits=[], residual=made.of, null=null, profile=profile,
+        maps=maps, sources=list(sources), fits=[], residual=made.channels, null=null, profile=profile,
         snr_calibrated=snr / 0.8, n_patch=49, caveats=caveats, combination=combination,
         template=np.zeros(shape, int), spectra=spectra,
     )  # fmt: skip
@@ -155,7 +157,7 @@ def test_nothing_found_is_said():
 @pytest.mark.parametrize(("offset", "same"), [(4.5, True), (4.7, False)])
 def test_source_is_the_known_one_within_one_fwhm(offset, same):
     made = result(truth=TRUTH[:1])
-    assert made.of.fwhm_px == pytest.approx(4.6, abs=0.05)
+    assert made.channels.fwhm_px == pytest.approx(4.6, abs=0.05)
     assert (known(source(y=28.0 + offset, x=30.0), made) != "none (false alarm)") == same
 
 
@@ -201,7 +203,7 @@ def test_null_is_judged_outside_of_one_fwhm(tmp_path, undrawn):
     made = result(truth=())
     found = search(made)
     y, x = np.indices((HEIGHT, WIDTH))
-    outside = np.hypot(y - CENTRE[0], x - CENTRE[1]) > made.of.fwhm_px
+    outside = np.hypot(y - CENTRE[0], x - CENTRE[1]) > made.channels.fwhm_px
     snr = np.where(outside, found.null.snr, 77.0)
     values = snr[outside & np.isfinite(snr)]
     section = adi_report.null_section(made, replace(found, null=replace(found.null, snr=snr)), tmp_path)
