@@ -15,7 +15,7 @@ from pulmo_jax import detect
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.observing_date import observed_mjd
 from pulmo_jax.data.synthetic import rotating_stack
-from pulmo_jax.tasks.point_sources.combination import MAPS, open_epochs
+from pulmo_jax.tasks.point_sources.combination_reading import MAPS, open_epochs
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import InputError
 
