@@ -163,7 +163,7 @@ def refuse_or_resume(run_dir: Path, resume: bool) -> None:
     """
     if not resume and Checkpoints(run_dir / "checkpoints", read_only=True).steps():
         raise InputError(
-            f"{run_dir} already holds a run; resume=true continues it, hydra.run.dir=DIR starts a new one elsewhere"
+            f"{run_dir} already contains a run; resume=true continues it, hydra.run.dir=DIR starts a new one elsewhere"
         )
 
 

@@ -133,11 +133,13 @@ def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if not kept.any():
         return kept, usable, caveats
     if not usable.all():
-        caveats.append(f"{int((~usable).sum())} pixels are left out of every patch: not finite or saturated in a frame")
+        caveats.append(
+            f"{int((~usable).sum())} pixels are excluded from every patch: not finite or saturated in a frame"
+        )
     chosen = frames if kept.all() else frames[kept]
     constant = usable & (chosen.max(0) == chosen.min(0))
     if constant.any():
-        caveats.append(f"{int(constant.sum())} pixels never vary and are left out of every patch")
+        caveats.append(f"{int(constant.sum())} pixels are constant and excluded from every patch")
     return kept, usable & ~constant, caveats
 
 
