@@ -244,7 +244,7 @@ def test_constant_pixels_are_left_out():
     expected = np.ones((H, W), bool)
     expected[2, 3], expected[:, -1] = False, False
     np.testing.assert_array_equal(of.usable, expected)
-    assert of.caveats == (f"{H + 1} pixels are constant and excluded of every patch",)
+    assert of.caveats == (f"{H + 1} pixels are constant and excluded from every patch",)
 
 
 def test_pixels_that_vary_in_dropped_frames_only_are_constant():
