@@ -25,7 +25,7 @@ from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, check_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
 from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.runs.paths import check_paths
-from pulmo_jax.runs.task import Task, find_task
+from pulmo_jax.runs.task import Task, find_task, task_names
 from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
@@ -335,6 +335,13 @@ def defaults_of(schema: type[BaseModel], given: BaseModel | None = None) -> dict
         elif annotation not in (dict[str, Any], dict[str, dict[str, Any]]):  # nodes come from config groups
             values[name] = "???"
     return values
+
+
+def other_tasks(command: Command) -> list[Task]:
+    """Other tasks whose runs the verb accepts."""
+    names = [name for name in task_names() if command.task is None or name != command.task.name]
+    tasks = [find_task(name) for name in names] if command.verb in OF_RUN else []
+    return [task for task in tasks if command.verb in task.config.SECTIONS]
 
 
 def experiments_of(verb: str) -> list[str]:

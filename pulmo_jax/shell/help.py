@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from pulmo_jax.config.nodes import argument_schema, parameters_of_node
-from pulmo_jax.runs.task import Task, find_task, task_names
-from pulmo_jax.shell.composing import GROUPS, OF_RUN, Command, experiments_of, is_section, package_configs
+from pulmo_jax.runs.task import Task
+from pulmo_jax.shell.composing import GROUPS, Command, experiments_of, is_section, other_tasks, package_configs
 
 
 def print_help(command: Command, examples: str) -> None:
@@ -32,13 +32,6 @@ def print_help(command: Command, examples: str) -> None:
     if verb != "predict":
         print("hydra.run.dir=DIR  folder for the results")
     print("--hydra-help  Hydra's own options")
-
-
-def other_tasks(command: Command) -> list[Task]:
-    """Other tasks whose runs the verb accepts."""
-    names = [name for name in task_names() if command.task is None or name != command.task.name]
-    tasks = [find_task(name) for name in names] if command.verb in OF_RUN else []
-    return [task for task in tasks if command.verb in task.config.SECTIONS]
 
 
 def print_keys(
