@@ -235,5 +235,5 @@ def test_a_target_without_an_argument_of_its_group_is_refused(module):
     module("my_methods", SEEDED)
     node = {"_target_": "my_methods.Bare"}
     check_node(node, "method", ("my_methods",))
-    with pytest.raises(InputError, match="method._target_=my_methods.Bare: takes no network, so it is no method"):
+    with pytest.raises(InputError, match="method._target_=my_methods.Bare: lacks the arguments network of a method"):
         check_node(node, "method", ("my_methods",), ["network"])

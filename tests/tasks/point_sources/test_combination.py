@@ -175,7 +175,7 @@ def test_damaged_maps_are_refused(runs):
     fits.writeto(runs[1] / "a.fits", a, fits.Header(), overwrite=True)
     assert "header is incomplete" in refusal(runs[1:])
     (runs[2] / "config.yaml").write_text("- 1")
-    assert "not what detect writes" in refusal(runs[2:])
+    assert "not a valid config of detect" in refusal(runs[2:])
 
 
 def test_dates_scales_and_units_must_be_known_and_agree(runs, tmp_path):
