@@ -44,7 +44,7 @@ def open_run(path: Path | str, plugins: Sequence[str] = ()) -> OpenRun:
     """
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder}: no config.yaml there; give the run directory that training printed")
+        raise InputError(f"{folder}: no config.yaml there; give the directory of a training run")
     use_compile_cache(None)
     return find_task(task_of(folder), plugins).open_run(folder, tuple(plugins))
 

@@ -87,7 +87,7 @@ def check_node(node: Node, where: str, plugins: tuple[str, ...], required: Itera
     missing = [name for name in required if name not in known]
     if missing:
         group = group_of(where)
-        raise InputError(f"{where}._target_={node['_target_']}: takes no {', '.join(missing)}, so it is no {group}")
+        raise InputError(f"{where}._target_={node['_target_']}: lacks the arguments {', '.join(missing)} of a {group}")
     check_arguments(known, node, where)
     for key, place in nodes_within(node, where):
         check_node(node[key], place, plugins)
@@ -151,10 +151,10 @@ def allowed_target(node: Node, where: str, plugins: tuple[str, ...]) -> str:
     """The name of a node's target. Raises InputError if it lies outside the group's home and the listed plugins."""
     name = node.get("_target_")
     if not isinstance(name, str) or "." not in name:
-        raise InputError(f"{where}._target_ is {name!r}; it must name a class or function, as package.module.Name")
+        raise InputError(f"{where}._target_ is {name!r}; it must name a class or function as package.module.Name")
     homes, package = HOMES[group_of(where)], name.split(".")[0]
     if package not in plugins and not name.startswith(tuple(f"{home}." for home in homes)):
-        hint = "" if package == "pulmo_jax" else f"; if it is yours, add plugins=[{package}]"
+        hint = "" if package == "pulmo_jax" else f"; for your own package, add plugins=[{package}]"
         ours = f"{', '.join(homes)} and " if homes else ""
         raise InputError(
             f"{where}._target_={name}: only {ours}the packages in plugins={list(plugins)} may be built{hint}"
@@ -171,7 +171,7 @@ def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
     except (ImportError, AttributeError) as error:
         raise InputError(f"{where}._target_={name}: cannot be imported ({error})") from error
     if not callable(target):
-        raise InputError(f"{where}._target_={name}: is no class or function but {type(target).__name__}")
+        raise InputError(f"{where}._target_={name}: is a {type(target).__name__}, not a class or function")
     return target
 
 

@@ -18,7 +18,7 @@ Bool = Annotated[bool, Strict()]
 def _as_path(value: Any) -> Any:
     """Folders may be called 2024; an empty path would be the current folder, so `data.train=$UNSET` is refused."""
     if value == "":
-        raise ValueError("is empty; give a path, or null where the key may be left out")
+        raise ValueError("is empty; give a path, or null for an optional key")
     return str(value) if isinstance(value, int | float) else value
 
 
@@ -28,7 +28,7 @@ Pair = tuple[Float, Float]
 
 def _is_run(path: Path) -> Path:
     if not (path / "config.yaml").is_file():
-        raise ValueError("no config.yaml there; give the run directory that training printed")
+        raise ValueError("no config.yaml there; give the directory of a training run")
     return path
 
 

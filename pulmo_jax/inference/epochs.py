@@ -88,9 +88,9 @@ def combine_in_float64(
     """`combine`, with float64 enabled by the caller."""
     epochs = prepare(maps)
     bank = make_bank(maps[0], epochs, fwhm_px, plan)
-    say(f"{len(bank.starts)} places at the first date, {len(bank.shapes.omega)} tracks through each")
+    say(f"{len(bank.starts)} positions at the first date, {len(bank.shapes.omega)} tracks through each")
     if len(maps) > 1:
-        say(f"noise: {plan.fields} fields of reversed-angle maps, as many of the maps themselves, turned")
+        say(f"noise: {plan.fields} fields of rotated null maps, and as many of rotated maps")
     noise = thresholds(maps, nulls, fwhm_px, bank, plan)
     threshold = max((null.value for null in noise), default=plan.single_threshold**2)
     first = now = highest(epochs, bank, plan)
@@ -113,5 +113,5 @@ def combine_in_float64(
         best=found[0] if found else first.track,
         coverage=coverage(epochs, bank, fwhm_px, plan) if plan.star else np.ones(0),
         n_tracks=len(bank.starts) * len(bank.shapes.omega),
-        caveats=(f"the search stopped at {len(found)} sources; there are more peaks",) if full else (),
+        caveats=(f"the search stopped at {len(found)} sources, but there are further peaks",) if full else (),
     )

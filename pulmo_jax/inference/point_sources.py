@@ -113,7 +113,7 @@ def find_sources(
     channels = as_channels(observation)
     spectra = as_spectra(spectra, len(channels.kept))[:, channels.kept]
     each = channel_maps(channels, settings, track=track)
-    say("the empirical null, from reversed angles")
+    say("null map with reversed angles")
     nulls = channel_maps(channels, settings, reversed_angles=True, track=track)
     combination = Combination(*correlation_of(nulls, channels), spectra)
     noise = noise_of(nulls, channels, combination)
@@ -125,7 +125,7 @@ def find_sources(
     found = refine(channels, settings, found)
     residual = without_sources(channels, [candidate.fit for candidate in found])
     if found:
-        say("the empirical null again, without the sources")
+        say("null map without the sources")
         noise = noise_of(channel_maps(residual, settings, reversed_angles=True, track=track), channels, combination)
     described = describe_all(found, residual, settings, noise, combination, north_deg)
     caveats = (*channels.caveats, *(caveat for caveat in maps.caveats if caveat not in channels.caveats))

@@ -246,6 +246,6 @@ def naming_what_to_lower(tiles: Tiles, shape: tuple[int, ...]) -> AbstractContex
     """A lack of memory becomes an InputError."""
     return explain_out_of_memory(
         f"scoring an image of {shape[0]} x {shape[1]} px",
-        f"lower tiles.batch_size (now {tiles.batch_size}; of a finished run in its config.yaml), or leave out such "
-        "large images by data.max_image_mb",
+        f"lower tiles.batch_size (now {tiles.batch_size}; for a finished run in its config.yaml), or skip such "
+        "large images with data.max_image_mb",
     )

@@ -27,8 +27,8 @@ TINY = 1e-12  # a score has a logarithm
 def require_two(n_classes: int) -> None:
     if n_classes != 2:
         raise InputError(
-            f"method: a model of the normal class tells two classes apart, there are {n_classes}; put all that is not "
-            "normal into one folder, or use method=classifier"
+            f"method: an anomaly method needs two classes, but there are {n_classes}; put all abnormal "
+            "images into one folder, or use method=classifier"
         )
 
 

@@ -17,7 +17,9 @@ LandmarkLoss = Callable[..., Float[Array, "*B"]]  # called with displacement=, c
 def laplace(
     displacement: Float[Array, "*B 2"],
     covariance: Float[Array, "*B 2 2"],
-    least_sd: Annotated[float, Field(gt=0, description="sd added to the heat map's, % of the side")] = 0.25,
+    least_sd: Annotated[
+        float, Field(gt=0, description="standard deviation added to that of the heat map, % of the side")
+    ] = 0.25,
 ) -> Float[Array, "*B"]:
     """Negative log-likelihood of a bivariate Laplacian, log|C| / 2 + sqrt(3 d' C^-1 d), up to a constant; smooth at 0.
 
@@ -35,8 +37,8 @@ def laplace(
 def wing(
     displacement: Float[Array, "*B 2"],
     covariance: Float[Array, "*B 2 2"],
-    width: Annotated[float, Field(gt=0, description="% of the side at which the loss becomes linear")] = 5.0,
-    curve: Annotated[float, Field(gt=0, description="curvature below that")] = 1.0,
+    width: Annotated[float, Field(gt=0, description="error at which the loss becomes linear, % of the side")] = 5.0,
+    curve: Annotated[float, Field(gt=0, description="curvature of the logarithmic part")] = 1.0,
 ) -> Float[Array, "*B"]:
     """Logarithmic for small displacements, linear for large ones.
 

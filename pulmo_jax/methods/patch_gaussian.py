@@ -138,10 +138,10 @@ class PatchGaussian:
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, FeatureNetwork):
-            raise InputError(f"method: the model {type(self.network).__name__} has no feature_maps; use another one")
+            raise InputError(f"method: the model {type(self.network).__name__} has no feature_maps; use another model")
         if (self.shrinkage == "fixed") != (self.rho is not None):
             raise InputError(
-                f"method.rho={self.rho} with method.shrinkage={self.shrinkage}: fixed needs a rho, others need none"
+                f"method.rho={self.rho} with method.shrinkage={self.shrinkage}: fixed needs a rho, others none"
             )
         if self.window_px > self.map_side:
             raise InputError(
@@ -149,7 +149,7 @@ class PatchGaussian:
                 f"{self.map_side} px; give a smaller window"
             )
         if self.score == "matched" and self.cell_px > 1:
-            raise InputError("method.score=matched needs pixels or a residual: nobody knows a blob's look in features")
+            raise InputError("method.score=matched needs pixels or a residual, not features")
         if self.score == "matched" and max(self.blob_sigmas_px) > self.window_px / 3:
             raise InputError(
                 f"method.blob_sigmas_px={list(self.blob_sigmas_px)}: a blob must fit into its window of "
@@ -254,16 +254,16 @@ class PatchGaussian:
         moments: Moments = params["moments"]
         if not float(moments.n.max()):
             raise InputError(
-                f"no window of {self.window_side} px lies wholly inside the foreground; give a smaller method.window_px"
+                f"no window of {self.window_side} px lies completely in the foreground; give a smaller method.window_px"
             )
         if not float(variances(moments).max()):
-            raise InputError("the training images do not vary at all: there is no normal variation to learn")
+            raise InputError("the training images are constant: there is no normal variation to model")
         least, d = int(moments.n.min()), self.dimensions
-        where = "" if self.locations == "pooled" else " at some place"
+        where = "" if self.locations == "pooled" else " at some locations"
         if least >= 2 * d:
             return ()
         return (
-            f"{least} windows{where} for a covariance of {d} dimensions: it rests on its shrinkage; give more images, "
+            f"{least} windows{where} for a covariance of {d} dimensions: shrinkage dominates; give more images, "
             "or a smaller method.window_px or method.n_features",
         )
 

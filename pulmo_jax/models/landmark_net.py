@@ -36,13 +36,13 @@ class LandmarkNet(nnx.Module):
         channels: int,
         rngs: nnx.Rngs,
         stem_stride: Annotated[
-            Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice that")
+            Literal[2, 4], Field(description="stride of the first layer; the heat maps have twice this stride")
         ] = 4,
         widths: Annotated[
             tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
-            Field(min_length=3, description="features of the first layer, and after each halving"),
+            Field(min_length=3, description="number of features of the first layer and after each downsampling"),
         ] = (16, 32, 64, 128, 128),
-        blocks: Annotated[int, Field(ge=1, description="residual blocks after each halving")] = 1,
+        blocks: Annotated[int, Field(ge=1, description="number of residual blocks after each downsampling")] = 1,
     ):
         self.stride = stem_stride * 2 ** (len(widths) - 1)
         steps = list(pairwise(widths))

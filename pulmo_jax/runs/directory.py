@@ -1,8 +1,7 @@
-"""A run directory: sealed when training has finished, verified when it is opened.
+"""Run directories: sealed after training, verified on opening. Nothing in them is executed.
 
-Nothing in it is executed. finished.json, written last, names the checkpoint that the calibration belongs to and holds
-the SHA-256 of every file that a run is opened from: thresholds with other parameters, or with a flipped bit, would give
-wrong results silently.
+finished.json is written last. It names the checkpoint of the calibration and contains the SHA-256 of every file that is
+read on opening, because thresholds with other parameters or damaged files would silently give wrong results.
 """
 
 import hashlib
@@ -40,24 +39,37 @@ PACKAGES = (
     "astropy",
 )
 FINISHED = "finished.json"
-DEFAULT_TASK = "anomalies"  # of a config.yaml without the key
+DEFAULT_TASK = "anomalies"  # for a config.yaml without the key `task`
 
 
 def seal(run: Path, step: int, files: Sequence[str]) -> None:
-    """Marks a run as finished: from now on it can be opened, with the checkpoint of `step`."""
+    """Mark a run as finished, so that it can be opened.
+
+    Args:
+        run: Run directory.
+        step: Step of the checkpoint that the calibration belongs to.
+        files: Files that are read on opening, in addition to the checkpoint.
+    """
     write_json(run / FINISHED, {name: _digest(run / name) for name in (*files, f"checkpoints/{step}/{MANIFEST}")})
 
 
 def unseal(run: Path) -> None:
-    """Before training continues: its calibration would soon belong to parameters that are gone."""
+    """Remove the seal before training continues, because the calibration becomes invalid."""
     (run / FINISHED).unlink(missing_ok=True)
 
 
 def sealed_step(run: Path, files: Sequence[str]) -> int:
-    """The checkpoint that the calibration belongs to.
+    """Verify the files of a finished run.
+
+    Args:
+        run: Run directory.
+        files: Files that are read on opening, in addition to the checkpoint.
+
+    Returns:
+        Step of the checkpoint that the calibration belongs to.
 
     Raises:
-        InputError: The run is not finished, or a file is not as training wrote it.
+        InputError: If the run is not finished, or a file has changed since training.
     """
     again = f"train resume=true hydra.run.dir={run} trains it again"
     try:
@@ -73,26 +85,29 @@ def sealed_step(run: Path, files: Sequence[str]) -> int:
         raise InputError(f"{run / FINISHED}: is not valid; {again}")
     for name, digest in digests.items():
         try:
-            found = _digest(run / name)
+            current = _digest(run / name)
         except OSError as error:
             reason = f"listed in {FINISHED}, cannot be read ({error.strerror})"
             raise InputError(f"{run / name}, {reason}; {again}") from error
-        if found != digest:
+        if current != digest:
             raise InputError(f"{run / name}: has changed since training (SHA-256 differs from {FINISHED}); {again}")
     return int(steps[0])
 
 
 def restore_sealed(run: Path, step: int, like: TrainState, *, as_written: bool = False) -> TrainState:
-    """What inference needs of a finished run's checkpoint.
+    """Restore the state of a finished run for inference.
 
     Args:
         run: Run directory.
-        step: Of the checkpoint.
-        like: Structure of what is restored; fields that are empty tuples, such as the optimizer's, are not read.
-        as_written: Take the shapes on disk.
+        step: Step of the checkpoint.
+        like: Structure of the state; fields that are empty tuples, such as the optimizer state, are not read.
+        as_written: Take the shapes from the disk.
+
+    Returns:
+        The state.
 
     Raises:
-        InputError: The checkpoint is damaged, or of another architecture.
+        InputError: If the checkpoint is damaged, or belongs to another architecture.
     """
     try:
         with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
@@ -105,7 +120,7 @@ def restore_sealed(run: Path, step: int, like: TrainState, *, as_written: bool =
 
 
 def digest_of_run(run: Path) -> str:
-    """Changes when the run is trained again."""
+    """Digest of a run, which changes when it is trained again."""
     return hashlib.sha256((run / FINISHED).read_bytes()).hexdigest()
 
 
@@ -114,7 +129,14 @@ def _digest(path: Path) -> str:
 
 
 def load_values(run: Path) -> dict[str, Any]:
-    """The values of config.yaml, in the present keys. Interpolations, which could read the environment, stay text."""
+    """Read config.yaml, with renamed keys of older runs; interpolations, which could read the environment, stay text.
+
+    Args:
+        run: Run directory.
+
+    Returns:
+        Config keys and values.
+    """
     values: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=False)
     return migrated(values) if isinstance(values, dict) else {}
 
@@ -140,12 +162,12 @@ def load_config(run: Path, schema: type[C], plugins: tuple[str, ...]) -> C:
 
 
 def task_of(run: Path) -> str:
-    """The name of the task that made the run."""
+    """Name of the task of a run."""
     return str(load_values(run).get("task", DEFAULT_TASK))
 
 
 def save_config(config: Section, path: Path) -> None:
-    """Paths are written as they are in the config: absolute, so that the run can be used from any folder."""
+    """Write a config as YAML; its paths are absolute, so that the run can be used from any folder."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
@@ -154,13 +176,13 @@ def build_optimizer(config: Any) -> Any:
 
 
 def citation_of(run: Path) -> list[str]:
-    """The citations that a run's data ask for."""
+    """Citations for the data of a run."""
     text = json.loads((run / "run.json").read_text())["citation"]
     return [text] if text else []
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and machine, for the run's records."""
+    """Versions of packages, and the machine, for run.json."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -171,7 +193,7 @@ def provenance() -> dict[str, Any]:
 
 
 def use_compile_cache(folder: Path | None) -> None:
-    """Keeps compiled programs in the user's cache, so that the next start is fast."""
+    """Enable the XLA compilation cache; without a folder, in the user's cache folder."""
     cache = folder or cache_folder() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,4 +1,4 @@
-"""Folders of images that a config names."""
+"""Checks of the image paths in a config."""
 
 import typing
 from collections.abc import Iterator
@@ -10,21 +10,32 @@ from pulmo_jax.types import InputError
 
 
 def check_paths(config: Section) -> None:
-    """Every image, and every folder of images, that is given must be there.
+    """Check that all images and image folders of a config exist.
+
+    Args:
+        config: Typed config.
 
     Raises:
-        InputError: Names the key, and what is at its path.
+        InputError: If one does not exist or is of the wrong kind.
     """
     for key, path, kind in image_paths(config):
         if kind == INPUT and not path.exists():
             raise InputError(f"{key}={path}: does not exist; give an image or a folder of images")
         if kind == IMAGES and not path.is_dir() and not is_store_file(path):
-            what = "is a file" if path.exists() else "does not exist"
-            raise InputError(f"{key}={path}: {what}; give a folder of images or a store")
+            problem = "is a file" if path.exists() else "does not exist"
+            raise InputError(f"{key}={path}: {problem}; give a folder of images or a store")
 
 
 def image_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, Path, str]]:
-    """(key, path, IMAGES or INPUT) of every path that the typed config marks as one of images."""
+    """Image paths of a config.
+
+    Args:
+        config: Typed config.
+        prefix: Prefix of the keys.
+
+    Yields:
+        Key, path, and IMAGES or INPUT.
+    """
     for name, field in type(config).model_fields.items():
         value, kinds = getattr(config, name), [*field.metadata, *marks(field.annotation)]
         if isinstance(value, Section):
@@ -34,7 +45,7 @@ def image_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, Path, 
 
 
 def marks(annotation: Any) -> list[Any]:
-    """The metadata of an annotation and of the members of a union."""
+    """Metadata of an annotation, including the members of a union."""
     return [*getattr(annotation, "__metadata__", ()), *(m for part in typing.get_args(annotation) for m in marks(part))]
 
 

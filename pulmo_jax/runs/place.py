@@ -1,4 +1,4 @@
-"""Where a run works: its directory and its console."""
+"""Output folder and console of a run."""
 
 import os
 import tempfile
@@ -19,13 +19,13 @@ from pulmo_jax.training import devices
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run works.
+    """Output folder and console of a run.
 
     Attributes:
-        run_dir: The run directory, which all processes of a training read.
-        folder: Where this process writes: the run directory, or a temporary folder in all processes but the first.
-        console: Where progress and results are printed.
-        formats: The user's own image formats, in addition to the built-in ones.
+        run_dir: Run directory, which all processes of a training read.
+        folder: Output folder of this process: the run directory in the first process, a temporary folder in others.
+        console: For progress and results.
+        formats: Image formats of the user, in addition to the built-in ones.
     """
 
     run_dir: Path
@@ -39,7 +39,18 @@ class Place:
 
 @contextmanager
 def workplace(run_dir: Path, formats: Sequence[Format] = ()) -> Iterator[Place]:
-    """The run directory, locked against other runs; in the other processes of a training, a temporary folder."""
+    """Open and lock the run directory; in all processes of a training except the first, a temporary folder.
+
+    Args:
+        run_dir: Run directory.
+        formats: Image formats of the user.
+
+    Yields:
+        Output folder and console.
+
+    Raises:
+        InputError: If another run uses the directory.
+    """
     if devices.is_first():
         with claim(run_dir):
             yield Place(run_dir, run_dir, make_console(), formats)

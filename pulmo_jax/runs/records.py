@@ -1,5 +1,4 @@
-"""The frame of every prediction: what an earlier call has finished is kept, every item leaves a record, failures are
-told."""
+"""Frame of every prediction: finished items are kept, every item gets a record, failures are reported."""
 
 import json
 import sys
@@ -20,14 +19,14 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Item:
-    """What is predicted at once: an image, or all pages of a file.
+    """Unit of prediction: an image, or all pages of a file.
 
     Attributes:
-        name: Of its record, below records/.
+        name: Name of its record in records/.
         refs: Its images.
-        key: What its result depends on; changes when the run or a file does.
-        outputs: Files that its prediction writes.
-        context: What else the task knows of it.
+        key: Fingerprint of the run and the files; a record with another key is outdated.
+        outputs: Output files of the item.
+        context: Further data of the task.
     """
 
     name: str
@@ -39,12 +38,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What prediction writes for all items together.
+    """Outputs for all items together.
 
     Attributes:
-        tables: Text files, by name.
-        summary: summary.json.
-        sentence: What was found, for the console.
+        tables: Text files by name.
+        summary: Content of summary.json.
+        sentence: Summary for the console.
     """
 
     tables: Mapping[str, str]
@@ -53,10 +52,16 @@ class Outputs:
 
 
 def predict_all(prediction: Prediction, run: Any, config: Any, place: Place) -> int:
-    """Predicts every item that no earlier call has finished; writes records, tables and summary.json.
+    """Predict all items without an up-to-date record; write records, tables and summary.json.
+
+    Args:
+        prediction: Prediction of the task.
+        run: Opened run.
+        config: Config of `predict`.
+        place: Output folder and console.
 
     Returns:
-        The exit status: 0, or SOME_FAILED.
+        Exit status: 0, or SOME_FAILED.
     """
     began = time.monotonic()
     items, unreadable = prediction.read(run, config, place)
@@ -91,7 +96,7 @@ def record_path(item: Item, output: Path) -> Path:
 
 
 def finished_records(items: Sequence[Item], output: Path) -> dict[str, Record]:
-    """An earlier call's records of the same run and files, where all outputs are there."""
+    """Up-to-date records of an earlier call whose outputs exist, by item."""
     return {item.name: record for item in items if (record := finished_record(item, output)) is not None}
 
 

@@ -1,4 +1,4 @@
-"""What a run found on labelled images, written: metrics.json, metrics.md, report.html and the task's own tables."""
+"""Output of an assessment: metrics.json, metrics.md, report.html and tables of the task."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ class Findings:
 
     Attributes:
         title: Heading of the report.
-        metrics: metrics.json.
-        markdown: metrics.md.
-        sections: Of the report, whose figures are on disk.
+        metrics: Content of metrics.json.
+        markdown: Content of metrics.md.
+        sections: Sections of the report; their figures are already written.
         summary: Facts at the top of the report.
         shown: Tables for the console.
-        tables: Other files, by name.
-        citations: Of the data.
-        warnings: What a reader must know; printed too.
-        objective: What a sweep minimises.
+        tables: Further text files by name.
+        citations: Citations of the data.
+        warnings: Warnings, also printed.
+        objective: Objective of a sweep, which is minimised.
     """
 
     title: str
@@ -46,7 +46,13 @@ class Findings:
 
 
 def write_findings(findings: Findings, folder: Path, console: Console) -> None:
-    """report.html is written last."""
+    """Write and print an assessment; report.html is written last.
+
+    Args:
+        findings: Outcome of the assessment.
+        folder: Output folder.
+        console: For tables and warnings.
+    """
     write_json(folder / "metrics.json", dict(findings.metrics))
     write_text(folder / "metrics.md", findings.markdown)
     for name, content in findings.tables.items():
@@ -87,7 +93,7 @@ def with_figures(findings: Findings, run: Any, config: Any, folder: Path) -> Fin
 
 
 def summarise_training(run: Any, training: Mapping[str, Any]) -> dict[str, str]:
-    """The plain facts of a training, for the top of its report; those with parts of their own are drawn."""
+    """Scalar facts of a training, for the top of its report."""
     facts = {"run": str(run.path), "seed": str(run.config.seed)}
     plain = {key: value for key, value in training.items() if not isinstance(value, Mapping)}
     return facts | {k.replace("_", " "): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in plain.items()}

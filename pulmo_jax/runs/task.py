@@ -60,61 +60,61 @@ class OpenRun(Protocol):
 
 @runtime_checkable
 class Training(Protocol):
-    """training.py: from data to a calibrated run."""
+    """Interface of training.py: from data to a calibrated run."""
 
     def check(self, config: Any) -> None:
-        """Validates the `_target_` nodes without building them. Raises InputError."""
+        """Validate the `_target_` nodes without building them. Raises InputError."""
         ...
 
     def prepare(self, config: Any, place: "Place") -> tuple[Any, str]:
-        """The config with its data (sample data, those of a resumed run, a base run), and the citation they ask for."""
+        """Complete the config (sample data, resumed run, base run); return it with the citation of the data."""
         ...
 
     def read(self, config: Any, place: "Place") -> Any:
-        """Lists, splits and reads the data."""
+        """List, split and read the data."""
         ...
 
     def learning(self, config: Any, data: Any, place: "Place") -> "Learning":
-        """What the loop needs: state, step, batches, validation."""
+        """Input of the training loop: state, step, batches, validation."""
         ...
 
     def records(self, config: Any, data: Any) -> Mapping[str, Any]:
-        """JSON files, by name, that describe what the run is made with."""
+        """JSON files by name that describe the data of the run."""
         ...
 
     def finish(self, config: Any, data: Any, learned: "Learned", place: "Place") -> Any:
-        """Calibrates, and writes the files that the run is opened from; returns what `assess` needs of it."""
+        """Calibrate, and write the files that are read on opening; return the input of `assess`."""
         ...
 
     def assess(self, outcome: Any, data: Any, learned: "Learned", place: "Place") -> "Findings":
-        """The report of the training that has just ended."""
+        """Report of the finished training."""
         ...
 
 
 @runtime_checkable
 class Runs(Protocol):
-    """run.py: a run directory, opened."""
+    """Interface of run.py: opening of run directories."""
 
     SEALED: Sequence[str]
-    """Files, beside the checkpoint, that a finished run is opened from."""
+    """Files that are read on opening, in addition to the checkpoint."""
 
     def open_run(self, path: Path, plugins: tuple[str, ...] = ()) -> OpenRun:
-        """Raises InputError if it is not finished, or not as training wrote it."""
+        """Open a finished run. Raises InputError if it is not finished or has changed since training."""
         ...
 
 
 @runtime_checkable
 class Prediction(Protocol):
-    """prediction.py: results for new images, a record for each."""
+    """Interface of prediction.py: results and a record for each new image."""
 
     def read(self, run: Any, config: Any, place: "Place") -> tuple[Sequence["Item"], Sequence["Skipped"]]:
-        """The items to predict, and the files that cannot be read."""
+        """List the items to predict, and unreadable files."""
         ...
 
     def predict(
         self, run: Any, items: Sequence["Item"], config: Any, place: "Place"
     ) -> Iterator[tuple["Item", "Record | Skipped"]]:
-        """Writes the outputs of every item; yields its record, or why there is none."""
+        """Write the outputs of every item; yield its record, or the reason of its failure."""
         ...
 
     def collect(
@@ -126,13 +126,13 @@ class Prediction(Protocol):
         config: Any,
         place: "Place",
     ) -> "Outputs":
-        """The tables of all finished items together."""
+        """Tables of all finished items."""
         ...
 
 
 @runtime_checkable
 class Assessment(Protocol):
-    """assessment.py: a run on labelled images."""
+    """Interface of assessment.py: evaluation on labelled images."""
 
     def read_test(self, run: Any, config: Any, place: "Place") -> Any: ...
 
@@ -141,21 +141,21 @@ class Assessment(Protocol):
 
 @runtime_checkable
 class Detection(Protocol):
-    """detection.py: a search that needs no training."""
+    """Interface of detection.py: a search without training."""
 
     def detect(self, config: Any, place: "Place") -> int:
-        """Writes maps, tables and the report; returns the number of sources found."""
+        """Search; write maps, tables and report; return the number of sources."""
         ...
 
     def detect_arrays(
         self, given: Mapping[str, Any], compose: Callable[[dict[str, str]], Any], console: "Console"
     ) -> Any:
-        """Searches a stack of arrays; writes nothing."""
+        """Search a stack of arrays without output files."""
         ...
 
 
 class Task:
-    """The parts of a task, each imported on first use.
+    """A task, whose modules are imported on first use.
 
     Args:
         package: Dotted name of the task's package, its `__name__`.
@@ -198,10 +198,16 @@ class Task:
             return self.runs.open_run(path, plugins)
 
     def section(self, verb: str) -> type[Section]:
-        """The typed config of a verb.
+        """Typed config of a verb.
+
+        Args:
+            verb: Name of the verb.
+
+        Returns:
+            Class of the config.
 
         Raises:
-            InputError: The task has no such verb.
+            InputError: If the task does not support the verb.
         """
         sections = self.config.SECTIONS
         if verb not in sections:
@@ -213,10 +219,17 @@ class Task:
 
 
 def find_task(name: str, plugins: Sequence[str] = ()) -> Task:
-    """The task called `name`: ours, or that of a plugin, `PLUGIN.tasks.NAME` or a plugin of that name itself.
+    """Find a task: `pulmo_jax.tasks.NAME`, `PLUGIN.tasks.NAME`, or a plugin called NAME.
+
+    Args:
+        name: Name of the task.
+        plugins: User packages.
+
+    Returns:
+        The task.
 
     Raises:
-        InputError: No such task is there.
+        InputError: If there is no such task.
     """
     name = FORMER_NAMES.get(name, name)
     places = [f"{TASKS}.{name}", *(f"{plugin}.tasks.{name}" for plugin in plugins)]
@@ -236,10 +249,10 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> Task:
 def is_package(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of a parent package
+    except ModuleNotFoundError:  # the parent package does not exist
         return False
 
 
 def task_names() -> list[str]:
-    """The tasks of this package."""
+    """Names of the tasks in this package."""
     return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(TASKS).__path__))

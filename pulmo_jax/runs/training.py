@@ -1,4 +1,4 @@
-"""The frame of every training: refuse or resume, learn, keep the checkpoint that the task asks for."""
+"""Frame of every training: refuse or resume, run the loop, select the checkpoint."""
 
 import math
 import sys
@@ -32,31 +32,31 @@ from pulmo_jax.training.program import Program, Step, uncompiled
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
-NOT_FIRST = math.nan  # the objective, in all processes but the first
+NOT_FIRST = math.nan  # objective in all processes except the first
 
 
 @dataclass(frozen=True)
 class Learning:
-    """What the loop needs of a task. A method that is fitted at once learns in one step.
+    """Input of the training loop. A closed-form method is fitted in a single step.
 
     Attributes:
-        state: Before the first step.
-        compile: (state, description of a batch) -> the step's program.
-        batch: Shapes and dtypes of a batch, over all processes; None where a step takes none.
-        batches: Element k is the batch of step k + 1, or this process's share of its rows.
-        steps: Number of the last step.
-        validate: Validation loss of a state, which is on all devices of the mesh.
-        identity: What a resumed run must share with the run that it continues, in comparable form.
-        files_of: Names of the files in the batch of a step, which counts from 1.
-        examples_per_step: Examples in a batch, for the progress bar.
-        unit: What an example is.
-        remedy: What to do if memory runs out.
+        state: Initial state.
+        compile: Compiles the step for a state and the description of a batch.
+        batch: Shapes and dtypes of a batch over all processes; None if steps take no batch.
+        batches: Element k is the batch of step k + 1, or the share of its rows of this process.
+        steps: Total number of steps.
+        validate: Validation loss of a state that is replicated on the mesh.
+        identity: Description of config and data, which must be equal on resuming.
+        files_of: Names of the files in the batch of a step, counted from 1.
+        examples_per_step: Examples per batch.
+        unit: Name of the examples, such as patches.
+        remedy: Advice if memory is insufficient.
         reading: Arguments of `iterate`: threads, prefetch, workers.
-        mesh: The devices.
-        draw: A figure of what a state does, for the figures in progress.
-        keep: Which checkpoint becomes the run: that with the lowest validation loss, or the last.
-        validate_every: Steps between validations; None: as the config says.
-        as_written: The shapes of the parameters follow from the data, and are read from the checkpoint.
+        mesh: Devices.
+        draw: Draws a figure of a state on validation data.
+        keep: Checkpoint used by the run: lowest validation loss, or last.
+        validate_every: Steps between validations; None: from the config.
+        as_written: Parameter shapes depend on the data, and are read from the checkpoint.
     """
 
     state: TrainState
@@ -80,13 +80,13 @@ class Learning:
 
 @dataclass(frozen=True)
 class Learned:
-    """The outcome of the loop.
+    """Outcome of the training loop.
 
     Attributes:
-        state: Of the kept checkpoint, on this process's first device.
+        state: State of the selected checkpoint, on the first device of this process.
         step: Its step.
         val_loss: Its validation loss.
-        facts: For metrics.json: steps, early stopping, seconds by activity.
+        facts: Entries of metrics.json: steps, early stopping, seconds by activity.
     """
 
     state: TrainState
@@ -95,7 +95,7 @@ class Learned:
     facts: dict[str, Any]
 
     def timed(self, reading_s: float, total_s: float) -> "Learned":
-        """With the seconds that reading the data and the whole training took."""
+        """Add the seconds for reading the data and for the whole training."""
         seconds = {"reading images": reading_s, **self.facts["seconds"]}
         return replace(self, facts=self.facts | {"training_s": round(total_s, 1), "seconds": seconds})
 
@@ -152,23 +152,42 @@ def connect(cluster: ClusterConfig) -> None:
 
 
 def refuse_or_resume(run_dir: Path, config: Any) -> None:
-    """Raises InputError if the directory holds a run that is not to be resumed, or is of another task."""
+    """Check that the directory contains no run, unless it is one of this task that is to be resumed.
+
+    Args:
+        run_dir: Run directory.
+        config: Typed config of the training.
+
+    Raises:
+        InputError: If it contains another run.
+    """
     if (run_dir / "config.yaml").is_file() and (task := task_of(run_dir)) != config.task and config.resume:
         raise InputError(
             f"resume=true: {run_dir} is a run of task={task}, not of task={config.task}; give another hydra.run.dir"
         )
     if not config.resume and Checkpoints(run_dir / "checkpoints", read_only=True).steps():
         raise InputError(
-            f"{run_dir} already holds a run; resume=true continues it, hydra.run.dir=DIR starts a new one elsewhere"
+            f"{run_dir} already contains a run; resume=true continues it, hydra.run.dir=DIR starts a new one elsewhere"
         )
 
 
 def start(
     learning: Learning, config: Any, records: Mapping[str, Any], citation: str, place: Place
 ) -> tuple[TrainState, Record]:
-    """The state to start from, with its record; writes what the run is made with.
+    """Initialise or resume the training state; write config and records of the run.
 
-    Raises InputError, before anything is overwritten, if config or data differ from those of the run to resume.
+    Args:
+        learning: Input of the training loop.
+        config: Typed config.
+        records: JSON files by name.
+        citation: Citation of the data, or "".
+        place: Output folder and console.
+
+    Returns:
+        State, and metadata of its checkpoint.
+
+    Raises:
+        InputError: If config or data differ from the run to resume; nothing has been overwritten then.
     """
     state, before = restore_last(place.run_dir / "checkpoints", learning, place.console)
     unseal(place.folder)
@@ -187,9 +206,22 @@ def learn(
     trainer: TrainerConfig,
     place: Place,
 ) -> Learned | None:
-    """Runs the loop from `state` on. None in all processes but the first, which goes on alone.
+    """Run the training loop.
 
-    Exits with the signal's status if one asked for a stop.
+    Args:
+        learning: Input of the training loop.
+        state: State to start from.
+        before: Metadata of its checkpoint.
+        callbacks: Callbacks.
+        trainer: Config of the loop.
+        place: Output folder and console.
+
+    Returns:
+        Outcome; None in all processes except the first.
+
+    Raises:
+        InputError: If memory is insufficient, or a loss is not finite.
+        SystemExit: With the status of a signal that stopped the training.
     """
     began, first = time.monotonic(), devices.is_first()
     with (
@@ -231,7 +263,7 @@ def learn(
         here = devices.here(outcome.state)
         last = checkpoints.restore_newest(here, as_written=learning.as_written) if learning.keep == "last" else None
         kept, record, damaged = last or checkpoints.restore_best(here, as_written=learning.as_written)
-    tell_damage(damaged, place.console)
+    warn_of_damage(damaged, place.console)
     val_loss = record.val_loss
     if val_loss is None:  # the last checkpoint of a run that an older version fitted
         val_loss = learning.validate(devices.on_all(kept, learning.mesh))
@@ -252,10 +284,21 @@ def read_ahead(learning: Learning, step: int) -> Any:
 
 
 def compiled(learning: Learning, state: TrainState) -> Step:
-    """The step, compiled before a batch is read. Raises InputError if memory does not suffice."""
+    """Compile the step before a batch is read.
+
+    Args:
+        learning: Input of the training loop.
+        state: State on all devices.
+
+    Returns:
+        The compiled step.
+
+    Raises:
+        InputError: If memory is insufficient.
+    """
     batch = devices.described(learning.batch, learning.mesh)
     program = learning.compile(state, batch)
-    ahead = learning.reading.get("prefetch", 0) + 2  # one on the device, one on its way there
+    ahead = learning.reading.get("prefetch", 0) + 2  # one batch on the device, and one in transfer
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) // jax.process_count()
     needed = program.temporary_bytes + size * ahead
     require(needed, f"a step of {learning.examples_per_step} {learning.unit}", learning.remedy)
@@ -263,7 +306,7 @@ def compiled(learning: Learning, state: TrainState) -> Step:
 
 
 def no_step(state: TrainState, batch: Any) -> Any:
-    raise AssertionError("the run that is resumed has taken all its steps")
+    raise AssertionError("the resumed run has already completed all steps")
 
 
 def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list[Callback]:
@@ -277,15 +320,27 @@ def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list
 
 
 def restore_last(folder: Path, learning: Learning, console: Console) -> tuple[TrainState, Record]:
-    """The newest intact checkpoint, or the fresh state. Raises InputError if config or data have changed."""
+    """Restore the newest intact checkpoint, or return the initial state.
+
+    Args:
+        folder: Folder of the checkpoints.
+        learning: Input of the training loop.
+        console: For messages.
+
+    Returns:
+        State, and metadata of its checkpoint.
+
+    Raises:
+        InputError: If config or data differ from the checkpoint.
+    """
     fresh, identity = learning.state, learning.identity
     with devices.first_then_others(), Checkpoints(folder, read_only=not devices.is_first()) as checkpoints:
-        found = checkpoints.restore_newest(fresh, as_written=learning.as_written)
-    state, record, damaged = found or (fresh, Record(0, None, [], dict(identity)), [])
-    tell_damage(damaged, console)
+        restored = checkpoints.restore_newest(fresh, as_written=learning.as_written)
+    state, record, damaged = restored or (fresh, Record(0, None, [], dict(identity)), [])
+    warn_of_damage(damaged, console)
     require_same(folder, record, identity)
     devices.require_same(record.step, f"the last checkpoint in {folder}; give all processes the same hydra.run.dir")
-    if found:
+    if restored:
         console.print(f"resuming after step {record.step}", highlight=False)
     return state, record
 
@@ -300,13 +355,13 @@ def require_same(folder: Path, record: Record, identity: Mapping[str, Any]) -> N
         )
 
 
-def tell_damage(damaged: list[str], console: Console) -> None:
+def warn_of_damage(damaged: list[str], console: Console) -> None:
     for sentence in damaged:
         console.print(f"warning: {sentence}", markup=False, highlight=False)
 
 
 def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> None:
-    """After a signal the checkpoint is on disk and nothing more is done."""
+    """Exit if a signal stopped the training; its checkpoint has been saved."""
     if outcome.stopped:
         console.print(outcome.stopped, highlight=False)
     if outcome.signum is not None:

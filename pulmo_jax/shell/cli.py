@@ -1,7 +1,7 @@
-"""The shell of every verb: Hydra composes, `config` judges, errors are one message and an exit status.
+"""Command line of every verb: Hydra composes the config, `config` validates it; errors are one message.
 
-Exit statuses: 0 done, 1 a fault of the program (with a traceback), 2 something given cannot be used or nothing came of
-it, 3 some files or jobs failed, 128 and the signal's number (130 SIGINT, 138 SIGUSR1, 143 SIGTERM) stopped by it.
+Exit statuses: 0 success; 1 internal error, with a traceback; 2 invalid input or no result; 3 some files or jobs failed;
+128 + signal number if stopped by a signal (130 SIGINT, 138 SIGUSR1, 143 SIGTERM).
 """
 
 import gc
@@ -20,12 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback as HydraCallback
 from hydra.types import RunMode
@@ -36,6 +32,7 @@ from pulmo_jax import __version__
 from pulmo_jax.host.console import SOME_FAILED, make_console
 from pulmo_jax.host.lock import claim, in_use
 from pulmo_jax.host.signals import Stopped, stepping_down, stoppable
+from pulmo_jax.shell.combinations import check_sweep
 from pulmo_jax.shell.composing import (
     Command,
     checked,
@@ -45,8 +42,8 @@ from pulmo_jax.shell.composing import (
     explain,
     foreign_experiment,
     package_configs,
-    print_help,
 )
+from pulmo_jax.shell.help import print_help
 from pulmo_jax.shell.sweep import (
     JOB_LOCK,
     RECORD,
@@ -57,18 +54,16 @@ from pulmo_jax.shell.sweep import (
     collect,
     disk_full,
     run_job,
-    write_pages,
-    write_tables,
 )
+from pulmo_jax.shell.sweep_pages import write_pages, write_tables
 from pulmo_jax.types import InputError
 
 BROKEN_PIPE = 141
-PATIENCE_S = 60.0  # for jobs in other processes, that were asked to stop, to end their step
-QUIET_S = 10.0  # without a running job, after which none is about to begin either
-PAGES_EVERY_S = 30.0  # the figure takes a second, which some jobs take too
-CHECKED_AHEAD = 64  # combinations of a sweep that are judged before the first job begins
+PATIENCE_S = 60.0  # time for stopped jobs in other processes to finish their step
+QUIET_S = 10.0  # time without a running job after which no further job is expected
+PAGES_EVERY_S = 30.0  # the figure takes about a second
 RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "SUBMITIT_LOCAL_GLOBALID")
-GO_ON = {
+RESUME_HINTS = {
     "train": "resume with resume=true hydra.run.dir={run}",
     "predict": "repeat the command to resume",
 }
@@ -76,20 +71,34 @@ GO_ON = {
 
 @dataclass
 class Sweep:
-    """The sweep that this process has begun: its folder, the hold on it, and what it is gone on with by."""
+    """The sweep of this process.
+
+    Attributes:
+        folder: Folder of the sweep; None before it has begun.
+        held: Lock of the folder.
+        resume_keys: Keys that resume the sweep.
+        written: Time at which the pages were last written.
+        queued: Jobs wait in the queue of a scheduler, invisible to this process.
+    """
 
     folder: Path | None
     held: ExitStack
-    go_on: str = ""
-    written: float = 0.0  # when, of the pages
-    queued: bool = False  # jobs wait in a scheduler's queue, where this process does not see them
+    resume_keys: str = ""
+    written: float = 0.0
+    queued: bool = False
 
 
-SWEEP = Sweep(None, ExitStack())  # Hydra builds the callback that begins it, and `main` ends it
+SWEEP = Sweep(None, ExitStack())  # begun by a Hydra callback, ended by `main`
 
 
 def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
-    """Run `task(config, run_dir)` for the command line; does not return unless all went well."""
+    """Run a verb for the command line. Exits with a status unless it succeeds.
+
+    Args:
+        verb: Name of the verb.
+        task: Function of the verb: `task(config, run_dir)`.
+        examples: Text for --help.
+    """
     try:
         with stoppable(stop_jobs):
             status = run(verb, task, examples)
@@ -105,12 +114,21 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
 
 
 def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
-    """The exit status. Faults of the program are raised, and whatever is no Exception."""
+    """Run a verb.
+
+    Args:
+        verb: Name of the verb.
+        task: Function of the verb.
+        examples: Text for --help.
+
+    Returns:
+        Exit status. Internal errors and signals are raised.
+    """
     job = Job(verb, task, call=f"{time.time_ns()}-{os.getpid()}", parent=os.getpid())
     if "--version" in sys.argv[1:]:
         print(__version__)
         return 0
-    if any(argument.startswith("--e") for argument in sys.argv[1:]):  # Hydra takes abbreviations
+    if any(argument.startswith("--e") for argument in sys.argv[1:]):  # Hydra accepts abbreviations
         return fail(
             "--experimental-rerun is not allowed, because unpickling a file may execute any code; give the keys again"
         )
@@ -122,7 +140,7 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
     except InputError as error:
         return fail(str(error))
     ConfigStore.instance().store(name=f"{command.primary}_defaults", node=defaults_of(command.schema))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and this module alone decides what a person sees
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, which this module reports
     with ExitStack() as SWEEP.held:
         SWEEP.folder = None
         try:
@@ -136,12 +154,12 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
             return end_sweep(error) if SWEEP.folder else status_of(error, job, command)
         except BaseException:
             if SWEEP.folder and write_pages(SWEEP.folder):
-                print(f"resume with the same command and {SWEEP.go_on}", file=sys.stderr)
+                print(f"resume with the same command and {SWEEP.resume_keys}", file=sys.stderr)
             raise
 
 
 def launch(primary: str, job: "Job") -> None:
-    """Call Hydra; and again, for the rest of a sweep, if its launcher gave up over a job that was killed."""
+    """Call Hydra, again for the rest of a sweep if the launcher aborted because a job was killed."""
     arguments = sys.argv
     while True:
         try:
@@ -162,25 +180,29 @@ def launch(primary: str, job: "Job") -> None:
 
 
 def status_of(error: Exception, job: "Job", command: Command) -> int:
-    """What a run that is no sweep ends with; a fault of the program is raised again."""
+    """Report the error of a single run and return the exit status; internal errors are raised again."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return fail(explain(error, command))
     if isinstance(error, BrokenPipeError) and not job.composed:  # --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on leaving
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the interpreter fails on exit
         return BROKEN_PIPE
     if not job.composed and (full := disk_full(error, Path())):
         return fail(full)
     if not job.composed and isinstance(error, OSError):
         return fail(f"{error.filename}: cannot be written ({error.strerror}); give another hydra.run.dir")
     if not job.composed and isinstance(error, ValueError):
-        return fail(explain(error, command))  # what Hydra raises for a group set to null
+        return fail(explain(error, command))  # raised by Hydra for a group set to null
     raise error
 
 
 class Job:
-    """What Hydra calls with the config of a run, here or, for a job of a sweep, in another process.
+    """Function called by Hydra with the config of a run, possibly in another process for a job of a sweep.
 
-    call names the call of the program, parent its process.
+    Args:
+        verb: Name of the verb.
+        task: Function of the verb.
+        call: Identifier of this call of the program.
+        parent: Process ID of the program.
     """
 
     def __init__(self, verb: str, task: Callable[[Any, Path], Any], call: str, parent: int):
@@ -192,7 +214,7 @@ class Job:
 
     @staticmethod
     def _elsewhere(verb: str, call: str, parent: int) -> "Job":
-        """Launchers pickle jobs. The verb's module is __main__ where it was started, and has a name elsewhere."""
+        """Restore a pickled job; the module of the verb is __main__ only in the original process."""
         return Job(verb, getattr(importlib.import_module(f"pulmo_jax.{verb}"), verb), call, parent)
 
     def __call__(self, raw: DictConfig) -> Any:
@@ -208,7 +230,7 @@ class Job:
             full = disk_full(error, run_dir)
             if full is None:
                 raise
-            hint = GO_ON.get(self.verb, "repeat the command").format(run=run_dir)
+            hint = RESUME_HINTS.get(self.verb, "repeat the command").format(run=run_dir)
             self.failures.append(f"{full}; finished results are kept. Free disk space, then {hint}")
         return None
 
@@ -224,7 +246,7 @@ class Job:
         def say(text: str) -> None:
             make_console().print(text, highlight=False, markup=False)
 
-        if any(int(os.environ.get(name, 0)) for name in RANKS):  # of one job's processes the first keeps the record
+        if any(int(os.environ.get(name, 0)) for name in RANKS):  # only the first process of a job writes the record
             return work((folder / RECORD).exists())
         request = Request(
             folder=folder,
@@ -241,7 +263,7 @@ class Job:
             else:
                 write_pages(sweep)
                 SWEEP.written = time.monotonic()
-            gc.collect()  # what a failed job held on the device goes before the next one comes
+            gc.collect()  # releases device memory of a failed job before the next one
             return objective
         if (sweep / STOP).exists():
             raise Stopped(signal.SIGTERM)
@@ -256,10 +278,10 @@ def can_resume(command: Command) -> bool:
 
 
 def stop_jobs(signum: int) -> None:
-    """Pass a signal on to the sweep's jobs in other processes of this machine, and wait until they have ended."""
+    """Forward a signal to the jobs of a sweep on this machine, and wait until they have ended."""
     if SWEEP.folder is None:
         return
-    (SWEEP.folder / STOP).touch()  # for those that have not begun
+    (SWEEP.folder / STOP).touch()  # for jobs that have not begun
     here = [row for row in collect(SWEEP.folder) if row.status == "running" and row.host == socket.gethostname()]
     jobs = {row.folder: row.pid for row in here if row.pid is not None and row.pid != os.getpid()}
     if jobs:
@@ -274,7 +296,7 @@ def stop_jobs(signum: int) -> None:
 
 
 def in_foreground() -> bool:
-    """Whether a Ctrl-C of the terminal reaches the jobs by itself."""
+    """Whether the terminal sends Ctrl-C to the jobs directly."""
     try:
         return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
     except (OSError, ValueError):
@@ -282,10 +304,12 @@ def in_foreground() -> bool:
 
 
 def end_sweep(error: Exception | None) -> int:
-    """The tables of the whole sweep, and its exit status from what the jobs' folders say."""
+    """Write the tables of a sweep, print failed jobs, and return the exit status."""
     assert SWEEP.folder is not None
     rows = collect(SWEEP.folder)
-    if error is not None and (not rows or any(row.status != "failed" for row in rows)):  # not the jobs' own failures
+    if error is not None and (
+        not rows or any(row.status != "failed" for row in rows)
+    ):  # an error of the sweep, not of its jobs
         first = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} (see {SWEEP.folder / TRACEBACK})"
         with suppress(OSError):
             (SWEEP.folder / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -299,12 +323,12 @@ def end_sweep(error: Exception | None) -> int:
     for row in rows:
         if row.status != "done":
             fail(f"job {row.folder.name} {row.status}: {row.reason.splitlines()[0] if row.reason else ''}")
-    print(f"repeat these with the same command and {SWEEP.go_on}", file=sys.stderr)
+    print(f"repeat these with the same command and {SWEEP.resume_keys}", file=sys.stderr)
     return SOME_FAILED if done else 2
 
 
 def wait_for_jobs(sweep: Path) -> None:
-    """Until those end that a launcher has left running by giving up on another one."""
+    """Wait for jobs that are still running after the launcher has aborted."""
     quiet = time.monotonic()
     while collect(sweep) and time.monotonic() < quiet + QUIET_S:
         if any(row.status == "running" for row in collect(sweep)):
@@ -313,9 +337,9 @@ def wait_for_jobs(sweep: Path) -> None:
 
 
 class CheckFirst(HydraCallback):
-    """Judges the config before Hydra makes the run directory, so that a typo leaves nothing behind.
+    """Validate the config before Hydra creates the run directory, so that a typo leaves no files.
 
-    Hydra turns what a callback raises into a warning, all but SystemExit.
+    Hydra converts exceptions in callbacks to warnings, except SystemExit.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -323,24 +347,24 @@ class CheckFirst(HydraCallback):
             checked(config, command_of(config.hydra.job.name, config))
             alone = (
                 OmegaConf.select(config, "cluster.coordinator", default=None) is None
-            )  # else helpers join a live run
+            )  # further processes join a running training
             if alone and (sentence := in_use(Path(config.hydra.run.dir))) is not None:
                 raise InputError(sentence)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if OmegaConf.select(config, "hydra.sweeper.sampler.seed", default=0) is None:
-            config.hydra.sweeper.sampler.seed = 0  # or a search could not be gone on with
+            config.hydra.sweeper.sampler.seed = 0  # otherwise a search could not be resumed
         if SWEEP.folder is None:
             with refusing():
                 command = command_of(config.hydra.job.name, config)
-                for warning in judge_sweep(config, command):
+                for warning in check_sweep(config, command):
                     print(f"warning: {warning}", file=sys.stderr)
                 begin_sweep(config, command)
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What is wrong with the command ends the program, with its message and status."""
+    """Exit with a message and status for errors in the command."""
     try:
         yield
     except InputError as error:
@@ -351,44 +375,16 @@ def refusing() -> Iterator[None]:
         sys.exit(fail(f"{error.filename}: cannot be written ({error.strerror})"))
 
 
-def judge_sweep(config: DictConfig, command: Command) -> list[str]:
-    """What is wrong with some of the combinations. Raises what is wrong with all of them, before any job begins."""
-    loader, faults = GlobalHydra.instance().config_loader(), []
-    combinations, whole = examples_of(config)
-    for overrides in combinations:
-        try:
-            checked(loader.load_sweep_config(config, list(overrides)), command)
-        except (InputError, HydraException, OmegaConfBaseException) as error:
-            text = str(error) if isinstance(error, InputError) else explain(error, command)
-            faults.append((" ".join(overrides), text, error))
-    if faults and (len(faults) == len(combinations) or not isinstance(faults[0][2], InputError)):
-        raise InputError(faults[0][1]) from faults[0][2]
-    return [f"{overrides}: {text.splitlines()[0]}" for overrides, text, _ in faults] if whole else []
-
-
-def examples_of(config: DictConfig) -> tuple[list[list[str]], bool]:
-    """Combinations that the sweep will come to, and whether they are all; else the two corners of its space."""
-    params = config.hydra.sweeper.get("params") or {}
-    overrides = OverridesParser.create().parse_overrides(
-        [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
-    )
-    if config.hydra.sweeper._target_ == BasicSweeperConf._target_:
-        combinations = [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
-        return combinations[:CHECKED_AHEAD], len(combinations) <= CHECKED_AHEAD
-    return [[corner(override, last) for override in overrides] for last in (False, True)], False
-
-
-def corner(override: Override, last: bool) -> str:
-    value: Any = override.value()
-    if isinstance(value, IntervalSweep):
-        return f"{override.get_key_element()}={value.end if last else value.start}"
-    if override.is_sweep_override():
-        return f"{override.get_key_element()}={list(override.sweep_string_iterator())[-1 if last else 0]}"
-    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
-
-
 def begin_sweep(config: DictConfig, command: Command) -> None:
-    """Hold the sweep's folder. Raises InputError if it is taken, or holds jobs that must not be gone on with."""
+    """Lock the folder of a sweep.
+
+    Args:
+        config: Composed config of the sweep.
+        command: The command.
+
+    Raises:
+        InputError: If the folder is in use, or contains a sweep that is not to be resumed.
+    """
     folder = Path(config.hydra.sweep.dir).absolute()
     if any(folder.glob(f"*/{RECORD}")) and not config.get("resume", False):
         hint = "resume=true continues it, " if can_resume(command) else ""
@@ -397,7 +393,7 @@ def begin_sweep(config: DictConfig, command: Command) -> None:
     (folder / STOP).unlink(missing_ok=True)
     SWEEP.written = time.monotonic()
     SWEEP.folder, SWEEP.queued = folder, "slurm" in config.hydra.launcher._target_.lower()
-    SWEEP.go_on = f"hydra.sweep.dir={folder} resume=true" if can_resume(command) else "another hydra.sweep.dir"
+    SWEEP.resume_keys = f"hydra.sweep.dir={folder} resume=true" if can_resume(command) else "another hydra.sweep.dir"
 
 
 def fail(message: str) -> int:

@@ -1,7 +1,7 @@
-"""What Hydra composes for each verb: judged, explained where it is refused, and documented."""
+"""Composition of the config of each verb by Hydra: validation, error messages, and help."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from yaml import YAMLError
 
-from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, argument_schema, check_node, parameters_of_node
+from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, check_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
 from pulmo_jax.config.verbs import IngestConfig
 from pulmo_jax.runs.paths import check_paths
@@ -31,26 +31,26 @@ from pulmo_jax.types import InputError
 PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
 VERBS = ("train", "predict", "evaluate", "detect", "ingest")
-DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources"}  # without an experiment that names one
-GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # of `_target_` nodes
-OF_RUN = ("predict", "evaluate")  # verbs whose task is that of their run
+DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources"}  # if no experiment names a task
+GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # config groups of nodes
+OF_RUN = ("predict", "evaluate")  # verbs that take their task from a run
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
 
 
 def package_configs() -> Path:
-    """The configs of an installed wheel, or of the checkout that this file lies in."""
+    """Folder of the configs, in an installed wheel or in the checkout."""
     inside = PACKAGE / "configs"
     return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for.
+    """A verb and its task.
 
     Attributes:
         verb: train, predict, evaluate, detect or ingest.
-        task: The task that does it; None for ingest.
-        arguments: Of the command line, where it has not been composed yet.
+        task: The task; None for ingest.
+        arguments: Arguments of the command line before composition.
     """
 
     verb: str
@@ -63,20 +63,27 @@ class Command:
 
     @property
     def primary(self) -> str:
-        """The primary config: the task's own where an experiment chooses the task, else the verb's."""
+        """Name of the primary config: that of the task if an experiment selects the task, otherwise of the verb."""
         return self.task.name if self.task is not None and self.verb in DEFAULT_TASKS else self.verb
 
 
 def command_of(verb: str, raw: DictConfig) -> Command:
-    """The command of a composed config."""
+    """Command of a composed config."""
     return find_command(verb, {key: OmegaConf.select(raw, key) for key in ("run", "task", "plugins")})
 
 
 def find_command(verb: str, values: Mapping[str, Any]) -> Command:
-    """The command of a verb, by the keys run, task and plugins.
+    """Find the command of a verb.
+
+    Args:
+        verb: Name of the verb.
+        values: Values of the keys run, task and plugins.
+
+    Returns:
+        The command.
 
     Raises:
-        InputError: There is no such task, or it does not have the verb.
+        InputError: If there is no such task, or it does not support the verb.
     """
     if verb not in (*DEFAULT_TASKS, *OF_RUN):
         return Command(verb, None)
@@ -91,7 +98,7 @@ def find_command(verb: str, values: Mapping[str, Any]) -> Command:
 
 
 def command_line(verb: str, arguments: list[str]) -> Command:
-    """The command that the arguments name, before Hydra has composed them: by run=, task=, plugins=, +experiment=."""
+    """Command of a command line before composition, from run=, task=, plugins= and +experiment=."""
     values: dict[str, Any] = {}
     for file in experiment_files(arguments)[:1]:
         content = OmegaConf.load(file)
@@ -106,16 +113,19 @@ def command_line(verb: str, arguments: list[str]) -> Command:
 def compose_config(
     verb: str, experiment: str | None, values: Mapping[str, Any], config_dir: Path | str | None = None
 ) -> Any:
-    """The typed config of a verb, as the command line composes it.
+    """Compose the typed config of a verb as on the command line.
 
     Args:
         verb: train, predict, evaluate or detect.
         experiment: Name of an experiment.
-        values: Keys and their values.
+        values: Values by key.
         config_dir: Folder of the user's own experiments and groups.
 
+    Returns:
+        Typed config.
+
     Raises:
-        InputError: Something in it cannot be used.
+        InputError: If the config is invalid.
     """
     own = [] if config_dir is None else [f"--config-dir={Path(config_dir).absolute()}"]
     overrides = [
@@ -136,7 +146,7 @@ def compose_config(
 
 
 def override_of(key: str, value: Any) -> str:
-    """`key=value` in Hydra's grammar."""
+    """Override `key=value` in Hydra syntax."""
     return f"{key}={literal(value)}"
 
 
@@ -153,7 +163,7 @@ def literal(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """A string in Hydra's grammar; names of config groups' choices are left as they are."""
+    """String in Hydra syntax; identifiers, such as choices of config groups, stay unquoted."""
     if re.fullmatch(r"[A-Za-z_]\w*", text):
         return text
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
@@ -161,20 +171,27 @@ def quoted(text: str) -> str:
 
 
 def plain(value: str) -> Any:
-    """The value of an override; a sweep's first."""
+    """Value of an override; for a sweep, the first value."""
     try:
         override = OverridesParser.create().parse_override(f"key={value}")
     except OverrideParseException:
         return value
-    found = next(iter(override.sweep_iterator())) if override.is_sweep_override() else override.value()
-    return found if isinstance(found, list) else str(found)
+    first = next(iter(override.sweep_iterator())) if override.is_sweep_override() else override.value()
+    return first if isinstance(first, list) else str(first)
 
 
 def checked(raw: DictConfig, command: Command) -> Any:
-    """The typed config of what Hydra composed: keys first, then paths, then the `_target_` nodes.
+    """Validate a composed config: keys, then paths, then `_target_` nodes.
+
+    Args:
+        raw: Config composed by Hydra.
+        command: The command.
+
+    Returns:
+        Typed config.
 
     Raises:
-        InputError: Something in it cannot be used.
+        InputError: If the config is invalid.
     """
     ours = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "hydra"])
     try:
@@ -188,14 +205,14 @@ def checked(raw: DictConfig, command: Command) -> Any:
     check_paths(config)
     for where, node in nodes_of(config):
         required = GIVEN["figures"] if where.startswith("figures.") else ()
-        check_node(node, where, config.plugins, required)  # from their sources: the task's own check imports JAX
+        check_node(node, where, config.plugins, required)  # from their source code, without importing JAX
     if command.verb == "train" and command.task is not None:
         command.task.training.check(config)
     return config
 
 
 def nodes_of(config: Section) -> Iterator[tuple[str, Node]]:
-    """The `_target_` nodes of a config, with their keys."""
+    """Keys and `_target_` nodes of a config."""
     for group in (group for group in GROUPS if group in type(config).model_fields):
         value = getattr(config, group)
         if isinstance(value, dict):
@@ -203,7 +220,7 @@ def nodes_of(config: Section) -> Iterator[tuple[str, Node]]:
 
 
 def experiment_files(arguments: list[str]) -> list[Path]:
-    """Of the experiments that a command line names, those that are there; the user's own come first."""
+    """Existing files of the experiments in a command line, those of the user first."""
     text = "\n".join(arguments)
     own = re.findall(r"(?m)^(?:--config-dir|-cd)[=\n](.+)$", text)
     names = re.findall(r"(?m)^\+?experiment=(\w+)$", text)
@@ -212,7 +229,7 @@ def experiment_files(arguments: list[str]) -> list[Path]:
 
 
 def task_of(file: Path) -> str | None:
-    """The task that an experiment or a run's config.yaml names."""
+    """Name of the task in an experiment or in the config.yaml of a run, if any."""
     try:
         content = OmegaConf.load(file)
     except (OSError, YAMLError) as error:
@@ -222,7 +239,15 @@ def task_of(file: Path) -> str | None:
 
 
 def explain(error: Exception, command: Command | None = None) -> str:
-    """Hydra's message in at most two lines, with our list of keys where one is unknown."""
+    """Message for an error of Hydra, at most two lines.
+
+    Args:
+        error: The error.
+        command: The command, for the list of known keys.
+
+    Returns:
+        The message.
+    """
     text = str(error)
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if isinstance(error, ConfigCompositionException) and key:
@@ -251,14 +276,14 @@ def explain_key(dotted: str, command: Command | None) -> str:
     allowed = (allowed_keys(command.schema, path) or node_keys(path, command)) if command else []
     if command is None or not allowed:
         return f"unknown key {dotted}; --help lists all keys"
-    owners = [task.name for task in others(command) if name in allowed_keys(task.section(command.verb), path)]
+    owners = [task.name for task in other_tasks(command) if name in allowed_keys(task.section(command.verb), path)]
     beside = f"; {dotted} is for runs of task={', '.join(owners)}" if owners else ""
     of_run = f"\nthe run is of task={command.task.name}{beside}" if command.task and command.verb in OF_RUN else ""
     return unknown_key(dotted, allowed) + of_run
 
 
 def missing_extra(error: Exception) -> str | None:
-    """The extra that brings the launcher or sweeper which was not found."""
+    """Name of the extra that provides a missing launcher or sweeper, if any."""
     missing = getattr(error, "missing_cfg_file", "") if isinstance(error, MissingConfigException) else ""
     if isinstance(error, InstantiationException):
         missing = next(iter(re.findall(r"hydra_plugins\.\w+", str(error))), "")
@@ -292,7 +317,15 @@ def choice_of(group: str, command: Command) -> str | None:
 
 
 def defaults_of(schema: type[BaseModel], given: BaseModel | None = None) -> dict[str, Any]:
-    """The schema's defaults, or the values `given`, as Hydra's base config; keys without any must be given ("???")."""
+    """Base config for Hydra.
+
+    Args:
+        schema: Typed config.
+        given: Values instead of the defaults.
+
+    Returns:
+        Defaults or given values; "???" for required keys.
+    """
     values: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         annotation, default = field.annotation, getattr(given, name) if given else field.default
@@ -300,49 +333,26 @@ def defaults_of(schema: type[BaseModel], given: BaseModel | None = None) -> dict
             values[name] = defaults_of(annotation, default if isinstance(default, BaseModel) else None)
         elif given or not field.is_required():
             values[name] = list(default) if isinstance(default, tuple) else default
-        elif annotation not in (dict[str, Any], dict[str, dict[str, Any]]):  # those come from config groups
+        elif annotation not in (dict[str, Any], dict[str, dict[str, Any]]):  # nodes come from config groups
             values[name] = "???"
     return values
 
 
-def print_help(command: Command, examples: str) -> None:
-    """Keys with type, default and meaning, generated from the schema."""
-    verb, schema, experiments = command.verb, command.schema, experiments_of(command.verb)
-    experiment = "[+experiment=NAME] " if experiments else ""
-    print(f"usage: python -m pulmo_jax.{verb} {experiment}[key=value ...]\n\n{examples.strip()}\n")
-    print_keys(schema, "")
-    for group in GROUPS:
-        if group in schema.model_fields and not is_section(schema.model_fields[group].annotation):
-            print_group(group, command)
-    for group in (group for group in (command.task.config.CHOICES if command.task else ()) if "." in group):
-        print_group(group, command)
-    for other in others(command):
-        if other.section(verb).model_fields.keys() - schema.model_fields.keys() or verb == "evaluate":
-            print(f"\nAdditional keys for runs of task={other.name}:")
-            print_keys(other.section(verb), "", besides=schema)
-    if experiments:
-        print(f"\nexperiments: {', '.join(experiments)}")
-        print("\n--config-dir DIR  your own experiments and groups     --multirun, -m  a sweep: key=a,b,c")
-    if verb != "predict":
-        print("hydra.run.dir=DIR  folder for the results")
-    print("--hydra-help  Hydra's own options")
-
-
-def others(command: Command) -> list[Task]:
-    """The other tasks whose runs a verb takes."""
+def other_tasks(command: Command) -> list[Task]:
+    """Other tasks whose runs the verb accepts."""
     names = [name for name in task_names() if command.task is None or name != command.task.name]
     tasks = [find_task(name) for name in names] if command.verb in OF_RUN else []
     return [task for task in tasks if command.verb in task.config.SECTIONS]
 
 
 def experiments_of(verb: str) -> list[str]:
-    """Those whose heading says that they are run by this verb."""
+    """Experiments whose header contains a command with this verb."""
     files = sorted((package_configs() / "experiment").glob("*.yaml"))
     return [file.stem for file in files if f"pulmo_jax.{verb} +experiment={file.stem}" in file.read_text()]
 
 
 def foreign_experiment(verb: str, arguments: list[str]) -> str | None:
-    """What is wrong with an experiment of ours that another verb runs, or that lacks its plus."""
+    """Error message for an experiment of another verb, or without a plus, if any."""
     for name in re.findall(r"(?m)^\+?experiment=(\w+)$", "\n".join(arguments)):
         file = package_configs() / "experiment" / f"{name}.yaml"
         owners = [v for v in VERBS if file.is_file() and name in experiments_of(v)]
@@ -354,57 +364,5 @@ def foreign_experiment(verb: str, arguments: list[str]) -> str | None:
     return None
 
 
-def print_keys(
-    schema: type[BaseModel], prefix: str, given: BaseModel | None = None, besides: type[BaseModel] | None = None
-) -> None:
-    """The keys of a schema; given: values that replace its defaults; besides: a schema whose keys are left out."""
-    for name, field in schema.model_fields.items():
-        annotation, default = field.annotation, getattr(given, name) if given else field.default
-        known = besides.model_fields.get(name) if besides else None
-        if is_section(annotation):
-            below = known.annotation if known and is_section(known.annotation) else None
-            if below is annotation:
-                continue
-            if below is None:
-                print(f"\n{prefix}{name}: {(annotation.__doc__ or '').strip()}")
-            print_keys(annotation, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None, below)
-        elif field.description and known is None:
-            stated = f"default {shown(default)}" if given or not field.is_required() else "required"
-            print(f"  {prefix + name:<38} {field.description} [{constraint(field)}{stated}]")
-
-
-def print_group(group: str, command: Command) -> None:
-    """The keys of every choice of a config group that the task lists, from the signatures of their targets."""
-    for name in choices_of(group, command.task) if command.task else ():
-        folder = package_configs() / group.replace(".", "/")
-        choice: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
-        parts = {f"{group}.{key}": node for key, node in choice.items() if key != "defaults"}
-        nodes = {group: choice} if "_target_" in choice else parts
-        for where, node in nodes.items():
-            print(f"\n{where} ({group.replace('.', '/')}={name}): {node['_target_']}")
-            print_keys(argument_schema(parameters_of_node(node, where, ()), group), f"{where}.")
-
-
-def choices_of(group: str, task: Task) -> Sequence[str]:
-    """The choices of a config group for a task; all, where it lists none."""
-    files = sorted(file.stem for file in (package_configs() / group).glob("*.yaml"))
-    return task.config.CHOICES.get(group, files)
-
-
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def shown(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower().replace("none", "null")
-    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
-
-
-def constraint(field: Any) -> str:
-    """The range that a field's metadata states, for people."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "multiple of"}
-    parts = [f"{signs[n]} {getattr(m, n)}" for m in field.metadata for n in signs if getattr(m, n, None) is not None]
-    choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
-    parts += [" | ".join(map(str, choices))] if choices else []
-    return f"{', '.join(parts)}; " if parts else ""

@@ -1,4 +1,4 @@
-"""The console script: `pulmo-jax VERB ...` is `python -m pulmo_jax.VERB ...`."""
+"""Console script: `pulmo-jax VERB ...` equals `python -m pulmo_jax.VERB ...`."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ VERBS = {
 
 
 def main() -> None:
-    """Runs the verb that is the first argument."""
+    """Run the verb given as the first argument."""
     verb, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if verb in ("--help", "-h"):
         print("usage: pulmo-jax VERB [key=value ...]\n")
@@ -41,13 +41,13 @@ def main() -> None:
 
 def run(verb: str, arguments: list[str]) -> None:
     sys.argv = arguments
-    sys.path.insert(0, os.getcwd())  # as python -m does: plugins may lie in the current folder
+    sys.path.insert(0, os.getcwd())  # as with python -m, for plugins in the current folder
     module = importlib.import_module(f"pulmo_jax.{verb}")
     cli.main(verb, getattr(module, verb), module.EXAMPLES)
 
 
 def complete(arguments: list[str]) -> None:
-    """Hydra's completion, for the verb that the line to complete begins with."""
+    """Shell completion by Hydra for the verb of the command line."""
     program, *words = os.environ.get("COMP_LINE", "pulmo-jax train ").split(" ")
     verb = words[0] if words and words[0] in VERBS else "train"
     line = " ".join([program, *words[1:]])

@@ -1,46 +1,44 @@
-"""The jobs of a sweep: each writes job.json in its folder, and the folders alone are what a sweep is read from.
+"""Jobs of a sweep. Each job writes job.json to its folder; the state of a sweep is read from these files alone.
 
-So it is the same for every launcher, and after any kind of end: nothing is kept in the process that started the jobs.
+It therefore works with all launchers and can be resumed after any kind of failure.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
 import signal
 import socket
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.host.lock import claim, in_use
 from pulmo_jax.host.resources import is_disk_full
-from pulmo_jax.reporting.tables import UNDEFINED, Table, headline
+from pulmo_jax.reporting.tables import headline
 from pulmo_jax.types import InputError
 
-if TYPE_CHECKING:
-    from pulmo_jax.reporting.report import CaptionedFigure
-
 RECORD, REFUSED, TRACEBACK = "job.json", "refused.json", "traceback.txt"
-JOB_LOCK = "job.lock"  # held while the job runs, so that a job that was killed is told from one that runs
-STOP = ".stop"  # in the sweep's folder: jobs that were queued when it was stopped do not begin
+JOB_LOCK = "job.lock"  # locked while the job runs, which distinguishes running from killed jobs
+STOP = ".stop"  # in the folder of the sweep: queued jobs do not start
 
 
 @dataclass(frozen=True)
 class Request:
-    """One job of one call of a sweep.
+    """A job of a sweep.
 
-    overrides: as Hydra has them; config: the config behind them, as text. call: names the call, so that a job which a
-    scheduler starts again goes on by itself. resume: the user asked to go on. replay: what failed in the middle of a
-    search is not tried again, as the search went on from there.
+    Attributes:
+        folder: Folder of the job.
+        overrides: Overrides in Hydra syntax.
+        config: Composed config as text.
+        call: Identifier of the call of the program, so that a requeued job resumes.
+        resume: The user asked to resume.
+        replay: Do not repeat a failed job of a search that has continued since.
     """
 
     folder: Path
@@ -53,7 +51,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """What a job's folder says of it. measures: figures of merit from its metrics.json."""
+    """State of a job.
+
+    Attributes:
+        folder: Folder of the job.
+        status: done, failed, running, interrupted or unfinished.
+        objective: Objective, if finished.
+        reason: Reason of a failure.
+        seconds: Duration.
+        overrides: Overrides by key.
+        measures: Figures of merit from metrics.json.
+        pid: Process ID.
+        host: Host name.
+    """
 
     folder: Path
     status: str
@@ -67,15 +77,23 @@ class Row:
 
 
 def run_job(request: Request, work: Callable[[bool], Any], say: Callable[[str], object]) -> float | None:
-    """The objective that `work(resume)` returns, or that it returned in an earlier call; None if there is none.
+    """Run a job, or return the result of an earlier call.
 
-    Whatever goes wrong in the job is recorded in its folder and said, and the sweep goes on: that is why nothing but
-    signals and exits passes through here. `work` returns a float for an objective, anything else for none.
+    Errors are recorded in the folder of the job and printed, and the sweep continues; only signals and exits are
+    raised.
+
+    Args:
+        request: The job.
+        work: Function `work(resume)` that runs the job; returns the objective as a float, or anything else.
+        say: Prints a message.
+
+    Returns:
+        The objective, if any.
     """
     try:
         with claim(request.folder, JOB_LOCK):
             return _in_own_folder(request, work, say)
-    except InputError as error:  # another process has the folder, or another job
+    except InputError as error:  # the folder is in use, or belongs to another job
         write_json(request.folder / REFUSED, {"reason": str(error), "overrides": own(request.overrides)})
         say(f"job {request.folder.name} was not started: {error}")
         return None
@@ -89,7 +107,9 @@ def _in_own_folder(request: Request, work: Callable[[bool], Any], say: Callable[
         if stored["status"] == "done":
             say(f"job {folder.name} has already finished; objective {stored['objective']}")
             return stored["objective"]
-        if stored["status"] == "failed" and stored["call"] == request.call:  # which goes on after a job was killed
+        if (
+            stored["status"] == "failed" and stored["call"] == request.call
+        ):  # a call that continues after a job was killed
             return None
         if stored["status"] == "failed" and request.replay and later_job_done(folder):
             reason = stored["reason"]
@@ -108,7 +128,7 @@ def _in_own_folder(request: Request, work: Callable[[bool], Any], say: Callable[
         with suppress(OSError):
             write_text(folder / TRACEBACK, traceback.format_exc())
         say(f"job {folder.name} failed: {reason.splitlines()[0]}; see {folder / TRACEBACK}")
-    except BaseException as error:  # a signal, or the exit that the training loop makes of it
+    except BaseException as error:  # a signal, or the resulting exit of the training loop
         reason = reason_of(error)
         if not isinstance(error, SystemExit) or is_signal(error.code):
             write_record(request, "interrupted", time.monotonic() - began, reason=reason)
@@ -122,7 +142,7 @@ def _in_own_folder(request: Request, work: Callable[[bool], Any], say: Callable[
 
 
 def objective_of(result: Any) -> float | None:
-    """Raises InputError if it is not finite."""
+    """Objective of a job, if any. Raises InputError if it is not finite."""
     if not isinstance(result, float):
         return None
     if not math.isfinite(result):
@@ -131,7 +151,7 @@ def objective_of(result: Any) -> float | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """In words, where a signal's number stands in the exception or in the exit status."""
+    """Description of a signal or exit status."""
     if isinstance(error, SystemExit):
         if not is_signal(error.code):
             return f"exit status {error.code}"
@@ -140,14 +160,14 @@ def reason_of(error: BaseException) -> str:
 
 
 def is_signal(code: object) -> TypeGuard[int]:
-    """Of an exit status: 128 and the signal's number."""
+    """Whether an exit status is 128 + signal number."""
     return isinstance(code, int) and code > 128
 
 
 def write_record(
     request: Request, status: str, seconds: float, objective: float | None = None, reason: str = ""
 ) -> None:
-    """job.json. A full disk stops a job from beginning, but does not hide what became of it."""
+    """Write job.json; a full disk is an error at the start of a job and ignored at its end."""
     record = {
         "status": status,
         "objective": objective,
@@ -168,7 +188,7 @@ def write_record(
 
 
 def require_same(request: Request, stored: dict[str, Any]) -> None:
-    """Raises InputError where the folder holds another job, or one that must not be gone on with."""
+    """Check that a folder contains the same job and may be resumed. Raises InputError if not."""
     now, before = own(request.overrides), stored["overrides"]
     if now != before:
         there, here = (" ".join(o for o in one if o not in other) for one, other in ((before, now), (now, before)))
@@ -186,7 +206,7 @@ def require_same(request: Request, stored: dict[str, Any]) -> None:
 
 
 def bury(sweep: Path, call: str) -> list[str]:
-    """Record what a call's killed jobs could not: that they failed. Returns their names."""
+    """Record killed jobs of a call as failed; return their names."""
     killed = []
     for row in collect(sweep):
         record = _load(row.folder / RECORD)
@@ -197,7 +217,7 @@ def bury(sweep: Path, call: str) -> list[str]:
 
 
 def own(overrides: Sequence[str]) -> list[str]:
-    """Those that make the job what it is."""
+    """Overrides that define the job, without resume and hydra.*."""
     return sorted(o for o in overrides if key_of(o) != "resume" and not key_of(o).startswith("hydra."))
 
 
@@ -210,7 +230,7 @@ def digest(text: str) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """job.json, or None if there is none. Raises InputError if it is damaged."""
+    """Read job.json, if it exists. Raises InputError if it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if not {"status", "objective", "reason", "overrides", "seconds", "config", "call"} <= set(record):
@@ -229,14 +249,14 @@ def later_job_done(folder: Path) -> bool:
 
 
 def disk_full(error: BaseException, folder: Path) -> str | None:
-    """What to say if that is a full disk, with the file that could not be written where it is known."""
+    """Message for a full disk with the failed file, if known; None for other errors."""
     if not is_disk_full(error):
         return None
     return f"the disk is full: {getattr(error, 'filename', None) or folder} could not be written"
 
 
 def collect(sweep: Path) -> list[Row]:
-    """Every job that left a record in the sweep's folder, in order."""
+    """All jobs in the folder of a sweep, in order."""
     folders = {path.parent for name in (RECORD, REFUSED) for path in sweep.glob(f"*/{name}")}
     return [read_row(folder) for folder in sorted(folders, key=lambda f: (not f.name.isdigit(), len(f.name), f.name))]
 
@@ -268,127 +288,3 @@ def _load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def write_tables(sweep: Path) -> list[Row]:
-    """sweep.csv, from the folders as they are now."""
-    rows = collect(sweep)
-    with bearing_full_disk(sweep):
-        if rows:
-            write_text(sweep / "sweep.csv", as_csv(rows))
-    return rows
-
-
-def write_pages(sweep: Path) -> list[Row]:
-    """sweep.csv, figures/sweep.png and .pdf, and sweep.html."""
-    from pulmo_jax.reporting.report import Section, write_report  # here and below: matplotlib takes half a second
-
-    rows = write_tables(sweep)
-    swept, measures = swept_keys(rows), measures_of(rows)
-    with bearing_full_disk(sweep):
-        if rows:
-            shown = swept and any(value is not None for values in measures.values() for value in values)
-            figures = [comparison_figure(rows, swept, measures, sweep)] if shown else []
-            sections = [
-                Section("Jobs", tables=[jobs_table(rows, swept, measures)]),
-                Section("Unfinished jobs", tables=failed_tables(rows, swept)),
-                Section("Comparison", figures=figures),
-            ]
-            write_report(sweep / "sweep.html", f"Sweep {sweep.name}", summary_of(rows, sweep), sections, [], [])
-    return rows
-
-
-def comparison_figure(
-    rows: list[Row], swept: dict[str, list[str]], measures: dict[str, list[float | None]], sweep: Path
-) -> "CaptionedFigure":
-    from pulmo_jax.reporting.figures import save
-    from pulmo_jax.reporting.report import CaptionedFigure
-    from pulmo_jax.shell.sweep_figures import sweep_figure
-
-    path = save(sweep_figure(swept, measures), sweep / "figures", "sweep")
-    caption = (
-        f"Results of {len(rows)} jobs against each swept key. Dots: jobs; lines: means over seeds; bars: one standard "
-        "deviation over seeds. Differences smaller than the bars are not meaningful."
-    )
-    return CaptionedFigure(path, caption)
-
-
-@contextmanager
-def bearing_full_disk(sweep: Path) -> Iterator[None]:
-    """A table that cannot be written ends no job and hides no message."""
-    try:
-        yield
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        print(f"error: the disk is full: the tables of {sweep} are not up to date", file=sys.stderr)
-
-
-def as_csv(rows: list[Row]) -> str:
-    """One row a job; numbers in full."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.overrides))
-    measures = list(dict.fromkeys(name for row in rows for name in row.measures))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["folder", "status", "objective", "reason", "seconds", *keys, *measures])
-    for row in rows:
-        fixed = [row.folder.name, row.status, row.objective, row.reason, row.seconds]
-        writer.writerow([*fixed, *map(row.overrides.get, keys), *map(row.measures.get, measures)])
-    return text.getvalue()
-
-
-def swept_keys(rows: list[Row]) -> dict[str, list[str]]:
-    """The keys that differ between jobs, and their values."""
-    keys = dict.fromkeys(key for row in rows for key in row.overrides)
-    values = {key: [row.overrides.get(key, "default") for row in rows] for key in keys}
-    return {key: column for key, column in values.items() if len(set(column)) > 1}
-
-
-def measures_of(rows: list[Row]) -> dict[str, list[float | None]]:
-    """The objective, where there is one, and what was found in testing."""
-    names = dict.fromkeys(name for row in rows for name in row.measures)
-    tested: dict[str, list[float | None]] = {name: [row.measures.get(name) for row in rows] for name in names}
-    objective = [row.objective if row.status == "done" else None for row in rows]
-    return ({"objective": objective} if any(o is not None for o in objective) or not tested else {}) | tested
-
-
-def jobs_table(rows: list[Row], swept: dict[str, list[str]], measures: dict[str, list[float | None]]) -> Table:
-    """Lowest objective first, then what is not finished."""
-    order = sorted(range(len(rows)), key=lambda job: (rows[job].status != "done", rows[job].objective or math.inf, job))
-    cells = [
-        [
-            rows[job].folder.name,
-            rows[job].status,
-            *(column[job] for column in swept.values()),
-            *(text_of(column[job]) for column in measures.values()),
-            text_of(rows[job].seconds),
-        ]
-        for job in order
-    ]
-    return Table("All jobs by increasing objective", ["job", "status", *swept, *measures, "seconds"], cells, [])
-
-
-def failed_tables(rows: list[Row], swept: dict[str, list[str]]) -> list[Table]:
-    cells = [
-        [row.folder.name, row.status, " ".join(f"{key}={values[job]}" for key, values in swept.items()), row.reason]
-        for job, row in enumerate(rows)
-        if row.status != "done"
-    ]
-    return [Table("Reasons", ["job", "status", "keys", "reason"], cells, [])] if cells else []
-
-
-def text_of(value: float | None) -> str:
-    return UNDEFINED if value is None else f"{value:.4g}"
-
-
-def summary_of(rows: list[Row], sweep: Path) -> dict[str, str]:
-    counts = {status: sum(row.status == status for row in rows) for status in dict.fromkeys(r.status for r in rows)}
-    common = {k: v for k, v in rows[0].overrides.items() if k not in swept_keys(rows)}
-    finished = [row for row in rows if row.status == "done" and row.objective is not None]
-    best = min(finished, key=lambda row: row.objective or 0.0, default=None)
-    return {
-        "jobs": ", ".join(f"{n} {status}" for status, n in counts.items()),
-        "lowest objective": "" if best is None else f"{text_of(best.objective)}, job {best.folder.name}",
-        "keys of all jobs": " ".join(f"{key}={value}" for key, value in common.items()),
-        "folder": str(sweep),
-    }

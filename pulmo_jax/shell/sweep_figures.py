@@ -1,4 +1,4 @@
-"""The jobs of a sweep beside each other, for papers: every measure against every key that was swept."""
+"""Comparison figure of a sweep: every measure against every swept key."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,21 @@ from pulmo_jax.reporting.figures import CURVE_COLOURS, TEXT_WIDTH_IN, VERMILLION
 
 REPLICATE = "seed"  # the key over which means and standard deviations are taken
 MOST_COLUMNS = 4
-LOG_RATIO = 8  # from here on positive numbers are spread over a logarithmic axis
+LOG_RATIO = 8  # ratio of positive values from which the axis is logarithmic
 MOST_TICKS = 8
-SHARES = ("AUROC", "AP")  # never above 1
+SHARES = ("AUROC", "AP")  # at most 1
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A swept key as positions: numbers as themselves, anything else as places in order of appearance."""
+    """Axis of a swept key.
+
+    Attributes:
+        key: The key.
+        x: Position of each job: its number or, for other values, the order of appearance.
+        labels: Label of each position.
+        log: Logarithmic axis.
+    """
 
     key: str
     x: list[float]
@@ -29,10 +36,15 @@ class Axis:
 
 
 def sweep_figure(swept: Mapping[str, Sequence[str]], measures: Mapping[str, Sequence[float | None]]) -> Figure:
-    """One row of panels a measure, one column a key. A dot is a job; lines join means over seeds, bars are one sd.
+    """Draw one row of panels per measure and one column per key. Dots: jobs; lines: means over seeds; bars: one sd.
 
-    swept: key -> its value in each job, as text. measures: name -> its value in each job, None where a job has none;
-    the first is the objective, which is the better the lower it is. Jobs without it are marked as failed.
+    Args:
+        swept: Values of each swept key in each job, as text.
+        measures: Values of each measure in each job; None: unknown. The first measure is the objective, which is
+            minimised; jobs without it are marked as failed.
+
+    Returns:
+        The figure.
     """
     keys = [key for key in swept if key != REPLICATE] or list(swept)
     lines = layout([(name, key) for name in measures for key in keys], len(keys))
@@ -54,7 +66,7 @@ def sweep_figure(swept: Mapping[str, Sequence[str]], measures: Mapping[str, Sequ
 
 
 def layout(panels: list[tuple[str, str]], keys: int) -> list[list[tuple[str, str]]]:
-    """A line of panels a measure, or several if there are many keys; with one key the measures stand side by side."""
+    """Arrange panels: rows per measure, wrapped for many keys; with one key, measures side by side."""
     size = len(panels) if keys == 1 else keys
     groups = [panels[i : i + size] for i in range(0, len(panels), size)]
     columns = MOST_COLUMNS - 1 if keys == 1 else MOST_COLUMNS
@@ -72,7 +84,7 @@ def axis_of(key: str, values: Sequence[str]) -> Axis:
 
 
 def series_of(key: str, swept: Mapping[str, Sequence[str]]) -> list[str]:
-    """What else was set in each job, the seed apart: the name of the line that it belongs to."""
+    """Name of the line of each job: its other swept keys, without the seed."""
     others = [other for other in swept if other not in (key, REPLICATE)]
     jobs = range(len(swept[key]))
     return [", ".join(f"{other.split('.')[-1]}={swept[other][job]}" for other in others) for job in jobs]
@@ -105,7 +117,7 @@ def _panel(
 
 
 def _means(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
-    """Means over the jobs at each place, with one standard deviation where there is more than one job."""
+    """Means over the jobs at each position, with one standard deviation if there are several."""
     places = np.unique(x)
     groups = [y[x == place] for place in places]
     spread = [group.std(ddof=1) if len(group) > 1 else np.nan for group in groups]
@@ -114,7 +126,7 @@ def _means(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) ->
 
 
 def _mark(axes: Axes, axis: Axis, values: Sequence[float | None], done: Sequence[int]) -> None:
-    """The best job, and those that have nothing to show."""
+    """Mark the best job and the failed jobs."""
     if done:
         best = min(done, key=lambda job: values[job])  # pyright: ignore[reportArgumentType, reportCallIssue]
         ring: dict[str, Any] = {"ms": 8, "mfc": "none", "mec": "black", "mew": 0.8, "zorder": 5}

@@ -1,7 +1,7 @@
-"""What happens beside the steps: logs, progress, figures, early stopping.
+"""Callbacks of the training loop: checkpoints, logs, progress, early stopping.
 
-A callback is any object with the methods of `Callback`; a run's are listed in its config by `_target_`, so a user's own
-needs no change here.
+A callback is any object with the methods of `Callback`. The config lists the callbacks of a run as `_target_` nodes, so
+user-defined callbacks need no change here.
 """
 
 import json
@@ -24,11 +24,20 @@ from pulmo_jax.training.state import TrainState
 
 @dataclass(frozen=True)
 class Start:
-    """A run about to step.
+    """State of a run before its first step.
 
-    step: where it begins, above 0 when resumed; val_losses: those up to there. identity: stored with each checkpoint,
-    must agree on resuming. draw: what a state makes of some validation data.
-    files_of: the files that the batch of a step was cut from. unit: what batch_size counts.
+    Attributes:
+        run_dir: Folder for the outputs of callbacks.
+        step: Number of completed steps; above 0 for a resumed run.
+        steps: Total number of steps.
+        batch_size: Examples per batch.
+        console: For progress.
+        checkpoints: Checkpoints of the run.
+        identity: Description of config and data, stored with each checkpoint; must be equal on resuming.
+        draw: Draws a figure of a state on validation data.
+        val_losses: Validation losses so far.
+        files_of: Names of the files in the batch of a step.
+        unit: Name of the examples, such as patches.
     """
 
     run_dir: Path
@@ -46,11 +55,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Event:
-    """After a step, which may still be computing where it is not logged.
+    """Event after a training step, which may still be running unless the step is logged.
 
-    metrics: {"train/loss": ..., ...} on a logged step, with "val/loss" when validated; else empty.
-    checked_state: what `state` calls. last: no step follows; stopped: because a callback had this reason, None where it
-    is a signal or the last step of all.
+    Attributes:
+        step: Number of completed steps.
+        metrics: {"train/loss": ..., ...} on a logged step, with "val/loss" after a validation; otherwise empty.
+        checked_state: Function called by `state`.
+        last: Whether this is the last step.
+        stopped: Reason of a callback for stopping here; None for a signal or the regular last step.
     """
 
     step: int
@@ -73,10 +85,10 @@ class Event:
 
 @runtime_checkable
 class Callback(Protocol):
-    """Called on the host, in the order of the config; `on_end` in reverse order, after an error too.
+    """Interface of callbacks, called in the order of the config; `on_end` in reverse order, also after errors.
 
-    `on_start` and `on_event` may return why the run should stop; the next step is then the last. Of several processes
-    each has its callbacks, with a folder of its own; the first one's is the run's.
+    `on_start` and `on_event` may return a reason to stop; the next step is then the last one. In training with several
+    processes, each process has its own callbacks and folder; that of the first process is the run directory.
     """
 
     def on_start(self, start: Start) -> str | None: ...
@@ -87,7 +99,7 @@ class Callback(Protocol):
 
 
 class Checkpoint:
-    """Saves the state every `every` steps, when a validation loss is the lowest so far, and at the end."""
+    """Save the state every `every` steps, at the lowest validation loss so far, and at the end."""
 
     def __init__(self, every: Annotated[int, Field(ge=1, description="steps between checkpoints")] = 200):
         self.every = every
@@ -107,12 +119,12 @@ class Checkpoint:
 
 
 class JsonLines:
-    """metrics.jsonl: one object for each logged step. Resuming drops what a lost run wrote beyond its checkpoint."""
+    """Write metrics.jsonl, one object per logged step; resuming removes steps after the checkpoint."""
 
     def on_start(self, start: Start) -> None:
         path = start.run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start.step] if start.step else []
-        whole = path.with_name(f".{path.name}")  # a kill leaves the old file or the new one
+        whole = path.with_name(f".{path.name}")  # atomic: a killed process leaves the old or the new file
         whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
         whole.replace(path)
         self._file = path.open("a", buffering=1)
@@ -126,10 +138,10 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars for `tensorboard --logdir RUN/tensorboard`."""
+    """Write scalars for `tensorboard --logdir RUN/tensorboard`."""
 
     def on_start(self, start: Start) -> None:
-        # hides what a lost run wrote beyond its checkpoint: all from purge_step on
+        # purge_step hides steps that an interrupted run logged after its checkpoint
         self._writer = SummaryWriter(str(start.run_dir / "tensorboard"), purge_step=start.step + 1)
 
     def on_event(self, event: Event) -> None:
@@ -141,7 +153,7 @@ class TensorBoard:
 
 
 class ProgressBar:
-    """Steps done, patches or images per second, time left; plain lines where the output is not a terminal."""
+    """Show completed steps, examples per second and remaining time; plain lines without a terminal."""
 
     def __init__(
         self,
@@ -189,7 +201,7 @@ class ProgressBar:
 
 
 class EarlyStopping:
-    """Stops when the validation loss has not fallen by `min_fraction` in `patience` validations."""
+    """Stop if the validation loss has not decreased by the fraction `min_fraction` in `patience` validations."""
 
     def __init__(
         self,
@@ -201,7 +213,7 @@ class EarlyStopping:
         self.patience, self.min_fraction = patience, min_fraction
 
     def on_start(self, start: Start) -> str | None:
-        """A resumed run judges by what it found before."""
+        """Restore the state of a resumed run from its validation losses."""
         self._best, self._waited = math.inf, 0
         for loss in start.val_losses:
             self._judge(loss)
@@ -228,7 +240,14 @@ class EarlyStopping:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
+    """Read metrics.jsonl.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Rows; a truncated last line is ignored. Empty if there is no file.
+    """
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

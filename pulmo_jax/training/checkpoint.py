@@ -1,11 +1,11 @@
-"""Checkpoints: the one module that knows Orbax, and that believes nothing of what a disk gives back.
+"""Checkpoints: saving and verified restoring with Orbax, which is used in this module only.
 
     CHECKPOINTS/200/state/     the arrays, as Orbax writes them
     CHECKPOINTS/200/MANIFEST   the SHA-256 of its own text; then, as JSON, that of every array and of every file, and
-                               what the run must know beside the arrays
+                               the metadata of the run
 
-The folder is written under a hidden name, flushed to the disk and renamed last: what is called by its step is whole, at
-whatever moment the process was killed. Orbax by itself restores arrays with flipped bits and says nothing.
+A checkpoint is written under a hidden name, flushed to the disk and renamed last, so that a folder named after its step
+is complete even if the process is killed. Orbax itself does not detect corrupted arrays.
 """
 
 import errno
@@ -31,25 +31,30 @@ from pulmo_jax.host.resources import is_disk_full
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
-logging.set_verbosity(logging.ERROR)  # Orbax remarks on options that are as meant
+logging.set_verbosity(logging.ERROR)  # suppresses Orbax warnings about intended options
 
 MANIFEST = "MANIFEST"
-SPARE_BYTES = 2**20  # for what Orbax writes beside the arrays
-KEPT = 2  # the last ones, and the best
-INDEX_DIGITS = 4  # before the path in the name of an array
+SPARE_BYTES = 2**20  # for the metadata of Orbax
+KEPT = 2  # number of latest checkpoints kept, in addition to the best
+INDEX_DIGITS = 4  # digits before the path in the name of an array
 
 
 class DamagedError(InputError):
-    """A checkpoint is not what was written; the message names the file."""
+    """A checkpoint is damaged; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a checkpoint holds beside its arrays.
+    """Metadata of a checkpoint.
 
-    val_loss: of this very step, if it was validated; val_losses: all up to it. identity: what a resumed run must share.
-    stopped: why the run ended with this step, before its last; None where it goes on.
-    arrays, files: shape, dtype and SHA-256 of every array, and SHA-256 of every file.
+    Attributes:
+        step: Step of the checkpoint.
+        val_loss: Validation loss at this step, if validated.
+        val_losses: All validation losses up to this step.
+        identity: Description of config and data, which must be equal on resuming.
+        stopped: Reason why training stopped early at this step, if it did.
+        arrays: Shape, dtype and SHA-256 of every array.
+        files: SHA-256 of every file.
     """
 
     step: int
@@ -64,9 +69,12 @@ class Record:
 class Checkpoints:
     """The checkpoints of one run: the last two, and the one with the lowest validation loss.
 
-    Saving goes on in the background; `wait` (or leaving the context) blocks until all is on disk. Opening for writing
-    removes what a kill left unfinished; one process at a time may do so (`pulmo_jax.host.lock`). With read_only nothing
-    is ever written, and `save` does nothing: of several processes that train together the first one saves for all.
+    Saving runs in the background; `wait` (or leaving the context) blocks until it has finished. Opening for writing
+    removes unfinished checkpoints of a killed process; only one process at a time may do so (`pulmo_jax.host.lock`).
+
+    Args:
+        folder: Folder of the checkpoints.
+        read_only: Write nothing; `save` does nothing. Used by all processes except the first in distributed training.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -86,9 +94,17 @@ class Checkpoints:
         val_losses: list[float] | None = None,
         stopped: str | None = None,
     ) -> None:
-        """Write the state after `state.step` steps (see `Record`), in the background.
+        """Save a state in the background.
 
-        Raises InputError where the state is not finite, for an earlier save that failed, or below the latest step.
+        Args:
+            state: Training state after `state.step` steps.
+            val_loss: Validation loss at this step, if validated.
+            identity: See `Record`.
+            val_losses: See `Record`.
+            stopped: See `Record`.
+
+        Raises:
+            InputError: If the state is not finite, an earlier save failed, or a later checkpoint exists.
         """
         if self._read_only:
             return
@@ -98,13 +114,15 @@ class Checkpoints:
             raise InputError(f"{self.folder}: contains a checkpoint later than step {step}; use a new run directory")
         if step == latest:
             return
-        arrays = {name: np.array(leaf) for name, leaf in _plain(state).items()}  # copies: the next step reuses them
+        arrays = {
+            name: np.array(leaf) for name, leaf in _plain(state).items()
+        }  # copies, because the next step reuses the memory
         _require_finite(arrays, step)
         record = Record(step, val_loss, list(val_losses or []), dict(identity), stopped)
         self._saving = self._pool.submit(self._write, record, arrays)
 
     def steps(self) -> list[int]:
-        """Those on disk, ascending; whether they are whole is not looked at."""
+        """Steps of the checkpoints on disk, ascending; they are not verified."""
         names = [path.name for path in self.folder.glob("*") if path.is_dir()] if self.folder.is_dir() else []
         return sorted(int(name) for name in names if name.isdigit())
 
@@ -113,7 +131,17 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def record(self, step: int) -> Record:
-        """Raises DamagedError if the manifest is not what was written."""
+        """Read the metadata of a checkpoint.
+
+        Args:
+            step: Step of the checkpoint.
+
+        Returns:
+            Metadata.
+
+        Raises:
+            DamagedError: If the manifest is missing or damaged.
+        """
         path = self.folder / str(step) / MANIFEST
         try:
             digest, _, text = path.read_bytes().partition(b"\n")
@@ -124,17 +152,20 @@ class Checkpoints:
         return Record(**json.loads(text))
 
     def restore(self, step: int, like: TrainState, *, as_written: bool = False, partial: bool = False) -> TrainState:
-        """The state after a step, each file and each array of it verified.
+        """Restore a state; every file and array is verified.
 
         Args:
-            step: Of the checkpoint.
-            like: Structure and shapes of what is restored.
-            as_written: Shapes and dtypes are those on disk, as of a model whose sizes follow from its data.
-            partial: The checkpoint may hold more than `like`, such as the state of an optimizer; it is not read.
+            step: Step of the checkpoint.
+            like: Structure and shapes of the state.
+            as_written: Take shapes and dtypes from the disk, for models whose sizes depend on the data.
+            partial: Ignore arrays that are not in `like`, such as the state of the optimizer.
+
+        Returns:
+            The state.
 
         Raises:
-            DamagedError: Names the file or array that is not as it was written.
-            InputError: The checkpoint is of another architecture.
+            DamagedError: If a file or array is damaged.
+            InputError: If the checkpoint belongs to another architecture.
         """
         folder, record = self.folder / str(step), self.record(step)
         names = {name[INDEX_DIGITS:]: name for name in record.arrays}
@@ -154,7 +185,7 @@ class Checkpoints:
             arrays = _orbax().restore(
                 folder.absolute() / "state", args=ocp.args.PyTreeRestore(item=asked, partial_restore=True)
             )
-        except Exception as error:  # of bytes that are as written; Orbax and its readers raise anything
+        except Exception as error:  # Orbax and its readers raise various exceptions
             reason = str(error).strip().partition("\n")[0]
             raise DamagedError(f"{folder}: cannot be restored ({type(error).__name__}: {reason:.300})") from error
         for name in asked:
@@ -165,15 +196,34 @@ class Checkpoints:
     def restore_newest(
         self, like: TrainState, *, as_written: bool = False
     ) -> tuple[TrainState, Record, list[str]] | None:
-        """The newest checkpoint that is whole, with what is wrong with later ones; None if there is none at all.
+        """Restore the newest intact checkpoint; damaged ones are renamed to damaged-STEP.
 
-        Damaged ones are set aside as damaged-STEP. Raises InputError if not a single one is whole.
+        Args:
+            like: Structure and shapes of the state.
+            as_written: See `restore`.
+
+        Returns:
+            State, metadata, and messages on damaged checkpoints; None if there are no checkpoints.
+
+        Raises:
+            InputError: If all checkpoints are damaged.
         """
         self.wait()
         return self._first_whole(self.steps()[::-1], like, as_written)
 
     def restore_best(self, like: TrainState, *, as_written: bool = False) -> tuple[TrainState, Record, list[str]]:
-        """The same in the order of the validation loss. Raises InputError if none was validated."""
+        """Restore the intact checkpoint with the lowest validation loss; damaged ones are renamed to damaged-STEP.
+
+        Args:
+            like: Structure and shapes of the state.
+            as_written: See `restore`.
+
+        Returns:
+            State, metadata, and messages on damaged checkpoints.
+
+        Raises:
+            InputError: If no checkpoint was validated, or all are damaged.
+        """
         self.wait()
         losses = sorted((loss, step) for step in self.steps() if (loss := self._loss_of(step)) is not None)
         found = self._first_whole([step for _, step in losses], like, as_written)
@@ -198,7 +248,7 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Until what was saved is on disk. Raises what went wrong with it, once."""
+        """Wait until saving has finished; raises its exception, if any, once."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -219,11 +269,11 @@ class Checkpoints:
             unfinished.mkdir()
             _orbax().save(unfinished.absolute() / "state", arrays)
             files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-            told = asdict(record) | {
+            manifest = asdict(record) | {
                 "arrays": {name: _describe(array) for name, array in arrays.items()},
                 "files": {str(path.relative_to(unfinished)): _sha256(path.read_bytes()) for path in files},
             }
-            text = json.dumps(told).encode()
+            text = json.dumps(manifest).encode()
             (unfinished / MANIFEST).write_bytes(_sha256(text).encode() + b"\n" + text)
             for path in (*files, unfinished / MANIFEST, *{path.parent for path in files}, unfinished):
                 _flush(path)
@@ -247,7 +297,7 @@ class Checkpoints:
             shutil.rmtree(self._hide(step))
 
     def _hide(self, step: int) -> Path:
-        """A half-removed checkpoint must not pass for a damaged one."""
+        """Rename a checkpoint before its removal, so that a partly removed one does not count as damaged."""
         hidden = self.folder / f".saving-{step}-old"
         return (self.folder / str(step)).rename(hidden)
 
@@ -258,18 +308,18 @@ class Checkpoints:
             (self.folder / str(step)).rename(aside)
 
     def _loss_of(self, step: int) -> float | None:
-        with suppress(DamagedError):  # `restore` is what finds damage
+        with suppress(DamagedError):  # `restore` reports damage
             return self.record(step).val_loss
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
-    """Leaves in order, under their paths: independent of the classes that hold them."""
+    """Leaves by index and path, independent of the classes of the state."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {f"{i:0{INDEX_DIGITS}d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}
 
 
 def _orbax() -> ocp.Checkpointer:
-    """For arrays of this process alone: of several, each has checkpoints of its own, and none waits for another."""
+    """Orbax checkpointer for this process alone, which does not wait for other processes."""
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
@@ -293,7 +343,7 @@ def _verify_file(path: Path, digest: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk itself, so that a power cut finds the contents before the name."""
+    """Flush to the disk, so that after a power failure the contents exist before the name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -302,7 +352,7 @@ def _flush(path: Path) -> None:
 
 
 def _require_room(folder: Path, needed: int) -> None:
-    """Said before Orbax starts, whose many writers would each complain in their own words."""
+    """Check the disk space before Orbax starts, for a single, clear error."""
     if shutil.disk_usage(folder).free < needed + SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,7 +1,7 @@
-"""One program over all devices of all hosts: the state is on each, the rows of a batch are divided.
+"""Data-parallel training on all devices of all hosts: the state is replicated, batches are divided.
 
-Every process runs the same job on its own share of each batch. Batches, noise and decisions are functions of (seed,
-step), so that the number of devices changes the order of some sums and nothing else.
+Every process runs the same program on its share of each batch. Batches, noise and decisions depend on seed and step
+only, so the number of devices changes only the order of summation.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,16 @@ ROWS = "rows"
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the processes of a job; before any other call of JAX. Without a coordinator this process is alone.
+    """Connect the processes of a distributed training; must precede all other JAX calls.
 
-    coordinator: HOST:PORT of the first process; "auto": as SLURM, Open MPI or a TPU pod tell, which also know the rest.
+    Args:
+        coordinator: HOST:PORT of the first process; "auto": all arguments from SLURM, Open MPI or a TPU pod; None: a
+            single process.
+        processes: Number of processes.
+        process: Index of this process.
+
+    Raises:
+        InputError: If the processes cannot connect.
     """
     if coordinator is None:
         return
@@ -39,7 +46,17 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
 
 
 def all_devices(batch_size: int) -> Mesh:
-    """Raises InputError where they cannot share a batch evenly."""
+    """Mesh of all devices.
+
+    Args:
+        batch_size: Examples per batch.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        InputError: If the batch size is not a multiple of the number of devices.
+    """
     devices = jax.devices()
     if batch_size % len(devices):
         raise InputError(
@@ -58,12 +75,12 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def on_all(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every array on every device. All processes give the same values."""
+    """Replicate the arrays of a tree on all devices; the values must be equal in all processes."""
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(everywhere(mesh), np.array(leaf)), tree)
 
 
 def divided(share: Any, mesh: Mesh) -> Any:
-    """The batch, an array or several, of which this process has read `share`: the p-th of n consecutive ones."""
+    """Distribute a batch over the devices; `share` contains the rows of this process, in the order of the processes."""
     return jax.tree.map(partial(jax.make_array_from_process_local_data, rows(mesh)), share)
 
 
@@ -79,7 +96,7 @@ def described(batch: Any, mesh: Mesh) -> Any:
 
 
 def here(tree: Any) -> Any:
-    """This process's own copy of what is on all devices, for work that the other processes do not share."""
+    """Copy of a replicated tree on the first device of this process, for work in this process alone."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
@@ -89,7 +106,7 @@ def is_first() -> bool:
 
 @contextmanager
 def first_then_others() -> Iterator[None]:
-    """The first process passes the block before the others enter it."""
+    """Run the block in the first process before the others."""
     if jax.process_count() > 1 and not is_first():
         multihost_utils.sync_global_devices("first")
     yield
@@ -98,7 +115,15 @@ def first_then_others() -> Iterator[None]:
 
 
 def require_same(number: int, quantity: str) -> None:
-    """Raises InputError where the processes do not have the same."""
+    """Check that a number is equal in all processes.
+
+    Args:
+        number: The number.
+        quantity: Its name, for the error message.
+
+    Raises:
+        InputError: If it is not.
+    """
     if jax.process_count() > 1:
         found = np.ravel(multihost_utils.process_allgather(np.array(number)))
         if (found != number).any():
@@ -106,11 +131,14 @@ def require_same(number: int, quantity: str) -> None:
 
 
 def agreement(mesh: Mesh) -> Callable[[int | None], int | None]:
-    """Lets all processes act on a signal that any of them has received, after the same step.
+    """Share received signals between processes, so that all stop after the same step.
+
+    Args:
+        mesh: Devices.
 
     Returns:
-        (signal of this process) -> signal of any process. With several processes the answer is that of the call before,
-        so that no device waits for it.
+        Function (signal of this process) -> signal of any process. With several processes it returns the result of the
+        previous call, so that no device waits for it.
     """
     if jax.process_count() == 1:
         return lambda signum: signum
@@ -125,7 +153,7 @@ def agreement(mesh: Mesh) -> Callable[[int | None], int | None]:
 
 
 def disconnect() -> None:
-    """Training is over: the first process goes on alone, however long it takes."""
+    """Disconnect the processes after training; the first one continues alone."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("trained")
         jax.distributed.shutdown()

@@ -1,4 +1,4 @@
-"""Optimizers, built by config."""
+"""Optimizers."""
 
 from typing import Annotated, cast
 
@@ -18,7 +18,17 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) with linear warm-up, cosine decay, clipping and gradient accumulation.
 
-    steps: training steps (batches); the schedule is stretched over the updates that these make.
+    Args:
+        steps: Number of training steps (batches); the schedule covers the resulting updates.
+        learning_rate: Peak learning rate, after warm-up.
+        final_fraction: Final learning rate relative to the peak.
+        warmup_fraction: Fraction of the updates used for warm-up.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Maximum global norm of the gradient.
+        accumulate: Number of batches averaged per update.
+
+    Returns:
+        The optimizer.
     """
     updates = max(1, steps // accumulate)
     schedule = optax.warmup_cosine_decay_schedule(

@@ -100,8 +100,8 @@ def test_config_cannot_lead_through_the_program_to_another_module(module):
         ("pulmo_jax.models.autoencoder.Nope", "cannot be imported"),
         ("pulmo_jax.models.nope.Model", "cannot be imported"),
         ("pulmo_jax.models.autoencoder.jnp.load", "cannot be imported"),
-        ("pulmo_jax.models.autoencoder.jnp", "is no class or function but module"),
-        ("pulmo_jax.models.autoencoder.strides_for", "takes no channels, rngs, so it is no model"),
+        ("pulmo_jax.models.autoencoder.jnp", "is a module, not a class or function"),
+        ("pulmo_jax.models.autoencoder.strides_for", "lacks the arguments channels, rngs of a model"),
     ],
 )
 def test_target_that_is_no_model_is_named(target, words):
@@ -236,5 +236,5 @@ def test_a_target_without_an_argument_of_its_group_is_refused(module):
     module("my_methods", SEEDED)
     node = {"_target_": "my_methods.Bare"}
     check_node(node, "method", ("my_methods",))
-    with pytest.raises(InputError, match="method._target_=my_methods.Bare: takes no network, so it is no method"):
+    with pytest.raises(InputError, match="method._target_=my_methods.Bare: lacks the arguments network of a method"):
         check_node(node, "method", ("my_methods",), ["network"])

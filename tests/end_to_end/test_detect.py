@@ -292,7 +292,7 @@ def test_what_is_wrong_with_a_stack_is_said_and_the_planet_found(job, planted, t
     words = " ".join(run.out.split())
     for said in (
         "2 blank, saturated or mostly non-finite frames are dropped: 3, 17", "25 pixels are left out",
-        "1 pixels never vary", "was cropped to 47 x 47 px", "22 frames of 47 x 48 px", "rotating by 150.0 degrees",
+        "1 pixels are constant", "was cropped to 47 x 47 px", "22 frames of 47 x 48 px", "field rotation 150.0 degrees",
     ):  # fmt: skip
         assert said in words
     header = run.header()
@@ -363,7 +363,7 @@ def test_planted_planet_is_found(limits):
     assert source["false_alarm_probability"] < 1e-3
     assert np.nanmax(limits.map("snr_null")) < 5 < np.nanmax(limits.map("snr"))
     assert "1 source, " in limits.out
-    assert "24 frames of 48 x 48 px, rotating by 150.0 degrees" in limits.out
+    assert "24 frames of 48 x 48 px, field rotation 150.0 degrees" in limits.out
 
 
 def test_tables_hold_finite_numbers_in_the_columns_that_are_promised(limits):

@@ -104,7 +104,7 @@ def test_features_of_a_network_are_modelled(network, crop, tmp_path, more):
         call(*arguments(crop, network, "lung", *small))
     run = tmp_path / "run"
     said = call(*arguments(crop, run, "lung_features", f"method.base_run={network}", *more))
-    assert ("rests on its shrinkage" in said) == bool(more)
+    assert ("shrinkage dominates" in said) == bool(more)
     _, how, _, state, _ = load_run(run)
     assert (how.patch_size, how.resize) == (32, bool(more))
     assert state.params["moments"].mean.shape[:-1] == ((64,) if more else ())

@@ -338,7 +338,7 @@ def test_python_refuses_images_that_the_run_is_not_for(run, tmp_path):
         opened.predict(np.zeros(3))
     with pytest.raises(InputError, match=r"nothing\.tif: does not exist; give one image"):
         opened.predict(tmp_path / "nothing.tif")
-    with pytest.raises(InputError, match=r"no config\.yaml there; give the run directory"):
+    with pytest.raises(InputError, match=r"no config\.yaml there; give the directory"):
         pj.open_run(tmp_path)
 
 

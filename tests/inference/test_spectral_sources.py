@@ -197,4 +197,4 @@ def test_channel_that_is_left_out_takes_its_value_of_the_spectrum_with_it():
     channels = observed(of)
     search = find_sources(channels, SETTINGS, spectra=of.spectrum[None], max_sources=0)
     np.testing.assert_allclose(search.combination.spectra, of.spectrum[None][:, [0, 2]])
-    assert search.caveats[0].startswith("the channel of wavelength 1.15 is left out")
+    assert search.caveats[0].startswith("the channel of wavelength 1.15 is excluded")

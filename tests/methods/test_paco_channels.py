@@ -95,7 +95,7 @@ def test_a_channel_that_cannot_be_used_is_left_out_and_said(bad):
     assert made.kept.tolist() == [True, False, True]
     assert made.wavelengths.tolist() == [1.0, 1.3]
     assert made.each[1].psf is PSFS[2]
-    assert "wavelength 1.15 is left out: 0 usable frames" in made.caveats[0]
+    assert "wavelength 1.15 is excluded: 0 usable frames" in made.caveats[0]
     with pytest.raises(InputError, match="no channel can be used: 0 usable frames"):
         channels(np.full_like(cube, bad))
 

@@ -459,14 +459,14 @@ def test_a_patch_is_not_larger_than_the_stamp():
     assert_maps_alike(found, expected, tolerance=0)
     assert any("stamp of 5 x 5 px cuts it off" in caveat for caveat in found.caveats)
     with pytest.raises(
-        InputError, match="patch_radius_px=9 is more than the PSF's stamp reaches from its source, 2 px"
+        InputError, match="patch_radius_px=9 exceeds the distance from the source to the edge of the PSF, 2 px"
     ):
         of.maps("fast", psf=source(5, 3.0), patch_radius_px=9.0)
 
 
 def test_a_psf_of_one_pixel_is_refused_where_its_error_cannot_be_held():
     of = case("even")
-    with pytest.raises(InputError, match=r"too narrow for its pixels: .* give a larger psf_error"):
+    with pytest.raises(InputError, match=r"the PSF is undersampled: .* give a larger psf_error"):
         of.maps("exact", psf_error=1e-17)
 
 
@@ -478,7 +478,7 @@ def test_a_psf_of_one_pixel_is_refused_where_its_error_cannot_be_held():
         ({"frames": "some"}, "frames='some'; there are: all, effective"),
         ({"shrinkage": "fixed"}, "rho=None; shrinkage='fixed' needs a rho from 0 to 1"),
         ({"shrinkage": "fixed", "rho": 1.5}, "rho=1.5; shrinkage='fixed' needs a rho from 0 to 1"),
-        ({"rho": 0.5}, "rho=0.5 is given, but shrinkage='paco' finds its own"),
+        ({"rho": 0.5}, "rho=0.5 is given, but shrinkage='paco' sets it"),
     ],
 )
 def test_settings_that_do_not_fit(wrong, message):

@@ -203,7 +203,7 @@ def test_pixels_that_saturate_in_some_frames_are_left_out(kind):
     np.testing.assert_array_equal(of.usable, expected)
     assert of.caveats == (
         "9 pixels are saturated in some frame",
-        "9 pixels are left out of every patch: not finite or saturated in a frame",
+        "9 pixels are excluded from every patch: not finite or saturated in a frame",
     )
 
 
@@ -222,7 +222,7 @@ def test_pixels_that_a_frame_lacks_are_left_out(value):
     assert np.argwhere(~of.usable).tolist() == [[4, 5], [4, 6]]
     assert (of.deviations[:, 4, 5:7] == 0).all()
     assert jnp.isfinite(of.deviations).all()
-    assert of.caveats == ("2 pixels are left out of every patch: not finite or saturated in a frame",)
+    assert of.caveats == ("2 pixels are excluded from every patch: not finite or saturated in a frame",)
     good = stack()[:, of.usable]
     assert of.unit == pytest.approx(np.sqrt(((good - good.mean(0)) ** 2).mean()), rel=1e-12)
 
@@ -244,7 +244,7 @@ def test_constant_pixels_are_left_out():
     expected = np.ones((H, W), bool)
     expected[2, 3], expected[:, -1] = False, False
     np.testing.assert_array_equal(of.usable, expected)
-    assert of.caveats == (f"{H + 1} pixels never vary and are left out of every patch",)
+    assert of.caveats == (f"{H + 1} pixels are constant and excluded from every patch",)
 
 
 def test_pixels_that_vary_in_dropped_frames_only_are_constant():
@@ -263,7 +263,7 @@ def test_angles_that_wrap_are_no_other_rotation():
     assert checked_observe(stack(), wrapped, PSF).caveats == ()
     small = np.linspace(-1, 1, T)
     (caveat,) = checked_observe(stack(), np.mod(small, 360), PSF).caveats
-    assert caveat.startswith("the field rotates by 2 degrees, 0.45 px at the corners: less than the PSF's width")
+    assert caveat.startswith("the field rotates by 2 degrees, 0.45 px at the corners: less than the PSF FWHM")
 
 
 def test_without_rotation_nothing_can_be_found():

@@ -164,7 +164,7 @@ def test_weights_that_do_not_settle_are_told():
 def test_the_noise_of_another_stack_is_refused():
     of = case().observed()
     noise = learn(of.deviations, tuple(map(tuple, plain_reference.disc(RADIUS).tolist())))
-    with pytest.raises(InputError, match="mode='robust' learns the noise of each frame"):
+    with pytest.raises(InputError, match="mode='robust' cannot use the noise of another stack"):
         paco.compute_maps(of, SETTINGS, background=noise)
 
 

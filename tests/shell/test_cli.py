@@ -585,7 +585,7 @@ def test_two_sweeps_in_one_folder(run, tmp_path):
         (["hydra/sweeper=search", "trainer.ema_decay=interval(2,3)"], "trainer.ema_decay=2.0"),
         (["hydra/launcher=nope", "seed=0,1"], "hydra/launcher/nope"),
         (["hydra/launcher=ray", "seed=0,1"], "pip install 'pulmo-jax[ray]'"),
-        (["seed=0,1", "+experiment=nope"], "experiment/nope is not there"),
+        (["seed=0,1", "+experiment=nope"], "experiment/nope does not exist"),
     ],
 )
 def test_errors_of_a_sweep_show_before_any_job(run, tmp_path, arguments, words):

@@ -16,7 +16,8 @@ from references.pictures import ink
 
 from pulmo_jax.host.lock import claim
 from pulmo_jax.shell import sweep
-from pulmo_jax.shell.sweep import RECORD, REFUSED, TRACEBACK, Request, bury, collect, disk_full, run_job, write_pages
+from pulmo_jax.shell.sweep import RECORD, REFUSED, TRACEBACK, Request, bury, collect, disk_full, run_job
+from pulmo_jax.shell.sweep_pages import write_pages
 from pulmo_jax.types import InputError
 
 METRICS = {
@@ -126,7 +127,7 @@ def test_done_job_is_answered_from_its_folder(tmp_path, said):
     assert run_job(request_of(tmp_path, resume=True, call="call-2"), never, said.append) == objective
     assert (tmp_path / RECORD).stat().st_mtime_ns == before
     assert "job" in said[0]
-    assert "done already" in said[0]
+    assert "already finished" in said[0]
 
 
 @pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt()])
@@ -146,7 +147,7 @@ def test_job_that_did_not_finish_is_gone_on_with(tmp_path, said, error):
 def test_without_resume_a_job_of_an_earlier_call_stays_as_it_is(tmp_path, said):
     run_job(request_of(tmp_path), lambda resume: 0.5, said.append)
     assert run_job(request_of(tmp_path, call="call-2"), never, said.append) is None
-    assert "resume=true goes on with it" in said[0]
+    assert "resume=true continues it" in said[0]
     assert record_of(tmp_path)["objective"] == 0.5
 
 
@@ -203,7 +204,7 @@ def test_failure_in_the_middle_of_a_search_is_replayed_and_one_at_its_end_tried_
         run_job(request_of(tmp_path / name), work, said.append)
     again = {"resume": True, "replay": True, "call": "call-2"}
     assert run_job(request_of(tmp_path / "9", **again), never, said.append) is None
-    assert "the search went on from there: no" in said[-1]
+    assert "because the search continued: no" in said[-1]
     assert run_job(request_of(tmp_path / "11", **again), lambda resume: 0.25, said.append) == 0.25
 
 

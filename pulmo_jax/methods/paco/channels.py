@@ -104,7 +104,7 @@ def observe_channels(
     if not each:
         raise InputError(f"no channel can be used: {refused[0]}") if len(cube) > 1 else refused[0]
     kept = np.isin(np.arange(len(cube)), list(each))
-    caveats = [f"the channel of wavelength {wavelengths[k]:g} is left out: {why}" for k, why in refused.items()]
+    caveats = [f"the channel of wavelength {wavelengths[k]:g} is excluded: {why}" for k, why in refused.items()]
     caveats += merge_caveats([of.caveats for of in each.values()])
     observations = tuple(each.values())
     first = observations[0]

@@ -86,7 +86,7 @@ def compute_maps(
     """
     robust = settings.mode == "robust"
     if robust and background is not None:
-        raise InputError("mode='robust' learns the noise of each frame, so it cannot be another stack's; use 'exact'")
+        raise InputError("mode='robust' cannot use the noise of another stack; use 'exact'")
     plan = make_plan(of, settings)
     angles = jnp.asarray(of.angles_deg if angles_deg is None else angles_deg, of.deviations.dtype)
     with jax.default_matmul_precision("highest"):  # a GPU's TF32 would round to three digits
@@ -146,8 +146,8 @@ def footprint(psf: Psf, radius_px: float | None) -> Int[np.ndarray, "P 2"]:
         return patches.disc(min(usual_radius(psf), reach))
     if int(radius_px) > reach:
         raise InputError(
-            f"patch_radius_px={radius_px:g} is more than the PSF's stamp reaches from its source, {reach} px; "
-            "give a smaller radius or a larger stamp"
+            f"patch_radius_px={radius_px:g} exceeds the distance from the source to the edge of the PSF, "
+            f"{reach} px; give a smaller radius or a larger PSF image"
         )
     return patches.disc(radius_px)
 
@@ -163,7 +163,7 @@ def expand_psf(stamp: bytes, side: int, offsets: bytes, tolerance: float | None)
     try:
         return centred(pixels, places) if tolerance is None else expand(pixels, places, tolerance)
     except ValueError as error:
-        raise InputError(f"the PSF is too narrow for its pixels: {error}; give a larger psf_error") from error
+        raise InputError(f"the PSF is undersampled: {error}; give a larger psf_error") from error
 
 
 def exact_sums(

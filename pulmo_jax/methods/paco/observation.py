@@ -76,7 +76,7 @@ def observe(
     if len(angles) < 2:
         raise InputError(f"{len(angles)} usable frame{'s' * (len(angles) != 1)}; patch statistics need at least 2")
     if not usable.any():
-        raise InputError("no pixel is finite and varies over the frames; there is nothing to learn the noise from")
+        raise InputError("no pixel is finite and varies over the frames; the noise cannot be estimated")
     caveats += check_rotation(angles, middle, (height, width), prepared.fwhm_px)
     changes, factor = changes_over_time(frames if kept.all() else frames[kept], usable)
     deviations, unit = standardise(jnp.asarray(changes, dtype=float), jnp.asarray(usable))
@@ -133,11 +133,13 @@ def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if not kept.any():
         return kept, usable, caveats
     if not usable.all():
-        caveats.append(f"{int((~usable).sum())} pixels are left out of every patch: not finite or saturated in a frame")
+        caveats.append(
+            f"{int((~usable).sum())} pixels are excluded from every patch: not finite or saturated in a frame"
+        )
     chosen = frames if kept.all() else frames[kept]
     constant = usable & (chosen.max(0) == chosen.min(0))
     if constant.any():
-        caveats.append(f"{int(constant.sum())} pixels never vary and are left out of every patch")
+        caveats.append(f"{int(constant.sum())} pixels are constant and excluded from every patch")
     return kept, usable & ~constant, caveats
 
 
@@ -158,16 +160,16 @@ def check_rotation(angles: np.ndarray, centre: tuple[float, float], shape: tuple
     arc = rotation_deg(angles)
     if arc < STILL_DEG:
         raise InputError(
-            f"all {len(angles)} angles are {angles[0]:g} degrees: without rotation a source cannot be told from the "
-            "static background; check the angles"
+            f"all {len(angles)} angles are {angles[0]:g} degrees: without rotation a source cannot be distinguished "
+            "from the static background; check the angles"
         )
     reach_y, reach_x = (max(c, n - 1 - c) for c, n in zip(centre, shape, strict=True))
     corner = np.hypot(reach_y, reach_x)
     path = float(np.deg2rad(arc) * corner)
     if path < fwhm:
         return [
-            f"the field rotates by {arc:.3g} degrees, {path:.2g} px at the corners: less than the PSF's width, so "
-            "sources subtract themselves everywhere"
+            f"the field rotates by {arc:.3g} degrees, {path:.2g} px at the corners: less than the PSF FWHM, so "
+            "sources are self-subtracted everywhere"
         ]
     return []
 

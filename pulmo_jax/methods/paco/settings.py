@@ -46,4 +46,4 @@ class Settings:
         if self.shrinkage == "fixed" and (self.rho is None or not 0 <= self.rho <= 1):
             raise ValueError(f"rho={self.rho}; shrinkage='fixed' needs a rho from 0 to 1")
         if self.shrinkage != "fixed" and self.rho is not None:
-            raise ValueError(f"rho={self.rho} is given, but shrinkage={self.shrinkage!r} finds its own; use 'fixed'")
+            raise ValueError(f"rho={self.rho} is given, but shrinkage={self.shrinkage!r} sets it; use 'fixed'")

@@ -122,7 +122,7 @@ def open_frame(align_run: Path, plugins: tuple[str, ...], digest: str = "") -> L
 
 def into_lung_frame(
     config: TrainConfig,
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     ref: ImageRef,
     pixels: Shaped[np.ndarray, "H W C"],
     foreground: Bool[np.ndarray, "H W"] | None,
@@ -131,7 +131,7 @@ def into_lung_frame(
 
     Args:
         config: Config of a run on aligned images.
-        how: Preprocessing of the run.
+        preprocessing: Preprocessing of the run.
         ref: The image.
         pixels: Its pixels.
         foreground: Its foreground; None: the whole image.
@@ -143,7 +143,7 @@ def into_lung_frame(
         InputError: If no landmarks are found.
     """
     assert config.data.align_run is not None
-    run = open_frame(config.data.align_run, config.plugins, how.aligned_by)
+    run = open_frame(config.data.align_run, config.plugins, preprocessing.aligned_by)
     points = run.find(working_image(ref, pixels, run.size)).points[0]
     if not np.isfinite(points).all():
         raise InputError(f"{ref.path}: no landmarks found; remove this image")

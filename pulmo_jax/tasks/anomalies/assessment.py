@@ -188,13 +188,13 @@ def findings_of(
 
 
 def labelled_images(
-    config: TrainConfig, how: Preprocessing, data: EvaluateDataConfig, reader: Reader
+    config: TrainConfig, preprocessing: Preprocessing, data: EvaluateDataConfig, reader: Reader
 ) -> tuple[list[ImageRef], Callable[[ImageRef], Truth]]:
     """List the test images with their ground truth.
 
     Args:
         config: Config of the run.
-        how: Preprocessing of the run.
+        preprocessing: Preprocessing of the run.
         data: Folders of the labelled images and masks.
         reader: Reader of the images.
 
@@ -218,10 +218,10 @@ def labelled_images(
             f"{skipped[0].reason}\n({len(skipped)} of {len(skipped) + len(refs)} test images cannot be used)"
         )
     for ref in refs:
-        if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
+        if ref.shape[2] != preprocessing.channels or not same_scale(ref.dtype, preprocessing.dtype):
             raise InputError(
-                f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on {how.channels} of "
-                f"{how.dtype}; convert the image"
+                f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on "
+                f"{preprocessing.channels} of {preprocessing.dtype}; convert the image"
             )
     if data.test_masks is not None:
         return refs, truth_by_masks(refs, data.test_masks, data.normal_name, reader)

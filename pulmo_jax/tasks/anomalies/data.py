@@ -48,7 +48,12 @@ class NormalData:
 
 
 def read_normal_images(
-    data: DataConfig, seed: int, reader: Reader, console: Console, stride: int, how: Preprocessing | None = None
+    data: DataConfig,
+    seed: int,
+    reader: Reader,
+    console: Console,
+    stride: int,
+    preprocessing: Preprocessing | None = None,
 ) -> NormalData:
     """List, split and scan the images, and fit the normalisation if none is given.
 
@@ -58,7 +63,7 @@ def read_normal_images(
         reader: Reader of the images.
         console: For progress and messages.
         stride: Default spacing of the training patches, px.
-        how: Preprocessing; None: fitted to the training images.
+        preprocessing: Preprocessing; None: fitted to the training images.
 
     Returns:
         The images of the run.
@@ -79,8 +84,8 @@ def read_normal_images(
     settle([*skipped, *val_skipped], data.on_error, console)
     if not refs or (data.val is not None and not val_refs):
         raise InputError(f"{data.train if not refs else data.val}: none of its images can be read")
-    if how is not None:
-        require_like(refs[0], how)
+    if preprocessing is not None:
+        require_like(refs[0], preprocessing)
     refs, odd = alike(refs, refs[0])
     val_refs, val_odd = alike(val_refs, refs[0])
     settle([*odd, *val_odd], data.on_error, console)
@@ -91,26 +96,28 @@ def read_normal_images(
     settle(training.skipped, data.on_error, console)
     validation = scan_images(val_refs, sampling, reader, tracker(console, "reading validation images"))
     settle(validation.skipped, data.on_error, console)
-    if how is None:
-        how = fit_preprocessing(training, sampling, data.normalize, data.value_range, data.percentiles, data.clip)
+    if preprocessing is None:
+        preprocessing = fit_preprocessing(
+            training, sampling, data.normalize, data.value_range, data.percentiles, data.clip
+        )
     unused = [*skipped, *val_skipped, *odd, *val_odd, *training.skipped, *validation.skipped]
-    return NormalData(training, validation, sampling, how, unused)
+    return NormalData(training, validation, sampling, preprocessing, unused)
 
 
-def require_like(ref: ImageRef, how: Preprocessing) -> None:
+def require_like(ref: ImageRef, preprocessing: Preprocessing) -> None:
     """Check that an image has the bands and depth of a base run.
 
     Args:
         ref: The image.
-        how: Preprocessing of the base run.
+        preprocessing: Preprocessing of the base run.
 
     Raises:
         InputError: If it has not.
     """
-    if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
+    if ref.shape[2] != preprocessing.channels or not same_scale(ref.dtype, preprocessing.dtype):
         raise InputError(
-            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but method.base_run was trained on {how.channels} of "
-            f"{how.dtype}; convert the images, or train a network on them first"
+            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but method.base_run was trained on "
+            f"{preprocessing.channels} of {preprocessing.dtype}; convert the images, or train a network on them first"
         )
 
 

@@ -140,14 +140,28 @@ def collect(
 
 
 def name_maps(files: Sequence[tuple[ImageRef, ...]]) -> dict[Path, str]:
-    """What the maps of each file are called: its name without suffix, or with it where two would be called alike."""
+    """File name of the maps of each file: its name without suffix, or with it if two names would coincide."""
     stems = {pages[0].path: PurePosixPath(stem(pages[0].name)) for pages in files}
     count = Counter(stems.values())
     return {pages[0].path: str(s) if count[s := stems[pages[0].path]] == 1 else pages[0].name for pages in files}
 
 
 def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
-    """Score every page, write maps/NAME_*, and return the file's record."""
+    """Score every page of a file and write maps/NAME_*.
+
+    Args:
+        pages: Pages of the file.
+        name: File name of the maps.
+        run: Opened run.
+        reader: Reader of the images.
+        output: Output folder.
+
+    Returns:
+        Record of the file.
+
+    Raises:
+        InputError: If the file does not have the bands and depth of the training images.
+    """
     first, rows, images = pages[0], [], []
     require_fit(first, run.scorer.how)
     with open_source(first.path, max_bytes=run.config.data.max_image_mb * 2**20, formats=reader.formats) as source:

@@ -1,118 +1,35 @@
 """A classification run on labelled images: figures of merit beside baselines, calibration, saliency, and the report."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from pulmo_jax.config.verbs import EvaluationConfig
-from pulmo_jax.data.letterbox import to_bytes
-from pulmo_jax.data.square_batches import onto_image, window_of
-from pulmo_jax.evaluation.class_calibration import Scaling, expected_calibration_error, reliability
-from pulmo_jax.evaluation.class_metrics import class_figures, confusion, figure_difference
+from pulmo_jax.evaluation.class_metrics import class_figures, figure_difference
 from pulmo_jax.evaluation.metadata_baseline import majority_probabilities, metadata_probabilities
-from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.inference.outputs import as_csv
-from pulmo_jax.reporting import figures
-from pulmo_jax.reporting.report import CaptionedFigure, Section, captioned
 from pulmo_jax.reporting.tables import Table, cell, figures_table, markdown_row, metrics_console, metrics_markdown
-from pulmo_jax.reporting.training import training_sections
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
-from pulmo_jax.tasks.classification import figures as draw
-from pulmo_jax.tasks.classification.captions import CAPTIONS
 from pulmo_jax.tasks.classification.config import EvaluateClassesConfig
 from pulmo_jax.tasks.classification.data import ClassSet, class_counts, metadata_features, read_classes
-from pulmo_jax.tasks.classification.figures import ClassExample
+from pulmo_jax.tasks.classification.report import (
+    LEAKS,
+    Predictions,
+    Probabilities,
+    Tested,
+    mean_ece,
+    mean_of,
+    report_sections,
+)
 from pulmo_jax.tasks.classification.run import ClassifierRun, Plan, allowed_networks
 from pulmo_jax.types import InputError
 
-LEAKS = "random split (leaks)"
 BLOCK = 512  # images classified at a time
-COMPARED = ("auroc", "balanced_accuracy", "accuracy")
-Probabilities = Float[np.ndarray, "R N K"]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Out-of-fold predictions; NaN where a repeat does not test an image.
-
-    Attributes:
-        honest: Calibrated probabilities.
-        as_trained: Probabilities before calibration.
-        leaky: Calibrated probabilities with random splits, if any.
-    """
-
-    honest: Probabilities
-    as_trained: Probabilities
-    leaky: Float[np.ndarray, "_ N K"] | None
-
-    @staticmethod
-    def of(
-        plan: Plan, logits: Sequence[np.ndarray], scalings: Sequence[Scaling], count: int, n_classes: int
-    ) -> "Predictions":
-        """Average the networks of each repeat.
-
-        Args:
-            plan: Plan of the cross-validation.
-            logits: Logits of each network for its test images.
-            scalings: Calibration of each network.
-            count: Number of images.
-            n_classes: Number of classes.
-
-        Returns:
-            Out-of-fold predictions.
-        """
-        plain = [Scaling(1.0, (0.0,) * n_classes)] * len(scalings)
-        honest, leaky = plan.honest, [i for i, member in enumerate(plan.members) if member.leaky]
-
-        def averaged(which: Sequence[int], by: Sequence[Scaling]) -> Probabilities:
-            first = plan.members[which[0]].repeat
-            repeats = plan.members[which[-1]].repeat - first + 1
-            total, networks = np.zeros((repeats, count, n_classes)), np.zeros((repeats, count, 1))
-            for i in which:
-                at = plan.members[i].repeat - first, plan.folds[i].test
-                total[at] += by[i].probabilities(logits[i])
-                networks[at] += 1
-            return np.where(networks > 0, total / np.maximum(networks, 1), np.nan)
-
-        return Predictions(
-            averaged(honest, scalings), averaged(honest, plain), averaged(leaky, scalings) if leaky else None
-        )
-
-
-@dataclass(frozen=True)
-class Tested:
-    """Labelled images with predictions.
-
-    Attributes:
-        found: Labelled images.
-        results: Probabilities by method, the run first, then baselines.
-        as_trained: Probabilities of the run before calibration, if known.
-    """
-
-    found: ClassSet
-    results: dict[str, Probabilities]
-    as_trained: Probabilities | None = None
-
-    @property
-    def own(self) -> Probabilities:
-        return next(iter(self.results.values()))
-
-    @property
-    def mean(self) -> Float[np.ndarray, "N K"]:
-        return mean_of(self.own)
-
-
-def mean_of(p: Probabilities) -> Float[np.ndarray, "N K"]:
-    """Mean over the repeats that test an image; NaN if there are none."""
-    known = np.isfinite(p)
-    return np.where(known.any(0), np.where(known, p, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
 
 
 def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -> ClassSet:
@@ -137,7 +54,7 @@ def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -
         )
     own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
     options = run.config.data.model_copy(update=own)
-    return read_classes(data.test, options, run.size, place.console, run.classes, place.formats)
+    return read_classes(data.test, options, run.size, place.console, run.classes)
 
 
 def assess(run: ClassifierRun, data: ClassSet, config: EvaluateClassesConfig, place: Place) -> Findings:
@@ -146,7 +63,7 @@ def assess(run: ClassifierRun, data: ClassSet, config: EvaluateClassesConfig, pl
 
 def assess_training(
     run: ClassifierRun,
-    found: ClassSet,
+    dataset: ClassSet,
     plan: Plan,
     predictions: Predictions,
     training: Mapping[str, Any],
@@ -157,7 +74,7 @@ def assess_training(
 
     Args:
         run: Calibrated run.
-        found: Images of the run.
+        dataset: Images of the run.
         plan: Plan of the cross-validation.
         predictions: Out-of-fold predictions.
         training: Summary of the training.
@@ -172,31 +89,33 @@ def assess_training(
     repeats = len(predictions.honest)
     if repeats > 1:
         results[f"{name}, {repeats} repeats averaged"] = mean_of(predictions.honest)[None]
-    results |= baselines(found, plan, leaky=False)
+    results |= baselines(dataset, plan, leaky=False)
     if predictions.leaky is not None:
         results[f"{name}, {LEAKS}"] = predictions.leaky
-        results |= {f"{key}, {LEAKS}": p for key, p in baselines(found, plan, leaky=True).items() if "metadata" in key}
-    tables = {"out_of_fold.csv": out_of_fold_csv(found, plan, predictions.honest)}
-    warnings = list(found.notes)
-    if run.config.trainer.split == "random" and len(set(found.groups)) < len(found.refs):
-        counts = f"{len(found.refs)} images in {len(set(found.groups))} groups"
+        results |= {
+            f"{key}, {LEAKS}": p for key, p in baselines(dataset, plan, leaky=True).items() if "metadata" in key
+        }
+    tables = {"out_of_fold.csv": out_of_fold_csv(dataset, plan, predictions.honest)}
+    warnings = list(dataset.notes)
+    if run.config.trainer.split == "random" and len(set(dataset.groups)) < len(dataset.refs):
+        counts = f"{len(dataset.refs)} images in {len(set(dataset.groups))} groups"
         warnings.insert(
             0,
-            f"trainer.split=random: copies are in both training and test sets ({counts}): the results are optimistic.",
+            f"trainer.split=random: copies are in training and test sets ({counts}), so the results are optimistic.",
         )
-    tested = Tested(found, results, predictions.as_trained)
+    tested = Tested(dataset, results, predictions.as_trained)
     options, seed = run.config.evaluation, run.config.seed
     return findings_of(run, tested, place.folder, options, seed, warnings, training, tables, objective)
 
 
 def assess_test_set(
-    run: ClassifierRun, found: ClassSet, place: Place, options: EvaluationConfig, seed: int
+    run: ClassifierRun, dataset: ClassSet, place: Place, options: EvaluationConfig, seed: int
 ) -> Findings:
     """Evaluate a run on labelled images; copies are classified only by networks that were not trained on them.
 
     Args:
         run: Opened run.
-        found: Labelled images.
+        dataset: Labelled images.
         place: Output folder and console.
         options: Options of the evaluation.
         seed: Random seed of the bootstrap.
@@ -207,24 +126,24 @@ def assess_test_set(
     Raises:
         InputError: If all images are copies of training images of every network.
     """
-    allowed, copies = allowed_networks(run, found)
-    rows = np.arange(len(found.refs))
+    allowed, copies = allowed_networks(run, dataset)
+    rows = np.arange(len(dataset.refs))
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-    by_network = np.concatenate([run.of_networks(found.squares.stack(block)) for block in blocks], axis=1)
+    by_network = np.concatenate([run.of_networks(dataset.squares.stack(block)) for block in blocks], axis=1)
     weights = allowed.T[..., None] / np.maximum(allowed.sum(1), 1)[None, :, None]
     mean = np.where(allowed.any(axis=1, keepdims=True), (weights * by_network).sum(0), np.nan)
-    warnings = [*relabelled(run, found), *found.notes]
+    warnings = [*relabelled(run, dataset), *dataset.notes]
     if copies:
-        none_left = len(found.refs) - int(allowed.any(axis=1).sum())
+        none_left = len(dataset.refs) - int(allowed.any(axis=1).sum())
         more = f"; {none_left} images without such a network are excluded." if none_left else "."
         warnings.insert(
             0,
-            f"{copies} of the {len(found.refs)} images are exact or near copies of images of the run; each is "
+            f"{copies} of the {len(dataset.refs)} images are exact or near copies of images of the run; each is "
             f"classified only by networks that were not trained on it{more}",
         )
     if np.isnan(mean).all():
         raise InputError(
-            f"all {len(found.refs)} images are copies of training images of every network of {run.path}: "
+            f"all {len(dataset.refs)} images are copies of training images of every network of {run.path}: "
             "no image is left for the test; give other images"
         )
     results = {method_name(run): mean[None]}
@@ -232,17 +151,17 @@ def assess_test_set(
         known = np.array([image["metadata"] for image in run.images])
         labels = np.array([run.classes.index(image["label"]) for image in run.images])
         size = len(run.classes), run.config.seed
-        of_files = metadata_probabilities(known, labels, metadata_features(found), *size)
+        of_files = metadata_probabilities(known, labels, metadata_features(dataset), *size)
         results["file metadata"] = of_files[None]
-        results["majority class"] = majority_probabilities(labels, len(found.refs), size[0])[None]
-    return findings_of(run, Tested(found, results), place.folder, options, seed, warnings)
+        results["majority class"] = majority_probabilities(labels, len(dataset.refs), size[0])[None]
+    return findings_of(run, Tested(dataset, results), place.folder, options, seed, warnings)
 
 
-def relabelled(run: ClassifierRun, found: ClassSet) -> list[str]:
+def relabelled(run: ClassifierRun, dataset: ClassSet) -> list[str]:
     """Note on files whose class differs from that in the run."""
     before = {image["content"]: image["label"] for image in run.images}
-    now = [found.classes[label] for label in found.labels]
-    labelled = zip(found.titles, now, found.contents, strict=True)
+    now = [dataset.classes[label] for label in dataset.labels]
+    labelled = zip(dataset.titles, now, dataset.contents, strict=True)
     other = [
         f"{title} (was {before[content]})" for title, name, content in labelled if before.get(content, name) != name
     ]
@@ -258,45 +177,45 @@ def method_name(run: ClassifierRun) -> str:
     return run.config.method["_target_"].rpartition(".")[2]
 
 
-def baselines(found: ClassSet, plan: Plan, leaky: bool) -> dict[str, Probabilities]:
+def baselines(dataset: ClassSet, plan: Plan, leaky: bool) -> dict[str, Probabilities]:
     """Baselines on the same folds: a classifier of file metadata, and the class frequencies.
 
     Args:
-        found: Images of the run.
+        dataset: Images of the run.
         plan: Plan of the cross-validation.
         leaky: Use the random splits.
 
     Returns:
         Probabilities by baseline.
     """
-    features, k = metadata_features(found), len(found.classes)
+    features, k = metadata_features(dataset), len(dataset.classes)
     which = [i for i, member in enumerate(plan.members) if member.leaky == leaky and member.number == 0]
     first = plan.members[which[0]].repeat
-    shape = (plan.members[which[-1]].repeat - first + 1, len(found.refs), k)
+    shape = (plan.members[which[-1]].repeat - first + 1, len(dataset.refs), k)
     metadata, majority = np.full(shape, np.nan), np.full(shape, np.nan)
     for i in which:
         rows, repeat = plan.folds[i], plan.members[i].repeat - first
         known = np.concatenate([rows.training, rows.validation])
-        labels, asked = found.labels[known], features[rows.test]
+        labels, asked = dataset.labels[known], features[rows.test]
         seed = plan.members[i].seed
         metadata[repeat, rows.test] = metadata_probabilities(features[known], labels, asked, k, seed)
         majority[repeat, rows.test] = majority_probabilities(labels, len(rows.test), k)
     return {"file metadata": metadata, "majority class": majority}
 
 
-def out_of_fold_csv(found: ClassSet, plan: Plan, honest: Probabilities) -> str:
+def out_of_fold_csv(dataset: ClassSet, plan: Plan, honest: Probabilities) -> str:
     """out_of_fold.csv: out-of-fold predictions, one row per image and repeat."""
-    columns = ["repeat", "fold", "filename", "class", "group", "label", *(f"p_{name}" for name in found.classes)]
+    columns = ["repeat", "fold", "filename", "class", "group", "label", *(f"p_{name}" for name in dataset.classes)]
     first = {(m.repeat, m.fold): plan.folds[i].test for i, m in enumerate(plan.members) if not m.leaky}
     rows = [
         {
             "repeat": repeat,
             "fold": fold,
-            "filename": found.titles[row],
-            "class": found.classes[found.labels[row]],
-            "group": found.groups[row],
-            "label": found.classes[int(honest[repeat, row].argmax())],
-            **{f"p_{name}": honest[repeat, row, k] for k, name in enumerate(found.classes)},
+            "filename": dataset.titles[row],
+            "class": dataset.classes[dataset.labels[row]],
+            "group": dataset.groups[row],
+            "label": dataset.classes[int(honest[repeat, row].argmax())],
+            **{f"p_{name}": honest[repeat, row, k] for k, name in enumerate(dataset.classes)},
         }
         for (repeat, fold), test in first.items()
         for row in test.tolist()
@@ -332,12 +251,15 @@ def findings_of(
         Metrics and report.
     """
     training = training or {}
-    found, drawn = tested.found, (tested.found.labels, tested.found.groups, run.positive, options.replicates, seed)
+    dataset, drawn = (
+        tested.dataset,
+        (tested.dataset.labels, tested.dataset.groups, run.positive, options.replicates, seed),
+    )
     estimates = {name: class_figures(p, *drawn) for name, p in tested.results.items()}
     metrics: dict[str, Any] = {
         "image": {name: {key: asdict(e) for key, e in values.items()} for name, values in estimates.items()},
         "differences": {},
-        "test": {"images": class_counts(found), "groups": len(set(found.groups))},
+        "test": {"images": class_counts(dataset), "groups": len(set(dataset.groups))},
         "calibration": calibration_facts(run, tested),
         "training": dict(training),
     }
@@ -366,7 +288,7 @@ def calibration_facts(run: ClassifierRun, tested: Tested) -> dict[str, Any]:
     temperatures = [1 / scaling.scale for scaling in run.scalings]
     facts: dict[str, Any] = {"temperature": {"lowest": min(temperatures), "highest": max(temperatures)}}
     if tested.as_trained is not None:
-        facts["ece_as_trained"] = mean_ece(tested.as_trained, tested.found.labels)
+        facts["ece_as_trained"] = mean_ece(tested.as_trained, tested.dataset.labels)
     return facts
 
 
@@ -380,98 +302,3 @@ def difference_table(differences: Mapping[str, Mapping[str, Any]]) -> Table:
 def as_markdown(table: Table) -> str:
     lines = [f"\n## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
     return "\n".join([*lines, *(markdown_row(row) for row in table.rows), *(f"\n{n}" for n in table.notes)]) + "\n"
-
-
-def report_sections(
-    run: ClassifierRun,
-    tested: Tested,
-    estimates: Mapping[str, Mapping[str, Estimate]],
-    tables: list[Table],
-    options: EvaluationConfig,
-    out_dir: Path,
-    training: Mapping[str, Any],
-) -> list[Section]:
-    folder, found = out_dir / "figures", tested.found
-    names = [name for name in tested.results if LEAKS not in name and "majority" not in name]
-
-    def save(figure: Any, name: str, **counts: int) -> CaptionedFigure:
-        path = figures.save(figure, folder, name)
-        figure.clear()  # breaks reference cycles, which would keep the drawn arrays in memory
-        return captioned(path, CAPTIONS, **shared, **counts)
-
-    shared = {
-        "images": len(found.refs),
-        "groups": len(set(found.groups)),
-        "classes": len(run.classes),
-        "methods": len(estimates),
-        "positive": None if run.positive is None else run.classes[run.positive],
-    }
-
-    results = [save(draw.comparison(estimates, COMPARED), "comparison")]
-    if run.positive is not None:
-        scores = {
-            name: ((found.labels == run.positive).astype(int), tested.results[name][..., run.positive])
-            for name in names
-        }
-        results.append(save(draw.roc_curves(scores, run.classes[run.positive]), "roc_curves"))
-    results.append(save(draw.confusion_matrix(confusion(tested.own, found.labels), run.classes), "confusion_matrix"))
-    parts = {"calibrated": tested.own} | ({} if tested.as_trained is None else {"as trained": tested.as_trained})
-    reliable = {name: (reliability(mean_of(p), found.labels), mean_ece(p, found.labels)) for name, p in parts.items()}
-    text = (
-        f"{len(found.refs)} images in {len(set(found.groups))} groups; copies share a group, and no group is in both "
-        "training and test set. Intervals are 95 % bootstrap intervals over groups."
-    )
-    return [
-        Section("Results", text, results, tables),
-        Section("Calibration", "", [save(draw.reliability_diagram(reliable), "reliability")], []),
-        Section("Saliency", "", galleries(run, tested, options.examples, save), []),
-        *(training_sections(run.path, out_dir, training) if training else []),
-    ]
-
-
-def mean_ece(p: Probabilities, labels: Int[np.ndarray, "N"]) -> float:
-    """Expected calibration error, mean over the repeats."""
-    return float(np.mean([expected_calibration_error(repeat, labels) for repeat in p]))
-
-
-def galleries(
-    run: ClassifierRun, tested: Tested, count: int, save: Callable[..., CaptionedFigure]
-) -> list[CaptionedFigure]:
-    """Galleries of the most confident correct predictions, balanced over classes, and of the most confident errors."""
-    mean, labels = tested.mean, tested.found.labels
-    known = np.atleast_1d(np.isfinite(mean).all(axis=1))
-    sure, right = np.where(known, mean.max(1), -1), np.asarray(mean.argmax(1) == labels)
-    order = one_of_each_group(np.argsort(-sure, kind="stable").tolist(), tested.found.groups)
-    by_class = [[i for i in order if known[i] and right[i] and labels[i] == k] for k in range(len(run.classes))]
-    hits = [i for some in zip_longest(*by_class) for i in some if i is not None][:count]
-    misses = [i for i in order if known[i] and not right[i]][:count]
-    n_right, n_wrong = int((known & right).sum()), int((known & ~right).sum())
-    groups = {"saliency_right": (hits, "Right", n_right), "saliency_wrong": (misses, "Wrong", n_wrong)}
-    return [
-        save(draw.saliency_gallery(examples(run, tested, np.array(which)), title), name, shown=len(which), total=total)
-        for name, (which, title, total) in groups.items()
-        if len(which)
-    ]
-
-
-def one_of_each_group(rows: Sequence[int], groups: Sequence[str]) -> list[int]:
-    """First image of each group, so that a gallery shows no copies."""
-    first: dict[str, int] = {}
-    for row in rows:
-        first.setdefault(groups[row], row)
-    return list(first.values())
-
-
-def examples(run: ClassifierRun, tested: Tested, which: Int[np.ndarray, "_"]) -> list[ClassExample]:
-    """Examples with the saliency of the predicted class, averaged over all networks."""
-    found, predicted = tested.found, tested.mean[which].argmax(1)
-    maps = run.saliency(found.squares.stack(which), predicted)
-    sure = [f"{run.classes[label]} {p:.2f}" for label, p in zip(predicted, tested.mean[which].max(1), strict=True)]
-    notes = [f"{text}, is {run.classes[found.labels[row]]}" for text, row in zip(sure, which, strict=True)]
-    return [example(run, found, *row) for row in zip(which.tolist(), notes, maps, strict=True)]
-
-
-def example(run: ClassifierRun, found: ClassSet, row: int, note: str, saliency: np.ndarray) -> ClassExample:
-    image = found.squares.reader.image(found.refs[row])
-    where = onto_image(saliency, image.shape, window_of(image, run.config.data.crop))
-    return ClassExample(found.titles[row], to_bytes(image), where, note)

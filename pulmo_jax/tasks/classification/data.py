@@ -101,9 +101,9 @@ def read_classes(
         raise none_left(failed)
     refs = [refs[i] for i in kept]
     names = [label_of(ref.name) for ref in refs]
-    found = tuple(sorted(set(names)))
-    require_classes(root, found, classes)
-    classes = tuple(classes or found)
+    present = tuple(sorted(set(names)))
+    require_classes(root, present, classes)
+    classes = tuple(classes or present)
     groups = merge_groups([ref.group for ref in refs], [contents[i] for i in kept], looks[kept], data.near_bits)
     notes = [*left_out(failed), *across_classes(groups, names)]
     for note in notes:
@@ -129,10 +129,12 @@ def require_folders(root: Path, refs: Sequence[ImageRef]) -> None:
         )
 
 
-def require_classes(root: Path, found: Sequence[str], classes: Sequence[str] | None) -> None:
-    if classes is None and len(found) < 2:
-        raise InputError(f"{root}: has images of one class only ({found[0]}); at least two class subfolders are needed")
-    unknown = sorted(set(found) - set(classes or found))
+def require_classes(root: Path, present: Sequence[str], classes: Sequence[str] | None) -> None:
+    if classes is None and len(present) < 2:
+        raise InputError(
+            f"{root}: has images of one class only ({present[0]}); at least two class subfolders are needed"
+        )
+    unknown = sorted(set(present) - set(classes or present))
     if unknown:
         raise InputError(
             f"{root}: has classes that are not in the run ({', '.join(unknown)}); the run has "
@@ -174,8 +176,8 @@ def read_hashes(
     with ThreadPoolExecutor(threads) as pool:
         results = pool.map(look, range(len(refs)))
         track = tracker(console, "reading images")
-        found = list(track(results, len(refs)))
-    return [content for content, _ in found], np.array([seen for _, seen in found], np.uint64), bad
+        hashes = list(track(results, len(refs)))
+    return [content for content, _ in hashes], np.array([seen for _, seen in hashes], np.uint64), bad
 
 
 def label_conflicts(refs: Sequence[ImageRef], contents: Sequence[str]) -> dict[int, str]:
@@ -239,30 +241,32 @@ def left_out(failed: Sequence[Skipped]) -> list[str]:
 # --- records
 
 
-def describe_set(found: ClassSet) -> dict[str, Any]:
+def describe_set(dataset: ClassSet) -> dict[str, Any]:
     """Content of images.json: images with labels, groups and hashes, by which copies are recognised later."""
     return {
-        "classes": list(found.classes),
+        "classes": list(dataset.classes),
         "images": [
             {
                 "filename": ref.title,
-                "label": found.classes[label],
+                "label": dataset.classes[label],
                 "group": group,
                 "content": content,
                 "look": int(look),
             }
             for ref, label, group, content, look in zip(
-                found.refs, found.labels, found.groups, found.contents, found.looks, strict=True
+                dataset.refs, dataset.labels, dataset.groups, dataset.contents, dataset.looks, strict=True
             )
         ],
-        "notes": found.notes,
+        "notes": dataset.notes,
     }
 
 
-def digest_of(found: ClassSet, folds: Iterable[Fold]) -> str:
+def digest_of(dataset: ClassSet, folds: Iterable[Fold]) -> str:
     """Digest of the images, classes, groups and folds."""
     digest = hashlib.sha256()
-    for title, label, group, content in zip(found.titles, found.labels, found.groups, found.contents, strict=True):
+    for title, label, group, content in zip(
+        dataset.titles, dataset.labels, dataset.groups, dataset.contents, strict=True
+    ):
         digest.update(f"{title}\0{label}\0{group}\0{content}\n".encode())
     for fold in folds:
         for rows in fold:
@@ -270,15 +274,15 @@ def digest_of(found: ClassSet, folds: Iterable[Fold]) -> str:
     return digest.hexdigest()
 
 
-def class_counts(found: ClassSet) -> dict[str, int]:
-    counts = Counter(found.labels.tolist())
-    return {name: counts[i] for i, name in enumerate(found.classes)}
+def class_counts(dataset: ClassSet) -> dict[str, int]:
+    counts = Counter(dataset.labels.tolist())
+    return {name: counts[i] for i, name in enumerate(dataset.classes)}
 
 
-def metadata_features(found: ClassSet) -> np.ndarray:
+def metadata_features(dataset: ClassSet) -> np.ndarray:
     """File metadata of each image, (N, 6): height, width, aspect ratio, bands, bytes, bytes per pixel."""
-    height, width, bands = np.array([ref.shape for ref in found.refs], float).T
-    sizes = np.array([file_bytes(ref) for ref in found.refs], float)
+    height, width, bands = np.array([ref.shape for ref in dataset.refs], float).T
+    sizes = np.array([file_bytes(ref) for ref in dataset.refs], float)
     return np.stack([height, width, height / width, bands, sizes, sizes / (height * width)], axis=1)
 
 

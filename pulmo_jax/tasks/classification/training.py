@@ -23,7 +23,7 @@ from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
 from pulmo_jax.runs.training import Learned, Learning
-from pulmo_jax.tasks.classification.assessment import Predictions, assess_training
+from pulmo_jax.tasks.classification.assessment import assess_training
 from pulmo_jax.tasks.classification.config import ClassifierConfig
 from pulmo_jax.tasks.classification.data import (
     WANTED,
@@ -35,6 +35,7 @@ from pulmo_jax.tasks.classification.data import (
     read_classes,
 )
 from pulmo_jax.tasks.classification.figures import validation_gallery
+from pulmo_jax.tasks.classification.report import Predictions
 from pulmo_jax.tasks.classification.run import (
     IMAGES,
     ClassifierRun,

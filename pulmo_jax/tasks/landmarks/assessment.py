@@ -129,23 +129,23 @@ def assess_landmarks(
     """
     tested = test(run, labelled)
     normal = normal.lower()
-    found = figures_of_merit(run, tested, normal, options.replicates, seed)
+    merits = figures_of_merit(run, tested, normal, options.replicates, seed)
     warnings = list(notes)
-    if found["by_class"] and not found["class_shift"]:
+    if merits["by_class"] and not merits["class_shift"]:
         warnings.append(
-            f"The classes are {', '.join(found['by_class'])}, and none is data.normal_name={normal}: the classes are "
+            f"The classes are {', '.join(merits['by_class'])}, and none is data.normal_name={normal}: the classes are "
             "not compared."
         )
     if chosen_on:
         warnings.insert(0, "No test table was given: the errors are those of the validation images, which were used to "
                         "select the checkpoint and to calibrate the uncertainties.")  # fmt: skip
-    tables = metric_tables(found)
+    tables = metric_tables(merits)
     curves = training_sections(run.path, place.folder, training or {})
     return Findings(
         title=f"{run.config.name}: landmarks",
-        metrics={"training": dict(training or {}), **found},
+        metrics={"training": dict(training or {}), **merits},
         markdown=as_markdown(tables),
-        sections=[*report_sections(run, tested, found, tables, options, place), *curves],
+        sections=[*report_sections(run, tested, merits, tables, options, place), *curves],
         summary=summarise_training(run, training or {}),
         shown=[for_console(tables[0])],
         tables={"landmark_errors.csv": errors_csv(tested)},
@@ -220,20 +220,20 @@ def quality(run: LandmarkRun, tested: Tested) -> dict[str, Any]:
     }
 
 
-def metric_tables(found: Mapping[str, Any]) -> list[Table]:
+def metric_tables(merits: Mapping[str, Any]) -> list[Table]:
     units = [f"{figure}, {name}" for name in UNIT_NAMES.values() for figure in ("mean", "median")]
 
     def cells(errors: Mapping[str, Any]) -> list[str]:
         return [cell(errors[unit][figure]) for unit in UNIT_NAMES for figure in ("mean", "median")]
 
-    floor = found["label_floor_px"]
+    floor = merits["label_floor_px"]
     note = f"The labels are rounded to a grid: a perfect prediction has a mean error of {floor:.1f} px."
-    rows = [[name, *cells(errors)] for name, errors in found["errors"].items()]
+    rows = [[name, *cells(errors)] for name, errors in merits["errors"].items()]
     tables = [Table("Errors", ["method", *units], rows, [note] if floor >= NOTABLE_PX else [])]
-    rows = [[str(k + 1), *cells(errors)] for k, errors in enumerate(found["by_landmark"])]
+    rows = [[str(k + 1), *cells(errors)] for k, errors in enumerate(merits["by_landmark"])]
     tables.append(Table("By landmark", ["landmark", *units], rows, []))
-    if found["by_class"]:
-        shift = found["class_shift"]
+    if merits["by_class"]:
+        shift = merits["class_shift"]
         rows = [
             [
                 name,
@@ -241,15 +241,15 @@ def metric_tables(found: Mapping[str, Any]) -> list[Table]:
                 cell(shift[name]["difference_px"]) if name in shift else "",
                 f"{shift[name]['p_value']:.3g}" if name in shift and shift[name]["p_value"] is not None else "",
             ]
-            for name, errors in found["by_class"].items()
+            for name, errors in merits["by_class"].items()
         ]
         columns = ["class", *units, "difference from the normal class, px", "p"]
         tables.append(Table("By class", columns, rows, ["p: two-sided permutation test over groups."]))
-    rows = [[level, cell(e)] for level, e in found["coverage"].items() if level in ("0.68", "0.95")]
+    rows = [[level, cell(e)] for level, e in merits["coverage"].items() if level in ("0.68", "0.95")]
     tables.append(
         Table("Coverage of the confidence regions", ["nominal", "fraction of true landmarks inside"], rows, [])
     )
-    rows = [[k.replace("_", " "), "-" if v is None else f"{v:.3g}"] for k, v in found["quality"].items()]
+    rows = [[k.replace("_", " "), "-" if v is None else f"{v:.3g}"] for k, v in merits["quality"].items()]
     tables.append(Table("Quality flags", ["", ""], rows, []))
     return tables
 
@@ -292,24 +292,24 @@ def errors_csv(tested: Tested) -> str:
 def report_sections(
     run: LandmarkRun,
     tested: Tested,
-    found: Mapping[str, Any],
+    merits: Mapping[str, Any],
     tables: Sequence[Table],
     options: EvaluationConfig,
     place: Place,
 ) -> list[Section]:
     folder, own, labelled = place.folder / "figures", tested.own, tested.labelled
     cumulative = {name: metrics.cumulative_error(errors)[0] for name, errors in tested.errors.items()}
-    estimates = [_errors(errors["px"]) for errors in found["by_landmark"]]
+    estimates = [_errors(errors["px"]) for errors in merits["by_landmark"]]
     curves = [
         figures.save(draw.cumulative_errors(cumulative, "px"), folder, "cumulative_errors"),
         figures.save(draw.error_by_landmark(own, estimates, "px"), folder, "error_by_landmark"),
     ]
-    if found["by_class"]:
+    if merits["by_class"]:
         means, classes = own.mean(1), np.array(labelled.classes)
-        of_image = {name: means[classes == name] for name in found["by_class"]}
-        by_class = {name: _errors(errors["px"]) for name, errors in found["by_class"].items()}
+        of_image = {name: means[classes == name] for name in merits["by_class"]}
+        by_class = {name: _errors(errors["px"]) for name, errors in merits["by_class"].items()}
         curves.append(figures.save(draw.class_comparison(of_image, by_class, "px"), folder, "class_comparison"))
-    levels = [Estimate(**found["coverage"][str(level)]) for level in LEVELS]
+    levels = [Estimate(**merits["coverage"][str(level)]) for level in LEVELS]
     coverage = figures.save(draw.coverage_calibration(np.array(LEVELS), levels), folder, "coverage")
     reader = Reader(run.config.data.max_image_mb, place.formats)
     worst = metrics.failures(own, options.examples)
@@ -322,7 +322,7 @@ def report_sections(
         )
     ]
     warped = figures.save(aligned_figure(run, tested, spread[:4], reader), folder, "aligned")
-    n = {"images": len(own), "landmarks": own.shape[1], "classes": len(found["by_class"])}
+    n = {"images": len(own), "landmarks": own.shape[1], "classes": len(merits["by_class"])}
     shown = {"examples": len(spread), "failures": len(worst), "aligned": len(spread[:4])}
     text = f"{len(labelled.refs)} images in {len(set(labelled.groups))} groups. Intervals are 95 % bootstrap intervals."
     return [

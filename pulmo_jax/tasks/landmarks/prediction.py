@@ -60,15 +60,11 @@ def predict(
         )
         yield from ((item_of[file.name], file) for file in skipped)
         if working.refs:
-            found = run.find(working)
-            for i, (ref, wrong) in enumerate(
-                zip(
-                    working.refs,
-                    draw(run, working.refs, found, config, Reader(data.max_image_mb, place.formats)),
-                    strict=True,
-                )
-            ):
-                record = record_of(ref, i, found) if wrong is None else Skipped(ref.title, wrong)
+            located = run.find(working)
+            reader = Reader(data.max_image_mb, place.formats)
+            problems = draw(run, working.refs, located, config, reader)
+            for i, (ref, problem) in enumerate(zip(working.refs, problems, strict=True)):
+                record = record_of(ref, i, located) if problem is None else Skipped(ref.title, problem)
                 yield item_of[ref.title], record
 
 
@@ -87,14 +83,14 @@ def collect(
 
 
 def draw(
-    run: LandmarkRun, refs: Sequence[ImageRef], found: Found, config: LocateConfig, reader: Reader
+    run: LandmarkRun, refs: Sequence[ImageRef], located: Found, config: LocateConfig, reader: Reader
 ) -> list[str | None]:
     """Write the overlay and, on request, the aligned copy of every image, in threads.
 
     Args:
         run: Opened run.
         refs: Images.
-        found: Predicted landmarks.
+        located: Predicted landmarks.
         config: Config of `predict`.
         reader: Reader of the images.
 
@@ -103,7 +99,7 @@ def draw(
     """
 
     def one(i: int) -> str | None:
-        if not (np.isfinite(found.points[i]).all() and np.isfinite(found.std[i]).all()):
+        if not (np.isfinite(located.points[i]).all() and np.isfinite(located.std[i]).all()):
             return f"{refs[i].path}: no landmarks found, its values may be too large; remove this image"
         try:
             return write_one(i)
@@ -112,10 +108,12 @@ def draw(
 
     def write_one(i: int) -> None:
         ref, image = refs[i], reader.image(refs[i])
-        shown = LandmarkExample(ref.title, to_bytes(image), found.points[i], found.covariance[i], doubtful=found.low[i])
+        shown = LandmarkExample(
+            ref.title, to_bytes(image), located.points[i], located.covariance[i], doubtful=located.low[i]
+        )
         write_overlay(overlay_path(ref, config.output), shown)
         if config.aligned:
-            write_image(aligned_path(ref, config.output), into_frame(image, found.points[i], run.frame))
+            write_image(aligned_path(ref, config.output), into_frame(image, located.points[i], run.frame))
 
     with ThreadPoolExecutor() as threads:
         wrong = list(threads.map(one, range(len(refs))))
@@ -131,13 +129,13 @@ def overlay_path(ref: ImageRef, output: Path) -> Path:
     return output / "overlays" / f"{ref.file_name}.png"
 
 
-def record_of(ref: ImageRef, i: int, found: Found) -> Record:
-    unlike = float(found.surprise[i])
+def record_of(ref: ImageRef, i: int, located: Found) -> Record:
+    unlike = float(located.surprise[i])
     return {
         "filename": ref.title,
-        "points": found.points[i].tolist(),
-        "std": found.std[i].tolist(),
-        "low": found.low[i].tolist(),
+        "points": located.points[i].tolist(),
+        "std": located.std[i].tolist(),
+        "low": located.low[i].tolist(),
         "surprise": unlike if np.isfinite(unlike) else None,
     }
 

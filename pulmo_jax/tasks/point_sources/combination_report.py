@@ -1,4 +1,4 @@
-"""What combining epochs found, as tables and figures, and the report that holds them."""
+"""Report of a combination of epochs: tables and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,16 @@ DAYS_PER_YEAR = 365.25
 
 @dataclass(frozen=True)
 class Epoch:
-    """One run's maps, made comparable. mjd: None if unknown."""
+    """Maps of one run in common units.
+
+    Attributes:
+        label: Name for figures.
+        path: Run directory.
+        mjd: Modified Julian date, if known.
+        fwhm_px: FWHM of the PSF.
+        map: Maps of the epoch.
+        null: Null maps of the epoch.
+    """
 
     label: str
     path: Path
@@ -48,7 +57,15 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class CombinedResult:
-    """What `detect` made of a list of runs; the epochs in the order of time."""
+    """Result of a combination.
+
+    Attributes:
+        config: Config of `detect`.
+        epochs: Epochs in the order of time.
+        combined: Result of the search.
+        plan: Settings of the search.
+        caveats: Warnings.
+    """
 
     config: DetectConfig
     epochs: list[Epoch]
@@ -58,12 +75,18 @@ class CombinedResult:
 
     @property
     def in_arcsec(self) -> bool:
-        """Or in pixels, where no run knows how large these are."""
+        """Whether positions are in arcsec; otherwise in px, because no run has a pixel scale."""
         return self.epochs[0].map.scale != 1.0
 
 
 def write_combined_report(result: CombinedResult, out_dir: Path, console: Console) -> None:
-    """figures/ and report.html; the table of sources on the console."""
+    """Write figures and report, and print the table of sources.
+
+    Args:
+        result: Result of the search.
+        out_dir: Output folder.
+        console: For the table.
+    """
     table = source_table(result)
     console.print(for_console(table))
     write_report(
@@ -156,25 +179,25 @@ def orbit_sections(result: CombinedResult, out_dir: Path) -> list[Section]:
 
 
 def path_of(orbits: Orbit, star: Star) -> Float[np.ndarray, "M S 2"]:
-    """One revolution each, as (north, east)."""
+    """Sky positions (north, east), arcsec, of S points along one revolution of each of M orbits."""
     period = period_days(jnp.asarray(orbits.semi_major_axis), star.mass)[:, None]
     days = jnp.linspace(0, 1, PATH_POINTS) * period
     columns = jax.tree.map(lambda v: jnp.asarray(v)[:, None], orbits)
     return np.stack(sky_position(columns, days, star.mass, star.parallax_mas), -1)
 
 
-def orbit_text(found: Track, result: CombinedResult) -> str:
+def orbit_text(track: Track, result: CombinedResult) -> str:
     dates = [epoch.mjd or 0.0 for epoch in result.epochs]
     years = np.ptp(dates) / DAYS_PER_YEAR
-    if found.samples is None:
+    if track.samples is None:
         return f"Best of all trial orbits; {len(dates)} epochs in {years:.2g} years."
-    share = years / np.median(period_years(found.samples.orbits, result.plan))
+    share = years / np.median(period_years(track.samples.orbits, result.plan))
     return (
         f"Median and 68 % interval of orbits drawn from the posterior: likelihood exp(criterion / 2), semi-major axis "
         "uniform in its logarithm, eccentricity uniform in its range, orientations isotropic. The dates span "
         f"{years:.2g} years, {share:.0%} of the median period: elements that such an arc does not constrain follow "
         "the prior, and many orbits fit as well as the best. omega and the node are determined up to 180 degrees. "
-        f"The effective sample size is {found.samples.independent:.0f}."
+        f"The effective sample size is {track.samples.independent:.0f}."
     )
 
 
@@ -183,15 +206,15 @@ def period_years(orbits: Orbit, plan: Plan) -> Float[np.ndarray, "S"]:
     return np.asarray(period_days(jnp.asarray(orbits.semi_major_axis), plan.star.mass) / DAYS_PER_YEAR)
 
 
-def orbit_table(found: Track, result: CombinedResult, star: Star) -> Table:
-    assert found.orbit is not None
-    best = quantities(jax.tree.map(np.atleast_1d, found.orbit), result.plan)
-    columns = ["", "best"] + (["median", "68 % interval"] if found.samples else [])
-    spread = quantities(found.samples.orbits, result.plan) if found.samples else {}
+def orbit_table(track: Track, result: CombinedResult, star: Star) -> Table:
+    assert track.orbit is not None
+    best = quantities(jax.tree.map(np.atleast_1d, track.orbit), result.plan)
+    columns = ["", "best"] + (["median", "68 % interval"] if track.samples else [])
+    spread = quantities(track.samples.orbits, result.plan) if track.samples else {}
     rows = []
     for name, value in best.items():
         row = [name, f"{value[0]:.4g}"]
-        if found.samples:
+        if track.samples:
             low, middle, high = np.percentile(spread[name], [16, 50, 84])
             row += [f"{middle:.4g}", f"{low:.4g} to {high:.4g}"]
         rows.append(row)

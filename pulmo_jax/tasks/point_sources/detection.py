@@ -1,4 +1,4 @@
-"""Detection of point sources: read the stack, search it, measure the limits, write maps, tables and the report."""
+"""Detection of point sources: read a stack, search it, measure detection limits, write maps, tables and report."""
 
 import tempfile
 import time
@@ -40,7 +40,18 @@ from pulmo_jax.types import PointSource
 
 
 def detect(config: DetectConfig, place: Place) -> int:
-    """The whole job; returns the number of sources found."""
+    """Search in the maps of several runs; write maps, tables and report.
+
+    Args:
+        config: Config of `detect` with `epochs.runs`.
+        place: Output folder and console.
+
+    Returns:
+        Number of detected sources.
+
+    Raises:
+        InputError: If a run cannot be used.
+    """
     if config.epochs.runs:
         return combine_runs(config, place)
     began = time.monotonic()
@@ -53,7 +64,18 @@ def detect(config: DetectConfig, place: Place) -> int:
 
 
 def read(config: DetectConfig, place: Place) -> Result:
-    """The observation, before the search."""
+    """Read or simulate the stack.
+
+    Args:
+        config: Config of `detect`.
+        place: Console for messages.
+
+    Returns:
+        The observation.
+
+    Raises:
+        InputError: If the files cannot be used.
+    """
     synthetic = synthetic_stack(config) if config.data.cube is None else None
     stack = synthetic.stack if synthetic else load(config.data)
     truth = (synthetic.planets, None, synthetic.spectrum) if synthetic else ((), None, None)
@@ -63,12 +85,20 @@ def read(config: DetectConfig, place: Place) -> Result:
 
 
 def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
-    """Maps, sources and null; and the limits, by injection. Call it under the precision that the config asks for."""
+    """Search a stack and measure the detection limits; the caller sets the floating-point precision.
+
+    Args:
+        result: The observation.
+        place: Console for progress.
+
+    Returns:
+        The observation with detection limits, and the result of the search.
+    """
     config, settings = result.config, settings_of(result.config.method)
     with naming(config.data.spectrum):
-        spectra = as_spectra(result.stack.spectra, len(result.of.each))
+        spectra = as_spectra(result.stack.spectra, len(result.channels.each))
     search = find_sources(
-        result.of,
+        result.channels,
         settings,
         config.search.threshold,
         calibrated=config.search.snr == "calibrated",
@@ -78,7 +108,7 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
         track=long_work(place.console, "mapping"),
         spectra=spectra,
     )
-    for caveat in search.caveats[len(result.of.caveats) :]:
+    for caveat in search.caveats[len(result.channels.caveats) :]:
         place.note(f"note: {caveat}")
     if not config.contrast.rings:
         return result, search
@@ -96,12 +126,12 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
 
 
 def write(result: Result, search: Search, place: Place, seconds: float) -> None:
-    """Maps, tables, metrics and, last, the report."""
+    """Write maps, tables and metrics, then the report."""
     config, folder = result.config, place.folder
     clear(folder)
     write_maps(result, search, folder)
     write_text(folder / "detections.csv", detections_csv(search.sources, config.data))
-    if len(result.of.each) > 1:
+    if len(result.channels.each) > 1:
         write_text(folder / "spectra.csv", spectra_csv(search.spectra))
     if result.contrast is not None:
         write_text(folder / "contrast.csv", contrast_csv(result.contrast, config.data))
@@ -117,7 +147,7 @@ def settings_of(config: PacoConfig) -> Settings:
 
 
 def long_work(console: Console, label: str) -> Any:
-    """A progress bar where people look and where there is more than one step."""
+    """Progress bar on a terminal, for more than one step."""
 
     def track(items: Iterable, total: int) -> Iterable:
         return tracker(console, label)(items, total) if total > 1 and console.is_terminal else items
@@ -126,28 +156,30 @@ def long_work(console: Console, label: str) -> Any:
 
 
 def describe(result: Result, place: Place) -> None:
-    """Prints what is searched, and its caveats."""
-    of, (height, width), stack = result.of.reference, result.of.shape, result.stack
+    """Print a summary of the stack and its warnings."""
+    reference, (height, width), stack = result.channels.reference, result.channels.shape, result.stack
     source = result.config.data.cube or f"a synthetic stack with {len(result.truth)} planets, seed {result.config.seed}"
-    channels = f"{len(result.of.each)} channels of " if len(stack.wavelengths) > 1 else ""
+    channels = f"{len(result.channels.each)} channels of " if len(stack.wavelengths) > 1 else ""
     place.note(
-        f"{source}: {channels}{len(of.deviations)} frames of {height} x {width} px, rotating by "
-        f"{rotation_deg(of.angles_deg):.1f} degrees; PSF {of.psf.fwhm_px:.2f} px wide"
+        f"{source}: {channels}{len(reference.deviations)} frames of {height} x {width} px, field rotation "
+        f"{rotation_deg(reference.angles_deg):.1f} degrees; PSF FWHM {reference.psf.fwhm_px:.2f} px"
     )
-    for caveat in (*stack.caveats, *result.of.caveats):
+    for caveat in (*stack.caveats, *result.channels.caveats):
         place.note(f"note: {caveat}")
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """The outcome of a search in a rotating stack.
+    """Result of a search in a rotating stack.
 
     Attributes:
-        sources: The brightest first; coordinates (y, x) in px of the derotated map, fluxes in units of the PSF.
+        sources: Detected sources, brightest first; coordinates (y, x) in px of the derotated map, fluxes in PSF units.
         maps: Images (H, W) by name: snr, snr_calibrated, flux and flux_std (units of the PSF), a, b, and those of the
             empirical null, snr_null, a_null, b_null.
         contrast: Detection limits by separation; None with contrast.rings=0.
-        caveats: What a reader must know.
+        caveats: Warnings.
+        centre: Position (y, x) of the star, px.
+        pixel_scale: Pixel scale, arcsec per pixel, if known.
     """
 
     sources: tuple[PointSource, ...]
@@ -158,7 +190,7 @@ class Detections:
     pixel_scale: float | None
 
     def figure(self) -> Any:
-        """The maps of SNR and flux, with the sources."""
+        """Figure of the SNR and flux maps with the sources."""
         return detection_maps(self.maps["snr"], self.maps["flux"], list(self.sources), self.centre, self.pixel_scale)
 
     def _repr_html_(self) -> str:
@@ -170,15 +202,18 @@ class Detections:
 def detect_arrays(
     given: Mapping[str, Any], compose: Callable[[dict[str, str]], DetectConfig], console: Console
 ) -> Detections:
-    """Searches a stack of arrays or files; arrays are checked as files are.
+    """Search a stack given as arrays or files, with the same checks.
 
     Args:
-        given: cube, angles, psf and wavelengths: arrays, paths or None.
-        compose: Makes the config from the paths of the files.
+        given: Arrays, paths or None, by name: cube, angles, psf, wavelengths.
+        compose: Function that composes the config from the paths.
         console: For progress.
 
+    Returns:
+        Sources, maps and detection limits.
+
     Raises:
-        InputError: They do not fit together, or cannot be used.
+        InputError: If they do not fit together, or cannot be used.
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = {f"data.{name}": as_file(value, Path(folder) / f"{name}.npy") for name, value in given.items()}
@@ -189,11 +224,11 @@ def detect_arrays(
         maps = likelihood_maps(result, search)
     caveats = (*result.stack.caveats, *search.caveats)
     scale = config.data.pixel_scale
-    return Detections(tuple(search.sources), maps, result.contrast, caveats, result.of.centre, scale)
+    return Detections(tuple(search.sources), maps, result.contrast, caveats, result.channels.centre, scale)
 
 
 def as_file(value: Any, path: Path) -> Path | None:
-    """The path of an array's file, which is written where an array was given."""
+    """Path of an input; an array is written to a file."""
     if value is None or isinstance(value, Path | str):
         return None if value is None else Path(value)
     np.save(path, np.asarray(value), allow_pickle=False)

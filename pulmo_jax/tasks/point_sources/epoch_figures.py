@@ -1,6 +1,6 @@
-"""Figures of several epochs combined: maps, what each epoch says, the tracks on the sky, and the noise.
+"""Figures of combined epochs: maps, SNR by epoch, tracks on the sky, and the noise.
 
-Maps are drawn with y upwards, the sky with north up and east to the left.
+Maps have y upwards, the sky has north up and east to the left.
 """
 
 import math
@@ -27,7 +27,7 @@ from pulmo_jax.reporting.figures import (
     style,
 )
 
-BACKGROUND = "0.85"  # where there is no value
+BACKGROUND = "0.85"  # colour of NaN
 MAX_COLUMNS = 5
 SNR_LIMIT = 5.0
 SHOWN_SAMPLES = 60
@@ -44,7 +44,19 @@ def combined_maps(
     places: Float[np.ndarray, "N 2"],
     names: tuple[str, str],
 ) -> Figure:
-    """The criterion, and the SNR of a constant flux, with what was found (y, x); names: of the two maps."""
+    """Draw the criterion and the SNR for a constant flux.
+
+    Args:
+        criterion: Map of the criterion.
+        snr_combined: Map of the SNR for a constant flux.
+        threshold: Threshold of the criterion.
+        centre: Position (y, x) of the star, px.
+        places: Positions (y, x) of the sources, px.
+        names: Labels of the two maps.
+
+    Returns:
+        The figure.
+    """
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN * 0.86, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -74,7 +86,16 @@ def _mark(axes: Axes, points: Sequence[tuple[float, float]], look: dict[str, Any
 
 
 def snr_by_epoch(snr: Float[np.ndarray, "N E"], labels: Sequence[str], combined: Sequence[float]) -> Figure:
-    """The SNR at each epoch along each of N tracks, and that of all epochs together."""
+    """Draw the SNR in each epoch along each track, and the combined SNR.
+
+    Args:
+        snr: SNR of N tracks in E epochs.
+        labels: Names of the epochs.
+        combined: Combined SNR of each track.
+
+    Returns:
+        The figure.
+    """
     n_tracks, n_epochs = snr.shape
     with style():
         figure = Figure(figsize=(max(COLUMN_WIDTH_IN, 0.5 * n_epochs + 1.5), 2.4), layout="constrained")
@@ -104,7 +125,17 @@ def epoch_maps(
     centres: Sequence[tuple[float, float]],
     places: Float[np.ndarray, "N E 2"],
 ) -> Figure:
-    """The SNR map of each epoch, and where the N tracks are in it, (y, x)."""
+    """Draw the SNR map of each epoch with the positions of the tracks.
+
+    Args:
+        snr: SNR maps.
+        labels: Names of the epochs.
+        centres: Position (y, x) of the star in each map, px.
+        places: Position (y, x) of N tracks in E epochs, px.
+
+    Returns:
+        The figure.
+    """
     columns = min(MAX_COLUMNS, len(snr))
     rows = -(-len(snr) // columns)
     side = min(2.2, TEXT_WIDTH_IN / columns)
@@ -136,7 +167,19 @@ def tracks_on_sky(
     sample_places: Float[np.ndarray, "N E 2"],
     unit: str,
 ) -> Figure:
-    """One source's best orbit, others that are as likely, and where each is at the dates; all (north, east)."""
+    """Draw the best orbit of a source, posterior samples, and the positions at the dates.
+
+    Args:
+        sky: Position at each date. This and the following are (north, east) in `unit`.
+        labels: Names of the epochs.
+        orbit: S points along the best orbit.
+        samples: S points along M sampled orbits.
+        sample_places: Positions of N sampled orbits at the dates.
+        unit: Unit of the positions.
+
+    Returns:
+        The figure.
+    """
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN * 0.7, 3.9), layout="constrained")
         axes = figure.subplots()
@@ -165,8 +208,17 @@ def tracks_on_sky(
 def null_maxima(
     nulls: Sequence[FieldThreshold], names: Sequence[str], threshold: float, found: Sequence[float]
 ) -> Figure:
-    """The highest criterion of each field of noise, of several kinds, with the interval of each threshold; the one that
-    holds, and what was found."""
+    """Draw histograms of the highest criterion in noise fields, with the threshold and the detections.
+
+    Args:
+        nulls: Noise fields of each kind, with the interval of their threshold.
+        names: Names of the kinds.
+        threshold: The threshold that is used.
+        found: Criteria of the detections, or the highest one.
+
+    Returns:
+        The figure.
+    """
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN * 0.6, 2.6), layout="constrained")
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""The stack that a config names, read or simulated, and observed: centred, angles signed, PSF normalised."""
+"""Reading or simulation of the stack of a config, and preparation of angles and PSF."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,18 @@ from pulmo_jax.types import InputError
 
 
 def observe(stack: SpectralStack, data: StackConfig) -> Channels:
-    """The stack with its geometry and PSFs. Raises InputError naming the files that its arrays come from."""
+    """Prepare a stack: subtract the mean frame, locate the centre, normalise the PSF.
+
+    Args:
+        stack: The stack.
+        data: Keys of the stack.
+
+    Returns:
+        The channels of the observation.
+
+    Raises:
+        InputError: If the arrays do not fit together; the message names the files.
+    """
     with naming(data.psf):
         psfs = [prepare_psf(psf, data.psf_flux, data.psf_aperture_px) for psf in stack.psf]
     with naming(data.cube, data.angles):
@@ -24,7 +35,7 @@ def observe(stack: SpectralStack, data: StackConfig) -> Channels:
 
 @contextmanager
 def naming(*files: Path | None) -> Iterator[None]:
-    """What is wrong with arrays is said with the files that they came from."""
+    """Prefix error messages on arrays with the names of their files."""
     try:
         yield
     except InputError as error:
@@ -35,15 +46,17 @@ def naming(*files: Path | None) -> Iterator[None]:
 def load(data: StackConfig) -> SpectralStack:
     cube, angles, psf = data.cube, data.angles, data.psf
     if cube is None or angles is None or psf is None:
-        raise AssertionError("the config gives all three or none")
+        raise AssertionError("the config guarantees all three or none")
     return load_channels(cube, angles, psf, data.wavelengths, data.spectrum)
 
 
 def synthetic_stack(config: DetectConfig) -> SyntheticSpectralStack:
-    how, spectrum = config.data.synthetic, config.data.spectrum
-    made = spectral_stack(config.seed, how.channels, how.frames, how.size, how.rotation_deg, how.planets)
+    options, spectrum = config.data.synthetic, config.data.spectrum
+    made = spectral_stack(
+        config.seed, options.channels, options.frames, options.size, options.rotation_deg, options.planets
+    )
     return (
         made
         if spectrum is None
-        else replace(made, stack=replace(made.stack, spectra=load_spectra(spectrum, how.channels)))
+        else replace(made, stack=replace(made.stack, spectra=load_spectra(spectrum, options.channels)))
     )

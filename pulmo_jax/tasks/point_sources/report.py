@@ -1,4 +1,4 @@
-"""What `detect` found, as tables and figures, and the report that holds them."""
+"""Report of a search for point sources: tables and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
 from pulmo_jax.tasks.point_sources import figures as adi_figures
-from pulmo_jax.tasks.point_sources import spectral_figures
+from pulmo_jax.tasks.point_sources import null_figures, spectral_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import PointSource
@@ -31,29 +31,43 @@ differential imaging: a local weighting approach. A&A 634, A2."""
 SPECTRAL_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2020. PACO ASDI: an algorithm for exoplanet
 detection and characterization in direct imaging with integral field spectrographs. A&A 637, A9."""
 
-UNLIKE = 1e-2  # probability below which a source's spectrum is said to be another one than looked for
-TAIL = 1e-6  # below it a probability rests on the normal distribution's tail alone
+UNLIKE = 1e-2  # probability below which a source is reported to have another spectrum than assumed
+TAIL = 1e-6  # smaller probabilities depend on the tail of the normal distribution alone
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A run of `detect`. truth: (y, x, flux) of each known source of a synthetic stack, flux the mean over channels;
-    spectrum: of all of them, of mean 1, None if it is not known."""
+    """An observation and its detection limits.
+
+    Attributes:
+        config: Config of `detect`.
+        stack: The stack.
+        channels: Channels of the prepared observation.
+        truth: Sources (y, x, flux) of a synthetic stack; the flux is the mean over channels.
+        contrast: Detection limits, if measured.
+        spectrum: Spectrum of the known sources, mean 1, if known.
+    """
 
     config: DetectConfig
     stack: SpectralStack
-    of: Channels
+    channels: Channels
     truth: Sequence[tuple[float, float, float]]
     contrast: Contrast | None = None
     spectrum: np.ndarray | None = None
 
     @property
     def spectral(self) -> bool:
-        return len(self.of.each) > 1
+        return len(self.channels.each) > 1
 
 
 def write_adi_report(result: Result, search: Search, out_dir: Path, console: Console) -> None:
-    """figures/ and report.html; the table of sources on the console."""
+    """Write figures and report, and print the table of sources.
+
+    Args:
+        result: Result of the search.
+        out_dir: Output folder.
+        console: For the table.
+    """
     table = source_table(search.sources, result)
     console.print(for_console(table))
     write_report(
@@ -83,7 +97,7 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         search.maps.snr,
         search.maps.flux,
         search.sources,
-        result.of.centre,
+        result.channels.centre,
         config.data.pixel_scale,
         truth=result.truth,
         snr_calibrated=calibrated,
@@ -97,8 +111,8 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         "high anywhere in the field, from the calibrated SNR."
     )
     counts = {
-        "frames": len(result.of.reference.deviations),
-        "channels": len(result.of.each),
+        "frames": len(result.channels.reference.deviations),
+        "channels": len(result.channels.each),
         "sources": len(search.sources),
     }
     saved = figures.save(figure, out_dir / "figures", "detection_maps")
@@ -110,8 +124,8 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
     neighbours = [float(np.median(np.diag(r, 1))) for r in using.correlation]
     looked_for = "flat" if n_spectra == 1 and np.ptp(using.spectra) == 0 else "given"
     text = (
-        f"Maps, SNR and flux combine {len(result.of.each)} channels for a source with a {looked_for} spectrum; the "
-        "flux is the mean over the channels, if the source has this spectrum. The correlation of the noise between "
+        f"Maps, SNR and flux combine {len(result.channels.each)} channels for a source with a {looked_for} spectrum; "
+        "the flux is the mean over the channels, if the source has this spectrum. The correlation of the noise between "
         "neighbouring channels, "
         f"{neighbours[0]:.2f} at {using.separation_px[0]:.0f} px from the centre and {neighbours[-1]:.2f} at "
         f"{using.separation_px[-1]:.0f} px, is taken into account. "
@@ -135,22 +149,22 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
             "of the combined flux, or search again with another data.spectrum."
         )
     saved = figures.save(figure, out_dir / "figures", "spectra")
-    counts = {"sources": len(search.spectra), "channels": len(result.of.each)}
+    counts = {"sources": len(search.spectra), "channels": len(result.channels.each)}
     return Section("Spectra", text, [captioned(saved, CAPTIONS, **counts)], [])
 
 
 def known_spectra(sources: Sequence[PointSource], result: Result) -> list[np.ndarray | None]:
-    """Of the injected source that each is, if any."""
-    shares = None if result.spectrum is None else result.spectrum[result.of.kept]
+    """True spectrum of each source, if it is an injected one."""
+    shares = None if result.spectrum is None else result.spectrum[result.channels.kept]
     truth = [None if shares is None else nearest_known(source, result) for source in sources]
     return [None if shares is None or t is None else t[2] * shares for t in truth]
 
 
 def null_section(result: Result, search: Search, out_dir: Path) -> Section:
-    of, null, profile = result.of, search.null.snr, search.profile
-    values, n_independent = null_values(null, of.centre, of.fwhm_px)
+    observation, null, profile = result.channels, search.null.snr, search.profile
+    values, n_independent = null_values(null, observation.centre, observation.fwhm_px)
     folder = out_dir / "figures"
-    radial = adi_figures.null_by_radius(
+    radial = null_figures.null_by_radius(
         profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale
     )
     text = (
@@ -165,7 +179,7 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
             "smaller than that of a single spectrum, which calibrates the SNR and is shown by separation."
         )
     distribution = figures.save(
-        adi_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"
+        null_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"
     )
     by_radius = figures.save(radial, folder, "null_by_radius")
     saved = [
@@ -202,9 +216,9 @@ def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir
 
 
 def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
-    of, centre = result.of.reference, result.of.centre
-    channel = np.flatnonzero(result.of.kept)[len(result.of.each) // 2]
-    cube, angles = result.stack.cube[channel][of.kept], of.angles_deg
+    observation, centre = result.channels.reference, result.channels.centre
+    channel = np.flatnonzero(result.channels.kept)[len(result.channels.each) // 2]
+    cube, angles = result.stack.cube[channel][observation.kept], observation.angles_deg
     shown = adi_figures.shown_frames(len(angles), result.config.frames_shown)
     places = None
     if search.sources:
@@ -212,22 +226,24 @@ def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
         theta = np.arctan2(dy, dx) - np.deg2rad(angles[shown])
         places = np.array(centre) + np.hypot(dy, dx) * np.stack([np.sin(theta), np.cos(theta)], -1)
     figure = adi_figures.frames_strip(cube, angles, centre, places, result.config.frames_shown)
-    maps = search.maps
+    maps, psf = search.maps, observation.psf
     rho = maps.shrinkage[np.isfinite(maps.shrinkage)]
     rows = [
-        ["frames used", f"{len(angles)} of {len(of.kept)}"],
+        ["frames used", f"{len(angles)} of {len(observation.kept)}"],
         ["rotation", f"{rotation_deg(angles):.1f} degrees"],
-        ["excluded pixels", str(int((~of.usable).sum()))],
+        ["excluded pixels", str(int((~observation.usable).sum()))],
         ["pixels per patch", str(search.n_patch)],
-        ["PSF", f"{of.psf.fwhm_px:.2f} px FWHM, divided by {of.psf.flux:.4g} ({of.psf.flux_kind})"],
+        ["PSF", f"{psf.fwhm_px:.2f} px FWHM, divided by {psf.flux:.4g} ({psf.flux_kind})"],
         ["weight of the diagonal (rho)", f"median {np.median(rho):.3f}, {rho.min():.3f} to {rho.max():.3f}"],
         ["locations with a singular covariance", str(int(maps.singular.sum()))],
-        ["error of the PSF expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the SNR noise"],
+        ["error of the PSF expansion", f"{maps.psf_error:.1e}, at most {maps.snr_error:.1e} of the noise"],
     ]
     text = ""
     if result.spectral:
-        first, last = result.of.wavelengths[[0, -1]]
-        rows.insert(0, ["channels", f"{len(result.of.each)} of {len(result.of.kept)}, {first:g} to {last:g}"])
+        first, last = result.channels.wavelengths[[0, -1]]
+        rows.insert(
+            0, ["channels", f"{len(result.channels.each)} of {len(result.channels.kept)}, {first:g} to {last:g}"]
+        )
         text = f"Frames, PSF and pixel numbers refer to the middle channel, {result.stack.wavelengths[channel]:g}."
     table = Table("Parameters of the stack", ["", ""], rows, [])
     saved = figures.save(figure, out_dir / "figures", "frames")
@@ -255,7 +271,9 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
     if result.truth:
         columns.append("truth")
         rows = [[*row, known(s, result)] for row, s in zip(rows, sources, strict=True)]
-    missed = [t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.of.fwhm_px for s in sources)]
+    missed = [
+        t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.channels.fwhm_px for s in sources)
+    ]
     notes = [f"Not detected: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
     return Table(
         counted(len(sources), "source"),
@@ -270,7 +288,7 @@ def counted(n: int, thing: str) -> str:
 
 
 def known(source: PointSource, result: Result) -> str:
-    """The injected source that this is, if any."""
+    """Table cell: the injected source at this position, if any."""
     truth = nearest_known(source, result)
     return "none (false alarm)" if truth is None else f"{truth[0]:.2f}, {truth[1]:.2f}; {truth[2]:g}"
 
@@ -280,11 +298,11 @@ def nearest_known(source: PointSource, result: Result) -> tuple[float, float, fl
         return float(np.hypot(known[0] - source.y, known[1] - source.x))
 
     nearest = min(result.truth, key=distance, default=None)
-    return nearest if nearest is not None and distance(nearest) <= result.of.fwhm_px else None
+    return nearest if nearest is not None and distance(nearest) <= result.channels.fwhm_px else None
 
 
 def for_console(table: Table) -> rich.table.Table:
-    """Without what makes it too wide for a terminal; report.html has it all."""
+    """Table for the terminal, without the wide columns."""
     kept = [i for i, name in enumerate(table.columns) if name not in ("separation", "angle (deg)", "one pass")]
     grid = rich.table.Table(box=rich.box.SIMPLE, title=table.title, caption=" ".join(table.notes))
     for i in kept:
@@ -295,11 +313,11 @@ def for_console(table: Table) -> rich.table.Table:
 
 
 def summary(result: Result, search: Search) -> dict[str, str]:
-    config = result.config
+    config, (height, width) = result.config, result.channels.shape
     return {
         "stack": str(config.data.cube or f"synthetic, seed {config.seed}"),
-        "frames": f"{len(result.of.reference.deviations)} of {result.of.shape[0]} x {result.of.shape[1]} px",
-        **({"channels": str(len(result.of.each))} if result.spectral else {}),
+        "frames": f"{len(result.channels.reference.deviations)} of {height} x {width} px",
+        **({"channels": str(len(result.channels.each))} if result.spectral else {}),
         "method": f"PACO, {config.method.mode}, shrinkage {config.method.shrinkage}",
         "sources": str(len(search.sources)),
         "highest SNR": f"{np.nanmax(search.maps.snr):.2f}",

@@ -1,4 +1,4 @@
-"""What a search writes: maps as FITS files, tables of sources, spectra and limits, metrics."""
+"""Output files of a search: FITS maps, tables of sources, spectra and limits, and metrics."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from pulmo_jax.types import PointSource
 
 
 def clear(out_dir: Path) -> None:
-    """Take away an earlier run's results, of which this one may not write all."""
+    """Remove the results of an earlier run in the same folder."""
     names = [f"{name}.fits" for name in MEANINGS]
     for name in (*names, "detections.csv", "spectra.csv", "contrast.csv", "metrics.json", "report.html"):
         (out_dir / name).unlink(missing_ok=True)
@@ -28,14 +28,22 @@ def clear(out_dir: Path) -> None:
 
 
 def likelihood_maps(result: Result, search: Search) -> dict[str, np.ndarray]:
-    """Every map of a search, by name."""
-    of = result.of
+    """All maps of a search.
+
+    Args:
+        result: The observation, with detection limits.
+        search: Result of the search.
+
+    Returns:
+        Maps (H, W) by name.
+    """
+    observation = result.channels
     maps = {name: getattr(search.maps, name) for name in ("snr", "flux", "flux_std", "a", "b")}
     maps |= {"snr_calibrated": search.snr_calibrated, "snr_null": search.null.snr}
     maps |= {"a_null": search.null.a, "b_null": search.null.b}
     if result.contrast is not None and len(result.contrast.separation_px):
         maps["throughput"] = np.where(
-            np.isfinite(search.maps.snr), throughput_map(result.contrast, of.shape, of.centre), np.nan
+            np.isfinite(search.maps.snr), throughput_map(result.contrast, observation.shape, observation.centre), np.nan
         )
     if len(search.combination.spectra) > 1:
         maps["template"] = np.where(search.template >= 0, search.template, np.nan)
@@ -43,7 +51,13 @@ def likelihood_maps(result: Result, search: Search) -> dict[str, np.ndarray]:
 
 
 def write_maps(result: Result, search: Search, out_dir: Path) -> None:
-    """Every map as a FITS file with the config and the observation in its header."""
+    """Write every map as a FITS file, with the config and the observation in its header.
+
+    Args:
+        result: The observation, with detection limits.
+        search: Result of the search.
+        out_dir: Output folder.
+    """
     parameters = flatten(result.config.model_dump(mode="json"))
     for name, image in likelihood_maps(result, search).items():
         write_fits(out_dir / f"{name}.fits", image, header(result, search, name), parameters)
@@ -65,9 +79,9 @@ MEANINGS = {
 
 
 def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, str]]:
-    """What the map is, and the observation's own numbers; the config comes on top."""
-    of, maps, scale = result.of.reference, search.maps, result.config.data.pixel_scale
-    centre, wavelengths = result.of.centre, result.of.wavelengths
+    """FITS cards that describe a map and the observation."""
+    observation, maps, scale = result.channels.reference, search.maps, result.config.data.pixel_scale
+    centre, wavelengths = result.channels.centre, result.channels.wavelengths
     meaning, unit = MEANINGS[name]
     cards: dict[str, tuple[Any, str]] = {
         "OBJECT": (name, meaning),
@@ -76,16 +90,16 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
         "CENTERX": (centre[1], "[px] centre of rotation, from 0"),
         "CRPIX1": (centre[1] + 1, "[px] the same, from 1"),
         "CRPIX2": (centre[0] + 1, "[px] the same, from 1"),
-        "NFRAMES": (len(of.deviations), "frames used"),
-        "NDROPPED": (int((~of.kept).sum()), "excluded frames"),
-        "NMASKED": (int((~of.usable).sum()), "excluded pixels"),
-        "ROTATION": (rotation_deg(of.angles_deg), "[deg] field rotation"),
+        "NFRAMES": (len(observation.deviations), "frames used"),
+        "NDROPPED": (int((~observation.kept).sum()), "excluded frames"),
+        "NMASKED": (int((~observation.usable).sum()), "excluded pixels"),
+        "ROTATION": (rotation_deg(observation.angles_deg), "[deg] field rotation"),
         "NPATCH": (search.n_patch, "pixels per patch"),
         "RHOMED": (float(np.nanmedian(maps.shrinkage)), "median weight of the diagonal"),
         "NSINGULR": (int(maps.singular.sum()), "locations with a singular covariance"),
-        "PSFFWHM": (result.of.fwhm_px, "[px] FWHM of the PSF"),
-        "PSFNORM": (of.psf.flux_kind, "normalisation of the PSF"),
-        "PSFFLUX": (of.psf.flux, "divisor of the PSF"),
+        "PSFFWHM": (result.channels.fwhm_px, "[px] FWHM of the PSF"),
+        "PSFNORM": (observation.psf.flux_kind, "normalisation of the PSF"),
+        "PSFFLUX": (observation.psf.flux, "divisor of the PSF"),
         "PSFERR": (maps.psf_error, "largest relative error of the PSF expansion"),
         "SNRERR": (maps.snr_error, "bound on the resulting error of the SNR"),
     }
@@ -103,7 +117,7 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
 
 
 def detections_csv(sources: list[PointSource], data: StackConfig) -> str:
-    """One row a source; separations in arcsec and contrasts too where the config says how."""
+    """detections.csv, with separations in arcsec and contrasts if pixel scale and stellar flux are known."""
     names = [field.name for field in fields(PointSource)]
     scaled = ["separation_arcsec", "separation_arcsec_std"] if data.pixel_scale else []
     contrasts = ["contrast", "contrast_std"] if data.star_flux else []
@@ -121,7 +135,7 @@ def detections_csv(sources: list[PointSource], data: StackConfig) -> str:
 
 
 def spectra_csv(spectra: list[SourceSpectrum]) -> str:
-    """One row a source and channel."""
+    """spectra.csv: flux of every source in every channel."""
     rows = [
         {"label": s.label, "channel": k, "wavelength": s.wavelengths[k], "flux": s.flux[k], "flux_std": s.flux_std[k]}
         | {"flux_std_empirical": s.flux_std_empirical[k], "template": s.template}
@@ -146,22 +160,22 @@ def contrast_csv(contrast: Contrast, data: StackConfig) -> str:
 
 
 def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
-    """metrics.json."""
-    of, profile = result.of.reference, search.profile
+    """Content of metrics.json."""
+    observation, profile = result.channels.reference, search.profile
     null = search.null.snr[np.isfinite(search.null.snr)]
     return {
         "sources": len(search.sources),
         "highest_snr": float(np.nanmax(search.maps.snr)),
-        "frames": len(of.deviations),
-        "frames_left_out": int((~of.kept).sum()),
-        "rotation_deg": rotation_deg(of.angles_deg),
+        "frames": len(observation.deviations),
+        "frames_left_out": int((~observation.kept).sum()),
+        "rotation_deg": rotation_deg(observation.angles_deg),
         "patch_pixels": search.n_patch,
         "shrinkage_median": float(np.nanmedian(search.maps.shrinkage)),
         "singular_locations": int(search.maps.singular.sum()),
-        "psf_fwhm_px": result.of.fwhm_px,
+        "psf_fwhm_px": result.channels.fwhm_px,
         "psf_error": search.maps.psf_error,
         "snr_error": search.maps.snr_error if np.isfinite(search.maps.snr_error) else None,
-        "wavelengths": result.of.wavelengths.tolist() if len(result.stack.wavelengths) > 1 else None,
+        "wavelengths": result.channels.wavelengths.tolist() if len(result.stack.wavelengths) > 1 else None,
         "spectral_correlation": {
             "separation_px": search.combination.separation_px.tolist(),
             "correlation": search.combination.correlation.tolist(),

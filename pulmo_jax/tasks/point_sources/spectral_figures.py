@@ -1,4 +1,4 @@
-"""Fluxes by wavelength, with their errors."""
+"""Figures of spectra of detected sources."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,20 @@ from pulmo_jax.reporting.figures import BLUE, SKY, TEXT_WIDTH_IN, VERMILLION, st
 
 COLUMNS = 3
 PANEL_HEIGHT_IN = 1.9
-MOST = 12  # sources that are shown
+MOST = 12  # maximum number of sources shown
 TRUTH: dict[str, Any] = {"color": VERMILLION, "lw": 1.0, "ls": "--"}
 
 
 def spectra(spectra: Sequence[SourceSpectrum], truth: Sequence[np.ndarray | None] = ()) -> Figure:
-    """A panel for each of the first 12 sources: flux against wavelength, the likelihood's error as a thick bar and the
-    empirical one as a thin one. truth: the flux of each that is known, one a channel."""
+    """Draw flux against wavelength for the first 12 sources.
+
+    Args:
+        spectra: Spectra; thick bars show the error of the likelihood, thin bars the empirical error.
+        truth: True flux of each source in each channel, if known.
+
+    Returns:
+        The figure.
+    """
     shown = spectra[:MOST]
     n_columns = min(COLUMNS, len(shown))
     n_rows = -(-len(shown) // n_columns)
@@ -46,7 +53,7 @@ def spectra(spectra: Sequence[SourceSpectrum], truth: Sequence[np.ndarray | None
 
 
 def draw(axes: Axes, spectrum: SourceSpectrum, known: np.ndarray | None) -> None:
-    """One source; what is not finite is left out."""
+    """Draw the spectrum of one source; non-finite values are omitted."""
     at, flux = spectrum.wavelengths, spectrum.flux
     if known is not None:
         axes.plot(at, known, **TRUTH)

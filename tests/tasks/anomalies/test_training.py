@@ -165,7 +165,7 @@ def test_second_run_in_a_directory_is_refused(go, whole, tmp_path):
     run = tmp_path / "run"
     with claim(run), pytest.raises(InputError, match=rf"{run} is in use by process \d+ on "):
         go(run)
-    with pytest.raises(InputError, match=rf"{whole} already holds a run; resume=true"):
+    with pytest.raises(InputError, match=rf"{whole} already contains a run; resume=true"):
         go(whole)
 
 

@@ -238,7 +238,7 @@ def test_images_in_no_class_folder(folder):
 
 
 def test_classes_that_the_run_does_not_know(folder):
-    with pytest.raises(InputError, match=r"classes that the run does not know \(yes\); it knows healthy, no: rename"):
+    with pytest.raises(InputError, match=r"classes that are not in the run \(yes\); the run has healthy, no: rename"):
         read(folder, classes=("healthy", "no"))
 
 

@@ -60,7 +60,7 @@ def test_gallery_and_overlay_of_any_example(tmp_path, shown):
     assert ink(figures.save(figure, tmp_path, "gallery")) > 0.1
     assert "Worst images" in texts(figure)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert ("predicted, doubtful" in legend) == (shown.doubtful is not None)
+    assert ("predicted, low quality" in legend) == (shown.doubtful is not None)
     assert ("95 % region" in legend) == (shown.covariance is not None)
     landmarks.write_overlay(tmp_path / "overlay.png", shown)
     assert pixels(tmp_path / "overlay.png").shape == (60 * 7, 80 * 7, 3)

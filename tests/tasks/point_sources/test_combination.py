@@ -15,7 +15,7 @@ from pulmo_jax import detect
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.observing_date import observed_mjd
 from pulmo_jax.data.synthetic import rotating_stack
-from pulmo_jax.tasks.point_sources.combination import MAPS, open_epochs
+from pulmo_jax.tasks.point_sources.combination_reading import MAPS, open_epochs
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import InputError
 
@@ -159,23 +159,23 @@ def test_what_is_no_finished_run_is_refused(runs, tmp_path):
         configured([tmp_path / "nowhere"])
     (runs[1] / "report.html").unlink()
     assert "runs.1=" in refusal(runs)
-    assert "no finished run" in refusal(runs)
+    assert "not a finished run" in refusal(runs)
     (runs[0] / "a_null.fits").unlink()
-    assert "later versions" in refusal(runs)
+    assert "earlier version" in refusal(runs)
 
 
 def test_damaged_maps_are_refused(runs):
     a, b = read(runs[0])
     fits.writeto(runs[0] / "b.fits", np.full_like(b, np.nan), overwrite=True)
-    assert "all NaN" in refusal(runs)
+    assert "all pixels are NaN" in refusal(runs)
     fits.writeto(runs[0] / "b.fits", b[:-2], overwrite=True)
     assert "run detect again" in refusal(runs)
     (runs[0] / "b.fits").write_bytes(b"SIMPLE  = nonsense")
     assert str(runs[0]) in refusal(runs)
     fits.writeto(runs[1] / "a.fits", a, fits.Header(), overwrite=True)
-    assert "header lacks" in refusal(runs[1:])
+    assert "header is incomplete" in refusal(runs[1:])
     (runs[2] / "config.yaml").write_text("- 1")
-    assert "not what detect writes" in refusal(runs[2:])
+    assert "not a valid config of detect" in refusal(runs[2:])
 
 
 def test_dates_scales_and_units_must_be_known_and_agree(runs, tmp_path):

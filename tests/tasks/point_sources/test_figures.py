@@ -18,6 +18,7 @@ from scipy import stats
 
 from pulmo_jax.reporting import figures
 from pulmo_jax.tasks.point_sources import figures as adi_figures
+from pulmo_jax.tasks.point_sources import null_figures
 from pulmo_jax.types import PointSource
 
 SCALE = 0.02719
@@ -157,15 +158,15 @@ def test_null_is_counted_whole_beside_the_normal():
     null = np.random.default_rng(1).normal(0.1, 0.8, 3000)
     null[:3] = np.nan, 14.0, 3.5
     snr = np.random.default_rng(2).normal(size=500)
-    figure = adi_figures.null_distribution(null, snr, "angles of a$1$.fits reversed", 200)
+    figure = null_figures.null_distribution(null, snr, "angles of a$1$.fits reversed", 200)
     assert_words_apart(figure)
     counts = figure.axes[0]
     n_null, n_snr = (patch.get_data() for patch in counts.patches)
     assert (n_null.values.sum(), n_snr.values.sum()) == (2999, 500)
     assert n_null.values[-1] == 1  # what lies beyond
-    assert "beyond" in counts.get_xlabel()
+    assert "overflow" in counts.get_xlabel()
     finite = null[np.isfinite(null)]
-    normal, fitted = line(counts, "standard normal"), line(counts, "normal of the null's")
+    normal, fitted = line(counts, "standard normal"), line(counts, "normal, mean")
     assert normal.get_ydata().max() == pytest.approx(2999 * 0.25 * stats.norm.pdf(0), rel=1e-3)
     np.testing.assert_allclose(
         fitted.get_ydata(), 2999 * 0.25 * stats.norm.pdf(fitted.get_xdata(), finite.mean(), finite.std(ddof=1))
@@ -177,7 +178,7 @@ def test_null_is_counted_whole_beside_the_normal():
 
 def test_quantiles_of_the_null_against_those_of_the_normal():
     null = np.random.default_rng(1).normal(size=7)
-    axes = adi_figures.null_distribution(null, None).axes[1]
+    axes = null_figures.null_distribution(null, None).axes[1]
     drawn = line(axes, "null")
     np.testing.assert_allclose(drawn.get_xdata(), stats.norm.ppf((np.arange(7) + 0.5) / 7))
     np.testing.assert_array_equal(drawn.get_ydata(), np.sort(null))
@@ -188,20 +189,20 @@ def test_quantiles_of_the_null_against_those_of_the_normal():
 
 def test_many_quantiles_are_thinned_but_for_the_tails():
     null = np.random.default_rng(1).normal(size=100_000)
-    y = line(adi_figures.null_distribution(null, None).axes[1], "null").get_ydata()
-    assert y.size <= adi_figures.MAX_QUANTILES
+    y = line(null_figures.null_distribution(null, None).axes[1], "null").get_ydata()
+    assert y.size <= null_figures.MAX_QUANTILES
     np.testing.assert_array_equal(y[:100], np.sort(null)[:100])
     np.testing.assert_array_equal(y[-100:], np.sort(null)[-100:])
 
 
 def test_band_holds_95_percent_of_independent_normal_quantiles():
     n = 40
-    z, low, high = adi_figures._quantile_band(n, 5.0)
+    z, low, high = null_figures._quantile_band(n, 5.0)
     at = stats.norm.ppf((np.arange(n) + 0.5) / n)
     draws = np.sort(np.random.default_rng(3).normal(size=(20_000, n)), axis=1)
     inside = (draws > np.interp(at, z, low)) & (draws < np.interp(at, z, high))
     np.testing.assert_allclose(inside.mean(axis=0), 0.95, atol=0.01)
-    axes = adi_figures.null_distribution(draws[0], None, n_independent=n).axes[1]
+    axes = null_figures.null_distribution(draws[0], None, n_independent=n).axes[1]
     drawn = axes.collections[0].get_paths()[0].vertices
     assert drawn[:, 1].min() == pytest.approx(low[0])
     assert drawn[:, 1].max() == pytest.approx(high[-1])
@@ -209,26 +210,26 @@ def test_band_holds_95_percent_of_independent_normal_quantiles():
 
 @pytest.mark.parametrize("null", [np.full(4, np.nan), np.array([0.3]), np.zeros(5)])
 def test_null_of_too_few_values_is_drawn(null):
-    assert_words_apart(adi_figures.null_distribution(null, np.array([np.nan, 1.0]), n_independent=1))
+    assert_words_apart(null_figures.null_distribution(null, np.array([np.nan, 1.0]), n_independent=1))
 
 
 def test_null_by_radius_draws_std_and_interval():
     std = np.linspace(0.8, 1.1, RADIUS.size)
     std[4] = np.nan
-    figure = adi_figures.null_by_radius(RADIUS, std, std - 0.1, std + 0.2, SCALE)
+    figure = null_figures.null_by_radius(RADIUS, std, std - 0.1, std + 0.2, SCALE)
     assert_words_apart(figure)
     axes = figure.axes[0]
     np.testing.assert_array_equal(line(axes, "null").get_xydata(), np.stack([RADIUS, std], 1))
     band = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])
     assert (band[:, 1].min(), band[:, 1].max()) == (pytest.approx(0.7), pytest.approx(1.3))
-    assert list(line(axes, "as the likelihood").get_ydata()) == [1, 1]
+    assert list(line(axes, "theory").get_ydata()) == [1, 1]
     (above,) = axes.child_axes
     np.testing.assert_allclose(above.get_xlim(), np.array(axes.get_xlim()) * SCALE)
 
 
 def test_null_by_radius_without_an_interval_or_a_value():
     nothing = np.full(RADIUS.size, np.nan)
-    figure = adi_figures.null_by_radius(RADIUS, nothing, nothing, nothing)
+    figure = null_figures.null_by_radius(RADIUS, nothing, nothing, nothing)
     assert_words_apart(figure)
     assert "interval" not in texts(figure)
     assert not figure.axes[0].child_axes
@@ -420,7 +421,7 @@ def test_frames_of_one_value_are_drawn(value):
 
 def test_positions_are_one_for_each_frame_shown():
     cube, angles = sequence()
-    with pytest.raises(ValueError, match="9 positions are given for 4 frames"):
+    with pytest.raises(ValueError, match="9 positions given for 4 frames"):
         adi_figures.frames_strip(cube, angles, (12, 15), np.zeros((9, 2)))
     assert list(adi_figures.shown_frames(3, 8)) == [0, 1, 2]
 

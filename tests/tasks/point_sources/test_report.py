@@ -78,13 +78,15 @@ def search(
     )  # fmt: skip
     null = replace(maps, snr=0.8 * rng.permuted(snr))
     profile = null_profile(null.snr, CENTRE, 4.6)
-    n = len(made.of.each)
+    n = len(made.channels.each)
     r = np.stack([np.eye(n) * (1 - share) + share for share in (0.625, 0.25)])
     combination = Combination(np.array([7.0, 15.0]), r, as_spectra(templates, n))
     level = np.linspace(40.0, 160.0, n)
-    spectra = [SourceSpectrum(s.label, made.of.wavelengths, level, level / 20, level / 10, 0, 0.5) for s in sources]
+    spectra = [
+        SourceSpectrum(s.label, made.channels.wavelengths, level, level / 20, level / 10, 0, 0.5) for s in sources
+    ]
     return Search(
-        maps=maps, sources=list(sources), fits=[], residual=made.of, null=null, profile=profile,
+        maps=maps, sources=list(sources), fits=[], residual=made.channels, null=null, profile=profile,
         snr_calibrated=snr / 0.8, n_patch=49, caveats=caveats, combination=combination,
         template=np.zeros(shape, int), spectra=spectra,
     )  # fmt: skip
@@ -143,8 +145,8 @@ def test_separation_is_in_arcsec_where_the_scale_is_known():
 def test_truth_stands_beside_what_was_found_and_what_was_missed_below():
     table = source_table([source(), source(2, 35.0, 5.0)], result())
     assert table.columns[-1] == "truth"
-    assert [row[-1] for row in table.rows] == ["28.00, 30.00; 100", "none: a false alarm"]
-    assert table.notes == ["Not found: the source of flux 50 at (y, x) = (10.0, 20.0)."]
+    assert [row[-1] for row in table.rows] == ["28.00, 30.00; 100", "none (false alarm)"]
+    assert table.notes == ["Not detected: the source of flux 50 at (y, x) = (10.0, 20.0)."]
 
 
 def test_nothing_found_is_said():
@@ -155,8 +157,8 @@ def test_nothing_found_is_said():
 @pytest.mark.parametrize(("offset", "same"), [(4.5, True), (4.7, False)])
 def test_source_is_the_known_one_within_one_fwhm(offset, same):
     made = result(truth=TRUTH[:1])
-    assert made.of.fwhm_px == pytest.approx(4.6, abs=0.05)
-    assert (known(source(y=28.0 + offset, x=30.0), made) != "none: a false alarm") == same
+    assert made.channels.fwhm_px == pytest.approx(4.6, abs=0.05)
+    assert (known(source(y=28.0 + offset, x=30.0), made) != "none (false alarm)") == same
 
 
 def test_nearest_of_the_known_ones_is_named():
@@ -186,14 +188,14 @@ def test_page_holds_numbers_caveats_and_figures(tmp_path):
     text, console = written(made, search(made, source(), caveats=("12 frames are few",)), tmp_path)
     for words in (
         "11 of 12", "60.0 degrees", "median 0.125, 0.125 to 0.500", "4.6", "5.0e-04", "2.0e-03", "12 frames are few",
-        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "injections in 8 directions", "99.9 ± 4.4 ± 8.8",
+        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "flux in 8 directions", "99.9 ± 4.4 ± 8.8",
     ):  # fmt: skip
         assert words in text
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
         "detection_maps", "null_distribution", "null_by_radius", "contrast_curve", "frames",
     }  # fmt: skip
     assert "99.9 ± 4.4 ± 8.8" in console
-    assert "Not found: the source of flux 50" in console
+    assert "Not detected: the source of flux 50" in console
 
 
 def test_null_is_judged_outside_of_one_fwhm(tmp_path, undrawn):
@@ -201,7 +203,7 @@ def test_null_is_judged_outside_of_one_fwhm(tmp_path, undrawn):
     made = result(truth=())
     found = search(made)
     y, x = np.indices((HEIGHT, WIDTH))
-    outside = np.hypot(y - CENTRE[0], x - CENTRE[1]) > made.of.fwhm_px
+    outside = np.hypot(y - CENTRE[0], x - CENTRE[1]) > made.channels.fwhm_px
     snr = np.where(outside, found.null.snr, 77.0)
     values = snr[outside & np.isfinite(snr)]
     section = adi_report.null_section(made, replace(found, null=replace(found.null, snr=snr)), tmp_path)
@@ -213,7 +215,7 @@ def test_no_ring_is_said_and_no_curve_is_left_out(tmp_path, undrawn):
     made = result()
     found = search(made)
     empty = adi_report.contrast_section(made, found, curve(0), tmp_path)
-    assert "no contrast curve" in empty.text
+    assert "too small for a contrast curve" in empty.text
     assert list(empty.figures) == []
     text, _ = written(made, found, tmp_path)
     assert "Limits" not in text
@@ -234,7 +236,7 @@ def test_calibrated_snr_is_shown_where_it_decides(tmp_path, undrawn):
         section = adi_report.source_section(made, found, source_table([], made), tmp_path)
     np.testing.assert_array_equal(shown[0], found.snr_calibrated)
     assert "at least 4" in section.text
-    assert "empirical null" in section.text
+    assert "calibrated SNR of at least" in section.text
 
 
 def test_circle_follows_the_source_through_the_frames(tmp_path, monkeypatch, undrawn):
@@ -258,7 +260,7 @@ def test_page_of_several_wavelengths_tells_how_they_are_combined(tmp_path, undra
     made = result(channels=3)
     text, _ = written(made, search(made, source()), tmp_path)
     for words in (
-        "Spectra", "3 channels together", "spectrum is flat", "0.62 at 7 px", "0.25 at 15 px", "A&amp;A 637, A9",
+        "Spectra", "combine 3 channels", "with a flat spectrum", "0.62 at 7 px", "0.25 at 15 px", "A&amp;A 637, A9",
         "3 of 3, 1 to 1.2", "middle channel, 1.1",
     ):  # fmt: skip
         assert words in text
@@ -269,7 +271,7 @@ def test_page_of_several_wavelengths_tells_how_they_are_combined(tmp_path, undra
 def test_page_of_one_wavelength_says_nothing_of_spectra(tmp_path, undrawn):
     made = result()
     text, _ = written(made, search(made, source()), tmp_path)
-    for words in ("Spectra", "channel", "A&amp;A 637"):
+    for words in ("Spectra", "neighbouring channels", "A&amp;A 637"):
         assert words not in text
     assert not (tmp_path / "figures" / "spectra.png").exists()
 
@@ -278,9 +280,9 @@ def test_trials_of_a_set_of_spectra_are_told(tmp_path, undrawn):
     made = result(channels=3)
     templates = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
     text, _ = written(made, search(made, source(), templates=templates), tmp_path)
-    assert "count 2 trials" in text
-    assert "the best of 2 spectra everywhere" in text
-    assert "spectrum is given" in text
+    assert "assume 2 trials" in text
+    assert "the best of 2 spectra at every pixel" in text
+    assert "with a given spectrum" in text
 
 
 def test_a_source_of_another_spectrum_is_told(tmp_path, undrawn):
