@@ -172,7 +172,9 @@ def test_a_finished_run_takes_no_more_steps_and_more_may_be_asked_for(go):
 def test_a_directory_that_holds_a_run_is_not_written_to(go):
     go(adding())
     before = contents(go.run)
-    with pytest.raises(InputError, match=f"^{go.run} already contains a run; resume=true continues it, hydra.run.dir=DIR"):
+    with pytest.raises(
+        InputError, match=f"^{go.run} already contains a run; resume=true continues it, hydra.run.dir=DIR"
+    ):
         go(adding())
     assert contents(go.run) == before
 
