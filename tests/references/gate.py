@@ -33,4 +33,4 @@ class Gate:
 def gate(step: int, folder: Path) -> list[str]:
     """The overrides that add the callback to a run."""
     given = {"_target_": "references.gate.Gate", "step": step, "folder": folder}
-    return ["plugins=[references.gate]", *(f"+callbacks.gate.{name}={value}" for name, value in given.items())]
+    return ["plugins=[references]", *(f"+callbacks.gate.{name}={value}" for name, value in given.items())]
