@@ -5,6 +5,7 @@ batches, noise, gradient, clipping and average of its own: it becomes what it wo
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, UInt32
 
 from pulmo_jax.methods.classes import Descended, Params
+from pulmo_jax.training.program import Program, temporary_bytes
 from pulmo_jax.training.state import Metrics, TrainState, make_update
 
 Chunk = tuple[Params, Params, optax.OptState]  # parameters, their moving average, and the optimizer's state
@@ -37,22 +39,57 @@ def init_members(
     return TrainState(jnp.zeros((), jnp.int32), params, copies, [jax.vmap(optimizer.init)(part) for part in params])
 
 
+@dataclass(frozen=True)
+class MemberStep:
+    """The training step of all networks: a call of one program for each chunk. The state's buffers are donated.
+
+    Attributes:
+        advance: (number of the step, chunk, batch, key data, first network of the chunk) -> (chunk, metrics), jitted.
+        summarize: (number of the step, metrics of all chunks) -> (its successor, means over the networks).
+        key_data: Of the key of each network, from which all of its random numbers come.
+    """
+
+    advance: Any
+    summarize: Callable[[jax.Array, list[Metrics]], tuple[jax.Array, Metrics]]
+    key_data: UInt32[np.ndarray, "M W"]
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """A step with images (B, M, S, S) and labels (B, M)."""
+        advanced = [
+            self.advance(state.step, chunk, tuple(batch), self.key_data, first) for first, chunk in chunks_of(state)
+        ]
+        number, means = self.summarize(state.step, [metrics for _, metrics in advanced])
+        params, ema, opt_state = (list(column) for column in zip(*(chunk for chunk, _ in advanced), strict=True))
+        return TrainState(number, params, ema, opt_state), means
+
+    def compiled(self, state: TrainState, batch: Any) -> Program:
+        """The step for the shapes and shardings of `state` and `batch`: a program for each size of a chunk."""
+        programs: dict[int, Any] = {}
+        for first, chunk in chunks_of(state):
+            if (size := members_of(chunk[0])) not in programs:
+                lowered = self.advance.lower(state.step, chunk, tuple(batch), self.key_data, first)
+                programs[size] = lowered.compile()
+
+        def advance(step: jax.Array, chunk: Chunk, *rest: Any) -> tuple[Chunk, Metrics]:
+            return programs[members_of(chunk[0])](step, chunk, *rest)
+
+        return Program(replace(self, advance=advance), max(map(temporary_bytes, programs.values())))
+
+
 def make_member_step(
     method: Descended,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     keys: Key[Array, "M"],
     sharding: jax.sharding.Sharding | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The training step (state, batch) -> (state, metrics) of all networks; the state's buffers are donated.
-
-    A chunk is one call of a compiled program, which cuts the chunk's columns out of the batch.
+) -> MemberStep:
+    """The training step (state, batch) -> (state, metrics) of all networks.
 
     Args:
         method: Gives the loss of a batch of one network.
         optimizer: Makes updates of gradients.
         ema_decay: Largest decay of the moving average (see `state.make_update`).
-        keys: One for each network, from which all of its random numbers come.
+        keys: One for each network.
         sharding: Of the new state, if it is on several devices; the batch's rows may be divided among them.
 
     Returns:
@@ -62,10 +99,12 @@ def make_member_step(
     update = jax.vmap(make_update(method, optimizer, ema_decay), in_axes=(by_member, 1, 0), out_axes=(by_member, 0))
 
     @partial(jax.jit, donate_argnums=1, out_shardings=sharding)
-    def advance(step: jax.Array, chunk: Chunk, batch: Any, keys: jax.Array, first: jax.Array) -> tuple[Chunk, Metrics]:
+    def advance(
+        step: jax.Array, chunk: Chunk, batch: Any, key_data: jax.Array, first: jax.Array
+    ) -> tuple[Chunk, Metrics]:
         count = members_of(chunk[0])
         columns = [jax.lax.dynamic_slice_in_dim(array, first, count, axis=1) for array in batch]
-        own_keys = jax.lax.dynamic_slice_in_dim(keys, first, count)
+        own_keys = jax.random.wrap_key_data(jax.lax.dynamic_slice_in_dim(key_data, first, count))
         state, metrics = update(TrainState(step, *chunk), tuple(columns), own_keys)
         return (state.params, state.ema, state.opt_state), metrics
 
@@ -73,18 +112,15 @@ def make_member_step(
     def summarize(step: jax.Array, metrics: list[Metrics]) -> tuple[jax.Array, Metrics]:
         return step + 1, jax.tree.map(lambda *values: jnp.concatenate(values).mean(), *metrics)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        optimizer_states: Any = state.opt_state
-        chunks = list(zip(state.params, state.ema, optimizer_states, strict=True))
-        firsts = np.cumsum([0, *(members_of(chunk[0]) for chunk in chunks[:-1])], dtype=np.int32)
-        advanced = [
-            advance(state.step, chunk, tuple(batch), keys, first) for chunk, first in zip(chunks, firsts, strict=True)
-        ]
-        number, means = summarize(state.step, [metrics for _, metrics in advanced])
-        params, ema, opt_state = (list(column) for column in zip(*(chunk for chunk, _ in advanced), strict=True))
-        return TrainState(number, params, ema, opt_state), means
+    return MemberStep(advance, summarize, np.asarray(jax.random.key_data(keys)))
 
-    return step
+
+def chunks_of(state: TrainState) -> list[tuple[np.int32, Chunk]]:
+    """(first network, chunk) of each chunk."""
+    optimizer_states: Any = state.opt_state
+    chunks = list(zip(state.params, state.ema, optimizer_states, strict=True))
+    firsts = np.cumsum([0, *(members_of(chunk[0]) for chunk in chunks[:-1])], dtype=np.int32)
+    return list(zip(firsts, chunks, strict=True))
 
 
 def members_of(chunk: Params) -> int:

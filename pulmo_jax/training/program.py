@@ -25,8 +25,13 @@ class Program:
 def compile_step(step: Any, state: TrainState, batch: Any) -> Program:
     """Compiles a jitted step for the shapes and shardings of `state` and `batch`."""
     program = step.lower(state, batch).compile()
+    return Program(program, temporary_bytes(program))
+
+
+def temporary_bytes(program: Any) -> int:
+    """Working memory of a compiled program; 0 where the backend does not tell."""
     analysis = program.memory_analysis()
-    return Program(program, analysis.temp_size_in_bytes if analysis else 0)
+    return analysis.temp_size_in_bytes if analysis else 0
 
 
 def uncompiled(step: Step) -> Callable[[TrainState, Any], Program]:

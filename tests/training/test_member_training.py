@@ -83,6 +83,21 @@ def test_a_classifier_beside_another_is_what_it_is_alone():
         np.testing.assert_allclose(one[0], many[1], rtol=2e-4, atol=2e-5)
 
 
+def test_the_compiled_step_is_the_step_and_tells_its_memory():
+    optimizer = optax.sgd(0.3, 0.9)
+    step = make_member_step(SIMPLE, optimizer, 0.9, keys(SEEDS))
+    (batch,) = batches(1, len(SEEDS))
+    program = step.compiled(init_members(SIMPLE, optimizer, keys(SEEDS), [2, 1]), batch)
+    assert program.temporary_bytes > 0
+    expected, _ = step(init_members(SIMPLE, optimizer, keys(SEEDS), [2, 1]), batch)
+    found, metrics = program.step(init_members(SIMPLE, optimizer, keys(SEEDS), [2, 1]), batch)
+    assert np.isfinite(float(metrics["loss"]))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(TypeError, match="float32"):  # of another shape than it was compiled for
+        program.step(init_members(SIMPLE, optimizer, keys(SEEDS), [2, 1]), (batch[0][:2], batch[1][:2]))
+
+
 def test_networks_of_other_seeds_differ(together):
     weights = together[0]["weights"]
     assert all(not np.allclose(weights[0], other) for other in weights[1:])
@@ -111,6 +126,7 @@ for mesh in (devices.all_devices(4), None):
     step = make_member_step(METHOD, optimizer, 0.9, keys(SEEDS[:2]), where)
     if mesh is not None:
         state = devices.on_all(state, mesh)
+        step = step.compiled(state, devices.described(next(batches(1, 2)), mesh)).step
     for batch in batches(3, 2):
         if mesh is not None:
             batch = devices.divided(tuple(map(np.asarray, batch)), mesh)

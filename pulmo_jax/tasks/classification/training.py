@@ -163,8 +163,8 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
         shape = batch_size, len(plan.members)
         images = jax.ShapeDtypeStruct((*shape, found.squares.size, found.squares.size), np.float32)
         batch = images, jax.ShapeDtypeStruct(shape, found.labels.dtype)
-        everywhere = devices.everywhere(mesh)
-        compile_for = uncompiled(make_member_step(method, optimizer, trainer.ema_decay, plan.keys, everywhere))
+        step = make_member_step(method, optimizer, trainer.ema_decay, plan.keys, devices.everywhere(mesh))
+        compile_for = step.compiled
     return Learning(
         state=state,
         compile=compile_for,
