@@ -78,7 +78,7 @@ def follow(epochs: Epochs, best: Found, star: Star | None) -> Along:
 
 def as_track(best: Found, along: Along) -> Track:
     """Track from arrays that were read from the device; its errors are still unknown."""
-    a, b = along.terms.T
+    a, b = np.asarray(along.terms).T
     total = a.sum()
     known = total > 0
     return Track(
@@ -86,8 +86,8 @@ def as_track(best: Found, along: Along) -> Track:
         snr_combined=float(b.sum() / np.sqrt(total)) if known else float("nan"),
         flux=float(b.sum() / total) if known else float("nan"),
         flux_std=float(1 / np.sqrt(total)) if known else float("nan"),
-        sky=along.sky,
-        places=along.places,
+        sky=np.asarray(along.sky),
+        places=np.asarray(along.places),
         a=a,
         b=b,
         start_std=np.full(2, np.nan),
@@ -100,7 +100,7 @@ def with_errors(epochs: Epochs, best: Found, found: Track, fwhm_px: float, plan:
     if plan.star is None:
         curvature = -np.asarray(half_hessian(epochs, jnp.asarray(best.start), plan.flux))
         return replace(found, start_std=std_from(curvature))
-    samples = sample_orbits(epochs, best.start, best.shape, plan.star, plan.flux, fwhm_px, plan.seed)
+    samples = sample_orbits(epochs, np.asarray(best.start), best.shape, plan.star, plan.flux, fwhm_px, plan.seed)
     return replace(found, start_std=samples.starts.std(0), samples=samples)
 
 
