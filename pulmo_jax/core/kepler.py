@@ -1,10 +1,10 @@
-"""Keplerian orbits about a star, as they are seen on the sky.
+"""Keplerian orbits about a star, projected on the sky.
 
 Units: au, days, solar masses, milliarcseconds for the parallax, arcsec on the sky, radians. Elements are those of the
 companion about the star, in the convention of visual binaries (Green 1985, Spherical Astronomy, section 19.4): the
 node's position angle is counted from north through east, the inclination is below 90 degrees where position angles
-increase, and omega is the angle from the node to periastron in the direction of motion. Positions on the sky alone do
-not tell (omega, node) from (omega + pi, node + pi).
+increase, and omega is the angle from the node to periastron in the direction of motion. Positions on the sky alone
+cannot distinguish (omega, node) from (omega + pi, node + pi).
 """
 
 from typing import NamedTuple
@@ -14,11 +14,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 GAUSSIAN_YEAR_DAYS = 365.2568983263281  # 2 pi / 0.01720209895: period at 1 au about one solar mass
-STEPS = 6  # of Halley's method: rounding is reached from the starting value below for eccentricities up to 0.95
+STEPS = 6  # of Halley's method; they reach rounding for eccentricities up to 0.95
 
 
 class Shape(NamedTuple):
-    """An orbit but for its size and its node. mean_anomaly: at the reference date."""
+    """An orbit without its size and node.
+
+    Attributes:
+        eccentricity: Eccentricity, from 0 to below 1.
+        cos_inclination: Cosine of the inclination.
+        omega: Angle from the node to periastron, radians.
+        mean_anomaly: Mean anomaly at the reference date, radians.
+    """
 
     eccentricity: Float[Array, "*shape"]
     cos_inclination: Float[Array, "*shape"]
@@ -27,7 +34,13 @@ class Shape(NamedTuple):
 
 
 class Orbit(NamedTuple):
-    """All six elements. semi_major_axis in au, node in radians."""
+    """All six elements.
+
+    Attributes:
+        semi_major_axis: Semi-major axis, au.
+        node: Position angle of the node, radians.
+        shape: The other four.
+    """
 
     semi_major_axis: Float[Array, "*shape"]
     node: Float[Array, "*shape"]
@@ -35,12 +48,22 @@ class Orbit(NamedTuple):
 
 
 def eccentric_anomaly(mean_anomaly: Float[Array, "..."], eccentricity: Float[Array, "..."]) -> Float[Array, "..."]:
-    """E of Kepler's equation E - e sin E = M, in [-pi, pi], by Halley's method; 0 <= e < 1.
+    """Solves Kepler's equation E - e sin E = M by Halley's method, to rounding for e up to 0.95.
 
-    To rounding for e up to 0.95. Its derivatives are exact: those of one more step of Newton's method at the solution.
+    Derivatives are exact: they are those of one more Newton step at the solution.
+
+    Args:
+        mean_anomaly: Mean anomaly M, radians.
+        eccentricity: Eccentricity e, from 0 to below 1.
+
+    Returns:
+        Eccentric anomaly E in [-pi, pi].
+
+    Reference:
+        Danby 1988, Fundamentals of Celestial Mechanics, for the starting value.
     """
     mean = jnp.mod(mean_anomaly + jnp.pi, 2 * jnp.pi) - jnp.pi
-    guess = jax.lax.stop_gradient(mean + 0.85 * eccentricity * jnp.sign(mean))  # Danby 1988
+    guess = jax.lax.stop_gradient(mean + 0.85 * eccentricity * jnp.sign(mean))
     still, e = jax.lax.stop_gradient(mean), jax.lax.stop_gradient(eccentricity)
     for _ in range(STEPS):
         sin, cos = jnp.sin(guess), jnp.cos(guess)
@@ -51,7 +74,14 @@ def eccentric_anomaly(mean_anomaly: Float[Array, "..."], eccentricity: Float[Arr
 
 
 def period_days(semi_major_axis: Float[Array, "*shape"], star_mass: float) -> Float[Array, "*shape"]:
-    """Kepler's third law, a^3 = M P^2 in au, solar masses and Gaussian years; the companion's own mass is left out.
+    """Period from Kepler's third law, with the mass of the companion neglected.
+
+    Args:
+        semi_major_axis: Semi-major axis, au.
+        star_mass: Mass of the star, solar masses.
+
+    Returns:
+        The period, days.
 
     Example:
         >>> bool(abs(period_days(jnp.array(1.0), 1.0) - 365.257) < 1e-3)
@@ -60,9 +90,17 @@ def period_days(semi_major_axis: Float[Array, "*shape"], star_mass: float) -> Fl
     return GAUSSIAN_YEAR_DAYS * jnp.sqrt(semi_major_axis**3 / star_mass)
 
 
-def projected(shape: Shape, mean_anomaly: Float[Array, "..."]) -> tuple[Array, Array]:
-    """Where the companion stands, in semi-major axes: along the node and at right angles to it, toward larger position
-    angles."""
+def projected(shape: Shape, mean_anomaly: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Projects the companion on the sky.
+
+    Args:
+        shape: Shape of the orbit.
+        mean_anomaly: Mean anomaly, radians.
+
+    Returns:
+        Offset from the star along the node and at right angles to it, toward larger position angles, in semi-major
+        axes.
+    """
     e = shape.eccentricity
     anomaly = eccentric_anomaly(mean_anomaly, e)
     x, y = jnp.cos(anomaly) - e, jnp.sqrt(1 - e**2) * jnp.sin(anomaly)
@@ -73,7 +111,17 @@ def projected(shape: Shape, mean_anomaly: Float[Array, "..."]) -> tuple[Array, A
 def sky_position(
     orbit: Orbit, days: Float[Array, "..."], star_mass: float, parallax_mas: float
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """(north, east) of the star, arcsec, so many days after the reference date; arguments are broadcast."""
+    """Position of the companion on the sky; arguments are broadcast against each other.
+
+    Args:
+        orbit: The orbit.
+        days: Days since the reference date.
+        star_mass: Mass of the star, solar masses.
+        parallax_mas: Parallax, milliarcsec.
+
+    Returns:
+        Offset north and east of the star, arcsec.
+    """
     motion = 2 * jnp.pi / period_days(orbit.semi_major_axis, star_mass)
     along, across = projected(orbit.shape, orbit.shape.mean_anomaly + motion * days)
     scale = orbit.semi_major_axis * parallax_mas / 1000
@@ -82,10 +130,22 @@ def sky_position(
 
 
 def orbit_through(shape: Shape, north: Float[Array, "..."], east: Float[Array, "..."], parallax_mas: float) -> Orbit:
-    """The orbit of this shape that passes (north, east), arcsec, at the reference date: it is scaled and turned.
+    """Scales and rotates an orbit so that it passes a position at the reference date.
 
-    Blunt et al. 2017 (AJ 153, 229), section 2. Drawn so, with shapes drawn from their prior and places uniformly in the
-    logarithm of the separation and in the position angle, orbits are uniform in log a and in the node.
+    With shapes drawn from their prior, and positions uniform in the logarithm of the separation and in the position
+    angle, these orbits are uniform in log a and in the node.
+
+    Args:
+        shape: Shape of the orbit.
+        north: Offset north of the star, arcsec.
+        east: Offset east of the star, arcsec.
+        parallax_mas: Parallax, milliarcsec.
+
+    Returns:
+        The orbit.
+
+    Reference:
+        Blunt et al. 2017, AJ 153, 229, section 2.
     """
     along, across = projected(shape, shape.mean_anomaly)
     axis = jnp.hypot(north, east) / jnp.hypot(along, across) * 1000 / parallax_mas

@@ -1,4 +1,4 @@
-"""A threshold on the highest value of a field, from fields that hold noise alone."""
+"""Threshold on the highest value of a field, from fields of noise alone."""
 
 from dataclasses import dataclass, field
 
@@ -8,17 +8,22 @@ from scipy.stats import binom, gumbel_r
 
 from pulmo_jax.types import InputError
 
-CONFIDENCE = 0.95
-EULER = 0.5772156649015329
+CONFIDENCE = 0.95  # of intervals
+EULER = 0.5772156649015329  # mean of the standard Gumbel distribution
 
 
 @dataclass(frozen=True, eq=False)
 class FieldThreshold:
-    """The value that noise alone exceeds anywhere in a field with a probability of at most `level`.
+    """Value that noise alone exceeds anywhere in a field with a probability of at most `level`.
 
-    level: what was asked for, or 1 / (n + 1) where n fields cannot say less. low, high: distribution-free 95 % interval
-    of the quantile, infinite where no field reaches so far. certified: the probability that noise exceeds the highest
-    of all is below this one, with 95 % confidence (the rule of three). maxima: of each field, sorted.
+    Attributes:
+        value: The threshold.
+        level: The level asked for, or 1 / (n + 1) where n fields cannot certify a lower one.
+        low: Lower end of the distribution-free 95 % interval of the quantile; infinite where no field reaches it.
+        high: Upper end of that interval.
+        certified: With 95 % confidence, noise exceeds the highest of all maxima with a lower probability than this (the
+            rule of three).
+        maxima: Highest value of each field, sorted.
     """
 
     value: float
@@ -29,23 +34,33 @@ class FieldThreshold:
     maxima: Float[np.ndarray, "n"] = field(repr=False)
 
     def false_alarm(self, value: float) -> float:
-        """Probability of noise being as high: (1 + number of fields that are) / (1 + n), never below 1 / (n + 1)."""
+        """Probability of noise at least as high: (1 + number of such fields) / (1 + n), never below 1 / (n + 1)."""
         return float((1 + np.sum(self.maxima >= value)) / (1 + len(self.maxima)))
 
     def extrapolated(self, value: float) -> float:
-        """The same by Gumbel's distribution with the maxima's mean and spread: beyond them all, an assumption."""
+        """The same by a Gumbel distribution with the mean and spread of the maxima; an extrapolation beyond them."""
         scale = max(float(self.maxima.std(ddof=1)) * np.sqrt(6) / np.pi, 1e-12)
         return float(gumbel_r.sf(value, loc=self.maxima.mean() - EULER * scale, scale=scale))
 
 
 def field_threshold(maxima: Float[np.ndarray, "n"], level: float) -> FieldThreshold:
-    """From the highest values of n fields of noise, taken as independent. Raises InputError for fewer than two.
+    """Threshold from the highest values of n independent fields of noise.
+
+    Args:
+        maxima: Highest value of each field.
+        level: Probability of a false alarm anywhere in a field.
+
+    Returns:
+        The threshold.
+
+    Raises:
+        InputError: Fewer than two fields.
 
     Example:
         >>> found = field_threshold(np.arange(1.0, 100.0), level=0.05)  # 99 fields
         >>> found.value, found.level
         (95.0, 0.05)
-        >>> field_threshold(np.arange(1.0, 5.0), level=0.05).level  # 4 fields cannot say less
+        >>> field_threshold(np.arange(1.0, 5.0), level=0.05).level  # with 4 fields the lowest possible level
         0.2
     """
     n, ordered = len(maxima), np.sort(maxima)

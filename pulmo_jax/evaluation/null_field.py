@@ -1,25 +1,30 @@
-"""What noise alone makes of a signal-to-noise map: its spread by separation, and how high its highest peak is."""
+"""Noise of a signal-to-noise map: its spread by separation, and the probability of a peak by noise alone."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import norm
 
 from pulmo_jax.types import InputError
 
-CLIP = 5.0  # robust standard deviations beyond which a null value is taken to be a source's remains
+CLIP = 5.0  # robust standard deviations beyond which a null value is considered the residual of a source
 MAD_TO_STD = 1.4826
-MIN_VALUES = 12  # of a map
-MIN_INDEPENDENT = 10  # values of an annulus, or its spread is too uncertain to divide by
+MIN_VALUES = 12  # smallest number of values of a map
+MIN_INDEPENDENT = 10  # independent values of an annulus, below which its spread is too uncertain to divide by
 
 
 @dataclass(frozen=True, eq=False)
 class NullProfile:
-    """Spread of an empirical null SNR in annuli about the centre.
+    """Spread of an empirical null SNR in R annuli about the centre.
 
-    separation_px: their mean radii; mean, std: of the values in each; n: of values that are independent, in each.
-    low, high: 95 % interval of std. values: all of them over the std at their place, of unit variance.
+    Attributes:
+        separation_px: Mean radius of each annulus, px.
+        mean: Mean of the values in each.
+        std: Standard deviation of the values in each.
+        low: Lower end of its 95 % confidence interval.
+        high: Upper end of its 95 % confidence interval.
+        n: Number of independent values in each.
     """
 
     separation_px: Float[np.ndarray, "R"]
@@ -30,7 +35,7 @@ class NullProfile:
     n: Float[np.ndarray, "R"]
 
     def std_at(self, separation_px: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray, "*shape"]:
-        """Interpolated between the annuli, constant beyond them."""
+        """Standard deviation at a separation: interpolated between the annuli, constant beyond them."""
         return np.asarray(np.interp(separation_px, self.separation_px, self.std))
 
 
@@ -41,10 +46,21 @@ def separation_map(shape: tuple[int, int], centre: tuple[float, float]) -> Float
 
 
 def null_profile(null_snr: Float[np.ndarray, "H W"], centre: tuple[float, float], fwhm_px: float) -> NullProfile:
-    """From the SNR map of angle-reversed data, in annuli two FWHM wide and one apart.
+    """Measures the spread of a null SNR map in annuli that are two FWHM wide and one FWHM apart.
 
-    Annuli of fewer than 10 independent values do not count; where all are, the whole map is one. What is left of
-    sources in it, beyond 5 robust standard deviations, does not count either. Raises InputError for an empty map.
+    Annuli of fewer than MIN_INDEPENDENT independent values do not count; if none has as many, the whole map is one
+    annulus. Values beyond CLIP robust standard deviations, the residuals of sources, do not count either.
+
+    Args:
+        null_snr: SNR map of data with reversed angles; NaN where there is no value.
+        centre: Centre of rotation (y, x), px.
+        fwhm_px: FWHM of the PSF, px.
+
+    Returns:
+        The spread by separation.
+
+    Raises:
+        InputError: The map has fewer than MIN_VALUES values.
     """
     separation, known = separation_map(null_snr.shape, centre), np.isfinite(null_snr)
     if known.sum() < MIN_VALUES:
@@ -58,7 +74,15 @@ def null_profile(null_snr: Float[np.ndarray, "H W"], centre: tuple[float, float]
 
 
 def spread_of(values: Float[np.ndarray, "N"], area: float) -> tuple[float, float, float, float, float]:
-    """Mean, std with its 95 % interval, and number of independent values, of those within CLIP robust std."""
+    """Mean, standard deviation with its 95 % confidence interval, and number of independent values, after clipping.
+
+    Args:
+        values: Values of an annulus.
+        area: Number of pixels for each independent value.
+
+    Returns:
+        Mean, standard deviation, lower and upper end of its interval, number of independent values.
+    """
     middle = np.median(values)
     robust = MAD_TO_STD * np.median(abs(values - middle))
     values = values[abs(values - middle) <= CLIP * robust] if robust > 0 else values
@@ -71,15 +95,23 @@ def spread_of(values: Float[np.ndarray, "N"], area: float) -> tuple[float, float
 def null_values(
     null_snr: Float[np.ndarray, "H W"], centre: tuple[float, float], fwhm_px: float
 ) -> tuple[Float[np.ndarray, "N"], int]:
-    """What the null is judged by: its values from one FWHM outward, nearer the centre nothing rotates out of itself;
-    and how many independent ones they are worth."""
+    """Values of a null map from one FWHM outward; closer to the centre a source does not rotate out of its own PSF.
+
+    Args:
+        null_snr: SNR map; NaN where there is no value.
+        centre: Centre of rotation (y, x), px.
+        fwhm_px: FWHM of the PSF, px.
+
+    Returns:
+        The values, and the number of independent ones among them.
+    """
     outside = separation_map(null_snr.shape, centre) > fwhm_px
     values = null_snr[outside & np.isfinite(null_snr)]
     return values, max(2, int(values.size / max(1.0, correlation_area(null_snr))))
 
 
 def correlation_area(field: Float[np.ndarray, "H W"]) -> float:
-    """Pixels that one independent value is worth: the sum of the squared autocorrelation over all lags up to 12 px."""
+    """Number of pixels for each independent value: the sum of the squared autocorrelation over all lags up to 12 px."""
     values = np.where(np.isfinite(field), field - np.nanmean(field), 0)
     known = np.isfinite(field).astype(float)
     shape = [2 * n for n in field.shape]
@@ -92,12 +124,21 @@ def correlation_area(field: Float[np.ndarray, "H W"]) -> float:
 
 
 def field_false_alarm(snr: Float[np.ndarray, "N"] | float, null: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "*N"]:
-    """The probability that noise alone has a peak of at least `snr` anywhere in the field.
+    """Probability that noise alone has a peak of at least `snr` anywhere in the field.
 
-    null: an SNR map of noise of unit variance, NaN outside the field. 1 - exp(-E), where E is the expected Euler
-    characteristic of a smooth Gaussian field's excursion set (Worsley et al. 1996, Human Brain Mapping 4:58, eq. 3):
-    for high thresholds the expected number of peaks. Its roughness is the variance of the map's differences between
-    neighbouring pixels, so a map whose pixels are independent is handled too, if conservatively.
+    It is 1 - exp(-E), where E is the expected Euler characteristic of the excursion set of a smooth Gaussian field, for
+    high thresholds the expected number of peaks. The roughness of the field is the variance of the differences between
+    neighbouring pixels, so a map of independent pixels is treated too, conservatively.
+
+    Args:
+        snr: Height of the peak.
+        null: SNR map of noise of unit variance; NaN outside of the field.
+
+    Returns:
+        The probability; 1 for an SNR of at most 1.
+
+    Reference:
+        Worsley et al. 1996, Human Brain Mapping 4, 58, eq. 3.
     """
     known = np.isfinite(null)
     dy, dx = np.diff(null, axis=0), np.diff(null, axis=1)
@@ -111,7 +152,7 @@ def field_false_alarm(snr: Float[np.ndarray, "N"] | float, null: Float[np.ndarra
     return np.where(np.asarray(snr) > 1, -np.expm1(-peaks), 1.0)
 
 
-def perimeter(known: np.ndarray) -> int:
-    """Number of pixel sides between the field and what is outside it."""
+def perimeter(known: Bool[np.ndarray, "H W"]) -> int:
+    """Number of pixel sides between the field and its outside."""
     padded = np.pad(known, 1).astype(int)
     return int(abs(np.diff(padded, axis=0)).sum() + abs(np.diff(padded, axis=1)).sum())

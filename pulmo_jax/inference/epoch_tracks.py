@@ -78,7 +78,7 @@ def follow(epochs: Epochs, best: Found, star: Star | None) -> Along:
 
 def as_track(best: Found, along: Along) -> Track:
     """Track from arrays that were read from the device; its errors are still unknown."""
-    a, b = along.terms.T
+    a, b = np.asarray(along.terms).T
     total = a.sum()
     known = total > 0
     return Track(

@@ -1,4 +1,4 @@
-"""A map as a FITS image that says in its header how it was made."""
+"""Maps as FITS images with their parameters in the header."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,18 +13,23 @@ from jaxtyping import Float
 from pulmo_jax.host.files import atomically
 
 FLOAT32 = np.finfo(np.float32)
-_COMMENT = 72  # characters of text in a COMMENT card
+_COMMENT = 72  # characters of a COMMENT card
 
 
 def write_fits(
     path: Path, image: Float[np.ndarray, "H W"], header: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> None:
-    """An image (H, W), written atomically; an old file is replaced. float32, or float64 where that cannot hold it.
+    """Writes an image atomically, replacing an existing file.
 
-    header: keyword -> value or (value, comment), as standard cards, floats to 13 digits. parameters: name -> value, the
-    names dotted, as `HIERARCH PJ name = value`; None, paths and sequences as text. What such a card cannot hold as it
-    is (too long a text, more digits than astropy writes, non-ASCII text, NaN) stands in COMMENT cards `name = value`,
-    the value as a Python literal; an & at the end of a card says that the next one continues it.
+    Parameters become cards `HIERARCH PJ name = value`. A value that a card cannot represent (text that is too long or
+    not ASCII, more digits than astropy writes, NaN) becomes COMMENT cards `name = value` with a Python literal; a card
+    that ends in & is continued by the next one.
+
+    Args:
+        path: The file.
+        image: The image, written as float32, or as float64 where its range exceeds float32.
+        header: Keyword to value, or to (value, comment); written as standard cards, floats with 13 digits.
+        parameters: Dotted name to value; None, paths and sequences are written as text.
     """
     hdu = fits.PrimaryHDU(as_stored(image))
     for keyword, entry in header.items():
@@ -36,7 +41,7 @@ def write_fits(
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys, dotted."""
+    """Flattens nested mappings to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -44,13 +49,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_stored(image: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
+    """The image as float32, or as float64 where its range exceeds float32."""
     size = np.abs(image[np.isfinite(image) & (image != 0)])
     fits_in = not size.size or (size.max() < FLOAT32.max and size.min() > FLOAT32.tiny)
     return np.asarray(image, np.float32 if fits_in else np.float64)
 
 
 def _rounded(value: bool | int | float | str) -> bool | int | float | str:
-    """Floats to the 13 digits that always find room in a card."""
+    """Rounds floats to 13 digits, which always fit into a card."""
     return float(f"{value:.13g}") if isinstance(value, float) else value
 
 
@@ -60,7 +66,7 @@ def _append(header: fits.Header, cards: Iterator[fits.Card]) -> None:
 
 
 def plain(value: Any) -> bool | int | float | str:
-    """The value as FITS knows it; anything but numbers and truth values as text."""
+    """The value as FITS represents it: numbers and booleans as they are, anything else as text."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, bool | int | float | str):
         return value
@@ -70,7 +76,7 @@ def plain(value: Any) -> bool | int | float | str:
 
 
 def _cards(keyword: str, name: str, value: bool | int | float | str, comment: str = "") -> Iterator[fits.Card]:
-    """One card that reads back as the same value, or else COMMENT cards."""
+    """One card that reads back as the same value, or else COMMENT cards with it."""
     comment = comment.encode("unicode_escape").decode("ascii")
     if _fits(keyword, value, comment):
         yield fits.Card(keyword, value, comment)
@@ -87,9 +93,9 @@ def _cards(keyword: str, name: str, value: bool | int | float | str, comment: st
 
 
 def _fits(keyword: str, value: bool | int | float | str, comment: str) -> bool:
-    """Whether one card holds all of it and reads back alike."""
+    """Whether a single card represents the entry and reads back equal."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", VerifyWarning)  # where astropy would cut
+        warnings.simplefilter("error", VerifyWarning)  # astropy would truncate the card
         try:
             image = str(fits.Card(keyword, value, comment))
             back = fits.Card.fromstring(image)

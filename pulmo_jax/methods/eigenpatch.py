@@ -1,11 +1,11 @@
 """Landmarks by eigenpatches: PCA templates slid over a search region (PulmoAlign 2025), alone or with a shape prior.
 
-As published: the region is the bounding box of a landmark's training positions, the template the largest rectangle that
-stays inside the image for every anchor of it, and the landmark the anchor with the smallest L2 residual.
+As published, the region is the bounding box of a landmark's training positions, the template is the largest rectangle
+that stays inside the image for every anchor of that box, and the landmark is the anchor with the smallest L2 residual.
 
-With the prior, coarse to fine: on each scale smaller templates make a map of likelihoods for each landmark
-(`eigenpatch_stages`); the shape model makes of all maps the posterior of all points together, around which the next
-scale searches.
+With the prior the search goes from coarse to fine. On each scale smaller templates give a map of likelihoods for each
+landmark (`eigenpatch_stages`); the shape model combines all maps into the posterior of all points, around which the
+next scale searches.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,14 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from pulmo_jax.core import contrast, pca, shape_model
 from pulmo_jax.core.pca import Subspace
 from pulmo_jax.core.shape_model import ShapeModel
-from pulmo_jax.methods.eigenpatch_stages import Scale, Stage, fit_stage, fold_of, nearest_anchors, posterior, search
+from pulmo_jax.methods.eigenpatch_stages import Scale, Stage, nearest_anchors, posterior, search
+from pulmo_jax.methods.eigenpatch_training import fit_stage, fold_of
 from pulmo_jax.methods.located import Located
 from pulmo_jax.types import InputError
 
@@ -30,7 +31,15 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Template(NamedTuple):
-    """One landmark's template and the first anchor of its region, px. variances, rest: as in `Subspace`."""
+    """Template of one landmark in the published search.
+
+    Attributes:
+        first: First anchor (y, x) of the region, px.
+        mean: Mean patch.
+        components: Principal components.
+        variances: Variance of each component.
+        rest: Mean variance of the directions left out.
+    """
 
     first: Float[Array, "2"]
     mean: Float[Array, "h w"]
@@ -40,8 +49,14 @@ class Template(NamedTuple):
 
 
 class EigenpatchParams(NamedTuple):
-    """templates: of the published search, one for each landmark, or none. stages: of the search with a prior, or none.
-    offset: mean of training points minus their anchors, px, of the published search."""
+    """Fitted parameters.
+
+    Attributes:
+        shape: Model of the shape.
+        templates: Template of each landmark, in the published search; else empty.
+        stages: Scales of the search with a prior; else empty.
+        offset: Mean of training points minus their anchors, px, in the published search.
+    """
 
     shape: ShapeModel
     templates: tuple[Template, ...]
@@ -51,7 +66,7 @@ class EigenpatchParams(NamedTuple):
 
 @dataclass(frozen=True)
 class Eigenpatch:
-    """Implements methods.located.Locator and Fitted. All from `scales` on is of the search with a prior alone."""
+    """Landmarks by eigenpatches, a `located.Fitted`; fields after `sharpness` concern the search with a prior."""
 
     size: Annotated[int, Field(ge=16, description="side length of the resized images, px")] = 64
     contrast: Annotated[
@@ -104,6 +119,7 @@ class Eigenpatch:
             )
 
     def prepare(self, images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+        """Adjusts the contrast of working images."""
         by_name: dict[str, Callable[[Array], Array]] = {
             "sahs": contrast.sahs, "clahe": contrast.clahe, "zscore": contrast.zscore, "none": lambda images: images
         }  # fmt: skip
@@ -115,9 +131,18 @@ class Eigenpatch:
         points: Float[np.ndarray, "N K 2"],
         groups: Sequence[str] | None = None,
     ) -> EigenpatchParams:
-        """points: working px. groups: images of one stay together in the folds; None: each image is one.
+        """Fits templates and the model of the shape.
 
-        Raises InputError for images of another size, too few of them or groups, or points that are no numbers.
+        Args:
+            images: Working images.
+            points: Points (y, x) of each image, working px.
+            groups: Group of each image; a group stays in one fold. By default each image is a group.
+
+        Returns:
+            The parameters.
+
+        Raises:
+            InputError: Images of another size, too few images or groups, or points that are not finite.
         """
         if images.shape[1:] != (self.size, self.size) or len(images) < 2 * self.folds:
             raise InputError(
@@ -131,17 +156,17 @@ class Eigenpatch:
                 f"method.folds={self.folds} are needed: add images or lower it."
             )
         shape = shape_model.fit_shape_model(points, self.pose * self.size)
-        ready = np.asarray(jax.jit(self.prepare)(jnp.asarray(images, jnp.float32)))
+        ready = self.prepare(jnp.asarray(images, jnp.float32))
         if self.prior:
-            return EigenpatchParams(
-                shape, (), self._fit_stages(ready, points, shape, fold_of(groups, self.folds)), jnp.zeros(2)
-            )
+            stages = self._fit_stages(ready, points, shape, fold_of(groups, self.folds))
+            return EigenpatchParams(shape, (), stages, jnp.zeros(2))
         anchors, offset = nearest_anchors(points, 1, self.size)
-        templates = tuple(fit_template(ready, anchors[:, k], self.variance) for k in range(points.shape[1]))
+        on_host = np.asarray(ready)
+        templates = tuple(fit_template(on_host, anchors[:, k], self.variance) for k in range(points.shape[1]))
         return EigenpatchParams(shape, templates, (), jnp.asarray(offset, jnp.float32))
 
     def skeleton(self, n_landmarks: int) -> EigenpatchParams:
-        """The structure of what `fit` gives, its arrays empty."""
+        """Parameters of the structure that `fit` returns, with empty arrays."""
         none = jnp.zeros(0)
         shape, template = ShapeModel(none, none, none, none), Template(none, none, none, none, none)
         subspace = Subspace(none, none, none, none)
@@ -151,8 +176,18 @@ class Eigenpatch:
         return EigenpatchParams(shape, (template,) * n_landmarks, (), none)
 
     def locate(self, params: EigenpatchParams, images: Float[Array, "B S S"]) -> Located:
-        """All landmarks of all images. covariance: of the posterior; as published, of the anchors about the best one
-        where the likelihood goes as residual^-sharpness (as for Gaussian noise of unknown size)."""
+        """Locates all landmarks of all images.
+
+        The covariance is that of the posterior. In the published search it is that of the anchors about the best one,
+        with a likelihood proportional to residual^-sharpness (as for Gaussian noise of unknown size).
+
+        Args:
+            params: Fitted parameters.
+            images: Working images.
+
+        Returns:
+            Points and covariances, working px.
+        """
         ready = self.prepare(images)
         if not self.prior:
             each = [self._smallest(template, ready) for template in params.templates]
@@ -165,6 +200,7 @@ class Eigenpatch:
         return found
 
     def _smallest(self, template: Template, ready: Float[Array, "B S S"]) -> tuple[Array, Array]:
+        """Anchor of the smallest residual in each image, and the covariance of the anchors about it."""
         residual = residual_maps(template, ready, self.images_at_once)
         anchors = jnp.indices(residual.shape[1:]).reshape(2, -1).T
         flat = residual.reshape(len(ready), -1)
@@ -181,7 +217,11 @@ class Eigenpatch:
         )
 
     def _fit_stages(
-        self, ready: np.ndarray, points: np.ndarray, shape: ShapeModel, fold: np.ndarray
+        self,
+        ready: Float[Array, "N S S"],
+        points: Float[np.ndarray, "N K 2"],
+        shape: ShapeModel,
+        fold: Int[np.ndarray, "N"],
     ) -> tuple[Stage, ...]:
         stages, found = [], None
         for i in range(len(self.scales)):
@@ -191,25 +231,43 @@ class Eigenpatch:
         return tuple(stages)
 
 
-def fit_template(
-    images: Float[np.ndarray, "N S S"], anchors: Float[np.ndarray, "N 2"] | np.ndarray, variance: float
-) -> Template:
-    """The largest rectangle that stays inside the images for every anchor of the training anchors' bounding box."""
+def fit_template(images: Float[np.ndarray, "N S S"], anchors: Int[np.ndarray, "N 2"], variance: float) -> Template:
+    """Fits the largest template that stays inside the images for every anchor of the training anchors' bounding box.
+
+    Templates of different landmarks differ in size, so each is fitted by itself, on the host.
+
+    Args:
+        images: Training images.
+        anchors: Anchor (y, x) of the landmark in each.
+        variance: Share of the variance that the components keep.
+
+    Returns:
+        The template.
+    """
     low, high = anchors.min(0), anchors.max(0)
     height, width = np.array(images.shape[1:]) - (high - low)
     patches = np.stack(
         [image[y : y + height, x : x + width] for image, (y, x) in zip(images, anchors - low, strict=True)]
     )
-    of = pca.fit(patches.reshape(len(images), -1), variance)
-    mean, components = of.mean.reshape(height, width), of.components.reshape(-1, height, width)
-    return Template(jnp.asarray(low, jnp.float32), mean, components, of.variances, of.rest)
+    found = pca.fit(patches.reshape(len(images), -1), variance)
+    mean, components = found.mean.reshape(height, width), found.components.reshape(-1, height, width)
+    return Template(jnp.asarray(low, jnp.float32), mean, components, found.variances, found.rest)
 
 
 def residual_maps(template: Template, images: Float[Array, "B S S"], at_once: int = 8) -> Float[Array, "B y x"]:
-    """The squared L2 reconstruction error at every anchor of the template's region."""
+    """Squared L2 reconstruction error at every anchor of the template's region.
+
+    Args:
+        template: The template.
+        images: Working images.
+        at_once: Number of images whose products fit into a core's cache.
+
+    Returns:
+        The residuals.
+    """
     rows = len(template.mean)
-    of = Subspace(
+    subspace = Subspace(
         template.mean.ravel(), template.components.reshape(len(template.components), -1), template.variances,
         template.rest,
     )  # fmt: skip
-    return pca.window_residuals(of, images, rows, at_once)
+    return pca.window_residuals(subspace, images, rows, at_once)

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from references import eigenpatch as reference
 
-from pulmo_jax.methods import eigenpatch_stages
+from pulmo_jax.core import pca
+from pulmo_jax.methods import eigenpatch_stages, eigenpatch_training
 from pulmo_jax.methods.eigenpatch import Eigenpatch, fit_template, residual_maps
-from pulmo_jax.methods.eigenpatch_stages import fold_of, softmax_weights
+from pulmo_jax.methods.eigenpatch_subspaces import patch_subspaces
+from pulmo_jax.methods.eigenpatch_training import fold_of, softmax_weights
 from pulmo_jax.methods.located import Fitted, Locator
 from pulmo_jax.types import InputError
 
@@ -168,6 +170,76 @@ def test_search_cuts_the_windows_that_its_places_say(with_prior):
     )
     expected = reference.residual_map(patch.reshape(9, 9), mean.reshape(9, 9), components.reshape(-1, 9, 9))[0, 0]
     np.testing.assert_allclose(float(maps.energies[2, 1, a, 0]) * rest, expected, rtol=1e-3)
+
+
+def test_subspaces_of_all_landmarks_and_folds_are_those_of_each_by_itself():
+    """Against the singular value decomposition of the patches of every set; the last set has all images."""
+    rng = np.random.default_rng(3)
+    images = np.cumsum(rng.normal(size=(60, 14, 15)), axis=1).astype(np.float32)
+    images[:, :, 8:] = 5 * rng.normal(size=(60, 14, 7))
+    corners = rng.integers(0, 4, size=(60, 2, 3, 2))
+    corners[:, :, 2, 1] += 7  # where it takes more components
+    fold = np.arange(60) * 7 % 4
+    found = patch_subspaces(jnp.asarray(images), corners, 5, fold, 0.9)
+    assert found.mean.dtype == jnp.float32
+    counts = []
+    for held_out, k in np.ndindex(5, 3):
+        seen = np.flatnonzero(fold != held_out)
+        cut = [images[i, y : y + 5, x : x + 5].ravel() for i in seen for y, x in corners[i, :, k]]
+        expected = pca.fit(np.array(cut), 0.9)
+        n = len(expected.components)
+        counts.append(n)
+        np.testing.assert_allclose(found.mean[held_out, k], expected.mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.variances[held_out, k, :n], expected.variances, rtol=1e-4)
+        np.testing.assert_allclose(found.rest[held_out, k], expected.rest, rtol=1e-4)
+        overlap = np.abs((np.asarray(found.components[held_out, k, :n]) * expected.components).sum(1))
+        np.testing.assert_allclose(overlap, 1, atol=1e-3)
+        np.testing.assert_array_equal(found.components[held_out, k, n:], 0)
+        np.testing.assert_array_equal(found.variances[held_out, k, n:], 1)
+    assert found.components.shape == (5, 3, max(counts), 25)
+    assert min(counts) < max(counts)
+
+
+def test_subspaces_of_fewer_patches_than_pixels():
+    """There are no more components than samples, and each is of unit length."""
+    rng = np.random.default_rng(4)
+    images, corners = rng.normal(size=(8, 9, 9)).astype(np.float32), np.zeros((8, 1, 1, 2), int)
+    found = patch_subspaces(jnp.asarray(images), corners, 9, np.arange(8) % 2, 1.0)
+    assert found.components.shape[2] <= 8
+    norms = np.linalg.norm(found.components, axis=-1)
+    np.testing.assert_allclose(norms[-1, 0, :7], 1, rtol=1e-5)
+    assert (np.asarray(found.variances) > 0).all()
+
+
+def test_patches_without_variance_are_named():
+    images, corners = jnp.ones((8, 9, 9)), np.zeros((8, 1, 1, 2), int)
+    with pytest.raises(InputError, match="all samples are the same"):
+        patch_subspaces(images, corners, 5, np.arange(8) % 2, 0.9)
+    with pytest.raises(InputError, match=r"1 sample\(s\) given"):
+        patch_subspaces(images[:2], corners[:2], 5, np.arange(2), 0.9)
+
+
+def test_energies_of_unseen_images_are_those_of_their_fold_s_subspaces(with_prior):
+    """Folds of different sizes; every image is scored without the subspaces that it is in."""
+    method, params = with_prior
+    images, points = scenes(7, seed=5)
+    stage, how, fold = params.stages[1], method._scale(1), np.array([0, 1, 2, 0, 1, 0, 0])
+    rng = np.random.default_rng(0)
+    several = [
+        jax.tree.map(lambda leaf: jnp.stack([leaf * (1 + 0.1 * rng.random()) for _ in range(4)]), subspace)
+        for subspace in (stage.landmark, stage.anywhere)
+    ]
+    rows = eigenpatch_training.fold_rows(fold)
+    np.testing.assert_array_equal(rows, [[0, 3, 5, 6], [1, 4, -1, -1], [2, -1, -1, -1]])
+    known, ready = jnp.asarray(points), jnp.asarray(images)
+    found = eigenpatch_training.unseen_energies(stage, how, ready, known, *several, jnp.asarray(rows))
+    for number, its_fold in enumerate(fold):
+        landmark, anywhere = (jax.tree.map(lambda leaf, f=its_fold: leaf[f], subspace) for subspace in several)
+        alone = stage._replace(landmark=landmark, anywhere=anywhere)
+        one = slice(number, number + 1)
+        expected = eigenpatch_stages.search(alone, how, ready[one], known[one])
+        np.testing.assert_allclose(found.energies[:, one], expected.energies, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.places[one], expected.places, rtol=1e-6)
 
 
 def test_softmax_weights_are_those_that_drew_the_anchors():

@@ -1,4 +1,4 @@
-"""Patch covariance detection of point sources in rotating image stacks (Flasseur et al. 2018, A&A 618, A138)."""
+"""Detection of point sources in rotating image stacks by patch covariances (Flasseur et al. 2018, A&A 618, A138)."""
 
 from pulmo_jax.methods.paco.maps import LikelihoodMaps, compute_maps, likelihood_maps
 from pulmo_jax.methods.paco.observation import Observation, observe

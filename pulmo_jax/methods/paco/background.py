@@ -1,4 +1,4 @@
-"""The noise around every location: learnt from the stack, shrunk, factorised, and turned into matched filters."""
+"""Noise of every patch: its covariance is learnt from the stack, shrunk and factorised, and gives matched filters."""
 
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +15,19 @@ Offsets = tuple[tuple[int, int], ...]
 
 
 class Program(NamedTuple):
-    """What the computation is compiled for: a chunk of locations at a time, of patches with these offsets."""
+    """Static settings of the maps; each distinct value is compiled once.
+
+    Attributes:
+        mode: Exact, fast or robust.
+        shrinkage: Estimator of the shrinkage factor.
+        rho: The factor, where it is fixed.
+        degree: Degree of the PSF's expansion in its shift.
+        offsets: Footprint of a patch, (dy, dx).
+        shape: Height and width of the frames, px.
+        chunk: Number of locations worked on at a time.
+        n_devices: Number of devices.
+        weights_error: Tolerance of the frames' weights in robust mode.
+    """
 
     mode: Mode
     shrinkage: ShrinkageName
@@ -29,19 +41,31 @@ class Program(NamedTuple):
 
     @property
     def flat_offsets(self) -> Int[np.ndarray, "P"]:
+        """Footprint in flat indices of a frame."""
         return patches.flat_offsets(np.array(self.offsets), self.shape[1])
 
 
 class Background(NamedTuple):
-    """What is known of the noise: products of deviations a lag apart, which hold every patch's covariance, and how
-    many independent frames they rest on, at every pixel. In robust mode L = 0: each patch weighs frames by itself."""
+    """Noise of a stack.
+
+    Attributes:
+        products: Mean products of deviations a lag apart, which contain every patch's covariance; in robust mode L = 0,
+            because each patch weights the frames by itself.
+        n: Number of independent frames at every pixel.
+    """
 
     products: Float[Array, "L pixels"]
     n: Float[Array, "pixels"]
 
 
 class Template(NamedTuple):
-    """The PSF on a patch as J terms of an expansion in its shift, and what that neglects (see `ShiftExpansion`)."""
+    """PSF on a patch as an expansion in its shift (see `core.psf.ShiftExpansion`).
+
+    Attributes:
+        terms: Coefficients of the J terms.
+        product: Expansion of the products of two terms.
+        neglected: Largest error of each pixel over all shifts.
+    """
 
     terms: Float[Array, "J P"]
     product: Float[Array, "Q J J"]
@@ -49,8 +73,14 @@ class Template(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """Of N locations: the filters C^-1 H, their Gram matrices, and the state of C: rho, whether it was singular, at
-    most which C^-1 norm squared the neglected part of the PSF has, and whether its iteration did not settle."""
+    """Matched filters at N locations.
+
+    Attributes:
+        weights: Filters C^-1 H.
+        gram: Gram matrices H' C^-1 H.
+        state: rho; whether C was singular; an upper limit of the squared C^-1 norm of the neglected part of the PSF;
+            and whether the iteration did not converge.
+    """
 
     weights: Float[Array, "N P J"]
     gram: Float[Array, "N J J"]
@@ -58,7 +88,12 @@ class Filters(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Of N locations: each frame's deviation from the mean there, and its weight s_t^-2."""
+    """Frames at N locations in robust mode.
+
+    Attributes:
+        deviations: Deviation of each frame from the mean.
+        weights: Weight s_t^-2 of each frame.
+    """
 
     deviations: Float[Array, "T N P"]
     weights: Float[Array, "T N"]
@@ -66,7 +101,16 @@ class Frames(NamedTuple):
 
 @partial(jax.jit, static_argnames=("offsets", "effective"))
 def learn(deviations: Float[Array, "T H W"], offsets: Offsets, effective: bool = False) -> Background:
-    """effective: count correlated frames as what they are worth. offsets: of a patch; () for no products."""
+    """Learns the noise of a stack.
+
+    Args:
+        deviations: Frames minus their temporal mean.
+        offsets: Footprint of a patch; () for no products.
+        effective: Whether correlated frames count as the number of independent ones that they are worth.
+
+    Returns:
+        The noise.
+    """
     n_frames, n_pixels = len(deviations), deviations[0].size
     products = jnp.zeros((0, n_pixels), deviations.dtype)
     if offsets:
@@ -84,7 +128,7 @@ def filters_at(
     template: Template,
     program: Program,
 ) -> Filters:
-    """Gather the covariance of each location, shrink and factorise it, and solve for its filters."""
+    """Gathers the covariance of each location, shrinks and factorises it, and solves for the filters."""
     shrinkage = covariance.shrinkage_factor(program.shrinkage, program.rho)
     lags = patches.pixel_lags(np.array(program.offsets))
     s = patches.gather_pairs(background.products, locations, lags, program.flat_offsets)
@@ -101,7 +145,17 @@ def filters_at(
 def filters_of(
     template: Template, variance: Float[Array, "P"], rho: Float[Array, ""], factor: covariance.Factor
 ) -> Filters:
-    """Those of one location."""
+    """Filters of one location.
+
+    Args:
+        template: Expansion of the PSF.
+        variance: Variance of each pixel; 0 for pixels that do not count.
+        rho: Shrinkage factor.
+        factor: Cholesky factor of the covariance.
+
+    Returns:
+        The filters.
+    """
     usable = variance > 0
     weights, gram = likelihood.matched_filter(jnp.where(usable, template.terms, 0), factor.lower)
     rho = jnp.where(factor.singular, 1, rho)
@@ -114,14 +168,14 @@ def filters_of(
 def robust_filters_at(
     deviations: Float[Array, "T N P"], n: Float[Array, "N"], template: Template, program: Program
 ) -> tuple[Filters, Frames]:
-    """The same where frames are not equally good; n: number of independent ones, were they so."""
+    """Filters of N locations with a weight for every frame; n: independent frames, if all were equally good."""
     shrinkage = covariance.shrinkage_factor(program.shrinkage, program.rho)
 
     def of_location(deviations: Array, n: Array) -> tuple[Filters, Frames]:
         fit = robust.scale_mixture(deviations, n, shrinkage, program.weights_error)
-        of = fit.statistics
-        filters = filters_of(template, of.variance, of.rho, of.factor)
+        statistics = fit.statistics
+        filters = filters_of(template, statistics.variance, statistics.rho, statistics.factor)
         state = filters.state.at[3].set(~fit.converged)
-        return filters._replace(state=state), Frames(of.deviations, fit.weights)
+        return filters._replace(state=state), Frames(statistics.deviations, fit.weights)
 
     return jax.vmap(of_location, in_axes=(1, 0), out_axes=(0, 1))(deviations, n)

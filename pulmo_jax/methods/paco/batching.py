@@ -1,7 +1,7 @@
 """How many patches, sources and channels are vectorised over: as many as fit into one step's memory.
 
 A step is small on a CPU, where it should stay in the cache, and large on a GPU, which is filled by many patches at a
-time (`maps.step_bytes`).
+time (`plan.step_bytes`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from pulmo_jax.methods.paco.maps import ROBUST_COPIES
+from pulmo_jax.methods.paco.plan import ROBUST_COPIES
 from pulmo_jax.methods.paco.stack import Patch, Stack
 
 

@@ -1,18 +1,19 @@
-"""A multi-wavelength observation, channel by channel; angular differential imaging is the case of one channel.
+"""A multi-wavelength observation, channel by channel; angular differential imaging has a single channel.
 
-Spectral scaling. Speckles stand at multiples of lambda / D from the star, sources stand still. In frames scaled about
-the centre by lambda_0 / lambda the speckles of all channels line up; a source at p on the sky then stands at
+Spectral scaling: speckles lie at multiples of lambda / D from the star, sources at the same position in all channels.
+In frames scaled about the centre by lambda_0 / lambda the speckles of all channels coincide. A source at p on the sky
+then lies at
 
     centre + (p - centre) lambda_0 / lambda,
 
-and its PSF is as much larger, its peak unchanged: fluxes stay in units of the PSF as it was. The maps of a scaled
-channel are read at those places, so that all channels come back on the sky's own pixels.
+and its PSF is larger by the same factor, with the same peak, so fluxes stay in units of the original PSF. The maps of a
+scaled channel are sampled at these positions, which brings all channels back to the sky's own pixels.
 
-What scaling is for: statistics that channels share, such as a mean or a covariance pooled over the wavelengths. Here a
-channel's mean and covariance are learnt from that channel alone, at every location. Scaling is the same linear map for
-all frames of a channel and commutes with their rotation, so it moves those statistics to other pixels and adds nothing
-to them; what it costs is interpolation, larger frames and time. Nor does it change R, the correlation of the channels
-at one place of the sky. So channels are not scaled by default.
+Scaling serves statistics that channels share, such as a mean or a covariance pooled over wavelengths. Here a channel's
+mean and covariance are learnt from that channel alone, at every location. Scaling is the same linear map for all frames
+of a channel and commutes with their rotation, so it moves these statistics to other pixels without adding information;
+it costs interpolation, larger frames and time. Nor does it change R, the correlation of the channels at one position of
+the sky. So channels are not scaled by default.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.interpolate import make_interp_spline
 from scipy.ndimage import distance_transform_edt, maximum_filter
 
@@ -31,18 +32,23 @@ from pulmo_jax.methods.paco.settings import Settings
 from pulmo_jax.methods.paco.spectral import merge_caveats
 from pulmo_jax.types import InputError, ProgressTracker
 
-FRAME_DEGREE = 5  # of the splines that frames and PSFs are interpolated with
-MAP_DEGREE = 3
-REACH_PX = 3  # from an unusable pixel, within which interpolated ones are unusable too
+FRAME_DEGREE = 5  # degree of the splines that interpolate frames and PSFs
+MAP_DEGREE = 3  # degree of the splines that interpolate maps
+REACH_PX = 3  # distance from an unusable pixel within which interpolated pixels are unusable too
 
 
 @dataclass(frozen=True, eq=False)
 class Channels:
     """L observations of one field at one time.
 
-    each: the observations. wavelengths: of each, in any unit. scales: by which each one's frames are larger than the
-    sky; 1 if not scaled. shape, centre: of the sky's pixels, on which maps and places are given. kept: which of the
-    channels given are used. caveats: what a reader of the results must know.
+    Attributes:
+        each: The observation of each channel.
+        wavelengths: Their wavelengths, in any unit.
+        scales: Factor by which each one's frames are larger than the sky; 1 if not scaled.
+        shape: Height and width of the sky's pixels, on which maps and positions are given.
+        centre: Centre of rotation (y, x) on these, px.
+        kept: Which of the given channels are used.
+        caveats: Limitations that a reader of the results must know.
     """
 
     each: tuple[Observation, ...]
@@ -60,25 +66,30 @@ class Channels:
 
     @property
     def fwhm_px(self) -> float:
-        """Of the widest PSF, on the sky."""
-        return max(float(of.psf.fwhm_px / scale) for of, scale in zip(self.each, self.scales, strict=True))
+        """FWHM of the widest PSF, on the sky, px."""
+        return max(float(one.psf.fwhm_px / scale) for one, scale in zip(self.each, self.scales, strict=True))
 
     def in_channel(self, number: int, places: Float[np.ndarray, "*N 2"]) -> Float[np.ndarray, "*N 2"]:
-        """Where places (y, x) of the sky stand in a channel's derotated map."""
+        """Positions in a channel's derotated map of positions (y, x) on the sky, px."""
         return np.array(self.each[number].centre) + (places - np.array(self.centre)) * self.scales[number]
 
     def on_sky(self, number: int, places: Float[np.ndarray, "*N 2"]) -> Float[np.ndarray, "*N 2"]:
+        """Positions on the sky of positions (y, x) in a channel's derotated map, px."""
         return np.array(self.centre) + (places - np.array(self.each[number].centre)) / self.scales[number]
 
     def but_with(self, each: Sequence[Observation]) -> "Channels":
-        """The same field with other frames."""
+        """The same channels with other frames."""
         return replace(self, each=tuple(each))
 
 
-def as_channels(of: Observation | Channels) -> Channels:
-    if isinstance(of, Channels):
-        return of
-    return Channels((of,), np.ones(1), np.ones(1), of.shape, of.centre, np.ones(1, bool), of.caveats)
+def as_channels(observation: Observation | Channels) -> Channels:
+    """A single observation as one channel; several channels as they are."""
+    if isinstance(observation, Channels):
+        return observation
+    one = np.ones(1)
+    return Channels(
+        (observation,), one, one, observation.shape, observation.centre, np.ones(1, bool), observation.caveats
+    )
 
 
 def observe_channels(
@@ -89,10 +100,22 @@ def observe_channels(
     centre: Centre | None = None,
     scaled: bool = False,
 ) -> Channels:
-    """Check every channel and make it ready (see `observe`); one that cannot be used is left out, with a caveat.
+    """Checks and standardises every channel (see `observe`); a channel that cannot be used is left out, with a caveat.
 
-    scaled: frames scaled by lambda_0 / lambda, lambda_0 the longest, so that none loses detail. Raises InputError where
-    no channel can be used.
+    Args:
+        cube: T frames of L channels.
+        angles_deg: Angle by which each frame is rotated, degrees.
+        psfs: PSF of each channel.
+        wavelengths: Wavelength of each channel, in any unit.
+        centre: Centre of rotation (y, x), px; (H // 2, W // 2) by default.
+        scaled: Whether frames are scaled by lambda_0 / lambda, with lambda_0 the longest wavelength, so that no channel
+            loses detail.
+
+    Returns:
+        The channels.
+
+    Raises:
+        InputError: No channel can be used.
     """
     each: dict[int, Observation] = {}
     refused: dict[int, InputError] = {}
@@ -105,7 +128,7 @@ def observe_channels(
         raise InputError(f"no channel can be used: {refused[0]}") if len(cube) > 1 else refused[0]
     kept = np.isin(np.arange(len(cube)), list(each))
     caveats = [f"the channel of wavelength {wavelengths[k]:g} is excluded: {why}" for k, why in refused.items()]
-    caveats += merge_caveats([of.caveats for of in each.values()])
+    caveats += merge_caveats([one.caveats for one in each.values()])
     observations = tuple(each.values())
     first = observations[0]
     channels = Channels(
@@ -120,76 +143,103 @@ def channel_maps(
     reversed_angles: bool = False,
     track: ProgressTracker = lambda items, total: items,
 ) -> list[LikelihoodMaps]:
-    """The maps of every channel on the sky's pixels; with reversed angles they hold its noise and no source."""
+    """Computes the maps of every channel on the sky's pixels.
+
+    Args:
+        channels: The channels.
+        settings: How the maps are computed.
+        reversed_angles: Whether angles are reversed, so that the maps contain the noise and no source.
+        track: Shows progress over an iterable of known length.
+
+    Returns:
+        The maps of each channel.
+    """
     maps = []
-    for number, of in enumerate(channels.each):
-        angles = -of.angles_deg if reversed_angles else None
-        maps.append(maps_on_sky(compute_maps(of, settings, angles_deg=angles, track=track), channels, number))
+    for number, one in enumerate(channels.each):
+        angles = -one.angles_deg if reversed_angles else None
+        maps.append(maps_on_sky(compute_maps(one, settings, angles_deg=angles, track=track), channels, number))
     return maps
 
 
 def scale_channels(channels: Channels) -> Channels:
-    """Frames scaled about the centre by lambda_0 / lambda, lambda_0 the longest, all on pixels that hold them whole."""
+    """Scales frames about the centre by lambda_0 / lambda, lambda_0 the longest, onto a grid that contains them all."""
     scales = channels.wavelengths.max() / channels.wavelengths
     before = [int(np.ceil(c * scales.max())) for c in channels.centre]
     after = [int(np.ceil((n - 1 - c) * scales.max())) for n, c in zip(channels.shape, channels.centre, strict=True)]
     shape, centre = (before[0] + after[0] + 1, before[1] + after[1] + 1), (float(before[0]), float(before[1]))
-    half = min(int(len(of.psf.stamp) // 2 * scale) for of, scale in zip(channels.each, scales, strict=True))
-    each = [scale_observation(of, scale, shape, centre, half) for of, scale in zip(channels.each, scales, strict=True)]
+    pairs = list(zip(channels.each, scales, strict=True))
+    half = min(int(len(one.psf.stamp) // 2 * scale) for one, scale in pairs)
+    each = [scale_observation(one, scale, shape, centre, half) for one, scale in pairs]
     return replace(channels, each=tuple(each), scales=scales)
 
 
 def scale_observation(
-    of: Observation, scale: float, shape: tuple[int, int], centre: tuple[float, float], half: int
+    observation: Observation, scale: float, shape: tuple[int, int], centre: tuple[float, float], half: int
 ) -> Observation:
-    """The observation on `shape` pixels, where its centre is at `centre` and all else `scale` times as far from it; its
-    PSF reaches `half` px from its source.
+    """Enlarges an observation about its centre by separable splines of degree 5.
 
-    Interpolated by splines of degree 5, row by row and column by column: a matrix on either side of every frame. A
-    pixel that looks at one that is unusable, or beyond the frame, is unusable.
+    Args:
+        observation: The observation.
+        scale: Factor by which it is enlarged.
+        shape: Height and width of the new frames, px.
+        centre: Centre of rotation (y, x) in them, px.
+        half: Distance from its source to the edge of the new PSF, px.
+
+    Returns:
+        The enlarged observation; pixels near unusable ones, or from outside of the frame, are unusable.
     """
     rows, columns = (
-        (np.arange(n) - c) / scale + old for n, c, old in zip(shape, centre, of.centre, strict=True)
-    )  # where the new pixels look
-    deviations = np.asarray(of.deviations)
-    left, right = (spline_matrix(n, at) for n, at in zip(of.shape, (rows, columns), strict=True))
+        (np.arange(n) - c) / scale + old for n, c, old in zip(shape, centre, observation.centre, strict=True)
+    )  # positions of the new pixels in the given frames
+    deviations, old_shape = np.asarray(observation.deviations), observation.shape
+    left, right = (spline_matrix(n, at) for n, at in zip(old_shape, (rows, columns), strict=True))
     scaled = np.stack([left @ frame @ right.T for frame in deviations]).astype(deviations.dtype)
-    bad = np.asarray(maximum_filter(~of.usable, 2 * REACH_PX + 1), bool)
-    usable = ~bad[np.ix_(*(nearest_pixel(at, n) for at, n in zip((rows, columns), of.shape, strict=True)))]
-    usable &= inside(rows, of.shape[0])[:, None] & inside(columns, of.shape[1])
+    bad = np.asarray(maximum_filter(~observation.usable, 2 * REACH_PX + 1), bool)
+    usable = ~bad[np.ix_(*(nearest_pixel(at, n) for at, n in zip((rows, columns), old_shape, strict=True)))]
+    usable &= inside(rows, old_shape[0])[:, None] & inside(columns, old_shape[1])
     return replace(
-        of,
+        observation,
         deviations=jnp.asarray(np.where(usable, scaled, 0)),
-        psf=scale_psf(of.psf, scale, half),
+        psf=scale_psf(observation.psf, scale, half),
         centre=centre,
         usable=usable,
     )
 
 
 def scale_psf(psf: Psf, scale: float, half: int) -> Psf:
-    """`scale` times as large, its peak unchanged."""
+    """Enlarges a PSF, with its peak unchanged. half: distance from the source to the edge of the new stamp, px."""
     side = len(psf.stamp)
     matrix = spline_matrix(side, side // 2 + np.arange(-half, half + 1) / scale)
     return replace(psf, stamp=matrix @ psf.stamp @ matrix.T, fwhm_px=psf.fwhm_px * float(scale))
 
 
 def spline_matrix(n: int, at: Float[np.ndarray, "M"], degree: int = FRAME_DEGREE) -> Float[np.ndarray, "M n"]:
-    """What each of n values along an axis contributes to their spline at other places; 0 beyond their ends."""
+    """Matrix from n values along an axis to their interpolating spline at other positions; 0 beyond the ends."""
     spline = make_interp_spline(np.arange(n), np.eye(n), k=min(degree, n - 1))
     return np.where(inside(at, n)[:, None], spline(np.clip(at, 0, n - 1)), 0)
 
 
 def inside(at: Float[np.ndarray, "M"], n: int) -> Bool[np.ndarray, "M"]:
+    """Whether positions lie between the first and the last of n pixels."""
     return (at >= -1e-9) & (at <= n - 1 + 1e-9)
 
 
-def nearest_pixel(at: Float[np.ndarray, "M"], n: int) -> np.ndarray:
+def nearest_pixel(at: Float[np.ndarray, "M"], n: int) -> Int[np.ndarray, "M"]:
+    """Nearest of n pixels."""
     return np.clip(np.round(at), 0, n - 1).astype(int)
 
 
 def maps_on_sky(maps: LikelihoodMaps, channels: Channels, number: int) -> LikelihoodMaps:
-    """A channel's maps, read where the sky's pixels stand in it: a and b by cubic splines, all else at the nearest
-    pixel. NaN where one of the four pixels around is."""
+    """Samples a channel's maps on the sky's pixels: a and b by cubic splines, all else at the nearest pixel.
+
+    Args:
+        maps: Maps of the channel.
+        channels: The channels.
+        number: Number of the channel.
+
+    Returns:
+        The maps; NaN where one of the four pixels around a position is.
+    """
     if channels.scales[number] == 1 and maps.a.shape == channels.shape:
         return maps
     corner, far = (channels.in_channel(number, np.array(at, float)) for at in ((0, 0), np.array(channels.shape) - 1))

@@ -1,10 +1,11 @@
-"""The exact map: the PSF at its sub-pixel place in every frame, on the patch of the nearest pixel (F18, Algorithm 1).
+"""The exact map: PSF at its sub-pixel position in every frame, on the patch of the nearest pixel (F18, Algorithm 1).
 
-A PSF shifted by less than half a pixel is a polynomial in the shift (`core.psf`), so each location needs a few filters
-and not one for every pixel and frame that passes it. A rotation takes no pixel out of its ring around the centre, so
-the field is worked ring by ring: its locations' filters are laid on all frames, then its pixels' tracks collect them.
+A PSF shifted by up to half a pixel is a polynomial in the shift (`core.psf`), so each location needs a few filters
+instead of one for every pixel and frame whose track passes it. A rotation maps every ring around the centre onto
+itself, so the field is processed ring by ring: the filters of its locations are applied to all frames, then the tracks
+of its pixels collect the results.
 
-The robust map (Flasseur et al. 2020, A&A 634, A2) is the same with weights: in each patch every frame has its own.
+The robust map (Flasseur et al. 2020, A&A 634, A2) has in addition a weight for every frame in every patch.
 """
 
 from functools import partial
@@ -19,11 +20,20 @@ from pulmo_jax.core import geometry, patches
 from pulmo_jax.core.psf import linear_terms, terms
 from pulmo_jax.methods.paco.background import Background, Program, Template, filters_at, robust_filters_at
 
-REACH_PX = 0.5 * 2**0.5 + 0.01  # from a track's place to the pixel nearest to it, and a rounding
+REACH_PX = 0.5 * 2**0.5 + 0.01  # largest distance from a position to its nearest pixel, with a margin for rounding
 
 
 class Scene(NamedTuple):
-    """What every ring is computed from. whole: the locations that exist."""
+    """Arrays that every ring is computed from.
+
+    Attributes:
+        deviations: Frames minus their temporal mean.
+        background: Noise of the stack.
+        template: Expansion of the PSF.
+        angles_deg: Angle of each frame, degrees.
+        centre: Centre of rotation (y, x), px.
+        whole: Pixels on which a patch can be centred.
+    """
 
     deviations: Float[Array, "T pixels"]
     background: Background
@@ -34,8 +44,14 @@ class Scene(NamedTuple):
 
 
 class Filtered(NamedTuple):
-    """A ring's locations in C chunks of N: each filter laid on every frame, times its weight; the Gram matrix as a
-    polynomial in the shift; the state of the covariance; and the frames' weights, None where all are 1."""
+    """Filtered frames at the locations of a ring, in C chunks of N.
+
+    Attributes:
+        frames: Each filter applied to every frame, times the frame's weight.
+        gram: Gram matrix as a polynomial in the shift.
+        state: State of the covariance (see `background.Filters`).
+        weights: Weights of the frames; None where all are 1.
+    """
 
     frames: Float[Array, "C T J N"]
     gram: Float[Array, "C Q N"]
@@ -45,7 +61,10 @@ class Filtered(NamedTuple):
 
 @partial(jax.jit, static_argnames=("program",))
 def score_rings(scene: Scene, rings: geometry.Ring, program: Program) -> tuple[Array, Array]:
-    """(R, 3, M): a, b and the frames used at every pixel; (R, N, 4): the locations' state. One ring a device."""
+    """a, b and the number of frames used at every pixel (R, 3, M), and the state of every location (R, N, 4).
+
+    Each device computes one ring at a time.
+    """
 
     def one_by_one(scene: Scene, rings: geometry.Ring) -> tuple[Array, Array]:
         return jax.lax.map(lambda ring: score_ring(scene, ring, program), rings)
@@ -61,7 +80,7 @@ def score_rings(scene: Scene, rings: geometry.Ring, program: Program) -> tuple[A
 
 
 def score_ring(scene: Scene, ring: geometry.Ring, program: Program) -> tuple[Array, Array]:
-    """Filter all frames at the ring's locations, then collect along the tracks of its pixels."""
+    """Filters all frames at the ring's locations, then collects along the tracks of its pixels."""
     chunks = ring.locations.reshape(-1, program.chunk)
     filtered = jax.lax.map(partial(filter_frames, scene, program), chunks)
     order = jnp.arange(ring.locations.size, dtype=jnp.int32)
@@ -70,6 +89,7 @@ def score_ring(scene: Scene, ring: geometry.Ring, program: Program) -> tuple[Arr
 
 
 def filter_frames(scene: Scene, program: Program, locations: Int[Array, "N"]) -> Filtered:
+    """Applies the filters of N locations to all frames."""
     deviations = patches.extract(scene.deviations, locations, program.flat_offsets)  # (T, N, P)
     frame_weights = None
     if program.mode == "robust":
@@ -91,7 +111,18 @@ def filter_frames(scene: Scene, program: Program, locations: Int[Array, "N"]) ->
 def collect(
     scene: Scene, filtered: Filtered, slot: Int[Array, "pixels"], pixels: Int[Array, "M"], program: Program
 ) -> Float[Array, "3 M"]:
-    """Sums over the frames of a, b (F18 eq. 14) and of the frames used."""
+    """Sums a and b (F18 eq. 14) along the tracks of M pixels, and counts the frames used.
+
+    Args:
+        scene: Arrays of the stack.
+        filtered: Filtered frames at the ring's locations.
+        slot: Position of each pixel among the ring's locations.
+        pixels: Flat indices of the pixels.
+        program: Static settings.
+
+    Returns:
+        a, b and the number of frames.
+    """
     height, width = program.shape
     n_terms, n_each = filtered.frames.shape[2:]
     n_products = filtered.gram.shape[1]
@@ -120,4 +151,5 @@ def collect(
 
 
 def take(values: Shaped[Array, "N"], index: Int[Array, "M"]) -> Shaped[Array, "M"]:
+    """Gathers values at indices that are in bounds."""
     return values.at[index].get(mode="promise_in_bounds")

@@ -1,7 +1,7 @@
 """The fast map (F18, Algorithm 2): filter with the centred PSF, interpolate along the tracks.
 
-One filter at each location makes a map of b in every frame and one of a for all; along the tracks both are interpolated
-by cubic splines. (Linear interpolation would lose a tenth of the SNR, Keys' cubic convolution a fiftieth.)
+One filter at each location gives a map of b in every frame and a single map of a; along the tracks both are
+interpolated by cubic splines. (Linear interpolation would lose a tenth of the SNR, Keys' cubic convolution a fiftieth.)
 """
 
 from functools import partial
@@ -19,10 +19,14 @@ from pulmo_jax.methods.paco.background import Background, Offsets, Program, Temp
 
 
 class Field(NamedTuple):
-    """The rectangle in which whole patches fit, h x w from (top, left) on.
+    """Rectangle of h x w pixels in which whole patches fit.
 
-    nearest: flat index of the location nearest to each pixel of it, itself where it is one. between: where the pixel
-    and those right, below and diagonally below are locations, so that splines interpolate from them.
+    Attributes:
+        top: First row.
+        left: First column.
+        nearest: Flat index, within the rectangle, of the location nearest to each pixel; a location's own index.
+        between: Whether the pixel and those to the right, below and diagonally below are locations, so that splines
+            interpolate between them.
     """
 
     top: int
@@ -32,6 +36,7 @@ class Field(NamedTuple):
 
     @classmethod
     def of(cls, whole: Bool[np.ndarray, "H W"], offsets: Int[np.ndarray, "P 2"]) -> "Field":
+        """The field of a footprint; whole: pixels on which a patch can be centred."""
         (top, left), (bottom, right) = -offsets.min(0), offsets.max(0)
         inner = whole[top : len(whole) - bottom, left : whole.shape[1] - right]
         row, column = distance_transform_edt(~inner, return_distances=False, return_indices=True)  # pyright: ignore
@@ -40,7 +45,7 @@ class Field(NamedTuple):
         return cls(int(top), int(left), row * inner.shape[1] + column, between)
 
     def locations(self, width: int, multiple: int) -> Int[np.ndarray, "N"]:
-        """Flat indices in the frame of its pixels, the last repeated to fill."""
+        """Flat indices in the frame of the rectangle's pixels; the last one is repeated up to a multiple."""
         rows, columns = self.nearest.shape
         index = (np.arange(rows)[:, None] + self.top) * width + np.arange(columns) + self.left
         return np.pad(index.ravel(), (0, -index.size % multiple), mode="edge").astype(np.int32)
@@ -54,7 +59,7 @@ def filter_field(
     chunks: Int[Array, "C N"],
     program: Program,
 ) -> tuple[Array, Array]:
-    """(P, locations): the filters; (5, locations): a, and the covariance's state. Chunks are spread over devices."""
+    """Filters (P, locations), and a with the covariance's state (5, locations); chunks are spread over the devices."""
 
     def one_by_one(chunks: Array) -> tuple[Array, Array]:
         def of_chunk(locations: Array) -> tuple[Array, Array]:
@@ -87,9 +92,26 @@ def add_frames(
     corner: tuple[int, int],
     n_batch: int,
 ) -> Float[Array, "3 pixels"]:
-    """sums and the a, b and number of usable frames of `n_batch` frames from `first` on.
+    """Adds a, b and the number of usable frames of a batch of frames to the sums.
 
-    The last batch begins early enough to be a whole one, and leaves out what the one before it had.
+    The last batch starts early, to have full size, and skips the frames of the batch before it.
+
+    Args:
+        sums: a, b and number of frames so far.
+        first: First frame of the batch.
+        deviations: Frames minus their temporal mean.
+        weights: Filters of every location.
+        a_map: Map of a.
+        between: Where splines interpolate between locations.
+        nearest: Nearest location to each pixel.
+        angles_deg: Angle of each frame, degrees.
+        centre: Centre of rotation (y, x), px.
+        program: Static settings.
+        corner: First pixel (y, x) of the field.
+        n_batch: Number of frames of a batch.
+
+    Returns:
+        The new sums.
     """
     start = jnp.minimum(first, len(deviations) - n_batch)
     batch = jax.lax.dynamic_slice_in_dim(deviations, start, n_batch)
@@ -110,7 +132,7 @@ def add_frames(
 def lay(
     weights: Float[Array, "P h w"], frames: Float[Array, "T H W"], offsets: Offsets, corner: tuple[int, int]
 ) -> Float[Array, "T h w"]:
-    """Every location's filter on its patch, in every frame."""
+    """Applies every location's filter to its patch, in every frame."""
     height, width = weights.shape[1:]
     total = jnp.zeros((), frames.dtype)
     for weight, (dy, dx) in zip(weights, offsets, strict=True):
@@ -120,8 +142,10 @@ def lay(
 
 
 def splines(image: Float[Array, "h w"], nearest: Int[Array, "h w"]) -> Float[Array, "h+3 w+3"]:
-    """Coefficients, with one more on the low sides and two on the high; where there is no location, the nearest's
-    value stands in, so that the splines do not ring there."""
+    """Spline coefficients, extended by one on the low sides and two on the high ones.
+
+    Pixels without a location take the value of the nearest one, so that the splines do not ring there.
+    """
     filled = image.reshape(-1).at[nearest].get(mode="promise_in_bounds")
     return jnp.pad(spline.coefficients(filled), (1, 2), mode="reflect")
 
@@ -133,7 +157,18 @@ def interpolate(
     between: Bool[Array, "h w"],
     tie_px: float,
 ) -> tuple[Array, Array, Array]:
-    """Both images at (y, x), and whether that lies between locations."""
+    """Evaluates two splines at positions in the field.
+
+    Args:
+        coefficients: Coefficients of both.
+        y: Rows, px.
+        x: Columns, px.
+        between: Where splines interpolate between locations.
+        tie_px: Tolerance within which a position counts as a whole pixel.
+
+    Returns:
+        Both values, and whether the position lies between locations.
+    """
     height, width = between.shape
     row, column = jnp.floor(y + tie_px), jnp.floor(x + tie_px)
     along_y, along_x = spline.weights(y - row), spline.weights(x - column)

@@ -1,4 +1,4 @@
-"""What was observed, checked and made ready: a stack without bad frames, in units of its own noise."""
+"""A rotating stack, checked and standardised: bad frames dropped, bad pixels masked, in units of its own noise."""
 
 from dataclasses import dataclass, field
 
@@ -11,21 +11,27 @@ from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.psf import Psf, prepare_psf
 from pulmo_jax.types import InputError
 
-BAD_FRAME_SHARE = 0.5  # of a frame's pixels, not counting those that are bad in every frame
-PILE_UP = 10  # times as often as the next value, and as many values, before the largest one is called saturation
-SAFE_RANGE = (1e-15, 1e15)  # of values whose squares float32 can hold
-STILL_DEG = 1e-6
+BAD_FRAME_SHARE = 0.5  # of bad pixels above which a frame is dropped; pixels that are bad in every frame do not count
+PILE_UP = 10  # the largest value is saturation if it occurs as many times, and as many times as often as the next one
+SAFE_RANGE = (1e-15, 1e15)  # of values whose squares float32 represents
+STILL_DEG = 1e-6  # rotation below which the field stands still
 
 Centre = tuple[float | int, float | int]
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """A rotating stack that can be worked on.
+    """A rotating stack, ready for PACO.
 
-    deviations: frames less their temporal mean, 0 at unusable pixels, in multiples of `unit`.
-    usable: pixels that every frame has, and that vary. kept: which of the frames given are used.
-    centre: of rotation. caveats: what a reader of the results must know.
+    Attributes:
+        deviations: Frames minus their temporal mean, in multiples of `unit`; 0 at unusable pixels.
+        angles_deg: Angle by which each frame is rotated, degrees.
+        psf: PSF of a source of flux 1.
+        centre: Centre of rotation (y, x), px.
+        usable: Pixels that are good in every frame and vary over the frames.
+        kept: Which of the given frames are used.
+        unit: Root mean square of the deviations, in the unit of the given frames.
+        caveats: Limitations that a reader of the results must know.
     """
 
     deviations: Float[Array, "T H W"] = field(repr=False)
@@ -39,6 +45,7 @@ class Observation:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Height and width of the frames, px."""
         height, width = self.deviations.shape[1:]
         return height, width
 
@@ -49,14 +56,23 @@ def observe(
     psf: Psf | Shaped[np.ndarray, "S1 S2"] | Shaped[Array, "S1 S2"],
     centre: Centre | None = None,
 ) -> Observation:
-    """Check a stack and make it ready.
+    """Checks and standardises a rotating stack.
 
-    cube: T >= 2 frames of any numeric type; computed in JAX's default precision. angles_deg: by which each frame is
-    rotated. psf: the stamp of a source of flux 1, or a prepared one. centre: (y, x), (H // 2, W // 2) by default.
+    Frames that are blank or mostly not finite are dropped. Pixels that are not finite or saturated in any other frame,
+    or that never vary, are left out of every patch. `caveats` lists both. The result has JAX's default precision.
 
-    Frames that are mostly non-finite, or blank, are dropped; pixels that are non-finite or saturated in a frame that is
-    kept, or that never vary, are left out of every patch. Each is said in `caveats`. Raises InputError where nothing
-    can be computed: shapes that do not fit, T < 2, non-finite angles, no rotation, no usable pixel.
+    Args:
+        cube: T >= 2 frames of any numeric type.
+        angles_deg: Angle by which each frame is rotated, degrees.
+        psf: Stamp of a source of flux 1, or a prepared one.
+        centre: Centre of rotation (y, x), px; (H // 2, W // 2) by default.
+
+    Returns:
+        The observation.
+
+    Raises:
+        InputError: Shapes that do not fit, fewer than two usable frames, angles that are not finite, no rotation, or no
+            usable pixel.
     """
     frames, angles = as_numbers(cube, "cube"), as_numbers(angles_deg, "angles")
     if frames.ndim != 3:
@@ -84,6 +100,7 @@ def observe(
 
 
 def as_numbers(values: object, name: str) -> np.ndarray:
+    """Array of real numbers; float16 becomes float32. Raises InputError for anything else."""
     array = np.asarray(values)
     if array.dtype.kind not in "iuf" or array.size == 0:
         raise InputError(f"the {name} {'is' if name == 'cube' else 'are'} of shape {array.shape} and type "
@@ -92,10 +109,10 @@ def as_numbers(values: object, name: str) -> np.ndarray:
 
 
 def changes_over_time(frames: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, float]:
-    """Frames that float32 holds without loss but for a static one, and what they were divided by.
+    """Changes over time that float32 represents without loss, and the factor that they were divided by.
 
-    Integers and float64 are taken less their first frame before they are rounded, so that a static frame much brighter
-    than the noise costs no digits; and what is beyond float32's squares is divided by a power of two.
+    The first frame is subtracted from integers and float64 before they are rounded, so that a static background much
+    brighter than the noise costs no digits. Values whose squares exceed float32 are divided by a power of two.
     """
     values = frames if usable.all() else frames[:, usable]
     peak = max(abs(float(values.max())), abs(float(values.min())))
@@ -109,7 +126,7 @@ def changes_over_time(frames: np.ndarray, usable: np.ndarray) -> tuple[np.ndarra
 
 
 def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(T,) frames to keep, (H, W) usable pixels, and what was left out."""
+    """Frames to keep (T,), usable pixels (H, W), and caveats about what is left out."""
     caveats = []
     bad = None if np.isfinite(frames.max()) and np.isfinite(frames.min()) else ~np.isfinite(frames)
     saturated = find_saturated(frames, bad)
@@ -144,7 +161,7 @@ def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def find_saturated(frames: np.ndarray, bad: np.ndarray | None) -> np.ndarray | None:
-    """Where values pile up at the largest one, as those of a full detector do; None if they do not."""
+    """Pixels (T, H, W) at which values pile up at the largest one, as in a saturated detector; None if they do not."""
     finite = frames if bad is None else frames[~bad]
     if finite.size == 0:
         return None
@@ -157,6 +174,7 @@ def find_saturated(frames: np.ndarray, bad: np.ndarray | None) -> np.ndarray | N
 
 
 def check_rotation(angles: np.ndarray, centre: tuple[float, float], shape: tuple[int, int], fwhm: float) -> list[str]:
+    """Caveats about a rotation by less than the PSF's width. Raises InputError if there is none."""
     arc = rotation_deg(angles)
     if arc < STILL_DEG:
         raise InputError(
@@ -176,9 +194,9 @@ def check_rotation(angles: np.ndarray, centre: tuple[float, float], shape: tuple
 
 @jax.jit
 def standardise(frames: Array, usable: Array) -> tuple[Array, Array]:
-    """Deviations from the temporal mean over their root mean square, and that.
+    """Deviations from the temporal mean divided by their root mean square, and that root mean square.
 
-    The mean is taken twice: what rounding leaves of the first would add up along the tracks.
+    The mean is subtracted twice: what rounding leaves of it the first time would add up along the tracks.
     """
     frames = jnp.where(usable, frames, 0)
     deviations = frames - frames.mean(0)
@@ -188,5 +206,6 @@ def standardise(frames: Array, usable: Array) -> tuple[Array, Array]:
 
 
 def listed(numbers: np.ndarray, most: int = 8) -> str:
+    """Text that lists the first numbers."""
     text = ", ".join(map(str, numbers[:most]))
     return text if len(numbers) <= most else f"{text}, … ({len(numbers)} in all)"

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +42,7 @@ def without(observation: Observation, fits: Sequence[Fit]) -> Observation:
     return replace(observation, deviations=left)
 
 
-@partial(jax.jit)
+@jax.jit
 def subtract(
     deviations: Float[Array, "T H W"],
     usable: Bool[Array, "H W"],
@@ -72,7 +71,6 @@ def subtract(
     sound = jnp.isfinite(places).all(-1) & jnp.isfinite(fluxes)
     places, fluxes = jnp.where(sound[:, None], places, 0), jnp.where(sound, fluxes, 0)
     number = len(fluxes) if count is None else count
-
     shape = usable.shape[0], usable.shape[1]
 
     def subtract_from(frame_and_angle: tuple[Array, Array]) -> Array:
@@ -82,11 +80,12 @@ def subtract(
         def add(i: Array, total: Array) -> Array:
             return total + fluxes[i] * draw(stamp, position[i], shape)
 
-        drawn: Array = jax.lax.fori_loop(0, number, add, jnp.zeros_like(frame))
-        return frame - jnp.asarray(jnp.where(usable, drawn, 0))
+        sources = jnp.asarray(jax.lax.fori_loop(0, number, add, jnp.zeros_like(frame)))
+        return frame - jnp.where(usable, sources, 0)
 
     with jax.default_matmul_precision("highest"):
-        left: Array = map_in_batches(subtract_from, (deviations, angles_deg), min(FRAMES_AT_ONCE, len(deviations)))
+        frames = map_in_batches(subtract_from, (deviations, angles_deg), min(FRAMES_AT_ONCE, len(deviations)))
+    left = jnp.asarray(frames)
     return jnp.where(usable, left - left.mean(0), 0)
 
 
@@ -99,5 +98,5 @@ def draw(stamp: Float[Array, "S S"], position: Float[Array, "2"], shape: tuple[i
     corner = jnp.where(inside, corner, 0)
     wide = jnp.zeros((shape[0] + 2 * side, shape[1] + 2 * side), stamp.dtype)
     source = jnp.where(inside.all(), psf.shift(stamp, shift), 0)
-    wide = jax.lax.dynamic_update_slice(wide, source, (corner[0], corner[1]))
+    wide = jnp.asarray(jax.lax.dynamic_update_slice(wide, source, (corner[0], corner[1])))
     return wide[side : side + shape[0], side : side + shape[1]]

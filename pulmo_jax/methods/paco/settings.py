@@ -1,4 +1,4 @@
-"""How PACO's maps are computed."""
+"""Settings of PACO's maps."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,25 @@ from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 
 @dataclass(frozen=True)
 class Settings:
-    """Raises ValueError for what does not fit together.
+    """How the maps are computed.
 
-    mode: exact takes the PSF at the sub-pixel position in every frame; fast is Algorithm 2 of Flasseur et al. 2018,
-    which filters with the centred PSF and interpolates; robust is exact with a weight for every frame in every patch,
-    so that bad frames cost little (Flasseur et al. 2020, A&A 634, A2). shrinkage: how the covariance's weight on its
-    diagonal is found; rho: that weight where it is "fixed". frames: whether the paper's and OAS's formula counts all
-    frames or what correlated ones are worth. patch_radius_px: of the disc; None for 0.9 FWHM. psf_error: largest
-    relative error of the PSF's expansion in exact and robust mode. weights_error: relative change of a frame's weight
-    at which the iteration for it ends, in robust mode. usable_share: of a patch's pixels, below which its location is
-    left out. memory_mb: budget of the filtered frames, MiB; the stack itself comes on top, and for each of its pixels
-    4 L bytes but in robust mode.
+    Attributes:
+        mode: "exact" uses the PSF at the sub-pixel position in every frame; "fast" is Algorithm 2 of Flasseur et al.
+            2018, which filters with the centred PSF and interpolates; "robust" is exact with a weight for every frame
+            in every patch, so that bad frames cost little (Flasseur et al. 2020, A&A 634, A2).
+        shrinkage: Estimator of the shrinkage factor rho, the covariance's weight on its diagonal.
+        rho: The factor, where `shrinkage` is "fixed".
+        frames: Whether the formulas of the paper and of OAS count all frames, or the effective number of correlated
+            ones.
+        patch_radius_px: Radius of the disc of a patch, px; 0.9 FWHM by default.
+        psf_error: Largest relative error of the PSF's expansion, in exact and robust mode.
+        weights_error: Relative change of the frames' weights at which their iteration ends, in robust mode.
+        usable_share: Share of usable pixels below which a patch is left out.
+        memory_mb: Memory budget of the filtered frames, MiB. The stack itself comes on top and, except in robust mode,
+            4 L bytes for each of its pixels, L being the number of lags between the pixels of a patch.
+
+    Raises:
+        ValueError: Values that are out of range or do not fit together.
     """
 
     mode: Mode = "exact"

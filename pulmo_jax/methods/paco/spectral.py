@@ -1,7 +1,7 @@
-"""Channels combined: one flux and SNR of a source whose spectrum is supposed, in noise that channels share.
+"""Channels combined: flux and SNR of a source with a given spectrum, in noise that is correlated between channels.
 
 Flasseur, Denis, Thiébaut, Langlois 2020 (A&A 637, A9), "F20". Each channel l gives the likelihood terms a_l and b_l of
-a source at a place. In units of their own noise, s_l = b_l / sqrt(a_l), the channels have unit variance and the
+a source at a position. In units of their own noise, s_l = b_l / sqrt(a_l), the channels have unit variance and the
 spectral correlation R; a source of flux f and spectrum g adds f u_l, u_l = sqrt(a_l) g_l. So, by generalised least
 squares,
 
@@ -9,9 +9,9 @@ squares,
 
 computed from whitened values L^-1 u and L^-1 s with R = L L' (Cholesky). With one channel that is a_1 and b_1.
 
-R depends on the separation r: speckles move outward with the wavelength, so two channels see the same one at a place
-only where r |lambda - lambda'| / lambda is less than its width. One R for the whole field would take channels for more
-independent close to the star than they are, and overstate the SNR there. So R is measured in annuli.
+R depends on the separation r: speckles move outward with the wavelength, so two channels see the same speckle at a
+position only where r |lambda - lambda'| / lambda is less than its width. A single R for the whole field would treat
+channels close to the star as more independent than they are, and overstate the SNR there. So R is measured in annuli.
 """
 
 from collections.abc import Sequence
@@ -28,21 +28,23 @@ from pulmo_jax.core import covariance
 from pulmo_jax.methods.paco.maps import LikelihoodMaps
 from pulmo_jax.types import InputError
 
-CLIP = 3.0  # robust standard deviations, of the first estimate of R
-KEPT_SHARE = 0.975  # of normal values, by Mahalanobis' distance, in the next ones
-ROUNDS = 3
-TIE = 1e-9  # of SNR: where a single channel is left all spectra are alike, and the first one is taken
-MIN_INDEPENDENT = 50  # values of an annulus, and this many for every channel
-PER_CHANNEL = 5
+CLIP = 3.0  # robust standard deviations at which the first estimate of R clips
+KEPT_SHARE = 0.975  # share of normal values, by Mahalanobis distance, that later estimates keep
+ROUNDS = 3  # later estimates
+TIE = 1e-9  # difference in SNR that counts: with a single channel left all spectra are equal, and the first one wins
+MIN_INDEPENDENT = 50  # independent values of an annulus
+PER_CHANNEL = 5  # and at least as many for every channel
 MAD_TO_STD = 1.4826
-LEAST_SHRINKAGE = 1e-3  # without any, channels that are copies of each other would have a singular R
+LEAST_SHRINKAGE = 1e-3  # without it, channels that are copies of each other would have a singular R
 
 
 class Combination(NamedTuple):
     """How channels are combined.
 
-    correlation: R at the separations separation_px, positive definite; linear between them, constant beyond.
-    spectra: the M that are tried, of mean 1.
+    Attributes:
+        separation_px: Separations at which R is known, px.
+        correlation: R there, positive definite; linear between them, constant beyond.
+        spectra: M spectra that are tried, each of mean 1.
     """
 
     separation_px: Float[np.ndarray, "K"]
@@ -50,25 +52,30 @@ class Combination(NamedTuple):
     spectra: Float[np.ndarray, "M L"]
 
     def at(self, separation_px: float) -> Float[np.ndarray, "L L"]:
-        """R at a separation: a mean of positive definite matrices is one."""
+        """R at a separation, interpolated; a mean of positive definite matrices is positive definite."""
         place = np.interp(separation_px, self.separation_px, np.arange(len(self.separation_px)))
         low = int(place)
         high, share = min(low + 1, len(self.correlation) - 1), place - low
         return (1 - share) * self.correlation[low] + share * self.correlation[high]
 
     def only(self, template: int) -> "Combination":
-        """With one spectrum alone."""
+        """The same with a single spectrum."""
         return self._replace(spectra=self.spectra[template : template + 1])
 
 
 def independent(spectra: Float[np.ndarray, "M L"]) -> Combination:
-    """Of channels without correlation."""
+    """Combination of channels with independent noise."""
     return Combination(np.zeros(1), np.eye(spectra.shape[1])[None], spectra)
 
 
 class Combined(NamedTuple):
-    """Terms of the likelihood, of the spectrum whose SNR is the highest, and which it is; NaN and -1 where no channel
-    has any."""
+    """Likelihood terms of the channels together.
+
+    Attributes:
+        a: Term a of the spectrum with the highest SNR; NaN where no channel has a value.
+        b: Term b of that spectrum; NaN where no channel has a value.
+        template: Number of that spectrum; -1 where no channel has a value.
+    """
 
     a: Float[np.ndarray, "*shape"]
     b: Float[np.ndarray, "*shape"]
@@ -76,9 +83,17 @@ class Combined(NamedTuple):
 
 
 def as_spectra(values: Float[np.ndarray, "M L"] | None, n_channels: int) -> Float[np.ndarray, "M L"]:
-    """Spectra of mean 1, so that a source's flux is its mean over the channels; None is a flat one.
+    """Scales spectra to a mean of 1, so that a source's flux is its mean over the channels.
 
-    Raises InputError for a spectrum of another length, or one that is negative, not finite or 0 in all channels.
+    Args:
+        values: M spectra; None for a flat one.
+        n_channels: Number of channels L.
+
+    Returns:
+        The spectra.
+
+    Raises:
+        InputError: A spectrum has another length, negative values, values that are not finite, or is 0 everywhere.
     """
     if values is None:
         return np.ones((1, n_channels))
@@ -101,17 +116,25 @@ def combine(
     separation_px: Float[np.ndarray, "*shape"],
     using: Combination,
 ) -> Combined:
-    """F20's combination at every place, with R at its separation to the nearest pixel.
+    """Combines channels at every position (F20), with R at its separation rounded to pixels.
 
-    A channel that is NaN at a place, or whose a is not above 0, is left out there: the others are combined by their
-    own part of R.
+    A channel is left out where it is NaN or its a is not positive; the others are combined by their part of R.
+
+    Args:
+        a: Term a of each channel.
+        b: Term b of each channel.
+        separation_px: Separation from the centre, px.
+        using: How the channels are combined.
+
+    Returns:
+        The terms of all channels together.
     """
     shape, n = a.shape[1:], int(np.prod(a.shape[1:]))
     flat_a, flat_b = (values.reshape(len(values), n) for values in (a, b))
     ring = np.round(separation_px).reshape(1, n)
     kinds, which = np.unique(
         np.concatenate([ring, np.isfinite(flat_a) & (flat_a > 0)]), axis=1, return_inverse=True
-    )  # by ring and by the channels that are there
+    )  # positions with the same R and the same channels
     sums, template = np.full((2, n), np.nan), np.full(n, -1)
     for number, kind in enumerate(kinds.T):
         seen = kind[1:] > 0
@@ -126,27 +149,44 @@ def combine(
 def combine_seen(
     a: Float[np.ndarray, "L N"], b: Float[np.ndarray, "L N"], r: Float[np.ndarray, "L L"], spectra: np.ndarray
 ) -> tuple[Float[np.ndarray, "2 N"], Int[np.ndarray, "N"]]:
-    """a and b of the best spectrum at N places that have all channels."""
+    """Combines channels that all have a value.
+
+    Args:
+        a: Term a of each channel at N positions.
+        b: Term b of each channel.
+        r: Correlation R of the channels.
+        spectra: Spectra that are tried.
+
+    Returns:
+        a and b of the spectrum with the highest SNR, and its number.
+    """
     lower, root = np.linalg.cholesky(r), np.sqrt(a)
     s = solve_triangular(lower, b / root, lower=True)
     sums, highest, best = np.full((2, a.shape[1]), np.nan), np.full(a.shape[1], -np.inf), np.full(a.shape[1], -1)
     for number, spectrum in enumerate(spectra):
         if not spectrum.any():
-            continue  # it is 0 in the channels that are there
+            continue  # it is 0 in all channels that have a value
         u = solve_triangular(lower, root * spectrum[:, None], lower=True)
-        of_spectrum = np.stack([(u * u).sum(0), (u * s).sum(0)])
-        snr = of_spectrum[1] / np.sqrt(of_spectrum[0])
+        terms = np.stack([(u * u).sum(0), (u * s).sum(0)])
+        snr = terms[1] / np.sqrt(terms[0])
         better = snr > highest + TIE
-        sums[:, better], highest[better], best[better] = of_spectrum[:, better], snr[better], number
+        sums[:, better], highest[better], best[better] = terms[:, better], snr[better], number
     return sums, best
 
 
 def combine_maps(
     maps: Sequence[LikelihoodMaps], separation_px: Float[np.ndarray, "H W"], using: Combination
 ) -> tuple[LikelihoodMaps, Int[np.ndarray, "H W"]]:
-    """The maps of all channels as one, in every field, and the number of the spectrum that is the best at each pixel.
+    """Combines the maps of all channels.
 
-    n_frames: sum over the channels; shrinkage: their mean; singular: in any; psf_error, snr_error: the largest.
+    Args:
+        maps: Maps of each channel.
+        separation_px: Separation of every pixel from the centre, px.
+        using: How the channels are combined.
+
+    Returns:
+        The maps, and the number of the spectrum with the highest SNR at every pixel. n_frames is the sum over the
+        channels, shrinkage their mean; singular holds for any of them; the errors are the largest ones.
     """
     a, b, template = combine(np.stack([m.a for m in maps]), np.stack([m.b for m in maps]), separation_px, using)
     rho = np.stack([m.shrinkage for m in maps])
@@ -169,7 +209,7 @@ def combine_maps(
 
 
 def merge_caveats(caveats: Sequence[Sequence[str]]) -> list[str]:
-    """What is to be known of each channel, said once, with the channels (from 0) that it is true of if not all."""
+    """Merges the caveats of channels: each is listed once, with its channels (from 0) unless it holds for all."""
     channels: dict[str, list[int]] = {}
     for number, sentences in enumerate(caveats):
         for sentence in sentences:
@@ -183,9 +223,17 @@ def merge_caveats(caveats: Sequence[Sequence[str]]) -> list[str]:
 def correlation_by_separation(
     snr: Float[np.ndarray, "L N"], separation_px: Float[np.ndarray, "N"], area: float
 ) -> tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K L L"]]:
-    """R in annuli as narrow as can be, from the inside out, and their mean separations.
+    """Measures R in annuli as narrow as possible, from the inside out.
 
-    area: pixels that one independent value is worth; an annulus has at least 50 of them, and 5 for every channel.
+    An annulus has at least MIN_INDEPENDENT independent values, and PER_CHANNEL for every channel.
+
+    Args:
+        snr: SNR of each channel at N positions without a source.
+        separation_px: Separation of each position, px.
+        area: Number of pixels for each independent value.
+
+    Returns:
+        Mean separation of each of K annuli, and R in it.
     """
     order = np.argsort(separation_px, kind="stable")
     least = max(MIN_INDEPENDENT, PER_CHANNEL * len(snr)) * max(1.0, area)
@@ -195,11 +243,21 @@ def correlation_by_separation(
 
 
 def spectral_correlation(snr: Float[np.ndarray, "L N"], n_independent: float) -> Float[np.ndarray, "L L"]:
-    """R of the channels' SNR at N places without sources, worth `n_independent` independent ones; positive definite.
+    """Robust estimate of R, positive definite.
 
-    Robust to sources that are left: places whose Mahalanobis distance fewer than 2.5 % of normal values would exceed do
-    not count, which leaves the correlation of normal values as it is (they are cut off along an ellipsoid of R itself).
-    Then shrunk toward the identity as OAS says for that many samples (Chen et al. 2010), by at least LEAST_SHRINKAGE.
+    Positions whose Mahalanobis distance only 2.5 % of normal values would exceed do not count, so that remaining
+    sources do not either. This leaves the correlation of normal values unchanged, because the limit is an ellipsoid of
+    R itself. The estimate is shrunk toward the identity by OAS, and by at least LEAST_SHRINKAGE.
+
+    Args:
+        snr: SNR of each channel at N positions.
+        n_independent: Number of independent values among them.
+
+    Returns:
+        R; the identity for no more positions than channels.
+
+    Reference:
+        Chen et al. 2010, IEEE TSP 58, 5016.
     """
     n_channels, n = snr.shape
     if n <= n_channels:
@@ -218,6 +276,7 @@ def spectral_correlation(snr: Float[np.ndarray, "L N"], n_independent: float) ->
 
 
 def correlation(z: Float[np.ndarray, "L N"]) -> Float[np.ndarray, "L L"]:
+    """Sample correlation."""
     deviations = z - z.mean(1, keepdims=True)
     s = deviations @ deviations.T
     unit = 1 / np.sqrt(np.diag(s))
@@ -225,5 +284,6 @@ def correlation(z: Float[np.ndarray, "L N"]) -> Float[np.ndarray, "L L"]:
 
 
 def regularise(r: Float[np.ndarray, "L L"], n: float) -> Float[np.ndarray, "L L"]:
+    """Shrinks a correlation of n independent samples toward the identity."""
     rho = max(float(covariance.oas_shrinkage(jnp.asarray(r), n)), LEAST_SHRINKAGE)
     return (1 - rho) * r + rho * np.eye(len(r))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pulmo_jax.core import covariance, patches
-from pulmo_jax.methods.paco.maps import footprint, step_bytes
 from pulmo_jax.methods.paco.observation import Observation
+from pulmo_jax.methods.paco.plan import footprint, step_bytes
 from pulmo_jax.methods.paco.settings import Settings, ShrinkageName
 
 
