@@ -25,7 +25,9 @@ from pulmo_jax.evaluation.contrast import limit_at
 from pulmo_jax.evaluation.null_field import null_profile, separation_map
 from pulmo_jax.inference.point_sources import error_factor, subtract
 from pulmo_jax.methods.paco import Observation, Settings, compute_maps, observe
-from pulmo_jax.methods.paco.tracks import characterise, inject, prepare
+from pulmo_jax.methods.paco.source_fit import characterise
+from pulmo_jax.methods.paco.stack import prepare
+from pulmo_jax.methods.paco.tracks import inject
 
 VARIANTS = {
     "paco": Settings(),

@@ -90,10 +90,11 @@ def child(run_dir: Path, small: Path, image: Path, output: Path, cache: Path) ->
     began = time.perf_counter()
     import numpy as np
 
-    from pulmo_jax import predict
     from pulmo_jax.data.images import Reader, index_images
     from pulmo_jax.inference.score import Scorer
-    from pulmo_jax.runs.directory import open_run, use_compile_cache
+    from pulmo_jax.runs.directory import use_compile_cache
+    from pulmo_jax.tasks.anomalies import prediction
+    from pulmo_jax.tasks.anomalies.run import open_run
 
     spent: dict[str, float] = {}
 
@@ -111,7 +112,7 @@ def child(run_dir: Path, small: Path, image: Path, output: Path, cache: Path) ->
 
     timed(Reader, "image", "read")
     timed(Scorer, "__call__", "score")
-    timed(predict, "find_detections", "regions")
+    timed(prediction, "find_detections", "regions")
 
     use_compile_cache(cache)
     run = open_run(run_dir)
@@ -120,7 +121,7 @@ def child(run_dir: Path, small: Path, image: Path, output: Path, cache: Path) ->
     def map_image(path: Path) -> tuple[float, float, int]:
         pages, _ = index_images(path)
         wall, cpu = time.perf_counter(), time.process_time()
-        record = predict.map_file(pages, path.stem, run, Reader(), output)
+        record = prediction.map_file(pages, path.stem, run, Reader(), output)
         return time.perf_counter() - wall, time.process_time() - cpu, len(record["detections"])
 
     first_s, _, _ = map_image(small)

@@ -31,7 +31,8 @@ from pulmo_jax.data.images import ImageRef, Reader, index_images
 from pulmo_jax.inference.assess import METHOD, assess, calibrate, truth_by_folder
 from pulmo_jax.inference.score import Scorer
 from pulmo_jax.reporting import figures
-from pulmo_jax.runs.directory import Run, open_run, provenance
+from pulmo_jax.runs.directory import provenance
+from pulmo_jax.tasks.anomalies.run import Run, open_run
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2, 3, 4)  # each of a split and a training; as many folds as seeds

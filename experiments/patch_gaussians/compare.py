@@ -21,7 +21,8 @@ import numpy as np
 
 from pulmo_jax.data.images import Reader, index_images
 from pulmo_jax.inference.assess import METHOD
-from pulmo_jax.runs.directory import open_run, provenance
+from pulmo_jax.runs.directory import provenance
+from pulmo_jax.tasks.anomalies.run import open_run
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "chest_xray"))

@@ -26,7 +26,8 @@ from flax import nnx
 
 from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.models.autoencoder import ConvAutoencoder
-from pulmo_jax.runs.directory import SEALED, finish, finished_step
+from pulmo_jax.runs.directory import seal, sealed_step
+from pulmo_jax.tasks.anomalies.run import SEALED
 from pulmo_jax.training.checkpoint import Checkpoints, DamagedError
 from pulmo_jax.training.optimizers import adamw
 from pulmo_jax.training.state import TrainState, init_state
@@ -47,7 +48,7 @@ def make_run(run: Path) -> TrainState:
             checkpoints.save(state, 1 / step, {"seed": 0}, [1 / n for n in range(1, step + 1)])
     for name in SEALED:
         (run / name).write_text(json.dumps({"value": 0.1234567, "name": name}))
-    finish(run, 2)
+    seal(run, 2, SEALED)
     return fresh
 
 
@@ -68,7 +69,7 @@ def restored_step(run: Path, fresh: TrainState, path: Path) -> str:
 
 def opened(run: Path, _: TrainState, path: Path) -> str:
     try:
-        finished_step(run)
+        sealed_step(run, SEALED)
     except InputError as error:
         return "found, named, refused" if path.name in str(error) else "found, another file named"
     return "opened"

@@ -13,7 +13,7 @@ from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.evaluation.null_field import separation_map
 from pulmo_jax.inference.point_sources import Search, error_factor, find_sources, highest, without
 from pulmo_jax.methods.paco import Observation, Settings, compute_maps, observe
-from pulmo_jax.methods.paco.tracks import Fit
+from pulmo_jax.methods.paco.source_fit import Fit
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "adi_betapic"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="the real cubes are not beside the checkout")
