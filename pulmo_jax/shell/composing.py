@@ -297,7 +297,7 @@ def node_keys(path: list[str], command: Command) -> list[str]:
     node: Any = OmegaConf.load(file) if file.is_file() else {}
     for name in path[1:]:
         node = node.get(name) or {}
-    return [str(key) for key in node if key != "_target_"] if "_target_" in node else []
+    return [str(key) for key in node if key not in ("_target_", "defaults")] if "_target_" in node else []
 
 
 def choice_of(group: str, command: Command) -> str | None:

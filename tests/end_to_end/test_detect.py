@@ -109,7 +109,7 @@ def nested(changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def job(tmp_path, monkeypatch, capsys):
     """Does the whole job of a config (dotted keys) but for report and limits."""
-    monkeypatch.setattr(detect, "write_adi_report", lambda *arguments: None)
+    monkeypatch.setattr("pulmo_jax.tasks.point_sources.detection.write_adi_report", lambda *arguments: None)
 
     def call(changes: dict[str, Any], name: str = "run") -> Run:
         config = validate(DetectConfig, nested({"contrast.rings": 0} | changes))
@@ -192,7 +192,7 @@ def test_report_is_self_contained(sweep):
     page = (sweep[0].path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
-    for words in ("Sources", "The noise", "The stack", "A&amp;A 618", "fewer than the"):
+    for words in ("Sources", "Noise", "The stack", "A&amp;A 618", "fewer than the"):
         assert words in page
 
 
@@ -270,7 +270,7 @@ def test_formats_give_the_map_of_the_synthetic_stack_itself(job, sweep, planted,
 
 
 def test_names_with_spaces_umlauts_and_signs(command, files, monkeypatch):
-    monkeypatch.setattr(detect, "write_adi_report", lambda *arguments: None)
+    monkeypatch.setattr("pulmo_jax.tasks.point_sources.detection.write_adi_report", lambda *arguments: None)
     more = ["contrast.rings=0", "search.max_sources=0", "hydra.run.dir='Läufe 1'"]
     done = command("+experiment=adi", *as_arguments(files), *more)
     assert (done.status, done.err) == (0, "")
@@ -602,7 +602,7 @@ def assert_refused(done: Done) -> None:
         (["contrast.rings=many"], "contrast.rings='many'"),
         (["data.centre=[1,"], "data.centre=[1, is not valid"),
         (["data.cube=a b (c).fits"], "quote special characters"),
-        (["+experiment=nope"], "experiment/nope is not there"),
+        (["+experiment=nope"], "experiment/nope does not exist"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )

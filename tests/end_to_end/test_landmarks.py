@@ -87,7 +87,7 @@ def test_prediction_writes_the_users_own_columns_in_the_images_own_pixels(run, c
     text = call(
         "pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", "output.aligned=true"
     )
-    assert "3 files done" in text
+    assert "3 files finished" in text
     rows = {row["filename"]: row for row in read(tmp_path / "out" / "landmarks.csv")}
     assert set(rows) == {"a.png", "deep.tif", "sub/large.png"}
     points = {
@@ -224,6 +224,6 @@ def test_python_gives_the_landmarks_of_predict(run, chests, tmp_path):
         np.testing.assert_allclose(result.points, points_of(row), rtol=1e-5)  # the table has fewer digits
         np.testing.assert_allclose(result.std, [float(row[f"std{k + 1}"]) for k in range(K)], rtol=1e-5)
         assert result.quality == tuple(row[f"quality{k + 1}"] for k in range(K))
-        assert f"{K} landmarks with their 95 % regions" in result._repr_html_()
+        assert f"{K} landmarks with 95 % regions" in result._repr_html_()
     record = json.loads((tmp_path / "out" / "records" / f"{source.name}.json").read_text())
     np.testing.assert_allclose(opened.predict(source).points, record["points"], rtol=1e-6)

@@ -79,7 +79,10 @@ def test_its_run_predicts_and_is_evaluated(images, mean_run, tmp_path):
             "method.loss.epsilon=0.0: input should be greater than 0",
         ),
         (["+experiment=lung", "method.loss=l1"], "choose one with method/loss=l1"),
-        (["+experiment=lung", "method/loss=laplace"], "method.loss._target_=.*: takes no image, reconstruction"),
+        (
+            ["+experiment=lung", "method/loss=laplace"],
+            "method.loss._target_=.*: lacks the arguments image, reconstruction",
+        ),
     ],
 )
 def test_what_may_not_be_built_is_refused_before_any_work(arguments, words, tmp_path):

@@ -374,7 +374,7 @@ def test_a_masked_centre_is_missing_there_alone(mode):
     tolerance = 1e-9 if mode == "exact" else 0.05  # splines reach on, each pixel further 0.27 times as much
     np.testing.assert_allclose(found.snr[far], whole.snr[far], rtol=0, atol=tolerance)
     np.testing.assert_array_equal(found.n_frames[far], whole.n_frames[far])
-    assert any("9 pixels are left out" in caveat for caveat in found.caveats)
+    assert any("9 pixels are excluded" in caveat for caveat in found.caveats)
 
 
 def marginalised_maps(of: Case, cube: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

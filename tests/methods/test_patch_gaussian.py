@@ -179,7 +179,7 @@ def test_fewer_images_than_dimensions_are_said():
     method = pixels(locations="each")
     counted = learn(method, [texture(10)])
     (caveat,) = method.caveats(counted)
-    assert "10 windows at some place for a covariance of 32 dimensions" in caveat
+    assert "10 windows at some locations for a covariance of 32 dimensions" in caveat
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(method.finish(counted)))
     assert pixels().caveats(learn(pixels(), [texture(60)])) == ()
 

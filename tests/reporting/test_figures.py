@@ -39,7 +39,7 @@ def test_score_maps_of_any_bands_with_and_without_truth(tmp_path, channels):
 
 def test_score_maps_of_one_tiny_image(tmp_path):
     figure = score_maps([view(example(size=(9, 9), foreground=False))], "One")
-    assert [axes.images[0].get_array().shape[:2] for axes in figure.axes[:4]] == [(9, 9)] * 4
+    assert [axes.images[0].get_array().shape[:2] for axes in figure.axes[:4]] == [(9, 9), (5, 5)] * 2
     assert ink(figures.save(figure, tmp_path, "one")) > 0.1
 
 

@@ -21,7 +21,7 @@ from references import child
 from rich.console import Console
 
 from pulmo_jax import detect, evaluate, ingest, predict, train
-from pulmo_jax.config.nodes import HOMES, argument_schema, find_target
+from pulmo_jax.config.nodes import HOMES, argument_schema, parameters_of_node
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.lock import claim
 from pulmo_jax.host.signals import Interrupt, stepping_down, stoppable
@@ -109,7 +109,7 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
             nodes = {group: content} if "_target_" in content else {f"{group}.{n}": v for n, v in content.items()}
             for where, node in nodes.items():
                 assert f"{where} ({group}={file.stem}): {node['_target_']}" in text
-                for key in argument_schema(find_target(node, where, ()), group).model_fields:
+                for key in argument_schema(parameters_of_node(node, where, ()), group).model_fields:
                     assert f"\n  {where}.{key} " in text
     assert "experiments: brain_mri, landmarks, lung" in text
     assert "[> 0; default 0.002]" in text  # optimizer.learning_rate
@@ -145,7 +145,7 @@ def test_help_of_detect_lists_no_group_of_training(run):
         ("train", ["callbacks.checkpoint.evry=1"], "unknown key callbacks.checkpoint.evry"),
         ("train", ["+callbacks.checkpoint.evry=1"], "did you mean callbacks.checkpoint.every?"),
         ("train", ["foo.bar=1"], "unknown key foo.bar"),
-        ("train", ["method.latent=1"], "unknown key method.latent; method has: loss, score, smooth_px"),
+        ("train", ["method.latent=1"], "unknown key method.latent; method has: score, smooth_px"),
         ("train", ["method=patch_gaussian", "method.los=l1"], "unknown key method.los; method has: base_run"),
         ("train", ["+experiment=landmarks", "method.prio=1"], "did you mean method.prior? method has: size, contrast"),
         (
@@ -154,12 +154,12 @@ def test_help_of_detect_lists_no_group_of_training(run):
             "method.seed follows seed unless you add it, as +method.",
         ),
         ("train", ["+experiment=landmarks", "calibration.image_rate=0.1"], "unknown key calibration.image_rate"),
-        ("train", ["task=segmentatoin"], "task=segmentatoin: there is no such task; there are anomalies, classif"),
+        ("train", ["task=segmentatoin"], "task=segmentatoin: does not exist; tasks: anomalies, classif"),
         ("train", ["task=point_sources"], "task=point_sources: has no train; it has detect"),
         ("train", ["hydra.foo=1"], "unknown key hydra.foo"),
         ("train", ["~data.foo"], "data.foo"),
         ("train", ["+experiment=nope"], "experiment/nope does not exist; available: adi, brain_mri, epochs, landmarks"),
-        ("train", ["model=nope"], "model/nope does not exist; available: conv_autoencoder"),
+        ("train", ["model=nope"], "model/nope does not exist; available: classifier, conv_autoencoder"),
         ("train", ["model=null"], "must be a string or a list. Got NoneType"),
         ("train", ["data.clip=[1,"], "data.clip=[1, is not valid"),
         ("train", ["data.train"], "data.train is not valid"),
@@ -201,13 +201,13 @@ def test_errors_are_a_line_or_two_and_nothing_is_left_behind(run, tmp_path, verb
     ("verb", "task", "key", "lines"),
     [
         ("predict", "anomalies", "aligned=true",
-         ["error: unknown key aligned; the config has: run, input, output, overwrite, plugins, foreground",
+         ["error: unknown key aligned; the config has: run, input, output, overwrite, plugins, sources, foreground",
           "the run is of task=anomalies; aligned is for runs of task=landmarks"]),
         ("predict", "classes", "foreground=.",
-         ["error: unknown key foreground; the config has: run, input, output, overwrite, plugins",
+         ["error: unknown key foreground; the config has: run, input, output, overwrite, plugins, sources",
           "the run is of task=classification; foreground is for runs of task=anomalies"]),
         ("predict", "landmarks", "inptu=.",
-         ["error: unknown key inptu; did you mean input? the config has: run, input, output, overwrite, plugins, "
+         ["error: unknown key inptu; did you mean input? the config has: run, input, output, overwrite, plugins, sources, "
           "aligned", "the run is of task=landmarks"]),
         ("evaluate", "landmarks", "data.test_masks=.",
          ["error: unknown key data.test_masks; data has: images, test, group_regex, class_regex, normal_name, on_error",

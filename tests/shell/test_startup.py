@@ -38,8 +38,8 @@ def test_help_imports_nothing_heavy(verb):
     ("key", "message"),
     [
         ("trainer.stepz=3", "unknown key trainer.stepz; did you mean trainer.steps? trainer has: steps"),
-        ("method.smoth_px=3", "unknown key method.smoth_px; did you mean method.smooth_px? method has: loss"),
-        ("+method.smoth_px=3", "unknown key method.smoth_px; did you mean method.smooth_px? method has: loss"),
+        ("method.smoth_px=3", "unknown key method.smoth_px; did you mean method.smooth_px? method has: score"),
+        ("+method.smoth_px=3", "unknown key method.smoth_px; did you mean method.smooth_px? method has: score"),
         ("method.smooth_px=-3", "method.smooth_px=-3: input should be greater than or equal to 0"),
         ("trainer.steps=x", "trainer.steps='x': input should be a valid integer"),
     ],

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pulmo_jax.core import geometry, psf
 from pulmo_jax.methods.paco.batching import map_in_batches
@@ -51,7 +51,7 @@ def subtract(
     centre: Float[Array, "2"],
     places: Float[Array, "N 2"],
     fluxes: Float[Array, "N"],
-    count: int | None = None,
+    count: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "T H W"]:
     """Subtracts sources from the frames, and the temporal mean from what is left.
 

@@ -153,9 +153,9 @@ def test_class_of_one_image_is_drawn_without_interval(tmp_path):
     labels = ["a", "a", "b"]
     of_image = {"a": errors[:2].mean(1), "b": errors[2:].mean(1)}
     figure = landmarks.class_comparison(of_image, by_class(errors, labels, 20), "px")
+    assert ink(figures.save(figure, tmp_path, "one")) > 0.01  # drawn, which sets the labels
     assert "2 images" in texts(figure)
     assert "1 image" in texts(figure)
-    assert ink(figures.save(figure, tmp_path, "one")) > 0.01
 
 
 def test_coverage_figure_holds_the_shares(tmp_path):
