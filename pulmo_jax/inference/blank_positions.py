@@ -41,7 +41,7 @@ def blank_places(
     return blanks[apart > channels.fwhm_px]
 
 
-def blank_terms(channels: Channels, settings: Settings, sets: Sequence[Float[np.ndarray, "N 2"]]) -> list[Terms]:
+def blank_terms(channels: Channels, settings: Settings, sets: Sequence[Float[np.ndarray, "_ 2"]]) -> list[Terms]:
     """Likelihood terms a and b of the unbiased flux b / a at every position of several sets, in every channel.
 
     One program serves all sets, and the results are read once.

@@ -291,7 +291,7 @@ def test_what_is_wrong_with_a_stack_is_said_and_the_planet_found(job, planted, t
     run = job(given | {"data.centre": list(CENTRE), "search.max_sources": 0})
     words = " ".join(run.out.split())
     for said in (
-        "2 blank, saturated or mostly non-finite frames are dropped: 3, 17", "25 pixels are left out",
+        "2 blank, saturated or mostly non-finite frames are dropped: 3, 17", "25 pixels are excluded",
         "1 pixels are constant", "was cropped to 47 x 47 px", "22 frames of 47 x 48 px", "field rotation 150.0 degrees",
     ):  # fmt: skip
         assert said in words

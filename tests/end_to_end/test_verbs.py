@@ -334,7 +334,7 @@ def test_python_refuses_images_that_the_run_is_not_for(run, tmp_path):
     opened = pj.open_run(run)
     with pytest.raises(InputError, match=r"3 bands of float32, but the run was trained on 1 of uint16"):
         opened.predict(np.zeros((40, 40, 3), np.float32))
-    with pytest.raises(InputError, match=r"an image of shape \(0, 3\) was given; give an array \(H, W\)"):
+    with pytest.raises(InputError, match=r"the image has shape \(0, 3\); give an array \(H, W\)"):
         opened.predict(np.zeros((0, 3)))
     with pytest.raises(InputError, match=r"nothing\.tif: does not exist; give one image"):
         opened.predict(tmp_path / "nothing.tif")

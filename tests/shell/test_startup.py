@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy(verb):
     [
         ("trainer.stepz=3", "unknown key trainer.stepz; did you mean trainer.steps? trainer has: steps"),
         ("method.smoth_px=3", "unknown key method.smoth_px; did you mean method.smooth_px? method has: score"),
-        ("+method.smoth_px=3", "unknown key method.smoth_px; did you mean method.smooth_px? method has: score"),
+        ("+method.smoth_px=3", "unknown key method.smoth_px; did you mean method.smooth_px? method has: loss, score"),
         ("method.smooth_px=-3", "method.smooth_px=-3: input should be greater than or equal to 0"),
         ("trainer.steps=x", "trainer.steps='x': input should be a valid integer"),
     ],
