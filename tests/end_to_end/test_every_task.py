@@ -160,7 +160,7 @@ def test_two_processes_train_what_one_does(trained, images, tmp_path, name):
         statuses = [process.wait(timeout=child.PATIENCE_S) for process in processes]
     assert statuses == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
     assert "done in" in logs[0].read_text()
-    assert logs[1].read_text() == ""
+    assert [line for line in logs[1].read_text().splitlines() if not line.startswith("[Gloo]")] == []
     alone, together = losses_of(one), losses_of(two)
     assert alone.keys() == together.keys()
     assert len(alone) == (6 if name in NETWORKS else 1)
