@@ -57,9 +57,15 @@ def cut(image: Shaped[np.ndarray, "H W ..."], y: int, x: int, tile: int) -> Shap
 
 
 def rounded(count: int) -> int:
-    """Rounded up by at most a quarter, to one of four numbers between a power of two and the next."""
-    step = max(1, 2 ** (count.bit_length() - 3))
-    return -(-count // step) * step
+    """Rounded up to a power of two, or from 16 on by at most a quarter: few numbers, each of which is compiled for."""
+    up = 2 ** (count - 1).bit_length()
+    step = up // 8
+    return up if count <= 16 else -(-count // step) * step
+
+
+def rounded_height(count: int) -> int:
+    """Rounded up to nine eighths of a power of two: sides of images often are powers, and a halo is added to them."""
+    return -(-9 * 2 ** (-(-8 * count // 9) - 1).bit_length() // 8)
 
 
 # --- where tiles and strips lie
@@ -87,7 +93,7 @@ class Grid:
         """
         columns = rounded(max(1, len(tile_starts(shape[1], tile, stride)) - 1))
         rows = max(1, most_px // ((columns + 1) * tile**2))
-        return cls(shape, tile, stride, (min(rows, rounded(-(-(shape[0] + halo) // stride))), columns))
+        return cls(shape, tile, stride, (min(rows, rounded_height(-(-(shape[0] + halo) // stride))), columns))
 
     @property
     def rows(self) -> int:

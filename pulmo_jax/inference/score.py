@@ -23,7 +23,7 @@ from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Detailed, Method, Params
 from pulmo_jax.methods.score_maps import Extent
 
-STRIP_PX = 2**22  # of all tiles in a strip: at an overlap of a half, a quarter as many of the image
+STRIP_PX = 2**21  # of all tiles in a strip: at an overlap of a half, a quarter as many of the image
 
 Strips = Iterator[tuple[int, np.ndarray]]  # (first row, rows), consecutive
 OnTiles = Callable[[Params, Float[Array, "B P P C"]], Float[Array, "B P P M"]]

@@ -85,13 +85,15 @@ def mirrored(
     Where the image goes on beyond the array, the margin there has no meaning.
     """
     length, (before, after) = image.shape[axis], margins
-    longer = jnp.pad(image, [margins if a == axis else (0, 0) for a in range(image.ndim)])
 
     def reflection(places: Array) -> Array:
         along = (places - start) % (2 * (stop - start))
         along = jnp.minimum(along, 2 * (stop - start) - 1 - along) + start
         return jnp.take(image, jnp.clip(along, 0, length - 1), axis=axis)
 
+    if axis == image.ndim - 2:  # rows are quickly picked, columns are not
+        return reflection(jnp.arange(-before, length + after))
+    longer = jnp.pad(image, [margins if a == axis else (0, 0) for a in range(image.ndim)])
     above, below = reflection(start - before + jnp.arange(before)), reflection(stop + jnp.arange(after))
     longer = lax.dynamic_update_slice_in_dim(longer, above, jnp.maximum(start, 0), axis)
     return lax.dynamic_update_slice_in_dim(longer, below, stop + before, axis)

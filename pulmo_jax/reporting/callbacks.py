@@ -65,10 +65,12 @@ class Profile:
     def on_event(self, event: Event) -> None:
         """Start the trace, or stop it and write table and figure."""
         if self._tracing and (event.last or event.step == self._first + self.steps):
+            jax.block_until_ready(event.state.step)  # the trace holds whole steps
             jax.profiler.stop_trace()
             self._tracing = False
             self._report(event.step - self._first, 1000 * (time.perf_counter() - self._began))
         elif event.step == self._first and not event.last:
+            jax.block_until_ready(event.state.step)
             jax.profiler.start_trace(self._folder)
             self._began, self._tracing = time.perf_counter(), True
 

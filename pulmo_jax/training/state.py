@@ -77,7 +77,7 @@ def make_update(
 
 
 def make_step(
-    method: Method | Descended,
+    method: Method | Descended | classes.Descended,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     seed: int,

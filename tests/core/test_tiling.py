@@ -18,6 +18,7 @@ from pulmo_jax.core.tiling import (
     cut,
     place,
     rounded,
+    rounded_height,
     summed_weights,
     tile_starts,
 )
@@ -184,9 +185,11 @@ def test_positions_are_those_of_every_tile_and_slots_are_their_own(height, width
 
 
 @given(st.integers(1, 10**6))
-def test_lengths_are_rounded_up_by_a_quarter_at_most(count):
-    assert count <= rounded(count) <= 1.25 * count
-    assert len({rounded(n) for n in range(64, 129)}) == 5
+def test_counts_are_rounded_up_to_few_numbers(count):
+    assert count <= rounded(count) < (2 * count if count < 16 else 1.25 * count + 1)
+    assert count <= rounded_height(count) <= 2.25 * count
+    assert sorted({rounded(n) for n in range(1, 65)}) == [1, 2, 4, 8, 16, 20, 24, 28, 32, 40, 48, 56, 64]
+    assert sorted({rounded_height(n) for n in range(1, 100)}) == [2, 3, 5, 9, 18, 36, 72, 144]
 
 
 @pytest.mark.parametrize(("tile", "stride"), [(16, 5), (8, 4)])

@@ -12,6 +12,7 @@ from references import child
 from pulmo_jax.methods.classifier import ClassifierNetwork
 from pulmo_jax.models.classifier import ClassifierNet
 from pulmo_jax.training.members import chunk_sizes, init_members, make_member_step
+from pulmo_jax.training.state import TrainState, make_step
 
 NETWORK = partial(ClassifierNet, widths=(8, 8))
 METHOD = ClassifierNetwork(2, (1.0, 1.0), NETWORK, size=32, asymmetry=(), mixup=0.0)
@@ -73,6 +74,23 @@ def test_a_network_among_others_is_what_it_is_alone(together):
         pairs = zip(jax.tree.leaves(stacked(mine)), jax.tree.leaves(all_of_them), strict=True)
         for one, many in pairs:
             np.testing.assert_allclose(one[0], many[member], rtol=2e-4, atol=2e-5)
+
+
+def test_a_network_takes_the_steps_that_it_takes_by_itself():
+    """The update of one network alone, without members, from the same start and key."""
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.3, 0.9))
+    params = SIMPLE.init(jax.random.key(SEEDS[1]))
+    alone = TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    step = make_step(SIMPLE, optimizer, 0.9, seed=SEEDS[1])
+    for images, labels in batches(4, len(SEEDS)):
+        alone, metrics = step(alone, (images[:, 1], labels[:, 1]))
+    members, means = trained(SEEDS[1:2], [1], slice(1, 2))
+    assert int(members.step) == int(alone.step) == 4
+    found, expected = (jax.tree.leaves((state.params, state.ema)) for state in (members, alone))
+    for many, one in zip(found, expected, strict=True):
+        np.testing.assert_allclose(many[0], one, rtol=1e-5, atol=1e-6)
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(means[name], metrics[name], rtol=1e-5)
 
 
 @pytest.mark.slow
