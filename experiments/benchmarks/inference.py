@@ -6,10 +6,12 @@ Each case runs in a process of its own, the checkouts in turn. The first call of
 apart; of the following calls the least CPU time and the least wall time are taken (of all repeats; on a busy machine
 compare CPU times). Bytes are those that cross between host and device in one call: arguments of `jax.device_put` and
 `jax.numpy.asarray`, images given to compiled programs, and arrays read; index lists (some KB) are left out. On a CPU
-these are copies in memory. Traces and compilations are those that JAX's monitoring reports in all calls after the first.
+these are copies in memory. Traces and compilations are those that JAX's monitoring reports in all calls after the
+first.
 Peak memory is the process's highest resident set less what it held before the first image (imports and the method).
 
-score: an untrained default autoencoder (64 px tiles, overlap 0.5) on a uint8 image. The limit: every pixel travels once,
+score: an untrained default autoencoder (64 px tiles, overlap 0.5) on a uint8 image. The limit: every pixel travels
+once,
 and its score back (4 bytes); its time is that of the network alone on as many batches.
 sizes: 24 images of different sizes between 200 and 400 px, each scored once, without a compilation cache.
 details: SNR and amplitude maps of a matched filter, images of 256x256.
