@@ -53,7 +53,7 @@ class Method(Protocol):
 
         Returns:
             Float32, NaN outside the foreground. Rows of a strip that are `halo_px` or more from where the image was cut
-            must be those of the whole image, to the last bit, both compiled.
+            must be those of the whole image, to float32 rounding, both compiled.
         """
         ...
 

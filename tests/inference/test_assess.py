@@ -138,7 +138,8 @@ def test_pixel_figures_are_those_of_all_pixels_together(scorer, labelled):
     for name in (METHOD, "intensity"):
         estimates = found.pixels[name].estimates()
         assert estimates["auroc"].value == pytest.approx(roc_auc_score(labels, scores), rel=1e-3)
-        assert estimates["ap"].value == pytest.approx(average_precision_score(labels, scores), rel=1e-3)
+        # scores that differ by a rounding share a bin of the histogram
+        assert estimates["ap"].value == pytest.approx(average_precision_score(labels, scores), rel=5e-3)
     assert sum(row.n_lesions for row in found.pixels[METHOD].recall_by_size()) == 2
 
 

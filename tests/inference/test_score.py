@@ -27,6 +27,7 @@ from pulmo_jax.methods.base import Method
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.types import InputError
 
+ROUNDING = 3e-7  # two units in the last place: with jax 0.12 XLA rounds programs of other shapes differently
 SIZE = 8
 HOW = preprocessing(SIZE, channels=2, offset=(100.0, 50.0), scale=(20.0, 10.0), fill=(0.5, 0.25), clip=(-8.0, 8.0))
 
@@ -227,7 +228,7 @@ def test_the_network_sees_in_prediction_what_it_saw_in_training(shape):
     spied.reconstruction(pixels, mask)
     assert len(seen) == (1 if shape == (1, 1) else 2)  # without a pixel to score nothing is computed
     for tile in np.concatenate(seen):
-        np.testing.assert_array_equal(tile, trained_on)
+        np.testing.assert_allclose(tile, trained_on, rtol=ROUNDING)
 
 
 # --- strips of rows, tiles without foreground, memory
@@ -249,7 +250,7 @@ def test_the_height_of_the_strips_does_not_change_the_score(monkeypatch, method,
             strips = list(score.strips(pixels, mask))
             assert [y for y, _ in strips] == np.cumsum([0, *(len(rows) for _, rows in strips)])[:-1].tolist()
             assert max(len(rows) for _, rows in strips) == 4 * tile_rows
-            np.testing.assert_array_equal(np.concatenate([rows for _, rows in strips]), whole)
+            np.testing.assert_allclose(np.concatenate([rows for _, rows in strips]), whole, rtol=ROUNDING)
         monkeypatch.undo()
 
 
@@ -270,7 +271,7 @@ def test_pixels_are_normalised_on_the_device_as_on_the_host(dtype):
     raw, inside = padded(pixels, 2, 10, 11), padded(foreground, 2, 10, 11)
     assert raw.dtype.itemsize <= min(4, np.dtype(dtype).itemsize)
     found = jax.jit(normalised)(raw, inside, constants_of(how))
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, rtol=ROUNDING)
 
 
 def test_tiles_without_foreground_are_not_computed():

@@ -198,7 +198,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("kind", SCORES)
-def test_programs_of_other_shapes_give_the_same_bits(kind):
+def test_programs_of_other_shapes_give_the_same_score(kind):
     """Strips of an image are higher or lower than the image: each shape is a program of its own."""
     method, score_map = SCORES[kind]
     residual, foreground = jnp.asarray(noisy_patches((90, 37, 2))), jnp.asarray(noisy_patches((90, 37), seed=1) > -1)
@@ -209,7 +209,8 @@ def test_programs_of_other_shapes_give_the_same_bits(kind):
             (0 if top == 0 else method.halo_px),
             (bottom - top if bottom == 90 else bottom - top - method.halo_px),
         )
-        np.testing.assert_array_equal(strip[first:last], whole[top + first : top + last])
+        # equal bits with jax 0.9; jax 0.12 contracts multiplications and additions differently in other shapes
+        np.testing.assert_allclose(strip[first:last], whole[top + first : top + last], rtol=3e-7)
 
 
 def test_the_halo_is_as_far_as_the_score_looks():
