@@ -243,9 +243,16 @@ def locate(_: str, counts: Counts) -> dict[str, Any]:
 
     rng = np.random.default_rng(0)
     points = rng.normal(size=(40, 6, 2)) * 3 + np.linspace(10, 80, 12).reshape(6, 2)
-    method = LandmarkNetwork(
-        n_landmarks=6, mirror=tuple(range(6)), shapes=fit_shape_model(points), size=96, members=2, widths=(8, 16, 16)
-    )
+    given: dict[str, Any] = {"n_landmarks": 6, "mirror": tuple(range(6)), "shapes": fit_shape_model(points)}
+    if hasattr(module, "locating"):
+        from functools import partial
+
+        from pulmo_jax.models.landmark_net import LandmarkNet
+
+        given["network"] = partial(LandmarkNet, widths=(8, 16, 16))
+    else:
+        given["widths"] = (8, 16, 16)
+    method = LandmarkNetwork(**given, size=96, members=2)
     params, images = jax.jit(method.init)(), rng.normal(size=(48, 96, 96)).astype(np.float32)
     if hasattr(module, "locating"):
         from pulmo_jax.inference.transfers import keep
