@@ -11,7 +11,7 @@ from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.methods.base import Method, OnePass, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
-from pulmo_jax.runs.directory import digest_of_run, load_config
+from pulmo_jax.runs.directory import digest_of_run, sealed_step, load_config
 from pulmo_jax.runs.older import naming_version
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.data import NormalData
