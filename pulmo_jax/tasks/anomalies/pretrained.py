@@ -11,11 +11,11 @@ from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.methods.base import Method, OnePass, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
-from pulmo_jax.runs.directory import digest_of_run, sealed_step, load_config
+from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
 from pulmo_jax.runs.older import naming_version
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.data import NormalData
-from pulmo_jax.tasks.anomalies.run import load_run
+from pulmo_jax.tasks.anomalies.run import SEALED, load_run
 from pulmo_jax.training.state import TrainState, learnt
 from pulmo_jax.types import InputError
 
@@ -81,6 +81,7 @@ def with_base(config: TrainConfig) -> TrainConfig:
     if name is None:
         return config
     path = Path(name).absolute()
+    sealed_step(path, SEALED)  # raises if there is no finished run
     with naming_version(path):
         base = load_config(path, TrainConfig, config.plugins)
     data = {"patch_size": base.data.patch_size, "resize": base.data.resize}
