@@ -79,8 +79,9 @@ def batches_of(dataset, count: int, start: int = 0, threads: int = 0, workers: i
         return np.stack(list(islice(iterator, count)))
     finally:
         iterator.close()
-        for thread in set(threading.enumerate()) - others:
-            thread.join(timeout=300)  # Grain does not wait for the batches that are being read
+        if not workers:  # with worker processes, the threads of Grain's pool live as long as this process
+            for thread in set(threading.enumerate()) - others:
+                thread.join(timeout=300)  # Grain does not wait for the batches that are being read
 
 
 def test_a_patch_is_the_window_of_the_normalised_image(read, refs):

@@ -150,7 +150,7 @@ def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
         )
     finally:
         (landmarks / "finished.json").write_text((landmarks / "finished.json").read_text()[:-1])
-    assert "is not the run that the images were aligned by in training" in text
+    assert "was trained again after the training images had been aligned with it" in text
 
 
 def test_the_same_name_in_two_folders_is_refused(landmarks, tmp_path):

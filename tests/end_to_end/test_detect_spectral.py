@@ -78,7 +78,7 @@ def test_outputs_of_several_wavelengths(synthetic):
     for name in ("figures/spectra.png", "contrast.csv", "throughput.fits", "snr_null.fits"):
         assert (synthetic / name).stat().st_size > 0
     page = (synthetic / "report.html").read_text()
-    for words in ("2 channels together", "A&amp;A 637, A9"):
+    for words in ("combine 2 channels", "A&amp;A 637, A9"):
         assert words in page
     assert not (synthetic / "template.fits").exists()
 

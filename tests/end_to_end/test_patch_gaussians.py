@@ -135,7 +135,7 @@ def test_counts_are_merged_and_an_interrupted_pass_goes_on(crop, tmp_path):
     for train, twice in (("test", f"[{first},{first}]"), ("more", f"[{first}]")):
         more = [*same, f"method.merge_runs={twice}"]
         said = call(*arguments(crop, tmp_path / "no", "lung_covariance", *more, train=train), status=2)
-        assert "every image counts once" in said
+        assert "each image may be used once" in said
 
     other = arguments(crop, tmp_path / "refused", "lung_covariance", merge, "data.patch_size=32")
     assert "has another normalisation" in call(*other, status=2)

@@ -125,7 +125,7 @@ def test_jitter_is_drawn_by_the_key():
 
 @pytest.mark.slow
 def test_bfloat16_computes_about_the_same_and_keeps_its_parameters():
-    plain, half = network(), network(dtype="bfloat16")
+    plain, half = network(), network(network=partial(ClassifierNet, widths=(8, 16), dtype="bfloat16"))
     params = perturbed(plain)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(compiled(half, "init")(jax.random.key(0))))
     np.testing.assert_allclose(

@@ -264,7 +264,7 @@ def test_with_a_shape_the_answer_is_the_product_of_two_gaussians():
 
 @pytest.fixture(scope="module")
 def still_loss() -> Callable[..., jax.Array]:
-    method = small(flip_average=False, members=1, loss="l1", **STILL)
+    method = small(flip_average=False, members=1, loss=losses.l1, **STILL)
     loss = jax.jit(method.train_loss)
     return lambda *batch: loss(initial(1), batch, jax.random.key(0))
 
