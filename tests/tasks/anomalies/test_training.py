@@ -112,7 +112,8 @@ def test_finished_run_with_a_damaged_checkpoint_is_refused_until_it_is_made_anew
     run = copy_of(whole, tmp_path / "run")
     damaged = largest_file(run / "checkpoints" / str(sealed_step(run, SEALED)))
     flip_a_bit(damaged)
-    with pytest.raises(InputError, match=rf"{damaged}.*\nThe calibration is valid for that checkpoint only.*resume=true"):
+    remedy = "The calibration is valid for that checkpoint only.*resume=true"
+    with pytest.raises(InputError, match=rf"{damaged}.*\n{remedy}"):
         open_run(run)
     go(run, "resume=true")
     assert str(damaged) in capsys.readouterr().out
