@@ -18,6 +18,7 @@ Writes loop.json and loop.md beside this file.
 """
 
 import argparse
+import inspect
 import io
 import itertools
 import json
@@ -43,6 +44,7 @@ from rich.console import Console
 from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.methods.classifier import ClassifierNetwork
 from pulmo_jax.models.autoencoder import ConvAutoencoder
+from pulmo_jax.models.classifier import ClassifierNet
 from pulmo_jax.training import devices
 from pulmo_jax.training.callbacks import Checkpoint, Event, JsonLines, ProgressBar, Start, TensorBoard
 from pulmo_jax.training.checkpoint import Checkpoints
@@ -66,8 +68,11 @@ def autoencoder(patch: int, batch: int, **network: int) -> Setup:
     return init_state(method, optimizer), make_step(method, optimizer, 0.99, 0, devices.everywhere(mesh)), data
 
 
-def classifiers(sizes: list[int], batch: int, **network: Any) -> Setup:
-    method, optimizer, count = ClassifierNetwork(2, (1.0, 1.0), **network), adamw(steps=10_000), sum(sizes)
+def classifiers(sizes: list[int], batch: int, **options: Any) -> Setup:
+    """In the earlier checkouts, the method has the arguments of the network, such as its widths."""
+    if "network" in inspect.signature(ClassifierNetwork).parameters and "widths" in options:
+        options["network"] = partial(ClassifierNet, widths=options.pop("widths"))
+    method, optimizer, count = ClassifierNetwork(2, (1.0, 1.0), **options), adamw(steps=10_000), sum(sizes)
     keys = jax.vmap(jax.random.key)(jnp.arange(count, dtype=jnp.uint32))
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch, count, method.size, method.size)).astype(np.float32)

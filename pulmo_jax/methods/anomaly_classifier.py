@@ -42,7 +42,7 @@ def image_logits(maps: Float[Array, "B S S"], normal: int) -> Float[Array, "B 2"
 
 @dataclass(frozen=True)
 class AutoencoderAnomaly:
-    """What an autoencoder of normal images cannot reproduce; implements methods.classes.Descended."""
+    """What an autoencoder of normal images cannot reproduce; implements methods.classes.Trained."""
 
     n_classes: int
     normal: int
@@ -102,7 +102,7 @@ class AutoencoderAnomaly:
 
 @dataclass(frozen=True)
 class GaussianAnomaly:
-    """What a Gaussian of patches of normal images finds unlikely; implements methods.classes.Counted."""
+    """What a Gaussian of patches of normal images finds unlikely; implements methods.classes.ClosedForm."""
 
     n_classes: int
     normal: int

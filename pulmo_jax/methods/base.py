@@ -63,20 +63,41 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class OnePass(Protocol):
-    """A `Method` that does not descend but counts: it sees every training patch once, and then knows its parameters.
+class Accumulated(Protocol):
+    """A `Method` whose parameters follow from sums over all training patches; each patch is read once.
 
-    `init` gives what is counted, of nothing yet; `finish` makes of it what all other functions take as `params`.
+    `init` returns the empty sums, and `finish` the parameters, which all other functions take as `params`.
     """
 
     def update(self, params: Params, batch: Float[Array, "B P P C"], inside: Bool[Array, "B P P"]) -> Params:
-        """With a batch; inside: the pixels that count, none of a patch that only fills the batch."""
+        """Add a batch to the sums.
+
+        Args:
+            params: Sums over the batches before.
+            batch: Normalised patches.
+            inside: Foreground pixels; none in a patch that only fills the batch.
+
+        Returns:
+            The new sums.
+        """
         ...
 
-    def finish(self, params: Params) -> Params: ...
+    def finish(self, params: Params) -> Params:
+        """Parameters from the sums over all patches."""
+        ...
 
     def caveats(self, params: Params) -> tuple[str, ...]:
-        """What must be known of what was counted. Raises InputError where nothing can be made of it."""
+        """Limitations of the fit, as sentences for the report.
+
+        Args:
+            params: Sums over all patches.
+
+        Returns:
+            The sentences.
+
+        Raises:
+            InputError: If there are too few patches for any fit.
+        """
         ...
 
 

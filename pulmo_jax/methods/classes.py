@@ -30,8 +30,8 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
-class Descended(Classifier, Protocol):
-    """A `Classifier` that is trained step by step."""
+class Trained(Classifier, Protocol):
+    """A `Classifier` that is trained by gradient descent."""
 
     def init(self, key: Key[Array, ""]) -> Params: ...
 
@@ -39,11 +39,11 @@ class Descended(Classifier, Protocol):
 
 
 @runtime_checkable
-class Counted(Classifier, Protocol):
-    """A `Classifier` that sees every training image once."""
+class ClosedForm(Classifier, Protocol):
+    """A `Classifier` that is fitted to all training images in a single step."""
 
     def fit(self, batches: Iterable[Float[Array, "B S S"]]) -> Params: ...
 
     def skeleton(self) -> Params:
-        """Structure, shapes and dtypes of the parameters that `fit` gives (`jax.ShapeDtypeStruct`); no data is read."""
+        """Structure, shapes and dtypes of the parameters of `fit` (`jax.ShapeDtypeStruct`), without any data."""
         ...

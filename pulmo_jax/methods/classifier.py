@@ -22,7 +22,7 @@ MAPPED = 2  # stages before the features whose part in a decision is shown
 
 @dataclass(frozen=True)
 class ClassifierNetwork:
-    """Implements methods.classes.Classifier and Descended.
+    """Implements methods.classes.Classifier and Trained.
 
     class_weights: of each class in the loss, of mean 1 over the training images.
     network: (n_classes, channels, rngs) -> model with `features`, `logits` and `stride` like `ClassifierNet`.

@@ -66,7 +66,7 @@ class EigenpatchParams(NamedTuple):
 
 @dataclass(frozen=True)
 class Eigenpatch:
-    """Landmarks by eigenpatches, a `located.Fitted`; fields after `sharpness` concern the search with a prior."""
+    """Landmarks by eigenpatches, a `located.ClosedForm`; fields after `sharpness` concern the search with a prior."""
 
     size: Annotated[int, Field(ge=16, description="side length of the resized images, px")] = 64
     contrast: Annotated[

@@ -34,7 +34,7 @@ LEAST_SD_PX = 0.1  # of a landmark: none is known without error
 
 @dataclass(frozen=True)
 class LandmarkNetwork:
-    """Implements methods.located.Locator and Descended.
+    """Implements methods.located.Locator and Trained.
 
     mirror: which landmark each one becomes in the image reflected left to right (`mirror_permutation`).
     shapes: of the training images, working px; `shape_prior` needs it.

@@ -47,8 +47,8 @@ class Locator(Protocol):
 
 
 @runtime_checkable
-class Fitted(Locator, Protocol):
-    """A `Locator` that is learnt in one go."""
+class ClosedForm(Locator, Protocol):
+    """A `Locator` that is fitted to all training images in a single step."""
 
     def fit(
         self,
@@ -58,13 +58,13 @@ class Fitted(Locator, Protocol):
     ) -> Params: ...
 
     def skeleton(self, n_landmarks: int) -> Params:
-        """Parameters of the structure that `fit` gives, with arrays of any shape and dtype."""
+        """Parameters with the structure of those of `fit`; shapes and dtypes of the arrays are arbitrary."""
         ...
 
 
 @runtime_checkable
-class Descended(Locator, Protocol):
-    """A `Locator` that is trained step by step."""
+class Trained(Locator, Protocol):
+    """A `Locator` that is trained by gradient descent."""
 
     def init(self) -> Params: ...
 

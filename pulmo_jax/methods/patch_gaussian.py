@@ -83,7 +83,7 @@ def exact_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class PatchGaussian:
-    """Implements methods.base.Method, OnePass and Detailed.
+    """Implements methods.base.Method, Accumulated and Detailed.
 
     network: what the Gaussian is of: pixels (models.identity.Identity), or a trained network's features or residual.
     """
@@ -224,7 +224,7 @@ class PatchGaussian:
 
     @exact_products
     def update(self, params: Params, batch: Float[Array, "B P P C"], inside: Bool[Array, "B P P"]) -> Params:
-        """With the windows of a batch that lie inside with every pixel."""
+        """Add the windows of a batch that lie completely inside."""
         x = self.vectors(params, batch)
         d, weights = x.shape[-1], self.whole(inside).astype(x.dtype)
         if self.locations == "pooled":
@@ -240,7 +240,7 @@ class PatchGaussian:
 
     @exact_products
     def finish(self, params: Params) -> Params:
-        """The Gaussians of what was counted."""
+        """The Gaussians from the accumulated moments."""
         moments: Moments = params["moments"]
         floor = self.floor**2 * variances(moments).mean()
         if self.locations == "pooled":
@@ -250,7 +250,7 @@ class PatchGaussian:
         return {"network": params["network"], "gaussian": gaussian}
 
     def caveats(self, params: Params) -> tuple[str, ...]:
-        """What must be known of a fit, from its moments. Raises InputError where there is nothing to learn from."""
+        """Limitations of the fit, from its moments. Raises InputError if there are no windows, or no variation."""
         moments: Moments = params["moments"]
         if not float(moments.n.max()):
             raise InputError(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -29,7 +28,7 @@ from pulmo_jax.training.callbacks import Callback, Start
 from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
 from pulmo_jax.training.program import Program, Step, uncompiled
-from pulmo_jax.training.state import TrainState
+from pulmo_jax.training.state import TrainState, fitted_state
 from pulmo_jax.types import InputError
 
 NOT_FIRST = math.nan  # objective in all processes except the first
@@ -107,6 +106,7 @@ def fitting(
     identity: Mapping[str, Any],
     titles: Sequence[str],
     draw: Callable[[TrainState], Figure],
+    remedy: str = "use fewer or smaller images",
 ) -> Learning:
     """The learning of a method that is fitted to all data in one step, in each process alike.
 
@@ -116,7 +116,11 @@ def fitting(
         error: Validation loss of parameters.
         identity: What a resumed run must share with the run that it continues, in comparable form.
         titles: Names of the images.
-        draw: A figure of what a state does.
+        draw: Draws a figure of a state on validation data.
+        remedy: Advice if memory is insufficient.
+
+    Returns:
+        Input of the training loop.
     """
     mesh = devices.all_devices(jax.device_count())
 
@@ -134,17 +138,12 @@ def fitting(
         files_of=lambda _: list(titles),
         examples_per_step=len(titles),
         unit="images",
-        remedy="use fewer or smaller images",
+        remedy=remedy,
         reading={},
         mesh=mesh,
         draw=draw,
         as_written=True,
     )
-
-
-def fitted_state(params: Any, step: int = 1) -> TrainState:
-    """The state of a method that is fitted in a single step: no moving average, no optimizer."""
-    return TrainState(jnp.asarray(step, jnp.int32), params, (), ())
 
 
 def connect(cluster: ClusterConfig) -> None:

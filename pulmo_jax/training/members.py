@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key, UInt32
 
-from pulmo_jax.methods.classes import Descended, Params
+from pulmo_jax.methods.classes import Params, Trained
 from pulmo_jax.training.program import Program, temporary_bytes
 from pulmo_jax.training.state import Metrics, TrainState, make_update
 
@@ -30,7 +30,7 @@ def chunk_sizes(count: int, at_once: int) -> list[int]:
 
 
 def init_members(
-    method: Descended, optimizer: optax.GradientTransformation, keys: Key[Array, "M"], sizes: Sequence[int]
+    method: Trained, optimizer: optax.GradientTransformation, keys: Key[Array, "M"], sizes: Sequence[int]
 ) -> TrainState:
     """params, ema and opt_state are lists of chunks."""
     first = np.cumsum([0, *sizes[:-1]])
@@ -77,7 +77,7 @@ class MemberStep:
 
 
 def make_member_step(
-    method: Descended,
+    method: Trained,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     keys: Key[Array, "M"],

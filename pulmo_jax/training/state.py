@@ -10,15 +10,15 @@ import optax
 from jaxtyping import Array, Bool, Float, Key
 
 from pulmo_jax.methods import classes
-from pulmo_jax.methods.base import Method, OnePass, Params
-from pulmo_jax.methods.located import Descended
+from pulmo_jax.methods.base import Accumulated, Method, Params
+from pulmo_jax.methods.located import Trained
 
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
     """step: batches seen, an int32 scalar (while JAX compiles, what describes one). ema: exponential moving average of
-    params, which all inference uses; of a method that counts in one pass there is none, and no optimizer's state.
+    params, which all inference uses; empty, as is opt_state, for methods that are not trained by gradient descent.
 
     Nothing else decides how training goes on: batches and noise are functions of (seed, step).
     """
@@ -29,12 +29,17 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
 
 
-def init_state(method: Method | Descended, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(method: Method | Trained, optimizer: optax.GradientTransformation) -> TrainState:
     params = method.init()
-    if isinstance(method, OnePass):
+    if isinstance(method, Accumulated):
         return TrainState(jnp.zeros((), jnp.int32), params, (), ())
     # Copies: shared buffers could not be donated.
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def fitted_state(params: Params, step: int = 1) -> TrainState:
+    """The state of a method that is fitted in a single step: no moving average, no optimizer."""
+    return TrainState(jnp.asarray(step, jnp.int32), params, (), ())
 
 
 def averaged_state(params: Params) -> TrainState:
@@ -43,13 +48,13 @@ def averaged_state(params: Params) -> TrainState:
 
 
 def inference_state(method: Method) -> TrainState:
-    """The structure of what inference uses of a state: the moving average or, of a method that counts, its counts."""
+    """The structure of what inference restores of a state: the moving average, or the sums of an accumulated method."""
     params = jax.eval_shape(method.init)
-    return TrainState((), params, (), ()) if isinstance(method, OnePass) else averaged_state(params)
+    return TrainState((), params, (), ()) if isinstance(method, Accumulated) else averaged_state(params)
 
 
 def make_update(
-    method: Method | Descended | classes.Descended, optimizer: optax.GradientTransformation, ema_decay: float
+    method: Method | Trained | classes.Trained, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> Callable[[TrainState, Any, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """One gradient step of one network, pure and not compiled.
 
@@ -77,7 +82,7 @@ def make_update(
 
 
 def make_step(
-    method: Method | Descended | classes.Descended,
+    method: Method | Trained | classes.Trained,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     seed: int,
@@ -101,9 +106,9 @@ def make_step(
 
 
 def make_pass(
-    method: OnePass, sharding: jax.sharding.Sharding | None = None
+    method: Accumulated, sharding: jax.sharding.Sharding | None = None
 ) -> Callable[[TrainState, tuple[Float[Array, "B P P C"], Bool[Array, "B P P"]]], tuple[TrainState, Metrics]]:
-    """The jitted step of a method that counts: (state, (batch, inside)) -> (state, metrics)."""
+    """The jitted step that adds a batch to the sums: (state, (batch, inside)) -> (state, metrics)."""
 
     def step(state: TrainState, batch: tuple[jax.Array, jax.Array]) -> tuple[TrainState, Metrics]:
         patches, inside = batch
@@ -114,5 +119,5 @@ def make_pass(
 
 
 def learnt(method: Method, state: TrainState) -> Params:
-    """The parameters for inference: the averaged ones, or what a method makes of all that it has counted."""
-    return method.finish(state.params) if isinstance(method, OnePass) else state.ema
+    """The parameters for inference: the averaged ones, or those computed from the sums of an accumulated method."""
+    return method.finish(state.params) if isinstance(method, Accumulated) else state.ema

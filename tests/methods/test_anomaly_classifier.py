@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pulmo_jax.methods.anomaly_classifier import AutoencoderAnomaly, GaussianAnomaly, image_logits
-from pulmo_jax.methods.classes import Counted, Descended
+from pulmo_jax.methods.classes import ClosedForm, Trained
 from pulmo_jax.types import InputError
 
 
@@ -25,8 +25,8 @@ def textures(count, seed=0, spot=False):
 
 
 def test_they_are_what_the_jobs_ask_for():
-    assert issubclass(AutoencoderAnomaly, Descended)
-    assert issubclass(GaussianAnomaly, Counted)
+    assert issubclass(AutoencoderAnomaly, Trained)
+    assert issubclass(GaussianAnomaly, ClosedForm)
     assert AutoencoderAnomaly(2, 0).normal_alone()
     assert GaussianAnomaly(2, 1).normal_alone()
 

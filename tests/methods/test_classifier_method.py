@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pulmo_jax.core.jitter import Affine, warp_images
-from pulmo_jax.methods.classes import Classifier, Descended
+from pulmo_jax.methods.classes import Classifier, Trained
 from pulmo_jax.methods.classifier import ClassifierNetwork
 from pulmo_jax.models.classifier import ClassifierNet
 from pulmo_jax.types import InputError
@@ -46,7 +46,7 @@ def compiled(method, name):
 
 def test_it_is_what_the_jobs_ask_for():
     assert issubclass(ClassifierNetwork, Classifier)
-    assert issubclass(ClassifierNetwork, Descended)
+    assert issubclass(ClassifierNetwork, Trained)
 
 
 def test_a_new_network_knows_nothing():

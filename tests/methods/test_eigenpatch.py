@@ -15,7 +15,7 @@ from pulmo_jax.methods import eigenpatch_stages, eigenpatch_training
 from pulmo_jax.methods.eigenpatch import Eigenpatch, fit_template, residual_maps
 from pulmo_jax.methods.eigenpatch_subspaces import patch_subspaces
 from pulmo_jax.methods.eigenpatch_training import fold_of, softmax_weights
-from pulmo_jax.methods.located import Fitted, Locator
+from pulmo_jax.methods.located import ClosedForm, Locator
 from pulmo_jax.types import InputError
 
 CHEST = Path(__file__).parents[2].parent / "shared" / "data" / "chest_landmarks"
@@ -134,7 +134,7 @@ def test_an_image_is_not_told_by_its_neighbours(with_prior, without, prior):
 def test_it_is_a_fitted_locator_whose_skeleton_is_its_parameters(with_prior, without, prior):
     method, params = with_prior if prior else without
     assert isinstance(method, Locator)
-    assert isinstance(method, Fitted)
+    assert isinstance(method, ClosedForm)
     assert jax.tree.structure(method.skeleton(3)) == jax.tree.structure(params)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
 

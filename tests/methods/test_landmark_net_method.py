@@ -19,7 +19,7 @@ from pulmo_jax.methods.landmark_net import (
     pooled,
     shaped,
 )
-from pulmo_jax.methods.located import Descended, Located, Locator, Params
+from pulmo_jax.methods.located import Located, Locator, Params, Trained
 from pulmo_jax.models.landmark_net import LandmarkNet
 from pulmo_jax.types import InputError
 
@@ -64,7 +64,7 @@ def found(members: int = 2, flip_average: bool = True) -> Located:
 
 def test_it_is_what_a_landmark_job_trains():
     assert isinstance(small(), Locator)
-    assert isinstance(small(), Descended)
+    assert isinstance(small(), Trained)
 
 
 @pytest.mark.parametrize(

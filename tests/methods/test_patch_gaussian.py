@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from references import patch_gaussian as reference
 
-from pulmo_jax.methods.base import Method, OnePass
+from pulmo_jax.methods.base import Accumulated, Method
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, blobs, merged
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.models.identity import Identity
@@ -47,7 +47,7 @@ def floor_variance(method: PatchGaussian, params) -> float:
 
 def test_it_is_a_method_of_one_pass():
     assert isinstance(pixels(), Method)
-    assert isinstance(pixels(), OnePass)
+    assert isinstance(pixels(), Accumulated)
 
 
 def test_pooled_distances_are_those_of_slow_loops():

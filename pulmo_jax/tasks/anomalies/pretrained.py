@@ -9,7 +9,7 @@ import numpy as np
 
 from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
-from pulmo_jax.methods.base import Method, OnePass, Params
+from pulmo_jax.methods.base import Accumulated, Method, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
 from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
 from pulmo_jax.runs.older import naming_version
@@ -63,7 +63,7 @@ def open_base(config: TrainConfig) -> Pretrained | None:
     path = Path(name).absolute()
     with naming_version(path):
         before, how, method, state, _ = load_run(path, config.plugins)
-    if isinstance(method, OnePass):
+    if isinstance(method, Accumulated):
         raise InputError(f"method.base_run={path}: its method trains no network; give the run of an autoencoder")
     return Pretrained(path, before, how, learnt(method, state), digest_of_run(path))
 

@@ -20,7 +20,7 @@ from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
-from pulmo_jax.methods.base import Method, OnePass
+from pulmo_jax.methods.base import Accumulated, Method
 from pulmo_jax.runs.directory import build_optimizer, load_config
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.place import Place
@@ -131,30 +131,27 @@ def read(config: TrainConfig, place: Place) -> AnomalyData:
 
 
 def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
-    """Gradient descent on shuffled patches, or one pass over all of them, as the method learns."""
+    """Gradient descent on shuffled patches, or a single pass that accumulates sums over all of them."""
     normal, trainer, mesh = data.normal, config.trainer, devices.all_devices(config.trainer.batch_size)
     method, optimizer = build_method(config, normal.how), build_optimizer(config)
-    one_pass = isinstance(method, OnePass)
+    read_patches = patch_reader(config.data, normal, data.reader, place.console)
+    everywhere, once = devices.everywhere(mesh), sees_once(config)
+    if isinstance(method, Accumulated):
+        step, batches = make_pass(method, everywhere), single_pass(config, normal, read_patches)
+    else:
+        step = make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
+        batches = shuffled(config, normal, read_patches)
     patches = validation_patches(config, normal, data.reader)
-    batches = (single_pass if one_pass else shuffled)(
-        config, normal, patch_reader(config.data, normal, data.reader, place.console)
-    )
-    everywhere = devices.everywhere(mesh)
-    step = (
-        make_pass(method, everywhere)
-        if isinstance(method, OnePass)
-        else make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
-    )
     return Learning(
         state=start_from(init_state(method, optimizer), method, normal, data.base),
         compile=partial(compile_step, step),
-        batch=describe_batch(trainer.batch_size, normal.how, one_pass),
+        batch=describe_batch(trainer.batch_size, normal.how, once),
         batches=batches,
-        steps=len(batches) if one_pass else trainer.steps,
+        steps=len(batches) if once else trainer.steps,
         validate=make_validation(method, patches, trainer.batch_size, config.seed, mesh),
-        validate_every=len(batches) if one_pass else None,
+        validate_every=len(batches) if once else None,
         identity=identify(config, normal, data.base),
-        files_of=lambda number: files_of_batch(config, normal, one_pass, number - 1),
+        files_of=lambda number: files_of_batch(config, normal, once, number - 1),
         examples_per_step=trainer.batch_size,
         unit="patches",
         remedy=less_memory(config),
@@ -164,11 +161,11 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
     )
 
 
-def describe_batch(size: int, how: Preprocessing, one_pass: bool) -> Any:
+def describe_batch(size: int, how: Preprocessing, once: bool) -> Any:
     """Shapes and dtypes of a batch of patches, with the mask of the foreground where each is seen once."""
     shape = (size, how.patch_size, how.patch_size, how.channels)
     patches, inside = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct(shape[:3], bool)
-    return (patches, inside) if one_pass else patches
+    return (patches, inside) if once else patches
 
 
 def records(config: TrainConfig, data: AnomalyData) -> Mapping[str, Any]:
@@ -206,7 +203,7 @@ def assess(run: Run, data: AnomalyData, learned: Learned, place: Place) -> Findi
 
 
 def caveats_of(method: Method, learned: Learned) -> tuple[str, ...]:
-    return method.caveats(learned.state.params) if isinstance(method, OnePass) else ()
+    return method.caveats(learned.state.params) if isinstance(method, Accumulated) else ()
 
 
 def identify(config: TrainConfig, data: NormalData, base: Pretrained | None) -> dict[str, Any]:
@@ -238,9 +235,9 @@ def require_one_frame(config: TrainConfig) -> None:
 
 
 def sees_once(config: TrainConfig) -> bool:
-    """Whether the method learns in one pass: patches then need not overlap."""
+    """Whether the method reads each patch once: patches then need not overlap."""
     target = find_target(config.method, "method", config.plugins)
-    return isinstance(target, type) and issubclass(target, OnePass)
+    return isinstance(target, type) and issubclass(target, Accumulated)
 
 
 def less_memory(config: TrainConfig) -> str:

@@ -26,14 +26,14 @@ from pulmo_jax.data.square_batches import onto_image, square_of, window_of
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
-from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
+from pulmo_jax.methods.classes import Classifier, ClosedForm, Params, Trained
 from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
 from pulmo_jax.tasks.classification.results import ClassResult
 from pulmo_jax.training.members import chunk_sizes, init_members
-from pulmo_jax.training.state import TrainState, averaged_state
+from pulmo_jax.training.state import TrainState, averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
 CLASSES, IMAGES = SEALED = ("classes.json", "images.json")
@@ -166,7 +166,7 @@ def positive_class(classes: Sequence[str], normal: int) -> int | None:
 def check_nodes(config: ClassifierConfig) -> None:
     """Validates the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
-    if not (isinstance(target, type) and (issubclass(target, Descended) or issubclass(target, Counted))):
+    if not (isinstance(target, type) and (issubclass(target, Trained) or issubclass(target, ClosedForm))):
         raise InputError(
             f"method._target_={config.method['_target_']}: is no classifier (it needs `logits` with `train_loss` or "
             f"`fit`); choose among: {', '.join(CHOICES['method'])}"
@@ -296,22 +296,17 @@ def honest_chunks(plan: Plan, chunks: Sequence[Params]) -> list[Params]:
 
 
 def restore(path: Path, method: Classifier, config: ClassifierConfig, plan: Plan, step: int) -> TrainState:
-    if isinstance(method, Counted):
-        return restore_sealed(path, step, counted_state(skeleton(method, plan.sizes)), as_written=True)
-    assert isinstance(method, Descended)  # the config was checked
-    params = jax.eval_shape(lambda: init_members(method, optax.identity(), plan.keys, plan.sizes)).params
-    return restore_sealed(path, step, averaged_state(params))
+    if isinstance(method, Trained):
+        params = jax.eval_shape(lambda: init_members(method, optax.identity(), plan.keys, plan.sizes)).params
+        return restore_sealed(path, step, averaged_state(params))
+    assert isinstance(method, ClosedForm)  # the config was checked
+    return restore_sealed(path, step, fitted_state(skeleton(method, plan.sizes)), as_written=True)
 
 
-def skeleton(method: Counted, sizes: Sequence[int]) -> list[Params]:
+def skeleton(method: ClosedForm, sizes: Sequence[int]) -> list[Params]:
     """Parameters of the structure that training writes, all zero."""
     one = method.skeleton()
     return [jax.tree.map(lambda leaf, size=size: jnp.zeros((size, *leaf.shape), leaf.dtype), one) for size in sizes]
-
-
-def counted_state(chunks: list[Params], step: int = 1) -> TrainState:
-    """Of methods that are fitted in a single step: no moving average, no optimizer."""
-    return TrainState(jnp.asarray(step, jnp.int32), chunks, (), ())
 
 
 def allowed_networks(run: ClassifierRun, found: ClassSet) -> tuple[Bool[np.ndarray, "N M"], int]:

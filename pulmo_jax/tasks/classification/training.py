@@ -1,6 +1,6 @@
 """Training of classification: cross-validate, calibrate each network, test, report."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from pulmo_jax.data.synthetic_mri import synthetic_mri
 from pulmo_jax.evaluation.class_calibration import Scaling, fit_scaling
 from pulmo_jax.host.resources import give_back_freed_memory
 from pulmo_jax.inference.members import Stack, at_rows, each_its_own, kept
-from pulmo_jax.methods.classes import Classifier, Counted, Descended, Params
+from pulmo_jax.methods.classes import Classifier, ClosedForm, Params, Trained
 from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
-from pulmo_jax.runs.training import Learned, Learning
+from pulmo_jax.runs.training import Learned, Learning, fitting
 from pulmo_jax.tasks.classification.assessment import assess_training
 from pulmo_jax.tasks.classification.config import ClassifierConfig
 from pulmo_jax.tasks.classification.data import (
@@ -43,7 +43,6 @@ from pulmo_jax.tasks.classification.run import (
     build_classifier,
     check_nodes,
     class_weights,
-    counted_state,
     honest_chunks,
     make_plan,
     parameters,
@@ -53,7 +52,6 @@ from pulmo_jax.tasks.classification.run import (
 )
 from pulmo_jax.training import devices
 from pulmo_jax.training.members import init_members, make_member_step
-from pulmo_jax.training.program import uncompiled
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
@@ -144,34 +142,42 @@ def normal_class(found: ClassSet, name: str | None) -> int:
 
 
 def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learning:
-    """All networks together; the last parameters are used, because so few validation images would choose badly."""
-    method, plan, found, trainer = data.method, data.plan, data.found, config.trainer
-    learnt = [data.learnt_from(rows.training) for rows in plan.folds]
+    """Gradient descent of all networks together, or a fit of each in a single step."""
+    method, found = data.method, data.found
+    if isinstance(method, Trained):
+        return descent(config, data, method)
+    assert isinstance(method, ClosedForm)  # the config was checked
+    return fitting(
+        fit=lambda: fit_all(method, data),
+        like=skeleton(method, data.plan.sizes),
+        error=validation(method, data),
+        identity=identify(config, found, data.plan),
+        titles=found.titles,
+        remedy="lower trainer.repeats, trainer.members or method.size",
+        draw=validated_images(data),
+    )
+
+
+def descent(config: ClassifierConfig, data: ClassData, method: Trained) -> Learning:
+    """Gradient descent of all networks together.
+
+    The run uses the last parameters: too few images validate each network to select a checkpoint by them.
+    """
+    plan, found, trainer, optimizer = data.plan, data.found, config.trainer, build_optimizer(config)
     batch_size = trainer.batch_size * (len(jax.devices()) if trainer.scale_batch else 1)
-    at_once = isinstance(method, Counted)
-    mesh = devices.all_devices(jax.device_count() if at_once else batch_size)
-    rows = member_rows(learnt, batch_size, [member.seed for member in plan.members])
-    if isinstance(method, Counted):
-        state, batch, batches, steps = counted_state(skeleton(method, plan.sizes), step=0), None, [None], 1
-        compile_for = uncompiled(count_all(method, data, learnt, mesh))
-    else:
-        assert isinstance(method, Descended)  # the config was checked
-        optimizer, steps = build_optimizer(config), trainer.steps
-        state = init_members(method, optimizer, plan.keys, plan.sizes)
-        share = jax.process_index(), jax.process_count()
-        batches: Any = member_batches(found.squares, found.labels, rows, batch_size, *share)
-        shape = batch_size, len(plan.members)
-        images = jax.ShapeDtypeStruct((*shape, found.squares.size, found.squares.size), np.float32)
-        batch = images, jax.ShapeDtypeStruct(shape, found.labels.dtype)
-        step = make_member_step(method, optimizer, trainer.ema_decay, plan.keys, devices.everywhere(mesh))
-        compile_for = step.compiled
+    mesh = devices.all_devices(batch_size)
+    seeds = [member.seed for member in plan.members]
+    rows = member_rows([data.learnt_from(fold.training) for fold in plan.folds], batch_size, seeds)
+    shape = batch_size, len(plan.members)
+    images = jax.ShapeDtypeStruct((*shape, found.squares.size, found.squares.size), np.float32)
+    loss = validation(method, data)
     return Learning(
-        state=state,
-        compile=compile_for,
-        batch=batch,
-        batches=batches,
-        steps=steps,
-        validate=validation(method, data),
+        state=init_members(method, optimizer, plan.keys, plan.sizes),
+        compile=make_member_step(method, optimizer, trainer.ema_decay, plan.keys, devices.everywhere(mesh)).compiled,
+        batch=(images, jax.ShapeDtypeStruct(shape, found.labels.dtype)),
+        batches=member_batches(found.squares, found.labels, rows, batch_size, jax.process_index(), jax.process_count()),
+        steps=trainer.steps,
+        validate=lambda state: loss(parameters(devices.here(state))),
         identity=identify(config, found, plan),
         files_of=lambda number: [found.titles[row] for row in np.unique(rows[number - 1])],
         examples_per_step=batch_size * len(plan.members),
@@ -181,7 +187,6 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
         mesh=mesh,
         draw=validated_images(data),
         keep="last",
-        as_written=at_once,
     )
 
 
@@ -233,7 +238,7 @@ def assess(outcome: CrossValidated, data: ClassData, learned: Learned, place: Pl
 
 
 def identify(config: ClassifierConfig, found: ClassSet, plan: Plan) -> dict[str, Any]:
-    """What a resumed run must share with the run that it goes on with, in comparable form."""
+    """What a resumed run must share with the run that it continues, in comparable form."""
     return {
         "seed": config.seed,
         "trainer.batch_size": config.trainer.batch_size,
@@ -258,16 +263,15 @@ def calibrated_loss(logits: list[np.ndarray], scalings: list[Scaling], plan: Pla
     return float(np.mean(losses))
 
 
-def validation(method: Classifier, data: ClassData) -> Callable[[TrainState], float]:
-    """The mean over the honest networks of the loss on the images that validate each."""
+def validation(method: Classifier, data: ClassData) -> Callable[[list[Params]], float]:
+    """Loss of chunks of networks: the mean over the honest ones of the loss on the images that validate each."""
     plan, found = data.plan, data.found
     losses = each_its_own(lambda params, images, labels: method.validation_losses(params, (images, labels)))
     some = [evenly_spaced(data.learnt_from(plan.folds[i].validation), MOST_VALIDATED) for i in plan.honest]
     images, labels = kept(found.squares.stack, some), kept(lambda rows: found.labels[rows], some)
 
-    def loss(state: TrainState) -> float:
-        chunks = honest_chunks(plan, parameters(devices.here(state)))
-        found_losses = of_members(losses, chunks, plan, some, images, labels)
+    def loss(chunks: list[Params]) -> float:
+        found_losses = of_members(losses, honest_chunks(plan, chunks), plan, some, images, labels)
         return float(np.mean([of_one.mean() for of_one in found_losses]))
 
     return loss
@@ -303,19 +307,12 @@ def of_members(
     return results
 
 
-def count_all(
-    method: Counted, data: ClassData, learnt: Sequence[np.ndarray], mesh: Any
-) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-    """The single step of a method that sees every training image once."""
+def fit_all(method: ClosedForm, data: ClassData) -> list[Params]:
+    """Chunks of the parameters of all networks, each fitted to its training images."""
     sizes = data.plan.sizes
-
-    def step(state: TrainState, _: Any) -> tuple[TrainState, dict]:
-        fitted = [method.fit(batches_of(data.found, rows)) for rows in learnt]
-        parts = zip(np.cumsum(sizes), sizes, strict=True)
-        chunks = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *fitted[end - size : end]) for end, size in parts]
-        return devices.on_all(counted_state(chunks), mesh), {}
-
-    return step
+    fitted = [method.fit(batches_of(data.found, data.learnt_from(fold.training))) for fold in data.plan.folds]
+    parts = zip(np.cumsum(sizes), sizes, strict=True)
+    return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *fitted[end - size : end]) for end, size in parts]
 
 
 def batches_of(found: ClassSet, rows: Int[np.ndarray, "_"]) -> Iterator[Float[jax.Array, "B S S"]]:

@@ -35,13 +35,13 @@ from pulmo_jax.host.files import atomically, write_json
 from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
-from pulmo_jax.methods.located import Descended, Fitted, Found, Locator, Params
+from pulmo_jax.methods.located import ClosedForm, Found, Locator, Params, Trained
 from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
 from pulmo_jax.tasks.landmarks.results import LandmarkResult
-from pulmo_jax.training.state import TrainState, averaged_state
+from pulmo_jax.training.state import averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
 SEALED = ("landmarks.json", "calibration.json", "companions.npz")
@@ -163,7 +163,7 @@ turned_over = jax.jit(jax.vmap(flipped, (0, None)))
 def check_nodes(config: LandmarkConfig) -> None:
     """Validates the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
-    if not (isinstance(target, type) and (issubclass(target, Fitted) or issubclass(target, Descended))):
+    if not (isinstance(target, type) and (issubclass(target, ClosedForm) or issubclass(target, Trained))):
         raise InputError(
             f"method._target_={config.method['_target_']}: is no landmark method (it needs `locate` with `fit` or "
             f"`train_loss`); choose among: {', '.join(CHOICES['method'])}"
@@ -301,15 +301,10 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
 
 
 def restore(path: Path, method: Locator, config: LandmarkConfig, n_landmarks: int, step: int) -> Params:
-    if isinstance(method, Fitted):
-        return restore_sealed(path, step, fitted_state(method.skeleton(n_landmarks)), as_written=True).params
-    assert isinstance(method, Descended)  # the config was checked
-    return restore_sealed(path, step, averaged_state(jax.eval_shape(method.init))).ema
-
-
-def fitted_state(params: Params, step: int = 1) -> TrainState:
-    """Of a method that is fitted in a single step: no moving average, no optimizer."""
-    return TrainState(jnp.asarray(step, jnp.int32), params, (), ())
+    if isinstance(method, Trained):
+        return restore_sealed(path, step, averaged_state(jax.eval_shape(method.init))).ema
+    assert isinstance(method, ClosedForm)  # the config was checked
+    return restore_sealed(path, step, fitted_state(method.skeleton(n_landmarks)), as_written=True).params
 
 
 def read_calibration(path: Path) -> LandmarkCalibration:

@@ -1,4 +1,4 @@
-"""Training of landmarks: learn where the points are, calibrate the uncertainties on validation images, test."""
+"""Training of landmarks: train or fit a method, calibrate its uncertainties on validation images, test."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -20,11 +20,11 @@ from pulmo_jax.data.samples import fetch_radiographs
 from pulmo_jax.evaluation.landmark_metrics import radial_errors
 from pulmo_jax.inference.locate import locating
 from pulmo_jax.inference.transfers import keep
-from pulmo_jax.methods.located import Descended, Fitted, Locator, Params
+from pulmo_jax.methods.located import ClosedForm, Locator, Params, Trained
 from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
-from pulmo_jax.runs.training import Learned, Learning
+from pulmo_jax.runs.training import Learned, Learning, fitting
 from pulmo_jax.tasks.landmarks.assessment import assess_landmarks
 from pulmo_jax.tasks.landmarks.config import LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import LandmarkSets, describe_sets, read_sets
@@ -35,13 +35,12 @@ from pulmo_jax.tasks.landmarks.run import (
     build_locator,
     check_nodes,
     fit_companions,
-    fitted_state,
     make_run,
     save_run,
     working_size,
 )
 from pulmo_jax.training import devices
-from pulmo_jax.training.program import compile_step, uncompiled
+from pulmo_jax.training.program import compile_step
 from pulmo_jax.training.state import TrainState, init_state, make_step
 
 TABLES = ("train", "val", "test")
@@ -96,59 +95,51 @@ def read(config: LandmarkConfig, place: Place) -> LandmarkData:
 
 
 def learning(config: LandmarkConfig, data: LandmarkData, place: Place) -> Learning:
-    """Gradient descent on shuffled images, or all of them at once in a single step, as the method learns."""
-    method, trainer, sets = build_locator(config, data.companions), config.trainer, data.sets
-    training, at_once = sets.training, isinstance(method, Fitted)
-    mesh = devices.all_devices(jax.device_count() if at_once else trainer.batch_size)
-    error = validation_error(method, sets)
-    everywhere = devices.everywhere(mesh)
-    if isinstance(method, Fitted):
-        state, steps = fitted_state(method.skeleton(training.points.shape[1]), step=0), 1
-        batch, batches = None, [None]
-        compile_for: Any = uncompiled(fit_at_once(method, sets, mesh))
-    else:
-        assert isinstance(method, Descended)  # the config was checked
-        optimizer = build_optimizer(config)
-        state, steps = init_state(method, optimizer), trainer.steps
-        share = jax.process_index(), jax.process_count()
-        pixels, points = training.working.pixels, training.square_points
-        batches: Any = shuffled_batches(pixels, points, trainer.batch_size, config.seed, *share)
-        batch = tuple(jax.ShapeDtypeStruct((trainer.batch_size, *a.shape[1:]), a.dtype) for a in (pixels, points))
-        step = make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
-        compile_for = partial(compile_step, step)
+    """Gradient descent on shuffled images, or a fit to all of them in a single step."""
+    method, training = build_locator(config, data.companions), data.sets.training
+    if isinstance(method, Trained):
+        return descent(config, data.sets, method)
+    assert isinstance(method, ClosedForm)  # the config was checked
+    return fitting(
+        fit=lambda: method.fit(np.asarray(training.working.pixels), training.square_points, training.groups),
+        like=method.skeleton(training.points.shape[1]),
+        error=validation_error(method, data.sets),
+        identity=identify(config, data.sets),
+        titles=training.titles,
+        remedy=f"lower method.size (now {working_size(config)})",
+        draw=predictions(method, data.sets),
+    )
+
+
+def descent(config: LandmarkConfig, sets: LandmarkSets, method: Trained) -> Learning:
+    """Gradient descent on shuffled images."""
+    trainer, training, optimizer = config.trainer, sets.training, build_optimizer(config)
+    pixels, points, error = training.working.pixels, training.square_points, validation_error(method, sets)
+    mesh = devices.all_devices(trainer.batch_size)
+    step = make_step(method, optimizer, trainer.ema_decay, config.seed, devices.everywhere(mesh))
 
     def files_of(number: int) -> list[str]:
         rows = rows_of_batch(len(training.refs), trainer.batch_size, config.seed, number - 1)
-        return training.titles if at_once else [training.titles[row] for row in rows]
+        return [training.titles[row] for row in rows]
 
     return Learning(
-        state=state,
-        compile=compile_for,
-        batch=batch,
-        batches=batches,
-        steps=steps,
+        state=init_state(method, optimizer),
+        compile=partial(compile_step, step),
+        batch=tuple(jax.ShapeDtypeStruct((trainer.batch_size, *a.shape[1:]), a.dtype) for a in (pixels, points)),
+        batches=shuffled_batches(
+            pixels, points, trainer.batch_size, config.seed, jax.process_index(), jax.process_count()
+        ),
+        steps=trainer.steps,
         validate=lambda state: error(parameters(devices.here(state))),
         identity=identify(config, sets),
         files_of=files_of,
-        examples_per_step=len(training.refs) if at_once else trainer.batch_size,
+        examples_per_step=trainer.batch_size,
         unit="images",
         remedy=f"lower trainer.batch_size (now {trainer.batch_size}), method.members or method.size",
         reading={"threads": config.data.threads, "prefetch": BATCHES_AHEAD},
         mesh=mesh,
         draw=predictions(method, sets),
-        as_written=at_once,
     )
-
-
-def fit_at_once(method: Fitted, sets: LandmarkSets, mesh: Any) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-    """The single step of a method that is fitted to all training images."""
-    training = sets.training
-
-    def step(state: TrainState, _: Any) -> tuple[TrainState, dict]:
-        params = method.fit(np.asarray(training.working.pixels), training.square_points, training.groups)
-        return devices.on_all(fitted_state(params), mesh), {}
-
-    return step
 
 
 def parameters(state: TrainState) -> Params:
@@ -212,7 +203,7 @@ def predictions(method: Locator, sets: LandmarkSets) -> Callable[[TrainState], F
 
 
 def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
-    """What a resumed run must share with the run that it goes on with, in comparable form."""
+    """What a resumed run must share with the run that it continues, in comparable form."""
     table = hashlib.sha256(sets.training.points.tobytes())
     for title in (*sets.training.titles, *sets.validation.titles):
         table.update(title.encode())

@@ -13,7 +13,7 @@ from pulmo_jax.data.one_image import one_image
 from pulmo_jax.data.working_images import read_working, working_image
 from pulmo_jax.runs.directory import load_values, restore_sealed, sealed_step
 from pulmo_jax.runs.place import build_formats
-from pulmo_jax.runs.training import fitted_state
+from pulmo_jax.training.state import fitted_state
 
 SEALED = ()
 
