@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SMALL = ["trainer.steps=20", "trainer.validate_every=20", "trainer.checkpoint_every=20"]
-STACK = ["+experiment=adi", "data.synthetic.frames=30", "data.synthetic.size=64"]
+STACK = ["+experiment=adi", "data.synthetic.frames=30", "data.synthetic.size=64", "data.pixel_scale=0.01225"]
 
 # Runs that the measured verbs start from. SAMPLES is the cache folder of the samples.
 PREPARED = {
@@ -46,7 +46,7 @@ CASES = {
     "detect, 1 channel": ["detect", "+experiment=adi"],
     "detect, 24 channels": ["detect", *STACK, "data.synthetic.channels=24"],
     "detect, 2 epochs": EPOCHS,
-    "detect, 2 epochs, orbits": [*EPOCHS, *ORBITS, "data.pixel_scale=0.01225"],
+    "detect, 2 epochs, orbits": [*EPOCHS, *ORBITS],
 }
 
 

@@ -72,16 +72,24 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
 
 
 def with_figures(findings: Findings, run: Any, config: Any, folder: Path) -> Findings:
-    """The findings, with the figures that the config's `figures` name as the last section of the report.
+    """The findings with a further section of the user's figures; see `figure_sections`."""
+    return replace(findings, sections=[*findings.sections, *figure_sections(findings, run, config, folder)])
+
+
+def figure_sections(findings: Any, run: Any, config: Any, folder: Path) -> list[Section]:
+    """Draw the figures that the config lists under `figures`.
 
     Args:
-        findings: Of the task.
-        run: The open run.
-        config: With `figures`, nodes of functions (run, findings) -> (matplotlib figure, caption), and `plugins`.
-        folder: Of the report.
+        findings: Findings of the task; for point sources, the result of the search.
+        run: The open run; for point sources, the observation with its detection limits.
+        config: Config with `plugins` and `figures`, nodes of functions (run, findings) -> (matplotlib figure, caption).
+        folder: Folder of the report.
+
+    Returns:
+        A section of the report; empty if there are no such figures.
 
     Raises:
-        InputError: A node cannot be built, or its function returns something else.
+        InputError: If a node cannot be built, or its function returns something else.
     """
     drawn = []
     for name, node in config.figures.items():
@@ -89,7 +97,7 @@ def with_figures(findings: Findings, run: Any, config: Any, folder: Path) -> Fin
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Figure)):
             raise InputError(f"figures.{name}: returned {type(result).__name__}; it must return (figure, caption)")
         drawn.append(CaptionedFigure(save(result[0], folder / "figures", name), str(result[1])))
-    return replace(findings, sections=[*findings.sections, Section("Further figures", figures=drawn)])
+    return [Section("Further figures", figures=drawn)] if drawn else []
 
 
 def summarise_training(run: Any, training: Mapping[str, Any]) -> dict[str, str]:

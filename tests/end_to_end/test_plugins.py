@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from astropy.io import fits
 from omegaconf import OmegaConf
 from references import child
 
@@ -111,3 +112,16 @@ def test_a_method_a_model_and_a_loss_are_trained_together(tmp_path):
     assert first["train/loss"] > 0.01  # at least its epsilon
     calls = json.loads((run / "calibration.json").read_text())
     assert calls["image_threshold"]["value"] > 0
+
+
+def test_a_search_for_point_sources_draws_the_users_figure(tmp_path):
+    run = tmp_path / "run"
+    call(
+        "detect", *OWN, "+experiment=adi", "plugins=[lab]", "figures=snr", "data.synthetic.frames=10",
+        "data.synthetic.size=40", "contrast.rings=0", f"hydra.run.dir={run}",
+    )  # fmt: skip
+    mapped = int(np.isfinite(fits.getdata(run / "snr.fits")).sum())
+    page = (run / "report.html").read_text()
+    assert "Further figures" in page
+    assert f"SNR of {mapped} pixels, adi." in page
+    assert (run / "figures" / "snr_histogram.pdf").read_bytes().startswith(b"%PDF")

@@ -19,6 +19,7 @@ from pulmo_jax.methods.paco.epochs import EpochMap, Star
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import CaptionedFigure, Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
+from pulmo_jax.runs.report import figure_sections
 from pulmo_jax.tasks.point_sources import epoch_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.config import DetectConfig
@@ -98,6 +99,7 @@ def write_combined_report(result: CombinedResult, out_dir: Path, console: Consol
             epoch_section(result, out_dir),
             *orbit_sections(result, out_dir),
             noise_section(result, out_dir),
+            *figure_sections(result.combined, result, result.config, out_dir),
         ],
         citations=CITATIONS if result.plan.star else CITATIONS[:1],
         warnings=list(result.caveats),

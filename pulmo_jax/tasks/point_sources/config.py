@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
-from pulmo_jax.config.section import Bool, Float, Int, Pair, PathLike, Section
+from pulmo_jax.config.section import Bool, Float, Int, Node, Pair, PathLike, Section
 
 
 def _is_file(path: PathLike) -> PathLike:
@@ -220,6 +220,7 @@ class DetectConfig(Section):
         default="point_sources", description="name of the task, set by the experiment"
     )
     plugins: tuple[str, ...] = Field(default=(), description="your packages that _target_ nodes may import")
+    figures: dict[str, Node] = Field(default={}, description="nodes of your own report figures; figures=NAME chooses")
     data: StackConfig = StackConfig()
     method: PacoConfig = PacoConfig()
     search: SearchConfig = SearchConfig()

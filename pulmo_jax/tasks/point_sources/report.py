@@ -18,6 +18,7 @@ from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
+from pulmo_jax.runs.report import figure_sections
 from pulmo_jax.tasks.point_sources import figures as adi_figures
 from pulmo_jax.tasks.point_sources import null_figures, spectral_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
@@ -80,6 +81,7 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
             null_section(result, search, out_dir),
             *([contrast_section(result, search, result.contrast, out_dir)] if result.contrast is not None else []),
             stack_section(result, search, out_dir),
+            *figure_sections(search, result, result.config, out_dir),
         ],
         citations=[
             CITATION,
