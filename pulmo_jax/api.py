@@ -61,7 +61,7 @@ def train(
     Args:
         experiment: Name of an experiment, such as "lung".
         config: Keys of the config and their values, such as {"data.train": "normals/", "trainer.steps": 500}.
-        run_dir: Run directory; None: runs/NAME/TIME.
+        run_dir: Run directory, which may also be given as "hydra.run.dir" in `config`; None: runs/NAME/TIME.
         config_dir: Folder of your own experiments and groups.
 
     Returns:
@@ -71,7 +71,8 @@ def train(
         InputError: Config or data cannot be used.
         KeyboardInterrupt: Stopped by a signal, with a checkpoint; {"resume": True} with the same run_dir continues.
     """
-    typed = compose_config("train", experiment, config or {}, config_dir)
+    values, run_dir = without_folder(config or {}, run_dir)
+    typed = compose_config("train", experiment, values, config_dir)
     folder = Path(run_dir) if run_dir else Path("runs") / typed.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         run_training(typed, folder)
@@ -86,7 +87,8 @@ def evaluate(run: OpenRun | Path | str, config: Config, *, out_dir: Path | str |
     Args:
         run: An open run, or its directory.
         config: Keys of `python -m pulmo_jax.evaluate`, such as {"data.test": "test/", "data.test_masks": "masks/"}.
-        out_dir: Folder for the report; None: RUN/evaluation/TIME.
+        out_dir: Folder for the report, which may also be given as "hydra.run.dir" in `config`; None:
+            RUN/evaluation/TIME.
 
     Returns:
         The content of metrics.json.
@@ -95,7 +97,8 @@ def evaluate(run: OpenRun | Path | str, config: Config, *, out_dir: Path | str |
         InputError: The run or the images cannot be used.
     """
     path = Path(run) if isinstance(run, Path | str) else run.path
-    typed = compose_config("evaluate", None, {"run": str(path), **config})
+    values, out_dir = without_folder(config, out_dir)
+    typed = compose_config("evaluate", None, {"run": str(path), **values})
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(out_dir) if out_dir else path / "evaluation" / stamp
     task, place = find_task(task_of(path), typed.plugins), Place(path, folder, make_console(), build_formats(typed))
@@ -104,6 +107,19 @@ def evaluate(run: OpenRun | Path | str, config: Config, *, out_dir: Path | str |
     findings = with_figures(findings, opened, typed, folder)
     write_findings(findings, folder, place.console)
     return dict(findings.metrics)
+
+
+def without_folder(config: Config, folder: Path | str | None) -> tuple[Config, Path | str | None]:
+    """The config without its key hydra.run.dir, and the output folder that this key or the argument gives.
+
+    Raises:
+        InputError: If both give one.
+    """
+    values = dict(config)
+    named = values.pop("hydra.run.dir", None)
+    if named and folder:
+        raise InputError(f"hydra.run.dir={named} and {folder} are both given; give one output folder")
+    return values, named or folder
 
 
 def detect(

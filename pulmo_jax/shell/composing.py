@@ -127,6 +127,10 @@ def compose_config(
     Raises:
         InputError: If the config is invalid.
     """
+    if hydra := [key for key in values if re.split(r"[./]", key.lstrip("+~"))[0] == "hydra"]:
+        raise InputError(
+            f"{hydra[0]}: keys of Hydra have no effect in Python; only hydra.run.dir of train and evaluate has"
+        )
     own = [] if config_dir is None else [f"--config-dir={Path(config_dir).absolute()}"]
     overrides = [
         *([f"+experiment={experiment}"] if experiment else []),

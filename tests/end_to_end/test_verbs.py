@@ -348,7 +348,7 @@ def test_python_trains_and_evaluates_as_the_verbs_do(crop, run, tmp_path):
     keys = dict(argument.split("=", 1) for argument in SMALL)
     data = {f"data.{name}": crop / name for name in ("train", "val", "foreground", "test", "test_masks")}
     typed = {key: OmegaConf.create(f"v: {value}").v for key, value in keys.items()}
-    made = pj.train("lung", {**typed, **data, "trainer.steps": 120}, run_dir=tmp_path / "made")
+    made = pj.train("lung", {**typed, **data, "trainer.steps": 120, "hydra.run.dir": tmp_path / "made"})
     assert (made.path / "calibration.json").read_text() == (run / "calibration.json").read_text()
     tested = {"data.test": crop / "test", "data.test_masks": crop / "test_masks", "evaluation.replicates": 20}
     metrics = pj.evaluate(made, tested, out_dir=tmp_path / "out")
