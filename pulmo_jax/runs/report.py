@@ -72,16 +72,20 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
 
 
 def with_figures(findings: Findings, run: Any, config: Any, folder: Path) -> Findings:
-    """The findings, with the figures that the config's `figures` name as the last section of the report.
+    """Append the user's figures, listed in the config's `figures`, as the last section of the report.
 
     Args:
-        findings: Of the task.
-        run: The open run.
-        config: With `figures`, nodes of functions (run, findings) -> (matplotlib figure, caption), and `plugins`.
-        folder: Of the report.
+        findings: Outcome of the assessment.
+        run: Opened run.
+        config: Typed config, with `plugins` and `figures`: nodes of functions (run, findings) -> (Matplotlib figure,
+            caption).
+        folder: Folder of the report.
+
+    Returns:
+        Extended outcome.
 
     Raises:
-        InputError: A node cannot be built, or its function returns something else.
+        InputError: If a node cannot be built, or its function returns another type.
     """
     drawn = []
     for name, node in config.figures.items():
@@ -93,7 +97,15 @@ def with_figures(findings: Findings, run: Any, config: Any, folder: Path) -> Fin
 
 
 def summarise_training(run: Any, training: Mapping[str, Any]) -> dict[str, str]:
-    """Scalar facts of a training, for the top of its report."""
+    """Format the scalar results of a training for the top of its report.
+
+    Args:
+        run: Opened run.
+        training: Training section of metrics.json.
+
+    Returns:
+        Text by label, starting with run directory and seed.
+    """
     facts = {"run": str(run.path), "seed": str(run.config.seed)}
     plain = {key: value for key, value in training.items() if not isinstance(value, Mapping)}
     return facts | {k.replace("_", " "): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in plain.items()}
