@@ -72,20 +72,16 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
 
 
 def with_figures(findings: Findings, run: Any, config: Any, folder: Path) -> Findings:
-    """Append the user's figures, listed in the config's `figures`, as the last section of the report.
+    """The findings, with the figures that the config's `figures` name as the last section of the report.
 
     Args:
-        findings: Outcome of the assessment.
-        run: Opened run.
-        config: Typed config, with `plugins` and `figures`: nodes of functions (run, findings) -> (Matplotlib figure,
-            caption).
-        folder: Folder of the report.
-
-    Returns:
-        Extended outcome.
+        findings: Of the task.
+        run: The open run.
+        config: With `figures`, nodes of functions (run, findings) -> (matplotlib figure, caption), and `plugins`.
+        folder: Of the report.
 
     Raises:
-        InputError: If a node cannot be built, or its function returns another type.
+        InputError: A node cannot be built, or its function returns something else.
     """
     drawn = []
     for name, node in config.figures.items():

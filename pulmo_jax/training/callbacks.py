@@ -73,7 +73,9 @@ class Event:
 
     @property
     def state(self) -> TrainState:
-        """State after the step; reading it waits for the step. Valid during the call only: the next step reuses its memory.
+        """State after the step; reading it waits for the step.
+
+        It is valid during the call only, because the next step reuses its memory.
 
         Raises:
             InputError: If loss or gradient of the step are not finite.
