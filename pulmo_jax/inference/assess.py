@@ -1,6 +1,6 @@
-"""Calibration on normal images and assessment on labelled images, with the scorer that prediction uses.
+"""Calibration on normal images and assessment on labelled images, with the same scorer as prediction.
 
-Images are processed one at a time; what is stored per image is bounded.
+Images are processed one at a time; the data stored per image are bounded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -260,4 +260,5 @@ def entirely_normal(ref: ImageRef) -> Truth:
 
 
 def _is_normal(ref: ImageRef, normal_name: str) -> bool:
+    """Whether an image is in the subfolder of the normal class."""
     return ref.name.split("/")[0] == normal_name and "/" in ref.name

@@ -101,6 +101,7 @@ def baseline_image_score(scores: Float[np.ndarray, "H W"]) -> float:
 
 
 def _inside(pixels: np.ndarray, foreground: np.ndarray | None) -> np.ndarray:
+    """Finite pixels in the foreground."""
     return finite(pixels) if foreground is None else foreground & finite(pixels)
 
 

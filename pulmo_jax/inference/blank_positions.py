@@ -1,4 +1,4 @@
-"""Flux at positions without a source: their scatter is the empirical error of a flux at the same separation."""
+"""Flux at source-free (blank) positions; its scatter is the empirical error of a flux at the same separation."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from pulmo_jax.methods.paco.source_fit import Fit, characterise_channels
 
 BLANKS = 24  # positions at the separation of a source
 MIN_BLANKS = 4
-NOWHERE_PX = -1e6  # a position outside of every frame, which pads each set to the same number
+NOWHERE_PX = -1e6  # position outside all frames, used as padding
 
 Terms = tuple[Float[np.ndarray, "L M"], Float[np.ndarray, "L M"]]
 
@@ -30,7 +30,7 @@ def blank_places(
         taken: Positions of the known sources, px.
 
     Returns:
-        At most BLANKS positions, one FWHM apart or more.
+        At most BLANKS positions, at least one FWHM apart.
     """
     dy, dx = place - np.array(channels.centre)
     separation, start = np.hypot(dy, dx), np.arctan2(dy, dx)
@@ -75,13 +75,13 @@ def blank_terms(channels: Channels, settings: Settings, sets: Sequence[Float[np.
 
 
 def scatter(pulls: Float[np.ndarray, "N"]) -> float:
-    """Standard deviation of values that theory predicts to be 1, corrected for the small sample.
+    """Standard deviation of normalised fluxes, which is 1 in theory, corrected for the small sample.
 
     Args:
-        pulls: Fluxes over their formal errors; those that are not finite are ignored.
+        pulls: Fluxes divided by their formal errors; values that are not finite are ignored.
 
     Returns:
-        The standard deviation; NaN for fewer than MIN_BLANKS values.
+        Standard deviation; NaN for fewer than MIN_BLANKS values.
 
     Reference:
         Mawet et al. 2014, ApJ 792, 97.
@@ -93,13 +93,13 @@ def scatter(pulls: Float[np.ndarray, "N"]) -> float:
 def error_factor(
     observation: Observation, settings: Settings, place: tuple[float, float], fits: Sequence[Fit]
 ) -> float:
-    """Scatter of the unbiased flux over its formal error, at blank positions of the same separation.
+    """Scatter of the unbiased flux relative to its formal error, at blank positions of the same separation.
 
     Args:
         observation: The observation without its sources.
-        settings: How the noise is learnt.
+        settings: Settings of the noise model.
         place: Position (y, x), px.
-        fits: Known sources, whose surroundings are left out.
+        fits: Known sources, whose surroundings are excluded.
 
     Returns:
         The factor; NaN for fewer than MIN_BLANKS positions.

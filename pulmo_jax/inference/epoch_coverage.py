@@ -1,4 +1,4 @@
-"""How densely the tried orbits cover the prior (mismatch of a bank of templates, Owen 1996, PRD 53, 6749)."""
+"""Coverage of the prior by the tried orbits (mismatch of a template bank, Owen 1996, PRD 53, 6749)."""
 
 from functools import partial
 
@@ -19,19 +19,22 @@ GAUSSIAN_FWHM = 2 * np.sqrt(2 * np.log(2))  # in standard deviations
 
 
 def coverage(epochs: Epochs, bank: Bank, fwhm_px: float, plan: Plan) -> Float[np.ndarray, "Q"]:
-    """Share of the criterion of an orbit drawn from the prior that the nearest tried orbit keeps.
+    """Fraction of the criterion of an orbit drawn from the prior that the nearest tried orbit retains.
 
-    For a PSF of standard deviation sigma the criterion falls as exp(-d^2 / 2 sigma^2) with the distance d between the
-    two orbits; this is averaged over the epochs, and maximised over the orbits through the nearest starts.
+    For a PSF of standard deviation sigma, the criterion decreases as exp(-d^2 / 2 sigma^2) with the distance d between
+    the two orbits; this is averaged over the epochs and maximised over the orbits through the nearest starts.
 
     Args:
-        epochs: The maps.
-        bank: Tracks that are tried.
+        epochs: Maps of all epochs.
+        bank: Tracks that are searched.
         fwhm_px: FWHM of the PSF in the first epoch, px.
-        plan: What is searched for; with a star.
+        plan: Settings of the search; with a star.
 
     Returns:
-        The share for each of TRIALS orbits, sorted.
+        Fraction for each of TRIALS orbits, sorted.
+
+    Reference:
+        Owen 1996, PRD 53, 6749.
     """
     assert plan.star is not None
     rng = np.random.default_rng(plan.seed + 1)
@@ -56,7 +59,7 @@ def kept_shares(
     sigma: Float[Array, ""],
     star: Star,
 ) -> Float[Array, "Q"]:
-    """Share of the criterion that the nearest tried orbit keeps (see `coverage`); sigma in arcsec."""
+    """Fraction of the criterion that the nearest tried orbit retains (see `coverage`); sigma in arcsec."""
 
     def kept(pair: tuple[Array, Shape]) -> Array:
         place, shape = pair

@@ -1,4 +1,4 @@
-"""Fields of noise alone, made from the epochs' own maps: how high the highest criterion of each is."""
+"""Source-free noise fields composed of the epochs' own maps, and the maximum criterion of each."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,14 +16,14 @@ from pulmo_jax.inference.epoch_plan import Plan
 from pulmo_jax.inference.epoch_search import Bank, search_and_refine
 from pulmo_jax.methods.paco.epochs import EpochMap, Epochs, Flux, Star, prepare, turned
 
-FIELDS_AT_ONCE = 16  # in one program; an interrupt is heard between two of them
+FIELDS_AT_ONCE = 16  # fields per program; interrupts are handled between programs
 
 
 class Fields(NamedTuple):
-    """How R fields of noise are composed.
+    """Composition of R noise fields.
 
     Attributes:
-        which: For each epoch, the number of one of several maps.
+        which: Index of the map that each epoch contributes.
         turns: Angle by which that map is rotated about the star, radians.
     """
 
@@ -34,7 +34,18 @@ class Fields(NamedTuple):
 def thresholds(
     maps: Sequence[EpochMap], nulls: Sequence[EpochMap], fwhm_px: float, bank: Bank, plan: Plan
 ) -> tuple[FieldThreshold, ...]:
-    """Thresholds from maps with reversed angles and from the maps themselves; none for a single epoch."""
+    """Compute the detection thresholds of the two null hypotheses.
+
+    Args:
+        maps: Maps of each epoch.
+        nulls: Maps of each epoch with reversed angles.
+        fwhm_px: FWHM of the PSF in the first epoch, px.
+        bank: Tracks that are searched.
+        plan: Settings of the search.
+
+    Returns:
+        Thresholds from maps with reversed angles and from the maps themselves; empty for a single epoch.
+    """
     if len(maps) == 1:
         return ()
     peaks = (reversed_maxima(maps, nulls, bank, plan), own_maxima(maps, fwhm_px, bank, plan))
@@ -44,48 +55,58 @@ def thresholds(
 def reversed_maxima(
     maps: Sequence[EpochMap], nulls: Sequence[EpochMap], bank: Bank, plan: Plan
 ) -> Float[np.ndarray, "R"]:
-    """Highest criterion of each field of maps with reversed angles.
+    """Maximum criterion of noise fields composed of maps with reversed angles.
 
-    Each epoch contributes its null map, the null map with b negated, or its own map with b negated, drawn at random:
-    three realisations of noise, which is as often negative as positive, without a source. All but the first epoch are
-    rotated about the star by random angles, so that chance coincidences are drawn anew.
+    Each epoch contributes its null map, its null map with b negated, or its own map with b negated, drawn at random:
+    three source-free realisations of noise that is symmetric about zero. All epochs except the first are rotated about
+    the star by random angles, so that every field has new chance coincidences.
 
     Args:
         maps: Maps of each epoch.
         nulls: Maps of each epoch with reversed angles.
-        bank: Tracks that are tried.
-        plan: What is searched for.
+        bank: Tracks that are searched.
+        plan: Settings of the search.
 
     Returns:
-        The highest criterion of each of `plan.fields` fields.
+        Maximum criterion of each of `plan.fields` fields.
     """
     pool = [prepare(kind) for kind in (nulls, [negated(null) for null in nulls], [negated(own) for own in maps])]
     return maxima(pool, draw_fields(plan, len(maps), len(pool)), bank, plan)
 
 
 def own_maxima(maps: Sequence[EpochMap], fwhm_px: float, bank: Bank, plan: Plan) -> Float[np.ndarray, "R"]:
-    """Highest criterion of each field in which the maps themselves are rotated against each other.
+    """Maximum criterion of noise fields in which the maps themselves are rotated relative to each other.
 
-    If the noise is isotropic, these fields are as likely as the maps as they are, so a threshold on them is exact (a
-    permutation test), whatever noise the reversed angles miss. A faint source makes it conservative, because it
-    coincides with noise there. What a single epoch detects is left out. (Of 77 sets of five maps of noise, 64 px wide,
-    searched along orbits with 39 fields at level 0.05, reversed angles let 11 through, this test 4.)
+    If the noise is isotropic, these fields have the same distribution as the maps, so a threshold on them is exact (a
+    permutation test), even for noise that the reversed angles do not reproduce. A faint source makes the threshold
+    conservative, because in a rotated field it coincides with noise. Detections in a single epoch are removed. (Of 77
+    sets of five noise maps, 64 px wide, searched along orbits with 39 fields at level 0.05, reversed angles gave 11
+    false alarms, this test 4.)
 
     Args:
         maps: Maps of each epoch.
         fwhm_px: FWHM of the PSF in the first epoch, px.
-        bank: Tracks that are tried.
-        plan: What is searched for.
+        bank: Tracks that are searched.
+        plan: Settings of the search.
 
     Returns:
-        The highest criterion of each of `plan.fields` fields.
+        Maximum criterion of each of `plan.fields` fields.
     """
     quiet = [without_peaks(own, fwhm_px * maps[0].scale / own.scale, plan.single_threshold) for own in maps]
     return maxima([prepare(quiet)], draw_fields(plan, len(maps), 1), bank, plan)
 
 
 def without_peaks(epoch: EpochMap, radius_px: float, threshold: float) -> EpochMap:
-    """Removes the surroundings, within a radius, of every pixel whose SNR is above the threshold."""
+    """Mask (NaN) all pixels within a radius of a pixel whose SNR exceeds a threshold.
+
+    Args:
+        epoch: Maps of an epoch.
+        radius_px: Radius, px.
+        threshold: SNR threshold.
+
+    Returns:
+        Masked maps.
+    """
     peaks = epoch.b > threshold * np.sqrt(epoch.a)
     if not peaks.any():
         return epoch
@@ -94,19 +115,37 @@ def without_peaks(epoch: EpochMap, radius_px: float, threshold: float) -> EpochM
 
 
 def without(epoch: EpochMap, place: Float[np.ndarray, "2"], radius_px: float) -> EpochMap:
-    """Removes the surroundings of a position (y, x), px, within a radius."""
+    """Mask (NaN) all pixels within a radius of a position.
+
+    Args:
+        epoch: Maps of an epoch.
+        place: Position (y, x), px.
+        radius_px: Radius, px.
+
+    Returns:
+        Masked maps.
+    """
     y, x = np.indices(epoch.a.shape)
     near = np.hypot(y - place[0], x - place[1]) <= radius_px
     return epoch._replace(a=np.where(near, np.nan, epoch.a), b=np.where(near, np.nan, epoch.b))
 
 
 def negated(epoch: EpochMap) -> EpochMap:
-    """The maps with b negated."""
+    """Maps with b negated."""
     return epoch._replace(b=-epoch.b)
 
 
 def draw_fields(plan: Plan, n_epochs: int, n_maps: int) -> Fields:
-    """Draws the composition of `plan.fields` fields; the first epoch is not rotated."""
+    """Draw the composition of `plan.fields` noise fields; the first epoch is not rotated.
+
+    Args:
+        plan: Settings of the search.
+        n_epochs: Number of epochs.
+        n_maps: Number of maps per epoch to choose from.
+
+    Returns:
+        The composition.
+    """
     rng = np.random.default_rng(plan.seed)
     turns = 2 * np.pi * rng.random((plan.fields, n_epochs))
     turns[:, 0] = 0
@@ -114,16 +153,16 @@ def draw_fields(plan: Plan, n_epochs: int, n_maps: int) -> Fields:
 
 
 def maxima(pool: Sequence[Epochs], fields: Fields, bank: Bank, plan: Plan) -> Float[np.ndarray, "R"]:
-    """Highest criterion of each field, refined as in the maps themselves; all are read in one transfer.
+    """Maximum criterion of each noise field, refined as in the search of the maps themselves.
 
     Args:
-        pool: The maps that fields are composed of.
-        fields: Their composition.
-        bank: Tracks that are tried.
-        plan: What is searched for.
+        pool: Maps of all epochs, one entry for each kind of map.
+        fields: Composition of the fields.
+        bank: Tracks that are searched.
+        plan: Settings of the search.
 
     Returns:
-        The highest criterion of each field.
+        Maximum criterion of each field.
     """
     n = len(fields.turns)
     at_once = min(n, FIELDS_AT_ONCE)
@@ -139,7 +178,7 @@ def maxima(pool: Sequence[Epochs], fields: Fields, bank: Bank, plan: Plan) -> Fl
 
 @jax.jit
 def stack(pool: tuple[Epochs, ...]) -> Epochs:
-    """Maps of one kind after another along a leading axis."""
+    """Stack the kinds of maps along a new leading axis."""
     return jax.tree.map(lambda *parts: jnp.stack(parts), *pool)
 
 
@@ -154,7 +193,7 @@ def field_maxima(
     star: Star | None,
     flux: Flux,
 ) -> Float[Array, "F"]:
-    """Highest criterion of some of the fields."""
+    """Maximum criterion of the fields with the indices `some`."""
 
     def of_field(number: Array) -> Array:
         epochs = turned(choose(pool, fields.which[number]), fields.turns[number])
@@ -164,6 +203,6 @@ def field_maxima(
 
 
 def choose(pool: Epochs, which: Int[Array, "E"]) -> Epochs:
-    """For each epoch one of the stacked maps."""
+    """For each epoch, select one of the stacked maps."""
     every = jnp.arange(len(which))
     return jax.tree.map(lambda part: part[which, every], pool)

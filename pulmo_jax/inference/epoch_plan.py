@@ -1,4 +1,4 @@
-"""Settings of a search in several epochs."""
+"""Settings of the search in several epochs."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from pulmo_jax.methods.paco.epochs import Flux, Star
 
 @dataclass(frozen=True)
 class Plan:
-    """What is searched for in several epochs, and how.
+    """Settings of the search in several epochs.
 
     Attributes:
-        star: The star and the limits of orbits about it; None for sources at a fixed position.
+        star: The star and the limits of the orbits about it; None for sources at a fixed position.
         flux: Whether the flux is free at every epoch, or constant.
         shapes: Number of orbits tried through every position at the reference date.
-        fields: Number of noise fields that the threshold rests on.
+        fields: Number of noise fields for the threshold.
         level: Probability of a false alarm anywhere in the field.
-        single_threshold: Lowest SNR of a source in a single epoch, which provides only one field of noise.
-        max_sources: Largest number of sources.
-        seed: Seed of everything that is drawn.
+        single_threshold: SNR threshold for a single epoch, which provides only one noise field.
+        max_sources: Maximum number of sources.
+        seed: Seed of all random numbers.
     """
 
     star: Star | None = None

@@ -1,4 +1,4 @@
-"""The search of one field: every shape of orbit through every position, then the highest tracks refined."""
+"""Search of one field: all orbit shapes through all positions, then refinement of the highest tracks."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +23,12 @@ STEP_FWHM = 1 / 3  # between positions at the reference date through which orbit
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """All tracks that are tried: M shapes through each of N starts.
+    """All tracks of a search: M shapes through each of N positions at the reference date.
 
     Attributes:
         starts: Offsets (north, east) from the star at the reference date, arcsec.
         pixels: Flat indices of the starts in the first epoch's map.
-        shapes: The shapes, M of each parameter.
+        shapes: Orbit shapes, M of each parameter.
         tracks: Points along each track, indices of `methods.paco.epochs.nearest`.
     """
 
@@ -42,10 +42,10 @@ class Peak(NamedTuple):
     """Result of searching one field.
 
     Attributes:
-        values: Highest criterion from each start.
+        values: Maximum criterion over the shapes, for each start.
         snr: sum b / sqrt(sum a) along the same tracks; NaN where no epoch has a value.
-        best: The best track of all, refined.
-        track: What the epochs measure along it.
+        best: Refined track with the maximum criterion.
+        track: Flux and SNR along it.
     """
 
     values: Float[np.ndarray, "N"]
@@ -55,13 +55,16 @@ class Peak(NamedTuple):
 
 
 def make_bank(reference: EpochMap, epochs: Epochs, fwhm_px: float, plan: Plan) -> Bank:
-    """Starts at every pixel for a fixed position; for orbits every third of a FWHM, where the first epoch has a value.
+    """Make the tracks of a search.
+
+    A fixed position is tried at every pixel. Orbits are tried through every third of a FWHM where the first epoch has a
+    value.
 
     Args:
         reference: Maps of the first epoch.
         epochs: Maps of all epochs.
         fwhm_px: FWHM of the PSF in the first epoch, px.
-        plan: What is searched for.
+        plan: Settings of the search.
 
     Returns:
         The tracks.
@@ -81,7 +84,16 @@ def make_bank(reference: EpochMap, epochs: Epochs, fwhm_px: float, plan: Plan) -
 
 
 def highest(epochs: Epochs, bank: Bank, plan: Plan) -> Peak:
-    """Searches one field: one program and one transfer."""
+    """Search one field for its track with the highest criterion, in one program and one transfer.
+
+    Args:
+        epochs: Maps of all epochs.
+        bank: Tracks that are searched.
+        plan: Settings of the search.
+
+    Returns:
+        Result of the search.
+    """
     found = search_and_follow(epochs, bank.starts, bank.shapes, bank.tracks, plan.star, plan.flux)
     values, snr, best, along = jax.device_get(found)
     return Peak(values, snr, best, as_track(best, along))
@@ -96,7 +108,7 @@ def search_and_follow(
     star: Star | None,
     flux: Flux,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"], Found, Along]:
-    """Criterion and combined SNR from each start, the best track, and the maps along it."""
+    """Criterion and combined SNR of each start, the best track, and the maps along it."""
     values, which, best = search_and_refine(epochs, starts, shapes, index, star, flux)
     snr = snr_along(epochs, starts, jax.tree.map(lambda part: part[which], shapes), star)
     return values, snr, best, follow(epochs, best, star)
@@ -110,7 +122,7 @@ def search_and_refine(
     star: Star | None,
     flux: Flux,
 ) -> tuple[Float[Array, "N"], Int[Array, "N"], Found]:
-    """Highest criterion from each start, the number of its shape, and the best of the REFINED highest, refined."""
+    """Maximum criterion and its shape for each start, and the best of the REFINED highest tracks after refinement."""
     values, which = search(epochs, index, flux)
     top = jax.lax.top_k(values, min(REFINED, len(values)))[1]
     found = refine(epochs, starts[top], jax.tree.map(lambda part: part[which[top]], shapes), star, flux)
@@ -128,7 +140,7 @@ def snr_along(epochs: Epochs, starts: Float[Array, "N 2"], shapes: Shape, star: 
 def as_image(
     values: Float[np.ndarray, "N"], index: Int[np.ndarray, "N"], reference: EpochMap
 ) -> Float[np.ndarray, "H W"]:
-    """Image on the first epoch's pixels, each with the value of the nearest start.
+    """Map values of the starts to the pixels of the first epoch by nearest-neighbour interpolation.
 
     Args:
         values: Value of each start.

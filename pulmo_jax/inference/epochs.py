@@ -1,7 +1,7 @@
-"""Several epochs of one star combined: sources are searched for, judged against noise alone, and characterised.
+"""Combination of several epochs of one star: search for sources, noise thresholds, and characterisation.
 
-Everything runs in float64, which `combine` enables itself: in float32, rounding would hide the motion of an orbit over
-some thousand days, and the differences in the criterion between neighbouring orbits.
+All computation is in float64, which `combine` enables: in float32, rounding would hide the orbital motion over some
+thousand days, and the differences in the criterion between neighbouring orbits.
 """
 
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ class Combined:
     """Result of combining epochs.
 
     Attributes:
-        criterion: Highest criterion of a source that was at each pixel of the first epoch at the reference date.
+        criterion: Maximum criterion of a source at each pixel of the first epoch at the reference date.
         snr_combined: sum b / sqrt(sum a) along the same track.
-        threshold: Lowest criterion of a source, the higher threshold of `nulls`.
-        nulls: Thresholds from maps with reversed angles, and from the maps themselves rotated against each other; none
-            for a single epoch.
+        threshold: Detection threshold of the criterion, the higher threshold of `nulls`.
+        nulls: Thresholds from maps with reversed angles, and from the maps themselves rotated relative to each other;
+            empty for a single epoch.
         found: Sources, highest criterion first.
-        best: Track with the highest criterion, whether or not it is above the threshold.
-        coverage: Share of the criterion of an orbit drawn from the prior that the nearest tried orbit keeps, before
-            refinement, sorted; empty for fixed positions.
+        best: Track with the highest criterion, whether or not it exceeds the threshold.
+        coverage: Fraction of the criterion of an orbit drawn from the prior that the nearest tried orbit retains,
+            before refinement, sorted; empty for fixed positions.
         n_tracks: Number of tracks tried in every field.
-        caveats: Limitations that a reader of the results must know.
+        caveats: Limitations of the results.
     """
 
     criterion: Float[np.ndarray, "H W"]
@@ -52,27 +52,27 @@ class Combined:
     caveats: tuple[str, ...] = ()
 
     def false_alarm(self, value: float) -> float:
-        """Probability that noise alone reaches a criterion anywhere, the higher of the nulls'; NaN for one epoch."""
+        """Probability that noise alone reaches a criterion anywhere, the higher of both nulls; NaN for one epoch."""
         return max((null.false_alarm(value) for null in self.nulls), default=float("nan"))
 
     def extrapolated(self, value: float) -> float:
-        """The same probability, extrapolated by a Gumbel distribution."""
+        """The probability of `false_alarm`, extrapolated by a Gumbel distribution."""
         return max((null.extrapolated(value) for null in self.nulls), default=float("nan"))
 
 
 def combine(
     maps: Sequence[EpochMap], nulls: Sequence[EpochMap], fwhm_px: float, plan: Plan, say: Say = lambda text: None
 ) -> Combined:
-    """Searches the maps of all epochs together, calibrates a threshold and characterises the sources.
+    """Search the maps of all epochs jointly, calibrate a threshold and characterise the sources.
 
-    Sources are taken one by one, the highest first; the surroundings of one FWHM are removed from every epoch before
-    the next search. Runs in float64 whatever JAX's default precision is, and does not change that default.
+    Sources are detected iteratively, the highest criterion first; a radius of one FWHM around each is masked in every
+    epoch before the next search. The computation is in float64; JAX's default precision is not changed.
 
     Args:
         maps: Maps of each epoch, that of the reference date first.
-        nulls: Maps of each epoch with reversed angles, its sources removed.
+        nulls: Maps of each epoch with reversed angles, without its sources.
         fwhm_px: FWHM of the PSF in the first epoch, px.
-        plan: What is searched for, and how.
+        plan: Settings of the search.
         say: Called with a line of text before each stage.
 
     Returns:

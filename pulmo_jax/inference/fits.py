@@ -19,17 +19,17 @@ _COMMENT = 72  # characters of a COMMENT card
 def write_fits(
     path: Path, image: Float[np.ndarray, "H W"], header: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> None:
-    """Writes an image atomically, replacing an existing file.
+    """Write an image as FITS atomically, replacing an existing file.
 
     Parameters become cards `HIERARCH PJ name = value`. A value that a card cannot represent (text that is too long or
     not ASCII, more digits than astropy writes, NaN) becomes COMMENT cards `name = value` with a Python literal; a card
     that ends in & is continued by the next one.
 
     Args:
-        path: The file.
-        image: The image, written as float32, or as float64 where its range exceeds float32.
-        header: Keyword to value, or to (value, comment); written as standard cards, floats with 13 digits.
-        parameters: Dotted name to value; None, paths and sequences are written as text.
+        path: Output file.
+        image: Image, written as float32, or as float64 if its range exceeds float32.
+        header: Value, or (value, comment), by keyword; written as standard cards, floats with 13 digits.
+        parameters: Value by dotted name; None, paths and sequences are written as text.
     """
     hdu = fits.PrimaryHDU(as_stored(image))
     for keyword, entry in header.items():
@@ -41,7 +41,7 @@ def write_fits(
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested mappings to dotted names."""
+    """Flatten nested mappings to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -49,24 +49,25 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_stored(image: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """The image as float32, or as float64 where its range exceeds float32."""
+    """Convert an image to float32, or to float64 if its range exceeds float32."""
     size = np.abs(image[np.isfinite(image) & (image != 0)])
     fits_in = not size.size or (size.max() < FLOAT32.max and size.min() > FLOAT32.tiny)
     return np.asarray(image, np.float32 if fits_in else np.float64)
 
 
 def _rounded(value: bool | int | float | str) -> bool | int | float | str:
-    """Rounds floats to 13 digits, which always fit into a card."""
+    """Round floats to 13 digits, which always fit into a card."""
     return float(f"{value:.13g}") if isinstance(value, float) else value
 
 
 def _append(header: fits.Header, cards: Iterator[fits.Card]) -> None:
+    """Append cards at the end of a header."""
     for card in cards:
         header.append(card, end=True)
 
 
 def plain(value: Any) -> bool | int | float | str:
-    """The value as FITS represents it: numbers and booleans as they are, anything else as text."""
+    """Convert a value to a FITS type: numbers and booleans unchanged, anything else as text."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, bool | int | float | str):
         return value
@@ -76,7 +77,7 @@ def plain(value: Any) -> bool | int | float | str:
 
 
 def _cards(keyword: str, name: str, value: bool | int | float | str, comment: str = "") -> Iterator[fits.Card]:
-    """One card that reads back as the same value, or else COMMENT cards with it."""
+    """Yield one card that reads back as the same value, or else COMMENT cards that contain it."""
     comment = comment.encode("unicode_escape").decode("ascii")
     if _fits(keyword, value, comment):
         yield fits.Card(keyword, value, comment)

@@ -1,4 +1,4 @@
-"""Landmarks of many working images, in batches of one shape."""
+"""Landmark localisation in many resized images, in batches of one shape."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,12 @@ Images = Float[np.ndarray, "N S S"] | Float[Array, "N S S"]  # on the host, or k
 
 
 class Positions(NamedTuple):
-    """`Located`, of many images, on the host."""
+    """Landmarks of many images, on the host; see `Located`.
+
+    Attributes:
+        points: Landmarks (y, x), px of the resized images.
+        covariance: Covariance of each landmark, px^2.
+    """
 
     points: Float[np.ndarray, "N K 2"]
     covariance: Float[np.ndarray, "N K 2 2"]
@@ -27,23 +32,40 @@ Locate = Callable[[Images], Positions]
 
 
 def locating(method: Locator) -> Callable[[Params, Images], Positions]:
-    """A function of parameters and images (N, S, S) to their landmarks, compiled once for all parameters."""
+    """Compile the localisation of a method; one program serves all parameters.
+
+    Args:
+        method: Landmark method.
+
+    Returns:
+        Function (params, images) -> landmarks.
+    """
     compiled = jax.jit(method.locate)
     return lambda params, images: Positions(*in_batches(partial(compiled, params), images))
 
 
 def locator(method: Locator, params: Params) -> Locate:
-    """A function of (N, S, S) images to their landmarks, compiled once."""
+    """Compile the localisation of a method with fixed parameters.
+
+    Args:
+        method: Landmark method.
+        params: Its parameters.
+
+    Returns:
+        Function images -> landmarks.
+    """
     return partial(locating(method), params)
 
 
 def in_batches(function: Callable[[Array], Any], images: Images) -> Any:
-    """The arrays that a function gives for all images, as NumPy's.
+    """Apply a function to all images in batches; a batch is dispatched before the results of earlier ones are read.
 
     Args:
-        function: of AT_ONCE images to an array, or a tree of arrays, of as many rows; dispatched for a batch before the
-            results of earlier ones are read.
-        images: on the host or on the device. The last batch is filled up with the last image.
+        function: Function of AT_ONCE images to a tree of arrays with as many rows.
+        images: Images on the host or the device; the last batch is padded with the last image.
+
+    Returns:
+        Tree of NumPy arrays with one row per image.
     """
     rows = np.arange(-(-len(images) // AT_ONCE) * AT_ONCE).reshape(-1, AT_ONCE)
     batches = (jax.device_put(pick(images, np.minimum(some, len(images) - 1))) for some in rows)

@@ -1,4 +1,4 @@
-"""Results of several networks: each for images of its own, or all for the same images."""
+"""Inference with several networks, either for different images or for the same images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -17,23 +17,24 @@ Stack = Callable[[Int[np.ndarray, "*b"]], Shaped[np.ndarray, "..."] | Shaped[Arr
 
 
 def at_once() -> int:
+    """Number of images of each network in one call on the present backend."""
     return AT_ONCE if jax.default_backend() == "cpu" else AT_ONCE_ACCELERATOR
 
 
 def at_rows(
     function: Callable[..., Any], chunk: Params, rows: Sequence[Int[np.ndarray, "_"]], *stacks: Stack
 ) -> list[np.ndarray]:
-    """Results of each network of a chunk at rows of its own.
+    """Evaluate each network of a chunk at its own rows.
 
     Args:
-        function: (params, *arrays (M, B, ...)) -> (M, B, ...), compiled, and under `vmap` over the networks. Calls have
-            one shape: shorter lists of rows are filled up.
-        chunk: parameters of M networks.
-        rows: of each network.
-        stacks: the arguments of the function at given rows; see `kept`.
+        function: Compiled (params, *arrays (M, B, ...)) -> (M, B, ...), vectorised over the networks. All calls have
+            one shape; shorter lists of rows are padded.
+        chunk: Parameters of M networks.
+        rows: Rows of each network.
+        stacks: Functions that return the arguments at given rows; see `kept`.
 
     Returns:
-        For each network one result a row.
+        For each network, one result per row.
     """
     longest, size = max((len(own) for own in rows), default=0), at_once()
     if not longest:
@@ -46,10 +47,15 @@ def at_rows(
 
 
 def kept(stack: Stack, rows: Sequence[Int[np.ndarray, "_"]]) -> Stack:
-    """The same stack for these rows alone, which are uploaded once, on the first call, and stay on the device.
+    """Cache the data of a stack at given rows on the device, for loops that use the same rows repeatedly (validation).
 
-    For loops that ask for the same rows again, such as validation. Where the rows have more than
-    `transfers.kept_bytes` together, the stack itself.
+    Args:
+        stack: Function that returns the data at given rows.
+        rows: Rows of each network.
+
+    Returns:
+        Function for these rows only, which uploads their data at its first call; the stack itself if the data exceed
+        `transfers.kept_bytes`.
     """
     known = np.unique(np.concatenate(rows))
     if not known.size or known.size * stack(known[:1]).nbytes > kept_bytes():
@@ -65,7 +71,17 @@ def kept(stack: Stack, rows: Sequence[Int[np.ndarray, "_"]]) -> Stack:
 def of_all(
     function: Callable[..., Any], chunks: Sequence[Params], images: Float[np.ndarray, "N S S"], *others: np.ndarray
 ) -> Float[np.ndarray, "M N ..."]:
-    """Results of every network for all images, (M, N, ...)."""
+    """Evaluate all networks for the same images.
+
+    Args:
+        function: Compiled (params, images, *others) -> (M, B, ...), vectorised over the networks of a chunk.
+        chunks: Parameters of the networks, in chunks.
+        images: Images.
+        others: Further arguments, one row per image.
+
+    Returns:
+        Results, (M, N, ...).
+    """
     count, size = len(images), at_once()
 
     def results() -> Iterator[list[Array]]:
@@ -80,10 +96,10 @@ def of_all(
 
 
 def each_its_own(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """For `at_rows`: networks and arrays side by side."""
+    """Vectorise a function over networks and arrays, for `at_rows`."""
     return jax.jit(jax.vmap(function))
 
 
 def all_the_same(function: Callable[..., jax.Array], arrays: int = 1) -> Callable[..., jax.Array]:
-    """For `of_all`: networks side by side, arrays shared."""
+    """Vectorise a function over networks with shared arrays, for `of_all`."""
     return jax.jit(jax.vmap(function, in_axes=(0, *(None,) * arrays)))

@@ -1,4 +1,4 @@
-"""Orbits that several epochs allow: samples of the posterior around a detected track."""
+"""Posterior sampling of the orbits that are consistent with several epochs, around a detected track."""
 
 from functools import partial
 from typing import NamedTuple
@@ -15,20 +15,22 @@ from pulmo_jax.methods.paco.epochs import Epochs, Flux, Star, criterion, look_up
 from pulmo_jax.methods.paco.orbit_search import track
 
 WALKERS, BURN_IN, KEPT, THIN = 96, 2000, 6000, 100
-DRAWS = 2**15  # orbits drawn from the prior; their likelihood selects the first positions of the walkers
-SCATTER = np.array([0.3, 0.3, 0.02, 0.02, 0.05, 0.05])  # of those: px, px, eccentricity, cos i, radians, radians
+DRAWS = 2**15  # prior draws, from which the initial walkers are selected by likelihood
+SCATTER = np.array(
+    [0.3, 0.3, 0.02, 0.02, 0.05, 0.05]
+)  # standard deviation of the offsets: px, px, eccentricity, cos i, radians, radians
 
 
 class OrbitSamples(NamedTuple):
-    """Equally likely orbits.
+    """Samples of the posterior, of equal weight.
 
     Attributes:
         starts: Offset (north, east) from the star at the reference date, arcsec.
-        orbits: The orbits through them.
+        orbits: Orbit through each offset.
         sky: Offset (north, east) at each epoch, arcsec.
         criterion: Criterion along each orbit.
-        independent: Number of independent samples that they are worth.
-        accepted: Share of accepted moves.
+        independent: Effective number of independent samples of the whole chain.
+        accepted: Fraction of accepted moves.
     """
 
     starts: Float[np.ndarray, "S 2"]
@@ -40,10 +42,10 @@ class OrbitSamples(NamedTuple):
 
 
 def draw_shapes(n: int, star: Star | None, seed: int) -> Shape:
-    """Draws shapes of orbits evenly from the prior (a Halton sequence).
+    """Draw orbit shapes from the prior by a Halton sequence.
 
     Eccentricity is uniform within the star's limits; cos i, omega and the mean anomaly are uniform. omega covers half a
-    turn, because the other half looks the same on the sky.
+    turn, because the other half gives the same projected orbits.
 
     Args:
         n: Number of shapes.
@@ -68,21 +70,21 @@ def sample_orbits(
     fwhm_px: float,
     seed: int,
 ) -> OrbitSamples:
-    """Samples the posterior around one track, by stretch moves that start from likely draws of the prior.
+    """Sample the posterior around one track by stretch moves, starting from likely draws of the prior.
 
-    The likelihood is exp(criterion / 2), with the flux (of every epoch, if it is free) at its most likely value. The
-    prior is uniform in the logarithm of the semi-major axis and in the node, within the star's limits, and in
-    eccentricity, cos i, omega and mean anomaly. Only tracks within one FWHM of the given one at the reference date
-    count.
+    The likelihood is exp(criterion / 2), with the flux (of every epoch, if it is free) at its maximum-likelihood value.
+    The prior is uniform in the logarithm of the semi-major axis and in the node, within the star's limits, and in
+    eccentricity, cos i, omega and mean anomaly. The density is zero for tracks more than one FWHM from the given track
+    at the reference date.
 
     Args:
-        epochs: The maps.
+        epochs: Maps of all epochs.
         start: Offset (north, east) of the track at the reference date, arcsec.
         shape: Shape of its orbit.
         star: The star.
         flux: Whether the flux is free at every epoch, or constant.
         fwhm_px: FWHM of the PSF in the first epoch, px.
-        seed: Seed of the samples.
+        seed: Random seed.
 
     Returns:
         The samples.
@@ -106,7 +108,20 @@ def run(
     flux: Flux,
     fwhm_px: float,
 ) -> Chain:
-    """Chain of BURN_IN + KEPT steps of all walkers."""
+    """Run the chain of BURN_IN + KEPT steps.
+
+    Args:
+        epochs: Maps of all epochs.
+        best: Coordinates of the detected track (see `unpack`).
+        walkers: Initial coordinates of the walkers.
+        key: Random key.
+        star: The star.
+        flux: Whether the flux is free at every epoch, or constant.
+        fwhm_px: FWHM of the PSF in the first epoch, px.
+
+    Returns:
+        The chain.
+    """
     density = partial(log_posterior, epochs, best, star, flux, fwhm_px)
     return stretch_moves(density, walkers, BURN_IN + KEPT, key)
 
@@ -115,7 +130,7 @@ def run(
 def along(
     epochs: Epochs, samples: Float[Array, "S 6"], star: Star, flux: Flux
 ) -> tuple[Float[Array, "S 2"], Orbit, Float[Array, "S E 2"], Float[Array, "S"]]:
-    """Starts, orbits, positions on the sky at the dates, and criterion of each sample."""
+    """Offsets at the reference date (arcsec), orbits, offsets at each epoch (arcsec), and criterion of each sample."""
     starts, shapes = unpack(epochs, samples)
     sky = jax.vmap(lambda start, shape: track(start, shape, epochs.days, star)[0])(starts, shapes)
     orbits = orbit_through(shapes, starts[:, 0], starts[:, 1], star.parallax_mas)
@@ -123,7 +138,15 @@ def along(
 
 
 def unpack(epochs: Epochs, place: Float[Array, "*batch 6"]) -> tuple[Float[Array, "*batch 2"], Shape]:
-    """Start, arcsec, and shape from pixels of the first epoch, eccentricity, cos i, omega and mean anomaly."""
+    """Convert sampling coordinates to the offset at the reference date and the shape of the orbit.
+
+    Args:
+        epochs: Maps of all epochs.
+        place: Offset (north, east) in pixels of the first epoch, eccentricity, cos i, omega and mean anomaly (radians).
+
+    Returns:
+        Offset in arcsec, and shape.
+    """
     return place[..., :2] * epochs.scale[0], Shape(*jnp.moveaxis(place[..., 2:], -1, 0))
 
 
@@ -132,7 +155,18 @@ def log_posterior(
 ) -> Float[Array, ""]:
     """Logarithm of the posterior density, up to a constant.
 
-    Positions at the reference date are uniform in log separation: 1 / separation^2 per area.
+    The prior of the position at the reference date is uniform in log separation: 1 / separation^2 per area.
+
+    Args:
+        epochs: Maps of all epochs.
+        best: Coordinates of the detected track (see `unpack`), about which the density is restricted.
+        star: The star.
+        flux: Whether the flux is free at every epoch, or constant.
+        fwhm_px: FWHM of the PSF in the first epoch, px.
+        place: Coordinates of the orbit.
+
+    Returns:
+        Log-density; minus infinity where the prior is zero.
     """
     start, shape = unpack(epochs, place)
     low, high = star.eccentricity
@@ -147,7 +181,7 @@ def log_posterior(
 def first_places(
     epochs: Epochs, best: Float[np.ndarray, "6"], star: Star, flux: Flux, fwhm_px: float, seed: int
 ) -> Float[np.ndarray, "W 6"]:
-    """Draws of the prior weighted by their likelihood, moved a little so that no two are equal."""
+    """Initial coordinates of the walkers: prior draws weighted by likelihood, with small random offsets."""
     rng = np.random.default_rng(seed)
     draws = np.concatenate([best[None], prior_draws(best, star, fwhm_px, rng, seed)])
     values = np.asarray(coarse_criterion(epochs, jnp.asarray(draws), star, flux))
@@ -166,7 +200,18 @@ def first_places(
 def prior_draws(
     best: Float[np.ndarray, "6"], star: Star, fwhm_px: float, rng: np.random.Generator, seed: int
 ) -> Float[np.ndarray, "N 6"]:
-    """DRAWS shapes of the prior through positions within half a FWHM of the best; angles within half a period of it."""
+    """Draw DRAWS orbits from the prior through positions near the detected track.
+
+    Args:
+        best: Coordinates of the detected track (see `unpack`).
+        star: The star.
+        fwhm_px: FWHM of the PSF in the first epoch, px.
+        rng: Random generator of the positions.
+        seed: Seed of the shapes.
+
+    Returns:
+        Coordinates within half a FWHM of the track; angles within half a period of it.
+    """
     shapes = np.stack(jax.device_get(draw_shapes(DRAWS, star, seed + 1)), -1)
     around = fwhm_px * np.sqrt(rng.random((DRAWS, 1))) / 2
     angle = 2 * np.pi * rng.random(DRAWS)
@@ -186,7 +231,7 @@ def densities(
 
 @partial(jax.jit, static_argnames=("star", "flux"))
 def coarse_criterion(epochs: Epochs, places: Float[Array, "N 6"], star: Star, flux: Flux) -> Float[Array, "N"]:
-    """Criterion of many orbits on the finer grid; 0 where the semi-major axis is beyond the star's limits."""
+    """Criterion of many orbits by look-up on the finer grid; 0 if the semi-major axis is outside the star's limits."""
     starts, shapes = unpack(epochs, places)
     sky, allowed = jax.vmap(lambda start, shape: track(start, shape, epochs.days, star))(starts, shapes)
     return jnp.where(allowed, criterion(look_up(epochs, sky), flux), 0)

@@ -52,6 +52,7 @@ def as_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: float | int | str) -> str:
+    """Format a value for a CSV table; empty if it is not finite."""
     if isinstance(value, int | str):
         return str(value)
     return f"{value:.8g}" if np.isfinite(value) else ""
@@ -83,6 +84,7 @@ def _write_page(
     dtype: np.dtype,
     read_rows: Callable[[slice], np.ndarray],
 ) -> None:
+    """Write one page of a TIFF in deflate-compressed strips."""
     options: dict[str, Any] = {}
     if tags.resolution is not None:
         *scale, unit = tags.resolution

@@ -1,4 +1,4 @@
-"""Detection of point sources in a rotating stack: the brightest is found, fitted and removed, until none is left.
+"""Detection of point sources in a rotating stack: iterative detection, fit and removal of the brightest source.
 
 A stack has one channel for each wavelength; angular differential imaging has a single one (`methods.paco.channels`).
 """
@@ -27,7 +27,7 @@ __all__ = [
     "probability_of", "subtract", "without", "without_sources",
 ]  # fmt: skip
 
-REFINEMENTS = 2  # rounds in which every source is fitted again with all others removed
+REFINEMENTS = 2  # rounds of fits of every source with all others removed
 NORTH_DEG = 90.0  # direction of north, +y, in the derotated map, degrees from the x axis toward y
 
 
@@ -36,17 +36,17 @@ class Search:
     """Result of a search.
 
     Attributes:
-        maps: Maps of the stack as it is, its channels combined.
+        maps: Maps of the original stack, channels combined.
         sources: Sources, brightest first.
         fits: Position and unbiased fluxes of each source.
         residual: The stack without the sources.
-        null: Maps of the residual with reversed angles, computed in the same way: noise and no source.
-        profile: Spread of the null SNR by separation.
-        snr_calibrated: SNR over that spread.
+        null: Source-free noise maps: maps of the residual with reversed angles, computed in the same way.
+        profile: Standard deviation of the null SNR by separation.
+        snr_calibrated: SNR divided by that standard deviation.
         n_patch: Number of pixels of a patch.
-        caveats: Limitations that a reader of the results must know.
-        combination: How the channels were combined.
-        template: Number of the spectrum with the highest SNR at every pixel; -1 where there is none.
+        caveats: Limitations of the results.
+        combination: Combination of the channels.
+        template: Index of the spectrum with the highest SNR at every pixel; -1 where there is none.
         spectra: Spectrum of each source.
     """
 
@@ -65,12 +65,12 @@ class Search:
 
 
 class Rule(NamedTuple):
-    """Which peaks are sources.
+    """Criterion for peaks to be sources.
 
     Attributes:
-        threshold: Lowest SNR of a source, over `spread`.
-        spread: Standard deviation of the noise's SNR at every pixel; 1 for the theoretical SNR.
-        max_sources: Largest number of sources.
+        threshold: Minimum SNR of a source, in units of `spread`.
+        spread: Standard deviation of the null SNR at every pixel; 1 for the theoretical SNR.
+        max_sources: Maximum number of sources.
     """
 
     threshold: float
@@ -89,26 +89,26 @@ def find_sources(
     track: ProgressTracker = lambda items, total: items,
     spectra: Float[np.ndarray, "M L"] | None = None,
 ) -> Search:
-    """Finds, characterises and removes sources, brightest first.
+    """Detect, characterise and remove sources, brightest first.
 
     Args:
-        observation: A rotating stack, of one channel or several.
-        settings: How the noise is learnt and the maps are computed.
-        threshold: Lowest SNR of a source.
-        calibrated: Whether the threshold applies to the SNR over the spread of the empirical null.
-        max_sources: Largest number of sources.
+        observation: Rotating stack of one or more channels.
+        settings: Settings of the noise model and the maps.
+        threshold: Minimum SNR of a source.
+        calibrated: Whether the threshold applies to the SNR divided by the spread of the empirical null.
+        max_sources: Maximum number of sources.
         north_deg: Direction of north in the derotated map, degrees from the x axis toward y.
         say: Called with a line of text before each stage.
         track: Shows progress over an iterable of known length.
-        spectra: Spectra that sources may have, for each of the channels given; the one with the highest SNR is chosen
-            at every pixel. A flat one by default.
+        spectra: Spectra of possible sources, for each of the channels given; at every pixel, the one with the highest
+            SNR is selected. A flat one by default.
 
     Returns:
-        The sources, the maps, the residual and the null. A peak within one FWHM of a source that was already found
-        counts as what is left of that source.
+        Sources, maps, residual and null. A peak within one FWHM of a known source is regarded as a residual of that
+        source.
 
     Raises:
-        InputError: A spectrum does not fit the channels, or no patch fits into the frames.
+        InputError: If a spectrum does not fit the channels, or no patch fits into the frames.
     """
     channels = as_channels(observation)
     spectra = as_spectra(spectra, len(channels.kept))[:, channels.kept]
@@ -156,19 +156,19 @@ def search_peaks(
     say: Say,
     track: ProgressTracker,
 ) -> list[Candidate]:
-    """Takes the highest peak of the SNR, fits a source to it, removes it and computes the maps again.
+    """Detect sources iteratively: fit a source to the highest SNR peak, remove it, and compute the maps again.
 
     Args:
         channels: The observation.
-        settings: How the noise is learnt and the maps are computed.
-        maps: Maps of the observation, channels combined, and the number of the best spectrum at every pixel.
-        combination: How the channels are combined.
-        rule: Which peaks are sources.
+        settings: Settings of the noise model and the maps.
+        maps: Maps of the observation, channels combined, and the index of the best spectrum at every pixel.
+        combination: Combination of the channels.
+        rule: Criterion for sources.
         say: Called with a line of text for every source.
         track: Shows progress over an iterable of known length.
 
     Returns:
-        The sources in the order in which they were found.
+        Sources in the order of detection.
     """
     separation = separation_map(channels.shape, channels.centre)
     (current, template), residual = maps, channels
@@ -188,16 +188,24 @@ def search_peaks(
 
 
 def highest(snr: Float[np.ndarray, "H W"], free: Bool[np.ndarray, "H W"], threshold: float) -> tuple[int, int] | None:
-    """Pixel of the highest value among the free ones; None if it is below the threshold."""
+    """Pixel with the highest value among the free ones; None if the value is below the threshold."""
     values = np.where(free & np.isfinite(snr), snr, -np.inf)
     y, x = np.unravel_index(values.argmax(), values.shape)
     return (int(y), int(x)) if values[y, x] >= threshold else None
 
 
 def refine(channels: Channels, settings: Settings, found: Sequence[Candidate]) -> list[Candidate]:
-    """Fits every source again with all others removed, twice; a single source stays as it is.
+    """Fit every source again with all others removed, in REFINEMENTS rounds; a single source is unchanged.
 
-    The fits of a round start together and are read together.
+    The fits of a round are dispatched together and read together.
+
+    Args:
+        channels: The observation.
+        settings: Settings of the noise model and the maps.
+        found: Sources.
+
+    Returns:
+        Sources with new fits.
     """
     found = list(found)
     for _ in range(REFINEMENTS * (len(found) > 1)):
@@ -218,7 +226,7 @@ def describe_all(
     combination: Combination,
     north_deg: float,
 ) -> list[tuple[PointSource, SourceSpectrum]]:
-    """Describes every source with the scatter of the flux at blank positions (see `describe`)."""
+    """Characterise every source with the scatter of the flux at blank positions (see `describe`)."""
     places = [candidate.fit.place for candidate in found]
     blanks = blank_terms(residual, settings, [blank_places(residual, place, places) for place in places])
     return [

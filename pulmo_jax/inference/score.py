@@ -1,8 +1,8 @@
-"""The score map of one image: the one path that calibration, evaluation and prediction share.
+"""Score maps of images, computed in the same way for calibration, evaluation and prediction.
 
-All is computed on the device. An image goes there in strips of rows and leaves it in strips of scores, so that memory
-does not grow with the height of the image. Tiles are divided among all devices of this process. Every program is
-compiled once for a run, except those of the strips, which are compiled once for each of a few shapes.
+All computation is on the device. The image is uploaded in strips of rows, and the scores are read back in strips, so
+that device memory does not grow with the height of the image. Tiles are divided among all devices of this process.
+Every program is compiled once for a run, except those of the strips, which are compiled once for each of a few shapes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Detailed, Method, Params
 from pulmo_jax.methods.score_maps import Extent
 
-STRIP_PX = 2**21  # of all tiles in a strip: at an overlap of a half, a quarter as many of the image
+STRIP_PX = 2**21  # pixels of all tiles in a strip; at an overlap of 0.5, a quarter as many image pixels
 
 Strips = Iterator[tuple[int, np.ndarray]]  # (first row, rows), consecutive
 OnTiles = Callable[[Params, Float[Array, "B P P C"]], Float[Array, "B P P M"]]
@@ -31,20 +31,38 @@ OnTiles = Callable[[Params, Float[Array, "B P P C"]], Float[Array, "B P P M"]]
 
 @dataclass(frozen=True)
 class Tiles:
-    """How an image is covered: `overlap` of each tile by the next (0 to below 1), `batch_size` tiles at a time."""
+    """Tiling of an image.
+
+    Attributes:
+        overlap: Overlap of neighbouring tiles as a fraction of a tile, 0 to below 1.
+        batch_size: Number of tiles per batch.
+    """
 
     overlap: float = 0.5
     batch_size: int = 64
 
     def stride(self, tile: int) -> int:
+        """Spacing of the tiles, px, at least 1.
+
+        Args:
+            tile: Side length of a tile, px.
+        """
         return max(1, round(tile * (1 - self.overlap)))
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A trained method with all that it needs to score an image. `scorer(pixels, foreground)` gives the map.
+    """A trained method with everything needed to score an image: `scorer(pixels, foreground)` returns the score map.
 
-    residual, reconstruct, detail_maps: the method's functions, compiled; score_window: see `window_scorer`.
+    Attributes:
+        method: Method of the run.
+        params: Its parameters, on every device.
+        how: Preprocessing of the run.
+        tiles: Tiling.
+        residual: Compiled residual of the method.
+        reconstruct: Compiled reconstruction of the method.
+        detail_maps: Compiled further maps of the method, if any.
+        score_window: Compiled scores of a strip; see `window_scorer`.
     """
 
     method: Method
@@ -58,7 +76,17 @@ class Scorer:
 
     @classmethod
     def of(cls, method: Method, params: Params, how: Preprocessing, tiles: Tiles) -> "Scorer":
-        """Compiles each function once, on its first tiles. The parameters are copied to every device."""
+        """Make a scorer. The parameters are copied to every device; each function is compiled at its first call.
+
+        Args:
+            method: Method of the run.
+            params: Its parameters.
+            how: Preprocessing of the run.
+            tiles: Tiling.
+
+        Returns:
+            The scorer.
+        """
         details = jax.jit(method.details) if isinstance(method, Detailed) else None
         on_tiles = jax.jit(method.residual), jax.jit(method.reconstruct), details
         return cls(method, jax.tree.map(everywhere, params), how, tiles, *on_tiles, window_scorer(method))
@@ -66,9 +94,17 @@ class Scorer:
     def __call__(
         self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
     ) -> Float[np.ndarray, "H W"]:
-        """The score at every pixel, float32; NaN outside the foreground and where the image is not finite.
+        """Compute the score map of an image.
 
-        Raises InputError that names the settings to lower where memory runs out.
+        Args:
+            pixels: Pixels in the units of the training images.
+            foreground: Pixels to score; None: all.
+
+        Returns:
+            Score of every pixel, float32; NaN outside the foreground and where the image is not finite.
+
+        Raises:
+            InputError: If memory is insufficient; the message names the settings to lower.
         """
         with naming_what_to_lower(self.tiles, pixels.shape):
             return gathered(self.strips(pixels, foreground), np.empty(pixels.shape[:2], np.float32))
@@ -76,14 +112,36 @@ class Scorer:
     def reconstruction(
         self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
     ) -> Float[np.ndarray, "H W C"]:
-        """The normal version of the image, normalised units."""
+        """Reconstruct an image as a normal image.
+
+        Args:
+            pixels: Pixels in the units of the training images.
+            foreground: Foreground; None: all pixels.
+
+        Returns:
+            Reconstruction in normalised units.
+
+        Raises:
+            InputError: If memory is insufficient.
+        """
         with naming_what_to_lower(self.tiles, pixels.shape):
             return gathered(self._maps(self.reconstruct, pixels, foreground), np.empty(pixels.shape, np.float32))
 
     def details(
         self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
     ) -> dict[str, Float[np.ndarray, "H W"]]:
-        """The method's other maps, by name; NaN where there is no score."""
+        """Compute the further maps of the method.
+
+        Args:
+            pixels: Pixels in the units of the training images.
+            foreground: Pixels to score; None: all.
+
+        Returns:
+            Maps by name; NaN where there is no score.
+
+        Raises:
+            InputError: If memory is insufficient.
+        """
         names = detail_names(self.method)
         if not names or self.detail_maps is None:
             return {}
@@ -94,7 +152,15 @@ class Scorer:
         return {name: maps[..., i] for i, name in enumerate(names)}
 
     def strips(self, pixels: np.ndarray, foreground: np.ndarray | None) -> Strips:
-        """The score map from the top to the bottom, in strips."""
+        """Compute the score map in strips from top to bottom.
+
+        Args:
+            pixels: Pixels in the units of the training images, (H, W, C).
+            foreground: Pixels to score, (H, W); None: all.
+
+        Yields:
+            First row of a strip, and its scores.
+        """
         height, width = pixels.shape[:2]
         inside, grid, halo = Inside(pixels, foreground), self._grid(pixels.shape), self.method.halo_px
         residual = self._blended(self.residual, pixels, foreground, grid, inside.any_of_tiles(grid.tile))
@@ -106,15 +172,16 @@ class Scorer:
             if len(rows):
                 yield end, rows
             end += len(rows)
-        if end < height:  # no pixel to score at all
+        if end < height:  # there are no pixels to score
             yield end, np.full((height - end, width), np.nan, np.float32)
 
     def _grid(self, shape: tuple[int, ...]) -> Grid:
+        """Grid of tiles and strips for an image of this shape."""
         size = self.how.patch_size
         return Grid.over((shape[0], shape[1]), size, self.tiles.stride(size), self.method.halo_px, STRIP_PX)
 
     def _maps(self, function: OnTiles, pixels: np.ndarray, foreground: np.ndarray | None) -> Strips:
-        """The blended maps of all tiles, (h, W, M)."""
+        """Blend a map of all tiles; yield first rows and strips (h, W, M)."""
         grid, (height, width) = self._grid(pixels.shape), pixels.shape[:2]
         strips = self._blended(function, pixels, foreground, grid)
         for i, rows in enumerate(read_behind(map(bands_last, strips), ahead=1)):
@@ -128,6 +195,7 @@ class Scorer:
         grid: Grid,
         wanted: Wanted | None = None,
     ) -> Iterator[Float[Array, "M rows width"]]:
+        """Blend a map of the wanted tiles in strips on the device; a resized image is a single tile."""
         if self.how.resize:
             return self._resized(function, pixels, foreground, grid)
         devices = len(jax.local_devices())
@@ -139,7 +207,7 @@ class Scorer:
     def _resized(
         self, function: OnTiles, pixels: np.ndarray, foreground: np.ndarray | None, grid: Grid
     ) -> Iterator[Float[Array, "M rows width"]]:
-        """The whole image as one tile; such images are small."""
+        """Compute a map of the whole image, resized to one tile; such images are small."""
         size = grid.tile
         whole = resize_bands(preprocess(pixels, foreground, self.how), size, size)
         maps = resize_bands(np.asarray(function(self.params, everywhere(whole[None])))[0], *grid.shape)
@@ -148,7 +216,14 @@ class Scorer:
 
 
 def window_scorer(method: Method) -> Callable[..., tuple[Float[Array, "rows width"], Float[Array, "M halos width"]]]:
-    """The compiled function that scores a strip as soon as the `halo_px` rows below it are known."""
+    """Compile the function that scores a strip as soon as the `halo_px` rows below it are known.
+
+    Args:
+        method: Method of the run.
+
+    Returns:
+        (rows above, strip, mask, extent) -> (scores, rows above the next strip).
+    """
     halo = method.halo_px
 
     def score(
@@ -157,9 +232,16 @@ def window_scorer(method: Method) -> Callable[..., tuple[Float[Array, "rows widt
         inside: Bool[Array, "h width"],
         extent: Extent,
     ) -> tuple[Float[Array, "rows width"], Float[Array, "M halos width"]]:
-        """(scores of as many rows as the strip has, beginning `halo_px` above it; what the next call needs as above)
+        """Score as many rows as the strip has, starting `halo_px` rows above it.
 
-        above: the last 2 halo_px rows before the strip. inside, extent: of both together.
+        Args:
+            above: The last 2 `halo_px` rows before the strip.
+            strip: Maps of the strip.
+            inside: Pixels to score in both together.
+            extent: Extent of the image in both together.
+
+        Returns:
+            Scores, and `above` of the next call.
         """
         window, rows = jnp.concatenate([above, strip], axis=1), strip.shape[1]
         scores = method.score_map(jnp.moveaxis(window, 0, -1), inside, extent)
@@ -175,11 +257,22 @@ def scored(
     grid: Grid,
     halo: int,
 ) -> Iterator[Float[Array, "rows width"]]:
-    """Scores on the device: those of part k begin with the image row k * rows - halo."""
+    """Score the strips on the device.
+
+    Args:
+        score_window: Function of `window_scorer`.
+        strips: Blended maps of the strips.
+        inside: Pixels to score.
+        grid: Grid of the tiles and strips.
+        halo: Number of rows above and below a pixel that its score depends on.
+
+    Yields:
+        Scores; part k starts at image row k * rows - halo.
+    """
     (height, width), above, strip = grid.shape, None, None
     everything = None if inside.may_be_false else everywhere(np.ones((2 * halo + grid.rows, grid.width), bool))
     for k in range(-(-(height + halo) // grid.rows)):
-        strip = next(strips, strip)  # below the image any rows will do
+        strip = next(strips, strip)  # below the image, the values are not used
         if strip is None:
             return
         if above is None:
@@ -192,30 +285,48 @@ def scored(
 
 @jax.jit
 def bands_last(strip: Float[Array, "M rows width"]) -> Float[Array, "rows width M"]:
+    """Move the maps to the last axis."""
     return jnp.moveaxis(strip, 0, -1)
 
 
 def detail_names(method: Method) -> tuple[str, ...]:
+    """Names of the further maps of a method; empty if there are none."""
     return method.detail_names if isinstance(method, Detailed) else ()
 
 
 @dataclass(frozen=True)
 class Inside:
-    """Which pixels are to be scored, some rows at a time: those of the foreground that are numbers."""
+    """Pixels to score, evaluated some rows at a time: finite pixels in the foreground.
+
+    Attributes:
+        pixels: Pixels of the image.
+        foreground: Foreground; None: all pixels.
+    """
 
     pixels: Shaped[np.ndarray, "H W C"]
     foreground: Bool[np.ndarray, "H W"] | None
 
     def __call__(self, top: int, bottom: int) -> Bool[np.ndarray, "h W"]:
+        """Mask of the rows from `top` to `bottom` (exclusive)."""
         inside = finite(self.pixels[top:bottom])
         return inside if self.foreground is None else inside & self.foreground[top:bottom]
 
     @property
     def may_be_false(self) -> bool:
+        """Whether pixels can be excluded: if there is a foreground, or the dtype is not an integer type."""
         return self.foreground is not None or not np.issubdtype(self.pixels.dtype, np.integer)
 
     def window(self, top: int, rows: int, width: int) -> Bool[np.ndarray, "rows width"]:
-        """Also of rows and columns beyond the image, where it is False."""
+        """Mask of a window that may extend beyond the image, where it is False.
+
+        Args:
+            top: First row; may be negative.
+            rows: Number of rows.
+            width: Number of columns, at least that of the image.
+
+        Returns:
+            The mask.
+        """
         here, height = np.zeros((rows, width), bool), len(self.pixels)
         first, end = max(top, 0), min(top + rows, height)
         if first < end:
@@ -223,7 +334,14 @@ class Inside:
         return here
 
     def any_of_tiles(self, tile: int) -> Wanted | None:
-        """Whether tiles at row y and columns xs have such a pixel; None where all have."""
+        """Make the test whether a tile has pixels to score.
+
+        Args:
+            tile: Side length of a tile, px.
+
+        Returns:
+            Function of the row y and columns xs of tiles; None if all tiles have such pixels.
+        """
         if not self.may_be_false:
             return None
 
@@ -236,14 +354,27 @@ class Inside:
 
 
 def gathered(strips: Iterable[tuple[int, np.ndarray]], whole: np.ndarray) -> np.ndarray:
-    """The strips in one array."""
+    """Copy strips into a given array and return it.
+
+    Args:
+        strips: First row and rows of each strip.
+        whole: Array to fill.
+
+    Returns:
+        The array.
+    """
     for y, rows in strips:
         whole[y : y + len(rows)] = rows
     return whole
 
 
 def naming_what_to_lower(tiles: Tiles, shape: tuple[int, ...]) -> AbstractContextManager[None]:
-    """A lack of memory becomes an InputError."""
+    """Context that turns a lack of memory into an InputError, which names the settings to lower.
+
+    Args:
+        tiles: Tiling.
+        shape: Shape of the image.
+    """
     return explain_out_of_memory(
         f"scoring an image of {shape[0]} x {shape[1]} px",
         f"lower tiles.batch_size (now {tiles.batch_size}; for a finished run in its config.yaml), or skip such "

@@ -20,12 +20,12 @@ from pulmo_jax.methods.paco.spectral import Combination, combine_maps, correlati
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Empirical null of a search.
+    """Empirical null distribution of a search.
 
     Attributes:
         null: Maps with reversed angles, of the best spectrum at every pixel.
-        profile: Spread of the null SNR of a single spectrum, by separation.
-        field: Null SNR of that spectrum over its spread: a field of unit variance.
+        profile: Standard deviation of the null SNR of a single spectrum, by separation.
+        field: Null SNR of that spectrum divided by its standard deviation: a field of unit variance.
         trials: Number of spectra that were tried.
     """
 
@@ -35,7 +35,7 @@ class Noise:
     trials: int
 
     def false_alarm(self, snr: float) -> float:
-        """Probability that noise alone has a calibrated peak as high anywhere, with any of the spectra."""
+        """Probability that noise alone has a calibrated peak of at least this SNR anywhere, with any of the spectra."""
         single = np.minimum(field_false_alarm(snr, self.field), 1 - 1e-16)
         return float(-np.expm1(self.trials * np.log1p(-single)))
 
@@ -43,7 +43,7 @@ class Noise:
 def correlation_of(
     nulls: Sequence[LikelihoodMaps], channels: Channels
 ) -> tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K L L"]]:
-    """Correlation R of the channels' null SNR by separation, from one FWHM outward, where all of them have a value.
+    """Correlation R of the channels' null SNR by separation, beyond one FWHM and where all channels have a value.
 
     Args:
         nulls: Maps of each channel with reversed angles.
@@ -61,15 +61,16 @@ def correlation_of(
 
 
 def noise_of(nulls: Sequence[LikelihoodMaps], channels: Channels, combination: Combination) -> Noise:
-    """Measures the noise of a search from the channels' null maps.
+    """Measure the noise of a search from the null maps of the channels.
 
-    The highest of several spectra's SNR has neither unit variance nor a normal tail. So the spread is that of a single
-    spectrum, the one whose null spreads the most, and the trials are counted separately.
+    The maximum SNR over several spectra has neither unit variance nor a normal tail. The standard deviation is
+    therefore that of a single spectrum, the one with the largest spread of the null, and the trials are counted
+    separately.
 
     Args:
         nulls: Maps of each channel with reversed angles.
         channels: The observation.
-        combination: How the channels are combined.
+        combination: Combination of the channels.
 
     Returns:
         The noise.

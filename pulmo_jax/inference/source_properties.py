@@ -24,9 +24,9 @@ class SourceSpectrum:
         flux: Flux in each channel.
         flux_std: Standard deviation from the likelihood.
         flux_std_empirical: Standard deviation from blank positions at the same separation; NaN where there are too few.
-        template: Number of the spectrum with which the source was found.
+        template: Index of the spectrum with which the source was detected.
         template_probability: Probability of fluxes at least as far from that spectrum, if it is the source's own; NaN
-            where it cannot be computed. If it is small, the combined flux, which assumes the spectrum, means little.
+            where it cannot be computed. If it is small, the combined flux, which assumes the spectrum, is unreliable.
     """
 
     label: int
@@ -47,7 +47,7 @@ class Candidate:
         snr: SNR there, with brighter sources removed.
         flux: Flux b / a of the map there.
         flux_std: Standard deviation of that flux.
-        template: Number of the spectrum with the highest SNR.
+        template: Index of the spectrum with the highest SNR.
         fit: Position and unbiased fluxes.
     """
 
@@ -64,11 +64,11 @@ class Errors:
     """Empirical errors of a source.
 
     Attributes:
-        factor: Empirical over formal standard deviation of the combined flux; NaN where it is unknown.
-        factors: The same in each channel.
+        factor: Ratio of empirical to formal standard deviation of the combined flux; NaN if unknown.
+        factors: The same ratio in each channel.
         place_covariance: Covariance of the position (y, x), px^2.
         radial_px: Standard deviation of the separation, px.
-        tangential_px: Standard deviation at right angles to it, px.
+        tangential_px: Standard deviation perpendicular to it, px.
     """
 
     factor: float
@@ -87,11 +87,11 @@ def describe(
     combination: Combination,
     north_deg: float,
 ) -> tuple[PointSource, SourceSpectrum]:
-    """Describes a source with empirical errors.
+    """Characterise a source with empirical errors.
 
-    The likelihood ignores that the noise is correlated in time and that its covariance is estimated from few frames.
-    So the flux is measured at blank positions of the same separation too: its scatter there over its formal error is
-    the factor by which the formal errors of flux and position are wrong.
+    The likelihood neglects the temporal correlation of the noise and the uncertainty of a covariance estimated from
+    few frames. The flux is therefore also measured at blank positions of the same separation: the ratio of its scatter
+    to its formal error is the correction factor of the formal errors of flux and position.
 
     Args:
         label: Number of the source, from 1.
@@ -99,7 +99,7 @@ def describe(
         channels: The observation.
         blanks: Likelihood terms at the blank positions, without any source.
         noise: Noise of the search.
-        combination: How the channels are combined.
+        combination: Combination of the channels.
         north_deg: Direction of north, degrees from the x axis toward y.
 
     Returns:
@@ -142,7 +142,7 @@ def spectrum_of(
     correlation: Float[np.ndarray, "L L"],
     combination: Combination,
 ) -> SourceSpectrum:
-    """Flux of every channel with its empirical error, and how well it agrees with the spectrum searched for."""
+    """Flux of every channel with its empirical error, and its agreement with the spectrum of the search."""
     fit = candidate.fit
     empirical = fit.flux_std * errors.factors
     misfit = fit.flux - float(total.b / total.a) * combination.spectra[0]
@@ -194,7 +194,7 @@ def probability_of(misfit: Float[np.ndarray, "L"], correlation: Float[np.ndarray
 
 
 def excess(fit: SourceFit, correlation: Float[np.ndarray, "L L"]) -> float:
-    """Factor by which correlated noise widens the variance of the position, a sum over channels.
+    """Factor by which correlated noise increases the variance of the position, a sum over channels.
 
     Each channel has its SNR u as its weight, so the factor is u' R u / u' u.
     """

@@ -1,4 +1,4 @@
-"""Copies between host and device that let neither wait for the other, and data that stay on the device."""
+"""Asynchronous transfers between host and device, and data that stay on the device."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,12 +14,15 @@ KEPT_BYTES, KEPT_BYTES_CPU = 2**28, 2**25  # on a CPU the device's memory is the
 
 
 def read_behind(results: Iterable[PyTree], ahead: int = AHEAD) -> Iterator[Any]:
-    """The results as NumPy arrays, in order.
+    """Read results back to the host while later results are computed.
 
     Args:
-        results: device arrays, or trees of them; making one only dispatches its computation.
-        ahead: computations that are dispatched before the host waits for the result of the first one. They bound the
-            memory that results take.
+        results: Trees of device arrays; advancing the iterator only dispatches a computation.
+        ahead: Number of computations dispatched before the host waits for the first result; it bounds the memory of
+            the results.
+
+    Yields:
+        Results as NumPy arrays, in order.
     """
     under_way: deque[PyTree] = deque()
     for result in results:
@@ -34,22 +37,23 @@ def read_behind(results: Iterable[PyTree], ahead: int = AHEAD) -> Iterator[Any]:
 
 
 def kept_bytes() -> int:
-    """How many bytes of data may stay on the device because a loop will use them again."""
+    """Maximum size of data that stay on the device because a loop uses them repeatedly, bytes."""
     return KEPT_BYTES_CPU if jax.default_backend() == "cpu" else KEPT_BYTES
 
 
 def keep(array: Shaped[np.ndarray, "N ..."]) -> Shaped[np.ndarray, "N ..."] | Shaped[Array, "N ..."]:
-    """The array on the device if it has no more than `kept_bytes`; else as it is."""
+    """Move an array to the device if it has at most `kept_bytes`; otherwise return it unchanged."""
     return jnp.asarray(array) if array.nbytes <= kept_bytes() else array
 
 
 def pick(
     array: Shaped[np.ndarray, "N ..."] | Shaped[Array, "N ..."], rows: Int[np.ndarray, "*b"]
 ) -> Shaped[np.ndarray, "..."] | Shaped[Array, "..."]:
-    """Rows of an array, where it lies; one compiled program serves all rows of one shape."""
+    """Select rows of an array on the host or the device; one compiled program serves all selections of one shape."""
     return array[rows] if isinstance(array, np.ndarray) else _taken(array, rows)
 
 
 @jax.jit
 def _taken(array: Shaped[Array, "N ..."], rows: Int[Array, "*b"]) -> Shaped[Array, "..."]:
+    """Rows of a device array."""
     return array[rows]

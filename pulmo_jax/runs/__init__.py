@@ -1,1 +1,1 @@
-"""What tasks share: the frames of training, prediction and reports, and the run directory."""
+"""Shared parts of the tasks: frames of training, prediction and reports; run directories."""

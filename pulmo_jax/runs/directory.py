@@ -101,7 +101,7 @@ def restore_sealed(run: Path, step: int, like: TrainState, *, as_written: bool =
         run: Run directory.
         step: Step of the checkpoint.
         like: Structure of the state; fields that are empty tuples, such as the optimizer state, are not read.
-        as_written: Take the shapes from the disk.
+        as_written: Take the array shapes from the checkpoint instead of `like`.
 
     Returns:
         The state.
@@ -120,16 +120,19 @@ def restore_sealed(run: Path, step: int, like: TrainState, *, as_written: bool =
 
 
 def digest_of_run(run: Path) -> str:
-    """Digest of a run, which changes when it is trained again."""
+    """SHA-256 of the seal of a finished run; training the run again changes it."""
     return hashlib.sha256((run / FINISHED).read_bytes()).hexdigest()
 
 
 def _digest(path: Path) -> str:
+    """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_values(run: Path) -> dict[str, Any]:
-    """Read config.yaml, with renamed keys of older runs; interpolations, which could read the environment, stay text.
+    """Read config.yaml without validation; rename the keys of older runs.
+
+    Interpolations stay text, because resolving them could read environment variables.
 
     Args:
         run: Run directory.
@@ -142,15 +145,18 @@ def load_values(run: Path) -> dict[str, Any]:
 
 
 def load_config(run: Path, schema: type[C], plugins: tuple[str, ...]) -> C:
-    """The typed config of a run.
+    """Read and validate the config of a run.
 
     Args:
         run: Run directory.
-        schema: Of the task whose run it must be.
-        plugins: Packages that may be imported for it; the run's own list is not trusted.
+        schema: Typed config of the task that the run must belong to.
+        plugins: Packages that may be imported. They replace the list in the run, which is not trusted.
+
+    Returns:
+        Typed config.
 
     Raises:
-        InputError: It is a run of another task, or its config cannot be read.
+        InputError: If the run belongs to another task, or its config is invalid.
     """
     wanted = schema.model_fields["task"].default
     if (found := task_of(run)) != wanted:
@@ -162,27 +168,28 @@ def load_config(run: Path, schema: type[C], plugins: tuple[str, ...]) -> C:
 
 
 def task_of(run: Path) -> str:
-    """Name of the task of a run."""
+    """Name of the task of a run, from its config.yaml."""
     return str(load_values(run).get("task", DEFAULT_TASK))
 
 
 def save_config(config: Section, path: Path) -> None:
-    """Write a config as YAML; its paths are absolute, so that the run can be used from any folder."""
+    """Write a config as YAML. Its paths are absolute, so that the run does not depend on the working directory."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def build_optimizer(config: Any) -> Any:
+    """Build the optimizer of a training config; its schedule covers `trainer.steps`."""
     return build(config.optimizer, "optimizer", config.plugins, steps=config.trainer.steps)
 
 
 def citation_of(run: Path) -> list[str]:
-    """Citations for the data of a run."""
+    """Citations of the training data of a run; empty if there are none."""
     text = json.loads((run / "run.json").read_text())["citation"]
     return [text] if text else []
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of packages, and the machine, for run.json."""
+    """Versions of Python and packages, platform, CPUs and devices, for run.json."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -193,7 +200,11 @@ def provenance() -> dict[str, Any]:
 
 
 def use_compile_cache(folder: Path | None) -> None:
-    """Enable the XLA compilation cache; without a folder, in the user's cache folder."""
+    """Enable the persistent XLA compilation cache.
+
+    Args:
+        folder: Cache folder; None: `xla` in the user's cache folder.
+    """
     cache = folder or cache_folder() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

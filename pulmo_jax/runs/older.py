@@ -1,4 +1,4 @@
-"""Runs made by older versions: their configs in the present keys, and the version in what is wrong with them."""
+"""Compatibility with runs of older versions: migration of their configs, and their version in error messages."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,14 @@ MODELS = {
 
 
 def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config, or of what a checkpoint notes of it, with losses and models as nodes."""
+    """Convert a config of an older version to the present keys: task name, and loss and model as nodes.
+
+    Args:
+        values: Config keys and values, or the identity stored with a checkpoint.
+
+    Returns:
+        Converted copy.
+    """
     if values.get("task") in TASKS:
         values = {**values, "task": TASKS[values["task"]]}
     method = values.get("method")
@@ -45,7 +52,7 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def version_of(run: Path) -> str:
-    """The version of this package that made a run, by its run.json."""
+    """Version of this package that made a run, from its run.json; "an unknown version" if it cannot be read."""
     try:
         return str(json.loads((run / "run.json").read_text())["packages"]["pulmo-jax"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -54,7 +61,14 @@ def version_of(run: Path) -> str:
 
 @contextmanager
 def naming_version(run: Path) -> Iterator[None]:
-    """An error about a run that another version made says which version that was."""
+    """Append the version that made the run to an InputError of the block, if it is not this version.
+
+    Args:
+        run: Run directory.
+
+    Raises:
+        InputError: The error of the block.
+    """
     try:
         yield
     except InputError as error:

@@ -50,6 +50,7 @@ def marks(annotation: Any) -> list[Any]:
 
 
 def is_store_file(path: Path) -> bool:
+    """Whether a path is a file in the format of an image store."""
     from pulmo_jax.data.sources.store import is_store  # imports h5py, which most commands do not need
 
     return path.is_file() and is_store(path)

@@ -34,12 +34,15 @@ class Place:
     formats: Sequence[Format] = ()
 
     def note(self, text: str) -> None:
+        """Print a line of plain text."""
         self.console.print(text, highlight=False, markup=False)
 
 
 @contextmanager
 def workplace(run_dir: Path, formats: Sequence[Format] = ()) -> Iterator[Place]:
-    """Open and lock the run directory; in all processes of a training except the first, a temporary folder.
+    """Open and lock the run directory.
+
+    All processes of a training except the first get a temporary folder and a silent console.
 
     Args:
         run_dir: Run directory.
@@ -60,10 +63,31 @@ def workplace(run_dir: Path, formats: Sequence[Format] = ()) -> Iterator[Place]:
 
 
 def build_formats(config: Any) -> tuple[Format, ...]:
-    """The image formats that a config's `sources` name. Raises InputError."""
+    """Build the image formats that the config lists in `sources`.
+
+    Args:
+        config: Typed config, with `sources` and `plugins`.
+
+    Returns:
+        Image formats.
+
+    Raises:
+        InputError: If a node is invalid.
+    """
     return check_formats(build(node, f"sources.{name}", config.plugins) for name, node in config.sources.items())
 
 
 def formats_for(image: Any, config: Any) -> tuple[Format, ...]:
-    """The image formats of a run's config for an image that is a path; arrays need none. Raises InputError."""
+    """Image formats needed to read an image: those of the config for a path, none for an array.
+
+    Args:
+        image: Array or path.
+        config: Typed config, with `sources` and `plugins`.
+
+    Returns:
+        Image formats.
+
+    Raises:
+        InputError: If a node is invalid.
+    """
     return build_formats(config) if isinstance(image, Path | str) else ()

@@ -1,4 +1,4 @@
-"""Frame of every prediction: finished items are kept, every item gets a record, failures are reported."""
+"""Frame of every prediction: skips finished items, writes a record for every new item, reports failures."""
 
 import json
 import sys
@@ -92,15 +92,25 @@ def predict_all(prediction: Prediction, run: Any, config: Any, place: Place) -> 
 
 
 def record_path(item: Item, output: Path) -> Path:
+    """Path of the record of an item."""
     return output / "records" / f"{item.name}.json"
 
 
 def finished_records(items: Sequence[Item], output: Path) -> dict[str, Record]:
-    """Up-to-date records of an earlier call whose outputs exist, by item."""
+    """Up-to-date records of an earlier call whose output files exist.
+
+    Args:
+        items: Items to look up.
+        output: Output folder of the prediction.
+
+    Returns:
+        Record by item name.
+    """
     return {item.name: record for item in items if (record := finished_record(item, output)) is not None}
 
 
 def finished_record(item: Item, output: Path) -> Record | None:
+    """Record of one item; None if it is missing, unreadable or outdated, or if an output file is missing."""
     try:
         record = json.loads(record_path(item, output).read_text())
     except (OSError, ValueError):
@@ -110,4 +120,5 @@ def finished_record(item: Item, output: Path) -> Record | None:
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Divide items into consecutive chunks of at most `size` items."""
     return (items[first : first + size] for first in range(0, len(items), size))

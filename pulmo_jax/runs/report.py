@@ -101,7 +101,15 @@ def figure_sections(findings: Any, run: Any, config: Any, folder: Path) -> list[
 
 
 def summarise_training(run: Any, training: Mapping[str, Any]) -> dict[str, str]:
-    """Scalar facts of a training, for the top of its report."""
+    """Format the scalar results of a training for the top of its report.
+
+    Args:
+        run: Opened run.
+        training: Training section of metrics.json.
+
+    Returns:
+        Text by label, starting with run directory and seed.
+    """
     facts = {"run": str(run.path), "seed": str(run.config.seed)}
     plain = {key: value for key, value in training.items() if not isinstance(value, Mapping)}
     return facts | {k.replace("_", " "): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in plain.items()}

@@ -1,7 +1,12 @@
-"""Tasks: found by name, imported when a verb first needs one of their parts.
+"""Tasks and the Protocols that their modules implement.
 
-A task is a package with a `TASK`, in `pulmo_jax.tasks` or in a package that the user lists in `plugins`. Its modules
-answer the Protocols below; a verb calls them in the order in which data flows, and knows no task by name.
+A task is a package that defines `TASK`. It lies in `pulmo_jax.tasks` or in a package listed in `plugins`. `find_task`
+finds it by name; its modules are imported on first use. Each verb calls the functions of one Protocol below in the
+order of the data flow, and is independent of the task. Arguments that the functions share:
+
+- `config`: typed config of the verb; after `Training.prepare`, the completed one.
+- `place`: output folder and console.
+- `run`: the opened run.
 """
 
 import importlib
@@ -31,7 +36,7 @@ TASKS = "pulmo_jax.tasks"
 
 @runtime_checkable
 class TaskConfig(Protocol):
-    """config.py: imports no JAX."""
+    """Interface of config.py: typed configs of the verbs. The module must not import JAX."""
 
     SECTIONS: Mapping[str, type[Section]]
     """The typed config of each verb that the task has: train, predict, evaluate, detect."""
@@ -42,79 +47,157 @@ class TaskConfig(Protocol):
 
 @runtime_checkable
 class OpenRun(Protocol):
-    """A finished run, ready for use."""
+    """A finished run that is loaded for inference."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """Run directory."""
+        ...
 
     @property
-    def config(self) -> Any: ...
+    def config(self) -> Any:
+        """Typed config of the training."""
+        ...
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """Step of the checkpoint that the calibration belongs to."""
+        ...
 
     def predict(self, image: Any) -> Any:
-        """The task's result for one image, an array (H, W[, C]) or a path."""
+        """Predict one image.
+
+        Args:
+            image: Array (H, W[, C]) or path of an image file.
+
+        Returns:
+            The prediction, of a type defined by the task.
+        """
         ...
 
 
 @runtime_checkable
 class Training(Protocol):
-    """Interface of training.py: from data to a calibrated run."""
+    """Interface of training.py: from the data to a calibrated run. The verb calls the functions in this order."""
 
     def check(self, config: Any) -> None:
-        """Validate the `_target_` nodes without building them. Raises InputError."""
+        """Validate the `_target_` nodes of a config without building them.
+
+        Raises:
+            InputError: If a node is invalid.
+        """
         ...
 
     def prepare(self, config: Any, place: "Place") -> tuple[Any, str]:
-        """Complete the config (sample data, resumed run, base run); return it with the citation of the data."""
+        """Complete the config from the sample data, the run to resume or the base run.
+
+        Returns:
+            Completed config, and the citation of the data or "".
+        """
         ...
 
     def read(self, config: Any, place: "Place") -> Any:
-        """List, split and read the data."""
+        """List, split and read the data.
+
+        Returns:
+            The data, of a type defined by the task.
+        """
         ...
 
     def learning(self, config: Any, data: Any, place: "Place") -> "Learning":
-        """Input of the training loop: state, step, batches, validation."""
+        """Build the input of the training loop: initial state, step, batches and validation loss.
+
+        Args:
+            data: Result of `read`.
+
+        Returns:
+            Input of the training loop.
+        """
         ...
 
     def records(self, config: Any, data: Any) -> Mapping[str, Any]:
-        """JSON files by name that describe the data of the run."""
+        """Describe the data of the run, such as its split, in JSON files.
+
+        Args:
+            data: Result of `read`.
+
+        Returns:
+            Content by file name.
+        """
         ...
 
     def finish(self, config: Any, data: Any, learned: "Learned", place: "Place") -> Any:
-        """Calibrate, and write the files that are read on opening; return the input of `assess`."""
+        """Calibrate the trained model and write the files that `open_run` reads.
+
+        Args:
+            data: Result of `read`.
+            learned: Outcome of the training loop.
+
+        Returns:
+            Input of `assess`.
+        """
         ...
 
     def assess(self, outcome: Any, data: Any, learned: "Learned", place: "Place") -> "Findings":
-        """Report of the finished training."""
+        """Assess the calibrated model on the validation data.
+
+        Args:
+            outcome: Result of `finish`.
+            data: Result of `read`.
+            learned: Outcome of the training loop.
+
+        Returns:
+            Content of the training report.
+        """
         ...
 
 
 @runtime_checkable
 class Runs(Protocol):
-    """Interface of run.py: opening of run directories."""
+    """Interface of run.py: opens run directories."""
 
     SEALED: Sequence[str]
     """Files that are read on opening, in addition to the checkpoint."""
 
     def open_run(self, path: Path, plugins: tuple[str, ...] = ()) -> OpenRun:
-        """Open a finished run. Raises InputError if it is not finished or has changed since training."""
+        """Load a finished run for inference.
+
+        Args:
+            path: Run directory.
+            plugins: Packages that may be imported.
+
+        Returns:
+            The opened run.
+
+        Raises:
+            InputError: If the run is not finished or has changed since training.
+        """
         ...
 
 
 @runtime_checkable
 class Prediction(Protocol):
-    """Interface of prediction.py: results and a record for each new image."""
+    """Interface of prediction.py: predictions and one record for each new image."""
 
     def read(self, run: Any, config: Any, place: "Place") -> tuple[Sequence["Item"], Sequence["Skipped"]]:
-        """List the items to predict, and unreadable files."""
+        """List the items to predict.
+
+        Returns:
+            Items, and the files that cannot be read.
+        """
         ...
 
     def predict(
         self, run: Any, items: Sequence["Item"], config: Any, place: "Place"
     ) -> Iterator[tuple["Item", "Record | Skipped"]]:
-        """Write the outputs of every item; yield its record, or the reason of its failure."""
+        """Predict items and write their output files.
+
+        Args:
+            items: Items without an up-to-date record.
+
+        Yields:
+            Each item with its record, or with the reason of its failure.
+        """
         ...
 
     def collect(
@@ -126,31 +209,68 @@ class Prediction(Protocol):
         config: Any,
         place: "Place",
     ) -> "Outputs":
-        """Tables of all finished items."""
+        """Compile the tables and the summary of all finished items.
+
+        Args:
+            items: Finished items.
+            records: Their records, in the same order.
+            failed: Failed files.
+
+        Returns:
+            Tables, summary.json and console message.
+        """
         ...
 
 
 @runtime_checkable
 class Assessment(Protocol):
-    """Interface of assessment.py: evaluation on labelled images."""
+    """Interface of assessment.py: evaluation on labelled test images."""
 
-    def read_test(self, run: Any, config: Any, place: "Place") -> Any: ...
+    def read_test(self, run: Any, config: Any, place: "Place") -> Any:
+        """Read the labelled test images.
 
-    def assess(self, run: Any, data: Any, config: Any, place: "Place") -> "Findings": ...
+        Returns:
+            The test data, of a type defined by the task.
+        """
+        ...
+
+    def assess(self, run: Any, data: Any, config: Any, place: "Place") -> "Findings":
+        """Evaluate a run on the test data.
+
+        Args:
+            data: Result of `read_test`.
+
+        Returns:
+            Content of the evaluation report.
+        """
+        ...
 
 
 @runtime_checkable
 class Detection(Protocol):
-    """Interface of detection.py: a search without training."""
+    """Interface of detection.py: source detection without training."""
 
     def detect(self, config: Any, place: "Place") -> int:
-        """Search; write maps, tables and report; return the number of sources."""
+        """Search the images of the config; write maps, tables and report.
+
+        Returns:
+            Number of sources.
+        """
         ...
 
     def detect_arrays(
         self, given: Mapping[str, Any], compose: Callable[[dict[str, str]], Any], console: "Console"
     ) -> Any:
-        """Search a stack of arrays without output files."""
+        """Search a stack given as arrays or paths, without output files.
+
+        Args:
+            given: Arrays, paths or None, by name.
+            compose: Composes the typed config from overrides (key to path).
+            console: For progress.
+
+        Returns:
+            The result, of a type defined by the task.
+        """
         ...
 
 
@@ -166,34 +286,52 @@ class Task:
 
     @property
     def name(self) -> str:
+        """Name of the task: the last part of the package name."""
         return self.package.rpartition(".")[2]
 
     @property
     def config(self) -> TaskConfig:
+        """Module config.py of the task."""
         return cast(TaskConfig, self._part("config"))
 
     @property
     def training(self) -> Training:
+        """Module training.py of the task."""
         return cast(Training, self._part("training"))
 
     @property
     def runs(self) -> Runs:
+        """Module run.py of the task."""
         return cast(Runs, self._part("run"))
 
     @property
     def prediction(self) -> Prediction:
+        """Module prediction.py of the task."""
         return cast(Prediction, self._part("prediction"))
 
     @property
     def assessment(self) -> Assessment:
+        """Module assessment.py of the task."""
         return cast(Assessment, self._part("assessment"))
 
     @property
     def detection(self) -> Detection:
+        """Module detection.py of the task."""
         return cast(Detection, self._part("detection"))
 
     def open_run(self, path: Path, plugins: tuple[str, ...] = ()) -> OpenRun:
-        """`runs.open_run`, whose errors say which version made the run, if it is another one."""
+        """Load a finished run for inference (`Runs.open_run`).
+
+        Args:
+            path: Run directory.
+            plugins: Packages that may be imported.
+
+        Returns:
+            The opened run.
+
+        Raises:
+            InputError: If the run cannot be opened; the message names the version that made it, if it is another one.
+        """
         with naming_version(path):
             return self.runs.open_run(path, plugins)
 
@@ -215,6 +353,7 @@ class Task:
         return sections[verb]
 
     def _part(self, name: str) -> ModuleType:
+        """Import a module of the task's package."""
         return importlib.import_module(f"{self.package}.{name}")
 
 
@@ -247,6 +386,7 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> Task:
 
 
 def is_package(name: str) -> bool:
+    """Whether a module or package of this name can be found."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # the parent package does not exist

@@ -1,4 +1,4 @@
-"""Frame of every training: refuse or resume, run the loop, select the checkpoint."""
+"""Frame of every training: refuses or resumes a run, runs the training loop, selects the checkpoint."""
 
 import math
 import sys
@@ -108,13 +108,13 @@ def fitting(
     draw: Callable[[TrainState], Figure],
     remedy: str = "use fewer or smaller images",
 ) -> Learning:
-    """The learning of a method that is fitted to all data in one step, in each process alike.
+    """Training input for a closed-form method: every process fits all data in a single step.
 
     Args:
-        fit: Returns the parameters.
+        fit: Returns the fitted parameters.
         like: Parameters of the same structure.
         error: Validation loss of parameters.
-        identity: What a resumed run must share with the run that it continues, in comparable form.
+        identity: Description of config and data, which must be equal on resuming.
         titles: Names of the images.
         draw: Draws a figure of a state on validation data.
         remedy: Advice if memory is insufficient.
@@ -147,6 +147,7 @@ def fitting(
 
 
 def connect(cluster: ClusterConfig) -> None:
+    """Connect the processes of a distributed training; must precede all other JAX calls."""
     devices.connect(cluster.coordinator, cluster.processes, cluster.process)
 
 
@@ -277,13 +278,14 @@ def learn(
 
 
 def read_ahead(learning: Learning, step: int) -> Any:
+    """Iterator over the batches after `step`, read in the background if the batches are a data pipeline."""
     if isinstance(learning.batches, MapDataset):
         return iterate(learning.batches, step, **learning.reading)
     return (batch for batch in learning.batches[step:])
 
 
 def compiled(learning: Learning, state: TrainState) -> Step:
-    """Compile the step before a batch is read.
+    """Compile the step before the first batch is read, and check that memory is sufficient.
 
     Args:
         learning: Input of the training loop.
@@ -305,11 +307,23 @@ def compiled(learning: Learning, state: TrainState) -> Step:
 
 
 def no_step(state: TrainState, batch: Any) -> Any:
+    """Placeholder for the step of a resumed run that has completed all steps."""
     raise AssertionError("the resumed run has already completed all steps")
 
 
 def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list[Callback]:
-    """Raises InputError for a node that builds no callback."""
+    """Build the callbacks of a config.
+
+    Args:
+        nodes: `_target_` node by name.
+        plugins: Packages that may be imported.
+
+    Returns:
+        Callbacks in the order of the config.
+
+    Raises:
+        InputError: If a node does not build a callback.
+    """
     callbacks = [build(node, f"callbacks.{name}", plugins) for name, node in nodes.items()]
     for name, callback in zip(nodes, callbacks, strict=True):
         if not isinstance(callback, Callback):
@@ -345,6 +359,7 @@ def restore_last(folder: Path, learning: Learning, console: Console) -> tuple[Tr
 
 
 def require_same(folder: Path, record: Record, identity: Mapping[str, Any]) -> None:
+    """Raise InputError if config or data differ from the run to resume."""
     before = migrated(record.identity)
     changed = [key for key, value in identity.items() if before.get(key) != value]
     if changed:
@@ -355,12 +370,13 @@ def require_same(folder: Path, record: Record, identity: Mapping[str, Any]) -> N
 
 
 def warn_of_damage(damaged: list[str], console: Console) -> None:
+    """Print a warning for each damaged checkpoint."""
     for sentence in damaged:
         console.print(f"warning: {sentence}", markup=False, highlight=False)
 
 
 def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> None:
-    """Exit if a signal stopped the training; its checkpoint has been saved."""
+    """Print the reason of an early stop; exit if it was a signal. The checkpoint has been saved by then."""
     if outcome.stopped:
         console.print(outcome.stopped, highlight=False)
     if outcome.signum is not None:

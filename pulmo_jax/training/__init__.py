@@ -1,1 +1,1 @@
-"""State, step, loop, callbacks, checkpoints."""
+"""Training: state and step, loop, callbacks, checkpoints, optimizers, distributed devices."""

@@ -73,12 +73,12 @@ class Event:
 
     @property
     def state(self) -> TrainState:
-        """The state after the step. Valid during the call only, because the next step reuses its memory.
+        """State after the step; reading it waits for the step.
 
-        Reading it waits for the step.
+        It is valid during the call only, because the next step reuses its memory.
 
         Raises:
-            InputError: Loss or gradient of the step are not finite.
+            InputError: If loss or gradient of the step are not finite.
         """
         return self.checked_state()
 
@@ -91,11 +91,31 @@ class Callback(Protocol):
     processes, each process has its own callbacks and folder; that of the first process is the run directory.
     """
 
-    def on_start(self, start: Start) -> str | None: ...
+    def on_start(self, start: Start) -> str | None:
+        """Prepare for the first step.
 
-    def on_event(self, event: Event) -> str | None: ...
+        Args:
+            start: State of the run.
 
-    def on_end(self) -> None: ...
+        Returns:
+            Reason to stop, or None.
+        """
+        ...
+
+    def on_event(self, event: Event) -> str | None:
+        """Handle a completed step.
+
+        Args:
+            event: The step; its metrics are empty unless the step is logged.
+
+        Returns:
+            Reason to stop, or None.
+        """
+        ...
+
+    def on_end(self) -> None:
+        """Finish: wait for outputs and close files."""
+        ...
 
 
 class Checkpoint:
@@ -105,9 +125,11 @@ class Checkpoint:
         self.every = every
 
     def on_start(self, start: Start) -> None:
+        """Take over the validation losses of a resumed run."""
         self._start, self._losses = start, list(start.val_losses)
 
     def on_event(self, event: Event) -> None:
+        """Save the state if the step requires it."""
         loss = event.metrics.get("val/loss")
         best = loss is not None and loss < min(self._losses, default=math.inf)
         self._losses += [] if loss is None else [loss]
@@ -115,6 +137,7 @@ class Checkpoint:
             self._start.checkpoints.save(event.state, loss, self._start.identity, self._losses, event.stopped)
 
     def on_end(self) -> None:
+        """Wait until the last checkpoint has been written."""
         self._start.checkpoints.wait()
 
 
@@ -122,6 +145,7 @@ class JsonLines:
     """Write metrics.jsonl, one object per logged step; resuming removes steps after the checkpoint."""
 
     def on_start(self, start: Start) -> None:
+        """Open the file; remove the rows after the checkpoint of a resumed run."""
         path = start.run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start.step] if start.step else []
         whole = path.with_name(f".{path.name}")  # atomic: a killed process leaves the old or the new file
@@ -130,10 +154,12 @@ class JsonLines:
         self._file = path.open("a", buffering=1)
 
     def on_event(self, event: Event) -> None:
+        """Write the metrics of a logged step."""
         if event.metrics:
             self._file.write(json.dumps({"step": event.step, **event.metrics}) + "\n")
 
     def on_end(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -141,14 +167,17 @@ class TensorBoard:
     """Write scalars for `tensorboard --logdir RUN/tensorboard`."""
 
     def on_start(self, start: Start) -> None:
+        """Open the event file."""
         # purge_step hides steps that an interrupted run logged after its checkpoint
         self._writer = SummaryWriter(str(start.run_dir / "tensorboard"), purge_step=start.step + 1)
 
     def on_event(self, event: Event) -> None:
+        """Write the metrics of a logged step."""
         for name, value in event.metrics.items():
             self._writer.add_scalar(name, value, event.step)
 
     def on_end(self) -> None:
+        """Close the event file."""
         self._writer.close()
 
 
@@ -164,6 +193,7 @@ class ProgressBar:
         self.line_every_s = line_every_s
 
     def on_start(self, start: Start) -> None:
+        """Show the bar."""
         self._start, self._began, self._last_line, self._losses = (
             start,
             time.monotonic(),
@@ -183,6 +213,7 @@ class ProgressBar:
         self._bar.start()
 
     def on_event(self, event: Event) -> None:
+        """Update the bar, or print a line if there is no terminal."""
         self._losses |= {k: v for k, v in event.metrics.items() if k.endswith("/loss")}
         elapsed, done = time.monotonic() - self._began, event.step - self._start.step
         rate = done / elapsed
@@ -197,6 +228,7 @@ class ProgressBar:
             )
 
     def on_end(self) -> None:
+        """Remove the bar from the terminal."""
         self._bar.stop()
 
 
@@ -213,29 +245,33 @@ class EarlyStopping:
         self.patience, self.min_fraction = patience, min_fraction
 
     def on_start(self, start: Start) -> str | None:
-        """Restore the state of a resumed run from its validation losses."""
+        """Restore the counter of a resumed run from its validation losses."""
         self._best, self._waited = math.inf, 0
         for loss in start.val_losses:
             self._judge(loss)
         return self._reason()
 
     def on_event(self, event: Event) -> str | None:
+        """Update the counter after a validation; return a reason to stop once it reaches `patience`."""
         if "val/loss" not in event.metrics:
             return None
         self._judge(event.metrics["val/loss"])
         return self._reason()
 
     def _reason(self) -> str | None:
+        """Reason to stop, or None."""
         if self._waited < self.patience:
             return None
         return f"validation loss has not improved in {self._waited} validations (best {self._best:.3g})"
 
     def _judge(self, loss: float) -> None:
+        """Update the lowest validation loss and the number of validations without improvement."""
         needed = self.min_fraction * abs(self._best) if math.isfinite(self._best) else 0.0
         improved = loss < self._best - needed
         self._best, self._waited = (loss, 0) if improved else (self._best, self._waited + 1)
 
     def on_end(self) -> None:
+        """Do nothing."""
         pass
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: saving and verified restoring with Orbax, which is used in this module only.
 
     CHECKPOINTS/200/state/     the arrays, as Orbax writes them
-    CHECKPOINTS/200/MANIFEST   the SHA-256 of its own text; then, as JSON, that of every array and of every file, and
-                               the metadata of the run
+    CHECKPOINTS/200/MANIFEST   the SHA-256 of the JSON text that follows: SHA-256 of every array and every file, and the
+                               metadata of the checkpoint
 
 A checkpoint is written under a hidden name, flushed to the disk and renamed last, so that a folder named after its step
 is complete even if the process is killed. Orbax itself does not detect corrupted arrays.
@@ -127,6 +127,7 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, after waiting for a save in progress; None if there are none."""
         self.wait()
         return max(self.steps(), default=None)
 
@@ -234,6 +235,7 @@ class Checkpoints:
     def _first_whole(
         self, steps: list[int], like: TrainState, as_written: bool
     ) -> tuple[TrainState, Record, list[str]] | None:
+        """Restore the first intact checkpoint in the order of `steps`; set damaged ones aside."""
         wrong: list[str] = []
         for step in steps:
             try:
@@ -263,6 +265,7 @@ class Checkpoints:
             self._pool.shutdown()
 
     def _write(self, record: Record, arrays: dict[str, np.ndarray]) -> None:
+        """Write a checkpoint under a hidden name, flush it, rename it, and remove old checkpoints."""
         folder, unfinished = self.folder / str(record.step), self.folder / f".saving-{record.step}"
         try:
             _require_room(self.folder, sum(array.nbytes for array in arrays.values()))
@@ -290,6 +293,7 @@ class Checkpoints:
         self._remove_old()
 
     def _remove_old(self) -> None:
+        """Remove all checkpoints except the latest `KEPT` and the best."""
         steps = self.steps()
         losses = [(loss, step) for step in steps if (loss := self._loss_of(step)) is not None]
         best = {min(losses)[1]} if losses else set()
@@ -297,17 +301,19 @@ class Checkpoints:
             shutil.rmtree(self._hide(step))
 
     def _hide(self, step: int) -> Path:
-        """Rename a checkpoint before its removal, so that a partly removed one does not count as damaged."""
+        """Rename a checkpoint before its removal, so that a partly removed one is not treated as damaged."""
         hidden = self.folder / f".saving-{step}-old"
         return (self.folder / str(step)).rename(hidden)
 
     def _set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint to damaged-STEP."""
         if not self._read_only:
             aside = self.folder / f"damaged-{step}"
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
 
     def _loss_of(self, step: int) -> float | None:
+        """Validation loss of a checkpoint; None if it was not validated or is damaged."""
         with suppress(DamagedError):  # `restore` reports damage
             return self.record(step).val_loss
 
@@ -326,14 +332,17 @@ def _orbax() -> ocp.Checkpointer:
 
 
 def _describe(array: np.ndarray) -> dict[str, Any]:
+    """Shape, dtype and SHA-256 of an array."""
     return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": _sha256(np.ascontiguousarray(array))}
 
 
 def _sha256(content: bytes | np.ndarray) -> str:
+    """SHA-256 of bytes or of the values of an array, in hexadecimal digits."""
     return hashlib.sha256(content.tobytes() if isinstance(content, np.ndarray) else content).hexdigest()
 
 
 def _verify_file(path: Path, digest: str) -> None:
+    """Raise DamagedError if a file is missing or its SHA-256 differs."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -358,10 +367,12 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 def _require_finite(arrays: Mapping[str, np.ndarray], step: int) -> None:
+    """Raise InputError if an array contains values that are not finite."""
     for name, array in arrays.items():
         if jnp.issubdtype(array.dtype, jnp.inexact) and not math.isfinite(np.abs(array).sum(dtype=np.float64)):
             raise InputError(f"{name} is not finite after step {step}: nothing was saved; the last checkpoint is kept")
 
 
 def _words(array: tuple[list[int], str] | None) -> str:
+    """Describe an array in an error message."""
     return "absent" if array is None else f"{array[1]} of shape {tuple(array[0])}"

@@ -67,10 +67,12 @@ def all_devices(batch_size: int) -> Mesh:
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
+    """Sharding that replicates an array on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
+    """Sharding that divides the first axis of an array among all devices."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
@@ -85,10 +87,14 @@ def divided(share: Any, mesh: Mesh) -> Any:
 
 
 def described(batch: Any, mesh: Mesh) -> Any:
-    """A whole batch as `divided` makes it, without its values.
+    """Describe a batch over all processes, as distributed by `divided`.
 
     Args:
-        batch: Shapes and dtypes on the host.
+        batch: Tree of shapes and dtypes on the host.
+        mesh: Devices.
+
+    Returns:
+        Tree of shapes, dtypes and shardings.
     """
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes.canonicalize_dtype(leaf.dtype), sharding=rows(mesh)), batch
@@ -101,6 +107,7 @@ def here(tree: Any) -> Any:
 
 
 def is_first() -> bool:
+    """Whether this is the first process."""
     return jax.process_index() == 0
 
 

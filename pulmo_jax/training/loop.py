@@ -1,4 +1,4 @@
-"""The loop: batches in, state out, everything else in callbacks."""
+"""Training loop: runs the steps; callbacks do everything else."""
 
 import math
 import time
@@ -18,12 +18,17 @@ SHOWN_FILES = 5
 
 @dataclass
 class Clock:
-    """Seconds by what the loop was doing."""
+    """Seconds by activity of the loop.
+
+    Attributes:
+        seconds: Total duration by activity, in seconds.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
+        """Add the duration of the block to an activity."""
         began = time.perf_counter()
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
@@ -31,9 +36,13 @@ class Clock:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The state at the end; `stopped` says why before the last step, `signum` which signal asked for it.
+    """Outcome of the training loop.
 
-    seconds: where the time went: "steps", "waiting for batches" (while a step computes), "validation", "callbacks".
+    Attributes:
+        state: State after the last step.
+        seconds: Seconds by activity: "steps", "waiting for batches" (while a step runs), "validation", "callbacks".
+        stopped: Reason of a stop before the last step, if any.
+        signum: Signal that requested the stop, if any.
     """
 
     state: TrainState
@@ -54,30 +63,34 @@ def fit(
     validate_every: int,
     agreed: Callable[[int | None], int | None] = lambda signum: signum,
 ) -> Outcome:
-    """Steps from `state.step` to `start.steps`.
+    """Run the training steps from `state.step` to `start.steps`.
 
-    The metrics of a step are read while the next one computes, unless the step is logged, validated or the last, or a
-    callback reads its state: the device does not wait for the host. Nothing is done with the state of a step before its
-    metrics have been found to be finite.
+    The loop reads the metrics of a step while the next step runs, so that the device does not wait for the host.
+    Exceptions are the last step, logged and validated steps, and steps whose state a callback reads. A state is
+    used only after the metrics of its step have been found finite.
 
-    When a callback gives a reason, one more step is taken, validated, and is the last. After a signal the step at hand
-    is the last (or, if it came between steps, the next), without a validation of its own: what is logged and what is
-    held to be the best are those of a run that was never stopped. Either way every callback gets a last event.
+    If a callback returns a reason to stop, the loop runs and validates one more step, which is the last. After a
+    signal, the current step (or the next one, if the signal arrives between steps) is the last, without an additional
+    validation: the log and the best checkpoint remain those of an uninterrupted run. In both cases, every callback
+    receives a last event.
 
     Args:
-        state: To start from; its buffers are donated to the steps.
-        step: (state, batch) -> (state, metrics), compiled.
-        batches: One for each step, asked for while the step before computes. A batch of device arrays is then on its
-            way to the device in time.
+        state: Initial state; its buffers are donated to the steps.
+        step: Compiled (state, batch) -> (state, metrics).
+        batches: One batch for each step. The next batch is requested while a step runs, so that its transfer to the
+            device overlaps with the computation.
         validate: Validation loss of a state.
-        callbacks: Told of the start, of every step and of the end.
-        start: What the callbacks are told of the run.
-        log_every: Steps between logged ones.
-        validate_every: Steps between validated ones.
-        agreed: Turns the signal that this process has received into the one that all processes act on.
+        callbacks: Callbacks.
+        start: Description of the run for the callbacks.
+        log_every: Number of steps between logged steps.
+        validate_every: Number of steps between validations.
+        agreed: Maps the signal received by this process to the signal that all processes act on.
+
+    Returns:
+        Final state and durations.
 
     Raises:
-        InputError: Loss, gradient or validation loss of a step are not finite; the step's files are named.
+        InputError: If loss, gradient or validation loss of a step are not finite; the message names the step's files.
     """
     clock, stopped, signum = Clock(), None, None
     with ExitStack() as ends:
@@ -93,7 +106,7 @@ def fit(
                 with clock("steps"):
                     state, info = step(state, batch)
                     read = reading(info, number, start.files_of)
-                with clock("waiting for batches"):  # the step goes on meanwhile
+                with clock("waiting for batches"):  # the step runs meanwhile
                     batch = next(batches) if number < start.steps else None
                 with clock("steps"):
                     read_previous()
@@ -123,9 +136,15 @@ def fit(
 
 
 def reading(info: Metrics, number: int, files_of: Callable[[int], list[str]]) -> Callable[[], dict[str, float]]:
-    """The metrics of a step, on their way to the host; calling the result waits for them.
+    """Start the transfer of a step's metrics to the host.
 
-    The result raises InputError where they are not finite.
+    Args:
+        info: Metrics on the device.
+        number: Number of the step, from 1.
+        files_of: Names of the files in the batch of a step.
+
+    Returns:
+        Function that waits for the metrics and returns them; it raises InputError if they are not finite.
     """
     for value in info.values():
         value.copy_to_host_async()
@@ -140,11 +159,13 @@ def reading(info: Metrics, number: int, files_of: Callable[[int], list[str]]) ->
 
 
 def _checked(state: TrainState, read: Callable[[], dict[str, float]]) -> TrainState:
+    """Return the state after its metrics have been found finite."""
     read()
     return state
 
 
 def _require_finite(metrics: Mapping[str, float], number: int, files_of: Callable[[int], list[str]]) -> None:
+    """Raise InputError, which names the files of the step, if a metric is not finite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             files = files_of(number)

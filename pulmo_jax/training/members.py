@@ -1,7 +1,7 @@
-"""Several networks that know nothing of each other, trained in one program: folds, repeats, seeds.
+"""Joint training of several independent networks in one program: folds, repeats, seeds.
 
-Networks stand along a leading axis of every array, some in each chunk; `vmap` over a chunk makes its program. Each has
-batches, noise, gradient, clipping and average of its own: it becomes what it would become alone.
+Every array has a leading axis over the M networks, divided into chunks; `vmap` over a chunk gives one compiled program.
+Each network has its own batches, noise, gradient, gradient clipping and moving average, as in separate training.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,18 @@ Chunk = tuple[Params, Params, optax.OptState]  # parameters, their moving averag
 
 
 def chunk_sizes(count: int, at_once: int) -> list[int]:
-    """At most so many in each, all alike if few more chunks make that possible: one program then serves all."""
+    """Divide the networks into chunks of nearly equal size.
+
+    The sizes are all equal, so that a single program serves all chunks, if less than twice the minimum number of chunks
+    makes that possible.
+
+    Args:
+        count: Number of networks.
+        at_once: Maximum number of networks in a chunk.
+
+    Returns:
+        Number of networks in each chunk.
+    """
     least = -(-count // at_once)
     chunks = next((n for n in range(least, 2 * least + 1) if count % n == 0), least)
     return [len(part) for part in np.array_split(np.arange(count), chunks)]
@@ -32,7 +43,17 @@ def chunk_sizes(count: int, at_once: int) -> list[int]:
 def init_members(
     method: Trained, optimizer: optax.GradientTransformation, keys: Key[Array, "M"], sizes: Sequence[int]
 ) -> TrainState:
-    """params, ema and opt_state are lists of chunks."""
+    """Initialise the training state of all networks.
+
+    Args:
+        method: Method that initialises one network.
+        optimizer: Optimizer.
+        keys: Random key of each network.
+        sizes: Number of networks in each chunk.
+
+    Returns:
+        State whose params, ema and opt_state are lists of chunks.
+    """
     first = np.cumsum([0, *sizes[:-1]])
     params = [jax.vmap(method.init)(keys[start : start + size]) for start, size in zip(first, sizes, strict=True)]
     copies = jax.tree.map(jnp.copy, params)  # shared buffers could not be donated
@@ -41,12 +62,12 @@ def init_members(
 
 @dataclass(frozen=True)
 class MemberStep:
-    """The training step of all networks: a call of one program for each chunk. The state's buffers are donated.
+    """Training step of all networks; it calls one program for each chunk. The buffers of the state are donated.
 
     Attributes:
-        advance: (number of the step, chunk, batch, key data, first network of the chunk) -> (chunk, metrics), jitted.
-        summarize: (number of the step, metrics of all chunks) -> (its successor, means over the networks).
-        key_data: Of the key of each network, from which all of its random numbers come.
+        advance: Jitted (step number, chunk, batch, key data, index of the chunk's first network) -> (chunk, metrics).
+        summarize: (step number, metrics of all chunks) -> (next step number, means over the networks).
+        key_data: Data of the random key of each network, from which all of its random numbers derive.
     """
 
     advance: Any
@@ -63,7 +84,15 @@ class MemberStep:
         return TrainState(number, params, ema, opt_state), means
 
     def compiled(self, state: TrainState, batch: Any) -> Program:
-        """The step for the shapes and shardings of `state` and `batch`: a program for each size of a chunk."""
+        """Compile one program for each chunk size.
+
+        Args:
+            state: State with the shapes and shardings of the training.
+            batch: Batch with the shapes and shardings of the training.
+
+        Returns:
+            Compiled step, and the largest working memory of its programs.
+        """
         programs: dict[int, Any] = {}
         for first, chunk in chunks_of(state):
             if (size := members_of(chunk[0])) not in programs:
@@ -83,17 +112,17 @@ def make_member_step(
     keys: Key[Array, "M"],
     sharding: jax.sharding.Sharding | None = None,
 ) -> MemberStep:
-    """The training step (state, batch) -> (state, metrics) of all networks.
+    """Make the training step (state, batch) -> (state, metrics) of all networks.
 
     Args:
-        method: Gives the loss of a batch of one network.
-        optimizer: Makes updates of gradients.
-        ema_decay: Largest decay of the moving average (see `state.make_update`).
-        keys: One for each network.
-        sharding: Of the new state, if it is on several devices; the batch's rows may be divided among them.
+        method: Method that computes the loss of a batch of one network.
+        optimizer: Optimizer.
+        ema_decay: Maximum decay of the moving average (see `state.make_update`).
+        keys: Random key of each network.
+        sharding: Sharding of the new state on several devices; the rows of a batch may be divided among them.
 
     Returns:
-        A step whose batch is images (B, M, S, S) and labels (B, M), and whose metrics are means over the networks.
+        Step for a batch of images (B, M, S, S) and labels (B, M); its metrics are means over the networks.
     """
     by_member = TrainState(None, 0, 0, 0)
     update = jax.vmap(make_update(method, optimizer, ema_decay), in_axes=(by_member, 1, 0), out_axes=(by_member, 0))
@@ -116,7 +145,7 @@ def make_member_step(
 
 
 def chunks_of(state: TrainState) -> list[tuple[np.int32, Chunk]]:
-    """(first network, chunk) of each chunk."""
+    """Chunks of a state, each with the index of its first network."""
     optimizer_states: Any = state.opt_state
     chunks = list(zip(state.params, state.ema, optimizer_states, strict=True))
     firsts = np.cumsum([0, *(members_of(chunk[0]) for chunk in chunks[:-1])], dtype=np.int32)
@@ -124,4 +153,5 @@ def chunks_of(state: TrainState) -> list[tuple[np.int32, Chunk]]:
 
 
 def members_of(chunk: Params) -> int:
+    """Number of networks in a chunk."""
     return len(jax.tree.leaves(chunk)[0])

@@ -1,4 +1,4 @@
-"""The compiled program of a training step, and the memory it needs."""
+"""Compiled program of a training step, and its memory requirement."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 @dataclass(frozen=True)
 class Program:
-    """A training step ready to run.
+    """A training step that is ready to run.
 
     Attributes:
         step: (state, batch) -> (state, metrics).
-        temporary_bytes: Working memory of one step, beside state and batch.
+        temporary_bytes: Working memory of one step in bytes, in addition to state and batch.
     """
 
     step: Step
@@ -23,17 +23,26 @@ class Program:
 
 
 def compile_step(step: Any, state: TrainState, batch: Any) -> Program:
-    """Compiles a jitted step for the shapes and shardings of `state` and `batch`."""
+    """Compile a jitted step.
+
+    Args:
+        step: Jitted (state, batch) -> (state, metrics).
+        state: State with the shapes and shardings of the training.
+        batch: Batch with the shapes and shardings of the training.
+
+    Returns:
+        Compiled step and its working memory.
+    """
     program = step.lower(state, batch).compile()
     return Program(program, temporary_bytes(program))
 
 
 def temporary_bytes(program: Any) -> int:
-    """Working memory of a compiled program; 0 where the backend does not tell."""
+    """Working memory of a compiled program in bytes; 0 if the backend does not report it."""
     analysis = program.memory_analysis()
     return analysis.temp_size_in_bytes if analysis else 0
 
 
 def uncompiled(step: Step) -> Callable[[TrainState, Any], Program]:
-    """For a step that is no program of its own, such as a fit on the host."""
+    """Wrap a step that is not compiled, such as a fit on the host, in the interface of `Learning.compile`."""
     return lambda state, batch: Program(step)

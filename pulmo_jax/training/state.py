@@ -1,4 +1,4 @@
-"""What training carries, and the one pure step that moves it on."""
+"""Training state, and the pure functions that update it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +17,13 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step: batches seen, an int32 scalar (while JAX compiles, what describes one). ema: exponential moving average of
-    params, which all inference uses; empty, as is opt_state, for methods that are not trained by gradient descent.
+    """Training state; with the seed, it determines all further steps: batches and noise are functions of (seed, step).
 
-    Nothing else decides how training goes on: batches and noise are functions of (seed, step).
+    Attributes:
+        step: Number of completed steps, an int32 scalar (or its shape and dtype during compilation).
+        params: Parameters.
+        ema: Exponential moving average of the parameters, used by all inference; empty without gradient descent.
+        opt_state: State of the optimizer; empty without gradient descent.
     """
 
     step: Any
@@ -30,6 +33,15 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_state(method: Method | Trained, optimizer: optax.GradientTransformation) -> TrainState:
+    """Initialise the training state.
+
+    Args:
+        method: Method that initialises the parameters.
+        optimizer: Optimizer; unused for an accumulated method.
+
+    Returns:
+        State after 0 steps.
+    """
     params = method.init()
     if isinstance(method, Accumulated):
         return TrainState(jnp.zeros((), jnp.int32), params, (), ())
@@ -38,17 +50,24 @@ def init_state(method: Method | Trained, optimizer: optax.GradientTransformation
 
 
 def fitted_state(params: Params, step: int = 1) -> TrainState:
-    """The state of a method that is fitted in a single step: no moving average, no optimizer."""
+    """State of a method fitted in a single step, without moving average and optimizer state."""
     return TrainState(jnp.asarray(step, jnp.int32), params, (), ())
 
 
 def averaged_state(params: Params) -> TrainState:
-    """A state that holds the moving average alone, which is what inference uses."""
+    """State that contains the moving average only, for inference."""
     return TrainState((), (), params, ())
 
 
 def inference_state(method: Method) -> TrainState:
-    """The structure of what inference restores of a state: the moving average, or the sums of an accumulated method."""
+    """Structure of the state that inference restores: the moving average, or the sums of an accumulated method.
+
+    Args:
+        method: Method of the run.
+
+    Returns:
+        State of shapes and dtypes, without values.
+    """
     params = jax.eval_shape(method.init)
     return TrainState((), params, (), ()) if isinstance(method, Accumulated) else averaged_state(params)
 
@@ -56,16 +75,16 @@ def inference_state(method: Method) -> TrainState:
 def make_update(
     method: Method | Trained | classes.Trained, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> Callable[[TrainState, Any, Key[Array, ""]], tuple[TrainState, Metrics]]:
-    """One gradient step of one network, pure and not compiled.
+    """Make the gradient step of one network: pure, not compiled.
 
     Args:
-        method: Gives the loss of a batch.
-        optimizer: Makes updates of gradients.
-        ema_decay: Largest decay of the moving average. It is min(ema_decay, (1 + step) / (10 + step)), so that the
-            average forgets the random start (as in TensorFlow's ExponentialMovingAverage).
+        method: Method that computes the loss of a batch.
+        optimizer: Optimizer.
+        ema_decay: Maximum decay of the moving average. The decay is min(ema_decay, (1 + step) / (10 + step)), which
+            reduces the weight of the random initialisation (as in TensorFlow's ExponentialMovingAverage).
 
     Returns:
-        (state, batch, key) -> (state, metrics); the noise is a function of key and `state.step`.
+        (state, batch, key) -> (state, metrics). The noise is a function of the key and `state.step`.
     """
 
     def update(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -88,14 +107,17 @@ def make_step(
     seed: int,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The jitted training step (state, batch) -> (state, metrics); the state's buffers are donated.
+    """Make the jitted training step; the buffers of the state are donated.
 
     Args:
-        method: Gives the loss of a batch.
-        optimizer: Makes updates of gradients.
-        ema_decay: Largest decay of the moving average (see `make_update`).
-        seed: Of the noise.
-        sharding: Of the new state, if it is on several devices; the batch's rows may be divided among them.
+        method: Method that computes the loss of a batch.
+        optimizer: Optimizer.
+        ema_decay: Maximum decay of the moving average (see `make_update`).
+        seed: Seed of the noise.
+        sharding: Sharding of the new state on several devices; the rows of a batch may be divided among them.
+
+    Returns:
+        (state, batch) -> (state, metrics).
     """
     update = make_update(method, optimizer, ema_decay)
 
@@ -108,7 +130,15 @@ def make_step(
 def make_pass(
     method: Accumulated, sharding: jax.sharding.Sharding | None = None
 ) -> Callable[[TrainState, tuple[Float[Array, "B P P C"], Bool[Array, "B P P"]]], tuple[TrainState, Metrics]]:
-    """The jitted step that adds a batch to the sums: (state, (batch, inside)) -> (state, metrics)."""
+    """Make the jitted step that adds a batch to the sums of an accumulated method; the state's buffers are donated.
+
+    Args:
+        method: Accumulated method.
+        sharding: Sharding of the new state on several devices; the rows of a batch may be divided among them.
+
+    Returns:
+        (state, (patches, foreground mask)) -> (state, metrics).
+    """
 
     def step(state: TrainState, batch: tuple[jax.Array, jax.Array]) -> tuple[TrainState, Metrics]:
         patches, inside = batch
@@ -119,5 +149,13 @@ def make_pass(
 
 
 def learnt(method: Method, state: TrainState) -> Params:
-    """The parameters for inference: the averaged ones, or those computed from the sums of an accumulated method."""
+    """Parameters for inference: the moving average, or the result computed from the sums of an accumulated method.
+
+    Args:
+        method: Method of the run.
+        state: Training state.
+
+    Returns:
+        Parameters.
+    """
     return method.finish(state.params) if isinstance(method, Accumulated) else state.ema

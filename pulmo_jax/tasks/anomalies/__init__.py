@@ -1,4 +1,4 @@
-"""Anomalies: learn what is normal from normal images alone, map and list what is not."""
+"""Anomaly detection: learns from normal images only; maps and lists abnormal regions of new images."""
 
 from pulmo_jax.runs.task import Task
 

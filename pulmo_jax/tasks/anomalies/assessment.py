@@ -167,6 +167,18 @@ def findings_of(
     training: Mapping[str, Any] | None = None,
     caveats: Sequence[str] = (),
 ) -> Findings:
+    """Combine metrics, warnings and report sections.
+
+    Args:
+        run: Calibrated run.
+        tested: Outcome of the test, if any.
+        sections: Further sections of the report.
+        training: Summary of the training, if any.
+        caveats: Warnings from the training.
+
+    Returns:
+        Metrics and report.
+    """
     metrics: dict[str, Any] = {"training": dict(training)} if training else {}
     metrics["calibration"] = describe_calibration(run)
     warnings = [*caveats, *(threshold.warning for threshold in thresholds(run) if threshold.warning)]
@@ -291,5 +303,6 @@ def image_scores_csv(run: Run, assessment: Assessment) -> str:
 
 
 def describe_calibration(run: Run) -> dict[str, Any]:
+    """Thresholds of a run, for metrics.json."""
     pixel, image = thresholds(run)
     return {"pixel_threshold": asdict(pixel), "image_threshold": asdict(image)}

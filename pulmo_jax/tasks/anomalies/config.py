@@ -1,4 +1,4 @@
-"""Typed config of anomaly detection: normal images to learn from, and images to map."""
+"""Typed configs of anomaly detection: training on normal images, prediction, and evaluation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -83,6 +83,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":
+        """Check that the values of the section fit together."""
         if self.stride is not None and self.stride > self.patch_size:
             raise ValueError(
                 f"data.stride={self.stride} is above data.patch_size={self.patch_size}: pixels would be lost"
@@ -101,7 +102,7 @@ class DataConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Decision thresholds, set on normal validation images alone."""
+    """Decision thresholds, set on normal validation images only."""
 
     pixel_rate: Float = Field(default=0.001, gt=0, lt=1, description="false-alarm rate per pixel")
     image_rate: Float = Field(default=0.05, gt=0, lt=1, description="false-alarm rate per image")
@@ -118,13 +119,13 @@ class TilesConfig(Section):
 
 
 class AnomalyTrainerConfig(TrainerConfig):
-    """The training loop."""
+    """Options of the training loop."""
 
     validation_patches: Int = Field(default=512, ge=1, description="number of patches for the validation loss")
 
 
 class AnomalyEvaluationConfig(EvaluationConfig):
-    """Metrics and their intervals."""
+    """Options of the metrics and their confidence intervals."""
 
     lesion_sizes_px: Annotated[tuple[Int, ...], AfterValidator(ascending)] = Field(
         default=(100, 1000), description="area limits between the size classes of findings, px"

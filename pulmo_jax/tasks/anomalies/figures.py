@@ -89,6 +89,7 @@ class View:
 
 
 def view(example: Example) -> View:
+    """Reduce an example to figure size, as a whole and in a detail."""
     window = _detail_window(example)
     whole, whole_step = _shrunk(example)
     detail, detail_step = _shrunk(_cut(example, window))
@@ -144,11 +145,13 @@ def score_maps(views: Sequence[View], title: str) -> Figure:
 
 
 def _heading(example: Example) -> str:
+    """Heading of an example: title, class and image score."""
     kind = {True: "abnormal, ", False: "normal, ", None: ""}[example.label]
     return f"{literal(example.title)}: {kind}image score {example.image_score:.3g}"
 
 
 def _show_views(row: np.ndarray, v: View, scale: ScalarMappable) -> None:
+    """Draw one row: image and score map, whole and in detail."""
     _show_part(row[0], row[2], v.whole, v.whole_step, scale, 0.6)
     _show_part(row[1], row[3], v.detail, v.detail_step, scale, 1.0)
     y, x, height, width = (side / v.whole_step for side in v.window)
@@ -159,6 +162,7 @@ def _show_views(row: np.ndarray, v: View, scale: ScalarMappable) -> None:
 def _show_part(
     image_axes: Axes, score_axes: Axes, part: Example, step: int, scale: ScalarMappable, width: float
 ) -> None:
+    """Draw image and score map with contours of ground truth and detections."""
     _show_image(image_axes, part.image, step)
     _show(score_axes, part.score, scale)
     for axes in (image_axes, score_axes):
@@ -192,6 +196,7 @@ def _name(panels: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> No
 
 
 def _show(axes: Axes, values: np.ndarray, scale: ScalarMappable) -> None:
+    """Draw an array with a colour scale, without axes."""
     axes.imshow(values, norm=cast(Normalize, scale.norm), cmap=scale.cmap)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
@@ -199,12 +204,14 @@ def _show(axes: Axes, values: np.ndarray, scale: ScalarMappable) -> None:
 
 
 def _show_image(axes: Axes, image: np.ndarray, step: int) -> None:
+    """Draw a normalised image with a scale bar."""
     shown = image if image.shape[2] == 3 else image.mean(axis=2)
     _show(axes, np.clip(shown, 0, 1), ScalarMappable(Normalize(0, 1), "gray"))
     _scale_bar(axes, image.shape[1] * step)
 
 
 def _scale_bar(axes: Axes, width_px: int) -> None:
+    """Draw a scale bar of 1, 2 or 5 times a power of ten, at most a third of the width."""
     longest = max(width_px / 3, 1)
     power = 10 ** math.floor(math.log10(longest))
     length = power * max(digit for digit in (1, 2, 5) if digit * power <= longest)
@@ -216,6 +223,7 @@ def _scale_bar(axes: Axes, width_px: int) -> None:
 
 
 def _contour(axes: Axes, mask: np.ndarray | None, colour: str, width: float) -> None:
+    """Draw the outline of a mask, if any."""
     if mask is None or not mask.any():
         return
     height_px, width_px = mask.shape
@@ -231,6 +239,7 @@ def _outline(width: float) -> list[patheffects.AbstractPathEffect]:
 
 
 def _bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, label: str, extend: str = "neither") -> Axes:
+    """Draw a horizontal colour bar."""
     room = figure.add_subplot(cell)
     room.set_axis_off()
     bar = figure.colorbar(
@@ -241,6 +250,7 @@ def _bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, label: str, e
 
 
 def _score_bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, thresholds: list[float]) -> None:
+    """Draw the colour bar of the scores, with marks at the pixel thresholds."""
     marks = ", ".join(f"{threshold:.3g}" for threshold in thresholds)
     bar = _bar(figure, cell, scale, f"anomaly score (▼ pixel threshold: {marks})", extend="max")
     above = bar.get_xaxis_transform()
@@ -248,11 +258,13 @@ def _score_bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, thresho
 
 
 def _grey_bar(figure: Figure, cell: SubplotSpec, views: Sequence[View]) -> None:
+    """Draw the grey scale, unless all images are in colour."""
     if any(v.whole.image.shape[2] != 3 for v in views):
         _bar(figure, cell, ScalarMappable(Normalize(0, 1), "gray"), "normalised intensity")
 
 
 def _legend(figure: Figure, views: Sequence[View]) -> None:
+    """Draw the legend of the contours."""
     lines = {"above the threshold": DETECTED}
     if any(v.whole.truth is not None and v.whole.truth.any() for v in views):
         lines = {"truth": TRUTH} | lines
@@ -293,6 +305,7 @@ def _detail_window(example: Example) -> Window:
 
 
 def _focus(example: Example) -> Window:
+    """Largest region of the ground truth; without one, the pixel with the highest score."""
     if example.truth is not None and example.truth.any():
         labels, area = label_regions(example.truth)
         rows, columns = ndimage.find_objects(labels)[np.argmax(area[1:])]
@@ -303,17 +316,20 @@ def _focus(example: Example) -> Window:
 
 
 def _arrays(example: Example) -> dict[str, np.ndarray]:
+    """Arrays of an example by name, without those that are None."""
     named = {name: getattr(example, name) for name in POOL}
     return {name: array for name, array in named.items() if array is not None}
 
 
 def _cut(example: Example, window: Window) -> Example:
+    """Crop an example to a window."""
     rows, columns = slice(window.y, window.y + window.height), slice(window.x, window.x + window.width)
     parts = {name: array[rows, columns].copy() for name, array in _arrays(example).items()}
     return dataclasses.replace(example, **parts)
 
 
 def _shrunk(example: Example) -> tuple[Example, int]:
+    """Downsample an example to at most MAX_SIDE_PX; return it with the factor."""
     step = math.ceil(max(example.score.shape) / MAX_SIDE_PX)
     if step == 1:
         return example, 1

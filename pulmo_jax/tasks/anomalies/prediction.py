@@ -255,7 +255,7 @@ def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, dic
 
 
 def fingerprint_run(run: Run) -> str:
-    """Digest of everything that determines the maps."""
+    """SHA-256 of the step and of all files that determine the maps."""
     digest = hashlib.sha256(f"{run.step}".encode())
     for name in ("config.yaml", "preprocessing.json", "calibration.json"):
         digest.update((run.path / name).read_bytes())
@@ -263,6 +263,7 @@ def fingerprint_run(run: Run) -> str:
 
 
 def detections_csv(rows: Sequence[Record]) -> str:
+    """Content of detections.csv."""
     text = io.StringIO()
     writer: csv.DictWriter[str] = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()

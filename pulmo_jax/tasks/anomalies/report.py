@@ -30,11 +30,12 @@ LAW_IMAGES, TILES_AT_ONCE = 32, 16  # for the figure of distances
 
 
 def named(run: Run, name: str) -> str:
-    """Display name of a score: the class name of the method, or the name of the baseline."""
+    """Display name of a score: the class name of the method in lower case, or the name of the baseline."""
     return run.config.method["_target_"].rpartition(".")[2].lower() if name == METHOD else name
 
 
 def loss_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[Section]:
+    """Sections with the training curves and the selected step."""
     text = (
         f"Parameters of step {run.step}, which has the lowest validation loss." if descends(run.path) else "One pass."
     )
@@ -42,6 +43,7 @@ def loss_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[
 
 
 def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
+    """Section with the histogram of the normal image scores and the thresholds."""
     calibration = run.calibrations[METHOD]
     scores = np.array(calibration.normal_image_scores)
     threshold = calibration.image_threshold
@@ -156,11 +158,13 @@ def window_distances(method: PatchGaussian, run: Run, refs: Sequence[ImageRef], 
 
 
 def shown(threshold: Threshold) -> str:
+    """Format a threshold with its interval and false-alarm rate."""
     known = "" if threshold.low is None else f" [{threshold.low:.3g}, {threshold.high:.3g}]"
     return f"{threshold.value:.4g}{known} for a false-alarm rate of {threshold.attainable_rate:.2g}"
 
 
 def interval(threshold: Threshold) -> tuple[float, float] | None:
+    """Confidence interval of a threshold; None if unknown."""
     return None if threshold.low is None or threshold.high is None else (threshold.low, threshold.high)
 
 
@@ -264,10 +268,12 @@ def cut(run: Run, name: str, unit: str) -> float | None:
 
 
 def binned(histogram: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Upper bin limits and counts of a histogram."""
     return histogram.high.astype(np.float64), histogram.count
 
 
 def pixel_curve(run: Run, name: str, state: PixelMetrics) -> figures.Curve:
+    """ROC and precision-recall curve of the pixel scores."""
     parts = [binned(state.negatives), binned(state.positives)]
     scores, weights = (np.concatenate(values) for values in zip(*parts, strict=True))
     labels = np.repeat([False, True], [len(parts[0][0]), len(parts[1][0])])
@@ -282,6 +288,19 @@ def curve(
     threshold: float | None,
     estimates: dict[str, Estimate] | None = None,
 ) -> figures.Curve:
+    """Compute the ROC and precision-recall curve of a score.
+
+    Args:
+        name: Name in the legend.
+        scores: Scores, (N,).
+        labels: True if abnormal, (N,).
+        weights: Number of pixels or images of each score, (N,).
+        threshold: Threshold marked on the curve, if any.
+        estimates: Figures of merit; None: computed from the scores.
+
+    Returns:
+        The curve.
+    """
     fpr, tpr, _ = roc_curve(labels, scores, sample_weight=weights)
     precision, recall, _ = precision_recall_curve(labels, scores, sample_weight=weights)
     if estimates is None:
@@ -314,6 +333,7 @@ def example_views(
 
 
 def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
+    """Score an image again and collect the arrays of its figure."""
     pixels, foreground = reader.image(ref), reader.foreground(ref)
     scores, calibration = run.scorer(pixels, foreground), run.calibrations[METHOD]
     _, detected = find_detections(scores, calibration, min_area_px=run.config.calibration.min_area_px)

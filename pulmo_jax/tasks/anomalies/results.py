@@ -55,6 +55,7 @@ class AnomalyResult:
         return score_maps([view(example)], "")
 
     def _repr_html_(self) -> str:
+        """Figure and summary for a notebook."""
         state = "anomalous" if self.anomalous else "not anomalous"
         caption = (
             f"{self.title}: {state} (image p-value {self.image_p_value:.3g}), {len(self.findings)} findings. Colour: "

@@ -1,4 +1,4 @@
-"""A finished run of anomaly detection: scorer, thresholds, and the files that they are opened from."""
+"""A finished run of anomaly detection: scorer, thresholds, and the files that store them."""
 
 import json
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ class Run:
 
     Attributes:
         path: Run directory.
-        config: Its typed config.
-        scorer: Image -> score map.
-        calibrations: Of the method ("method") and of every baseline, by name.
-        step: Step of its checkpoint.
+        config: Typed config of the training.
+        scorer: Computes the score map of an image.
+        calibrations: Calibration of the method ("method") and of every baseline, by name.
+        step: Step of the checkpoint.
     """
 
     path: Path
@@ -50,15 +50,18 @@ class Run:
     def predict(
         self, image: ImageLike, foreground: Bool[np.ndarray, "H W"] | None = None, page: int = 0
     ) -> AnomalyResult:
-        """Maps and findings of one image, as `python -m pulmo_jax.predict` writes them.
+        """Score one image and find its abnormal regions, as in `python -m pulmo_jax.predict`.
 
         Args:
-            image: Array (H, W) or (H, W, C) in the units of the training images, or a path.
-            foreground: Pixels to score; None: the run's mask of that name for a path, otherwise the whole image.
-            page: Of a file with several.
+            image: Array (H, W) or (H, W, C) in the units of the training images, or path of an image file.
+            foreground: Pixels to score; None: for a path, the mask of that name in the run's folder; otherwise all.
+            page: Page of a multi-page file, from 0.
+
+        Returns:
+            Maps and findings.
 
         Raises:
-            InputError: The image cannot be read, or differs from the training images in bands or depth.
+            InputError: If the image cannot be read, or differs from the training images in bands or depth.
         """
         data, formats = self.config.data, formats_for(image, self.config)
         ref, pixels = one_image(image, page, data.max_image_mb, data.foreground, formats)
@@ -72,7 +75,16 @@ class Run:
     def map_pixels(
         self, title: str, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None
     ) -> AnomalyResult:
-        """Scores pixels that fit the run."""
+        """Score pixels that have been checked against the run.
+
+        Args:
+            title: Name of the image.
+            pixels: Pixels in the units of the training images.
+            foreground: Pixels to score; None: all.
+
+        Returns:
+            Maps and findings.
+        """
         calibration, method = self.calibrations["method"], self.scorer.method
         score = self.scorer(pixels, foreground)
         findings, mask = find_detections(score, calibration, min_area_px=self.config.calibration.min_area_px)
@@ -93,7 +105,7 @@ class Run:
 
 
 def require_fit(ref: ImageRef, how: Preprocessing) -> None:
-    """Raises InputError for an image with other bands or another depth than the training images."""
+    """Raise InputError if an image differs from the training images in bands or depth."""
     if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
         raise InputError(
             f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on {how.channels} of "
@@ -102,21 +114,35 @@ def require_fit(ref: ImageRef, how: Preprocessing) -> None:
 
 
 def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
-    """Loads a run's model and thresholds.
+    """Load model and thresholds of a finished run.
 
     Args:
         path: Run directory.
-        plugins: Packages that may be imported for it; the run's own list is not trusted.
+        plugins: Packages that may be imported. They replace the list in the run, which is not trusted.
+
+    Returns:
+        The opened run.
 
     Raises:
-        InputError: It is not a finished run, or not as training wrote it.
+        InputError: If the run is not finished or has changed since training.
     """
     config, how, method, state, step = load_run(path, plugins)
     return Run(path, config, make_scorer(config, method, learnt(method, state), how), load_calibrations(path), step)
 
 
 def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Preprocessing, Method, TrainState, int]:
-    """A finished run: config, preprocessing, method, the state as far as inference needs it, step."""
+    """Load a finished run without its thresholds.
+
+    Args:
+        path: Run directory.
+        plugins: Packages that may be imported.
+
+    Returns:
+        Config, preprocessing, method, state for inference, and step.
+
+    Raises:
+        InputError: If the run is not finished or has changed since training.
+    """
     config, step = load_config(path, TrainConfig, plugins), sealed_step(path, SEALED)
     how = Preprocessing.load(path / "preprocessing.json")
     method = build_method(config, how)
@@ -125,24 +151,26 @@ def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Pr
 
 
 def make_scorer(config: TrainConfig, method: Method, params: Params, how: Preprocessing) -> Scorer:
+    """Make the scorer of a method with the tiling of the config."""
     return Scorer.of(method, params, how, Tiles(config.tiles.overlap, config.tiles.batch_size))
 
 
 def build_method(config: TrainConfig, how: Preprocessing) -> Method:
-    """The network with its initial parameters, and the method around it, as the config describes them."""
+    """Build the network, randomly initialised, and the method from the config."""
     rngs = nnx.Rngs(config.seed)
     network = build(config.model, "model", config.plugins, patch_size=how.patch_size, channels=how.channels, rngs=rngs)
     return build(config.method, "method", config.plugins, network=network, seed=config.seed)
 
 
 def save_calibrations(run: Path, calibrations: dict[str, Calibration]) -> None:
-    """calibration.json is the method's; baselines.json holds those of the trivial scores."""
+    """Write the calibration of the method to calibration.json, and those of the baselines to baselines.json."""
     method, *baselines = calibrations
     write_json(run / "baselines.json", {name: calibrations[name].to_json() for name in baselines})
     write_json(run / "calibration.json", calibrations[method].to_json())
 
 
 def load_calibrations(run: Path) -> dict[str, Calibration]:
+    """Read the calibrations of the method and the baselines, by name. Raises InputError."""
     path = run / "baselines.json"
     try:
         baselines = json.loads(path.read_text())
@@ -153,7 +181,7 @@ def load_calibrations(run: Path) -> dict[str, Calibration]:
 
 
 def missing_masks(refs: Sequence[ImageRef], run: Run) -> str:
-    """A warning where a run that was trained inside foreground masks meets images without; else empty."""
+    """Warning for images without a foreground mask if the run was trained within masks; otherwise ""."""
     without = sum(ref.mask is None for ref in refs)
     if not without or run.config.data.foreground is None:
         return ""
@@ -164,6 +192,6 @@ def missing_masks(refs: Sequence[ImageRef], run: Run) -> str:
 
 
 def thresholds(run: Run) -> tuple[Threshold, Threshold]:
-    """Of pixels and of images."""
+    """Pixel and image threshold of a run."""
     calibration = run.calibrations["method"]
     return calibration.pixel_threshold, calibration.image_threshold

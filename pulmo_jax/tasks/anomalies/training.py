@@ -1,4 +1,4 @@
-"""Training of anomaly detection: learn what is normal, set thresholds on held-out normal images, test."""
+"""Training of anomaly detection: model of normal images, thresholds on held-out normal images, test."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -47,19 +47,19 @@ from pulmo_jax.training.program import compile_step
 from pulmo_jax.training.state import TrainState, init_state, learnt, make_pass, make_step
 from pulmo_jax.types import InputError
 
-EXAMPLE_PATCHES = 8  # in the figures of a run in progress
+EXAMPLE_PATCHES = 8  # in the figures during training
 FOLDERS = ("train", "val", "test", "test_masks", "foreground")
 
 
 @dataclass(frozen=True)
 class AnomalyData:
-    """What a training reads.
+    """Data of a training.
 
     Attributes:
         normal: Normal images, split into training and validation.
-        base: The run whose network is built on, if any.
-        test: Labelled images to test on at the end, if any.
-        reader: Reads all of them.
+        base: Run whose network is reused, if any.
+        test: Labelled test images, if any.
+        reader: Reader of all images.
     """
 
     normal: NormalData
@@ -69,6 +69,7 @@ class AnomalyData:
 
 
 def check(config: TrainConfig) -> None:
+    """Validate the `_target_` nodes of the config. Raises InputError."""
     check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs"))
     check_node(config.method, "method", config.plugins, ("network",))
     if "loss" in config.method:
@@ -79,12 +80,24 @@ def check(config: TrainConfig) -> None:
 
 
 def prepare(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
-    """With no images named, a resumed run takes its own, and any other the sample lung CT."""
+    """Complete the image folders and the base run in the config; see `with_images` and `with_base`.
+
+    Args:
+        config: Typed config of `train`.
+        place: Output folder and console.
+
+    Returns:
+        Completed config, and the citation of the data or "".
+
+    Raises:
+        InputError: If folders are missing, or the base run is not a finished run.
+    """
     config, citation = with_images(config, place)
     return with_base(config), citation
 
 
 def with_images(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
+    """Complete the image folders. The default is those of the resumed run, otherwise those of the sample lung CT."""
     if config.resume and config.data.train is None and (place.run_dir / "config.yaml").is_file():
         before = load_config(place.run_dir, TrainConfig, config.plugins).data
         folders = {key: getattr(before, key) for key in FOLDERS}
@@ -110,7 +123,18 @@ def with_images(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
 
 
 def read(config: TrainConfig, place: Place) -> AnomalyData:
-    """Aligns the images if asked to; reads every one once; rejects test images that cannot be used before training."""
+    """Align the images if configured, scan every image once, and validate the test images before training.
+
+    Args:
+        config: Completed config.
+        place: Output folder and console.
+
+    Returns:
+        Data of the training.
+
+    Raises:
+        InputError: If images, the landmark run or the base run cannot be used.
+    """
     base, frame, data = open_base(config), "", config.data
     if data.align_run is not None:
         landmarks = open_frame(data.align_run, config.plugins)
@@ -131,7 +155,16 @@ def read(config: TrainConfig, place: Place) -> AnomalyData:
 
 
 def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
-    """Gradient descent on shuffled patches, or a single pass that accumulates sums over all of them."""
+    """Build the training input: gradient descent on shuffled patches, or a single pass that accumulates sums.
+
+    Args:
+        config: Completed config.
+        data: Data of the training.
+        place: Output folder and console.
+
+    Returns:
+        Input of the training loop.
+    """
     normal, trainer, mesh = data.normal, config.trainer, devices.all_devices(config.trainer.batch_size)
     method, optimizer = build_method(config, normal.how), build_optimizer(config)
     read_patches = patch_reader(config.data, normal, data.reader, place.console)
@@ -162,20 +195,34 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
 
 
 def describe_batch(size: int, how: Preprocessing, once: bool) -> Any:
-    """Shapes and dtypes of a batch of patches, with the mask of the foreground where each is seen once."""
+    """Shapes and dtypes of a batch of patches; for a single pass, also of their foreground masks."""
     shape = (size, how.patch_size, how.patch_size, how.channels)
     patches, inside = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct(shape[:3], bool)
     return (patches, inside) if once else patches
 
 
 def records(config: TrainConfig, data: AnomalyData) -> Mapping[str, Any]:
+    """Content of preprocessing.json and images.json."""
     return {"preprocessing.json": asdict(data.normal.how), "images.json": describe_images(data.normal)}
 
 
 def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Place) -> Run:
-    """Sets the thresholds on the normal validation images alone."""
+    """Set the thresholds on the normal validation images only.
+
+    Args:
+        config: Completed config.
+        data: Data of the training.
+        learned: Outcome of the training loop.
+        place: Output folder and console.
+
+    Returns:
+        Calibrated run.
+
+    Raises:
+        InputError: If the method has accumulated too little data.
+    """
     method = build_method(config, data.normal.how)
-    caveats_of(method, learned)  # raises where the method has seen too little
+    caveats_of(method, learned)  # raises if the method has accumulated too little data
     scorer = make_scorer(config, method, learnt(method, learned.state), data.normal.how)
     calibrations = calibrate(
         scorer,
@@ -191,6 +238,7 @@ def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Plac
 
 
 def assess(run: Run, data: AnomalyData, learned: Learned, place: Place) -> Findings:
+    """Assess the calibrated run on the validation images and, if given, the labelled test images."""
     normal = data.normal
     facts = {
         "training_images": len(normal.training.images),
@@ -203,11 +251,12 @@ def assess(run: Run, data: AnomalyData, learned: Learned, place: Place) -> Findi
 
 
 def caveats_of(method: Method, learned: Learned) -> tuple[str, ...]:
+    """Warnings of an accumulated method, such as too little data; none for other methods."""
     return method.caveats(learned.state.params) if isinstance(method, Accumulated) else ()
 
 
 def identify(config: TrainConfig, data: NormalData, base: Pretrained | None) -> dict[str, Any]:
-    """What a resumed run must share with the run that it continues, in comparable form."""
+    """Description of config and data, which must be equal on resuming."""
     cells = hashlib.sha256(data.training.cells.tobytes())
     for ref in data.training.images:
         cells.update(ref.title.encode())
@@ -226,7 +275,7 @@ def identify(config: TrainConfig, data: NormalData, base: Pretrained | None) -> 
 
 
 def require_one_frame(config: TrainConfig) -> None:
-    """A Gaussian at each place needs the same places in every image."""
+    """Raise InputError for one Gaussian per location without resizing, which requires aligned images of equal size."""
     if config.method.get("locations") == "each" and not config.data.resize:
         raise InputError(
             "method.locations=each needs data.resize=true: it models one Gaussian per location of aligned "
@@ -235,12 +284,13 @@ def require_one_frame(config: TrainConfig) -> None:
 
 
 def sees_once(config: TrainConfig) -> bool:
-    """Whether the method reads each patch once: patches then need not overlap."""
+    """Whether the method reads each patch once, in a single pass; its patches then need not overlap."""
     target = find_target(config.method, "method", config.plugins)
     return isinstance(target, type) and issubclass(target, Accumulated)
 
 
 def less_memory(config: TrainConfig) -> str:
+    """Advice if memory is insufficient."""
     return (
         f"lower trainer.batch_size (now {config.trainer.batch_size}), data.prefetch (now {config.data.prefetch}) or "
         f"data.patch_size (now {config.data.patch_size})"
@@ -248,7 +298,7 @@ def less_memory(config: TrainConfig) -> str:
 
 
 def reconstructions(method: Method, patches: np.ndarray) -> Callable[[TrainState], Figure]:
-    """Draws validation patches above their reconstructions."""
+    """Function that draws validation patches above their reconstructions for a training state."""
     reconstruct = jax.jit(lambda state, patches: method.reconstruct(learnt(method, state), patches))
 
     def draw(state: TrainState) -> Figure:
@@ -260,7 +310,18 @@ def reconstructions(method: Method, patches: np.ndarray) -> Callable[[TrainState
 def make_validation(
     method: Method, patches: np.ndarray, batch_size: int, seed: int, mesh: Mesh
 ) -> Callable[[TrainState], float]:
-    """The mean loss of the averaged parameters, with the same noise every time."""
+    """Make the validation loss: mean loss of the parameters for inference, with the same noise in every call.
+
+    Args:
+        method: Method of the run.
+        patches: Validation patches, (n, P, P, C).
+        batch_size: Maximum number of patches per batch.
+        seed: Seed of the noise.
+        mesh: Devices.
+
+    Returns:
+        Function of the training state.
+    """
     size = min(batch_size, len(patches))
     whole = evenly_spaced(patches, len(patches) // size * size)  # batches of one shape: one compilation
     batches = devices.on_all(whole.reshape(-1, size, *patches.shape[1:]), mesh)
@@ -274,6 +335,7 @@ def make_validation(
 
 
 def labelled_data(data: DataConfig) -> EvaluateDataConfig | None:
+    """Config of the labelled test images; None if there are none."""
     if data.test is None:
         return None
     return EvaluateDataConfig(

@@ -1,4 +1,4 @@
-"""Classification: assign images to classes, cross-validated by patient."""
+"""Classification: assigns images to classes; cross-validated by patient."""
 
 from pulmo_jax.runs.task import Task
 

@@ -1,4 +1,4 @@
-"""A classification run on labelled images: figures of merit beside baselines, calibration, saliency, and the report."""
+"""Evaluation of classification on labelled images: metrics, baselines, calibration, saliency, and the report."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -58,6 +58,7 @@ def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -
 
 
 def assess(run: ClassifierRun, data: ClassSet, config: EvaluateClassesConfig, place: Place) -> Findings:
+    """Evaluate a run on labelled test images; see `assess_test_set`."""
     return assess_test_set(run, data, place, config.evaluation, config.seed)
 
 
@@ -174,6 +175,7 @@ def relabelled(run: ClassifierRun, dataset: ClassSet) -> list[str]:
 
 
 def method_name(run: ClassifierRun) -> str:
+    """Class name of the method."""
     return run.config.method["_target_"].rpartition(".")[2]
 
 
@@ -293,6 +295,7 @@ def calibration_facts(run: ClassifierRun, tested: Tested) -> dict[str, Any]:
 
 
 def difference_table(differences: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Table of the AUROC differences from the baselines."""
     rows = [[name, cell(dict(gap))] for name, gap in differences.items()]
     return Table(
         "AUROC minus the AUROC of", ["", "difference"], rows, ["Paired bootstrap: the same images are drawn for both."]
@@ -300,5 +303,6 @@ def difference_table(differences: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def as_markdown(table: Table) -> str:
+    """Format a table in Markdown."""
     lines = [f"\n## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
     return "\n".join([*lines, *(markdown_row(row) for row in table.rows), *(f"\n{n}" for n in table.notes)]) + "\n"

@@ -1,4 +1,4 @@
-"""Typed config of classification jobs: images in folders by class, cross-validated."""
+"""Typed configs of classification: images in class folders, cross-validated."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -46,6 +46,7 @@ class ClassifierDataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ClassifierDataConfig":
+        """Check that the values of the section fit together."""
         if self.synthetic and self.root is not None:
             raise ValueError("data.root and data=synthetic_mri exclude each other; give one of them")
         return self

@@ -58,6 +58,7 @@ class ClassSet:
 
     @property
     def titles(self) -> list[str]:
+        """Names of the images."""
         return [ref.title for ref in self.refs]
 
 
@@ -121,6 +122,7 @@ def read_classes(
 
 
 def require_folders(root: Path, refs: Sequence[ImageRef]) -> None:
+    """Raise InputError if an image is not in a class subfolder."""
     loose = [ref.name for ref in refs if not label_of(ref.name)]
     if loose:
         raise InputError(
@@ -130,6 +132,7 @@ def require_folders(root: Path, refs: Sequence[ImageRef]) -> None:
 
 
 def require_classes(root: Path, present: Sequence[str], classes: Sequence[str] | None) -> None:
+    """Raise InputError if there are fewer than two classes, or classes that the run does not have."""
     if classes is None and len(present) < 2:
         raise InputError(
             f"{root}: has images of one class only ({present[0]}); at least two class subfolders are needed"
@@ -231,10 +234,12 @@ def settle(failed: Sequence[Skipped], on_error: str, console: Console) -> None:
 
 
 def none_left(failed: Sequence[Skipped]) -> InputError:
+    """Error for a data set without usable images."""
     return InputError(f"{failed[0].reason}\n(none of the {len(failed)} images can be used)")
 
 
 def left_out(failed: Sequence[Skipped]) -> list[str]:
+    """Note on skipped files, if any."""
     return [f"{len(failed)} files were skipped, such as {failed[0].reason.splitlines()[0]}"] if failed else []
 
 
@@ -275,6 +280,7 @@ def digest_of(dataset: ClassSet, folds: Iterable[Fold]) -> str:
 
 
 def class_counts(dataset: ClassSet) -> dict[str, int]:
+    """Number of images by class."""
     counts = Counter(dataset.labels.tolist())
     return {name: counts[i] for i, name in enumerate(dataset.classes)}
 
@@ -287,5 +293,6 @@ def metadata_features(dataset: ClassSet) -> np.ndarray:
 
 
 def file_bytes(ref: ImageRef) -> int:
+    """Size of the file of an image in bytes, from the record of a store if it is in one."""
     place = in_store(ref.path)
     return open_store(place[0]).by_name[ref.name][ref.page].file_bytes if place else ref.path.stat().st_size

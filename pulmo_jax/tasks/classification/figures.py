@@ -108,6 +108,7 @@ def _vertical_precision(repeats: Sequence[tuple[np.ndarray, np.ndarray]]) -> tup
 
 
 def _grid(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Sorted distinct values, thinned to at most MOST_POINTS."""
     every = np.unique(np.concatenate(values))
     return every[np.linspace(0, every.size - 1, min(every.size, MOST_POINTS)).round().astype(int)]
 
@@ -223,6 +224,7 @@ def comparison(rows: Mapping[str, Mapping[str, Estimate]], figures: Sequence[str
 
 
 def _interval(axes: Axes, place: int, estimate: Estimate, colour: str) -> None:
+    """Draw an estimate with its confidence interval."""
     value, low, high = estimate.value, estimate.low, estimate.high
     if value is None:
         middle = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}

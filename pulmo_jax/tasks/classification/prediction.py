@@ -22,6 +22,16 @@ IMAGES_PER_BATCH = 64  # classified, drawn and recorded together
 
 
 def read(run: ClassifierRun, config: PredictConfig, place: Place) -> tuple[list[Item], list[Skipped]]:
+    """List the images to predict.
+
+    Args:
+        run: Opened run.
+        config: Typed config of `predict`.
+        place: Output folder and console.
+
+    Returns:
+        One item per image, and unusable files.
+    """
     refs, failed = index_images(
         config.input,
         max_image_mb=run.config.data.max_image_mb,
@@ -44,7 +54,17 @@ def read(run: ClassifierRun, config: PredictConfig, place: Place) -> tuple[list[
 def predict(
     run: ClassifierRun, items: Sequence[Item], config: PredictConfig, place: Place
 ) -> Iterator[tuple[Item, Record | Skipped]]:
-    """Read, classify and draw the images in batches."""
+    """Classify the images in batches and draw their overlays.
+
+    Args:
+        run: Opened run.
+        items: Images.
+        config: Typed config of `predict`.
+        place: Output folder and console.
+
+    Yields:
+        Each item with its record, or with the reason of its failure.
+    """
     for batch in chunks(items, IMAGES_PER_BATCH):
         item_of = {item.refs[0].title: item for item in batch}
         reader = Reader(run.config.data.max_image_mb, place.formats)
@@ -61,7 +81,7 @@ def collect(
     config: PredictConfig,
     place: Place,
 ) -> Outputs:
-    """Tables of all images: predictions.csv and summary.json."""
+    """Compile predictions.csv and summary.json."""
     tables = {"predictions.csv": as_table(records, run.classes)} if records else {}
     counts = ", ".join(f"{sum(r['label'] == name for r in records)} {name}" for name in run.classes)
     return Outputs(tables, summarise(run, records), counts)
@@ -123,12 +143,14 @@ def classify(
 
 
 def values_of(run: ClassifierRun, mean: np.ndarray, spread: np.ndarray) -> Record:
+    """Label, class probabilities and their standard deviations over the networks, for a record."""
     named = {f"p_{name}": float(p) for name, p in zip(run.classes, mean, strict=True)}
     apart = {f"std_{name}": float(s) for name, s in zip(run.classes, spread, strict=True)}
     return {"label": run.classes[int(mean.argmax())], **named, **apart}
 
 
 def overlay_path(ref: ImageRef, output: Path) -> Path:
+    """Path of the overlay of an image."""
     return output / "overlays" / f"{ref.file_name}.png"
 
 
@@ -139,6 +161,7 @@ def as_table(records: Sequence[Record], classes: Sequence[str]) -> str:
 
 
 def summarise(run: ClassifierRun, records: Sequence[Record]) -> dict[str, Any]:
+    """Content of summary.json."""
     return {
         "run": str(run.path.absolute()),
         "step": run.step,

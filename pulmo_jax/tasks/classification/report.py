@@ -94,10 +94,12 @@ class Tested:
 
     @property
     def own(self) -> Probabilities:
+        """Probabilities of the run."""
         return next(iter(self.results.values()))
 
     @property
     def mean(self) -> Float[np.ndarray, "N K"]:
+        """Probabilities of the run, mean over the repeats."""
         return mean_of(self.own)
 
 
@@ -116,6 +118,20 @@ def report_sections(
     out_dir: Path,
     training: Mapping[str, Any],
 ) -> list[Section]:
+    """Results, calibration, saliency and training curves.
+
+    Args:
+        run: Calibrated run.
+        tested: Labelled images with predictions.
+        estimates: Figures of merit by method.
+        tables: Tables of the results.
+        options: Options of the evaluation.
+        out_dir: Output folder.
+        training: Summary of the training; empty: no training curves.
+
+    Returns:
+        Sections of the report.
+    """
     folder, dataset = out_dir / "figures", tested.dataset
     names = [name for name in tested.results if LEAKS not in name and "majority" not in name]
 
@@ -199,6 +215,7 @@ def examples(run: ClassifierRun, tested: Tested, which: Int[np.ndarray, "_"]) ->
 
 
 def example(run: ClassifierRun, dataset: ClassSet, row: int, note: str, saliency: np.ndarray) -> ClassExample:
+    """Read an image again and map its saliency onto it."""
     image = dataset.squares.reader.image(dataset.refs[row])
     where = onto_image(saliency, image.shape, window_of(image, run.config.data.crop))
     return ClassExample(dataset.titles[row], to_bytes(image), where, note)

@@ -37,8 +37,10 @@ class ClassResult:
 
     @property
     def note(self) -> str:
+        """Label with its probability."""
         return f"{self.label} {self.probabilities[self.label]:.2f}"
 
     def _repr_html_(self) -> str:
+        """Figure and class probabilities for a notebook."""
         shares = ", ".join(f"{name} {p:.3f} ± {self.std[name]:.3f}" for name, p in self.probabilities.items())
         return figure_html(self.figure(), f"{self.title}: {shares} (mean ± standard deviation over the networks).")

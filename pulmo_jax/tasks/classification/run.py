@@ -1,7 +1,7 @@
-"""A run directory of a classification job: what training writes, opened for use.
+"""A finished run of classification: networks, calibrations, and the files that store them.
 
-config.yaml, classes.json, images.json and checkpoints/ are all that prediction and evaluation read; finished.json,
-written last, says how they were (see `pulmo_jax.runs.directory`).
+Prediction and evaluation read config.yaml, classes.json, images.json and checkpoints/. finished.json, which training
+writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
 import hashlib
@@ -37,13 +37,20 @@ from pulmo_jax.training.state import TrainState, averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
 CLASSES, IMAGES = SEALED = ("classes.json", "images.json")
-NETWORKS_PER_PROGRAM = 8  # networks that are one program: more take longer to compile than they save
+NETWORKS_PER_PROGRAM = 8  # larger programs take longer to compile than they save
 
 
 @dataclass(frozen=True)
 class Member:
-    """One network: which repeat and fold it is of, which of those of its fold, and the seed of all that is random in
-    its training. leaky: of the random splits that show what copies leak."""
+    """One network of a cross-validation.
+
+    Attributes:
+        repeat: Index of the repeat.
+        fold: Index of the fold.
+        number: Index among the networks of the fold.
+        seed: Seed of all random numbers of its training.
+        leaky: Whether it belongs to the additional random splits, which measure the leakage by copies.
+    """
 
     repeat: int
     fold: int
@@ -54,14 +61,19 @@ class Member:
 
 @dataclass(frozen=True)
 class Plan:
-    """All networks of a job, the honest ones first, and the rows of each."""
+    """Plan of a cross-validation: all networks, those of the additional random splits last.
+
+    Attributes:
+        members: The networks.
+        folds: Training, validation and test rows of each network.
+    """
 
     members: tuple[Member, ...]
     folds: tuple[Fold, ...]
 
     @property
     def sizes(self) -> list[int]:
-        """Of the chunks that are trained together; none holds both kinds."""
+        """Numbers of networks in the jointly trained chunks; the additional random splits have chunks of their own."""
         leaky = sum(member.leaky for member in self.members)
         return [
             size
@@ -72,16 +84,29 @@ class Plan:
 
     @property
     def honest(self) -> list[int]:
+        """Indices of the networks without those of the additional random splits."""
         return [i for i, member in enumerate(self.members) if not member.leaky]
 
     @property
     def keys(self) -> jax.Array:
+        """Random key of each network."""
         return jax.vmap(jax.random.key)(jnp.array([member.seed for member in self.members], jnp.uint32))
 
 
 @dataclass(frozen=True)
 class ClassifierRun:
-    """A finished run. chunks: parameters of its networks, leaky ones aside; scalings: of each."""
+    """A finished run.
+
+    Attributes:
+        path: Run directory.
+        config: Typed config of the training.
+        method: Method of the run.
+        classes: Names of the classes.
+        normal: Index of the normal class.
+        chunks: Parameters of the networks, in chunks, without those of the additional random splits.
+        scalings: Calibration of each network.
+        step: Step of the checkpoint.
+    """
 
     path: Path
     config: ClassifierConfig
@@ -94,40 +119,46 @@ class ClassifierRun:
 
     @cached_property
     def images(self) -> list[dict[str, Any]]:
-        """What it was made with, each with the networks that have never seen it (`unseen_by`)."""
+        """Images of the run, each with the networks that were not trained on it (`unseen_by`)."""
         return json.loads((self.path / IMAGES).read_text())["images"]
 
     @property
     def size(self) -> int:
-        """Side of the working images, px."""
+        """Side length of the resized images, px."""
         return self.method.size  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def positive(self) -> int | None:
+        """Index of the positive class; None if there are more than two classes."""
         return positive_class(self.classes, self.normal)
 
     @property
     def digest(self) -> str:
-        """Changes when the run is trained again."""
+        """Digest of the run, which changes when it is trained again."""
         return digest_of_run(self.path)
 
     @cached_property
     def _logits(self) -> Any:
+        """Logits of all networks for the same images, compiled."""
         return all_the_same(self.method.logits)
 
     @cached_property
     def _saliency(self) -> Any:
+        """Saliency maps of all networks for the same images, compiled."""
         return all_the_same(self.method.saliency, arrays=2)
 
     def predict(self, image: ImageLike, page: int = 0) -> ClassResult:
-        """The class probabilities of one image, as `python -m pulmo_jax.predict` writes them.
+        """Classify one image, as in `python -m pulmo_jax.predict`.
 
         Args:
-            image: Array (H, W) or (H, W, C), or a path.
-            page: Of a file with several.
+            image: Array (H, W) or (H, W, C), or path of an image file.
+            page: Page of a multi-page file, from 0.
+
+        Returns:
+            Class probabilities and saliency.
 
         Raises:
-            InputError: The image cannot be read, or its values are too large.
+            InputError: If the image cannot be read, or its values are too large.
         """
         ref, pixels = one_image(image, page, self.config.data.max_image_mb, formats=formats_for(image, self.config))
         square = square_of(pixels, self.size, self.config.data.crop)
@@ -147,24 +178,24 @@ class ClassifierRun:
         )
 
     def of_networks(self, images: Float[np.ndarray, "N S S"]) -> Float[np.ndarray, "M N K"]:
-        """Calibrated probabilities by each network."""
+        """Calibrated class probabilities of each network."""
         logits = of_all(self._logits, self.chunks, images)
         return np.stack([s.probabilities(of_one) for s, of_one in zip(self.scalings, logits, strict=True)])
 
     def saliency(self, images: Float[np.ndarray, "N S S"], which: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N S S"]:
-        """The mean over the networks, each map by its own largest value."""
+        """Saliency of class `which` of each image, 0 to 1: mean over the networks, each map divided by its maximum."""
         maps = of_all(self._saliency, self.chunks, images, which)
         largest = maps.max((2, 3), keepdims=True)
         return np.divide(maps, largest, out=np.zeros_like(maps), where=largest > 0).mean(0)
 
 
 def positive_class(classes: Sequence[str], normal: int) -> int | None:
-    """Of two classes the one with the finding."""
+    """Index of the class with the finding; None if there are more than two classes."""
     return 1 - normal if len(classes) == 2 else None
 
 
 def check_nodes(config: ClassifierConfig) -> None:
-    """Validates the nodes of the method and its model. Raises InputError."""
+    """Validate the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
     if not (isinstance(target, type) and (issubclass(target, Trained) or issubclass(target, ClosedForm))):
         raise InputError(
@@ -178,7 +209,7 @@ def check_nodes(config: ClassifierConfig) -> None:
 def build_classifier(
     config: ClassifierConfig, n_classes: int = 2, normal: int = 0, class_weights: tuple[float, ...] = (1.0, 1.0)
 ) -> Classifier:
-    """The method as the config describes it."""
+    """Build the method from the config; `class_weights` are the weights of the classes in the loss."""
     return build(
         config.method,
         "method",
@@ -192,7 +223,7 @@ def build_classifier(
 
 
 def make_plan(found: ClassSet, config: ClassifierConfig) -> Plan:
-    """Which network learns from, is calibrated on and is tested on which images."""
+    """Assign training, validation and test images to each network."""
     trainer, alone = config.trainer, [str(i) for i in range(len(found.refs))]
     names = np.array(found.classes)[found.labels]
     apart = list(found.groups) if trainer.split == "group" else alone
@@ -217,12 +248,21 @@ def make_plan(found: ClassSet, config: ClassifierConfig) -> Plan:
 
 
 def seed_of(*parts: object) -> int:
-    """Of what the parts name; others are independent of it."""
+    """Derive a 32-bit seed from identifiers; different identifiers give independent seeds."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 def class_weights(labels: Int[np.ndarray, "N"], n_classes: int, balanced: bool) -> tuple[float, ...]:
-    """Of mean 1 over the images: every class counts alike."""
+    """Weights of the classes in the loss.
+
+    Args:
+        labels: Class of each image.
+        n_classes: Number of classes.
+        balanced: Weight each class by its inverse frequency, with mean 1 over the images; otherwise all weights are 1.
+
+    Returns:
+        Weight of each class.
+    """
     if not balanced:
         return (1.0,) * n_classes
     counts = np.bincount(labels, minlength=n_classes)
@@ -235,7 +275,7 @@ def class_weights(labels: Int[np.ndarray, "N"], n_classes: int, balanced: bool) 
 def write_classes(
     path: Path, plan: Plan, found: ClassSet, normal: int, weights: Sequence[float], scalings: Sequence[Scaling]
 ) -> None:
-    """classes.json: what prediction needs beside the parameters."""
+    """Write classes.json: everything that prediction needs in addition to config and parameters."""
     write_json(
         path / CLASSES,
         {
@@ -250,7 +290,7 @@ def write_classes(
 
 
 def unseen_by(plan: Plan, count: int) -> list[list[int]]:
-    """For every image the honest networks that it tests."""
+    """For each image, the positions in `Plan.honest` of the networks that test it."""
     found: list[list[int]] = [[] for _ in range(count)]
     for position, i in enumerate(plan.honest):
         for row in plan.folds[i].test.tolist():
@@ -259,14 +299,17 @@ def unseen_by(plan: Plan, count: int) -> list[list[int]]:
 
 
 def open_run(path: Path, plugins: tuple[str, ...] = ()) -> ClassifierRun:
-    """Loads a finished run.
+    """Load a finished run.
 
     Args:
         path: Run directory.
-        plugins: Packages that may be imported for it; the run's own list is not trusted.
+        plugins: Packages that may be imported. They replace the list in the run, which is not trusted.
+
+    Returns:
+        The opened run.
 
     Raises:
-        InputError: It is not a finished classification run, or not as training wrote it.
+        InputError: If it is not a finished classification run, or has changed since training.
     """
     config, step = load_config(path, ClassifierConfig, plugins), sealed_step(path, SEALED)
     check_nodes(config)
@@ -282,11 +325,12 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> ClassifierRun:
 
 
 def parameters(state: TrainState) -> list[Params]:
-    """Those that inference uses: averaged ones, if the method descends."""
+    """Parameters for inference, in chunks: the moving average if the method is trained by gradient descent."""
     return list(state.ema or state.params)
 
 
 def honest_chunks(plan: Plan, chunks: Sequence[Params]) -> list[Params]:
+    """Chunks of the networks in `Plan.honest`, which precede those of the additional random splits."""
     count, kept = len(plan.honest), []
     for chunk, size in zip(chunks, plan.sizes, strict=True):
         if count > 0:
@@ -296,6 +340,7 @@ def honest_chunks(plan: Plan, chunks: Sequence[Params]) -> list[Params]:
 
 
 def restore(path: Path, method: Classifier, config: ClassifierConfig, plan: Plan, step: int) -> TrainState:
+    """Restore the state of all networks for inference."""
     if isinstance(method, Trained):
         params = jax.eval_shape(lambda: init_members(method, optax.identity(), plan.keys, plan.sizes)).params
         return restore_sealed(path, step, averaged_state(params))
@@ -304,14 +349,21 @@ def restore(path: Path, method: Classifier, config: ClassifierConfig, plan: Plan
 
 
 def skeleton(method: ClosedForm, sizes: Sequence[int]) -> list[Params]:
-    """Parameters of the structure that training writes, all zero."""
+    """Zero parameters with the structure of the fitted ones, in chunks."""
     one = method.skeleton()
     return [jax.tree.map(lambda leaf, size=size: jnp.zeros((size, *leaf.shape), leaf.dtype), one) for size in sizes]
 
 
 def allowed_networks(run: ClassifierRun, found: ClassSet) -> tuple[Bool[np.ndarray, "N M"], int]:
-    """(which networks may judge which image, how many images the run was made with): a network must not judge what it
-    has learnt from, nor a copy of that."""
+    """Determine which networks may classify which image: those not trained on the image or a copy of it.
+
+    Args:
+        run: Opened run.
+        found: Images to classify.
+
+    Returns:
+        Mask (images, networks), and the number of images that are in the run or are copies of its images.
+    """
     count = len(run.scalings)
     by_content = {image["content"]: image["unseen_by"] for image in run.images}
     shown = [image for image in run.images if image["look"]]

@@ -1,4 +1,4 @@
-"""Training of classification: cross-validate, calibrate each network, test, report."""
+"""Training of classification: cross-validation, calibration of each network, test, report."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -55,21 +55,21 @@ from pulmo_jax.training.members import init_members, make_member_step
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
-MOST_VALIDATED = 512  # images of each network, for the loss of a validation
-IMAGES_PER_FIT = 8  # that a method which counts sees at once
-EXAMPLE_IMAGES = 8  # in the figures of a run in progress
+MOST_VALIDATED = 512  # images of each network in the validation loss
+IMAGES_PER_FIT = 8  # images per batch of a closed-form fit
+EXAMPLE_IMAGES = 8  # in the figures during training
 
 
 @dataclass(frozen=True)
 class ClassData:
-    """What a training reads.
+    """Data of a training.
 
     Attributes:
-        found: All images and their classes.
+        found: All images with class labels.
         normal: Index of the class without the finding.
-        weights: Of the classes in the loss.
-        plan: Which network learns from, is calibrated on and is tested on which images.
-        method: As the config describes it, for these classes.
+        weights: Weight of each class in the loss.
+        plan: Training, validation and test images of each network.
+        method: Method built from the config for these classes.
     """
 
     found: ClassSet
@@ -79,16 +79,18 @@ class ClassData:
     method: Classifier
 
     def learnt_from(self, rows: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
-        """Those of the rows that the method learns from: of a model of the normal, normal images alone."""
+        """Rows used for training: the normal images only, if the method models normal images alone; otherwise all."""
         return rows[self.found.labels[rows] == self.normal] if self.method.normal_alone() else rows
 
 
 @dataclass(frozen=True)
 class CrossValidated:
-    """The calibrated run, with the out-of-fold predictions of its networks.
+    """Outcome of a cross-validation.
 
     Attributes:
-        val_loss: Mean cross-entropy of the calibrated networks on the images that validate each.
+        run: Calibrated run.
+        predictions: Out-of-fold predictions of its networks.
+        val_loss: Cross-entropy of the calibrated networks on their validation images, mean over the networks, nats.
     """
 
     run: ClassifierRun
@@ -97,6 +99,7 @@ class CrossValidated:
 
 
 def check(config: ClassifierConfig) -> None:
+    """Validate the `_target_` nodes of the config. Raises InputError."""
     check_nodes(config)
     check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
     for name, node in config.callbacks.items():
@@ -104,7 +107,18 @@ def check(config: ClassifierConfig) -> None:
 
 
 def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, str]:
-    """With the folder of images: the one given, a resumed run's own, or synthetic slices."""
+    """Complete the image folder: the given one, that of the resumed run, or that of the synthetic slices.
+
+    Args:
+        config: Typed config of `train`.
+        place: Output folder and console.
+
+    Returns:
+        Completed config, and "" for the citation.
+
+    Raises:
+        InputError: If no folder is given.
+    """
     give_back_freed_memory()
     data, root = config.data, config.data.root
     if root is None and config.resume and (place.run_dir / "config.yaml").is_file():
@@ -118,7 +132,19 @@ def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, s
 
 
 def read(config: ClassifierConfig, place: Place) -> ClassData:
-    assert config.data.root is not None  # prepare saw to it
+    """Read the labelled images and plan the cross-validation.
+
+    Args:
+        config: Completed config.
+        place: Output folder and console.
+
+    Returns:
+        Data of the training.
+
+    Raises:
+        InputError: If images or classes cannot be used.
+    """
+    assert config.data.root is not None  # set by `prepare`
     size: int = build_classifier(config).size  # pyright: ignore[reportAttributeAccessIssue]
     found = read_classes(config.data.root, config.data, size, place.console, formats=place.formats)
     normal = normal_class(found, config.data.normal_name)
@@ -134,6 +160,7 @@ def read(config: ClassifierConfig, place: Place) -> ClassData:
 
 
 def normal_class(found: ClassSet, name: str | None) -> int:
+    """Index of the normal class; the first class by default. Raises InputError for an unknown name."""
     if name is None:
         return 0
     if name not in found.classes:
@@ -142,7 +169,16 @@ def normal_class(found: ClassSet, name: str | None) -> int:
 
 
 def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learning:
-    """Gradient descent of all networks together, or a fit of each in a single step."""
+    """Build the training input: joint gradient descent of all networks, or a closed-form fit of each in a single step.
+
+    Args:
+        config: Completed config.
+        data: Data of the training.
+        place: Output folder and console.
+
+    Returns:
+        Input of the training loop.
+    """
     method, found = data.method, data.found
     if isinstance(method, Trained):
         return descent(config, data, method)
@@ -159,9 +195,17 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
 
 
 def descent(config: ClassifierConfig, data: ClassData, method: Trained) -> Learning:
-    """Gradient descent of all networks together.
+    """Training input for joint gradient descent of all networks.
 
-    The run uses the last parameters: too few images validate each network to select a checkpoint by them.
+    The run uses the last parameters, because each network has too few validation images to select a checkpoint.
+
+    Args:
+        config: Completed config.
+        data: Data of the training.
+        method: Method of the run.
+
+    Returns:
+        Input of the training loop.
     """
     plan, found, trainer, optimizer = data.plan, data.found, config.trainer, build_optimizer(config)
     batch_size = trainer.batch_size * (len(jax.devices()) if trainer.scale_batch else 1)
@@ -191,7 +235,7 @@ def descent(config: ClassifierConfig, data: ClassData, method: Trained) -> Learn
 
 
 def records(config: ClassifierConfig, data: ClassData) -> Mapping[str, Any]:
-    """images.json: every image, the networks that have not seen it, and its metadata."""
+    """Content of images.json: every image with its metadata and the networks that were not trained on it."""
     found = data.found
     described, features = describe_set(found), metadata_features(found)
     beside = zip(described["images"], unseen_by(data.plan, len(found.refs)), features.tolist(), strict=True)
@@ -200,7 +244,17 @@ def records(config: ClassifierConfig, data: ClassData) -> Mapping[str, Any]:
 
 
 def finish(config: ClassifierConfig, data: ClassData, learned: Learned, place: Place) -> CrossValidated:
-    """Calibrates every network on the images that validate it, and predicts those that test it."""
+    """Calibrate every network on its validation images and predict its test images.
+
+    Args:
+        config: Completed config.
+        data: Data of the training.
+        learned: Outcome of the training loop.
+        place: Output folder and console.
+
+    Returns:
+        Calibrated run and out-of-fold predictions.
+    """
     plan, found, method = data.plan, data.found, data.method
     logits, chunks = each_its_own(method.logits), parameters(learned.state)
     squares = found.squares.stack
@@ -227,6 +281,7 @@ def finish(config: ClassifierConfig, data: ClassData, learned: Learned, place: P
 
 
 def assess(outcome: CrossValidated, data: ClassData, learned: Learned, place: Place) -> Findings:
+    """Assess the out-of-fold predictions of the cross-validation."""
     facts = {
         "images": class_counts(data.found),
         "groups": len(set(data.found.groups)),
@@ -238,7 +293,7 @@ def assess(outcome: CrossValidated, data: ClassData, learned: Learned, place: Pl
 
 
 def identify(config: ClassifierConfig, found: ClassSet, plan: Plan) -> dict[str, Any]:
-    """What a resumed run must share with the run that it continues, in comparable form."""
+    """Description of config and data, which must be equal on resuming."""
     return {
         "seed": config.seed,
         "trainer.batch_size": config.trainer.batch_size,
@@ -254,7 +309,7 @@ def identify(config: ClassifierConfig, found: ClassSet, plan: Plan) -> dict[str,
 
 
 def calibrated_loss(logits: list[np.ndarray], scalings: list[Scaling], plan: Plan, found: ClassSet) -> float:
-    """The mean cross-entropy of the honest networks at the images that validate each."""
+    """Cross-entropy of the calibrated networks on their validation images, mean over the networks, nats."""
     losses = []
     for i in plan.honest:
         rows = plan.folds[i].validation
@@ -264,7 +319,17 @@ def calibrated_loss(logits: list[np.ndarray], scalings: list[Scaling], plan: Pla
 
 
 def validation(method: Classifier, data: ClassData) -> Callable[[list[Params]], float]:
-    """Loss of chunks of networks: the mean over the honest ones of the loss on the images that validate each."""
+    """Make the validation loss: loss of each network on its validation images, mean over the networks (`Plan.honest`).
+
+    At most MOST_VALIDATED images of each network are used.
+
+    Args:
+        method: Method of the run.
+        data: Data of the training.
+
+    Returns:
+        Function of the parameter chunks.
+    """
     plan, found = data.plan, data.found
     losses = each_its_own(lambda params, images, labels: method.validation_losses(params, (images, labels)))
     some = [evenly_spaced(data.learnt_from(plan.folds[i].validation), MOST_VALIDATED) for i in plan.honest]
@@ -278,7 +343,7 @@ def validation(method: Classifier, data: ClassData) -> Callable[[list[Params]], 
 
 
 def validated_images(data: ClassData) -> Callable[[TrainState], Figure]:
-    """Draws validation images of the first network with its probabilities, before calibration."""
+    """Function that draws validation images of the first network with its uncalibrated probabilities."""
     found, plan = data.found, data.plan
     rows = evenly_spaced(plan.folds[0].validation, EXAMPLE_IMAGES)
     images, labels = found.squares.stack(rows), found.labels[rows]
@@ -299,7 +364,18 @@ def of_members(
     rows: list[np.ndarray],
     *stacks: Stack,
 ) -> list[np.ndarray]:
-    """Results of each network at rows of its own, whose images (and labels) the stacks give."""
+    """Evaluate a function for each network on its images.
+
+    Args:
+        function: Compiled function of parameters and stacks.
+        chunks: Parameters of the networks, in chunks.
+        plan: Plan of the cross-validation.
+        rows: Rows of the images of each network.
+        stacks: Functions that return the inputs, such as images and labels, for rows.
+
+    Returns:
+        Result of each network.
+    """
     results, first = [], 0
     for chunk, size in zip(chunks, plan.sizes, strict=False):
         results += at_rows(function, chunk, rows[first : first + size], *stacks)
@@ -308,7 +384,7 @@ def of_members(
 
 
 def fit_all(method: ClosedForm, data: ClassData) -> list[Params]:
-    """Chunks of the parameters of all networks, each fitted to its training images."""
+    """Fit each network to its training images in closed form; return the parameters in chunks."""
     sizes = data.plan.sizes
     fitted = [method.fit(batches_of(data.found, data.learnt_from(fold.training))) for fold in data.plan.folds]
     parts = zip(np.cumsum(sizes), sizes, strict=True)
@@ -316,5 +392,6 @@ def fit_all(method: ClosedForm, data: ClassData) -> list[Params]:
 
 
 def batches_of(found: ClassSet, rows: Int[np.ndarray, "_"]) -> Iterator[Float[jax.Array, "B S S"]]:
+    """Batches of at most IMAGES_PER_FIT images."""
     for start in range(0, len(rows), IMAGES_PER_FIT):
         yield jnp.asarray(found.squares.stack(rows[start : start + IMAGES_PER_FIT]))

@@ -1,4 +1,4 @@
-"""Landmarks: find anatomical points, with calibrated uncertainties, and align images by them."""
+"""Landmarks: localises anatomical landmarks with calibrated uncertainties, and aligns images by them."""
 
 from pulmo_jax.runs.task import Task
 

@@ -55,10 +55,12 @@ class Tested:
 
     @property
     def sizes(self) -> np.ndarray:
+        """Height and width of each image, px, (N, 2)."""
         return np.array([ref.shape[:2] for ref in self.labelled.refs])
 
     @property
     def own(self) -> Float[np.ndarray, "N K"]:
+        """Radial errors of the run, px."""
         return next(iter(self.errors.values()))
 
 
@@ -221,6 +223,7 @@ def quality(run: LandmarkRun, tested: Tested) -> dict[str, Any]:
 
 
 def metric_tables(merits: Mapping[str, Any]) -> list[Table]:
+    """Tables of the figures of merit: errors overall, by landmark and by class; coverage; quality flags."""
     units = [f"{figure}, {name}" for name in UNIT_NAMES.values() for figure in ("mean", "median")]
 
     def cells(errors: Mapping[str, Any]) -> list[str]:
@@ -255,6 +258,7 @@ def metric_tables(merits: Mapping[str, Any]) -> list[Table]:
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
+    """Format the tables in Markdown."""
     parts = ["# Landmarks\n\nIn brackets: 95 % bootstrap intervals over groups of images.\n"]
     for table in tables:
         lines = [f"## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
@@ -265,6 +269,7 @@ def as_markdown(tables: Sequence[Table]) -> str:
 
 
 def for_console(table: Table) -> Grid:
+    """Format a table for the console, without the confidence intervals."""
     grid = Grid(*table.columns, title=table.title)
     for row in table.rows:
         grid.add_row(*(text.partition(" [")[0] for text in row))
@@ -297,6 +302,19 @@ def report_sections(
     options: EvaluationConfig,
     place: Place,
 ) -> list[Section]:
+    """Errors, example images, uncertainty and alignment.
+
+    Args:
+        run: Calibrated run.
+        tested: Predictions for labelled images.
+        merits: Figures of merit.
+        tables: Tables of `metric_tables`.
+        options: Options of the evaluation.
+        place: Output folder and console.
+
+    Returns:
+        Sections of the report.
+    """
     folder, own, labelled = place.folder / "figures", tested.own, tested.labelled
     cumulative = {name: metrics.cumulative_error(errors)[0] for name, errors in tested.errors.items()}
     estimates = [_errors(errors["px"]) for errors in merits["by_landmark"]]
@@ -334,10 +352,12 @@ def report_sections(
 
 
 def _errors(plain: Mapping[str, Any]) -> Errors:
+    """Mean and median error from their entries in metrics.json."""
     return Errors(*(Estimate(**plain[name]) for name in ("mean", "median")))
 
 
 def example(tested: Tested, i: int, reader: Reader) -> LandmarkExample:
+    """Read an image again and collect the arrays of its figure."""
     ref, found = tested.labelled.refs[i], tested.found
     return LandmarkExample(
         f"{ref.title}: {tested.own[i].mean():.3g} px",

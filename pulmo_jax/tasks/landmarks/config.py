@@ -50,6 +50,7 @@ class LandmarkDataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "LandmarkDataConfig":
+        """Check that the values of the section fit together."""
         if (self.images is None) != (self.train is None):
             raise ValueError("data.images and data.train belong together; give both, or none for the sample")
         if self.train is None and (self.val or self.test):

@@ -42,10 +42,12 @@ class Labelled:
 
     @property
     def refs(self) -> tuple[ImageRef, ...]:
+        """References of the images."""
         return self.working.refs
 
     @property
     def titles(self) -> list[str]:
+        """Names of the images."""
         return [ref.title for ref in self.refs]
 
     @property
@@ -152,6 +154,23 @@ def labelled(
     name: str,
     formats: Sequence[Format] = (),
 ) -> Labelled:
+    """Read and resize labelled images.
+
+    Args:
+        refs: Images.
+        points: Landmarks (y, x), px; NaN where unknown.
+        size: Side length of the resized images, px.
+        data: Data config.
+        console: For progress and messages.
+        name: Name of the data set, for messages.
+        formats: The user's own image formats.
+
+    Returns:
+        Images that can be read, with their landmarks.
+
+    Raises:
+        InputError: If an image cannot be read and data.on_error is "stop", or if none can be read.
+    """
     working, skipped = read_working(
         refs, size, data.max_image_mb, data.threads, tracker(console, f"reading {name} images"), formats
     )

@@ -94,6 +94,8 @@ def write_overlay(path: Path, example: LandmarkExample) -> None:
 
 
 def _draw(draw: ImageDraw.ImageDraw, example: LandmarkExample, zoom: float, radius: int) -> None:
+    """Draw the landmarks and their 95 % ellipses on an enlarged image."""
+
     def place(position: np.ndarray) -> np.ndarray:
         """(y, x) of pixel centres to Pillow's (x, y)."""
         return ((position + 0.5) * zoom - 0.5)[..., ::-1]
@@ -119,6 +121,7 @@ def _draw(draw: ImageDraw.ImageDraw, example: LandmarkExample, zoom: float, radi
 
 
 def _closed(draw: ImageDraw.ImageDraw, corners: np.ndarray, colour: str, width: int) -> None:
+    """Draw a closed polygon with a black outline."""
     line = [tuple(corner) for corner in (*corners, corners[0])]
     draw.line(line, fill="black", width=width + 2, joint="curve")
     draw.line(line, fill=colour, width=width, joint="curve")
@@ -153,6 +156,7 @@ def gallery(examples: Sequence[LandmarkExample], title: str) -> Figure:
 
 
 def _show(axes: Axes, example: LandmarkExample) -> None:
+    """Draw one image with its landmarks in a panel."""
     axes.imshow(example.image, cmap="gray", vmin=0, vmax=255)
     axes.set_title(literal(example.title, 36), fontsize=6.5)
     limits = axes.get_xlim(), axes.get_ylim()
@@ -286,6 +290,7 @@ def class_comparison(
 
 
 def _boxes(axes: Axes, values: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """Draw box plots: quartiles, 5 and 95 % quantiles."""
     axes.boxplot(
         list(values),
         tick_labels=list(names),
@@ -300,6 +305,7 @@ def _boxes(axes: Axes, values: Sequence[np.ndarray], names: Sequence[str]) -> No
 
 
 def _mean_dots(axes: Axes, means: Sequence[Estimate]) -> None:
+    """Draw means with their confidence intervals."""
     known = [(i + 1, mean) for i, mean in enumerate(means) if mean.value is not None]
     ends = np.array([[m.value if end is None else end for end in (m.low, m.value, m.high)] for _, m in known], float)
     low, value, high = ends.reshape(-1, 3).T
@@ -310,6 +316,7 @@ def _mean_dots(axes: Axes, means: Sequence[Estimate]) -> None:
 
 
 def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    """Legend entries, including the box plots."""
     handles, labels = axes.get_legend_handles_labels()
     box = axes.plot([], [], "s", mfc="none", mec=BLUE, ls="")[0]
     return [*handles, box], [*labels, "median, 25-75 %, 5-95 %"]

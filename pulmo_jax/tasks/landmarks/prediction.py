@@ -20,10 +20,20 @@ from pulmo_jax.tasks.landmarks.figures import LandmarkExample, write_overlay
 from pulmo_jax.tasks.landmarks.run import LandmarkRun
 from pulmo_jax.types import InputError
 
-IMAGES_PER_BATCH = 64  # located, drawn and recorded together
+IMAGES_PER_BATCH = 64  # localised, drawn and recorded together
 
 
 def read(run: LandmarkRun, config: LocateConfig, place: Place) -> tuple[list[Item], list[Skipped]]:
+    """List the images to predict.
+
+    Args:
+        run: Opened run.
+        config: Typed config of `predict`.
+        place: Output folder and console.
+
+    Returns:
+        One item per image, and unusable files.
+    """
     refs, failed = index_images(
         config.input,
         max_image_mb=run.config.data.max_image_mb,
@@ -46,7 +56,17 @@ def read(run: LandmarkRun, config: LocateConfig, place: Place) -> tuple[list[Ite
 def predict(
     run: LandmarkRun, items: Sequence[Item], config: LocateConfig, place: Place
 ) -> Iterator[tuple[Item, Record | Skipped]]:
-    """Read, locate and draw the images in batches."""
+    """Localise the landmarks of the images in batches; write overlays and, on request, aligned copies.
+
+    Args:
+        run: Opened run.
+        items: Images.
+        config: Typed config of `predict`.
+        place: Output folder and console.
+
+    Yields:
+        Each item with its record, or with the reason of its failure.
+    """
     data = run.config.data
     for batch in chunks(items, IMAGES_PER_BATCH):
         item_of = {item.refs[0].title: item for item in batch}
@@ -76,7 +96,7 @@ def collect(
     config: LocateConfig,
     place: Place,
 ) -> Outputs:
-    """Tables of all images: landmarks.csv and summary.json."""
+    """Compile landmarks.csv and summary.json."""
     doubtful = [record["filename"] for record in records if all(record["low"])]
     tables = {"landmarks.csv": as_table(records)} if records else {}
     return Outputs(tables, summarise(run, records, doubtful), f"{len(doubtful)} images with only low-quality landmarks")
@@ -122,14 +142,17 @@ def draw(
 
 
 def aligned_path(ref: ImageRef, output: Path) -> Path:
+    """Path of the aligned copy of an image."""
     return output / "aligned" / f"{ref.file_name}.tif"
 
 
 def overlay_path(ref: ImageRef, output: Path) -> Path:
+    """Path of the overlay of an image."""
     return output / "overlays" / f"{ref.file_name}.png"
 
 
 def record_of(ref: ImageRef, i: int, located: Found) -> Record:
+    """Record of an image: landmarks and standard deviations, px; quality flags; dissimilarity, nats."""
     unlike = float(located.surprise[i])
     return {
         "filename": ref.title,
@@ -141,11 +164,13 @@ def record_of(ref: ImageRef, i: int, located: Found) -> Record:
 
 
 def as_table(records: Sequence[Record]) -> str:
+    """Content of landmarks.csv."""
     columns = {name: np.array([record[name] for record in records]) for name in ("points", "std", "low")}
     return landmarks_csv([r["filename"] for r in records], columns["points"], columns["std"], columns["low"])
 
 
 def summarise(run: LandmarkRun, records: Sequence[Record], doubtful: list[str]) -> dict[str, Any]:
+    """Content of summary.json."""
     return {
         "run": str(run.path.absolute()),
         "step": run.step,

@@ -38,6 +38,7 @@ class LandmarkResult:
         return gallery([LandmarkExample(self.title, self.image, self.points, self.covariance, doubtful=low)], "")
 
     def _repr_html_(self) -> str:
+        """Figure and summary for a notebook."""
         low = sum(quality == "low" for quality in self.quality)
         caption = f"{self.title}: {len(self.points)} landmarks with 95 % regions, {low} of low quality."
         return figure_html(self.figure(), caption)

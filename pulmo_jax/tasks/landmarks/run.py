@@ -1,7 +1,7 @@
-"""A run directory of a landmark job: what training writes, opened for use.
+"""A finished run of landmarks: method, companion models, calibration, and the files that store them.
 
-config.yaml, landmarks.json, calibration.json, companions.npz and checkpoints/ are all that prediction and evaluation
-read; finished.json, written last, says how they were (see `pulmo_jax.runs.directory`).
+Prediction and evaluation read config.yaml, landmarks.json, calibration.json, companions.npz and checkpoints/.
+finished.json, which training writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
 import json
@@ -45,17 +45,22 @@ from pulmo_jax.training.state import averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
 SEALED = ("landmarks.json", "calibration.json", "companions.npz")
-TINY = 4  # times larger an image may be made for the method, before all of its landmarks are of low quality
-LOW_RATE = 0.02  # of the validation's landmarks, and of its images, that are called of low quality
+TINY = 4  # enlargement to the method's input size above which all landmarks of an image are of low quality
+LOW_RATE = 0.02  # nominal rate of validation landmarks, and of validation images, of low quality
 
 
 @dataclass(frozen=True)
 class LandmarkCalibration:
-    """What validation images say of the method's own uncertainty.
+    """Calibration of the uncertainties on validation images.
 
-    covariance_factor: makes the region of 95 % hold 95 % of the landmarks. std_limits: working px, of each landmark;
-    surprise_limit: of an image, nats: what lies above is of low quality. rate: that both keep on images like those.
-    held_out_coverage: of the region of 95 %, each fifth of the groups by the factor of the others; None with fewer.
+    Attributes:
+        covariance_factor: Factor of the covariances by which the 95 % regions contain 95 % of the validation landmarks.
+        std_limits: Standard deviation of each landmark, px of the resized image, above which its quality is low.
+        surprise_limit: Dissimilarity of an image, nats, above which all of its landmarks are of low quality.
+        rate: Upper bound of the rate at which each limit is exceeded on images like the validation images.
+        n_images: Number of validation images.
+        held_out_coverage: Coverage of the 95 % regions by five-fold cross-validation over the groups: each fifth with
+            the factor of the others; None for fewer groups.
     """
 
     covariance_factor: FiniteFloat
@@ -68,9 +73,14 @@ class LandmarkCalibration:
 
 @dataclass(frozen=True)
 class Companions:
-    """What the training images say by themselves, and stands beside the learnt parameters.
+    """Models fitted to the training images, in addition to the parameters of the method.
 
-    mirror: `mirror_permutation`. shapes: working px. look: of an image of a chest.
+    Attributes:
+        mirror: Index of the mirrored landmark for each landmark (`mirror_permutation`).
+        shapes: Shape model, px of the resized images.
+        frame: Lung frame.
+        look: Appearance model, by which the dissimilarity of an image to the training images is measured.
+        baselines: Baselines of the landmarks.
     """
 
     mirror: tuple[int, ...]
@@ -82,7 +92,18 @@ class Companions:
 
 @dataclass(frozen=True)
 class LandmarkRun:
-    """A finished run."""
+    """A finished run.
+
+    Attributes:
+        path: Run directory.
+        config: Typed config of the training.
+        method: Method of the run.
+        params: Its parameters.
+        step: Step of the checkpoint.
+        companions: Models fitted to the training images.
+        calibration: Calibration of the uncertainties.
+        locate: Compiled localisation in resized images.
+    """
 
     path: Path
     config: LandmarkConfig
@@ -95,31 +116,36 @@ class LandmarkRun:
 
     @property
     def frame(self) -> LungFrame:
+        """Lung frame."""
         return self.companions.frame
 
     @property
     def digest(self) -> str:
-        """Changes when the run is trained again."""
+        """Digest of the run, which changes when it is trained again."""
         return digest_of_run(self.path)
 
     @property
     def n_landmarks(self) -> int:
+        """Number of landmarks K."""
         return len(self.companions.mirror)
 
     @property
     def size(self) -> int:
-        """Side of the working images, px."""
+        """Side length of the resized images, px."""
         return self.method.size  # pyright: ignore[reportAttributeAccessIssue]
 
     def predict(self, image: ImageLike, page: int = 0) -> LandmarkResult:
-        """The landmarks of one image, as `python -m pulmo_jax.predict` writes them.
+        """Localise the landmarks of one image, as in `python -m pulmo_jax.predict`.
 
         Args:
-            image: Array (H, W) or (H, W, C), or a path.
-            page: Of a file with several.
+            image: Array (H, W) or (H, W, C), or path of an image file.
+            page: Page of a multi-page file, from 0.
+
+        Returns:
+            Landmarks with uncertainties and quality.
 
         Raises:
-            InputError: The image cannot be read, or no landmarks can be found in it.
+            InputError: If the image cannot be read, or no landmarks are found.
         """
         ref, pixels = one_image(image, page, self.config.data.max_image_mb, formats=formats_for(image, self.config))
         found = self.find(working_image(ref, pixels, self.size))
@@ -136,7 +162,18 @@ class LandmarkRun:
         )
 
     def find(self, working: WorkingImages) -> Found:
-        """The landmarks of images, with calibrated uncertainties and quality flags."""
+        """Localise the landmarks of images, with calibrated uncertainties and quality flags.
+
+        A landmark is of low quality if its standard deviation or the dissimilarity of its image exceeds the calibrated
+        limit, if it lies outside the image or on a folded triangle of the mesh, or if the image is much smaller than
+        the method's input.
+
+        Args:
+            working: Resized images.
+
+        Returns:
+            Landmarks in px of the original images.
+        """
         located, limits = self.locate(working.pixels), self.calibration
         unlike = surprises(self.companions.look, working.pixels)
         covariance = located.covariance * limits.covariance_factor
@@ -151,7 +188,7 @@ class LandmarkRun:
 
 
 def on_folds(points: Float[np.ndarray, "N K 2"], frame: LungFrame) -> Bool[np.ndarray, "N K"]:
-    """Landmarks of a triangle of the frame's mesh that is turned over in the image: no chest lies so."""
+    """Whether a landmark is a corner of a mesh triangle reversed in the image, which is anatomically impossible."""
     reversed_triangles = np.asarray(turned_over(jnp.asarray(points, jnp.float32), frame))
     corners = np.any(np.eye(frame.triangles.max() + 1)[frame.triangles] > 0, axis=1)  # (triangles, mesh points)
     return np.any(reversed_triangles[:, :, None] & corners[:, : points.shape[1]], axis=1)
@@ -161,7 +198,7 @@ turned_over = jax.jit(jax.vmap(flipped, (0, None)))
 
 
 def check_nodes(config: LandmarkConfig) -> None:
-    """Validates the nodes of the method and its model. Raises InputError."""
+    """Validate the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
     if not (isinstance(target, type) and (issubclass(target, ClosedForm) or issubclass(target, Trained))):
         raise InputError(
@@ -175,7 +212,7 @@ def check_nodes(config: LandmarkConfig) -> None:
 
 
 def build_locator(config: LandmarkConfig, companions: Companions | None) -> Locator:
-    """The method as the config describes it; without companions it only tells the size of the working images."""
+    """Build the method from the config; without companions, only the size of its resized images is valid."""
     mirror, shapes = (companions.mirror, companions.shapes) if companions else ((0,), None)
     return build(
         config.method,
@@ -190,12 +227,12 @@ def build_locator(config: LandmarkConfig, companions: Companions | None) -> Loca
 
 
 def working_size(config: LandmarkConfig) -> int:
-    """Side of the working images, which the method's keys say alone."""
+    """Side length of the resized images, px, which depends on the options of the method only."""
     return build_locator(config, None).size  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def fit_companions(config: LandmarkConfig, training: Labelled) -> Companions:
-    """Raises InputError for landmarks or images of which they cannot be made."""
+    """Fit the companion models to the training images. Raises InputError if images or landmarks do not suffice."""
     images, points = training.working.pixels, training.square_points
     return Companions(
         mirror=tuple(mirror_permutation(points).tolist()),
@@ -215,7 +252,23 @@ def make_run(
     companions: Companions,
     validation: Labelled,
 ) -> LandmarkRun:
-    """The method as it was learnt, calibrated on the validation images."""
+    """Calibrate a trained method on the validation images.
+
+    Args:
+        path: Run directory.
+        config: Typed config of the training.
+        method: Method of the run.
+        params: Its parameters.
+        step: Step of the checkpoint.
+        companions: Models fitted to the training images.
+        validation: Validation images.
+
+    Returns:
+        Calibrated run.
+
+    Raises:
+        InputError: If no validation image has contrast.
+    """
     locate = locator(method, params)
     unlike = surprises(companions.look, validation.working.pixels)
     calibration = calibrate(locate(validation.working.pixels), validation, unlike)
@@ -223,9 +276,21 @@ def make_run(
 
 
 def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray, "N"]) -> LandmarkCalibration:
-    """By what was found in the validation images, in working px."""
+    """Calibrate the uncertainties on the validation images.
+
+    Args:
+        located: Predicted landmarks, px of the resized images.
+        validation: Validation images.
+        unlike: Dissimilarity of each image, nats; not finite for an image without contrast, which is ignored.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        InputError: If no validation image has contrast.
+    """
     truth = validation.square_points
-    seen = unlike[np.isfinite(unlike)]  # an image of one gray sets no limit
+    seen = unlike[np.isfinite(unlike)]  # images without contrast are ignored
     if not seen.size:
         raise InputError(f"none of the {len(unlike)} validation images has any contrast; give other images")
     factor = scale_covariance(located.points, located.covariance, truth)
@@ -240,6 +305,7 @@ def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray
 
 
 def surprises(look: SurpriseModel, images: Float[np.ndarray, "N S S"]) -> Float[np.ndarray, "N"]:
+    """Dissimilarity of each image to the training images, nats."""
     return in_batches(lambda batch: surprise(look, batch), images)
 
 
@@ -247,7 +313,7 @@ def surprises(look: SurpriseModel, images: Float[np.ndarray, "N S S"]) -> Float[
 
 
 def save_run(run: LandmarkRun) -> None:
-    """Writes what the run is opened from, beside the checkpoint."""
+    """Write the files from which the run is opened, except the checkpoint."""
     facts = {
         "n_landmarks": run.n_landmarks,
         "mirror": run.companions.mirror,
@@ -270,14 +336,17 @@ def save_run(run: LandmarkRun) -> None:
 
 
 def open_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
-    """Loads a finished run.
+    """Load a finished run.
 
     Args:
         path: Run directory.
-        plugins: Packages that may be imported for it; the run's own list is not trusted.
+        plugins: Packages that may be imported. They replace the list in the run, which is not trusted.
+
+    Returns:
+        The opened run.
 
     Raises:
-        InputError: It is not a finished landmark run, or not as training wrote it.
+        InputError: If it is not a finished landmark run, or has changed since training.
     """
     config, step = load_config(path, LandmarkConfig, plugins), sealed_step(path, SEALED)
     check_nodes(config)
@@ -301,6 +370,7 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
 
 
 def restore(path: Path, method: Locator, config: LandmarkConfig, n_landmarks: int, step: int) -> Params:
+    """Restore the parameters for inference."""
     if isinstance(method, Trained):
         return restore_sealed(path, step, averaged_state(jax.eval_shape(method.init))).ema
     assert isinstance(method, ClosedForm)  # the config was checked
@@ -308,6 +378,7 @@ def restore(path: Path, method: Locator, config: LandmarkConfig, n_landmarks: in
 
 
 def read_calibration(path: Path) -> LandmarkCalibration:
+    """Read calibration.json. Raises InputError."""
     try:
         return TypeAdapter(LandmarkCalibration).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:

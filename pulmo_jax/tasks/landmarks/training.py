@@ -1,4 +1,4 @@
-"""Training of landmarks: train or fit a method, calibrate its uncertainties on validation images, test."""
+"""Training of landmarks: trained or fitted method, calibration of its uncertainties on validation images, test."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -45,18 +45,24 @@ from pulmo_jax.training.state import TrainState, init_state, make_step
 
 TABLES = ("train", "val", "test")
 BATCHES_AHEAD = 4
-EXAMPLE_IMAGES = 4  # in the figures of a run in progress
+EXAMPLE_IMAGES = 4  # in the figures during training
 
 
 @dataclass(frozen=True)
 class LandmarkData:
-    """What a training reads: the labelled images, and what follows from the training images alone."""
+    """Data of a training.
+
+    Attributes:
+        sets: Labelled training, validation and test images.
+        companions: Models fitted to the training images, in addition to the method.
+    """
 
     sets: LandmarkSets
     companions: Companions
 
 
 def check(config: LandmarkConfig) -> None:
+    """Validate the `_target_` nodes of the config. Raises InputError."""
     check_nodes(config)
     check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
     for name, node in config.callbacks.items():
@@ -64,7 +70,15 @@ def check(config: LandmarkConfig) -> None:
 
 
 def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
-    """With no images named, a resumed run takes its own, and any other the sample radiographs."""
+    """Complete the images and tables: if none are given, those of the resumed run, otherwise the sample radiographs.
+
+    Args:
+        config: Typed config of `train`.
+        place: Output folder and console.
+
+    Returns:
+        Completed config, and the citation of the data or "".
+    """
     data, citation = config.data, ""
     if data.images is None and config.resume and (place.run_dir / "config.yaml").is_file():
         before = load_values(place.run_dir)["data"]
@@ -84,6 +98,18 @@ def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
 
 
 def read(config: LandmarkConfig, place: Place) -> LandmarkData:
+    """Read the labelled images and fit the companion models to the training images.
+
+    Args:
+        config: Completed config.
+        place: Output folder and console.
+
+    Returns:
+        Data of the training.
+
+    Raises:
+        InputError: If images or tables cannot be used.
+    """
     sets = read_sets(config.data, working_size(config), config.seed, place.console, place.formats)
     with place.console.status("fitting shape, appearance and baselines to the training images"):
         companions = fit_companions(config, sets.training)
@@ -95,7 +121,16 @@ def read(config: LandmarkConfig, place: Place) -> LandmarkData:
 
 
 def learning(config: LandmarkConfig, data: LandmarkData, place: Place) -> Learning:
-    """Gradient descent on shuffled images, or a fit to all of them in a single step."""
+    """Build the training input: gradient descent on shuffled images, or a closed-form fit in a single step.
+
+    Args:
+        config: Completed config.
+        data: Data of the training.
+        place: Output folder and console.
+
+    Returns:
+        Input of the training loop.
+    """
     method, training = build_locator(config, data.companions), data.sets.training
     if isinstance(method, Trained):
         return descent(config, data.sets, method)
@@ -112,7 +147,7 @@ def learning(config: LandmarkConfig, data: LandmarkData, place: Place) -> Learni
 
 
 def descent(config: LandmarkConfig, sets: LandmarkSets, method: Trained) -> Learning:
-    """Gradient descent on shuffled images."""
+    """Training input for gradient descent on shuffled images."""
     trainer, training, optimizer = config.trainer, sets.training, build_optimizer(config)
     pixels, points, error = training.working.pixels, training.square_points, validation_error(method, sets)
     mesh = devices.all_devices(trainer.batch_size)
@@ -143,16 +178,27 @@ def descent(config: LandmarkConfig, sets: LandmarkSets, method: Trained) -> Lear
 
 
 def parameters(state: TrainState) -> Params:
-    """Those that inference uses: the moving average, where there is one."""
+    """Parameters for inference: the moving average, if there is one."""
     return state.ema or state.params
 
 
 def records(config: LandmarkConfig, data: LandmarkData) -> Mapping[str, Any]:
+    """Content of images.json."""
     return {"images.json": describe_sets(data.sets)}
 
 
 def finish(config: LandmarkConfig, data: LandmarkData, learned: Learned, place: Place) -> LandmarkRun:
-    """Calibrates the uncertainties on the validation images."""
+    """Calibrate the uncertainties on the validation images and write the run.
+
+    Args:
+        config: Completed config.
+        data: Data of the training.
+        learned: Outcome of the training loop.
+        place: Output folder and console.
+
+    Returns:
+        Calibrated run.
+    """
     method, params = build_locator(config, data.companions), parameters(learned.state)
     run = make_run(place.run_dir, config, method, params, learned.step, data.companions, data.sets.validation)
     save_run(run)
@@ -160,6 +206,10 @@ def finish(config: LandmarkConfig, data: LandmarkData, learned: Learned, place: 
 
 
 def assess(run: LandmarkRun, data: LandmarkData, learned: Learned, place: Place) -> Findings:
+    """Assess the run on the test images or, without test images, on the validation images.
+
+    The objective of a sweep is the mean validation error in percent of the side length of the resized images.
+    """
     sets = data.sets
     facts = {
         "training_images": len(sets.training.refs),
@@ -167,7 +217,7 @@ def assess(run: LandmarkRun, data: LandmarkData, learned: Learned, place: Place)
         "landmarks": sets.training.points.shape[1],
         **learned.facts,
     }
-    objective = 100 * learned.val_loss / run.size  # % of the working image's side
+    objective = 100 * learned.val_loss / run.size  # % of the side length of the resized image
     tested = sets.test or sets.validation
     return assess_landmarks(
         run,
@@ -184,7 +234,7 @@ def assess(run: LandmarkRun, data: LandmarkData, learned: Learned, place: Place)
 
 
 def predictions(method: Locator, sets: LandmarkSets) -> Callable[[TrainState], Figure]:
-    """Draws the landmarks in some validation images as a state finds them, beside the true ones."""
+    """Function that draws predicted and true landmarks of some validation images for a training state."""
     validation, locate = sets.validation, jax.jit(method.locate)
     rows = evenly_spaced(np.arange(len(validation.refs)), EXAMPLE_IMAGES)
     pixels, truth = np.asarray(validation.working.pixels[rows]), validation.square_points[rows]
@@ -203,7 +253,7 @@ def predictions(method: Locator, sets: LandmarkSets) -> Callable[[TrainState], F
 
 
 def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
-    """What a resumed run must share with the run that it continues, in comparable form."""
+    """Description of config and data, which must be equal on resuming."""
     table = hashlib.sha256(sets.training.points.tobytes())
     for title in (*sets.training.titles, *sets.validation.titles):
         table.update(title.encode())
@@ -219,7 +269,7 @@ def identify(config: LandmarkConfig, sets: LandmarkSets) -> dict[str, Any]:
 
 
 def validation_error(method: Locator, sets: LandmarkSets) -> Callable[[Params], float]:
-    """The mean error over all landmarks of the validation images, working px."""
+    """Make the validation loss: mean radial error over all landmarks, px of the resized images."""
     pixels, truth, locate = keep(sets.validation.working.pixels), sets.validation.square_points, locating(method)
 
     def error(params: Params) -> float:
