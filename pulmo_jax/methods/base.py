@@ -1,4 +1,4 @@
-"""The one Protocol of the methods: a model of the normal, and how far each pixel is from it."""
+"""Protocols of the anomaly-detection methods: a model of normal images and a per-pixel deviation from it."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,53 +12,85 @@ Params = PyTree[Any]
 
 @runtime_checkable
 class Method(Protocol):
-    """A description without state: all that is learnt is in `params`, which the caller carries.
+    """A stateless method: all learnt parameters are in `params`, which the caller carries.
 
-    A score map is made in two stages, both in compiled programs on the device. `residual` works on tiles of one fixed
-    shape, which the caller blends; so it must return values that may be averaged where tiles overlap. `score_map` turns
-    the blended residual into the score, in strips of rows.
+    A score map is computed in two compiled stages on the device. `residual` works on tiles of one fixed shape; the
+    caller blends overlapping tiles, so the residual must be meaningful when averaged. `score_map` converts the blended
+    residual into the score, in strips of rows.
     """
 
     @property
     def halo_px(self) -> int:
-        """How many rows above and below a pixel its score depends on; 0: its own row alone."""
+        """Number of rows above and below a pixel that its score depends on; 0: only the row of the pixel."""
         ...
 
     def init(self) -> Params:
-        """Parameters before training."""
+        """Return the initial parameters."""
         ...
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
-        """What training minimises on normal patches; differentiable."""
+        """Compute the differentiable training loss.
+
+        Args:
+            params: Parameters.
+            batch: Normal patches, normalised intensities.
+            key: Random key for noise and augmentation.
+
+        Returns:
+            The mean loss of the batch.
+        """
         ...
 
     def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """What the model holds to be the normal version of each patch."""
+        """Estimate the normal version of each patch.
+
+        Args:
+            params: Parameters.
+            patches: Patches, normalised intensities.
+
+        Returns:
+            The reconstructions, normalised intensities.
+        """
         ...
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
-        """Departure from the normal at every pixel, in M maps that may be blended."""
+        """Compute the deviation of every pixel from the normal model.
+
+        Args:
+            params: Parameters.
+            patches: Patches, normalised intensities.
+
+        Returns:
+            M maps per patch, which may be blended where patches overlap.
+        """
         ...
 
     def score_map(
         self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
-        """The anomaly score of an image, or of a strip of it; larger is less normal.
+        """Compute the anomaly score of an image or of a strip of rows; larger means more anomalous.
 
         Args:
-            residual: blended; in the background and beyond the image its values have no meaning.
-            foreground: the pixels to be scored.
-            extent: where the image lies in the arrays, which may be larger or hold some of its rows only. Its members
-                may be traced. Default: the arrays are an image.
+            residual: Blended residual; its values are arbitrary in the background and outside the image.
+            foreground: Pixels to be scored.
+            extent: Position of the image in the arrays, which may be larger than the image or hold only some of its
+                rows; its members may be traced. Default: the arrays hold exactly one image.
 
         Returns:
-            Float32, NaN outside the foreground. Rows of a strip that are `halo_px` or more from where the image was cut
-            must be those of the whole image, to float32 rounding, both compiled.
+            Float32 scores, NaN outside the foreground. Rows of a strip at least `halo_px` from a cut must equal those
+            computed from the whole image, up to float32 rounding, when both are compiled.
         """
         ...
 
     def image_score(self, scores: Float[ndarray, "H W"]) -> float:
-        """One number for an image from its score map; NaN where nothing was scored."""
+        """Reduce a score map to one score per image.
+
+        Args:
+            scores: Score map, NaN where not scored.
+
+        Returns:
+            The image score; NaN if no pixel was scored.
+        """
         ...
 
 
@@ -66,48 +98,65 @@ class Method(Protocol):
 class Accumulated(Protocol):
     """A `Method` whose parameters follow from sums over all training patches; each patch is read once.
 
-    `init` returns the empty sums, and `finish` the parameters, which all other functions take as `params`.
+    `init` returns the empty sums. `finish` returns the parameters that all other functions take as `params`.
     """
 
     def update(self, params: Params, batch: Float[Array, "B P P C"], inside: Bool[Array, "B P P"]) -> Params:
         """Add a batch to the sums.
 
         Args:
-            params: Sums over the batches before.
-            batch: Normalised patches.
-            inside: Foreground pixels; none in a patch that only fills the batch.
+            params: Sums over the previous batches.
+            batch: Patches, normalised intensities.
+            inside: Foreground pixels; all False in a patch that only pads the batch.
 
         Returns:
-            The new sums.
+            The updated sums.
         """
         ...
 
     def finish(self, params: Params) -> Params:
-        """Parameters from the sums over all patches."""
-        ...
-
-    def caveats(self, params: Params) -> tuple[str, ...]:
-        """Limitations of the fit, as sentences for the report.
+        """Compute the parameters from the sums over all patches.
 
         Args:
             params: Sums over all patches.
 
         Returns:
-            The sentences.
+            The parameters.
+        """
+        ...
+
+    def caveats(self, params: Params) -> tuple[str, ...]:
+        """Describe the limitations of the fit for the report.
+
+        Args:
+            params: Sums over all patches.
+
+        Returns:
+            One sentence per limitation.
 
         Raises:
-            InputError: If there are too few patches for any fit.
+            InputError: If the patches do not suffice for any fit.
         """
         ...
 
 
 @runtime_checkable
 class Detailed(Protocol):
-    """A `Method` that has more to say of a pixel than its score: prediction writes a map for each of the names."""
+    """A `Method` with additional per-pixel maps besides the score, which prediction writes under their names."""
 
     @property
-    def detail_names(self) -> tuple[str, ...]: ...
+    def detail_names(self) -> tuple[str, ...]:
+        """Names of the M additional maps."""
+        ...
 
     def details(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
-        """One map for each name; normalised units."""
+        """Compute the additional maps.
+
+        Args:
+            params: Parameters.
+            patches: Patches, normalised intensities.
+
+        Returns:
+            One map per name; intensities are normalised.
+        """
         ...

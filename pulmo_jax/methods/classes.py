@@ -1,4 +1,4 @@
-"""The Protocols of the methods that tell classes of images apart."""
+"""Protocols of the image classification methods."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
@@ -11,21 +11,39 @@ Batch = tuple[Float[Array, "B S S"], Int[Array, "B"]]
 
 @runtime_checkable
 class Classifier(Protocol):
-    """A description without state, with the side of its square images as the field `size`."""
+    """A stateless classification method; its field `size` is the side length of the square working images, px."""
 
     def normal_alone(self) -> bool:
-        """Whether it learns, and validates, on the normal class alone; calibration then finds out where the other one
-        begins."""
+        """Whether training and validation use only the normal class; calibration then sets the decision threshold."""
         ...
 
-    def logits(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B classes"]: ...
+    def logits(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B classes"]:
+        """Compute the class logits of working images."""
+        ...
 
     def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
-        """Of every image; the mean over them is what early stopping and the choice of a checkpoint go by."""
+        """Compute the validation loss of each image; early stopping and checkpoint selection use the mean.
+
+        Args:
+            params: Parameters.
+            batch: Working images and class indices.
+
+        Returns:
+            One loss per image.
+        """
         ...
 
     def saliency(self, params: Params, images: Float[Array, "B S S"], which: Int[Array, "B"]) -> Float[Array, "B S S"]:
-        """How much each place speaks for the class `which` of its image; 0 or more, in units of its own."""
+        """Map the contribution of each pixel to the evidence for a class.
+
+        Args:
+            params: Parameters.
+            images: Working images.
+            which: Index of the class to explain, for each image.
+
+        Returns:
+            Non-negative maps in method-specific units.
+        """
         ...
 
 
@@ -33,17 +51,32 @@ class Classifier(Protocol):
 class Trained(Classifier, Protocol):
     """A `Classifier` that is trained by gradient descent."""
 
-    def init(self, key: Key[Array, ""]) -> Params: ...
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Return random initial parameters."""
+        ...
 
-    def train_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]: ...
+    def train_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
+        """Compute the training loss.
+
+        Args:
+            params: Parameters.
+            batch: Working images and class indices.
+            key: Random key of the augmentation.
+
+        Returns:
+            The mean loss of the batch.
+        """
+        ...
 
 
 @runtime_checkable
 class ClosedForm(Classifier, Protocol):
     """A `Classifier` that is fitted to all training images in a single step."""
 
-    def fit(self, batches: Iterable[Float[Array, "B S S"]]) -> Params: ...
+    def fit(self, batches: Iterable[Float[Array, "B S S"]]) -> Params:
+        """Fit the parameters to batches of working images."""
+        ...
 
     def skeleton(self) -> Params:
-        """Structure, shapes and dtypes of the parameters of `fit` (`jax.ShapeDtypeStruct`), without any data."""
+        """Return the structure, shapes and dtypes of the parameters of `fit` (`jax.ShapeDtypeStruct`), without data."""
         ...

@@ -1,4 +1,4 @@
-"""The Protocols of the landmark methods, and what they answer."""
+"""Protocols and result types of the landmark methods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,12 @@ Params = PyTree[Any]
 
 
 class Located(NamedTuple):
-    """Landmarks of a batch of working images, (y, x) in working pixels, and how sure each is.
+    """Predicted landmarks of a batch of working images, with uncertainties.
 
-    covariance: px^2, of the method's own making; a run scales it by what its validation images show.
+    Attributes:
+        points: Positions (y, x), working px.
+        covariance: Uncalibrated covariance predicted by the method, working px^2; a run rescales it by the errors on
+            its validation images.
     """
 
     points: Float[Array, "B K 2"]
@@ -22,14 +25,14 @@ class Located(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """Landmarks of images, in px of each image.
+    """Predicted landmarks in the pixels of the original images.
 
     Attributes:
-        points: (y, x).
-        covariance: Calibrated, px^2.
-        std: Of a coordinate: root of the mean of its two variances, px.
-        low: Landmarks of low quality.
-        surprise: How unlike the training images each image is, nats.
+        points: Positions (y, x), px.
+        covariance: Calibrated covariance, px^2.
+        std: Standard deviation per coordinate: root mean of the variances along y and x, px.
+        low: Whether the landmark is of low quality.
+        surprise: Dissimilarity of each image to the training images, nats.
     """
 
     points: Float[np.ndarray, "N K 2"]
@@ -41,9 +44,19 @@ class Found:
 
 @runtime_checkable
 class Locator(Protocol):
-    """A description without state, with the side of its square working images as the field `size`."""
+    """A stateless landmark method; its field `size` is the side length of the square working images, px."""
 
-    def locate(self, params: Params, images: Float[Array, "B S S"]) -> Located: ...
+    def locate(self, params: Params, images: Float[Array, "B S S"]) -> Located:
+        """Predict the landmarks.
+
+        Args:
+            params: Parameters.
+            images: Working images.
+
+        Returns:
+            Landmarks and covariances, working px.
+        """
+        ...
 
 
 @runtime_checkable
@@ -55,10 +68,21 @@ class ClosedForm(Locator, Protocol):
         images: Float[np.ndarray, "N S S"],
         points: Float[np.ndarray, "N K 2"],
         groups: Sequence[str] | None = None,
-    ) -> Params: ...
+    ) -> Params:
+        """Fit the parameters.
+
+        Args:
+            images: Working images.
+            points: Landmarks (y, x), working px.
+            groups: Group of each image for cross-validation; None: every image is a group.
+
+        Returns:
+            The parameters.
+        """
+        ...
 
     def skeleton(self, n_landmarks: int) -> Params:
-        """Parameters with the structure of those of `fit`; shapes and dtypes of the arrays are arbitrary."""
+        """Return parameters with the tree structure of those of `fit`; array shapes and dtypes are arbitrary."""
         ...
 
 
@@ -66,8 +90,21 @@ class ClosedForm(Locator, Protocol):
 class Trained(Locator, Protocol):
     """A `Locator` that is trained by gradient descent."""
 
-    def init(self) -> Params: ...
+    def init(self) -> Params:
+        """Return the initial parameters."""
+        ...
 
     def train_loss(
         self, params: Params, batch: tuple[Float[Array, "B S S"], Float[Array, "B K 2"]], key: Key[Array, ""]
-    ) -> Float[Array, ""]: ...
+    ) -> Float[Array, ""]:
+        """Compute the training loss.
+
+        Args:
+            params: Parameters.
+            batch: Working images and their landmarks (y, x), working px.
+            key: Random key of the augmentation.
+
+        Returns:
+            The mean loss of the batch.
+        """
+        ...

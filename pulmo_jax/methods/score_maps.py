@@ -1,7 +1,7 @@
-"""Score maps: smoothing inside the foreground, on the device, and one number an image.
+"""Score maps: smoothing within the foreground on the device, and reduction to one score per image.
 
-Score maps are made of whole images or of strips of them. `Extent` tells which part of an array is the image, so that
-both give the same numbers: maps are mirrored at the borders of the image, not at those of the array.
+Score maps are computed from whole images or from strips of rows. `Extent` locates the image in an array, so that both
+give the same values: reflection padding applies at the borders of the image, not at those of the array.
 """
 
 from functools import partial
@@ -18,9 +18,13 @@ MIN_WEIGHT = 1e-6
 
 
 class Extent(NamedTuple):
-    """The image in the coordinates of an array: rows from top to below bottom, columns from left to below right.
+    """Bounds of an image in the coordinates of an array, half-open, px.
 
-    A strip has a negative top where the image goes on above it, and a bottom beyond its last row where it does below.
+    Attributes:
+        top: First row; negative if the image continues above a strip.
+        bottom: Row after the last; beyond the array if the image continues below a strip.
+        left: First column.
+        right: Column after the last.
     """
 
     top: int | Int[Array, ""]
@@ -30,7 +34,7 @@ class Extent(NamedTuple):
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> "Extent":
-        """Of an array that is an image."""
+        """Return the extent of an image that fills an array of this shape."""
         return cls(0, shape[0], 0, shape[1])
 
 
@@ -38,18 +42,22 @@ class Extent(NamedTuple):
 def smooth_within(
     maps: Float[Array, "H W M"], foreground: Bool[Array, "H W"], sigma_px: float, extent: Extent | None = None
 ) -> Float[Array, "H W M"]:
-    """Gaussian smoothing that neither leaks in from the background nor fades towards it.
+    """Smooth maps within the foreground by normalised convolution with a Gaussian.
+
+    Background values do not leak into the foreground, and values do not decay towards its edge.
 
     Args:
-        maps: values in the background do not matter, NaN or not.
-        foreground: pixels that count.
-        sigma_px: standard deviation; the kernel ends at `smoothing_radius`.
-        extent: where the image lies in the arrays; default: they are an image. It is mirrored at its borders.
+        maps: M maps; background values are ignored and may be NaN.
+        foreground: Pixels included in the weighted means.
+        sigma_px: Standard deviation, px; the kernel is truncated at `smoothing_radius`.
+        extent: Position of the image in the arrays, with reflection at its borders. Default: the arrays hold exactly
+            one image.
 
     Returns:
-        Weighted means of the foreground; 0 where there is none within reach.
+        Weighted means over the foreground; 0 where no foreground lies within the kernel.
 
-    Reference: normalised convolution, Knutsson & Westin 1993, CVPR.
+    Reference:
+        Knutsson & Westin 1993, CVPR, normalised convolution.
     """
     extent = extent or Extent.whole(foreground.shape)
     values = jnp.where(foreground[..., None], maps, 0)
@@ -61,7 +69,18 @@ def smooth_within(
 
 
 def gaussian(images: Float[Array, "N H W"], sigma_px: float, extent: Extent) -> Float[Array, "N H W"]:
-    """Sums over shifted copies, in one order at every pixel: strips get the bits of the whole image."""
+    """Convolve images with a separable Gaussian.
+
+    Shifted copies are summed in the same order at every pixel, so strips match the whole image bit for bit.
+
+    Args:
+        images: Images or strips.
+        sigma_px: Standard deviation, px; the kernel is truncated at `smoothing_radius`.
+        extent: Position of the image in the arrays, with reflection at its borders.
+
+    Returns:
+        The smoothed images.
+    """
     radius = smoothing_radius(sigma_px)
     kernel = np.exp(-0.5 * (np.arange(radius + 1) / sigma_px) ** 2)
     kernel = (kernel / (2 * kernel.sum() - 1)).astype(images.dtype)
@@ -80,9 +99,17 @@ def gaussian(images: Float[Array, "N H W"], sigma_px: float, extent: Extent) -> 
 def mirrored(
     image: Shaped[Array, "..."], margins: tuple[int, int], start: int | Array, stop: int | Array, axis: int
 ) -> Shaped[Array, "..."]:
-    """The array with margins along an axis: beyond the image (start, stop) its mirror image, (b a | a b).
+    """Pad an array along one of its last two axes by reflecting the image about its borders, (b a | a b).
 
-    Where the image goes on beyond the array, the margin there has no meaning.
+    Args:
+        image: Array that holds the image, or a strip of it.
+        margins: Number of entries to add before and after, px.
+        start: First index of the image along the axis.
+        stop: Index after the last.
+        axis: Axis to pad, non-negative.
+
+    Returns:
+        The padded array. A margin has arbitrary values on a side where the image continues beyond the array.
     """
     length, (before, after) = image.shape[axis], margins
 
@@ -91,7 +118,7 @@ def mirrored(
         along = jnp.minimum(along, 2 * (stop - start) - 1 - along) + start
         return jnp.take(image, jnp.clip(along, 0, length - 1), axis=axis)
 
-    if axis == image.ndim - 2:  # rows are quickly picked, columns are not
+    if axis == image.ndim - 2:  # gathering rows is fast, gathering columns is slow
         return reflection(jnp.arange(-before, length + after))
     longer = jnp.pad(image, [margins if a == axis else (0, 0) for a in range(image.ndim)])
     above, below = reflection(start - before + jnp.arange(before)), reflection(stop + jnp.arange(after))
@@ -101,16 +128,22 @@ def mirrored(
 
 @partial(jax.jit, static_argnames="reach_px")
 def eroded(foreground: Bool[Array, "H W"], reach_px: int, extent: Extent | None = None) -> Bool[Array, "H W"]:
-    """Whether all pixels of the image in the square window around each pixel are foreground.
+    """Erode the foreground with a square window, with reflection at the borders of the image.
 
-    reach_px: side of the window, which begins `reach_px // 2` before its pixel.
+    Args:
+        foreground: Foreground pixels.
+        reach_px: Side length of the window, px; it starts `reach_px // 2` before the pixel.
+        extent: Position of the image in the array. Default: the array holds exactly one image.
+
+    Returns:
+        Whether all pixels in the window of each pixel are foreground.
     """
     extent = extent or Extent.whole(foreground.shape)
     for axis, (start, stop) in enumerate((extent[:2], extent[2:])):
         length = foreground.shape[axis]
         margins = reach_px // 2, reach_px - 1 - reach_px // 2
         window, foreground = 1, mirrored(foreground, margins, start, stop, axis)
-        while window < reach_px:  # windows of twice the side from two of them
+        while window < reach_px:  # doubling: two overlapping windows give one of up to twice the side
             step = min(window, reach_px - window)
             kept = foreground.shape[axis] - step
             first, second = (lax.slice_in_dim(foreground, i, i + kept, axis=axis) for i in (0, step))
@@ -120,18 +153,26 @@ def eroded(foreground: Bool[Array, "H W"], reach_px: int, extent: Extent | None 
 
 
 def smoothing_radius(sigma_px: float) -> int:
-    """Where the Gaussian is cut off, px."""
+    """Return the truncation radius of a Gaussian of this standard deviation (4 sigma, rounded), px."""
     return int(4 * sigma_px + 0.5)
 
 
 def image_statistic(scores: Float[np.ndarray, "H W"], kind: ImageStatistic) -> float:
-    """The highest finite score, the mean of all, or the mean of the top 1 %; NaN where there is none."""
+    """Reduce a score map to one score.
+
+    Args:
+        scores: Score map; non-finite pixels are ignored.
+        kind: "max": maximum; "mean": mean; "top1": mean of the top 1 %.
+
+    Returns:
+        The image score; NaN if no pixel is finite.
+    """
     if kind == "top1":
         values = scores[np.isfinite(scores)]
         keep = max(1, values.size // 100)
         return float(np.partition(values, -keep)[-keep:].mean(dtype=np.float64)) if values.size else float("nan")
     highest, total, count = -np.inf, 0.0, 0
-    for row in scores:  # one by one: a copy of the finite ones of a large image would be as large again
+    for row in scores:  # row by row: selecting the finite pixels at once would copy a large image
         values = row[np.isfinite(row)]
         highest = max(highest, values.max(initial=-np.inf))
         total, count = total + values.sum(dtype=np.float64), count + values.size
