@@ -1,1 +1,1 @@
-"""What yields a score map."""
+"""Methods of anomaly detection, image classification and landmark detection."""

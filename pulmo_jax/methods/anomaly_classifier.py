@@ -1,4 +1,4 @@
-"""Two classes told apart by a model of one of them: how far an image is from the normal ones is its score."""
+"""Binary classification by anomaly detection: a model of the normal class scores the deviation of each image."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.models.identity import Identity
 from pulmo_jax.types import InputError
 
-TOP = 0.01  # of an image's pixels, whose mean is its score
-TINY = 1e-12  # a score has a logarithm
+TOP = 0.01  # fraction of the pixels, those of highest score, that the image score averages
+TINY = 1e-12  # lower bound of scores, for the logarithm
 
 
 def require_two(n_classes: int) -> None:
+    """Raise an InputError unless there are two classes."""
     if n_classes != 2:
         raise InputError(
             f"method: an anomaly method needs two classes, but there are {n_classes}; put all abnormal "
@@ -33,7 +34,15 @@ def require_two(n_classes: int) -> None:
 
 
 def image_logits(maps: Float[Array, "B S S"], normal: int) -> Float[Array, "B 2"]:
-    """0 for the normal class and, for the other, the logarithm of the mean of the highest pixels of the map."""
+    """Convert score maps to logits: 0 for the normal class, the log mean of the top 1 % of pixels for the other.
+
+    Args:
+        maps: Non-negative score maps.
+        normal: Index of the normal class.
+
+    Returns:
+        The logits.
+    """
     count = max(1, round(TOP * maps.shape[1] * maps.shape[2]))
     highest = jax.lax.top_k(maps.reshape(len(maps), -1), count)[0]
     score = jnp.log(jnp.maximum(highest.mean(-1), TINY))
@@ -42,7 +51,12 @@ def image_logits(maps: Float[Array, "B S S"], normal: int) -> Float[Array, "B 2"
 
 @dataclass(frozen=True)
 class AutoencoderAnomaly:
-    """What an autoencoder of normal images cannot reproduce; implements methods.classes.Trained."""
+    """Reconstruction error of an autoencoder of normal images; implements methods.classes.Trained.
+
+    Attributes:
+        n_classes: Number of classes, which must be two.
+        normal: Index of the normal class.
+    """
 
     n_classes: int
     normal: int
@@ -61,48 +75,60 @@ class AutoencoderAnomaly:
         require_two(self.n_classes)
 
     def normal_alone(self) -> bool:
+        """Return True: training uses only the normal class."""
         return True
 
     def network(self, key: Key[Array, ""]) -> ConvAutoencoder:
+        """Create an autoencoder with random initial parameters."""
         return ConvAutoencoder(
             patch_size=self.size, channels=1, rngs=nnx.Rngs(params=key), latent=self.latent, width=self.width
         )
 
     @cached_property
     def method(self) -> Autoencoder:
+        """Underlying anomaly-detection method."""
         skeleton = nnx.eval_shape(lambda: self.network(jax.random.key(0)))
         return Autoencoder(skeleton, noise_sigma=self.noise_sigma, noise_cell_px=self.noise_cell_px)
 
     def init(self, key: Key[Array, ""]) -> Params:
+        """Return random initial parameters."""
         return nnx.state(self.network(key), nnx.Param)
 
     def train_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
-        """Of a batch that holds normal images alone."""
+        """Compute the reconstruction loss of a batch of normal images, with random left-right flips."""
         turn, noise = jax.random.split(key)
         images = zscore(batch[0])
         flipped = jax.random.bernoulli(turn, 0.5, (len(images), 1, 1))
         return self.method.train_loss(params, jnp.where(flipped, images[..., ::-1], images)[..., None], noise)
 
     def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
+        """Compute the mean squared reconstruction error of each image, in z-normalised units squared."""
         images = zscore(batch[0])[..., None]
         return ((images - self.method.reconstruct(params, images)) ** 2).mean((1, 2, 3))
 
     def maps(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+        """Compute score maps: squares of the smoothed signed residual, in z-normalised units squared."""
         images = zscore(images)[..., None]
         residual = images - self.method.reconstruct(params, images)
         return blurred(residual[..., 0], self.smooth_px) ** 2
 
     def logits(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B 2"]:
+        """Compute logits from the score maps; that of the normal class is 0."""
         return image_logits(self.maps(params, images), self.normal)
 
     def saliency(self, params: Params, images: Float[Array, "B S S"], which: Int[Array, "B"]) -> Float[Array, "B S S"]:
-        """The score map, whatever the class."""
+        """Return the score maps, which are the same for both classes."""
         return self.maps(params, images)
 
 
 @dataclass(frozen=True)
 class GaussianAnomaly:
-    """What a Gaussian of patches of normal images finds unlikely; implements methods.classes.ClosedForm."""
+    """Mahalanobis distance under a Gaussian of normal patches; implements methods.classes.ClosedForm.
+
+    Attributes:
+        n_classes: Number of classes, which must be two.
+        normal: Index of the normal class.
+    """
 
     n_classes: int
     normal: int
@@ -115,19 +141,21 @@ class GaussianAnomaly:
 
     def __post_init__(self) -> None:
         require_two(self.n_classes)
-        _ = self.method  # judges the windows
+        _ = self.method  # validates the windows
 
     @cached_property
     def method(self) -> PatchGaussian:
+        """Underlying anomaly-detection method."""
         pixels: Any = Identity(patch_size=self.size, channels=1, rngs=nnx.Rngs(0))
         return PatchGaussian(pixels, window_px=self.window_px, stride_px=self.stride_px, locations=self.locations)
 
     def normal_alone(self) -> bool:
+        """Return True: training uses only the normal class."""
         return True
 
     @cached_property
     def compiled(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """(update, finish), compiled once for all networks that are fitted."""
+        """Compiled (update, finish), shared by all fits."""
 
         def update(counted: Params, images: Float[Array, "B S S"], count: Int[Array, ""]) -> Params:
             inside = jnp.broadcast_to((jnp.arange(len(images)) < count)[:, None, None], images.shape)
@@ -136,13 +164,16 @@ class GaussianAnomaly:
         return jax.jit(update, donate_argnums=0), jax.jit(self.method.finish)
 
     def fit(self, batches: Iterable[Float[Array, "_ S S"]]) -> Params:
-        """Parameters from normal images.
+        """Fit the Gaussian to normal images.
 
         Args:
-            batches: shorter ones are filled up to the size of the first one, so that one program serves all.
+            batches: Batches of working images; shorter ones are padded to the size of the first to avoid recompilation.
+
+        Returns:
+            The parameters.
 
         Raises:
-            InputError: the images do not vary at all.
+            InputError: If the images do not vary, or none was given.
         """
         (update, finish), counted, size = self.compiled, self.method.init(), 0
         for images in batches:
@@ -153,18 +184,21 @@ class GaussianAnomaly:
         return finish(counted)
 
     def skeleton(self) -> Params:
+        """Return the structure, shapes and dtypes of the parameters without data."""
         return jax.eval_shape(lambda: self.method.finish(self.method.init()))
 
     def validation_losses(self, params: Params, batch: Batch) -> Float[Array, "B"]:
-        """The mean squared Mahalanobis distance of each image's patches."""
+        """Compute the mean over pixels of the squared Mahalanobis distance per dimension of each image."""
         return self.maps(params, batch[0]).mean((1, 2))
 
     def maps(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
+        """Compute score maps: the squared Mahalanobis distance per dimension at every pixel."""
         return self.method.residual(params, zscore(images)[..., None])[..., 0]
 
     def logits(self, params: Params, images: Float[Array, "B S S"]) -> Float[Array, "B 2"]:
+        """Compute logits from the score maps; that of the normal class is 0."""
         return image_logits(self.maps(params, images), self.normal)
 
     def saliency(self, params: Params, images: Float[Array, "B S S"], which: Int[Array, "B"]) -> Float[Array, "B S S"]:
-        """The score map, whatever the class."""
+        """Return the score maps, which are the same for both classes."""
         return self.maps(params, images)

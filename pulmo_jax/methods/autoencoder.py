@@ -1,11 +1,11 @@
-"""Anomalies as what an autoencoder of normal patches cannot reproduce.
+"""Anomaly detection by the reconstruction error of an autoencoder trained on normal patches.
 
 With `noise_sigma` above 0 it is a denoising autoencoder (Kascenas, Pugeault, O'Neil 2022, "Denoising autoencoders for
-unsupervised anomaly detection in brain MRI", MIDL): coarse noise is added to the input and must be removed, which
-teaches the network to take away blobs that normal images do not have. Departures from the paper: a bottleneck in place
-of a U-Net; noise over the whole patch, on a lattice that does not move, with nodes `noise_cell_px` apart (the paper: 16
-nodes a side) whose sd is `noise_sigma` (between nodes it is less); and by default a score that smooths the signed
-residual before it squares it.
+unsupervised anomaly detection in brain MRI", MIDL): it learns to remove coarse noise added to the input, and thereby
+blobs that are absent from normal images. Departures from the paper: a bottleneck instead of a U-Net; noise over the
+whole patch, on a fixed lattice with a node spacing of `noise_cell_px` (the paper: 16 nodes per side) and a standard
+deviation of `noise_sigma` at the nodes (less between them); and by default a score that smooths the signed residual
+before squaring it.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,17 @@ from pulmo_jax.methods.losses import ImageLoss, l1, l2, ssim
 from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
 
 Score = Literal["local_mean", "l2", "l1", "ssim"]
-# Per pixel and band; of local_mean the signed difference, which is smoothed before it is squared.
+# Per pixel and channel; for local_mean the signed difference, which `score_map` smooths and squares.
 RESIDUALS: dict[Score, ImageLoss] = {"local_mean": jnp.subtract, "l2": l2, "l1": l1, "ssim": ssim}
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """An autoencoder with its loss and its score; implements methods.base.Method.
+    """Autoencoder with its training loss and score; implements methods.base.Method.
 
-    network: the model with its initial parameters; maps (B, P, P, C) to the same shape.
-    loss: called with image=, reconstruction=, both (B, P, P, C); returns a value per pixel and band.
+    Attributes:
+        network: Model with its initial parameters; maps (B, P, P, C) to the same shape.
+        loss: Function of image= and reconstruction=, both (B, P, P, C), that returns a value per pixel and channel.
     """
 
     network: nnx.Module
@@ -55,37 +56,56 @@ class Autoencoder:
     noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
 
     def init(self) -> Params:
+        """Copy the initial parameters of the network."""
         return jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param))
 
     def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        """Apply the autoencoder to patches, normalised intensities."""
         graph, _, rest = nnx.split(self.network, nnx.Param, ...)
         return nnx.merge(graph, params, rest)(patches)
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
+        """Compute the mean reconstruction loss of patches with added coarse noise."""
         noisy = batch + self.noise_sigma * coarse_noise(key, batch.shape, self.noise_cell_px)
         reconstruction = self.reconstruct(params, noisy if self.noise_sigma else batch)
         return self.loss(image=batch, reconstruction=reconstruction).mean()
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        """Compute the residual of the selected score per pixel and channel."""
         return RESIDUALS[self.score](patches, self.reconstruct(params, patches))
 
     @property
     def halo_px(self) -> int:
+        """Radius of the smoothing kernel, px."""
         return smoothing_radius(self.smooth_px)
 
     def score_map(
         self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
+        """Smooth the residual within the foreground and average over channels; see `methods.base.Method.score_map`."""
         smooth = smooth_within(residual, foreground, self.smooth_px, extent)
         score: Array = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
         return jnp.where(foreground, score, jnp.nan)
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
+        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
         return image_statistic(scores, self.image_statistic)
 
 
 def coarse_noise(key: Key[Array, ""], shape: tuple[int, ...], cell_px: int) -> Float[Array, "B H W C"]:
-    """Unit Gaussian noise on a grid of cells, enlarged bilinearly to the shape (Kascenas et al. 2022, Sec. 3)."""
+    """Draw coarse noise: unit Gaussian noise on a grid, upsampled bilinearly.
+
+    Args:
+        key: Random key.
+        shape: Output shape (B, H, W, C).
+        cell_px: Cell size of the grid, px.
+
+    Returns:
+        The noise.
+
+    Reference:
+        Kascenas et al. 2022, Sec. 3.
+    """
     batch, height, width, channels = shape
     grid = (batch, -(-height // cell_px), -(-width // cell_px), channels)
     return jax.image.resize(jax.random.normal(key, grid), shape, "linear")

@@ -1,4 +1,4 @@
-"""What a landmark method has to beat: the mean shape, ridge and RBF kernel ridge on z-normalised pixels."""
+"""Landmark baselines: mean shape, ridge regression and RBF kernel ridge regression on z-normalised pixels."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,14 +16,21 @@ from pulmo_jax.types import InputError
 
 SIDE = 64
 FOLDS = 5
-RIDGE_ALPHAS = tuple(10.0**power for power in range(-4, 2))  # of a linear kernel whose mean diagonal is 1
+RIDGE_ALPHAS = tuple(10.0**power for power in range(-4, 2))  # for a linear kernel with a mean diagonal of 1
 RBF_ALPHAS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-RBF_WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in median squared distances
+RBF_WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in units of the median squared distance between images
 
 
 class Baselines(NamedTuple):
-    """mean: shape, working px. pixels: of the training images, z-normalised. ridge: intercept (the last row) and
-    weights of pixels. width: of the kernel exp(-d^2 / width). duals: its weights of the training images."""
+    """Fitted baselines.
+
+    Attributes:
+        mean: Mean shape (y, x), working px.
+        pixels: Z-normalised pixels of the training images.
+        ridge: Weights of the pixels, and the intercept as the last row; working px.
+        width: Width of the kernel exp(-d^2 / width).
+        duals: Dual weights of the training images in kernel ridge regression, working px.
+    """
 
     mean: Float[np.ndarray, "K 2"]
     pixels: Float[np.ndarray, "N P"]
@@ -32,7 +39,14 @@ class Baselines(NamedTuple):
     duals: Float[np.ndarray, "N D"]
 
     def locate(self, images: Float[np.ndarray, "B S S"]) -> dict[str, Float[np.ndarray, "B K 2"]]:
-        """Points by name: `mean shape`, `ridge`, `kernel ridge`; working px."""
+        """Predict landmarks with every baseline.
+
+        Args:
+            images: Working images.
+
+        Returns:
+            Points (y, x) by baseline name: `mean shape`, `ridge`, `kernel ridge`; working px.
+        """
         x = normalised_pixels(images)
         moves = {
             "mean shape": np.zeros((len(x), self.mean.size), np.float32),
@@ -45,7 +59,7 @@ class Baselines(NamedTuple):
 
 
 def normalised_pixels(images: Float[np.ndarray, "B S S"]) -> Float[np.ndarray, "B P"]:
-    """Each image at 64x64 px, mean 0 and standard deviation 1."""
+    """Resize images to 64x64 px and normalise each to mean 0 and standard deviation 1."""
     arrays = jnp.asarray(images, jnp.float32)
     if images.shape[1] != SIDE:
         arrays = jax.image.resize(arrays, (len(images), SIDE, SIDE), "linear", antialias=True)
@@ -53,6 +67,7 @@ def normalised_pixels(images: Float[np.ndarray, "B S S"]) -> Float[np.ndarray, "
 
 
 def rbf(a: Float[np.ndarray, "A P"], b: Float[np.ndarray, "B P"], width: float) -> Float[np.ndarray, "A B"]:
+    """Compute the radial basis function kernel exp(-d^2 / width) between the rows of two arrays."""
     return np.exp(-euclidean_distances(a, b, squared=True) / width)
 
 
@@ -62,10 +77,19 @@ def fit_baselines(
     seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> Baselines:
-    """seed: of the five folds by whose mean error alpha and the width are chosen; groups stay together in them, and
-    without their names each image is one.
+    """Fit all baselines; five-fold cross-validation selects alpha and the kernel width by mean error.
 
-    Raises InputError for fewer groups than folds.
+    Args:
+        images: Training images.
+        points: Landmarks (y, x), working px.
+        seed: Random seed of the folds.
+        groups: Group of each image; a group stays in one fold. None: every image is a group.
+
+    Returns:
+        The fitted baselines.
+
+    Raises:
+        InputError: If there are fewer groups than folds.
     """
     groups = [str(i) for i in range(len(images))] if groups is None else groups
     if len(set(groups)) < FOLDS:
@@ -97,7 +121,17 @@ def best_kernel(
     points: Float[np.ndarray, "N K 2"],
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[Float[np.ndarray, "N N"], float]:
-    """The kernel and alpha of least mean error on the second part of each fold, learnt on the first."""
+    """Select kernel and alpha by cross-validation.
+
+    Args:
+        kernels: Kernel matrices of the training images, by kernel width.
+        alphas: Candidate ridge penalties.
+        points: Landmarks (y, x), working px.
+        folds: Training and held-out image indices of each fold.
+
+    Returns:
+        The kernel and alpha of smallest mean held-out error.
+    """
     pairs = [(kernel, alpha) for kernel in kernels.values() for alpha in alphas]
     errors = [np.mean([held_out_error(*pair, points, *fold) for fold in folds]) for pair in pairs]
     return pairs[int(np.argmin(errors))]
@@ -106,12 +140,22 @@ def best_kernel(
 def dual_weights(
     kernel: Float[np.ndarray, "N N"], points: Float[np.ndarray, "N K 2"], alpha: float
 ) -> Float[np.ndarray, "N D"]:
-    """(kernel + alpha)^-1 (points - mean)."""
+    """Compute the dual weights (kernel + alpha I)^-1 (points - mean).
+
+    Args:
+        kernel: Kernel matrix of the training images.
+        points: Landmarks (y, x), working px.
+        alpha: Ridge penalty.
+
+    Returns:
+        Weights of the training images for the D = 2 K coordinates, working px.
+    """
     moves = (points - points.mean(0)).reshape(len(points), -1)
     return solve(kernel + alpha * np.eye(len(kernel), dtype=kernel.dtype), moves, assume_a="pos")
 
 
 def held_out_error(kernel: np.ndarray, alpha: float, points: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
+    """Compute the mean landmark error on held-out images, working px."""
     move = kernel[np.ix_(test, train)] @ dual_weights(kernel[np.ix_(train, train)], points[train], alpha)
     found = points[train].mean(0) + move.reshape(len(test), -1, 2)
     return float(np.linalg.norm(found - points[test], axis=-1).mean())

@@ -1,10 +1,10 @@
-"""Landmarks by an ensemble of small networks, trained from scratch in one program.
+"""Landmark detection by an ensemble of small networks, trained from scratch in one vectorised program.
 
-Each member gives every landmark a heat map, whose mean is the position (models/landmark_net.py). All members see the
-same batches under jitter of their own, from initial parameters of their own; `vmap` over them makes one program. The
-answer is the mean over members and over the image and its mirror image; its covariance is that of their mixture: the
-mean spread of the heat maps plus the spread between answers (Lakshminarayanan et al. 2017, "Deep ensembles", Sec. 2.4).
-A Gaussian of the training shapes then says what all points together make likely (core/shape_model.py).
+Each member predicts a heat map per landmark, whose mean is the position (models/landmark_net.py). Members share the
+batches but have independent initial parameters and augmentation; `vmap` runs them in one program. The prediction is the
+mean over members and over the image and its mirror image. Its covariance is that of the mixture: the mean covariance of
+the heat maps plus the covariance of the predicted positions (Lakshminarayanan et al. 2017, "Deep ensembles", Sec. 2.4).
+A Gaussian shape model of the training landmarks then gives the joint posterior of all points (core/shape_model.py).
 """
 
 from collections.abc import Callable
@@ -29,18 +29,21 @@ from pulmo_jax.models.landmark_net import LandmarkNet, cell_centres
 from pulmo_jax.types import InputError
 
 Batch = tuple[Float[Array, "B S S"], Float[Array, "B K 2"]]
-LEAST_SD_PX = 0.1  # of a landmark: none is known without error
+LEAST_SD_PX = 0.1  # added in quadrature to the heat-map covariance, so that no landmark is free of error
 
 
 @dataclass(frozen=True)
 class LandmarkNetwork:
-    """Implements methods.located.Locator and Trained.
+    """Ensemble of heat-map networks; implements methods.located.Locator and Trained.
 
-    mirror: which landmark each one becomes in the image reflected left to right (`mirror_permutation`).
-    shapes: of the training images, working px; `shape_prior` needs it.
-    network: (n_landmarks, channels, rngs) -> model, which maps (B, S, S, C) to logits of heat maps (B, h, w, K); the
-        side S must be a multiple of its `stride`.
-    loss: called with displacement= (B, K, 2) and covariance= (B, K, 2, 2), in % of the side; a value per landmark.
+    Attributes:
+        n_landmarks: Number of landmarks K.
+        mirror: Index of the landmark that each one becomes under left-right reflection (`mirror_permutation`).
+        shapes: Shape model of the training images, working px; required by `shape_prior`.
+        network: Factory (n_landmarks, channels, rngs) -> model that maps (B, S, S, C) to logits of heat maps
+            (B, h, w, K); the side S must be a multiple of its `stride`.
+        loss: Function of displacement= (B, K, 2), in % of the side, and covariance= (B, K, 2, 2), in %^2, that returns
+            a value per landmark.
     """
 
     n_landmarks: int
@@ -76,28 +79,40 @@ class LandmarkNetwork:
             raise InputError(f"mirror={list(self.mirror)}: it must hold each of 0 to {self.n_landmarks - 1} once")
 
     def member(self, key: Key[Array, ""]) -> Any:
-        """A network with initial parameters."""
+        """Create a network with random initial parameters."""
         channels = 2 if self.local_contrast else 1
         return self.network(n_landmarks=self.n_landmarks, channels=channels, rngs=nnx.Rngs(params=key))
 
     @cached_property
     def skeleton(self) -> Any:
-        """A network without values."""
+        """Abstract network: shapes and dtypes without values."""
         return nnx.eval_shape(lambda: self.member(jax.random.key(0)))
 
     @cached_property
     def graph(self) -> nnx.GraphDef[Any]:
+        """Static structure of the network."""
         return nnx.graphdef(self.skeleton)
 
     def init(self) -> Params:
-        """Of all members: every array has a leading axis."""
+        """Return the initial parameters of all members, stacked along a leading axis."""
         keys = jax.random.split(jax.random.key(self.seed), self.members)
         return jax.vmap(lambda key: nnx.state(self.member(key), nnx.Param))(keys)
 
     # --- learning
 
     def train_loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
-        """Mean over members, images and landmarks; landmarks that the jitter moved out of the image do not count."""
+        """Compute the loss, averaged over landmarks and images, then over members.
+
+        Landmarks that the augmentation moves out of the image are excluded.
+
+        Args:
+            params: Parameters of all members.
+            batch: Working images and landmarks (y, x), working px.
+            key: Random key of the augmentation.
+
+        Returns:
+            The mean loss.
+        """
         keys = jax.random.split(key, self.members)
         return jax.vmap(self._member_loss, in_axes=(0, None, 0))(params, batch, keys).mean()
 
@@ -110,7 +125,7 @@ class LandmarkNetwork:
         return jnp.where(inside, losses, 0).sum() / jnp.maximum(inside.sum(), 1)
 
     def jittered(self, batch: Batch, key: Key[Array, ""]) -> Batch:
-        """The batch as a member sees it: moved, mirrored, with other intensities."""
+        """Augment a batch by random affine transforms, intensity changes and left-right flips."""
         images, points = batch
         move, flip, look = jax.random.split(key, 3)
         affine = jitter.random_affine(
@@ -128,11 +143,18 @@ class LandmarkNetwork:
         flipped = jax.random.bernoulli(flip, self.flip, (len(images),))
         return jitter.mirrored_where(flipped, images, points, jnp.asarray(self.mirror))
 
-    # --- locating
+    # --- prediction
 
     def locate(self, params: Params, images: Float[Array, "B S S"]) -> Located:
-        """The mean over members and mirror images and the covariance of the mixture of their heat maps, or what the
-        shape makes of them."""
+        """Predict landmarks from the mixture over members and mirror images, with the shape prior if enabled.
+
+        Args:
+            params: Parameters of all members.
+            images: Working images.
+
+        Returns:
+            Mean and covariance of the mixture, or of the posterior under the shape model; working px.
+        """
         both = jnp.concatenate([images, images[..., ::-1]]) if self.flip_average else images
         found = jax.vmap(self._heat, in_axes=(0, None))(params, both)
         if self.flip_average:
@@ -146,12 +168,13 @@ class LandmarkNetwork:
         return shaped(seen, self.shapes)
 
     def _unmirrored(self, found: Located) -> Located:
+        """Map predictions on mirror images back to the original images."""
         mirror = jnp.asarray(self.mirror)
         points = jax.vmap(lambda points: jitter.mirror_points(points, self.size, mirror))(found.points)
         return Located(points, found.covariance[..., mirror, :, :] * jnp.array([[1, -1], [-1, 1]]))
 
     def _heat(self, params: Params, images: Float[Array, "B S S"]) -> Located:
-        """Mean and covariance of one member's heat maps, px."""
+        """Predict mean and covariance of one member's heat maps, working px."""
         whole = zscore(images)
         seen = [whole, local_zscore(whole, self.local_contrast * self.size)] if self.local_contrast else [whole]
         logits = nnx.merge(self.graph, params)(jnp.stack(seen, -1))
@@ -159,12 +182,20 @@ class LandmarkNetwork:
 
 
 def halves(count: int) -> tuple[slice, slice]:
-    """The first so many rows, and those after them."""
+    """Return the slices of the first `count` rows and of the rest."""
     return slice(None, count), slice(count, None)
 
 
 def moments(heat: Float[Array, "B N K"], size: int) -> Located:
-    """Mean and covariance of probabilities over the cells of a square grid that covers a square image of `size` px."""
+    """Compute mean and covariance of heat maps.
+
+    Args:
+        heat: Probabilities over the N cells of a square grid that covers the image, summing to 1 over the cells.
+        size: Side length of the square image, px.
+
+    Returns:
+        Means (y, x) in px and covariances in px^2.
+    """
     side = round(heat.shape[1] ** 0.5)
     centres = cell_centres(side, size)
     y, x = jnp.repeat(centres, side), jnp.tile(centres, side)
@@ -176,7 +207,14 @@ def moments(heat: Float[Array, "B N K"], size: int) -> Located:
 
 
 def pooled(found: Located) -> Located:
-    """Of answers (M, B, ...): their mean; the mean of their covariances plus the covariance of their points."""
+    """Pool predictions into mean and covariance of their mixture.
+
+    Args:
+        found: Predictions with a leading axis of M mixture components, px.
+
+    Returns:
+        Mean of the points, and mean of the covariances plus covariance of the points.
+    """
     points = found.points.mean(0)
     apart = found.points - points
     between = jnp.einsum("mbkd,mbke->bkde", apart, apart) / len(apart)
@@ -184,17 +222,31 @@ def pooled(found: Located) -> Located:
 
 
 def shaped(found: Located, model: ShapeModel) -> Located:
-    """The posterior where each landmark was seen with an independent Gaussian error of its covariance."""
+    """Compute the posterior under a shape model, with independent Gaussian errors of the landmarks.
+
+    Args:
+        found: Measured points and their error covariances, working px.
+        model: Shape model, working px.
+
+    Returns:
+        Posterior means and marginal covariances, working px.
+    """
     posterior = jax.vmap(posterior_from_gaussians, in_axes=(None, 0, 0))(model, found.points, found.covariance)
     return Located(posterior.points, jax.vmap(point_covariances)(posterior.covariance))
 
 
 def mirror_permutation(points: Float[np.ndarray, "N K 2"]) -> Int[np.ndarray, "K"]:
-    """Which landmark each one becomes under reflection: the assignment with the least squared distances between
-    the mean shape and its mirror image about the vertical through its centre.
+    """Estimate the permutation of landmarks under left-right reflection.
 
-    Landmarks that it does not assign to each other both ways stay what they are; so does every one where a shape has
-    no left and right, and then jitter and averages had better not flip.
+    The permutation is the assignment of least summed squared distance between the mean shape and its mirror image about
+    the vertical through its centre. Landmarks that are not assigned mutually keep their index. A shape without
+    left-right symmetry should therefore be trained and evaluated without flips.
+
+    Args:
+        points: Landmarks (y, x) of the training images, px.
+
+    Returns:
+        Index of the landmark that each one becomes.
     """
     mean = points.mean(0)
     reflected = np.stack([mean[:, 0], 2 * mean[:, 1].mean() - mean[:, 1]], -1)

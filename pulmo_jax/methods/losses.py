@@ -1,4 +1,4 @@
-"""Training losses of images: a function of an image and its reconstruction that returns a value per pixel and band."""
+"""Training losses of images: functions of an image and its reconstruction with a value per pixel and channel."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,15 @@ ImageLoss = Callable[..., Float[Array, "B H W C"]]  # called with image=, recons
 
 
 def l2(image: Float[Array, "B H W C"], reconstruction: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Squared difference."""
+    """Compute the squared difference per pixel and channel."""
     return (image - reconstruction) ** 2
 
 
 def l1(image: Float[Array, "B H W C"], reconstruction: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Absolute difference."""
+    """Compute the absolute difference per pixel and channel."""
     return jnp.abs(image - reconstruction)
 
 
 def ssim(image: Float[Array, "B H W C"], reconstruction: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """1 - SSIM (Wang et al. 2004), for values of range 1."""
+    """Compute 1 - SSIM (Wang et al. 2004) per pixel and channel, for a data range of 1."""
     return 1 - ssim_map(image, reconstruction)

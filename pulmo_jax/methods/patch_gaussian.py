@@ -1,13 +1,12 @@
-"""A Gaussian of patches: the normal is a mean and a covariance, at every location or of all locations together.
+"""Gaussian model of normal patches: one mean and covariance per location, or pooled over all locations.
 
-It is PACO's model of the noise (Flasseur et al. 2018, A&A 618, A138) for ordinary images. With the anomaly's shape
-unknown its likelihood is the Mahalanobis distance: on pixels that is the RX detector (Reed & Yu 1990, IEEE TASSP
-38:1760), on a network's features at every location PaDiM (Defard et al. 2021, ICPR). With a known shape it is the
-matched filter, b / sqrt(a).
+This is the noise model of PACO (Flasseur et al. 2018, A&A 618, A138) for ordinary images. For an anomaly of unknown
+shape the score is the Mahalanobis distance: on pixels this is the RX detector (Reed & Yu 1990, IEEE TASSP 38:1760), on
+network features per location PaDiM (Defard et al. 2021, ICPR). For a known shape it is the matched filter, b / sqrt(a).
 
-Nothing descends: one pass over the normal images counts, adds and multiplies, and what it has added up (number, mean,
-co-moments) can be added to what another machine has. Departures from PaDiM: the covariance is shrunk by a formula
-instead of a ridge of 0.01, and factorised instead of inverted; the network is ours, trained on the same images.
+The fit needs no gradient descent: one pass over the normal images accumulates sample count, mean and co-moments, which
+can be merged across machines. Departures from PaDiM: analytic shrinkage of the covariance instead of a ridge of 0.01,
+a factorisation instead of an inverse, and a network trained on the same images.
 """
 
 from collections.abc import Callable
@@ -39,27 +38,34 @@ What = Literal["features", "residual"]
 Locations = Literal["pooled", "each"]
 Score = Literal["mahalanobis", "matched"]
 Polarity = Literal["both", "bright", "dark"]
-ShrinkageName = Literal["paco", "oas", "fixed"]  # those that need no more than the covariance and the number of samples
+ShrinkageName = Literal["paco", "oas", "fixed"]  # estimators that need only the covariance and the sample count
 LOCATIONS_AT_ONCE = 64
-PART_INSIDE = 1e-6  # weight of a window that is partly background, where others are near
-SIGNED = {"both": jnp.abs, "bright": jnp.positive, "dark": jnp.negative}  # what of an SNR counts, by polarity
-SEED = 0  # of the choice among a network's features
+PART_INSIDE = 1e-6  # weight of a window that is partly background, relative to a complete one
+SIGNED = {"both": jnp.abs, "bright": jnp.positive, "dark": jnp.negative}  # detection statistic from the SNR
+SEED = 0  # random seed of the feature selection
 
 
 @runtime_checkable
 class FeatureNetwork(Protocol):
-    """A network that shows what it sees: square maps of its layers, each side a divisor of the patch's."""
+    """A network that exposes square feature maps of its layers, whose side lengths divide that of the patch."""
 
     patch_size: int
     channels: int
 
-    def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]: ...
+    def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]:
+        """Compute the feature maps of patches, one array per layer."""
 
 
 class Gaussian(NamedTuple):
-    """What scoring needs, of one location or of N.
+    """Fitted Gaussian of one location or of N, in normalised units.
 
-    whitener: L^-1 of the covariance L L', so that a product whitens; log_determinant: of L L'. shrinkage: rho.
+    Attributes:
+        n: Number of samples.
+        mean: Mean.
+        whitener: L^-1 for the shrunk covariance L L'.
+        log_determinant: Logarithm of the determinant of L L'.
+        shrinkage: Shrinkage weight rho of the diagonal.
+        singular: Whether the covariance was not positive definite and its diagonal was used.
     """
 
     n: Float[Array, "*N"]
@@ -71,7 +77,7 @@ class Gaussian(NamedTuple):
 
 
 def exact_products(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A GPU's TF32 would round products to three digits, too few for a covariance."""
+    """Run a function with full-precision matrix products; TF32 on GPUs keeps three digits, too few for a covariance."""
 
     @wraps(function)
     def exactly(*arguments: Any) -> Any:
@@ -83,12 +89,13 @@ def exact_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class PatchGaussian:
-    """Implements methods.base.Method, Accumulated and Detailed.
+    """Gaussian patch model; implements methods.base.Method, Accumulated and Detailed.
 
-    network: what the Gaussian is of: pixels (models.identity.Identity), or a trained network's features or residual.
+    Attributes:
+        network: models.identity.Identity for pixels, or a trained network whose features or residual are modelled.
     """
 
-    network: Any  # nnx.Module and FeatureNetwork; there is no type for both
+    network: Any  # nnx.Module and FeatureNetwork; Python has no intersection type
     base_run: Annotated[str | None, Field(description="run whose network, patch size and normalisation are used")] = (
         None
     )
@@ -156,11 +163,9 @@ class PatchGaussian:
                 f"{self.window_px} px, sigma at most a third of it"
             )
 
-    # --- geometry
-
     @cached_property
     def map_shapes(self) -> list[tuple[int, int, int]]:
-        """(h, w, F) of the maps that the windows are cut from."""
+        """Shapes (h, w, F) of the feature or residual maps, one per layer."""
         size, channels = self.network.patch_size, self.network.channels
         if self.of == "residual":
             return [(size, size, channels)]
@@ -175,12 +180,12 @@ class PatchGaussian:
 
     @property
     def cell_px(self) -> int:
-        """Pixels of the patch to a pixel of the maps."""
+        """Side length of a map pixel, px of the patch."""
         return self.network.patch_size // self.map_side
 
     @cached_property
     def chosen(self) -> np.ndarray:
-        """Which of all layers' features are used, ascending."""
+        """Indices of the selected features among those of all layers, ascending."""
         total = sum(shape[-1] for shape in self.map_shapes)
         if self.n_features is None or self.n_features >= total or self.cell_px == 1:
             return np.arange(total)
@@ -188,12 +193,12 @@ class PatchGaussian:
 
     @property
     def stride(self) -> int:
-        """px of the maps. A matched filter knows a blob only where its template stands: at every pixel."""
+        """Spacing of the windows, px of the maps; default 1 for a matched filter, which tests every position."""
         return self.stride_px or (1 if self.score == "matched" else 4)
 
     @property
     def smoothing(self) -> float:
-        """px. Of an SNR it would leave a part."""
+        """Sigma of the score smoothing, px; 0 by default for a matched filter, since smoothing lowers the peak SNR."""
         return (0.0 if self.score == "matched" else 2.0) if self.smooth_px is None else self.smooth_px
 
     @property
@@ -202,19 +207,17 @@ class PatchGaussian:
 
     @property
     def rows(self) -> int:
-        """Windows along a side of the patch."""
+        """Number of windows along a side of the patch."""
         return (self.map_side - self.window_px) // self.stride + 1
 
     @property
     def window_side(self) -> int:
-        """Of a window, px of the patch."""
+        """Side length of a window, px of the patch."""
         return self.window_px * self.cell_px
 
     @property
     def halo_px(self) -> int:
         return smoothing_radius(self.smoothing) + self.window_side // 2 + self.stride * self.cell_px + 1
-
-    # --- learning
 
     def init(self) -> Params:
         shape = (self.rows**2,) if self.locations == "each" else ()
@@ -224,7 +227,7 @@ class PatchGaussian:
 
     @exact_products
     def update(self, params: Params, batch: Float[Array, "B P P C"], inside: Bool[Array, "B P P"]) -> Params:
-        """Add the windows of a batch that lie completely inside."""
+        """Add the windows of a batch that lie completely in the foreground to the moments."""
         x = self.vectors(params, batch)
         d, weights = x.shape[-1], self.whole(inside).astype(x.dtype)
         if self.locations == "pooled":
@@ -240,7 +243,7 @@ class PatchGaussian:
 
     @exact_products
     def finish(self, params: Params) -> Params:
-        """The Gaussians from the accumulated moments."""
+        """Compute the Gaussians from the accumulated moments."""
         moments: Moments = params["moments"]
         floor = self.floor**2 * variances(moments).mean()
         if self.locations == "pooled":
@@ -250,7 +253,7 @@ class PatchGaussian:
         return {"network": params["network"], "gaussian": gaussian}
 
     def caveats(self, params: Params) -> tuple[str, ...]:
-        """Limitations of the fit, from its moments. Raises InputError if there are no windows, or no variation."""
+        """Describe limitations of the fit, from its moments. Raises InputError without windows or without variation."""
         moments: Moments = params["moments"]
         if not float(moments.n.max()):
             raise InputError(
@@ -277,16 +280,14 @@ class PatchGaussian:
         return Gaussian(moments.n, moments.mean, whitener, log_determinant, rho, singular)
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
-        """Negative log-likelihood of the windows, nats per dimension."""
+        """Compute the mean negative log-likelihood of the windows, nats per dimension."""
         gaussian, d = params["gaussian"], self.dimensions
         distance = self.distances(params, batch)
         log_determinant = jnp.broadcast_to(gaussian.log_determinant.reshape(-1), (self.rows**2,))
         return 0.5 * (distance.mean() + log_determinant.mean()) / d + 0.5 * jnp.log(2 * jnp.pi)
 
-    # --- scoring
-
     def vectors(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S D"]:
-        """What the Gaussian is of, at every window."""
+        """Extract the modelled vector (pixels, features or residual) of every window."""
         graph, _, rest = nnx.split(self.network, nnx.Param, ...)
         network: Any = nnx.merge(graph, params["network"], rest)
         if self.of == "residual":
@@ -298,7 +299,7 @@ class PatchGaussian:
         return patches.windows(maps, self.window_px, self.stride)
 
     def distances(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S"]:
-        """Squared Mahalanobis distance of every window; chi-squared with D degrees of freedom for Gaussian ones."""
+        """Compute squared Mahalanobis distances of all windows; chi-squared with D degrees of freedom if Gaussian."""
         return (self.whitened(params, x) ** 2).sum(-1)
 
     @exact_products
@@ -311,13 +312,13 @@ class PatchGaussian:
         return jnp.einsum("bnd,ned->bne", deviations, gaussian.whitener).reshape(batch, *grid, d)
 
     def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """What the network makes of the patches."""
+        """Apply the network to patches."""
         graph, _, rest = nnx.split(self.network, nnx.Param, ...)
         network: Any = nnx.merge(graph, params["network"], rest)
         return network(patches)
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
-        """The distance over its dimensions, which is about 1 where all is normal; or each blob's SNR."""
+        """Compute the squared distance per dimension, about 1 in normal regions, or the SNR of each blob."""
         if self.score == "matched":
             return self.to_pixels(self.blob_terms(params, patches)[0])
         return self.to_pixels(self.distances(params, patches)[..., None] / self.dimensions)
@@ -326,7 +327,7 @@ class PatchGaussian:
     def blob_terms(
         self, params: Params, x: Float[Array, "B P P C"]
     ) -> tuple[Float[Array, "B R S J"], Float[Array, "B R S J"]]:
-        """SNR and amplitude (normalised units) of every blob at every window: b / sqrt(a) and b / a."""
+        """Compute SNR b / sqrt(a) and amplitude b / a (normalised units) of J blobs at every window."""
         gaussian, v = params["gaussian"], self.vectors(params, x)
         templates = jnp.asarray(blobs(self.window_px, self.blob_sigmas_px, len(self.chosen)), v.dtype)
         whitened = jnp.einsum("...ed,jd->...je", gaussian.whitener, templates)  # L^-1 h
@@ -343,7 +344,7 @@ class PatchGaussian:
         return ("amplitude", "blob_sigma") if self.score == "matched" else ()
 
     def details(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
-        """Height (normalised units) and sigma (px) of the blob with the strongest SNR at every window."""
+        """Map amplitude (normalised units) and sigma (px) of the blob with the largest SNR under the polarity."""
         snr, amplitude = self.blob_terms(params, patches)
         best = jnp.argmax(SIGNED[self.polarity](snr), axis=-1)
         height = jnp.take_along_axis(amplitude, best[..., None], axis=-1)[..., 0]
@@ -351,7 +352,7 @@ class PatchGaussian:
         return self.to_pixels(jnp.stack([height, sigma], axis=-1))
 
     def to_pixels(self, at_windows: Float[Array, "B R S M"]) -> Float[Array, "B P P M"]:
-        """Between the windows' middles; of a matched filter, whose maxima that would lower, the nearest window's."""
+        """Interpolate window values to pixels; a matched filter takes the nearest window, which preserves peaks."""
         size, along_side = self.network.patch_size, (self.rows, self.window_side, self.stride * self.cell_px)
         of_nearest = self.score == "matched"
         weights = (patches.nearest_weights if of_nearest else patches.interpolation_weights)(*along_side, size)
@@ -361,7 +362,7 @@ class PatchGaussian:
     def score_map(
         self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
-        """Smoothed over windows that lie inside; those on the edge serve where there are no others."""
+        """Smooth the score over complete windows; windows on the foreground edge matter only where none is near."""
         score = residual[..., 0] if self.score == "mahalanobis" else SIGNED[self.polarity](residual).max(axis=-1)
         whole = eroded(foreground, self.window_side + self.stride * self.cell_px, extent)
         weight = jnp.where(whole, 1, PART_INSIDE).astype(score.dtype)
@@ -378,13 +379,13 @@ def variances(moments: Moments) -> Float[Array, "*N D"]:
 
 
 def enlarge(maps: Float[Array, "B h w F"], side: int) -> Float[Array, "B s s F"]:
-    """Each pixel repeated."""
+    """Enlarge maps to a side length by repeating pixels."""
     times = side // maps.shape[1]
     return maps.repeat(times, axis=1).repeat(times, axis=2) if times > 1 else maps
 
 
 def blobs(side: int, sigmas_px: tuple[float, ...], channels: int) -> Float[np.ndarray, "J D"]:
-    """Gaussian blobs of height 1 on the pixel in the middle of a window, the same in every band."""
+    """Render J Gaussian blobs of height 1 at the central pixel of a window, identical in all channels."""
     distance = np.arange(side) - side // 2
     radius_squared = distance[:, None] ** 2 + distance**2
     shapes = [np.exp(-radius_squared / (2 * sigma**2)) for sigma in sigmas_px]
@@ -392,6 +393,6 @@ def blobs(side: int, sigmas_px: tuple[float, ...], channels: int) -> Float[np.nd
 
 
 def merged(a: Params, b: Params) -> Params:
-    """The moments of two runs together, which saw different images through the same network."""
+    """Merge the moments of two runs on different images with the same network."""
     join = covariance.merge if a["moments"].n.ndim == 0 else jax.vmap(covariance.merge)
     return {**a, "moments": join(a["moments"], b["moments"])}
