@@ -1,11 +1,12 @@
-"""Landmarks by eigenpatches: PCA templates slid over a search region (PulmoAlign 2025), alone or with a shape prior.
+"""Landmark detection by eigenpatches: PCA templates in a sliding-window search (PulmoAlign 2025), with a shape prior.
 
-As published, the region is the bounding box of a landmark's training positions, the template is the largest rectangle
-that stays inside the image for every anchor of that box, and the landmark is the anchor with the smallest L2 residual.
+In the published method the search region is the bounding box of a landmark's training positions, the template is the
+largest rectangle that stays inside the image for every anchor of that box, and the landmark is the anchor with the
+smallest L2 residual.
 
-With the prior the search goes from coarse to fine. On each scale smaller templates give a map of likelihoods for each
-landmark (`eigenpatch_stages`); the shape model combines all maps into the posterior of all points, around which the
-next scale searches.
+With the prior the search is coarse-to-fine. On each scale, smaller templates give a likelihood map for each landmark
+(`eigenpatch_stages`); the shape model combines all maps into the joint posterior of the points, around which the next
+scale searches.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ class Template(NamedTuple):
         mean: Mean patch.
         components: Principal components.
         variances: Variance of each component.
-        rest: Mean variance of the directions left out.
+        rest: Mean variance of the discarded directions.
     """
 
     first: Float[Array, "2"]
@@ -52,10 +53,10 @@ class EigenpatchParams(NamedTuple):
     """Fitted parameters.
 
     Attributes:
-        shape: Model of the shape.
-        templates: Template of each landmark, in the published search; else empty.
-        stages: Scales of the search with a prior; else empty.
-        offset: Mean of training points minus their anchors, px, in the published search.
+        shape: Shape model, working px.
+        templates: Template of each landmark in the published search; otherwise empty.
+        stages: Scales of the search with a prior; otherwise empty.
+        offset: Mean of training points minus their anchors in the published search, px.
     """
 
     shape: ShapeModel
@@ -66,7 +67,7 @@ class EigenpatchParams(NamedTuple):
 
 @dataclass(frozen=True)
 class Eigenpatch:
-    """Landmarks by eigenpatches, a `located.ClosedForm`; fields after `sharpness` concern the search with a prior."""
+    """Eigenpatch landmark detector; implements located.ClosedForm. Fields after `sharpness` concern the prior."""
 
     size: Annotated[int, Field(ge=16, description="side length of the resized images, px")] = 64
     contrast: Annotated[
@@ -119,7 +120,7 @@ class Eigenpatch:
             )
 
     def prepare(self, images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
-        """Adjusts the contrast of working images."""
+        """Apply the selected contrast enhancement to working images."""
         by_name: dict[str, Callable[[Array], Array]] = {
             "sahs": contrast.sahs, "clahe": contrast.clahe, "zscore": contrast.zscore, "none": lambda images: images
         }  # fmt: skip
@@ -131,7 +132,7 @@ class Eigenpatch:
         points: Float[np.ndarray, "N K 2"],
         groups: Sequence[str] | None = None,
     ) -> EigenpatchParams:
-        """Fits templates and the model of the shape.
+        """Fit the templates and the shape model.
 
         Args:
             images: Working images.
@@ -142,7 +143,7 @@ class Eigenpatch:
             The parameters.
 
         Raises:
-            InputError: Images of another size, too few images or groups, or points that are not finite.
+            InputError: If images have a wrong size, images or groups are too few, or points are not finite.
         """
         if images.shape[1:] != (self.size, self.size) or len(images) < 2 * self.folds:
             raise InputError(
@@ -166,7 +167,7 @@ class Eigenpatch:
         return EigenpatchParams(shape, templates, (), jnp.asarray(offset, jnp.float32))
 
     def skeleton(self, n_landmarks: int) -> EigenpatchParams:
-        """Parameters of the structure that `fit` returns, with empty arrays."""
+        """Return parameters with the tree structure of those of `fit`, and empty arrays."""
         none = jnp.zeros(0)
         shape, template = ShapeModel(none, none, none, none), Template(none, none, none, none, none)
         subspace = Subspace(none, none, none, none)
@@ -176,10 +177,10 @@ class Eigenpatch:
         return EigenpatchParams(shape, (template,) * n_landmarks, (), none)
 
     def locate(self, params: EigenpatchParams, images: Float[Array, "B S S"]) -> Located:
-        """Locates all landmarks of all images.
+        """Predict all landmarks of all images.
 
-        The covariance is that of the posterior. In the published search it is that of the anchors about the best one,
-        with a likelihood proportional to residual^-sharpness (as for Gaussian noise of unknown size).
+        The covariance is that of the posterior. In the published search it is the second moment of the anchors about
+        the best one under a likelihood proportional to residual^-sharpness (as for Gaussian noise of unknown variance).
 
         Args:
             params: Fitted parameters.
@@ -200,7 +201,7 @@ class Eigenpatch:
         return found
 
     def _smallest(self, template: Template, ready: Float[Array, "B S S"]) -> tuple[Array, Array]:
-        """Anchor of the smallest residual in each image, and the covariance of the anchors about it."""
+        """Find the anchor of smallest residual in each image, and the second moment of the anchors about it."""
         residual = residual_maps(template, ready, self.images_at_once)
         anchors = jnp.indices(residual.shape[1:]).reshape(2, -1).T
         flat = residual.reshape(len(ready), -1)
@@ -232,14 +233,14 @@ class Eigenpatch:
 
 
 def fit_template(images: Float[np.ndarray, "N S S"], anchors: Int[np.ndarray, "N 2"], variance: float) -> Template:
-    """Fits the largest template that stays inside the images for every anchor of the training anchors' bounding box.
+    """Fit the largest template that stays inside the images for every anchor in the bounding box of the training ones.
 
-    Templates of different landmarks differ in size, so each is fitted by itself, on the host.
+    Template sizes differ between landmarks, so each template is fitted separately, on the host.
 
     Args:
         images: Training images.
-        anchors: Anchor (y, x) of the landmark in each.
-        variance: Share of the variance that the components keep.
+        anchors: Anchor (y, x) of the landmark in each image, px.
+        variance: Fraction of the variance retained by the components.
 
     Returns:
         The template.
@@ -255,12 +256,12 @@ def fit_template(images: Float[np.ndarray, "N S S"], anchors: Int[np.ndarray, "N
 
 
 def residual_maps(template: Template, images: Float[Array, "B S S"], at_once: int = 8) -> Float[Array, "B y x"]:
-    """Squared L2 reconstruction error at every anchor of the template's region.
+    """Compute the squared L2 reconstruction error at every anchor of the template's region.
 
     Args:
         template: The template.
         images: Working images.
-        at_once: Number of images whose products fit into a core's cache.
+        at_once: Number of images per batch; chosen so that the products fit into the cache of a CPU core.
 
     Returns:
         The residuals.

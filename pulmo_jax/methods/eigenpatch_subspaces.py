@@ -1,9 +1,9 @@
-"""Principal components of patches for every landmark and every fold of the training images, in one program.
+"""Principal components of patches for every landmark and every cross-validation fold, in one program.
 
-The folds' means and scatter matrices are computed once and merged for the images outside each fold (Chan, Golub &
-LeVeque 1983), so a patch is read once, whatever the number of folds. With more samples than pixels the eigenvectors of
-the scatter matrix cost less than a singular value decomposition of the samples. They are computed in float64, because
-the scatter matrix squares the ratio of largest to smallest singular value.
+Means and scatter matrices are computed once per fold and merged over the images outside each fold (Chan, Golub &
+LeVeque 1983), so each patch is read once, whatever the number of folds. With more samples than pixels, an
+eigendecomposition of the scatter matrix costs less than a singular value decomposition of the samples. It uses float64,
+because the scatter matrix squares the condition number.
 """
 
 from functools import partial
@@ -19,13 +19,13 @@ from pulmo_jax.types import InputError
 
 
 class Eigen(NamedTuple):
-    """Principal components of L landmarks and F + 1 sets of images: all but each of F folds, and all.
+    """Principal components for L landmarks and S = F + 1 image sets: the images outside each of F folds, and all.
 
     Attributes:
         mean: Mean patch.
-        vectors: Components, one a row, largest variance first.
-        variances: Variance of each component, of the population form (1/N).
-        n_kept: Number of components that keep the share of the variance asked for.
+        vectors: Components as rows, in order of decreasing variance.
+        variances: Population variance (1/N) of each component.
+        n_kept: Number of components that retain the requested fraction of the variance.
     """
 
     mean: Float[Array, "L S P"]
@@ -35,7 +35,7 @@ class Eigen(NamedTuple):
 
 
 def fold_rows(fold: Int[np.ndarray, "N"]) -> Int[np.ndarray, "F n"]:
-    """Numbers of the images of each fold, padded with -1 to the largest fold."""
+    """Return the image indices of each fold, padded with -1 to the size of the largest fold."""
     rows = [np.flatnonzero(fold == number) for number in range(fold.max() + 1)]
     most = max(len(row) for row in rows)
     return np.stack([np.pad(row, (0, most - len(row)), constant_values=-1) for row in rows])
@@ -48,21 +48,21 @@ def patch_subspaces(
     fold: Int[np.ndarray, "N"],
     kept: float,
 ) -> Subspace:
-    """Principal components of square patches, for the images outside each fold and for all of them.
+    """Compute principal components of square patches, for the images outside each fold and for all images.
 
     Args:
         images: Images, padded so that every patch lies inside.
-        corners: First pixel (y, x) of B patches of each image for each of K landmarks.
-        side: Side of the patches, px; P = side^2.
+        corners: First pixel (y, x) of B patches per image for each of K landmarks, px.
+        side: Side length of the patches, px; P = side^2.
         fold: Fold of each image.
-        kept: Share of the variance that the components keep.
+        kept: Fraction of the variance retained by the components.
 
     Returns:
-        Subspaces with leading axes (F + 1, K), the last set being all images. Subspaces of fewer components are padded
-        with components of 0 and variance 1.
+        Subspaces with leading axes (F + 1, K), of which the last set holds all images. Subspaces with fewer components
+        are padded with zero components of variance 1.
 
     Raises:
-        InputError: A set has fewer than two patches, or patches that are all equal.
+        InputError: If a set has fewer than two patches, or identical ones only.
     """
     rows = fold_rows(fold)
     numbers = (rows >= 0).sum(1) * corners.shape[1]
@@ -84,9 +84,20 @@ def eigen_patches(
     side: int,
     kept: float,
 ) -> Eigen:
-    """Moments of the patches fold by fold, merged, and their eigenvectors; in float64 where that is enabled."""
+    """Compute the moments of the patches per fold, merge them and decompose them; in float64 if enabled.
+
+    Args:
+        images: Images, padded so that every patch lies inside.
+        corners: First pixel (y, x) of each patch, px.
+        rows: Image indices of each fold, padded with -1.
+        side: Side length of the patches, px.
+        kept: Fraction of the variance retained by the components.
+
+    Returns:
+        The components of each landmark and set.
+    """
     n_folds, n_patches = len(rows), corners.shape[1]
-    sets = 1 - jnp.eye(n_folds + 1, n_folds, dtype=float)  # which folds each set has; the last has all
+    sets = 1 - jnp.eye(n_folds + 1, n_folds, dtype=float)  # folds in each set; the last set has all of them
     inside = jnp.repeat(rows >= 0, n_patches, axis=1)
 
     def cut(number: Array, corner: Array) -> Array:
@@ -104,7 +115,7 @@ def eigen_patches(
 def fold_moments(
     patches: Float[Array, "n P"], inside: Bool[Array, "n"]
 ) -> tuple[Float[Array, ""], Float[Array, "P"], Float[Array, "P P"]]:
-    """Number, mean and scatter matrix sum (x - mean)(x - mean)' of the patches of a fold."""
+    """Compute count, mean and scatter matrix sum (x - mean)(x - mean)' of the patches that are not padding."""
     n = inside.sum().astype(patches.dtype)
     mean = jnp.where(inside[:, None], patches, 0).sum(0) / n
     deviations = jnp.where(inside[:, None], patches - mean, 0)
@@ -118,14 +129,14 @@ def merge_folds(
     scatter: Float[Array, "F P P"],
     kept: float,
 ) -> Eigen:
-    """Principal components of unions of folds.
+    """Compute principal components of unions of folds.
 
     Args:
-        sets: 1 for the folds of each set, else 0.
-        n: Number of patches of each fold.
+        sets: 1 for the folds in each set, otherwise 0.
+        n: Number of patches in each fold.
         mean: Mean of each fold.
         scatter: Scatter matrix of each fold.
-        kept: Share of the variance that the components keep.
+        kept: Fraction of the variance retained by the components.
 
     Returns:
         The components of each set.
@@ -146,13 +157,13 @@ def merge_folds(
 
 @partial(jax.jit, static_argnames="most")
 def truncate(found: Eigen, most: int) -> Subspace:
-    """Subspaces of at most `most` components in float32, with the sets as the first axis."""
+    """Truncate to at most `most` components and convert to float32 subspaces, with the sets as the first axis."""
     n_pixels = found.variances.shape[-1]
     number = jnp.arange(n_pixels)
     chosen = number < found.n_kept[..., None]
     left = jnp.where(chosen, 0, found.variances).sum(-1)
     rest = left / jnp.maximum(n_pixels - found.n_kept, 1)
-    least = jnp.finfo(found.variances.dtype).eps * found.variances[..., :1]  # of a component that samples do not have
+    least = jnp.finfo(found.variances.dtype).eps * found.variances[..., :1]  # lower bound at rounding level
     variances = jnp.where(chosen, jnp.maximum(found.variances, least), 1)[..., :most]
     components = jnp.where(chosen[..., None], found.vectors, 0)[..., :most, :]
     leaves = (found.mean, components, variances, rest)

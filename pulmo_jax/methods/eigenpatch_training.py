@@ -1,7 +1,6 @@
-"""Fit of one scale of the eigenpatch search: subspaces of patches, and the weights of their energies.
+"""Fit of one scale of the eigenpatch search: patch subspaces, and the weights of their energies.
 
-The weights are fitted on energies of images that the components have not seen (folds), as those of a softmax over the
-anchors.
+The weights are those of a softmax over the anchors, fitted to out-of-fold energies of the training images.
 """
 
 from collections.abc import Sequence
@@ -42,21 +41,21 @@ def fit_stage(
     fold: Int[np.ndarray, "N"],
     seed: int,
 ) -> tuple[Stage, Float[Array, "N K 2"]]:
-    """Fits one scale.
+    """Fit one scale.
 
     Args:
         how: Settings of the scale.
-        reach: How far around `found` it searches, px of the scale; None: the first scale, which searches the bounding
-            boxes of the training positions.
+        reach: Search radius about `found`, px of the scale; None for the first scale, which searches the bounding boxes
+            of the training positions.
         images: Training images.
-        points: Their points (y, x), working px.
-        shape: Model of the shape.
-        found: Where the scale before found the points, working px; None for the first one.
+        points: Their landmarks (y, x), working px.
+        shape: Shape model, working px.
+        found: Out-of-fold estimates of the previous scale, working px; None for the first scale.
         fold: Fold of each image.
-        seed: Seed of the choice of background patches.
+        seed: Random seed of the background patches.
 
     Returns:
-        The fitted scale, and where it finds the training points by components that have not seen them.
+        The fitted scale, and its estimates of the training landmarks with out-of-fold components, working px.
     """
     anchors, offset = nearest_anchors(points, how.pixel, images.shape[-1])
     centre, inside = boxes(anchors)
@@ -77,7 +76,7 @@ def fit_stage(
 
 
 def fold_of(groups: Sequence[str], folds: int) -> Int[np.ndarray, "N"]:
-    """Assigns images to folds in turn; the images of a group share a fold."""
+    """Assign images to folds round-robin by group; the images of a group share a fold."""
     order = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return np.array([order[group] % folds for group in groups])
 
@@ -91,19 +90,19 @@ def subspaces(
     fold: Int[np.ndarray, "N"],
     seed: int,
 ) -> tuple[Subspace, Subspace]:
-    """Subspaces of patches at the landmarks and anywhere in their regions.
+    """Fit subspaces of landmark patches and of background patches from the search regions.
 
     Args:
         how: Settings of the scale.
         images: Training images.
         anchors: Anchors of the landmarks, px of the scale.
-        centres: Centres of the searched squares.
-        inside: Anchors of these that count.
+        centres: Centres of the search windows, px of the scale.
+        inside: Anchors of the windows that belong to the search region.
         fold: Fold of each image.
-        seed: Seed of the choice of background patches.
+        seed: Random seed of the background patches.
 
     Returns:
-        Both subspaces, with leading axes (folds + 1, K): without each fold, and of all images.
+        Landmark and background subspaces, with leading axes (folds + 1, K): without each fold, then for all images.
     """
     half, reach = how.template // 2, inside.shape[-1] // 2
     wide = padded(shrink_images(images, how.pixel), half + reach)
@@ -116,7 +115,17 @@ def subspaces(
 def background_anchors(
     count: int, centres: Int[np.ndarray, "N K 2"], inside: Bool[np.ndarray, "K a a"], seed: int
 ) -> Int[np.ndarray, "N B K 2"]:
-    """Draws anchors of each image that represent each landmark's region. count: for each image."""
+    """Draw random anchors from each landmark's search region.
+
+    Args:
+        count: Number B of anchors per image and landmark.
+        centres: Centres of the search windows, px of the scale.
+        inside: Anchors of the windows that belong to the search region.
+        seed: Random seed.
+
+    Returns:
+        The anchors (y, x), px of the scale.
+    """
     rng = np.random.default_rng(seed)
     n_images, reach = len(centres), inside.shape[-1] // 2
     drawn = []
@@ -137,16 +146,16 @@ def unseen_energies(
     anywhere: Subspace,
     rows: Int[Array, "F n"],
 ) -> Maps:
-    """Energies of every image by components that were fitted without its fold.
+    """Compute out-of-fold energies: those of every image under components fitted without its fold.
 
     Args:
         stage: The scale, without subspaces.
         how: Its settings.
         images: Training images.
-        known: Points found so far, working px.
-        landmark: Subspaces of patches at the landmarks, with leading axes (folds + 1, K).
-        anywhere: Subspaces of patches in their regions.
-        rows: Numbers of the images of each fold, padded with -1.
+        known: Current estimates (y, x), working px; None on the first scale.
+        landmark: Subspaces of landmark patches, with leading axes (folds + 1, K).
+        anywhere: Subspaces of background patches, with the same axes.
+        rows: Image indices of each fold, padded with -1.
 
     Returns:
         The energies and the positions of the anchors.
@@ -161,7 +170,7 @@ def unseen_energies(
     maps = jax.lax.map(of_fold, (*without_one, rows))
     slot = jnp.zeros(len(images), jnp.int32)
     flat = jnp.where(rows.ravel() >= 0, rows.ravel(), len(images))
-    slot = slot.at[flat].set(jnp.arange(rows.size, dtype=jnp.int32), mode="drop")  # where each image stands
+    slot = slot.at[flat].set(jnp.arange(rows.size, dtype=jnp.int32), mode="drop")  # position of each image in `rows`
     energies = jnp.moveaxis(maps.energies, 0, 1)
     energies = energies.reshape(len(energies), -1, *energies.shape[3:])
     return Maps(energies[:, slot], maps.places.reshape(-1, *maps.places.shape[2:])[slot])
@@ -174,14 +183,14 @@ def fit_weights(
     inside: Bool[np.ndarray, "K a a"],
     shape: ShapeModel,
 ) -> Float[np.ndarray, "K 4"]:
-    """Fits the weights of every landmark's energies, with its marginal of the shape model as the prior.
+    """Fit the weights of every landmark's energies, with its marginal distribution under the shape model as the prior.
 
     Args:
         how: Settings of the scale.
-        maps: Energies of the training images.
-        steps: True anchors minus the centres of the searched squares.
-        inside: Anchors that count.
-        shape: Model of the shape.
+        maps: Out-of-fold energies of the training images.
+        steps: True anchors minus the centres of the search windows, px of the scale.
+        inside: Anchors of the windows that belong to the search region.
+        shape: Shape model, working px.
 
     Returns:
         The weights.
@@ -204,13 +213,15 @@ def fit_weights(
 def softmax_weights(
     energies: Float[np.ndarray, "N A F"], log_prior: Float[np.ndarray, "N A"], true: Int[np.ndarray, "N"], ridge: float
 ) -> Float[np.ndarray, "F"]:
-    """Weights w that maximise the likelihood of the true anchors where p(a) is prior(a) exp(-w' energies(a)); convex.
+    """Fit weights w by maximum likelihood of the true anchors, with p(a) proportional to prior(a) exp(-w' energies(a)).
+
+    The problem is convex.
 
     Args:
-        energies: Energies of A anchors in N images.
-        log_prior: Logarithm of the prior of each anchor.
-        true: Number of the true anchor.
-        ridge: Ridge penalty on the weights of energies of unit standard deviation.
+        energies: F energies of A anchors in N images.
+        log_prior: Log-prior of each anchor, up to a constant.
+        true: Index of the true anchor in each image.
+        ridge: Ridge penalty on the weights of energies standardised to unit standard deviation.
 
     Returns:
         The weights.
