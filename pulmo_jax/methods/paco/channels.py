@@ -1,4 +1,4 @@
-"""A multi-wavelength observation, channel by channel; angular differential imaging has a single channel.
+"""Multi-wavelength observations as a set of channels; angular differential imaging has a single channel.
 
 Spectral scaling: speckles lie at multiples of lambda / D from the star, sources at the same position in all channels.
 In frames scaled about the centre by lambda_0 / lambda the speckles of all channels coincide. A source at p on the sky
@@ -6,14 +6,14 @@ then lies at
 
     centre + (p - centre) lambda_0 / lambda,
 
-and its PSF is larger by the same factor, with the same peak, so fluxes stay in units of the original PSF. The maps of a
-scaled channel are sampled at these positions, which brings all channels back to the sky's own pixels.
+and its PSF is enlarged by the same factor with an unchanged peak, so fluxes stay in units of the original PSF. The maps
+of a scaled channel are sampled at these positions, which maps all channels back to the sky grid.
 
-Scaling serves statistics that channels share, such as a mean or a covariance pooled over wavelengths. Here a channel's
-mean and covariance are learnt from that channel alone, at every location. Scaling is the same linear map for all frames
-of a channel and commutes with their rotation, so it moves these statistics to other pixels without adding information;
-it costs interpolation, larger frames and time. Nor does it change R, the correlation of the channels at one position of
-the sky. So channels are not scaled by default.
+Scaling benefits statistics that channels share, such as a mean or a covariance pooled over wavelengths. Here mean and
+covariance are learnt per channel and location. Scaling is the same linear map for all frames of a channel and commutes
+with their rotation, so it moves these statistics to other pixels without adding information; it costs interpolation,
+larger frames and time. It does not change R, the correlation of the channels at one sky position, either. Channels are
+therefore not scaled by default.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from pulmo_jax.types import InputError, ProgressTracker
 
 FRAME_DEGREE = 5  # degree of the splines that interpolate frames and PSFs
 MAP_DEGREE = 3  # degree of the splines that interpolate maps
-REACH_PX = 3  # distance from an unusable pixel within which interpolated pixels are unusable too
+REACH_PX = 3  # interpolated pixels within this distance of an unusable pixel are unusable
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +42,13 @@ class Channels:
     """L observations of one field at one time.
 
     Attributes:
-        each: The observation of each channel.
-        wavelengths: Their wavelengths, in any unit.
-        scales: Factor by which each one's frames are larger than the sky; 1 if not scaled.
-        shape: Height and width of the sky's pixels, on which maps and positions are given.
-        centre: Centre of rotation (y, x) on these, px.
-        kept: Which of the given channels are used.
-        caveats: Limitations that a reader of the results must know.
+        each: Observation of each channel.
+        wavelengths: Wavelength of each channel, in any unit.
+        scales: Magnification of each channel relative to the sky grid; 1 if not scaled.
+        shape: Height and width of the sky grid, on which maps and positions are given, px.
+        centre: Centre of rotation (y, x) on the sky grid, px.
+        kept: Mask of the input channels that are used.
+        caveats: Limitations of the results.
     """
 
     each: tuple[Observation, ...]
@@ -61,29 +61,29 @@ class Channels:
 
     @property
     def reference(self) -> Observation:
-        """The middle channel, to show and to describe."""
+        """The middle channel, for display and description."""
         return self.each[len(self.each) // 2]
 
     @property
     def fwhm_px(self) -> float:
-        """FWHM of the widest PSF, on the sky, px."""
+        """FWHM of the widest PSF on the sky grid, px."""
         return max(float(one.psf.fwhm_px / scale) for one, scale in zip(self.each, self.scales, strict=True))
 
     def in_channel(self, number: int, places: Float[np.ndarray, "*N 2"]) -> Float[np.ndarray, "*N 2"]:
-        """Positions in a channel's derotated map of positions (y, x) on the sky, px."""
+        """Convert positions (y, x) on the sky grid to the derotated map of channel `number`, px."""
         return np.array(self.each[number].centre) + (places - np.array(self.centre)) * self.scales[number]
 
     def on_sky(self, number: int, places: Float[np.ndarray, "*N 2"]) -> Float[np.ndarray, "*N 2"]:
-        """Positions on the sky of positions (y, x) in a channel's derotated map, px."""
+        """Convert positions (y, x) in the derotated map of channel `number` to the sky grid, px."""
         return np.array(self.centre) + (places - np.array(self.each[number].centre)) / self.scales[number]
 
     def but_with(self, each: Sequence[Observation]) -> "Channels":
-        """The same channels with other frames."""
+        """Return a copy with the observation of each channel replaced."""
         return replace(self, each=tuple(each))
 
 
 def as_channels(observation: Observation | Channels) -> Channels:
-    """A single observation as one channel; several channels as they are."""
+    """Wrap a single observation as one channel; return `Channels` unchanged."""
     if isinstance(observation, Channels):
         return observation
     one = np.ones(1)
@@ -100,7 +100,7 @@ def observe_channels(
     centre: Centre | None = None,
     scaled: bool = False,
 ) -> Channels:
-    """Checks and standardises every channel (see `observe`); a channel that cannot be used is left out, with a caveat.
+    """Validate and standardise every channel (see `observe`); unusable channels are excluded, with a caveat.
 
     Args:
         cube: T frames of L channels.
@@ -109,13 +109,13 @@ def observe_channels(
         wavelengths: Wavelength of each channel, in any unit.
         centre: Centre of rotation (y, x), px; (H // 2, W // 2) by default.
         scaled: Whether frames are scaled by lambda_0 / lambda, with lambda_0 the longest wavelength, so that no channel
-            loses detail.
+            is downsampled.
 
     Returns:
         The channels.
 
     Raises:
-        InputError: No channel can be used.
+        InputError: If no channel is usable.
     """
     each: dict[int, Observation] = {}
     refused: dict[int, InputError] = {}
@@ -143,13 +143,13 @@ def channel_maps(
     reversed_angles: bool = False,
     track: ProgressTracker = lambda items, total: items,
 ) -> list[LikelihoodMaps]:
-    """Computes the maps of every channel on the sky's pixels.
+    """Compute the maps of every channel on the sky grid.
 
     Args:
         channels: The channels.
-        settings: How the maps are computed.
-        reversed_angles: Whether angles are reversed, so that the maps contain the noise and no source.
-        track: Shows progress over an iterable of known length.
+        settings: Settings of the maps.
+        reversed_angles: Whether to negate the angles, so that the maps contain noise but no source.
+        track: Progress tracker of an iterable of known length.
 
     Returns:
         The maps of each channel.
@@ -162,7 +162,7 @@ def channel_maps(
 
 
 def scale_channels(channels: Channels) -> Channels:
-    """Scales frames about the centre by lambda_0 / lambda, lambda_0 the longest, onto a grid that contains them all."""
+    """Scale frames about the centre by lambda_0 / lambda, lambda_0 the longest, onto a common grid without cropping."""
     scales = channels.wavelengths.max() / channels.wavelengths
     before = [int(np.ceil(c * scales.max())) for c in channels.centre]
     after = [int(np.ceil((n - 1 - c) * scales.max())) for n, c in zip(channels.shape, channels.centre, strict=True)]
@@ -176,21 +176,21 @@ def scale_channels(channels: Channels) -> Channels:
 def scale_observation(
     observation: Observation, scale: float, shape: tuple[int, int], centre: tuple[float, float], half: int
 ) -> Observation:
-    """Enlarges an observation about its centre by separable splines of degree 5.
+    """Magnify an observation about its centre by separable splines of degree 5.
 
     Args:
         observation: The observation.
-        scale: Factor by which it is enlarged.
+        scale: Magnification.
         shape: Height and width of the new frames, px.
-        centre: Centre of rotation (y, x) in them, px.
-        half: Distance from its source to the edge of the new PSF, px.
+        centre: Centre of rotation (y, x) in the new frames, px.
+        half: Half-width of the new PSF stamp, px.
 
     Returns:
-        The enlarged observation; pixels near unusable ones, or from outside of the frame, are unusable.
+        The magnified observation; pixels near unusable ones or outside the original frame are unusable.
     """
     rows, columns = (
         (np.arange(n) - c) / scale + old for n, c, old in zip(shape, centre, observation.centre, strict=True)
-    )  # positions of the new pixels in the given frames
+    )  # positions of the new pixels in the original frames
     deviations, old_shape = np.asarray(observation.deviations), observation.shape
     left, right = (spline_matrix(n, at) for n, at in zip(old_shape, (rows, columns), strict=True))
     scaled = np.stack([left @ frame @ right.T for frame in deviations]).astype(deviations.dtype)
@@ -207,38 +207,47 @@ def scale_observation(
 
 
 def scale_psf(psf: Psf, scale: float, half: int) -> Psf:
-    """Enlarges a PSF, with its peak unchanged. half: distance from the source to the edge of the new stamp, px."""
+    """Magnify a PSF with an unchanged peak; `half` is the half-width of the new stamp, px."""
     side = len(psf.stamp)
     matrix = spline_matrix(side, side // 2 + np.arange(-half, half + 1) / scale)
     return replace(psf, stamp=matrix @ psf.stamp @ matrix.T, fwhm_px=psf.fwhm_px * float(scale))
 
 
 def spline_matrix(n: int, at: Float[np.ndarray, "M"], degree: int = FRAME_DEGREE) -> Float[np.ndarray, "M n"]:
-    """Matrix from n values along an axis to their interpolating spline at other positions; 0 beyond the ends."""
+    """Compute the matrix that evaluates the interpolating spline of n values at given positions.
+
+    Args:
+        n: Number of values along the axis.
+        at: Positions, px.
+        degree: Degree of the spline.
+
+    Returns:
+        The matrix; rows of positions beyond the ends are 0.
+    """
     spline = make_interp_spline(np.arange(n), np.eye(n), k=min(degree, n - 1))
     return np.where(inside(at, n)[:, None], spline(np.clip(at, 0, n - 1)), 0)
 
 
 def inside(at: Float[np.ndarray, "M"], n: int) -> Bool[np.ndarray, "M"]:
-    """Whether positions lie between the first and the last of n pixels."""
+    """Test whether positions (px) lie between the first and the last of n pixels."""
     return (at >= -1e-9) & (at <= n - 1 + 1e-9)
 
 
 def nearest_pixel(at: Float[np.ndarray, "M"], n: int) -> Int[np.ndarray, "M"]:
-    """Nearest of n pixels."""
+    """Round positions (px) to the nearest of n pixels."""
     return np.clip(np.round(at), 0, n - 1).astype(int)
 
 
 def maps_on_sky(maps: LikelihoodMaps, channels: Channels, number: int) -> LikelihoodMaps:
-    """Samples a channel's maps on the sky's pixels: a and b by cubic splines, all else at the nearest pixel.
+    """Resample a channel's maps to the sky grid: a and b by cubic splines, all others at the nearest pixel.
 
     Args:
         maps: Maps of the channel.
         channels: The channels.
-        number: Number of the channel.
+        number: Index of the channel.
 
     Returns:
-        The maps; NaN where one of the four pixels around a position is.
+        The maps; NaN where any of the four pixels around a position is NaN.
     """
     if channels.scales[number] == 1 and maps.a.shape == channels.shape:
         return maps

@@ -1,4 +1,4 @@
-"""One source in all channels: its common position, and its flux in each (F18, Algorithm 3 and Sect. 3.3)."""
+"""Joint fit of one source in all channels: common position, and flux per channel (F18, Algorithm 3 and Sect. 3.3)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -31,12 +31,12 @@ class SourceFit(NamedTuple):
     """Position of a source on the sky and its flux in every channel.
 
     Attributes:
-        place: Position (y, x) on the sky's pixels.
-        place_covariance: Covariance of the position, px^2, for channels with independent noise; NaN where no channel
-            constrains it.
+        place: Position (y, x) on the sky grid, px.
+        place_covariance: Covariance of the position under independent noise between channels, px^2; NaN if no channel
+            constrains the position.
         flux: Unbiased flux in each channel, in units of its PSF.
-        flux_std: Standard deviation of the flux, from the likelihood.
-        each: The fit of each channel, in the channel's own pixels and units.
+        flux_std: Standard deviation of the flux from the likelihood, in the same units.
+        each: Fit of each channel, in the pixels and flux units of that channel.
     """
 
     place: Float[np.ndarray, "2"]
@@ -47,12 +47,12 @@ class SourceFit(NamedTuple):
 
 
 class Sky(NamedTuple):
-    """How the channels' derotated maps lie on the sky's pixels.
+    """Transformation between the sky grid and the derotated maps of the channels.
 
     Attributes:
-        centre: Centre of rotation (y, x) on the sky, px.
-        centres: Centre of rotation in each channel, px.
-        scales: Factor by which each channel's frames are larger than the sky.
+        centre: Centre of rotation (y, x) on the sky grid, px.
+        centres: Centre of rotation (y, x) in each channel, px.
+        scales: Magnification of each channel relative to the sky grid.
     """
 
     centre: Float[Array, "2"]
@@ -60,30 +60,30 @@ class Sky(NamedTuple):
     scales: Float[Array, "L"]
 
     def in_channels(self, place: Float[Array, "2"]) -> Float[Array, "L 2"]:
-        """Position of a place of the sky in each channel's map."""
+        """Convert a position (y, x) on the sky grid to each channel's map, px."""
         return self.centres + (place - self.centre) * self.scales[:, None]
 
     def from_channels(self, places: Float[Array, "L 2"]) -> Float[Array, "L 2"]:
-        """Place on the sky of a position in each channel's map."""
+        """Convert a position (y, x) in each channel's map to the sky grid, px."""
         return self.centre + (places - self.centres) / self.scales[:, None]
 
 
 class _State(NamedTuple):
-    place: Array  # of the last fit
-    fits: Fit  # of every channel there
-    information: Array  # on the place
-    target: Array  # of the next fit
+    place: Array  # position of the last fit
+    fits: Fit  # fit of every channel at that position
+    information: Array  # Fisher information on the position
+    target: Array  # position of the next fit
     settled: Array
-    fitted: Array  # how many times
+    fitted: Array  # number of fits
 
 
 def fit_source(channels: Channels, settings: Settings, start: Float[np.ndarray, "2"]) -> SourceFit:
-    """Fits one source in all channels; one program and one transfer (see `fit_jointly`).
+    """Fit one source jointly in all channels, in one program with one transfer to the host (see `fit_jointly`).
 
     Args:
         channels: The observation.
-        settings: How the noise is learnt.
-        start: First position (y, x) on the sky's pixels.
+        settings: Settings of the noise model.
+        start: Initial position (y, x) on the sky grid, px.
 
     Returns:
         Position and fluxes.
@@ -94,7 +94,16 @@ def fit_source(channels: Channels, settings: Settings, start: Float[np.ndarray, 
 def launch_fit(
     channels: Channels, settings: Settings, start: Float[np.ndarray, "2"]
 ) -> tuple[Float[Array, "2"], Float[Array, "2 2"], Fit]:
-    """Starts `fit_jointly` on the device, without waiting for its result."""
+    """Dispatch `fit_jointly` to the device asynchronously; `read_fit` retrieves the result.
+
+    Args:
+        channels: The observation.
+        settings: Settings of the noise model.
+        start: Initial position (y, x) on the sky grid, px.
+
+    Returns:
+        The arrays of `fit_jointly`, possibly still being computed.
+    """
     stacks, patches = prepare_channels(channels, settings)
     dtype = stacks[0].deviations.dtype
     centres = [observation.centre for observation in channels.each]
@@ -103,7 +112,15 @@ def launch_fit(
 
 
 def read_fit(channels: Channels, found: tuple[Float[Array, "2"], Float[Array, "2 2"], Fit]) -> SourceFit:
-    """Reads what `launch_fit` started, in the units of the channels' PSFs."""
+    """Transfer the result of `launch_fit` to the host and convert fluxes to the units of the channels' PSFs.
+
+    Args:
+        channels: The observation.
+        found: Result of `launch_fit`.
+
+    Returns:
+        Position and fluxes.
+    """
     place, covariance, fits = jax.device_get(found)
     units = np.array([observation.unit for observation in channels.each])
     flux_std = units * np.sqrt(fits.covariance[:, 2, 2].astype(float))
@@ -112,7 +129,7 @@ def read_fit(channels: Channels, found: tuple[Float[Array, "2"], Float[Array, "2
 
 
 def prepare_channels(channels: Channels, settings: Settings) -> tuple[tuple[Stack, ...], tuple[Patch, ...]]:
-    """Arranges every channel for computations along tracks."""
+    """Prepare every channel for computations along tracks (see `stack.prepare`)."""
     stacks, patches = zip(*(prepare(observation, settings) for observation in channels.each), strict=True)
     return stacks, patches
 
@@ -121,23 +138,23 @@ def prepare_channels(channels: Channels, settings: Settings) -> tuple[tuple[Stac
 def fit_jointly(
     stacks: Sequence[Stack], patches: tuple[Patch, ...], sky: Sky, start: Float[Array, "2"]
 ) -> tuple[Float[Array, "2"], Float[Array, "2 2"], Fit]:
-    """Finds the position of the highest likelihood of all channels, within 1 px of `start`, and the unbiased fluxes.
+    """Find the position that maximises the joint likelihood of all channels within 1 px of `start`, and the fluxes.
 
-    Each channel first finds the position by itself. From the mean of these, weighted by their Fisher information,
-    Fisher scoring goes on with the sum of all gradients; the fluxes are fitted again at every step.
+    Each channel is first fitted independently. The mean of these positions, weighted by their Fisher information, is
+    then refined by Fisher scoring on the summed gradient; each step refits the unbiased fluxes.
 
     Args:
         stacks: Arrays of each channel.
         patches: Static settings of each channel.
-        sky: How the channels lie on the sky.
-        start: First position (y, x) on the sky's pixels.
+        sky: Transformation between the sky grid and the channels.
+        start: Initial position (y, x) on the sky grid, px.
 
     Returns:
-        The position, its covariance (NaN where no channel constrains it), and the fit of every channel.
+        The position (px), its covariance (px^2; NaN if no channel constrains it), and the fit of every channel.
     """
 
     def step(state: _State) -> _State:
-        first = state.fitted == 0  # every channel by itself
+        first = state.fitted == 0  # independent fits
         fits, scores = fit_channels(stacks, patches, sky.in_channels(state.target), first)
         weights = information(fits, sky.scales)
         total, gradient = weights.sum(0), (sky.scales[:, None] * jnp.nan_to_num(scores)).sum(0)
@@ -159,7 +176,7 @@ def fit_jointly(
 
 
 def begin(n_channels: int, start: Float[Array, "2"]) -> _State:
-    """State before the first fit."""
+    """Return the state before the first fit."""
     zeros = jnp.zeros(n_channels, start.dtype)
     fits = Fit(
         zeros, zeros, zeros, jnp.zeros((n_channels, 3, 3), start.dtype), zeros, zeros, jnp.zeros(n_channels, jnp.int32)
@@ -171,7 +188,17 @@ def begin(n_channels: int, start: Float[Array, "2"]) -> _State:
 def fit_channels(
     stacks: Sequence[Stack], patches: tuple[Patch, ...], places: Float[Array, "L 2"], move: Bool[Array, ""]
 ) -> tuple[Fit, Float[Array, "L 2"]]:
-    """Fit of every channel, and the gradient of its log-likelihood in the position, 1/px."""
+    """Fit every channel.
+
+    Args:
+        stacks: Arrays of each channel.
+        patches: Static settings of each channel.
+        places: Initial position (y, x) in each channel's derotated map, px.
+        move: Whether the positions are fitted too.
+
+    Returns:
+        The fits, and the gradient of each channel's log-likelihood with respect to its position, 1/px.
+    """
 
     def fit_channel(stack: Stack, patch: Patch, place: Array) -> tuple[Fit, Array]:
         fit = characterise_one(stack, place, patch, move)
@@ -183,7 +210,17 @@ def fit_channels(
 
 
 def score_at(stack: Stack, patch: Patch, place: Float[Array, "2"], flux: Float[Array, ""]) -> Float[Array, "2"]:
-    """Gradient of the log-likelihood in the position, with the noise learnt without the source, 1/px."""
+    """Compute the gradient of the log-likelihood with respect to the position, with noise learnt without the source.
+
+    Args:
+        stack: Arrays of the channel.
+        patch: Static settings.
+        place: Position (y, x) in the derotated map, px.
+        flux: Flux of the source, in units of the deviations.
+
+    Returns:
+        The gradient, 1/px.
+    """
     trail = trail_of(stack, place, patch)
     data, usable = own_patches(stack, trail, patch)
     noise = learn(stack, trail, place, -flux, patch)
@@ -191,7 +228,15 @@ def score_at(stack: Stack, patch: Patch, place: Float[Array, "2"], flux: Float[A
 
 
 def information(fits: Fit, scales: Float[Array, "L"]) -> Float[Array, "L 2 2"]:
-    """Fisher information of each channel on the place on the sky, its flux being unknown; 0 where it sees nothing."""
+    """Compute each channel's Fisher information on the sky position, marginalised over the flux.
+
+    Args:
+        fits: Fit of each channel.
+        scales: Magnification of each channel relative to the sky grid.
+
+    Returns:
+        Information matrices, 1/px^2; 0 for channels that do not constrain the position.
+    """
     covariance = fits.covariance[:, :2, :2]
     sound = jnp.isfinite(covariance).all((1, 2)) & (determinant(covariance) > 0)
     safe = jnp.where(sound[:, None, None], covariance, jnp.eye(2, dtype=covariance.dtype))
@@ -199,11 +244,11 @@ def information(fits: Fit, scales: Float[Array, "L"]) -> Float[Array, "L 2 2"]:
 
 
 def determinant(matrix: Float[Array, "*L 2 2"]) -> Float[Array, "*L"]:
-    """Determinants of 2 x 2 matrices."""
+    """Compute determinants of 2 x 2 matrices."""
     return matrix[..., 0, 0] * matrix[..., 1, 1] - matrix[..., 0, 1] * matrix[..., 1, 0]
 
 
 def solve(total: Float[Array, "2 2"], vector: Float[Array, "2"]) -> Float[Array, "2"]:
-    """Step of Fisher scoring; 0 where there is no information."""
+    """Compute the Fisher scoring step total^-1 vector, px; 0 if the information matrix is singular."""
     known = determinant(total) > 0
     return jnp.where(known, inverse_2x2(jnp.where(known, total, jnp.eye(2, dtype=total.dtype))) @ vector, 0)

@@ -1,4 +1,4 @@
-"""A rotating stack, checked and standardised: bad frames dropped, bad pixels masked, in units of its own noise."""
+"""Validation and standardisation of a rotating stack: bad frames are dropped, bad pixels masked, intensities scaled."""
 
 from dataclasses import dataclass, field
 
@@ -11,27 +11,27 @@ from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.psf import Psf, prepare_psf
 from pulmo_jax.types import InputError
 
-BAD_FRAME_SHARE = 0.5  # of bad pixels above which a frame is dropped; pixels that are bad in every frame do not count
-PILE_UP = 10  # the largest value is saturation if it occurs as many times, and as many times as often as the next one
-SAFE_RANGE = (1e-15, 1e15)  # of values whose squares float32 represents
-STILL_DEG = 1e-6  # rotation below which the field stands still
+BAD_FRAME_SHARE = 0.5  # fraction of bad pixels above which a frame is dropped, without pixels bad in every frame
+PILE_UP = 10  # saturation: the maximum occurs at least 10 times, and at least 10 times as often as the next value
+SAFE_RANGE = (1e-15, 1e15)  # range of values whose squares float32 represents
+STILL_DEG = 1e-6  # rotation below which the field is considered static
 
 Centre = tuple[float | int, float | int]
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """A rotating stack, ready for PACO.
+    """A validated and standardised rotating stack.
 
     Attributes:
         deviations: Frames minus their temporal mean, in multiples of `unit`; 0 at unusable pixels.
-        angles_deg: Angle by which each frame is rotated, degrees.
+        angles_deg: Rotation angle of each frame, degrees.
         psf: PSF of a source of flux 1.
         centre: Centre of rotation (y, x), px.
-        usable: Pixels that are good in every frame and vary over the frames.
-        kept: Which of the given frames are used.
-        unit: Root mean square of the deviations, in the unit of the given frames.
-        caveats: Limitations that a reader of the results must know.
+        usable: Pixels that are good in every frame and vary over time.
+        kept: Mask of the input frames that are used.
+        unit: Root mean square of the deviations, in the unit of the input frames.
+        caveats: Limitations of the results.
     """
 
     deviations: Float[Array, "T H W"] = field(repr=False)
@@ -56,23 +56,23 @@ def observe(
     psf: Psf | Shaped[np.ndarray, "S1 S2"] | Shaped[Array, "S1 S2"],
     centre: Centre | None = None,
 ) -> Observation:
-    """Checks and standardises a rotating stack.
+    """Validate and standardise a rotating stack.
 
-    Frames that are blank or mostly not finite are dropped. Pixels that are not finite or saturated in any other frame,
-    or that never vary, are left out of every patch. `caveats` lists both. The result has JAX's default precision.
+    Blank, saturated or mostly non-finite frames are dropped. Pixels that are non-finite or saturated in any remaining
+    frame, or constant, are excluded from every patch. `caveats` lists both. The result has JAX's default precision.
 
     Args:
         cube: T >= 2 frames of any numeric type.
-        angles_deg: Angle by which each frame is rotated, degrees.
-        psf: Stamp of a source of flux 1, or a prepared one.
+        angles_deg: Rotation angle of each frame, degrees.
+        psf: Stamp of a source of flux 1, or a prepared `Psf`.
         centre: Centre of rotation (y, x), px; (H // 2, W // 2) by default.
 
     Returns:
         The observation.
 
     Raises:
-        InputError: Shapes that do not fit, fewer than two usable frames, angles that are not finite, no rotation, or no
-            usable pixel.
+        InputError: If shapes or types are invalid, angles are not finite, the centre lies outside the frames, fewer
+            than two frames or no pixels are usable, or the field does not rotate.
     """
     frames, angles = as_numbers(cube, "cube"), as_numbers(angles_deg, "angles")
     if frames.ndim != 3:
@@ -100,7 +100,18 @@ def observe(
 
 
 def as_numbers(values: object, name: str) -> np.ndarray:
-    """Array of real numbers; float16 becomes float32. Raises InputError for anything else."""
+    """Convert values to an array of real numbers; float16 becomes float32.
+
+    Args:
+        values: Array-like of real numbers.
+        name: Name of the values in messages.
+
+    Returns:
+        The array.
+
+    Raises:
+        InputError: If the values are empty or not real numbers.
+    """
     array = np.asarray(values)
     if array.dtype.kind not in "iuf" or array.size == 0:
         raise InputError(f"the {name} {'is' if name == 'cube' else 'are'} of shape {array.shape} and type "
@@ -109,10 +120,17 @@ def as_numbers(values: object, name: str) -> np.ndarray:
 
 
 def changes_over_time(frames: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, float]:
-    """Changes over time that float32 represents without loss, and the factor that they were divided by.
+    """Convert frames to temporal changes that float32 represents without loss of precision.
 
-    The first frame is subtracted from integers and float64 before they are rounded, so that a static background much
-    brighter than the noise costs no digits. Values whose squares exceed float32 are divided by a power of two.
+    For integers and float64 the first frame is subtracted before rounding, so that a static background much brighter
+    than the noise costs no precision. Values whose squares leave the float32 range are scaled by a power of two.
+
+    Args:
+        frames: Frames (T, H, W).
+        usable: Usable pixels (H, W).
+
+    Returns:
+        The changes, and the factor by which they were divided.
     """
     values = frames if usable.all() else frames[:, usable]
     peak = max(abs(float(values.max())), abs(float(values.min())))
@@ -126,7 +144,14 @@ def changes_over_time(frames: np.ndarray, usable: np.ndarray) -> tuple[np.ndarra
 
 
 def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Frames to keep (T,), usable pixels (H, W), and caveats about what is left out."""
+    """Find usable frames and pixels.
+
+    Args:
+        frames: Frames (T, H, W).
+
+    Returns:
+        Masks of the frames to keep (T,) and of the usable pixels (H, W), and caveats about exclusions.
+    """
     caveats = []
     bad = None if np.isfinite(frames.max()) and np.isfinite(frames.min()) else ~np.isfinite(frames)
     saturated = find_saturated(frames, bad)
@@ -161,7 +186,15 @@ def find_usable(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def find_saturated(frames: np.ndarray, bad: np.ndarray | None) -> np.ndarray | None:
-    """Pixels (T, H, W) at which values pile up at the largest one, as in a saturated detector; None if they do not."""
+    """Detect saturation as an excess of pixels at the maximum value.
+
+    Args:
+        frames: Frames (T, H, W).
+        bad: Non-finite pixels (T, H, W), or None if all are finite.
+
+    Returns:
+        Mask of the saturated pixels (T, H, W); None if there is no saturation.
+    """
     finite = frames if bad is None else frames[~bad]
     if finite.size == 0:
         return None
@@ -174,7 +207,20 @@ def find_saturated(frames: np.ndarray, bad: np.ndarray | None) -> np.ndarray | N
 
 
 def check_rotation(angles: np.ndarray, centre: tuple[float, float], shape: tuple[int, int], fwhm: float) -> list[str]:
-    """Caveats about a rotation by less than the PSF's width. Raises InputError if there is none."""
+    """Check the field rotation.
+
+    Args:
+        angles: Rotation angle of each frame, degrees.
+        centre: Centre of rotation (y, x), px.
+        shape: Height and width of the frames, px.
+        fwhm: FWHM of the PSF, px.
+
+    Returns:
+        A caveat if the corners of the field move by less than the FWHM.
+
+    Raises:
+        InputError: If the field does not rotate.
+    """
     arc = rotation_deg(angles)
     if arc < STILL_DEG:
         raise InputError(
@@ -194,9 +240,16 @@ def check_rotation(angles: np.ndarray, centre: tuple[float, float], shape: tuple
 
 @jax.jit
 def standardise(frames: Array, usable: Array) -> tuple[Array, Array]:
-    """Deviations from the temporal mean divided by their root mean square, and that root mean square.
+    """Compute deviations from the temporal mean in units of their root mean square.
 
-    The mean is subtracted twice: what rounding leaves of it the first time would add up along the tracks.
+    The mean is subtracted twice: the rounding error of the first subtraction would accumulate along the tracks.
+
+    Args:
+        frames: Frames (T, H, W).
+        usable: Usable pixels (H, W).
+
+    Returns:
+        The deviations, 0 at unusable pixels, and their root mean square.
     """
     frames = jnp.where(usable, frames, 0)
     deviations = frames - frames.mean(0)
@@ -206,6 +259,6 @@ def standardise(frames: Array, usable: Array) -> tuple[Array, Array]:
 
 
 def listed(numbers: np.ndarray, most: int = 8) -> str:
-    """Text that lists the first numbers."""
+    """Format the first `most` numbers as a list, with the total count if there are more."""
     text = ", ".join(map(str, numbers[:most]))
     return text if len(numbers) <= most else f"{text}, … ({len(numbers)} in all)"
