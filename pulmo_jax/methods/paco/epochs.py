@@ -1,14 +1,14 @@
-"""Maps of several epochs of one star on common ground: splines between pixels, sky coordinates, PACOME's criterion.
+"""Multi-epoch combination for one star: spline interpolation of maps, sky coordinates, and the criterion of PACOME.
 
-Dallant, Langlois, Flasseur, Thiébaut 2023 (A&A 679, A38), "D23". The maps a and b of each epoch are sampled where the
-source was at that date. If its flux is free at every epoch, and never negative, twice the log-likelihood ratio is the
-sum over the epochs of max(b, 0)^2 / a (D23's criterion); if it is constant, max(sum b, 0)^2 / sum a.
+Dallant, Langlois, Flasseur, Thiébaut 2023 (A&A 679, A38), "D23". The maps a and b of each epoch are sampled at the
+position of the source at that date. For a non-negative flux that is free at every epoch, twice the log-likelihood ratio
+is the sum over the epochs of max(b, 0)^2 / a (D23's criterion); for a constant flux it is max(sum b, 0)^2 / sum a.
 
-Between pixels, maps are cubic splines through every pixel. b has the width of the PSF's autocorrelation: for a Gaussian
-of 4.6 px the criterion between pixels is wrong by less than 1e-3 of itself (bilinear interpolation: 0.07). The search
-(`orbit_search`) uses a grid FINE times finer, which loses at most 0.5 % of a criterion; its refinement uses splines.
+Maps are interpolated by cubic splines. b has the width of the PSF's autocorrelation: for a Gaussian PSF of 4.6 px FWHM
+the relative error of the interpolated criterion is below 1e-3 (bilinear interpolation: 0.07). The search
+(`orbit_search`) uses a grid FINE times finer, which loses at most 0.5 % of the criterion; its refinement uses splines.
 
-Precision is that of JAX when `prepare` is called. Orbits need float64: `inference.epochs.combine` enables it.
+The precision is that of JAX when `prepare` is called. Orbits need float64, which `inference.epochs.combine` enables.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ Flux = Literal["free", "constant"]
 
 
 class EpochMap(NamedTuple):
-    """Maps of one epoch and their position on the sky.
+    """Maps of one epoch and their astrometry.
 
     Attributes:
-        a: Likelihood term a; NaN where there is no value.
-        b: Likelihood term b; NaN where there is no value.
+        a: Likelihood term a; NaN where undefined.
+        b: Likelihood term b; NaN where undefined.
         centre: Position (y, x) of the star, px.
         north: Direction of north from the x axis toward y, radians.
         scale: Pixel scale, arcsec/px.
@@ -48,14 +48,14 @@ class EpochMap(NamedTuple):
 
 
 class Epochs(NamedTuple):
-    """Maps of E epochs, padded to one size.
+    """Maps of E epochs, padded to a common size.
 
     Attributes:
         coefficients: Spline coefficients of a and b.
-        fine: a and b on the finer grid; 0 where they are unknown.
-        known: Pixels with a value.
+        fine: a and b on a grid FINE times finer; 0 where undefined.
+        known: Pixels at which a and b are defined.
         centre: Position (y, x) of the star, px.
-        north: Direction of north, radians.
+        north: Direction of north from the x axis toward y, radians.
         scale: Pixel scale, arcsec/px.
         days: Days since the reference date.
     """
@@ -70,13 +70,13 @@ class Epochs(NamedTuple):
 
 
 class Star(NamedTuple):
-    """The star and the limits of the orbits about it.
+    """Host star, and the allowed range of orbits.
 
     Attributes:
         mass: Mass, solar masses.
         parallax_mas: Parallax, milliarcsec.
-        semi_major_axis: Smallest and largest semi-major axis, au.
-        eccentricity: Smallest and largest eccentricity.
+        semi_major_axis: Minimum and maximum semi-major axis, au.
+        eccentricity: Minimum and maximum eccentricity.
     """
 
     mass: float
@@ -86,7 +86,7 @@ class Star(NamedTuple):
 
 
 def prepare(maps: Sequence[EpochMap]) -> Epochs:
-    """Fits splines to the maps; unknown pixels take the nearest value, so that they do not spread."""
+    """Fit splines to the maps of all epochs; undefined pixels take the nearest value, so that NaNs do not spread."""
     side = [max(3, *(epoch.a.shape[axis] for epoch in maps)) for axis in (0, 1)]
     padded = [np.stack([_pad(epoch.a, side), _pad(epoch.b, side)]) for epoch in maps]
     known = np.stack([np.isfinite(ab).all(0) & (ab[0] > 0) for ab in padded])
@@ -105,7 +105,7 @@ def _interpolate(
     columns: Float[Array, "fineW W"],
     known: Bool[Array, "E fineH fineW"],
 ) -> tuple[Float[Array, "E 2 H W"], Float[Array, "E fineH fineW 2"]]:
-    """Spline coefficients, and their values on the finer grid."""
+    """Compute spline coefficients, and their values on the finer grid."""
     coefficients = spline.coefficients(maps)
     fine = jnp.moveaxis(rows @ coefficients @ columns.T, 1, -1)
     return coefficients, jnp.where(known[..., None], fine, 0)
@@ -123,7 +123,7 @@ def _fill(maps: Float[np.ndarray, "2 H W"], known: Bool[np.ndarray, "H W"]) -> F
 
 
 def _finer(n: int) -> Float[np.ndarray, "fine n"]:
-    """Matrix from n spline coefficients to values every 1 / FINE of a pixel."""
+    """Compute the matrix from n spline coefficients to values with a spacing of 1 / FINE px."""
     place = np.arange((n - 1) * FINE + 1) / FINE
     whole = np.minimum(place.astype(int), n - 1)
     matrix = np.zeros((len(place), n))
@@ -137,7 +137,7 @@ def _mirrored(index: Int[np.ndarray, "..."] | Int[Array, "..."], n: int) -> Int[
 
 
 def _finer_known(known: Bool[np.ndarray, "E H W"]) -> Bool[np.ndarray, "E fineH fineW"]:
-    """Whether all pixels around a position are known."""
+    """Mask the positions of the finer grid whose surrounding pixels are all defined."""
     for axis in (1, 2):
         place = np.arange((known.shape[axis] - 1) * FINE + 1)
         known = np.take(known, place // FINE, axis) & np.take(known, -(-place // FINE), axis)
@@ -145,15 +145,15 @@ def _finer_known(known: Bool[np.ndarray, "E H W"]) -> Bool[np.ndarray, "E fineH 
 
 
 def pixel(epochs: Epochs, north: Float[Array, "E"], sky: Float[Array, "*batch E 2"]) -> Float[Array, "*batch E 2"]:
-    """Position (y, x) in each epoch's map, px.
+    """Convert sky offsets to positions in each epoch's map.
 
     Args:
         epochs: The maps.
-        north: Direction of north in each, radians.
+        north: Direction of north in each map, radians.
         sky: Offsets (north, east) from the star at each epoch, arcsec.
 
     Returns:
-        The positions.
+        The positions (y, x), px.
     """
     sin, cos = jnp.sin(north), jnp.cos(north)
     up, left = sky[..., 0] / epochs.scale, sky[..., 1] / epochs.scale
@@ -161,7 +161,16 @@ def pixel(epochs: Epochs, north: Float[Array, "E"], sky: Float[Array, "*batch E 
 
 
 def nearest(epochs: Epochs, north: Float[Array, "E"], sky: Float[Array, "*batch E 2"]) -> Int[Array, "*batch E"]:
-    """Flat index of the nearest point of each epoch's finer grid; the number of points for positions outside."""
+    """Find the nearest point of each epoch's finer grid.
+
+    Args:
+        epochs: The maps.
+        north: Direction of north in each map, radians.
+        sky: Offsets (north, east) from the star at each epoch, arcsec.
+
+    Returns:
+        Flat indices of the points; the number of points for positions outside the map.
+    """
     _, height, width, _ = epochs.fine.shape
     place = jnp.floor(pixel(epochs, north, sky) * FINE + 0.5).astype(jnp.int32)
     y, x = place[..., 0], place[..., 1]
@@ -170,18 +179,34 @@ def nearest(epochs: Epochs, north: Float[Array, "E"], sky: Float[Array, "*batch 
 
 
 def look_up(epochs: Epochs, sky: Float[Array, "*batch E 2"]) -> Float[Array, "*batch E 2"]:
-    """a and b at the nearest points of the finer grid; 0 where they are unknown."""
+    """Look up a and b at the nearest points of the finer grid; 0 where undefined.
+
+    Args:
+        epochs: The maps.
+        sky: Offsets (north, east) from the star at each epoch, arcsec.
+
+    Returns:
+        a and b at each epoch.
+    """
     return cells_of(epochs.fine)[jnp.arange(len(epochs.north)), nearest(epochs, epochs.north, sky)]
 
 
 def cells_of(fine: Float[Array, "E fineH fineW K"]) -> Float[Array, "E cells K"]:
-    """The finer grid, flattened, with a last cell of 0 for positions outside."""
+    """Flatten the finer grid and append a cell of 0 for positions outside the map."""
     return jnp.pad(fine.reshape(len(fine), -1, fine.shape[-1]), [(0, 0), (0, 1), (0, 0)])
 
 
 @jax.jit
 def turned(epochs: Epochs, angles: Float[Array, "E"]) -> Epochs:
-    """Rotates the sky of each epoch about the star by an angle of its own, radians."""
+    """Rotate the sky of each epoch about the star; spline coefficients are left unchanged.
+
+    Args:
+        epochs: The maps.
+        angles: Rotation angle of each epoch, radians.
+
+    Returns:
+        The epochs with a rotated finer grid and a rotated direction of north.
+    """
     _, height, width, _ = epochs.fine.shape
     grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1) / FINE
     up, along = jnp.moveaxis(grid[:, :, None] - epochs.centre, -1, 0)
@@ -194,7 +219,7 @@ def turned(epochs: Epochs, angles: Float[Array, "E"]) -> Epochs:
 
 
 def sample(epochs: Epochs, sky: Float[Array, "E 2"]) -> Float[Array, "E 2"]:
-    """a and b on the splines; 0 where a pixel around is unknown. Differentiable in the position.
+    """Evaluate the splines of a and b; 0 where a surrounding pixel is undefined. Differentiable in the position.
 
     Args:
         epochs: The maps.
@@ -224,11 +249,11 @@ def _sample_one(
 
 
 def criterion(terms: Float[Array, "*batch E 2"], flux: Flux = "free") -> Float[Array, "*batch"]:
-    """Twice the log-likelihood ratio of a source to none (D23).
+    """Compute twice the log-likelihood ratio between presence and absence of a source (D23).
 
     Args:
-        terms: a and b at each epoch; epochs with a = 0 do not count.
-        flux: Whether the flux is free at every epoch, or constant.
+        terms: a and b at each epoch; epochs with a = 0 are ignored.
+        flux: "free": independent flux at every epoch; "constant": common flux.
 
     Returns:
         The criterion.

@@ -1,7 +1,7 @@
-"""The fast map (F18, Algorithm 2): filter with the centred PSF, interpolate along the tracks.
+"""The fast map (F18, Algorithm 2): filtering with the centred PSF, and interpolation along the tracks.
 
-One filter at each location gives a map of b in every frame and a single map of a; along the tracks both are
-interpolated by cubic splines. (Linear interpolation would lose a tenth of the SNR, Keys' cubic convolution a fiftieth.)
+One filter per location gives a map of b in every frame and a single map of a; both are interpolated along the tracks by
+cubic splines. (Linear interpolation would lose a tenth of the SNR, Keys' cubic convolution a fiftieth.)
 """
 
 from functools import partial
@@ -19,14 +19,14 @@ from pulmo_jax.methods.paco.background import Background, Offsets, Program, Temp
 
 
 class Field(NamedTuple):
-    """Rectangle of h x w pixels in which whole patches fit.
+    """Rectangle of h x w pixels whose patches lie within the frame; its locations are the pixels that carry a patch.
 
     Attributes:
-        top: First row.
-        left: First column.
-        nearest: Flat index, within the rectangle, of the location nearest to each pixel; a location's own index.
-        between: Whether the pixel and those to the right, below and diagonally below are locations, so that splines
-            interpolate between them.
+        top: First row in the frame, px.
+        left: First column in the frame, px.
+        nearest: Flat index, within the rectangle, of the location nearest to each pixel.
+        between: Whether the pixel and its neighbours to the right, below and diagonally below are all locations, so
+            that splines interpolate between them.
     """
 
     top: int
@@ -36,7 +36,15 @@ class Field(NamedTuple):
 
     @classmethod
     def of(cls, whole: Bool[np.ndarray, "H W"], offsets: Int[np.ndarray, "P 2"]) -> "Field":
-        """The field of a footprint; whole: pixels on which a patch can be centred."""
+        """Construct the field of a patch footprint.
+
+        Args:
+            whole: Pixels on which a patch can be centred.
+            offsets: Footprint of a patch (dy, dx), px.
+
+        Returns:
+            The field.
+        """
         (top, left), (bottom, right) = -offsets.min(0), offsets.max(0)
         inner = whole[top : len(whole) - bottom, left : whole.shape[1] - right]
         row, column = distance_transform_edt(~inner, return_distances=False, return_indices=True)  # pyright: ignore
@@ -45,7 +53,15 @@ class Field(NamedTuple):
         return cls(int(top), int(left), row * inner.shape[1] + column, between)
 
     def locations(self, width: int, multiple: int) -> Int[np.ndarray, "N"]:
-        """Flat indices in the frame of the rectangle's pixels; the last one is repeated up to a multiple."""
+        """Return the flat frame indices of the rectangle's pixels, padded to a multiple by repeating the last one.
+
+        Args:
+            width: Width of the frames, px.
+            multiple: Divisor of the number of indices.
+
+        Returns:
+            The indices.
+        """
         rows, columns = self.nearest.shape
         index = (np.arange(rows)[:, None] + self.top) * width + np.arange(columns) + self.left
         return np.pad(index.ravel(), (0, -index.size % multiple), mode="edge").astype(np.int32)
@@ -59,11 +75,22 @@ def filter_field(
     chunks: Int[Array, "C N"],
     program: Program,
 ) -> tuple[Array, Array]:
-    """Filters (P, locations), and a with the covariance's state (5, locations); chunks are spread over the devices."""
+    """Compute the matched filters of all locations; chunks are distributed over the devices.
+
+    Args:
+        deviations: Frames minus their temporal mean.
+        background: Noise of the stack.
+        template: PSF on a patch.
+        chunks: Flat indices of the locations, in C chunks of N.
+        program: Static settings.
+
+    Returns:
+        Filters (P, C N), and a with the state of the covariance (5, C N; see `background.Filters`).
+    """
 
     def one_by_one(chunks: Array) -> tuple[Array, Array]:
         def of_chunk(locations: Array) -> tuple[Array, Array]:
-            around = patches.extract(deviations, locations, program.flat_offsets)  # not computed where not needed
+            around = patches.extract(deviations, locations, program.flat_offsets)  # XLA removes it if unused
             weights, gram, state = filters_at(locations, around, background, template, program)
             return weights[..., 0].T, jnp.concatenate([gram[:, 0], state], axis=1).T
 
@@ -92,26 +119,26 @@ def add_frames(
     corner: tuple[int, int],
     n_batch: int,
 ) -> Float[Array, "3 pixels"]:
-    """Adds a, b and the number of usable frames of a batch of frames to the sums.
+    """Add a, b and the number of usable frames of a batch of frames to the sums.
 
-    The last batch starts early, to have full size, and skips the frames of the batch before it.
+    The last batch starts early to have full size, and skips frames that are already summed.
 
     Args:
-        sums: a, b and number of frames so far.
+        sums: a, b and number of frames of the previous batches.
         first: First frame of the batch.
         deviations: Frames minus their temporal mean.
-        weights: Filters of every location.
-        a_map: Map of a.
-        between: Where splines interpolate between locations.
-        nearest: Nearest location to each pixel.
-        angles_deg: Angle of each frame, degrees.
+        weights: Matched filter of every pixel of the field.
+        a_map: Map of a per frame.
+        between: Pixels of `Field.between`, at which splines interpolate between locations.
+        nearest: Nearest location to each pixel (`Field.nearest`).
+        angles_deg: Rotation angle of each frame, degrees.
         centre: Centre of rotation (y, x), px.
         program: Static settings.
-        corner: First pixel (y, x) of the field.
-        n_batch: Number of frames of a batch.
+        corner: First pixel (y, x) of the field, px.
+        n_batch: Number of frames per batch.
 
     Returns:
-        The new sums.
+        The updated sums.
     """
     start = jnp.minimum(first, len(deviations) - n_batch)
     batch = jax.lax.dynamic_slice_in_dim(deviations, start, n_batch)
@@ -132,7 +159,17 @@ def add_frames(
 def lay(
     weights: Float[Array, "P h w"], frames: Float[Array, "T H W"], offsets: Offsets, corner: tuple[int, int]
 ) -> Float[Array, "T h w"]:
-    """Applies every location's filter to its patch, in every frame."""
+    """Apply the filter of every location to its patch in every frame.
+
+    Args:
+        weights: Matched filter of every pixel of the field.
+        frames: Frames minus their temporal mean.
+        offsets: Footprint of a patch (dy, dx), px.
+        corner: First pixel (y, x) of the field, px.
+
+    Returns:
+        Maps of b.
+    """
     height, width = weights.shape[1:]
     total = jnp.zeros((), frames.dtype)
     for weight, (dy, dx) in zip(weights, offsets, strict=True):
@@ -142,9 +179,16 @@ def lay(
 
 
 def splines(image: Float[Array, "h w"], nearest: Int[Array, "h w"]) -> Float[Array, "h+3 w+3"]:
-    """Spline coefficients, extended by one on the low sides and two on the high ones.
+    """Compute spline coefficients, padded by 1 px at the low edges and 2 px at the high edges.
 
-    Pixels without a location take the value of the nearest one, so that the splines do not ring there.
+    Pixels that are not locations take the value of the nearest location, which avoids ringing of the splines.
+
+    Args:
+        image: Map on the field.
+        nearest: Nearest location to each pixel (`Field.nearest`).
+
+    Returns:
+        The coefficients.
     """
     filled = image.reshape(-1).at[nearest].get(mode="promise_in_bounds")
     return jnp.pad(spline.coefficients(filled), (1, 2), mode="reflect")
@@ -157,17 +201,17 @@ def interpolate(
     between: Bool[Array, "h w"],
     tie_px: float,
 ) -> tuple[Array, Array, Array]:
-    """Evaluates two splines at positions in the field.
+    """Evaluate two splines at positions in the field.
 
     Args:
-        coefficients: Coefficients of both.
-        y: Rows, px.
-        x: Columns, px.
-        between: Where splines interpolate between locations.
-        tie_px: Tolerance within which a position counts as a whole pixel.
+        coefficients: Padded coefficients of both (see `splines`).
+        y: Rows, px of the field.
+        x: Columns, px of the field.
+        between: Pixels at which splines interpolate between locations.
+        tie_px: Tolerance for rounding a position to a pixel, px.
 
     Returns:
-        Both values, and whether the position lies between locations.
+        Both values, and whether they are interpolated between locations.
     """
     height, width = between.shape
     row, column = jnp.floor(y + tie_px), jnp.floor(x + tie_px)

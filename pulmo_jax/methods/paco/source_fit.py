@@ -1,4 +1,4 @@
-"""Position and unbiased flux of a source in one channel (F18, Algorithm 3 and Sect. 3.3)."""
+"""Fit of position and unbiased flux of a source in one channel (F18, Algorithm 3 and Sect. 3.3)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,10 +15,10 @@ from pulmo_jax.methods.paco.stack import Patch, Stack
 from pulmo_jax.methods.paco.tracks import Noise, Trail, learn, own_patches, template, trail_of
 
 MAX_ITERATIONS = 60
-FLUX_TOLERANCE = 1e-3  # relative to the standard deviation of the flux
+FLUX_TOLERANCE = 1e-3  # in units of the standard deviation of the flux
 PLACE_TOLERANCE_PX = 1e-3
-LARGEST_STEP_PX = 0.25  # of the position in one iteration
-LARGEST_SLOPE = 0.95  # largest slope of Algorithm 3's iteration that the secant trusts
+LARGEST_STEP_PX = 0.25  # maximum change of a coordinate per iteration
+LARGEST_SLOPE = 0.95  # upper bound on the slope in the secant step
 RIDGE = 1e-6  # added to the normalised Fisher matrix before it is factorised
 
 
@@ -28,11 +28,11 @@ class Fit(NamedTuple):
     Attributes:
         y: Row, px.
         x: Column, px.
-        flux: Flux in units of the stack's deviations; NaN where no frame has a patch on the track.
-        covariance: Covariance of (y, x, flux), the inverse of the Fisher information.
+        flux: Flux in units of the stack's deviations; NaN if no frame has a patch on the track.
+        covariance: Covariance of (y, x, flux), the inverse of the Fisher information; units px and flux.
         a: Likelihood term a at the last iteration.
         b: Likelihood term b at the last iteration.
-        iterations: Number of iterations; MAX_ITERATIONS where they did not converge.
+        iterations: Number of iterations; MAX_ITERATIONS without convergence.
     """
 
     y: Float[Array, "*N"]
@@ -45,12 +45,12 @@ class Fit(NamedTuple):
 
 
 class Whitened(NamedTuple):
-    """A source of flux 1 and the data in units of the noise, on every pixel of the trail.
+    """Whitened model of a source of flux 1 and whitened data, on every pixel of the trail.
 
     Attributes:
-        source: The source.
-        slopes: Its derivatives with respect to the position (y, x), 1/px.
-        data: The data minus the mean of the noise.
+        source: Whitened source of flux 1.
+        slopes: Derivatives of the source with respect to the position (y, x), 1/px.
+        data: Whitened data minus the mean of the noise.
     """
 
     source: Float[Array, "T P"]
@@ -60,9 +60,9 @@ class Whitened(NamedTuple):
 
 class _State(NamedTuple):
     place: Array
-    flux: Array  # removed before the noise is learnt
-    answer: Array  # the flux b / a that follows
-    before: tuple[Array, Array]  # flux and answer of the iteration before
+    flux: Array  # flux subtracted before the noise is learnt
+    answer: Array  # resulting estimate b / a
+    before: tuple[Array, Array]  # flux and answer of the previous iteration
     covariance: Array
     a: Array
     b: Array
@@ -72,15 +72,15 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnames=("patch",))
 def characterise(stack: Stack, places: Float[Array, "N 2"], patch: Patch, move: bool | Bool[Array, ""] = True) -> Fit:
-    """Fits position and unbiased flux of the sources nearest to N positions, each by itself.
+    """Fit position and unbiased flux of the sources nearest to N positions, independently of each other.
 
-    Each iteration learns the noise from the stack without the source as fitted so far, takes the flux b / a in the
-    stack as it is, and moves the position along the gradient of the likelihood, by Fisher scoring. A secant finds the
-    fixed point of the flux, in a tenth of the iterations of the paper's recursion.
+    Each iteration learns the noise from the stack minus the current source model, estimates the flux b / a in the
+    original stack, and updates the position by Fisher scoring. The secant method finds the fixed point of the flux in a
+    tenth of the iterations of the paper's recursion.
 
     Args:
         stack: Arrays of the observation.
-        places: First positions (y, x) in the derotated map, px.
+        places: Initial positions (y, x) in the derotated map, px.
         patch: Static settings.
         move: Whether the positions are fitted too.
 
@@ -98,12 +98,12 @@ def characterise(stack: Stack, places: Float[Array, "N 2"], patch: Patch, move: 
 def characterise_channels(
     stacks: Sequence[Stack], patches: tuple[Patch, ...], places: Float[Array, "L N 2"], move: bool
 ) -> Fit:
-    """`characterise` in every channel, in one program.
+    """Run `characterise` in every channel, in one program.
 
     Args:
         stacks: Arrays of each of the L channels.
         patches: Static settings of each channel.
-        places: First positions (y, x) in each channel's derotated map, px.
+        places: Initial positions (y, x) in each channel's derotated map, px.
         move: Whether the positions are fitted too.
 
     Returns:
@@ -115,7 +115,7 @@ def characterise_channels(
 
 
 def characterise_all(stack: Stack, patch: Patch, places: Float[Array, "N 2"], move: bool | Bool[Array, ""]) -> Fit:
-    """`characterise` without its own compilation."""
+    """Uncompiled body of `characterise`, for use in larger programs."""
     return map_sources(
         lambda patch, place: characterise_one(stack, place, patch, move), stack.deviations, patch, places
     )
@@ -127,7 +127,17 @@ def characterise_one(
     patch: Patch,
     move: bool | Bool[Array, ""],
 ) -> Fit:
-    """Fits one source (see `characterise`)."""
+    """Fit one source (see `characterise`).
+
+    Args:
+        stack: Arrays of the observation.
+        start: Initial position (y, x) in the derotated map, px; the fit stays within 1 px of it.
+        patch: Static settings.
+        move: Whether the position is fitted too.
+
+    Returns:
+        The fit.
+    """
     dtype = stack.deviations.dtype
     trail = trail_of(stack, start, patch)
     data, usable = own_patches(stack, trail, patch)
@@ -154,7 +164,7 @@ def characterise_one(
     )  # fmt: skip
 
     def goes_on(state: _State) -> Array:
-        lost = jnp.isnan(state.flux)  # further iterations cannot mend it, and would hold up the rest of the batch
+        lost = jnp.isnan(state.flux)  # further iterations cannot recover and would delay the rest of the batch
         return ~state.settled & ~lost & (state.iteration < MAX_ITERATIONS)
 
     end = jax.lax.while_loop(goes_on, step, start_state)
@@ -171,7 +181,20 @@ def whiten_source(
     usable: Bool[Array, "T P"],
     patch: Patch,
 ) -> Whitened:
-    """Whitens a source at `place`, its derivatives and the data by the noise; pixels that do not count are 0."""
+    """Whiten a source, its derivatives and the data by the noise.
+
+    Args:
+        stack: Arrays of the observation.
+        trail: Patches along the track.
+        place: Position (y, x) of the source in the derotated map, px.
+        noise: Noise along the trail.
+        data: Deviations of each frame in its patch.
+        usable: Pixels that are used; the source, its derivatives and the data are set to 0 elsewhere.
+        patch: Static settings.
+
+    Returns:
+        The whitened source, derivatives and data.
+    """
 
     def source(place: Array) -> Array:
         return jnp.where(usable, template(stack, trail, place, patch), 0)
@@ -183,14 +206,22 @@ def whiten_source(
 
 
 def place_score(seen: Whitened, flux: Float[Array, ""]) -> Float[Array, "2"]:
-    """Gradient of the log-likelihood -|data - flux source|^2 / 2 with respect to the position, 1/px."""
+    """Compute the gradient of the log-likelihood -|data - flux source|^2 / 2 with respect to the position, 1/px."""
     return flux * jnp.einsum("tpi,tp->i", seen.slopes, seen.data - flux * seen.source)
 
 
 def source_covariance(seen: Whitened, flux: Float[Array, ""]) -> Float[Array, "3 3"]:
-    """Covariance of (y, x, flux): the inverse of the Fisher information.
+    """Compute the covariance of (y, x, flux), the inverse of the Fisher information.
 
-    In units of each parameter's own error the matrix is well conditioned, whatever the unit of the flux.
+    Parameters are normalised to unit Fisher information before inversion, which makes the conditioning independent of
+    the unit of the flux.
+
+    Args:
+        seen: Whitened source and derivatives.
+        flux: Flux of the source, in units of the deviations.
+
+    Returns:
+        The covariance; units px and flux.
     """
     design = jnp.concatenate([flux * seen.slopes, seen.source[..., None]], -1).reshape(-1, 3)
     unit = 1 / jnp.sqrt((design**2).sum(0))
@@ -202,16 +233,16 @@ def source_covariance(seen: Whitened, flux: Float[Array, ""]) -> Float[Array, "3
 def secant(
     flux: Float[Array, ""], answer: Float[Array, ""], flux_before: Float[Array, ""], answer_before: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Flux that would equal its own answer, on the line through the last two iterations.
+    """Compute the fixed point of the line through the last two iterations of the flux.
 
     Args:
-        flux: Flux that was removed in this iteration.
-        answer: Flux b / a that followed.
-        flux_before: The same of the iteration before.
-        answer_before: The same of the iteration before.
+        flux: Flux subtracted in this iteration.
+        answer: Resulting estimate b / a.
+        flux_before: Flux subtracted in the previous iteration.
+        answer_before: Resulting estimate of the previous iteration.
 
     Returns:
-        The next flux; the line's slope is limited to LARGEST_SLOPE, and a falling line is ignored.
+        The next flux; the slope of the line is limited to [0, LARGEST_SLOPE].
     """
     run = flux - flux_before
     slope = jnp.where(run != 0, (answer - answer_before) / jnp.where(run != 0, run, 1), 0)

@@ -1,17 +1,16 @@
-"""Channels combined: flux and SNR of a source with a given spectrum, in noise that is correlated between channels.
+"""Spectral combination: flux and SNR of a source with a given spectrum, in noise correlated between channels.
 
 Flasseur, Denis, Thiébaut, Langlois 2020 (A&A 637, A9), "F20". Each channel l gives the likelihood terms a_l and b_l of
-a source at a position. In units of their own noise, s_l = b_l / sqrt(a_l), the channels have unit variance and the
-spectral correlation R; a source of flux f and spectrum g adds f u_l, u_l = sqrt(a_l) g_l. So, by generalised least
-squares,
+a source at a position. The normalised values s_l = b_l / sqrt(a_l) have unit variance and the spectral correlation R; a
+source of flux f and spectrum g adds f u_l, u_l = sqrt(a_l) g_l. Generalised least squares gives
 
     a = u' R^-1 u,   b = u' R^-1 s,   flux = b / a,   SNR = b / sqrt(a),
 
-computed from whitened values L^-1 u and L^-1 s with R = L L' (Cholesky). With one channel that is a_1 and b_1.
+computed from whitened values L^-1 u and L^-1 s with R = L L' (Cholesky). With one channel this reduces to a_1 and b_1.
 
-R depends on the separation r: speckles move outward with the wavelength, so two channels see the same speckle at a
-position only where r |lambda - lambda'| / lambda is less than its width. A single R for the whole field would treat
-channels close to the star as more independent than they are, and overstate the SNR there. So R is measured in annuli.
+R depends on the separation r: speckles move outward with the wavelength, so a speckle correlates two channels at a
+position only where r |lambda - lambda'| / lambda is less than its width. A single R for the whole field would
+underestimate the correlation close to the star and overestimate the SNR there. R is therefore measured in annuli.
 """
 
 from collections.abc import Sequence
@@ -28,23 +27,23 @@ from pulmo_jax.core import covariance
 from pulmo_jax.methods.paco.maps import LikelihoodMaps
 from pulmo_jax.types import InputError
 
-CLIP = 3.0  # robust standard deviations at which the first estimate of R clips
-KEPT_SHARE = 0.975  # share of normal values, by Mahalanobis distance, that later estimates keep
-ROUNDS = 3  # later estimates
-TIE = 1e-9  # difference in SNR that counts: with a single channel left all spectra are equal, and the first one wins
-MIN_INDEPENDENT = 50  # independent values of an annulus
-PER_CHANNEL = 5  # and at least as many for every channel
+CLIP = 3.0  # clipping threshold of the initial estimate of R, robust standard deviations
+KEPT_SHARE = 0.975  # fraction of normal values, by Mahalanobis distance, that the refined estimates retain
+ROUNDS = 3  # number of refinements
+TIE = 1e-9  # minimum difference in SNR: with a single remaining channel all spectra tie, and the first one is chosen
+MIN_INDEPENDENT = 50  # minimum number of independent values per annulus
+PER_CHANNEL = 5  # minimum number of independent values per annulus and channel
 MAD_TO_STD = 1.4826
-LEAST_SHRINKAGE = 1e-3  # without it, channels that are copies of each other would have a singular R
+LEAST_SHRINKAGE = 1e-3  # keeps R positive definite for identical channels
 
 
 class Combination(NamedTuple):
-    """How channels are combined.
+    """Noise correlation and candidate spectra for the combination of channels.
 
     Attributes:
-        separation_px: Separations at which R is known, px.
-        correlation: R there, positive definite; linear between them, constant beyond.
-        spectra: M spectra that are tried, each of mean 1.
+        separation_px: Separations from the star at which R is known, px.
+        correlation: R at these separations, positive definite; interpolated linearly, constant outside their range.
+        spectra: M candidate spectra, each of mean 1.
     """
 
     separation_px: Float[np.ndarray, "K"]
@@ -52,29 +51,29 @@ class Combination(NamedTuple):
     spectra: Float[np.ndarray, "M L"]
 
     def at(self, separation_px: float) -> Float[np.ndarray, "L L"]:
-        """R at a separation, interpolated; a mean of positive definite matrices is positive definite."""
+        """Interpolate R at a separation, px; a weighted mean of positive definite matrices is positive definite."""
         place = np.interp(separation_px, self.separation_px, np.arange(len(self.separation_px)))
         low = int(place)
         high, share = min(low + 1, len(self.correlation) - 1), place - low
         return (1 - share) * self.correlation[low] + share * self.correlation[high]
 
     def only(self, template: int) -> "Combination":
-        """The same with a single spectrum."""
+        """Return a copy with the spectrum of index `template` only."""
         return self._replace(spectra=self.spectra[template : template + 1])
 
 
 def independent(spectra: Float[np.ndarray, "M L"]) -> Combination:
-    """Combination of channels with independent noise."""
+    """Return the combination of channels with independent noise (R = I)."""
     return Combination(np.zeros(1), np.eye(spectra.shape[1])[None], spectra)
 
 
 class Combined(NamedTuple):
-    """Likelihood terms of the channels together.
+    """Likelihood terms of the combined channels.
 
     Attributes:
         a: Term a of the spectrum with the highest SNR; NaN where no channel has a value.
         b: Term b of that spectrum; NaN where no channel has a value.
-        template: Number of that spectrum; -1 where no channel has a value.
+        template: Index of that spectrum; -1 where no channel has a value.
     """
 
     a: Float[np.ndarray, "*shape"]
@@ -83,17 +82,17 @@ class Combined(NamedTuple):
 
 
 def as_spectra(values: Float[np.ndarray, "M L"] | None, n_channels: int) -> Float[np.ndarray, "M L"]:
-    """Scales spectra to a mean of 1, so that a source's flux is its mean over the channels.
+    """Normalise spectra to a mean of 1, so that a source's flux is its mean over the channels.
 
     Args:
-        values: M spectra; None for a flat one.
+        values: M spectra, in any unit; None for a flat one.
         n_channels: Number of channels L.
 
     Returns:
         The spectra.
 
     Raises:
-        InputError: A spectrum has another length, negative values, values that are not finite, or is 0 everywhere.
+        InputError: If a spectrum has a wrong length, negative or non-finite values, or is 0 everywhere.
     """
     if values is None:
         return np.ones((1, n_channels))
@@ -116,25 +115,25 @@ def combine(
     separation_px: Float[np.ndarray, "*shape"],
     using: Combination,
 ) -> Combined:
-    """Combines channels at every position (F20), with R at its separation rounded to pixels.
+    """Combine channels at every position (F20), with R at its separation rounded to pixels.
 
-    A channel is left out where it is NaN or its a is not positive; the others are combined by their part of R.
+    A channel is excluded where its a is NaN or not positive; the others are combined by their submatrix of R.
 
     Args:
         a: Term a of each channel.
         b: Term b of each channel.
         separation_px: Separation from the centre, px.
-        using: How the channels are combined.
+        using: Noise correlation and candidate spectra.
 
     Returns:
-        The terms of all channels together.
+        The combined terms.
     """
     shape, n = a.shape[1:], int(np.prod(a.shape[1:]))
     flat_a, flat_b = (values.reshape(len(values), n) for values in (a, b))
     ring = np.round(separation_px).reshape(1, n)
     kinds, which = np.unique(
         np.concatenate([ring, np.isfinite(flat_a) & (flat_a > 0)]), axis=1, return_inverse=True
-    )  # positions with the same R and the same channels
+    )  # groups of positions with the same R and the same valid channels
     sums, template = np.full((2, n), np.nan), np.full(n, -1)
     for number, kind in enumerate(kinds.T):
         seen = kind[1:] > 0
@@ -149,23 +148,23 @@ def combine(
 def combine_seen(
     a: Float[np.ndarray, "L N"], b: Float[np.ndarray, "L N"], r: Float[np.ndarray, "L L"], spectra: np.ndarray
 ) -> tuple[Float[np.ndarray, "2 N"], Int[np.ndarray, "N"]]:
-    """Combines channels that all have a value.
+    """Combine channels that all have a value.
 
     Args:
         a: Term a of each channel at N positions.
         b: Term b of each channel.
         r: Correlation R of the channels.
-        spectra: Spectra that are tried.
+        spectra: Candidate spectra (M, L).
 
     Returns:
-        a and b of the spectrum with the highest SNR, and its number.
+        a and b of the spectrum with the highest SNR, and its index; NaN and -1 if all spectra are 0 in these channels.
     """
     lower, root = np.linalg.cholesky(r), np.sqrt(a)
     s = solve_triangular(lower, b / root, lower=True)
     sums, highest, best = np.full((2, a.shape[1]), np.nan), np.full(a.shape[1], -np.inf), np.full(a.shape[1], -1)
     for number, spectrum in enumerate(spectra):
         if not spectrum.any():
-            continue  # it is 0 in all channels that have a value
+            continue  # no signal in the valid channels
         u = solve_triangular(lower, root * spectrum[:, None], lower=True)
         terms = np.stack([(u * u).sum(0), (u * s).sum(0)])
         snr = terms[1] / np.sqrt(terms[0])
@@ -177,16 +176,16 @@ def combine_seen(
 def combine_maps(
     maps: Sequence[LikelihoodMaps], separation_px: Float[np.ndarray, "H W"], using: Combination
 ) -> tuple[LikelihoodMaps, Int[np.ndarray, "H W"]]:
-    """Combines the maps of all channels.
+    """Combine the maps of all channels.
 
     Args:
         maps: Maps of each channel.
         separation_px: Separation of every pixel from the centre, px.
-        using: How the channels are combined.
+        using: Noise correlation and candidate spectra.
 
     Returns:
-        The maps, and the number of the spectrum with the highest SNR at every pixel. n_frames is the sum over the
-        channels, shrinkage their mean; singular holds for any of them; the errors are the largest ones.
+        The combined maps, and the index of the spectrum with the highest SNR at every pixel. `n_frames` is the sum over
+        the channels, `shrinkage` the mean, `singular` the union; `psf_error` and `snr_error` are the maxima.
     """
     a, b, template = combine(np.stack([m.a for m in maps]), np.stack([m.b for m in maps]), separation_px, using)
     rho = np.stack([m.shrinkage for m in maps])
@@ -209,7 +208,7 @@ def combine_maps(
 
 
 def merge_caveats(caveats: Sequence[Sequence[str]]) -> list[str]:
-    """Merges the caveats of channels: each is listed once, with its channels (from 0) unless it holds for all."""
+    """Merge the caveats of channels: each is listed once, with its channel indices unless it applies to all."""
     channels: dict[str, list[int]] = {}
     for number, sentences in enumerate(caveats):
         for sentence in sentences:
@@ -223,17 +222,17 @@ def merge_caveats(caveats: Sequence[Sequence[str]]) -> list[str]:
 def correlation_by_separation(
     snr: Float[np.ndarray, "L N"], separation_px: Float[np.ndarray, "N"], area: float
 ) -> tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K L L"]]:
-    """Measures R in annuli as narrow as possible, from the inside out.
+    """Estimate R in annuli that are as narrow as the required sample size allows.
 
-    An annulus has at least MIN_INDEPENDENT independent values, and PER_CHANNEL for every channel.
+    An annulus has at least MIN_INDEPENDENT independent values, and PER_CHANNEL per channel, unless the field has fewer.
 
     Args:
-        snr: SNR of each channel at N positions without a source.
-        separation_px: Separation of each position, px.
-        area: Number of pixels for each independent value.
+        snr: SNR of each channel at N source-free positions.
+        separation_px: Separation of each position from the centre, px.
+        area: Number of pixels per independent value.
 
     Returns:
-        Mean separation of each of K annuli, and R in it.
+        Mean separation (px) and R of each of K annuli.
     """
     order = np.argsort(separation_px, kind="stable")
     least = max(MIN_INDEPENDENT, PER_CHANNEL * len(snr)) * max(1.0, area)
@@ -243,18 +242,18 @@ def correlation_by_separation(
 
 
 def spectral_correlation(snr: Float[np.ndarray, "L N"], n_independent: float) -> Float[np.ndarray, "L L"]:
-    """Robust estimate of R, positive definite.
+    """Estimate R robustly; the result is positive definite.
 
-    Positions whose Mahalanobis distance only 2.5 % of normal values would exceed do not count, so that remaining
-    sources do not either. This leaves the correlation of normal values unchanged, because the limit is an ellipsoid of
-    R itself. The estimate is shrunk toward the identity by OAS, and by at least LEAST_SHRINKAGE.
+    Positions whose squared Mahalanobis distance exceeds the 97.5 % quantile of normal values are rejected, which
+    excludes residual sources. This leaves the correlation of normal values unchanged, because the rejection limit is an
+    ellipsoid of R itself. The estimate is shrunk toward the identity by OAS, and by at least LEAST_SHRINKAGE.
 
     Args:
         snr: SNR of each channel at N positions.
         n_independent: Number of independent values among them.
 
     Returns:
-        R; the identity for no more positions than channels.
+        R; the identity if there are no more positions than channels.
 
     Reference:
         Chen et al. 2010, IEEE TSP 58, 5016.
@@ -276,7 +275,7 @@ def spectral_correlation(snr: Float[np.ndarray, "L N"], n_independent: float) ->
 
 
 def correlation(z: Float[np.ndarray, "L N"]) -> Float[np.ndarray, "L L"]:
-    """Sample correlation."""
+    """Compute the sample correlation of the rows."""
     deviations = z - z.mean(1, keepdims=True)
     s = deviations @ deviations.T
     unit = 1 / np.sqrt(np.diag(s))
@@ -284,6 +283,6 @@ def correlation(z: Float[np.ndarray, "L N"]) -> Float[np.ndarray, "L L"]:
 
 
 def regularise(r: Float[np.ndarray, "L L"], n: float) -> Float[np.ndarray, "L L"]:
-    """Shrinks a correlation of n independent samples toward the identity."""
+    """Shrink a correlation matrix estimated from n independent samples toward the identity."""
     rho = max(float(covariance.oas_shrinkage(jnp.asarray(r), n)), LEAST_SHRINKAGE)
     return (1 - rho) * r + rho * np.eye(len(r))
