@@ -1,4 +1,4 @@
-"""Noise of every patch: its covariance is learnt from the stack, shrunk and factorised, and gives matched filters."""
+"""Noise model of every patch: covariance estimation, shrinkage and factorisation, and the resulting matched filters."""
 
 from functools import partial
 from typing import NamedTuple
@@ -20,13 +20,13 @@ class Program(NamedTuple):
     Attributes:
         mode: Exact, fast or robust.
         shrinkage: Estimator of the shrinkage factor.
-        rho: The factor, where it is fixed.
+        rho: The shrinkage factor if it is fixed, otherwise None.
         degree: Degree of the PSF's expansion in its shift.
-        offsets: Footprint of a patch, (dy, dx).
+        offsets: Footprint of a patch (dy, dx), px.
         shape: Height and width of the frames, px.
-        chunk: Number of locations worked on at a time.
+        chunk: Number of locations per batch.
         n_devices: Number of devices.
-        weights_error: Tolerance of the frames' weights in robust mode.
+        weights_error: Relative tolerance of the frame weights in robust mode.
     """
 
     mode: Mode
@@ -49,8 +49,8 @@ class Background(NamedTuple):
     """Noise of a stack.
 
     Attributes:
-        products: Mean products of deviations a lag apart, which contain every patch's covariance; in robust mode L = 0,
-            because each patch weights the frames by itself.
+        products: Temporal means of products of deviations at L lags, from which every patch covariance is gathered; in
+            robust mode L = 0, because frame weights differ between patches.
         n: Number of independent frames at every pixel.
     """
 
@@ -59,12 +59,12 @@ class Background(NamedTuple):
 
 
 class Template(NamedTuple):
-    """PSF on a patch as an expansion in its shift (see `core.psf.ShiftExpansion`).
+    """PSF on a patch, expanded in its sub-pixel shift (see `core.psf.ShiftExpansion`).
 
     Attributes:
         terms: Coefficients of the J terms.
         product: Expansion of the products of two terms.
-        neglected: Largest error of each pixel over all shifts.
+        neglected: Maximum truncation error of each pixel over all shifts.
     """
 
     terms: Float[Array, "J P"]
@@ -78,8 +78,8 @@ class Filters(NamedTuple):
     Attributes:
         weights: Filters C^-1 H.
         gram: Gram matrices H' C^-1 H.
-        state: rho; whether C was singular; an upper limit of the squared C^-1 norm of the neglected part of the PSF;
-            and whether the iteration did not converge.
+        state: rho; whether C was singular; an upper bound on the squared C^-1 norm of the truncation error of the PSF;
+            and whether the iteration failed to converge.
     """
 
     weights: Float[Array, "N P J"]
@@ -101,12 +101,12 @@ class Frames(NamedTuple):
 
 @partial(jax.jit, static_argnames=("offsets", "effective"))
 def learn(deviations: Float[Array, "T H W"], offsets: Offsets, effective: bool = False) -> Background:
-    """Learns the noise of a stack.
+    """Learn the noise of a stack.
 
     Args:
         deviations: Frames minus their temporal mean.
-        offsets: Footprint of a patch; () for no products.
-        effective: Whether correlated frames count as the number of independent ones that they are worth.
+        offsets: Footprint of a patch (dy, dx), px; () for no products.
+        effective: Whether n is the effective number of temporally correlated frames instead of T.
 
     Returns:
         The noise.
@@ -128,7 +128,18 @@ def filters_at(
     template: Template,
     program: Program,
 ) -> Filters:
-    """Gathers the covariance of each location, shrinks and factorises it, and solves for the filters."""
+    """Compute matched filters: gather, shrink and factorise the covariance of each location, and solve.
+
+    Args:
+        locations: Flat indices of the locations.
+        deviations: Deviations on the patch of each location.
+        background: Noise of the stack.
+        template: Expansion of the PSF.
+        program: Static settings.
+
+    Returns:
+        The filters.
+    """
     shrinkage = covariance.shrinkage_factor(program.shrinkage, program.rho)
     lags = patches.pixel_lags(np.array(program.offsets))
     s = patches.gather_pairs(background.products, locations, lags, program.flat_offsets)
@@ -145,11 +156,11 @@ def filters_at(
 def filters_of(
     template: Template, variance: Float[Array, "P"], rho: Float[Array, ""], factor: covariance.Factor
 ) -> Filters:
-    """Filters of one location.
+    """Compute the matched filters of one location.
 
     Args:
         template: Expansion of the PSF.
-        variance: Variance of each pixel; 0 for pixels that do not count.
+        variance: Variance of each pixel; 0 for excluded pixels.
         rho: Shrinkage factor.
         factor: Cholesky factor of the covariance.
 
@@ -159,7 +170,7 @@ def filters_of(
     usable = variance > 0
     weights, gram = likelihood.matched_filter(jnp.where(usable, template.terms, 0), factor.lower)
     rho = jnp.where(factor.singular, 1, rho)
-    # C is at least rho diag(S), so this is at least the C^-1 norm of what the expansion neglects of the PSF.
+    # C >= rho diag(S), so this bounds the C^-1 norm of the truncation error from above.
     neglected = jnp.where(usable, template.neglected**2 / jnp.where(usable, variance, 1), 0).sum()
     neglected = jnp.where(neglected > 0, neglected / rho, 0)
     return Filters(weights, gram, jnp.stack([rho, factor.singular.astype(rho.dtype), neglected, jnp.zeros_like(rho)]))
@@ -168,7 +179,17 @@ def filters_of(
 def robust_filters_at(
     deviations: Float[Array, "T N P"], n: Float[Array, "N"], template: Template, program: Program
 ) -> tuple[Filters, Frames]:
-    """Filters of N locations with a weight for every frame; n: independent frames, if all were equally good."""
+    """Compute matched filters of N locations with a weight per frame and location (robust mode).
+
+    Args:
+        deviations: Deviations on the patch of each location.
+        n: Number of independent frames at each location under equal weights.
+        template: Expansion of the PSF.
+        program: Static settings.
+
+    Returns:
+        The filters, and the deviations and weights of the frames.
+    """
     shrinkage = covariance.shrinkage_factor(program.shrinkage, program.rho)
 
     def of_location(deviations: Array, n: Array) -> tuple[Filters, Frames]:

@@ -1,7 +1,7 @@
-"""How many patches, sources and channels are vectorised over: as many as fit into one step's memory.
+"""Batch sizes of patches, sources and channels: as many as fit into the memory of one step.
 
-A step is small on a CPU, where it should stay in the cache, and large on a GPU, which is filled by many patches at a
-time (`plan.step_bytes`).
+A step is small on a CPU, where it should fit into the cache, and large on a GPU, which needs many patches at a time for
+full utilisation (`plan.step_bytes`).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,15 @@ from pulmo_jax.methods.paco.stack import Patch, Stack
 
 
 def patches_at_once(deviations: Float[Array, "T pixels"], patch: Patch) -> int:
-    """Number of patches whose samples and covariances fit into one step."""
+    """Compute the number of patches whose samples and covariances fit into one step.
+
+    Args:
+        deviations: Frames minus their temporal mean.
+        patch: Static settings, with the memory of a step.
+
+    Returns:
+        The number of patches, at least 1.
+    """
     n_frames, n_pixels = len(deviations), len(patch.offsets)
     copies = 2 if patch.weights_error is None else ROBUST_COPIES
     n_bytes = deviations.dtype.itemsize * n_pixels * (copies * n_frames + 4 * n_pixels)
@@ -25,12 +33,12 @@ def patches_at_once(deviations: Float[Array, "T pixels"], patch: Patch) -> int:
 
 
 def map_in_batches(function: Callable[[Any], Any], items: Any, batch_size: int) -> Any:
-    """`jax.lax.map` in batches of equal size: XLA would compile a smaller last batch a second time.
+    """Run `jax.lax.map` in batches of equal size, because XLA would compile a smaller last batch separately.
 
     Args:
         function: Function of one item.
         items: Arrays with a leading axis of N items.
-        batch_size: Number of items that are vectorised over.
+        batch_size: Number of items per vectorised batch.
 
     Returns:
         The results, with a leading axis of N items.
@@ -44,12 +52,12 @@ def map_in_batches(function: Callable[[Any], Any], items: Any, batch_size: int) 
 def map_sources(
     function: Callable[..., Any], deviations: Float[Array, "T pixels"], patch: Patch, *sources: Shaped[Array, "N ..."]
 ) -> Any:
-    """Applies function(patch, *source) to N sources.
+    """Apply function(patch, *source) to N sources.
 
     Args:
         function: Function of the static settings and of one source.
-        deviations: Frames that the sources are looked for in.
-        patch: Static settings; the function is given those of its share of a step.
+        deviations: Frames minus their temporal mean.
+        patch: Static settings; the function receives a copy whose step memory is divided among concurrent sources.
         *sources: Arrays with a leading axis of N sources.
 
     Returns:
@@ -63,15 +71,16 @@ def map_sources(
 def map_channels(
     function: Callable[..., Any], stacks: Sequence[Stack], patches: Sequence[Patch], *arguments: Shaped[Array, "L ..."]
 ) -> list[Any]:
-    """Applies function(stack, patch, *arguments) to every channel; channels of equal shapes are vectorised over.
+    """Apply function(stack, patch, *arguments) to every channel; channels of equal shape are vectorised.
 
-    Shapes differ between channels by the frames that were dropped and by the footprint, a whole number of pixels in
-    radius: a few groups cover the channels of a spectrograph, and each is compiled once.
+    Shapes differ between channels only by the dropped frames and by the footprint, whose radius is a whole number of
+    pixels. A few groups therefore cover the channels of a spectrograph, and each group is compiled once.
 
     Args:
         function: Function of one channel.
         stacks: Arrays of each of L channels.
-        patches: Static settings of each channel; the function is given those of its share of a step.
+        patches: Static settings of each channel; the function receives copies whose step memory is divided among
+            concurrent channels.
         *arguments: Arrays with a leading axis of L channels.
 
     Returns:

@@ -1,11 +1,11 @@
 """The exact map: PSF at its sub-pixel position in every frame, on the patch of the nearest pixel (F18, Algorithm 1).
 
-A PSF shifted by up to half a pixel is a polynomial in the shift (`core.psf`), so each location needs a few filters
-instead of one for every pixel and frame whose track passes it. A rotation maps every ring around the centre onto
-itself, so the field is processed ring by ring: the filters of its locations are applied to all frames, then the tracks
-of its pixels collect the results.
+A PSF shifted by up to half a pixel is expanded as a polynomial in the shift (`core.psf`), so each location needs a few
+filters instead of one per pixel and frame whose track passes it. A rotation maps every ring around the centre onto
+itself, so the field is processed ring by ring: the filters of a ring's locations are applied to all frames, then the
+results are summed along the tracks of its pixels.
 
-The robust map (Flasseur et al. 2020, A&A 634, A2) has in addition a weight for every frame in every patch.
+The robust map (Flasseur et al. 2020, A&A 634, A2) additionally weights every frame in every patch.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ REACH_PX = 0.5 * 2**0.5 + 0.01  # largest distance from a position to its neares
 
 
 class Scene(NamedTuple):
-    """Arrays that every ring is computed from.
+    """Input arrays shared by all rings.
 
     Attributes:
         deviations: Frames minus their temporal mean.
@@ -50,7 +50,7 @@ class Filtered(NamedTuple):
         frames: Each filter applied to every frame, times the frame's weight.
         gram: Gram matrix as a polynomial in the shift.
         state: State of the covariance (see `background.Filters`).
-        weights: Weights of the frames; None where all are 1.
+        weights: Weights of the frames; None for unit weights.
     """
 
     frames: Float[Array, "C T J N"]
@@ -61,9 +61,15 @@ class Filtered(NamedTuple):
 
 @partial(jax.jit, static_argnames=("program",))
 def score_rings(scene: Scene, rings: geometry.Ring, program: Program) -> tuple[Array, Array]:
-    """a, b and the number of frames used at every pixel (R, 3, M), and the state of every location (R, N, 4).
+    """Compute the sums of R rings; each device processes one ring at a time.
 
-    Each device computes one ring at a time.
+    Args:
+        scene: Arrays of the stack.
+        rings: Pixels and locations of the rings.
+        program: Static settings.
+
+    Returns:
+        a, b and the number of frames used at every pixel (R, 3, M), and the state of every location (R, N, 4).
     """
 
     def one_by_one(scene: Scene, rings: geometry.Ring) -> tuple[Array, Array]:
@@ -80,16 +86,16 @@ def score_rings(scene: Scene, rings: geometry.Ring, program: Program) -> tuple[A
 
 
 def score_ring(scene: Scene, ring: geometry.Ring, program: Program) -> tuple[Array, Array]:
-    """Filters all frames at the ring's locations, then collects along the tracks of its pixels."""
+    """Filter all frames at the locations of a ring, then sum along the tracks of its pixels (see `score_rings`)."""
     chunks = ring.locations.reshape(-1, program.chunk)
     filtered = jax.lax.map(partial(filter_frames, scene, program), chunks)
     order = jnp.arange(ring.locations.size, dtype=jnp.int32)
-    slot = jnp.zeros(scene.whole.size, jnp.int32).at[ring.locations].set(order)  # of a pixel in the ring
+    slot = jnp.zeros(scene.whole.size, jnp.int32).at[ring.locations].set(order)  # index of a pixel among the ring's locations
     return collect(scene, filtered, slot, jnp.asarray(ring.pixels), program), filtered.state.reshape(-1, 4)
 
 
 def filter_frames(scene: Scene, program: Program, locations: Int[Array, "N"]) -> Filtered:
-    """Applies the filters of N locations to all frames."""
+    """Apply the filters of N locations to all frames; see `Filtered`, without the leading axis of chunks."""
     deviations = patches.extract(scene.deviations, locations, program.flat_offsets)  # (T, N, P)
     frame_weights = None
     if program.mode == "robust":
@@ -111,12 +117,12 @@ def filter_frames(scene: Scene, program: Program, locations: Int[Array, "N"]) ->
 def collect(
     scene: Scene, filtered: Filtered, slot: Int[Array, "pixels"], pixels: Int[Array, "M"], program: Program
 ) -> Float[Array, "3 M"]:
-    """Sums a and b (F18 eq. 14) along the tracks of M pixels, and counts the frames used.
+    """Sum a and b (F18 eq. 14) along the tracks of M pixels, and count the frames used.
 
     Args:
         scene: Arrays of the stack.
         filtered: Filtered frames at the ring's locations.
-        slot: Position of each pixel among the ring's locations.
+        slot: Index of each pixel among the ring's locations.
         pixels: Flat indices of the pixels.
         program: Static settings.
 
@@ -151,5 +157,5 @@ def collect(
 
 
 def take(values: Shaped[Array, "N"], index: Int[Array, "M"]) -> Shaped[Array, "M"]:
-    """Gathers values at indices that are in bounds."""
+    """Gather values at indices that are guaranteed to be in bounds."""
     return values.at[index].get(mode="promise_in_bounds")

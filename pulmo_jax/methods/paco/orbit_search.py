@@ -1,4 +1,4 @@
-"""Search for the orbit, or the fixed position, with the highest criterion: on a finer grid, then by gradient (D23)."""
+"""Search for the orbit or fixed position that maximises the criterion: on a finer grid, then by gradient (D23)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pulmo_jax.core.kepler import Shape, orbit_through, sky_position
 from pulmo_jax.methods.paco.epochs import Epochs, Flux, Star, cells_of, criterion, nearest, sample
 
-STEPS, STEP_SIZE = 100, 0.07  # of the refinement, in pixels, radians and dimensionless parameters
-OPEN_SHARE = 1e-3  # relative distance from the ends of their ranges at which eccentricity and inclination begin
+STEPS, STEP_SIZE = 100, 0.07  # refinement; step size in pixels, radians and dimensionless parameters
+OPEN_SHARE = 1e-3  # minimum relative distance of the initial eccentricity and inclination from their limits
 
 
 class Found(NamedTuple):
-    """The best track near each of several others.
+    """Refined tracks.
 
     Attributes:
         criterion: Criterion along the track.
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 def track(
     start: Float[Array, "2"], shape: Shape, days: Float[Array, "E"], star: Star | None
 ) -> tuple[Float[Array, "E 2"], Bool[Array, ""]]:
-    """Track of a source on the sky.
+    """Compute the track of a source on the sky.
 
     Args:
         start: Offset (north, east) from the star at the reference date, arcsec.
@@ -54,7 +54,7 @@ def track(
 
 @partial(jax.jit, static_argnames="star")
 def tracks(epochs: Epochs, starts: Float[Array, "N 2"], shapes: Shape, star: Star | None) -> Int[Array, "N M E"]:
-    """Points of the finer grid along the tracks of M shapes through each of N starts.
+    """Compute the points of the finer grid along the tracks of M orbit shapes through each of N starting positions.
 
     Args:
         epochs: The maps.
@@ -63,7 +63,7 @@ def tracks(epochs: Epochs, starts: Float[Array, "N 2"], shapes: Shape, star: Sta
         star: The star; None for fixed positions.
 
     Returns:
-        Indices of `nearest`; outside for orbits whose semi-major axis is beyond the star's limits.
+        Indices of `epochs.nearest`; that of outside positions for orbits beyond the limits of the semi-major axis.
     """
 
     def through(start: Array) -> Array:
@@ -76,18 +76,18 @@ def tracks(epochs: Epochs, starts: Float[Array, "N 2"], shapes: Shape, star: Sta
 
 @partial(jax.jit, static_argnames="flux")
 def search(epochs: Epochs, index: Int[Array, "N M E"], flux: Flux) -> tuple[Float[Array, "N"], Int[Array, "N"]]:
-    """Highest criterion over the shapes through each start.
+    """Maximise the criterion over the orbit shapes through each starting position.
 
     Args:
         epochs: The maps.
-        index: Points along the tracks, from `tracks` of maps on the same pixels.
-        flux: Whether the flux is free at every epoch, or constant.
+        index: Points along the tracks, from `tracks` for maps on the same grid.
+        flux: "free": independent flux at every epoch; "constant": common flux.
 
     Returns:
-        The criterion for each start, and the number of its shape.
+        The criterion of each starting position, and the index of its shape.
     """
     cells, epoch = cells_of(epochs.fine), jnp.arange(index.shape[-1])
-    if flux == "free":  # one number for each point, and no division for each track
+    if flux == "free":  # one value per grid point saves the division per track
         cells = criterion(cells[..., None, :], flux)
 
         def values(at: Array) -> Array:
@@ -105,17 +105,17 @@ def search(epochs: Epochs, index: Int[Array, "N M E"], flux: Flux) -> tuple[Floa
 
 
 def refine(epochs: Epochs, starts: Float[Array, "K 2"], shapes: Shape, star: Star | None, flux: Flux) -> Found:
-    """Highest criterion near each of K tracks, by gradient steps (Adam); the best of all steps is kept.
+    """Maximise the criterion locally from each of K tracks by gradient steps (Adam), keeping the best of all steps.
 
     Args:
         epochs: The maps.
         starts: Offsets (north, east) from the star at the reference date, arcsec.
         shapes: Shape of the orbit through each start.
         star: The star; None for fixed positions.
-        flux: Whether the flux is free at every epoch, or constant.
+        flux: "free": independent flux at every epoch; "constant": common flux.
 
     Returns:
-        The K best tracks.
+        The K refined tracks.
     """
     low, high = (0.0, 1.0) if star is None else star.eccentricity
     unit = epochs.scale[0]
@@ -142,7 +142,15 @@ def refine(epochs: Epochs, starts: Float[Array, "K 2"], shapes: Shape, star: Sta
 
 
 def descend(loss: Callable[[Array], Array], free: Float[Array, "D"]) -> tuple[Float[Array, "D"], Float[Array, ""]]:
-    """Minimises a loss by Adam; returns the best parameters met on the way, and their loss."""
+    """Minimise a loss by Adam.
+
+    Args:
+        loss: Loss of the parameters.
+        free: Initial parameters.
+
+    Returns:
+        The best parameters of all steps, and their loss.
+    """
     optimizer = optax.adam(optax.cosine_decay_schedule(STEP_SIZE, STEPS))
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:

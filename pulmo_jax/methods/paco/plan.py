@@ -1,4 +1,4 @@
-"""Plan of the maps of an observation: footprint of a patch, expansion of the PSF, and size of a step."""
+"""Execution plan of the maps of an observation: footprint of a patch, expansion of the PSF, and step size."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,20 +16,20 @@ from pulmo_jax.methods.paco.observation import Observation
 from pulmo_jax.methods.paco.settings import Settings
 from pulmo_jax.types import InputError
 
-FWHM_TO_RADIUS = 0.9  # where a Gaussian has fallen to a tenth; 4 px, a disc of 49 pixels, for F18's 4.6 px
+FWHM_TO_RADIUS = 0.9  # a Gaussian falls to a tenth; for F18's FWHM of 4.6 px: 4 px, a disc of 49 pixels
 MIN_RADIUS_PX = 1.5
-CACHE_BYTES = 8 * 2**20  # largest step on a CPU: larger ones are slower
-ROBUST_COPIES = 4  # copies of a patch's frames that one robust iteration works on
-MIN_SIDE = 3  # smallest side of the field of locations for which splines are defined, px
+CACHE_BYTES = 8 * 2**20  # maximum step on a CPU; larger ones exceed the cache and are slower
+ROBUST_COPIES = 4  # copies of a patch's frames in memory during a robust iteration
+MIN_SIDE = 3  # minimum side of the field of locations for splines, px
 
 
 class Plan(NamedTuple):
-    """How an observation is processed.
+    """Execution plan of an observation.
 
     Attributes:
         program: Static settings.
         expansion: Expansion of the PSF in its shift.
-        template: The same on the device.
+        template: The expansion on the device.
         whole: Pixels on which a patch can be centred.
         budget: Memory budget, bytes.
     """
@@ -42,7 +42,18 @@ class Plan(NamedTuple):
 
 
 def make_plan(observation: Observation, settings: Settings) -> Plan:
-    """Plans the computation of an observation's maps. Raises InputError if no patch fits into the frames."""
+    """Plan the computation of an observation's maps.
+
+    Args:
+        observation: The observation.
+        settings: Settings of the maps.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: If too few patches fit into the frames, or the PSF is undersampled.
+    """
     offsets = footprint(observation.psf, settings.patch_radius_px)
     whole = patches.whole_patches(observation.usable, offsets, settings.usable_share)
     n_whole, dtype, (height, width) = int(whole.sum()), observation.deviations.dtype, observation.shape
@@ -68,22 +79,22 @@ def make_plan(observation: Observation, settings: Settings) -> Plan:
 
 
 def step_bytes(budget: int) -> int:
-    """Memory that one step may use, bytes: what fits into the cache of a CPU, or a quarter of the budget."""
+    """Compute the working memory of one step from the budget, bytes: a quarter of it, limited by the cache on a CPU."""
     return min(budget // 4, CACHE_BYTES) if jax.default_backend() == "cpu" else budget // 4
 
 
 def footprint(psf: Psf, radius_px: float | None) -> Int[np.ndarray, "P 2"]:
-    """Footprint of a patch.
+    """Determine the footprint of a patch.
 
     Args:
         psf: The PSF.
         radius_px: Radius of the disc, px; by default 0.9 FWHM, limited to the PSF's stamp.
 
     Returns:
-        Offsets (dy, dx) of its pixels.
+        Offsets (dy, dx) of its pixels, px.
 
     Raises:
-        InputError: The given radius exceeds the stamp.
+        InputError: If the given radius exceeds the stamp.
     """
     reach = len(psf.stamp) // 2
     if radius_px is None:
@@ -97,25 +108,25 @@ def footprint(psf: Psf, radius_px: float | None) -> Int[np.ndarray, "P 2"]:
 
 
 def usual_radius(psf: Psf) -> float:
-    """Default radius of a patch, px."""
+    """Return the default radius of a patch, px: 0.9 FWHM, rounded, and at least 1.5 px."""
     return max(MIN_RADIUS_PX, round(FWHM_TO_RADIUS * psf.fwhm_px))
 
 
 @lru_cache(maxsize=8)
 def expand_psf(stamp: bytes, side: int, offsets: bytes, tolerance: float | None) -> ShiftExpansion:
-    """Expands the PSF in its shift; cached by the arrays' bytes, because it takes as long as a map.
+    """Expand the PSF in its shift; cached by array contents, because it takes as long as a map.
 
     Args:
-        stamp: PSF stamp, float64.
-        side: Its side, px.
-        offsets: Footprint, int64.
-        tolerance: Largest relative error; None for the centred PSF alone.
+        stamp: PSF stamp, bytes of float64.
+        side: Side length of the stamp, px.
+        offsets: Footprint, bytes of int64.
+        tolerance: Maximum relative error; None for the centred PSF only.
 
     Returns:
         The expansion.
 
     Raises:
-        InputError: The PSF is too narrow for its pixels.
+        InputError: If the PSF is undersampled.
     """
     pixels, places = np.frombuffer(stamp).reshape(side, side), np.frombuffer(offsets, np.int64).reshape(-1, 2)
     try:

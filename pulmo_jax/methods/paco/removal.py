@@ -1,4 +1,4 @@
-"""Sources removed from the frames of a stack."""
+"""Removal of sources from the frames of a stack."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,17 +16,25 @@ from pulmo_jax.methods.paco.observation import Observation
 from pulmo_jax.methods.paco.source_fit import Fit
 
 FRAMES_AT_ONCE = 16
-CAPACITY = 8  # numbers of sources are padded to multiples of it, so that few are compiled for
+CAPACITY = 8  # the number of sources is padded to a multiple of this, which limits recompilation
 
 
 def without_sources(channels: Channels, fits: Sequence[SourceFit]) -> Channels:
-    """Removes fitted sources from every frame of every channel."""
+    """Remove fitted sources from every frame of every channel."""
     each = [[fit.each[number] for fit in fits] for number in range(len(channels.each))]
     return channels.but_with([without(*pair) for pair in zip(channels.each, each, strict=True)])
 
 
 def without(observation: Observation, fits: Sequence[Fit]) -> Observation:
-    """Removes sources from every frame of an observation; fits that are not finite are ignored."""
+    """Remove sources from every frame of an observation; non-finite fits are ignored.
+
+    Args:
+        observation: The observation.
+        fits: Fits of the sources, in the pixels and units of the observation.
+
+    Returns:
+        The observation without the sources.
+    """
     if not fits:
         return observation
     deviations = observation.deviations
@@ -53,17 +61,17 @@ def subtract(
     fluxes: Float[Array, "N"],
     count: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "T H W"]:
-    """Subtracts sources from the frames, and the temporal mean from what is left.
+    """Subtract sources from the frames, then the temporal mean from the remainder.
 
     Args:
         deviations: Frames minus their temporal mean.
-        usable: Pixels that count; the others stay 0.
+        usable: Usable pixels; the others stay 0.
         stamp: PSF stamp.
         angles_deg: Angle of each frame, degrees.
         centre: Centre of rotation (y, x), px.
         places: Positions (y, x) in the derotated map, px.
-        fluxes: Fluxes, in units of the deviations. A source that is not finite is ignored.
-        count: How many of the sources are subtracted, from the first on; all by default.
+        fluxes: Fluxes, in units of the deviations. Sources with non-finite values are ignored.
+        count: Number of leading sources that are subtracted; all by default.
 
     Returns:
         The frames without the sources.
@@ -90,10 +98,19 @@ def subtract(
 
 
 def draw(stamp: Float[Array, "S S"], position: Float[Array, "2"], shape: tuple[int, int]) -> Float[Array, "H W"]:
-    """Draws a source of flux 1 into an empty frame; what lies outside of it is cut off."""
+    """Render a source of flux 1 in an empty frame, clipped at its edges.
+
+    Args:
+        stamp: PSF stamp.
+        position: Position (y, x) of the source, px.
+        shape: Height and width of the frame, px.
+
+    Returns:
+        The frame.
+    """
     side = len(stamp)
     pixel, shift = geometry.nearest(position, max(shape))
-    corner = pixel - side // 2 + side  # in a frame with a margin of one side all around
+    corner = pixel - side // 2 + side  # in a frame padded by one stamp side on all edges
     inside = (corner >= 0) & (corner <= jnp.array(shape) + side)
     corner = jnp.where(inside, corner, 0)
     wide = jnp.zeros((shape[0] + 2 * side, shape[1] + 2 * side), stamp.dtype)

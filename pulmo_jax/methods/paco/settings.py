@@ -7,25 +7,25 @@ from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 
 @dataclass(frozen=True)
 class Settings:
-    """How the maps are computed.
+    """Settings of the computation of the maps.
 
     Attributes:
         mode: "exact" uses the PSF at the sub-pixel position in every frame; "fast" is Algorithm 2 of Flasseur et al.
-            2018, which filters with the centred PSF and interpolates; "robust" is exact with a weight for every frame
-            in every patch, so that bad frames cost little (Flasseur et al. 2020, A&A 634, A2).
-        shrinkage: Estimator of the shrinkage factor rho, the covariance's weight on its diagonal.
-        rho: The factor, where `shrinkage` is "fixed".
-        frames: Whether the formulas of the paper and of OAS count all frames, or the effective number of correlated
-            ones.
+            2018, which filters with the centred PSF and interpolates; "robust" is "exact" with a weight for every frame
+            in every patch, which limits the influence of bad frames (Flasseur et al. 2020, A&A 634, A2).
+        shrinkage: Estimator of the shrinkage factor rho, the weight of the covariance's diagonal.
+        rho: The factor if `shrinkage` is "fixed", otherwise None.
+        frames: Sample size in the formulas of the paper and of OAS: "all" frames, or the "effective" number of
+            correlated frames.
         patch_radius_px: Radius of the disc of a patch, px; 0.9 FWHM by default.
-        psf_error: Largest relative error of the PSF's expansion, in exact and robust mode.
-        weights_error: Relative change of the frames' weights at which their iteration ends, in robust mode.
-        usable_share: Share of usable pixels below which a patch is left out.
-        memory_mb: Memory budget of the filtered frames, MiB. The stack itself comes on top and, except in robust mode,
-            4 L bytes for each of its pixels, L being the number of lags between the pixels of a patch.
+        psf_error: Maximum relative error of the PSF's expansion, in exact and robust mode.
+        weights_error: Relative change of the frame weights at which their iteration stops, in robust mode.
+        usable_share: Minimum fraction of usable pixels in a patch; patches below are excluded.
+        memory_mb: Memory budget of the filtered frames, MiB. It excludes the stack itself and, except in robust mode,
+            4 L bytes per pixel of the stack, L being the number of lags between the pixels of a patch.
 
     Raises:
-        ValueError: Values that are out of range or do not fit together.
+        ValueError: If values are out of range or inconsistent.
     """
 
     mode: Mode = "exact"

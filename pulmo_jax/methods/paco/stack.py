@@ -1,4 +1,4 @@
-"""An observation arranged for computations along tracks: device arrays, and the settings they are compiled for."""
+"""Device arrays and static settings of an observation for computations along tracks."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Stack(NamedTuple):
 
     Attributes:
         deviations: Frames minus their temporal mean, in units of the observation's `unit`.
-        usable: Pixels that count.
+        usable: Usable pixels.
         whole: Pixels on which a patch can be centred.
         n: Number of independent frames at each pixel.
         stamp: PSF stamp.
@@ -40,11 +40,11 @@ class Patch(NamedTuple):
 
     Attributes:
         shrinkage: Estimator of the shrinkage factor.
-        rho: The factor, where it is fixed.
-        offsets: Footprint of a patch, (dy, dx).
+        rho: The shrinkage factor if it is fixed, otherwise None.
+        offsets: Footprint of a patch (dy, dx), px.
         shape: Height and width of the frames, px.
-        weights_error: Tolerance of the frames' weights in robust mode; None in the other modes.
-        step_bytes: Memory that one step works on.
+        weights_error: Relative tolerance of the frame weights in robust mode; None in the other modes.
+        step_bytes: Working memory of one step, bytes.
     """
 
     shrinkage: ShrinkageName
@@ -56,12 +56,20 @@ class Patch(NamedTuple):
 
     @property
     def extent_px(self) -> int:
-        """Largest coordinate of a frame, px."""
+        """Larger side length of a frame, px."""
         return max(self.shape)
 
 
 def prepare(observation: Observation, settings: Settings) -> tuple[Stack, Patch]:
-    """Arranges an observation for computations along tracks."""
+    """Prepare an observation for computations along tracks.
+
+    Args:
+        observation: The observation.
+        settings: Settings of the noise model.
+
+    Returns:
+        Device arrays and static settings.
+    """
     offsets = footprint(observation.psf, settings.patch_radius_px)
     whole = patches.whole_patches(observation.usable, offsets, settings.usable_share)
     dtype = observation.deviations.dtype
@@ -85,14 +93,14 @@ def prepare(observation: Observation, settings: Settings) -> tuple[Stack, Patch]
 def flatten(
     deviations: Float[Array, "T H W"], effective: bool
 ) -> tuple[Float[Array, "T pixels"], Float[Array, "pixels"]]:
-    """Flattens frames, and counts the independent ones at each pixel.
+    """Flatten frames, and determine the number of independent frames at each pixel.
 
     Args:
         deviations: Frames minus their temporal mean.
-        effective: Whether correlated frames count as the number of independent ones that they are worth.
+        effective: Whether to use the effective number of temporally correlated frames instead of T.
 
     Returns:
-        The frames, and the number of independent ones.
+        The flattened frames, and the number of independent frames.
     """
     flat = deviations.reshape(len(deviations), -1)
     n = covariance.effective_frames(flat) if effective else jnp.full(flat.shape[1], len(flat), flat.dtype)
