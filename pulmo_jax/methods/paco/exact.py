@@ -90,7 +90,7 @@ def score_ring(scene: Scene, ring: geometry.Ring, program: Program) -> tuple[Arr
     chunks = ring.locations.reshape(-1, program.chunk)
     filtered = jax.lax.map(partial(filter_frames, scene, program), chunks)
     order = jnp.arange(ring.locations.size, dtype=jnp.int32)
-    slot = jnp.zeros(scene.whole.size, jnp.int32).at[ring.locations].set(order)  # index of a pixel among the ring's locations
+    slot = jnp.zeros(scene.whole.size, jnp.int32).at[ring.locations].set(order)  # index of each pixel in the ring
     return collect(scene, filtered, slot, jnp.asarray(ring.pixels), program), filtered.state.reshape(-1, 4)
 
 

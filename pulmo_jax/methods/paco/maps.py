@@ -29,17 +29,17 @@ class LikelihoodMaps:
     """F18's maps, in float64; NaN where undefined.
 
     Attributes:
-        a: Likelihood term a.
-        b: Likelihood term b.
+        a: Likelihood term a, in inverse squared flux units.
+        b: Likelihood term b, in inverse flux units.
         snr: b / sqrt(a).
-        flux: b / a, in units of the given PSF, of a single pass: the source subtracts a part of itself.
+        flux: b / a, in units of the given PSF; a single-pass estimate, biased by self-subtraction.
         flux_std: 1 / sqrt(a), in the same units.
-        n_frames: Number of frames that the track of a pixel could use.
+        n_frames: Number of usable frames along the track of each pixel.
         shrinkage: Shrinkage factor rho at each location.
-        singular: Locations whose covariance had no Cholesky factor and was replaced by its diagonal.
-        psf_error: Largest relative error of the PSF's expansion; 0 in fast mode, which has no expansion.
-        snr_error: Upper limit of the standard deviation that this error adds to the SNR; infinite where rho is 0.
-        caveats: Limitations that a reader of the maps must know.
+        singular: Locations whose covariance was singular and was replaced by its diagonal.
+        psf_error: Maximum relative error of the PSF's expansion; 0 in fast mode, which has no expansion.
+        snr_error: Upper bound on the standard deviation that this error adds to the SNR; infinite where rho is 0.
+        caveats: Limitations of the maps.
     """
 
     a: Float[np.ndarray, "H W"] = field(repr=False)
@@ -64,11 +64,11 @@ def likelihood_maps(
     centre: Centre | None = None,
     **settings: Any,
 ) -> LikelihoodMaps:
-    """Computes the maps of a rotating stack, in JAX's default precision.
+    """Compute the maps of a rotating stack, in JAX's default precision.
 
     Args:
         cube: T >= 2 frames.
-        angles_deg: Angle by which each frame is rotated, degrees.
+        angles_deg: Rotation angle of each frame, degrees.
         psf: PSF of a source of flux 1; `prepare_psf(psf, "fwhm")` normalises it.
         mode: Exact, fast or robust.
         centre: Centre of rotation (y, x), px; (H // 2, W // 2) by default.
@@ -78,7 +78,7 @@ def likelihood_maps(
         The maps.
 
     Raises:
-        InputError: The stack cannot be used (see `observe`), or no patch fits into the frames.
+        InputError: If the stack is unusable (see `observe`), or no patch fits into the frames.
 
     Reference:
         Flasseur et al. 2018, A&A 618, A138.
@@ -93,21 +93,21 @@ def compute_maps(
     background: Background | None = None,
     track: ProgressTracker = lambda items, total: items,
 ) -> LikelihoodMaps:
-    """Computes the maps of an observation.
+    """Compute the maps of an observation.
 
     Args:
         observation: A rotating stack.
-        settings: How the maps are computed.
-        angles_deg: Angles to use instead of its own, degrees; the maps then contain its noise and no source.
-        background: Noise learnt from another observation in the same units; not in robust mode, where it differs from
-            frame to frame.
-        track: Shows progress over an iterable of known length.
+        settings: Settings of the maps.
+        angles_deg: Angles that replace those of the observation, degrees; the maps then contain noise but no source.
+        background: Noise learnt from another observation in the same units; not in robust mode, where it differs
+            between frames.
+        track: Progress tracker of an iterable of known length.
 
     Returns:
         The maps.
 
     Raises:
-        InputError: No patch fits into the frames, or a background is given in robust mode.
+        InputError: If no patch fits into the frames, or a background is given in robust mode.
     """
     robust = settings.mode == "robust"
     if robust and background is not None:
@@ -125,14 +125,14 @@ def compute_maps(
 def exact_sums(
     observation: Observation, plan: Plan, noise: Background, angles: Array, track: ProgressTracker
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the exact and robust maps.
+    """Compute the sums of the exact and robust maps.
 
     Args:
         observation: A rotating stack.
-        plan: How it is processed.
-        noise: Its noise.
-        angles: Angle of each frame, degrees.
-        track: Shows progress over an iterable of known length.
+        plan: Execution plan.
+        noise: Noise of the stack.
+        angles: Rotation angle of each frame, degrees.
+        track: Progress tracker of an iterable of known length.
 
     Returns:
         a, b and the number of frames, (3, pixels), and the state of each location's covariance, (4, pixels), NaN
@@ -162,7 +162,7 @@ def exact_sums(
 def fast_sums(
     observation: Observation, plan: Plan, noise: Background, angles: Array, track: ProgressTracker
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the fast map (see `exact_sums`)."""
+    """Compute the sums of the fast map (see `exact_sums`)."""
     program, dtype = plan.program, observation.deviations.dtype
     field_ = fast.Field.of(plan.whole, np.array(program.offsets))
     shape, corner = field_.nearest.shape, (field_.top, field_.left)
@@ -195,7 +195,17 @@ def fast_sums(
 def as_maps(
     sums: Float[np.ndarray, "3 H W"], states: Float[np.ndarray, "4 H W"], observation: Observation, plan: Plan
 ) -> LikelihoodMaps:
-    """Maps in the units of the frames, NaN where undefined, with caveats."""
+    """Convert sums to maps in the units of the frames, NaN where undefined, with caveats.
+
+    Args:
+        sums: a, b and the number of frames, in units of the standardised deviations.
+        states: State of each location's covariance.
+        observation: The observation.
+        plan: Its execution plan.
+
+    Returns:
+        The maps.
+    """
     a, b, n_frames = sums
     defined = (n_frames > 0) & (a > 0)
     a, b = np.where(defined, a, np.nan), np.where(defined, b, np.nan)
@@ -216,7 +226,16 @@ def as_maps(
 
 
 def statistics_caveats(states: Float[np.ndarray, "4 H W"], observation: Observation, n_patch: int) -> tuple[str, ...]:
-    """Caveats about the statistics of the patches."""
+    """List caveats about the statistics of the patches.
+
+    Args:
+        states: State of each location's covariance.
+        observation: The observation.
+        n_patch: Number of pixels of a patch.
+
+    Returns:
+        One sentence per caveat.
+    """
     caveats, rho = [], states[0]
     n_locations, n_singular, n_unsettled = (int((s > 0).sum()) for s in (np.isfinite(rho), states[1], states[3]))
     if len(observation.psf.stamp) // 2 < usual_radius(observation.psf):

@@ -1,7 +1,7 @@
-"""Noise and signal along the track of a source: the patches that the source passes, and the likelihood terms there.
+"""Noise and signal along the track of a source: patches that the source passes, and their likelihood terms.
 
-The noise is learnt from the stack plus a chosen multiple of the source. So the same functions inject a source
-(throughput), remove one (F18, Algorithm 3) and fit its position (`source_fit`).
+The noise is learnt from the stack plus a multiple of the source. The same functions therefore inject a source (to
+measure throughput), remove one (F18, Algorithm 3) and fit its position (`source_fit`).
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ class Trail(NamedTuple):
     """Patches along a track.
 
     Attributes:
-        pixel: Pixel (row, column) nearest to the track in each frame.
-        usable: Whether a patch can be centred there.
+        pixel: Pixel (row, column) nearest to the track in each frame; an arbitrary valid one if no patch fits there.
+        usable: Whether a patch can be centred on the track in that frame.
     """
 
     pixel: Int[Array, "T 2"]
@@ -36,11 +36,11 @@ class Trail(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Noise of each frame in the patch that the track passes in that frame.
+    """Noise in the patch that the track passes in each frame.
 
     Attributes:
-        mean: Mean over the frames.
-        lower: Cholesky factor of the covariance; in robust mode that of s_t^2 C.
+        mean: Temporal mean of the patch.
+        lower: Cholesky factor of the covariance C; in robust mode that of s_t^2 C.
     """
 
     mean: Float[Array, "T P"]
@@ -48,23 +48,23 @@ class Noise(NamedTuple):
 
 
 def positions(stack: Stack, place: Float[Array, "2"]) -> Float[Array, "T 2"]:
-    """Position (y, x) in each frame of a source at `place` of the derotated map, px."""
+    """Compute the position (y, x) in each frame of a source at `place` in the derotated map, px."""
     return jnp.stack(geometry.frame_position(place[0], place[1], stack.angles_deg, stack.centre), axis=-1)
 
 
 def trail_of(stack: Stack, place: Float[Array, "2"], patch: Patch) -> Trail:
-    """Finds the patches along the track of a source at `place` of the derotated map, px."""
+    """Find the patches along the track of a source at `place` (y, x) in the derotated map, px."""
     pixel, _ = geometry.nearest(positions(stack, place), patch.extent_px)
     inside = ((pixel >= 0) & (pixel < jnp.array(patch.shape))).all(-1)
     pixel = jnp.where(inside[:, None], pixel, 0)
     usable = inside & stack.whole[pixel[:, 0] * patch.shape[1] + pixel[:, 1]]
-    # Where there is no patch, any other one takes its place, and its frame does not count.
+    # Frames without a patch use an arbitrary valid one, and are masked by `usable`.
     instead = jnp.stack(jnp.divmod(jnp.argmax(stack.whole), patch.shape[1])).astype(jnp.int32)
     return Trail(jnp.where(usable[:, None], pixel, instead), usable)
 
 
 def learn(stack: Stack, trail: Trail, place: Float[Array, "2"], flux: Float[Array, ""], patch: Patch) -> Noise:
-    """Learns the noise along a trail from the stack plus `flux` times a source at `place`.
+    """Learn the noise along a trail from the stack plus `flux` times a source at `place`.
 
     Args:
         stack: Arrays of the observation.
@@ -104,14 +104,14 @@ def learn(stack: Stack, trail: Trail, place: Float[Array, "2"], flux: Float[Arra
 
 
 def own_patches(stack: Stack, trail: Trail, patch: Patch) -> tuple[Float[Array, "T P"], Bool[Array, "T P"]]:
-    """Deviations of each frame in its own patch of the trail, and which of these pixels count."""
+    """Extract the deviations of each frame on its patch of the trail, and the mask of usable pixels."""
     flat = patches.flat_offsets(np.array(patch.offsets), patch.shape[1])
     index = (trail.pixel[:, 0] * patch.shape[1] + trail.pixel[:, 1])[:, None] + flat
     return jnp.take_along_axis(stack.deviations, index, axis=1), stack.usable[index] & trail.usable[:, None]
 
 
 def template(stack: Stack, trail: Trail, place: Float[Array, "2"], patch: Patch) -> Float[Array, "T P"]:
-    """PSF of a source at `place` on each frame's patch of the trail; differentiable in the position."""
+    """Sample the PSF of a source at `place` (y, x; px) on each frame's patch; differentiable in the position."""
     offsets = np.array(patch.offsets)
     reach = np.arange(offsets.min(), offsets.max() + 1)
     grid = psf.sample(stack.stamp, reach, positions(stack, place) - trail.pixel)
@@ -125,19 +125,19 @@ def terms(
     seen_flux: Float[Array, ""],
     patch: Patch,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Likelihood terms a and b of a source at `place` (F18 eq. 14), with a source there added to the data.
+    """Compute likelihood terms a and b of a source at `place` (F18 eq. 14), with a source there added to the data.
 
-    The same flux in both is an injection; -flux and 0 is one iteration of Algorithm 3.
+    Equal fluxes simulate an injection; (-flux, 0) is one iteration of Algorithm 3.
 
     Args:
         stack: Arrays of the observation.
         place: Position (y, x) in the derotated map, px.
-        learnt_flux: Flux of the source added to the frames from which the noise is learnt.
-        seen_flux: Flux of the source added to the frames in which it is detected.
+        learnt_flux: Flux added to the frames from which the noise is learnt, in units of the deviations.
+        seen_flux: Flux added to the frames in which the source is detected, in the same units.
         patch: Static settings.
 
     Returns:
-        a and b, summed over the frames; 0 where no frame has a patch.
+        a and b, summed over the frames; 0 if no frame has a patch.
     """
     trail = trail_of(stack, place, patch)
     noise = learn(stack, trail, place, learnt_flux, patch)
@@ -151,7 +151,7 @@ def terms(
 def inject(
     stack: Stack, places: Float[Array, "N 2"], fluxes: Float[Array, "N"], patch: Patch
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """Likelihood terms of N sources that are injected into the stack, each by itself, and detected where they are.
+    """Compute the likelihood terms of N sources, each injected separately, at their own positions.
 
     Args:
         stack: Arrays of the observation.
@@ -160,7 +160,7 @@ def inject(
         patch: Static settings.
 
     Returns:
-        a and b of each source; 0 where no frame has a patch.
+        a and b of each source; 0 if no frame has a patch.
     """
     with jax.default_matmul_precision("highest"):
         return inject_all(stack, patch, places, fluxes)
@@ -173,7 +173,7 @@ def inject_channels(
     places: Float[Array, "L N 2"],
     fluxes: Float[Array, "L N"],
 ) -> tuple[Float[Array, "L N"], Float[Array, "L N"]]:
-    """`inject` in every channel, in one program.
+    """Run `inject` in every channel, in one program.
 
     Args:
         stacks: Arrays of each of the L channels.
@@ -193,7 +193,7 @@ def inject_channels(
 def inject_all(
     stack: Stack, patch: Patch, places: Float[Array, "N 2"], fluxes: Float[Array, "N"]
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """`inject` without its own compilation."""
+    """Uncompiled body of `inject`, for use in larger programs."""
 
     def inject_one(patch: Patch, place: Array, flux: Array) -> tuple[Array, Array]:
         return terms(stack, place, flux, flux, patch)
