@@ -89,13 +89,9 @@ def exact_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class PatchGaussian:
-    """Gaussian patch model; implements methods.base.Method, Accumulated and Detailed.
+    """Gaussian model of pixels, features or residuals; implements methods.base.Method, Accumulated, Detailed."""
 
-    Attributes:
-        network: models.identity.Identity for pixels, or a trained network whose features or residual are modelled.
-    """
-
-    network: Any  # nnx.Module and FeatureNetwork; Python has no intersection type
+    network: Any  # models.identity.Identity for pixels, or a trained nnx.Module that is a FeatureNetwork
     base_run: Annotated[str | None, Field(description="run whose network, patch size and normalisation are used")] = (
         None
     )
@@ -203,6 +199,7 @@ class PatchGaussian:
 
     @property
     def dimensions(self) -> int:
+        """Number D of dimensions of the modelled vectors."""
         return self.window_px**2 * len(self.chosen)
 
     @property
@@ -220,6 +217,7 @@ class PatchGaussian:
         return smoothing_radius(self.smoothing) + self.window_side // 2 + self.stride * self.cell_px + 1
 
     def init(self) -> Params:
+        """Return the network's parameters and empty moments."""
         shape = (self.rows**2,) if self.locations == "each" else ()
         d = self.dimensions
         empty = Moments(jnp.zeros(shape), jnp.zeros((*shape, d)), jnp.zeros((*shape, d, d)))
@@ -239,6 +237,7 @@ class PatchGaussian:
         return {**params, "moments": moments}
 
     def whole(self, inside: Bool[Array, "B P P"]) -> Bool[Array, "B R S"]:
+        """Find the windows that lie completely in the foreground."""
         return patches.whole_windows(inside, self.window_side, self.stride * self.cell_px)
 
     @exact_products
@@ -304,6 +303,7 @@ class PatchGaussian:
 
     @exact_products
     def whitened(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S D"]:
+        """Compute whitened deviations L^-1 (v - mean) of all windows."""
         gaussian, v = params["gaussian"], self.vectors(params, x)
         if self.locations == "pooled":
             return (v - gaussian.mean) @ gaussian.whitener.T
@@ -371,10 +371,12 @@ class PatchGaussian:
         return jnp.asarray(jnp.where(foreground, total / jnp.maximum(weights, 1e-12), jnp.nan))
 
     def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
+        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
         return image_statistic(scores, self.image_statistic)
 
 
 def variances(moments: Moments) -> Float[Array, "*N D"]:
+    """Compute the population variance (1/n) of every dimension."""
     return jnp.diagonal(moments.comoment, axis1=-2, axis2=-1) / jnp.maximum(moments.n, 1)[..., None]
 
 
