@@ -71,7 +71,7 @@ def ingest_folder(
         threads: Number of decoding threads.
         max_image_mb: Limit on the decoded size of a page in MiB.
         tracker: Makes a progress bar with a label.
-        formats: The user's own image formats. Reading the store does not require them.
+        formats: User-defined image formats. Reading the store does not require them.
 
     Returns:
         The records of the store, the number of pages decoded, and the files that cannot be read.
@@ -188,7 +188,7 @@ def decode_file(log: Log, path: Path, content: str, max_image_mb: int, formats: 
         path: The image file.
         content: Its SHA-256.
         max_image_mb: Limit on the decoded size of a page in MiB.
-        formats: The user's own image formats.
+        formats: User-defined image formats.
 
     Returns:
         The error message if the file cannot be read, otherwise "".

@@ -105,7 +105,7 @@ def _deflated(values: Any, level: int) -> bytes:
 
 
 def _is_compressible(planes: np.ndarray) -> bool:
-    """Whether a sample of the chunk compresses well; incompressible chunks are stored, which also makes reading faster."""
+    """Whether a sample of the chunk compresses well; chunks that do not are stored, which also makes reading faster."""
     whole = planes[: planes.size // SAMPLE_STRIDE * SAMPLE_STRIDE]
     sample = np.ascontiguousarray(whole.reshape(-1, SAMPLE_STRIDE)[:, :SAMPLE_BYTES])
     return len(_deflated(sample, 1)) <= MAX_RATIO * sample.size
