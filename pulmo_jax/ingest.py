@@ -26,7 +26,15 @@ adds new images. Exit status 3 means that some files failed; the others are in t
 
 
 def ingest(config: IngestConfig, _: Path) -> None:
-    """Ingest a folder, or verify a store. Exits with status 3 if some files failed."""
+    """Ingest a folder, or verify a store. Exits with status 3 if some files failed.
+
+    Args:
+        config: Typed config.
+        _: Run directory, unused.
+
+    Raises:
+        InputError: If the folder or the store cannot be used.
+    """
     if config.verify:
         return verify(config.output)
     if config.input is None:
@@ -57,7 +65,14 @@ def ingest(config: IngestConfig, _: Path) -> None:
 
 
 def summary(done: "Ingested") -> str:
-    """One line on what was ingested."""
+    """Summarise an ingestion in one line.
+
+    Args:
+        done: Result of the ingestion.
+
+    Returns:
+        The summary.
+    """
     groups = len({record.group for record in done.records})
     return (
         f"{done.decoded} images decoded, {done.again} already present or duplicates, {len(done.failed)} failed; the "
@@ -66,7 +81,14 @@ def summary(done: "Ingested") -> str:
 
 
 def warnings(done: "Ingested") -> list[str]:
-    """Warn about groups with images in several classes."""
+    """Warn about groups with images in several classes.
+
+    Args:
+        done: Result of the ingestion.
+
+    Returns:
+        At most one warning.
+    """
     classes: dict[str, set[str]] = {}
     for record in done.records:
         classes.setdefault(record.group, set()).add(record.label)
@@ -75,7 +97,11 @@ def warnings(done: "Ingested") -> list[str]:
 
 
 def verify(path: Path) -> None:
-    """Read and compare every page of a store. Exits with status 3 if some are damaged."""
+    """Re-read and check every page of a store. Exits with status 3 if some are damaged.
+
+    Args:
+        path: The store.
+    """
     from pulmo_jax.data.sources.store import Store, find_damaged
 
     console = make_console()

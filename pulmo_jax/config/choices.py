@@ -1,4 +1,4 @@
-"""Names that both a config and the method behind it spell out."""
+"""Literal types of option names that a config and the method it configures share."""
 
 from typing import Literal
 

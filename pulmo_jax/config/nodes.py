@@ -1,7 +1,6 @@
-"""What a config may build: its `_target_` nodes.
+"""Validation and construction of the `_target_` nodes of a config.
 
-A node is judged by the annotated signature of what it names, so a class of the user's own is typed and documented by
-its signature alone.
+A node is validated against the annotated signature of its target, so a user-defined class needs no separate schema.
 """
 
 import importlib
@@ -17,7 +16,7 @@ from pulmo_jax.config.section import Node, Section, describe_errors
 from pulmo_jax.config.signatures import REQUIRED, Parameter, read_parameters
 from pulmo_jax.types import InputError
 
-# Where the program's own targets lie. A config, which may come with a run of somebody else's, calls nothing beyond.
+# Modules of the built-in targets. A config, possibly from a run of another user, can call nothing else.
 HOMES = {
     "model": ("pulmo_jax.models",),
     "method": ("pulmo_jax.methods",),
@@ -27,7 +26,7 @@ HOMES = {
     "figures": (),
     "sources": (),
 }
-# Arguments that only the program can supply.
+# Arguments that only the program supplies.
 GIVEN = {
     "model": ("patch_size", "channels", "n_landmarks", "n_classes", "rngs"),
     "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
@@ -35,21 +34,25 @@ GIVEN = {
     "method.loss": ("image", "reconstruction", "displacement", "covariance"),
     "figures": ("run", "findings"),
 }
-OFFERED = {"method": ("seed",)}  # those that the program supplies unless the config does
+OFFERED = {"method": ("seed",)}  # arguments that the program supplies unless the config sets them
 
 
 def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any:
-    """Calls what a `_target_` node names, with the node's keys and with those of `given` that its signature has.
+    """Construct the object that a `_target_` node describes.
 
     Args:
         node: `_target_` and its arguments.
         where: Key of the node in the config; its first part is the group.
-        plugins: Packages of the user's that may be imported.
-        **given: Arguments that the program offers, to targets whose signatures have them.
+        plugins: User packages that may be imported.
+        **given: Arguments that the program supplies, passed if the signature of the target has them and the node does
+            not set them.
+
+    Returns:
+        Result of calling the target.
 
     Raises:
-        InputError: The target lies outside the group's home and the listed plugins, or a key is unknown, of the wrong
-            type or out of range. Nothing is imported before the first check.
+        InputError: If the target lies outside the packages of its group and the listed plugins, or a key is unknown, of
+            the wrong type or out of range. Nothing is imported before the first check.
     """
     target = find_target(node, where, plugins)
     known = parameters_of(target)
@@ -60,28 +63,47 @@ def build(node: Node, where: str, plugins: tuple[str, ...], **given: Any) -> Any
 
 
 def build_function(node: Node, where: str, plugins: tuple[str, ...]) -> Callable[..., Any]:
-    """What a `_target_` node names, with the node's keys set, to be called with the arguments of `GIVEN` by name.
+    """Bind the arguments of a `_target_` node to its target, without calling it.
+
+    Args:
+        node: `_target_` and its arguments.
+        where: Key of the node in the config.
+        plugins: User packages that may be imported.
+
+    Returns:
+        Partial function, to be called with the arguments in `GIVEN` by name.
 
     Raises:
-        InputError: As `build`.
+        InputError: See `build`.
     """
     target = find_target(node, where, plugins)
     return partial(target, **check_arguments(parameters_of(target), node, where))
 
 
 def nodes_within(node: Node, where: str) -> list[tuple[str, str]]:
-    """The nodes inside a node, such as a method's loss: their keys, and their keys in the config."""
+    """List the nodes nested in a node, such as the loss of a method.
+
+    Args:
+        node: `_target_` and its arguments.
+        where: Key of the node in the config.
+
+    Returns:
+        Pairs of the key in the node and the full key in the config.
+    """
     return [(key, f"{where}.{key}") for key in node if f"{where}.{key}" in HOMES]
 
 
 def check_node(node: Node, where: str, plugins: tuple[str, ...], required: Iterable[str] = ()) -> None:
-    """Validates a node without building it; targets of this package are not even imported.
+    """Validate a node without building it; targets of this package are not imported.
 
     Args:
-        required: Arguments from the program without which a target does not belong to this group.
+        node: `_target_` and its arguments.
+        where: Key of the node in the config.
+        plugins: User packages that may be imported.
+        required: Program-supplied arguments that every target of this group must accept.
 
     Raises:
-        InputError: As `build`.
+        InputError: See `build`; also if the target lacks a required argument.
     """
     known = parameters_of_node(node, where, plugins)
     missing = [name for name in required if name not in known]
@@ -94,13 +116,16 @@ def check_node(node: Node, where: str, plugins: tuple[str, ...], required: Itera
 
 
 def check_model(model: Node | None, method: Node, plugins: tuple[str, ...], required: Iterable[str]) -> None:
-    """Validates the model of a method with a parameter `network`; other methods take none.
+    """Validate the model of a method that has a parameter `network`; other methods accept no model.
 
     Args:
-        required: Arguments from the program that the model must take.
+        model: Node of the model; None if the config has none.
+        method: Node of the method.
+        plugins: User packages that may be imported.
+        required: Program-supplied arguments that the model must accept.
 
     Raises:
-        InputError: As `build`; or a model is missing, or given to a method that takes none.
+        InputError: See `build`; also if a required model is missing, or the method accepts no model.
     """
     takes_one = "network" in parameters_of_node(method, "method", plugins)
     if takes_one and model is None:
@@ -112,11 +137,24 @@ def check_model(model: Node | None, method: Node, plugins: tuple[str, ...], requ
 
 
 def group_of(where: str) -> str:
+    """Config group of a key: the key itself if it is a group, otherwise its first part."""
     return where if where in HOMES else where.split(".")[0]
 
 
 def parameters_of_node(node: Node, where: str, plugins: tuple[str, ...]) -> dict[str, Parameter]:
-    """The parameters of a node's target: from its source if it is ours, else from the imported object."""
+    """Read the parameters of a node's target: from source for this package, otherwise from the imported object.
+
+    Args:
+        node: `_target_` and its arguments.
+        where: Key of the node in the config.
+        plugins: User packages that may be imported.
+
+    Returns:
+        Parameters by name.
+
+    Raises:
+        InputError: If the target is not allowed or cannot be found.
+    """
     name = allowed_target(node, where, plugins)
     if not name.startswith(f"{__name__.partition('.')[0]}."):
         return parameters_of(find_target(node, where, plugins))
@@ -127,7 +165,14 @@ def parameters_of_node(node: Node, where: str, plugins: tuple[str, ...]) -> dict
 
 
 def parameters_of(target: Any) -> dict[str, Parameter]:
-    """The named parameters of a class or function, inherited ones and a dataclass's fields too."""
+    """Read the named parameters of an imported class or function, including inherited ones and dataclass fields.
+
+    Args:
+        target: Class or function.
+
+    Returns:
+        Parameters by name, without *args and **kwargs.
+    """
     function = function_of(target)
     if function is None:
         return {}
@@ -141,14 +186,26 @@ def parameters_of(target: Any) -> dict[str, Parameter]:
 
 
 def function_of(target: Any) -> Any:
-    """What a call of the target runs: of a class `__init__` or, as in a NamedTuple, `__new__`; None without either."""
+    """Function that a call runs: `__init__` of a class or, as in a NamedTuple, `__new__`; None if there is neither."""
     if not inspect.isclass(target):
         return target
     return next((f for f in (target.__init__, target.__new__) if inspect.isfunction(f)), None)
 
 
 def allowed_target(node: Node, where: str, plugins: tuple[str, ...]) -> str:
-    """The name of a node's target. Raises InputError if it lies outside the group's home and the listed plugins."""
+    """Check and return the qualified name of a node's target.
+
+    Args:
+        node: `_target_` and its arguments.
+        where: Key of the node in the config.
+        plugins: User packages that may be imported.
+
+    Returns:
+        Qualified name, package.module.Name.
+
+    Raises:
+        InputError: If the target lies outside the packages of its group and the listed plugins.
+    """
     name = node.get("_target_")
     if not isinstance(name, str) or "." not in name:
         raise InputError(f"{where}._target_ is {name!r}; it must name a class or function as package.module.Name")
@@ -163,7 +220,19 @@ def allowed_target(node: Node, where: str, plugins: tuple[str, ...]) -> str:
 
 
 def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
-    """Imports a node's target. Raises InputError if it may not or cannot be imported."""
+    """Import the target of a node.
+
+    Args:
+        node: `_target_` and its arguments.
+        where: Key of the node in the config.
+        plugins: User packages that may be imported.
+
+    Returns:
+        The class or function.
+
+    Raises:
+        InputError: If the target is not allowed, cannot be imported or is not callable.
+    """
     name = allowed_target(node, where, plugins)
     module, _, attribute = name.rpartition(".")
     try:
@@ -176,7 +245,15 @@ def find_target(node: Node, where: str, plugins: tuple[str, ...]) -> Any:
 
 
 def argument_schema(parameters: Mapping[str, Parameter], group: str) -> type[BaseModel]:
-    """A pydantic model of what a config may set: the parameters less those that only the program supplies."""
+    """Pydantic model of the parameters that a config may set, without those that the program supplies.
+
+    Args:
+        parameters: Parameters of the target by name.
+        group: Config group.
+
+    Returns:
+        Model class that refuses unknown keys.
+    """
     fields: dict[str, Any] = {
         name: (Node, {})
         if f"{group}.{name}" in HOMES
@@ -188,18 +265,30 @@ def argument_schema(parameters: Mapping[str, Parameter], group: str) -> type[Bas
 
 
 def default_of(name: str, parameter: Parameter, group: str) -> Any:
-    """Of an argument that the program offers, the key of the config that it is taken from."""
+    """Default of a parameter; for an argument in `OFFERED`, a reference to the config key that supplies it."""
     return f"${{{name}}}" if name in OFFERED.get(group, ()) else parameter.default
 
 
 def strictly(annotation: Any) -> Any:
-    """Numbers and booleans must be given as such: "true" is no int, 1.5 is none either."""
+    """Mark int, float and bool annotations as strict: "true" is not coerced to a bool, nor 1.5 to an int."""
     base = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
     return Annotated[annotation, Strict()] if base in (int, float, bool) else annotation
 
 
 def check_arguments(parameters: Mapping[str, Parameter], node: Node, where: str) -> dict[str, Any]:
-    """The arguments that the node sets, of the annotated types."""
+    """Validate the arguments that a node sets.
+
+    Args:
+        parameters: Parameters of the target by name.
+        node: `_target_` and its arguments.
+        where: Key of the node in the config.
+
+    Returns:
+        Typed values of the arguments that the node sets.
+
+    Raises:
+        InputError: If a key is unknown, of the wrong type or out of range.
+    """
     for key, place in nodes_within(node, where):
         if not isinstance(node[key], Mapping):
             chosen = f"{place.replace('.', '/')}={node[key]}"

@@ -1,4 +1,4 @@
-"""Typed config sections: every key with its type, range, default and meaning. Hydra composes, pydantic validates."""
+"""Typed config sections: type, range, default and description of every key. Hydra composes, pydantic validates."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ Bool = Annotated[bool, Strict()]
 
 
 def _as_path(value: Any) -> Any:
-    """Folders may be called 2024; an empty path would be the current folder, so `data.train=$UNSET` is refused."""
+    """Convert numbers, as in a folder named 2024; refuse "" (data.train=$UNSET), which is the current folder."""
     if value == "":
         raise ValueError("is empty; give a path, or null for an optional key")
     return str(value) if isinstance(value, int | float) else value
@@ -27,18 +27,31 @@ Pair = tuple[Float, Float]
 
 
 def _is_run(path: Path) -> Path:
+    """Check that a folder contains the config.yaml of a run."""
     if not (path / "config.yaml").is_file():
         raise ValueError("no config.yaml there; give the directory of a training run")
     return path
 
 
 def ascending(values: tuple[int, ...]) -> tuple[int, ...]:
+    """Check that integers are positive and strictly ascending.
+
+    Args:
+        values: The integers.
+
+    Returns:
+        The same integers.
+
+    Raises:
+        ValueError: If they are not.
+    """
     if any(a >= b for a, b in zip((0, *values), values, strict=False)):
         raise ValueError("must be above 0 and ascending")
     return values
 
 
 def _is_regex(value: str) -> str:
+    """Check that a string is a valid regular expression."""
     try:
         re.compile(value)
     except re.error as error:
@@ -47,17 +60,17 @@ def _is_regex(value: str) -> str:
 
 
 Regex = Annotated[str, AfterValidator(_is_regex)]
-IMAGES = "images"  # marks a path: a folder of images, or a store of them
-INPUT = "input"  # an image too
+IMAGES = "images"  # annotation of a path: a folder of images or a store
+INPUT = "input"  # annotation of a path: an image file is accepted, too
 ImageFolder = Annotated[PathLike, IMAGES]
 ImageInput = Annotated[PathLike, INPUT]
 RunFolder = Annotated[PathLike, AfterValidator(_is_run)]
 Node = dict[str, Any]
-VALUES_OF = {"centre": "[Y,X]", "planets": "[[Y,X,FLUX],...]"}  # of lists that are no range
+VALUES_OF = {"centre": "[Y,X]", "planets": "[[Y,X,FLUX],...]"}  # formats of list values other than ranges
 
 
 class Section(BaseModel):
-    """Keys that are not listed are refused."""
+    """Base of all config sections: frozen, and refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -66,7 +79,18 @@ C = TypeVar("C", bound=Section)
 
 
 def validate(schema: type[C], values: Mapping[str, Any]) -> C:
-    """The typed config. Raises InputError naming the first keys at fault and what is allowed."""
+    """Validate the values of a config.
+
+    Args:
+        schema: Type of the config.
+        values: Values by key; sections are nested mappings.
+
+    Returns:
+        The typed config.
+
+    Raises:
+        InputError: If a value is invalid; the message names the first invalid keys and the allowed values.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -74,14 +98,23 @@ def validate(schema: type[C], values: Mapping[str, Any]) -> C:
 
 
 def describe_errors(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> str:
-    """At most two lines, one for each key at fault."""
+    """Format a pydantic error, at most two keys and one line per key.
+
+    Args:
+        error: The validation error.
+        schema: Schema that was validated, for the list of known keys.
+        prefix: Key of the schema in the config.
+
+    Returns:
+        The message.
+    """
     lines = []
     for item in error.errors(include_url=False)[:2]:
         keys = [str(k) for k in item["loc"] if not (isinstance(k, str) and ("[" in k or k in ("int", "float")))]
         dotted = ".".join([prefix, *keys] if prefix else keys)
         if item["type"] == "extra_forbidden":
             lines.append(unknown_key(dotted, allowed_keys(schema, keys[:-1])))
-        elif item["type"] == "value_error" and isinstance(item["input"], Mapping):  # of a section: it names its keys
+        elif item["type"] == "value_error" and isinstance(item["input"], Mapping):  # its message names the keys
             lines.append(item["msg"].removeprefix("Value error, "))
         elif item["type"] == "missing" and keys[-1].isdigit():
             key = dotted[: dotted.index(f".{next(k for k in keys if k.isdigit())}")]
@@ -95,6 +128,15 @@ def describe_errors(error: ValidationError, schema: type[BaseModel], prefix: str
 
 
 def unknown_key(dotted: str, allowed: list[str]) -> str:
+    """Error message for an unknown key, with the closest known key and all known keys.
+
+    Args:
+        dotted: The unknown key.
+        allowed: Known keys of its section.
+
+    Returns:
+        The message.
+    """
     parent, _, key = dotted.rpartition(".")
     guess = difflib.get_close_matches(key, allowed, n=1)
     hint = f"did you mean {parent + '.' if parent else ''}{guess[0]}? " if guess else ""
@@ -102,7 +144,15 @@ def unknown_key(dotted: str, allowed: list[str]) -> str:
 
 
 def allowed_keys(schema: type[BaseModel], path: list[str]) -> list[str]:
-    """The keys of the section at `path` below the schema."""
+    """List the keys of a section.
+
+    Args:
+        schema: Type of the config.
+        path: Keys that lead from the schema to the section.
+
+    Returns:
+        Keys of the section; empty if there is no such section.
+    """
     for key in path:
         annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

@@ -1,7 +1,7 @@
-"""The parameters of a class or function, read from its source: without imports, --help and a wrong key are fast.
+"""Parameters of a class or function, read from its source: --help and the check of keys need no slow imports.
 
-Annotations and defaults are understood if they are made of typing, pydantic and plain values, or are aliases of those;
-anything else, which no config can set, is `Any`.
+Annotations and defaults are evaluated if they consist of typing, pydantic and plain values or aliases of these.
+Everything else, which no config can set, becomes `Any`.
 """
 
 import ast
@@ -20,24 +20,42 @@ REQUIRED: Any = ...
 
 @dataclass(frozen=True)
 class Parameter:
-    """The annotation and default of a parameter; the default is `...` for one that must be given."""
+    """Annotation and default of a parameter.
+
+    Attributes:
+        annotation: Evaluated annotation; `Any` if unknown.
+        default: Evaluated default; `...` if the parameter is required.
+    """
 
     annotation: Any
     default: Any = REQUIRED
 
 
 def read_parameters(target: str) -> dict[str, Parameter]:
-    """The named parameters of `pulmo_jax.module.Name`.
+    """Read the named parameters of a class or function of this package.
+
+    Args:
+        target: Qualified name, `pulmo_jax.module.Name`.
+
+    Returns:
+        Parameters by name.
 
     Raises:
-        LookupError: There is no such class or function.
+        LookupError: If there is no such class or function.
     """
     module, _, name = target.rpartition(".")
     return dict(_parameters(Names(module), name))
 
 
 class Names(Mapping[str, Any]):
-    """The names of a module, each evaluated from its source when it is asked for."""
+    """Lazy namespace of a module: each name is evaluated from source on access.
+
+    Args:
+        module: Qualified name of the module.
+
+    Raises:
+        LookupError: If there is no such module.
+    """
 
     def __init__(self, module: str):
         self.module, self.statements = module, _statements(module)
@@ -63,7 +81,15 @@ class Names(Mapping[str, Any]):
 
 
 def evaluated(node: ast.expr | None, names: Names) -> Any:
-    """The value of an expression; `Any` for one that needs more than its source."""
+    """Evaluate an expression of a signature.
+
+    Args:
+        node: Syntax tree of the expression; None if absent.
+        names: Namespace of its module.
+
+    Returns:
+        The value; `Any` if evaluation needs more than the source.
+    """
     if node is None:
         return Any
     try:
@@ -74,7 +100,7 @@ def evaluated(node: ast.expr | None, names: Names) -> Any:
 
 @lru_cache
 def _statements(module: str) -> dict[str, ast.stmt]:
-    """The statement that defines each name at the top of a module."""
+    """Map each top-level name of a module to the statement that defines it."""
     path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
     if not path.is_file():
         raise LookupError(f"no module {module}")
@@ -94,6 +120,7 @@ def _statements(module: str) -> dict[str, ast.stmt]:
 
 
 def _parameters(names: Names, name: str) -> list[tuple[str, Parameter]]:
+    """Parameters of a class or function, including fields inherited from base classes."""
     statement = names.statements.get(name)
     if isinstance(statement, ast.FunctionDef):
         return _of_function(statement, names)
@@ -115,6 +142,7 @@ def _parameters(names: Names, name: str) -> list[tuple[str, Parameter]]:
 
 
 def _of_function(function: ast.FunctionDef, names: Names) -> list[tuple[str, Parameter]]:
+    """Parameters of a function definition."""
     arguments = [*function.args.posonlyargs, *function.args.args]
     defaults: list[ast.expr | None] = [None] * (len(arguments) - len(function.args.defaults))
     pairs = [*zip(arguments, [*defaults, *function.args.defaults], strict=True)]

@@ -1,4 +1,4 @@
-"""The keys of the loop and of the cluster, which every training has; a task sets its own defaults."""
+"""Config sections of the training loop and the cluster, common to all tasks; a task may override the defaults."""
 
 from pydantic import Field, model_validator
 
@@ -6,7 +6,7 @@ from pulmo_jax.config.section import Float, Int, PathLike, Section
 
 
 class TrainerConfig(Section):
-    """The training loop."""
+    """Training loop."""
 
     steps: Int = Field(default=1000, ge=1, description="number of training steps (batches)")
     batch_size: Int = Field(default=64, ge=1, description="batch size, summed over all devices")
@@ -25,7 +25,7 @@ class TrainerConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Training in several processes, on one machine or many; each is started with the same command."""
+    """Multi-process training, on one or several machines; every process is started with the same command."""
 
     coordinator: str | None = Field(
         default=None, description="HOST:PORT of the first process; auto: from SLURM or Open MPI; null: one process"

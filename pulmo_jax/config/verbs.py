@@ -1,4 +1,4 @@
-"""The keys that `train`, `predict` and `evaluate` have for every task, and those of `ingest`."""
+"""Keys of `train`, `predict` and `evaluate` that are common to all tasks, and the keys of `ingest`."""
 
 from pydantic import Field
 
@@ -34,7 +34,7 @@ class PredictConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Metrics and their intervals."""
+    """Metrics and their bootstrap confidence intervals."""
 
     replicates: Int = Field(default=1000, ge=10, description="bootstrap replicates; groups are resampled")
     examples: Int = Field(default=8, ge=1, le=32, description="images in each gallery of the report")

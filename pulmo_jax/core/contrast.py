@@ -1,6 +1,6 @@
 """Contrast normalisation of square images: SAHS, CLAHE, global and local z-scores.
 
-Every image is normalised by its own pixels alone.
+Each image is normalised independently.
 """
 
 import jax
@@ -16,10 +16,16 @@ LEAST_LOCAL_SD = 0.1  # regulariser of the local sd, relative to the sd of the i
 
 
 def moderate(images: Float[Array, "B S S"]) -> Float[Array, "B S S"]:
-    """Each image times 2^64 or 2^-64, exactly, so that its extremes lie far inside the range of float32.
+    """Scale each image exactly by 2^64 or 2^-64, so that its extremes are far from the limits of float32.
 
-    XLA divides by a broadcast number as it multiplies by the reciprocal, and the reciprocal of a number above 8.5e37 is
-    subnormal, which counts as 0: an image of such values would become 0.
+    XLA implements division by a broadcast scalar as multiplication by the reciprocal. The reciprocal of a number above
+    8.5e37 is subnormal and flushed to 0, which would turn such an image into zeros.
+
+    Args:
+        images: B square images of any unit.
+
+    Returns:
+        Scaled images.
     """
     largest = jnp.abs(images).max((1, 2), keepdims=True)
     return images * jnp.where(largest > 1, 2.0**-64, 2.0**64).astype(images.dtype)

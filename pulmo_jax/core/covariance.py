@@ -132,7 +132,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def add_samples(total: Moments, samples: Float[Array, "N B P"], weights: Float[Array, "N B"], chunk: int) -> Moments:
-    """Update the moments at N locations, each with B samples of its own.
+    """Update the moments at N locations with B samples per location.
 
     The update processes `chunk` locations at a time and reuses the memory of `total` if the caller donates it.
 
@@ -289,8 +289,8 @@ def ledoit_wolf_shrinkage(s: Float[Array, "P P"], deviations: Float[Array, "T P"
 def cross_validated_shrinkage(deviations: Float[Array, "T P"], folds: int = 4) -> Float[Array, ""]:
     """Shrinkage factor in `CV_FACTORS` that maximises the Gaussian likelihood of held-out frames.
 
-    Folds are blocks of consecutive frames: adjacent frames are correlated, so with random folds the noise that they
-    share would count as structure. Mean and covariance come from the remaining folds.
+    Folds are blocks of consecutive frames: adjacent frames are correlated, so with random folds their shared noise
+    would be treated as structure. Mean and covariance come from the remaining folds.
 
     Args:
         deviations: Deviations of T frames from their mean.
@@ -361,7 +361,7 @@ def factorise(c: Float[Array, "P P"], usable: Bool[Array, "P"]) -> Factor:
     """Cholesky factorisation of a covariance with a fallback to its diagonal.
 
     Unusable pixels are marginalised: they become independent of all others and get unit variance. A covariance that has
-    no Cholesky factor, or one with a pivot at rounding level, counts as singular and is replaced by its diagonal, which
+    no Cholesky factor, or one with a pivot at rounding level, is singular and replaced by its diagonal, which
     treats the pixels as independent. Callers report the number of such locations.
 
     Args:

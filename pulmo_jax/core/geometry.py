@@ -1,4 +1,4 @@
-"""Geometry of a rotating image stack: where a source of the derotated map lies in each frame.
+"""Geometry of a rotating image stack: positions in each frame of a source in the derotated map.
 
 A source at angle theta = atan2(y - cy, x - cx) of the derotated map lies at theta - angle in a frame, at the same
 distance from the centre. Coordinates are (y, x) in pixels from 0.
@@ -22,7 +22,7 @@ def frame_position(
     angle_deg: Float[Array, "..."],
     centre: Float[Array, "2"],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Rotates positions of the derotated map into a frame; arguments are broadcast against each other.
+    """Rotate positions of the derotated map into a frame; arguments are broadcast against each other.
 
     Args:
         y: Rows in the derotated map, px.
@@ -40,12 +40,12 @@ def frame_position(
 
 
 def tie_tolerance_px(dtype: DTypeLike, extent_px: float) -> float:
-    """Distance from a tie within which a position counts as tied, px.
+    """Distance from a midpoint between pixels within which a position is treated as a tie, px.
 
-    A position that lies midway between two pixels on paper is computed with an error that depends on the precision, on
-    the compiler and on the device. The tolerance exceeds that error, so that all of them take the same pixel: it is
+    A position that mathematically lies midway between two pixels is computed with an error that depends on precision,
+    compiler and device. The tolerance exceeds this error, so that all of them select the same pixel. It is
     `TIE_ROUNDINGS` roundings of the largest coordinate, 1e-4 px for 100 px in float32. The bound: an angle of up to
-    180 degrees in `frame_position` carries a relative error of 3 roundings, sine, cosine, products and sums another 3.
+    180 degrees in `frame_position` has a relative error of 3 roundings, and sine, cosine, products and sums add 3.
 
     Args:
         dtype: Floating-point type of the position.
@@ -58,7 +58,7 @@ def tie_tolerance_px(dtype: DTypeLike, extent_px: float) -> float:
 
 
 def nearest(position: Float[Array, "*shape"], extent_px: float) -> tuple[Int[Array, "*shape"], Float[Array, "*shape"]]:
-    """Rounds coordinates to pixels; ties go up, in every precision (see `tie_tolerance_px`).
+    """Round coordinates to pixels; ties are rounded up, in every precision (see `tie_tolerance_px`).
 
     Args:
         position: Coordinates along one axis, px.
@@ -72,7 +72,13 @@ def nearest(position: Float[Array, "*shape"], extent_px: float) -> tuple[Int[Arr
 
 
 def rotation_deg(angles_deg: Float[np.ndarray, "T"]) -> float:
-    """Length of the shortest arc that contains all angles, degrees; angles may wrap at a full turn.
+    """Length of the shortest arc that contains all angles, which may wrap at 360 degrees.
+
+    Args:
+        angles_deg: Angles of T frames, degrees.
+
+    Returns:
+        Length of the arc, degrees.
 
     Example:
         >>> rotation_deg(np.array([350.0, 0.0, 30.0]))
@@ -96,7 +102,7 @@ class Ring(NamedTuple):
 
 
 def rings(whole: Bool[np.ndarray, "H W"], centre: tuple[float, float], reach: float, count: int, multiple: int) -> Ring:
-    """Divides the field into rings of equally many pixels; a rotation maps every ring onto itself.
+    """Divide the field into rings with equal numbers of pixels; a rotation maps every ring onto itself.
 
     Args:
         whole: Pixels on which a patch can be centred.

@@ -1,7 +1,7 @@
-"""Piecewise-affine warps: each triangle of a mesh maps to its counterpart by its own affine transform.
+"""Piecewise-affine warps: each triangle of a mesh maps to its counterpart by a separate affine transform.
 
-One list of triangles serves both directions: `locate` finds a point among the vertices of one side, and `place` puts it
-among those of the other. The mesh is the Delaunay triangulation of the fixed side; the other side may differ from image
+One list of triangles serves both directions: `locate` expresses a point in the mesh of one side, and `place` maps it to
+the mesh of the other. The mesh is the Delaunay triangulation of the fixed side; the other side may differ from image
 to image.
 """
 

@@ -140,7 +140,7 @@ def generalised_procrustes(shapes: Float[Array, "N K 2"], iterations: int = 10) 
 
     Shapes are centred, scaled to norm 1 and iteratively rotated onto their mean (partial Procrustes: the scale stays
     fixed). The iteration starts from the first shape. Three iterations suffice for shapes that resemble each other; for
-    lungs the distances are 0.108, 0.0793 and 0.0793. A shape whose points coincide counts as zeros. No gradient flows
+    lungs the distances are 0.108, 0.0793 and 0.0793. A shape whose points coincide is set to 0. No gradient flows
     through the distance.
 
     Args:

@@ -1,7 +1,7 @@
-"""Point-spread functions between pixels: trigonometric interpolation of a stamp, and its expansion in the shift.
+"""Subpixel evaluation of point-spread functions: trigonometric interpolation of a stamp, and expansion in its shift.
 
-A stamp is a square of odd side S with its source at the middle pixel S//2. Its interpolation is periodic, so it is
-evaluated within half a side of the source.
+A stamp is a square of odd side S with its source at the middle pixel S//2. The interpolation is periodic, so it is
+evaluated only within half a side of the source.
 """
 
 from typing import NamedTuple
@@ -34,18 +34,18 @@ def dirichlet(distance: Float[Array, "*shape"], period: int) -> Float[Array, "*s
 def interpolation_matrix(
     pixels: Int[np.ndarray, "n"], shift_px: Float[Array, "*batch"], side: int
 ) -> Float[Array, "*batch n S"]:
-    """Weights of a stamp's pixels along one axis, at whole pixels around a source that lies between pixels.
+    """Interpolation weights of a stamp's pixels along one axis, at integer pixels around a source with subpixel offset.
 
     S dirichlet(n - m - s) = 1 + 2 sum_k [cos(w_k (n - m)) cos(w_k s) + sin(w_k (n - m)) sin(w_k s)], w_k = 2 pi k / S:
     a product of a constant matrix with S terms of the shift, instead of n S^2 / 2 cosines for every shift.
 
     Args:
-        pixels: Pixels n relative to the one that the shift is counted from.
-        shift_px: Offset s of the source from that pixel, px.
+        pixels: Pixels n relative to the reference pixel of the shift.
+        shift_px: Offset s of the source from the reference pixel, px.
         side: Side S of the stamp, px.
 
     Returns:
-        Matrices that map the stamp's pixels m to the given ones.
+        Matrices that map the stamp's pixels m to the given pixels.
     """
     frequency = 2 * np.pi / side * np.arange(1, side // 2 + 1)
     distance = pixels[:, None] - (np.arange(side) - side // 2)
@@ -59,38 +59,46 @@ def interpolation_matrix(
 def sample(
     stamp: Float[Array, "S S"], pixels: Int[np.ndarray, "n"], shifts: Float[Array, "*batch 2"]
 ) -> Float[Array, "*batch n n"]:
-    """Evaluates the stamp on a square of whole pixels, with its source shifted.
+    """Evaluate the stamp, with its source shifted, on a square of integer pixels.
 
     Args:
         stamp: PSF stamp.
-        pixels: Rows, and columns, relative to the pixel that the shifts are counted from.
-        shifts: Offsets (dy, dx) of the source from that pixel, px.
+        pixels: Rows and columns of the square, relative to the reference pixel of the shifts.
+        shifts: Offsets (dy, dx) of the source from the reference pixel, px.
 
     Returns:
-        The values on the square, for every shift.
+        Values on the square, for every shift.
     """
     along_y, along_x = (interpolation_matrix(pixels, shifts[..., axis], stamp.shape[0]) for axis in (0, 1))
     return jnp.einsum("...nS,SR,...mR->...nm", along_y, stamp, along_x)
 
 
 def shift(stamp: Float[Array, "S S"], shifts: Float[Array, "*batch 2"]) -> Float[Array, "*batch S S"]:
-    """Moves the source of a stamp by (dy, dx) px from the middle pixel, for every shift."""
+    """Shift the source of a stamp away from its middle pixel.
+
+    Args:
+        stamp: PSF stamp.
+        shifts: Offsets (dy, dx) of the source, px.
+
+    Returns:
+        Shifted stamp for every shift.
+    """
     return sample(stamp, np.arange(stamp.shape[0]) - stamp.shape[0] // 2, shifts)
 
 
 def render(
     stamps: Float[Array, "T S S"], corner: Int[Array, "T 2"], y: Int[Array, "..."], x: Int[Array, "..."]
 ) -> Float[Array, "*pixels T"]:
-    """Evaluates a source at the same pixels of every frame; zero outside its stamp.
+    """Evaluate a source at the same pixels of every frame; 0 outside its stamp.
 
     Args:
-        stamps: The source in each frame.
-        corner: Pixel (y, x) of each frame on which the first pixel of its stamp lies.
-        y: Rows of the pixels; they broadcast against the frames, which are the last axis.
+        stamps: Stamp of the source in each frame.
+        corner: Pixel (y, x) of each frame at the first pixel of its stamp.
+        y: Rows of the pixels; broadcast against the frames, which are the last axis.
         x: Columns of the pixels.
 
     Returns:
-        The source at every pixel, in every frame.
+        Values of the source at every pixel and frame.
     """
     side = stamps.shape[-1]
     row, column = y - corner[:, 0], x - corner[:, 1]
@@ -122,7 +130,14 @@ class ShiftExpansion(NamedTuple):
 
 
 def orders(degree: int) -> tuple[Int[np.ndarray, "J"], Int[np.ndarray, "J"]]:
-    """Degrees (ky, kx) in y and x of the J terms up to a total degree."""
+    """Degrees of the J terms of an expansion.
+
+    Args:
+        degree: Highest total degree.
+
+    Returns:
+        Degrees (ky, kx) in y and x of each term, with ky + kx <= degree.
+    """
     pairs = [(ky, kx) for ky in range(degree + 1) for kx in range(degree + 1 - ky)]
     ky, kx = np.array(pairs).T
     return ky, kx
@@ -131,7 +146,7 @@ def orders(degree: int) -> tuple[Int[np.ndarray, "J"], Int[np.ndarray, "J"]]:
 def terms(
     shift_y: Float[Array, "*shape"], shift_x: Float[Array, "*shape"], degree: int
 ) -> list[Float[Array, "*shape"]]:
-    """Evaluates the J terms of an expansion.
+    """Evaluate the J terms of an expansion.
 
     Args:
         shift_y: Shift along y, px, at most half a pixel.
@@ -139,20 +154,35 @@ def terms(
         degree: Highest total degree.
 
     Returns:
-        The terms, as a list: XLA keeps its items in registers.
+        Terms as a list, whose items XLA keeps in registers.
     """
     along_y, along_x = chebyshev_up_to(2 * shift_y, degree), chebyshev_up_to(2 * shift_x, degree)
     return [along_y[i] * along_x[j] for i, j in zip(*orders(degree), strict=True)]
 
 
 def linear_terms(degree: int) -> list[int]:
-    """Indices of the terms of a degree among the terms of twice that degree."""
+    """Indices of the terms of total degree up to `degree` among those up to `2 degree`.
+
+    Args:
+        degree: Highest total degree.
+
+    Returns:
+        Index of each of the J terms.
+    """
     place = {pair: i for i, pair in enumerate(zip(*(k.tolist() for k in orders(2 * degree)), strict=True))}
     return [place[pair] for pair in zip(*(k.tolist() for k in orders(degree)), strict=True)]
 
 
 def chebyshev_up_to(u: Float[Array, "*shape"], degree: int) -> list[Float[Array, "*shape"]]:
-    """Chebyshev polynomials T_0 to T_degree, by their recurrence."""
+    """Chebyshev polynomials T_0 to T_degree by their three-term recurrence.
+
+    Args:
+        u: Arguments in [-1, 1].
+        degree: Highest degree.
+
+    Returns:
+        Values of the degree + 1 polynomials.
+    """
     polynomials = [jnp.ones_like(u), u]
     for _ in range(degree - 1):
         polynomials.append(2 * u * polynomials[-1] - polynomials[-2])
@@ -160,7 +190,7 @@ def chebyshev_up_to(u: Float[Array, "*shape"], degree: int) -> list[Float[Array,
 
 
 def expand(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"], tolerance: float) -> ShiftExpansion:
-    """Expands a PSF in its shift, to the lowest degree that meets a tolerance.
+    """Expand a PSF in its shift, to the lowest degree that meets a tolerance.
 
     The coefficients of a band-limited stamp decrease geometrically with the degree, faster for a wider source.
 
@@ -194,13 +224,29 @@ def expand(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"], tol
 
 
 def centred(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"]) -> ShiftExpansion:
-    """Expansion of degree 0: the PSF without a shift."""
+    """Expansion of degree 0: the PSF without a shift.
+
+    Args:
+        stamp: PSF stamp.
+        offsets: Footprint, offsets (dy, dx) from the middle pixel, px.
+
+    Returns:
+        The expansion, with zero error at zero shift.
+    """
     template = stamp[tuple((offsets + len(stamp) // 2).T)]
     return ShiftExpansion(0, template[None], np.ones((1, 1, 1)), np.zeros(len(offsets)), 0.0)
 
 
 def chebyshev_coefficients(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"]) -> np.ndarray:
-    """Coefficients (n, n, P) of T_i(2 dy) T_j(2 dx), by interpolation at the Chebyshev nodes."""
+    """Coefficients of T_i(2 dy) T_j(2 dx), by interpolation at the Chebyshev nodes.
+
+    Args:
+        stamp: PSF stamp.
+        offsets: Footprint, offsets (dy, dx) from the middle pixel, px.
+
+    Returns:
+        Coefficients (n, n, P), n = `MAX_DEGREE` + 1.
+    """
     nodes = chebyshev.chebpts1(MAX_DEGREE + 9)
     values = sample_footprint(stamp, offsets, nodes / 2)
     weights = chebyshev.chebvander(nodes, MAX_DEGREE) * 2 / len(nodes)
@@ -209,7 +255,7 @@ def chebyshev_coefficients(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndar
 
 
 def sample_footprint(stamp: np.ndarray, offsets: np.ndarray, shifts: np.ndarray) -> Float[np.ndarray, "n n P"]:
-    """Evaluates the stamp on a footprint for all shifts (dy, dx) of a grid, in float64.
+    """Evaluate the stamp on a footprint for all shifts (dy, dx) of a grid, in float64.
 
     Args:
         stamp: PSF stamp, (S, S).
@@ -217,7 +263,7 @@ def sample_footprint(stamp: np.ndarray, offsets: np.ndarray, shifts: np.ndarray)
         shifts: Shifts of the grid along each axis, px, (n,).
 
     Returns:
-        The values on the footprint.
+        Values on the footprint.
     """
     side = len(stamp)
     k = np.arange(1, side // 2 + 1)
@@ -231,7 +277,14 @@ def sample_footprint(stamp: np.ndarray, offsets: np.ndarray, shifts: np.ndarray)
 
 
 def products(degree: int) -> Float[np.ndarray, "Q J J"]:
-    """Products of terms, T_i T_j = (T_(i+j) + T_|i-j|) / 2 along each axis, in the terms of twice the degree."""
+    """Expansion of products of terms, T_i T_j = (T_(i+j) + T_|i-j|) / 2 along each axis, in terms of twice the degree.
+
+    Args:
+        degree: Highest total degree.
+
+    Returns:
+        Coefficient of each of the Q terms in the product of terms i and j.
+    """
     (ky, kx), (qy, qx) = orders(degree), orders(2 * degree)
 
     def along(k: np.ndarray, q: np.ndarray) -> np.ndarray:

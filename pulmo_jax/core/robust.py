@@ -119,6 +119,8 @@ def squared_scales(statistics: Statistics) -> Float[Array, "T"]:
 
 
 class _State(NamedTuple):
+    """State of the fixed-point iteration: frame weights, largest relative change and number of iterations."""
+
     weights: Array
     change: Array
     iterations: Array

@@ -28,7 +28,15 @@ def coefficients(images: Float[Array, "*batch H W"]) -> Float[Array, "*batch H W
 
 
 def filter_axis(images: Float[Array, "*batch H W"], axis: int) -> Float[Array, "*batch H W"]:
-    """Recursive filter of the paper's box 2 along one axis: one pass forward, one back."""
+    """Recursive spline prefilter along one axis (Unser 1999, box 2): a causal pass followed by an anticausal pass.
+
+    Args:
+        images: Images with sides of at least 2 px, mirrored at their edges.
+        axis: Axis to filter.
+
+    Returns:
+        Filtered images.
+    """
     lines = jnp.moveaxis(images, axis, 0)
     n = len(lines)
     reach = jnp.arange(HORIZON[images.dtype.itemsize])

@@ -1,9 +1,9 @@
-"""Tiles of one fixed shape over an image of any size, and the blend that puts them together again, on the device.
+"""Fixed-size tiling of images of any size, and weighted blending of the tiles on the device.
 
 Every tile is weighted by a separable Gaussian with sigma = tile / 8 (Isensee et al. 2021, nnU-Net, Nature Methods
-18:203). Tiles lie on a product grid, so the sum of weights is a product of two vectors and needs no image. The image is
-blended in strips of rows, from the top, so that memory does not grow with its height. Shapes of arrays are rounded up,
-so that few compiled programs serve images of all sizes.
+18:203). Tiles lie on a product grid, so the sum of weights is an outer product of two vectors and needs no image.
+Strips of rows are blended from top to bottom, so memory does not grow with the height of the image. Array shapes are
+rounded up, so that a few compiled programs serve images of all sizes.
 """
 
 from collections import deque
@@ -18,16 +18,25 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-AHEAD = 3  # batches that may wait on the device for their turn
-WEIGHT_FLOOR = 1e-3  # a corner covered by one tile only still divides by a number far from rounding errors
+AHEAD = 3  # largest number of pending batches on the device
+WEIGHT_FLOOR = 1e-3  # avoids division by tiny weights at corners covered by a single tile
 
 Wanted = Callable[[int, Int[np.ndarray, "n"]], np.ndarray]
 
 
 def tile_starts(length: int, tile: int, stride: int) -> Int[np.ndarray, "n"]:
-    """First pixels of the tiles along one axis: every `stride`, the last one flush with the end.
+    """Compute the first pixel of each tile along one axis: every `stride`, with the last tile flush with the end.
 
-    A `length` below `tile` gives the single start 0: the tile reaches beyond the image and is padded.
+    Args:
+        length: Length of the axis in pixels. Below `tile` there is a single tile, which is padded.
+        tile: Side of a tile in pixels.
+        stride: Distance between tiles in pixels, 1 to `tile`.
+
+    Returns:
+        First pixels, ascending.
+
+    Raises:
+        ValueError: If the stride is out of range.
     """
     if not 1 <= stride <= tile:
         raise ValueError(f"stride is {stride}; it must be 1 to {tile} (the tile), or pixels would be left out")
@@ -36,13 +45,29 @@ def tile_starts(length: int, tile: int, stride: int) -> Int[np.ndarray, "n"]:
 
 
 def blend_window(tile: int) -> Float[np.ndarray, "tile"]:
-    """Weights along one axis of a tile, symmetric, 1 at the centre."""
+    """Gaussian weights along one axis of a tile, symmetric, bounded below by `WEIGHT_FLOOR`.
+
+    Args:
+        tile: Side of a tile in pixels.
+
+    Returns:
+        Weights; 1 at the centre.
+    """
     offset = np.arange(tile) - (tile - 1) / 2
     return np.maximum(np.exp(-0.5 * (offset / (tile / 8)) ** 2), WEIGHT_FLOOR).astype(np.float32)
 
 
 def summed_weights(starts: Int[np.ndarray, "n"], tile: int, length: int) -> Float[np.ndarray, "length"]:
-    """Sum of the blend windows along one axis."""
+    """Sum of the blend windows along one axis.
+
+    Args:
+        starts: First pixels of the tiles.
+        tile: Side of a tile in pixels.
+        length: Length of the axis in pixels.
+
+    Returns:
+        Sum of weights at each pixel.
+    """
     window, total = blend_window(tile), np.zeros(max(length, tile), np.float32)
     for start in starts:
         total[start : start + tile] += window
@@ -50,21 +75,45 @@ def summed_weights(starts: Int[np.ndarray, "n"], tile: int, length: int) -> Floa
 
 
 def cut(image: Shaped[np.ndarray, "H W ..."], y: int, x: int, tile: int) -> Shaped[np.ndarray, "tile tile ..."]:
-    """One tile of the image; beyond the image's end its last pixels are repeated."""
+    """Extract one tile of an image, padded with the nearest pixel beyond the image.
+
+    Args:
+        image: Image.
+        y: First row of the tile in pixels.
+        x: First column of the tile in pixels.
+        tile: Side of the tile in pixels.
+
+    Returns:
+        The tile.
+    """
     crop = image[y : y + tile, x : x + tile]
     missing = [(0, tile - crop.shape[0]), (0, tile - crop.shape[1])] + [(0, 0)] * (crop.ndim - 2)
     return np.pad(crop, missing, mode="edge") if crop.shape[:2] != (tile, tile) else crop
 
 
 def rounded(count: int) -> int:
-    """Rounded up to a power of two, or from 16 on by at most a quarter: few numbers, each of which is compiled for."""
+    """Round up to a power of two or, above 16, to a multiple of 1/8 of one; few distinct sizes mean few compilations.
+
+    Args:
+        count: Positive integer.
+
+    Returns:
+        Rounded integer, at most a quarter larger above 16.
+    """
     up = 2 ** (count - 1).bit_length()
     step = up // 8
     return up if count <= 16 else -(-count // step) * step
 
 
 def rounded_height(count: int) -> int:
-    """Rounded up to nine eighths of a power of two: sides of images often are powers, and a halo is added to them."""
+    """Round up to 9/8 of a power of two: image sides are often powers of two, to which a halo is added.
+
+    Args:
+        count: Positive integer.
+
+    Returns:
+        Rounded integer.
+    """
     return -(-9 * 2 ** (-(-8 * count // 9) - 1).bit_length() // 8)
 
 
@@ -73,11 +122,17 @@ def rounded_height(count: int) -> int:
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of an image, and the strips of rows in which they are blended.
+    """Tiles of an image, and the strips of rows in which they are blended.
 
-    Strip k holds the image rows from k * rows up to (k + 1) * rows, and the tiles that start there. Its tiles lie in
-    slots: `regular[0]` rows by `regular[1]` columns of slots for tiles that start at multiples of the stride, then one
-    more row and one more column for the last tiles of the image, which end with it.
+    Strip k consists of the image rows from k * rows up to (k + 1) * rows, and of the tiles that start there. Its tiles
+    occupy slots: `regular[0]` rows by `regular[1]` columns of slots for tiles at multiples of the stride, and
+    one more row and column for the last tiles of the image, which are flush with its end.
+
+    Attributes:
+        shape: Height and width of the image in pixels.
+        tile: Side of a tile in pixels.
+        stride: Distance between tiles in pixels.
+        regular: Rows and columns of slots for regular tiles.
     """
 
     shape: tuple[int, int]
@@ -87,9 +142,17 @@ class Grid:
 
     @classmethod
     def over(cls, shape: tuple[int, int], tile: int, stride: int, halo: int, most_px: int) -> "Grid":
-        """The strips as high as possible, but no higher than the image and `halo` rows.
+        """Construct a grid with the highest possible strips, up to the image height plus `halo` rows.
 
-        most_px: of all tiles in a strip together; a single row of tiles is a strip even if it has more.
+        Args:
+            shape: Height and width of the image in pixels.
+            tile: Side of a tile in pixels.
+            stride: Distance between tiles in pixels.
+            halo: Rows added to the height of the image, in pixels.
+            most_px: Largest total number of pixels of the tiles of a strip; exceeded if a single row of tiles has more.
+
+        Returns:
+            The grid.
         """
         columns = rounded(max(1, len(tile_starts(shape[1], tile, stride)) - 1))
         rows = max(1, most_px // ((columns + 1) * tile**2))
@@ -97,46 +160,61 @@ class Grid:
 
     @property
     def rows(self) -> int:
-        """Image rows of a strip."""
+        """Image rows per strip."""
         return self.regular[0] * self.stride
 
     @property
     def width(self) -> int:
-        """Columns of a strip, those beyond the image included."""
+        """Columns of a strip, including those beyond the image."""
         return self.regular[1] * self.stride + self.tile
 
     @property
     def n_strips(self) -> int:
+        """Number of strips."""
         return -(-self.shape[0] // self.rows)
 
     @cached_property
     def starts(self) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
-        """First rows and first columns of the tiles."""
+        """First rows and first columns of the tiles, in pixels."""
         height, width = self.shape
         return tile_starts(height, self.tile, self.stride), tile_starts(width, self.tile, self.stride)
 
     @cached_property
     def weights(self) -> tuple[Float[np.ndarray, "h"], Float[np.ndarray, "w"]]:
-        """Sums of the blend windows over the rows of all strips and over the columns; 1 beyond the image."""
+        """Summed blend windows over the rows of all strips and over the columns; 1 beyond the image."""
         sizes = self.n_strips * self.rows, self.width
         sums = (summed_weights(*along) for along in zip(self.starts, (self.tile,) * 2, self.shape, strict=True))
         rows, columns = (np.pad(s, (0, n - len(s)), constant_values=1) for s, n in zip(sums, sizes, strict=True))
         return rows, columns
 
     def positions(self, wanted: Wanted | None) -> Iterator[Int[np.ndarray, "n 2"]]:
-        """(y, x) of the tiles that are wanted, for each row of tiles."""
+        """Iterate over the rows of tiles.
+
+        Args:
+            wanted: Function (y, xs) that selects tiles of a row; None selects all tiles.
+
+        Yields:
+            First pixels (y, x) of the selected tiles of a row.
+        """
         ys, xs = self.starts
         for y in ys.tolist():
             columns = xs if wanted is None else xs[wanted(y, xs)]
             yield np.stack([np.full(len(columns), y), columns], axis=-1)
 
     def strip_of(self, positions: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
+        """Index of the strip that contains each tile, from its first pixel (y, x)."""
         return positions[:, 0] // self.rows
 
     def slots_of(self, positions: Int[np.ndarray, "n 2"], strip: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row and column of each tile's slot in this strip, filled up to `size`.
+        """Find the slots of tiles in a strip, padded to a fixed size.
 
-        Tiles of other strips, and entries that only fill up, have rows beyond the last one, no two alike.
+        Args:
+            positions: First pixels (y, x) of the tiles.
+            strip: Index of the strip.
+            size: Padded length.
+
+        Returns:
+            Row and column of each slot (size,). Tiles of other strips and padding have distinct rows beyond the last.
         """
         (ys, xs), (last_row, last_column) = self.starts, self.regular
         here = self.strip_of(positions) == strip
@@ -147,13 +225,28 @@ class Grid:
         return nowhere.astype(np.int32), np.pad(columns, (0, size - len(columns))).astype(np.int32)
 
     def last_tile(self, strip: int) -> tuple[int, int]:
-        """Where in a strip the last row and the last column of tiles start; row 0 where the strip has no last row."""
+        """First row (relative to the strip) and column of the last row and column of tiles, in pixels.
+
+        Args:
+            strip: Index of the strip.
+
+        Returns:
+            Row and column; row 0 if the strip does not contain the last row of tiles.
+        """
         ys, xs = self.starts
         return (int(ys[-1]) - strip * self.rows if ys[-1] // self.rows == strip else 0), int(xs[-1])
 
 
 def batches(rows: Iterable[Int[np.ndarray, "_ 2"]], size: int) -> Iterator[Int[np.ndarray, "_ 2"]]:
-    """The positions of all rows, `size` at a time; the last batch may be shorter."""
+    """Regroup positions into batches.
+
+    Args:
+        rows: Positions (y, x) of the tiles of each row.
+        size: Batch size.
+
+    Yields:
+        Positions of `size` tiles; the last batch may be smaller.
+    """
     pending = np.empty((0, 2), np.int64)
     for row in rows:
         pending = np.concatenate([pending, row])
@@ -170,12 +263,18 @@ def batches(rows: Iterable[Int[np.ndarray, "_ 2"]], size: int) -> Iterator[Int[n
 def blend_strips(
     computed: Iterable[tuple[Int[np.ndarray, "n 2"], Float[Array, "B tile tile M"]]], grid: Grid
 ) -> Iterator[Float[Array, "M rows width"]]:
-    """Blend the maps of all tiles: the strips of the image, from the top to the bottom, on the device.
+    """Blend the maps of all tiles into strips of the image, from top to bottom, on the device.
 
-    computed: positions and maps of batches of tiles, in the order of `grid.positions`; of B maps the first n count.
-        Pixels of a tile that is left out have no meaning. Without a single tile there are no strips.
-    The sum at a pixel is taken in one order, whatever the batches and the height of the strips. Nothing is read by the
-    host: it waits only where more than AHEAD batches are under way.
+    Each pixel is summed in a fixed order that does not depend on the batches or the height of the strips. No data are
+    transferred to the host, which only waits if more than `AHEAD` batches are pending.
+
+    Args:
+        computed: Positions of n tiles and B maps for each batch, in the order of `grid.positions`; only the first n
+            maps are used. Pixels covered by no computed tile are undefined.
+        grid: Tiles and strips.
+
+    Yields:
+        Weighted mean of the maps in each strip; no strips if there are no tiles.
     """
     computed = iter(computed)
     first = next(computed, None)
@@ -210,7 +309,7 @@ def blend_strips(
 
 
 def empty_slots(grid: Grid, carry: Float[Array, "M tile width"]) -> Float[Array, "M r tile c tile"]:
-    """On the devices of `carry`, with as many maps."""
+    """Allocate zero slots for a strip, on the devices of `carry` and with its number of maps."""
     rows, columns = grid.regular
     shape = len(carry), rows + 1, grid.tile, columns + 1, grid.tile
     return jnp.zeros(shape, jnp.float32, device=carry.sharding)
@@ -224,7 +323,18 @@ def place(
     columns: Int[Array, "B"],
     window: Float[Array, "tile"],
 ) -> Float[Array, "M r tile c tile"]:
-    """The slots with the weighted maps in them; maps with a row beyond the last one are left out."""
+    """Write weighted maps into their slots; the buffer of `slots` is donated.
+
+    Args:
+        slots: Weighted maps of a strip.
+        maps: Maps of B tiles.
+        rows: Row of the slot of each map; maps with a row beyond the last one are dropped.
+        columns: Column of the slot of each map.
+        window: Blend window along one axis.
+
+    Returns:
+        Updated slots.
+    """
     weighted = jnp.moveaxis(maps, -1, 1) * (window[:, None] * window[None, :])
     return slots.at[:, rows, :, columns].set(weighted, mode="drop", unique_indices=True)
 
@@ -239,12 +349,24 @@ def blend(
     *,
     stride: int,
 ) -> tuple[Float[Array, "M rows width"], Float[Array, "M tile width"]]:
-    """(weighted means of the strip, sums of the rows below it); carry: the sums that the strip above has left."""
+    """Blend the tiles of a strip.
+
+    Args:
+        slots: Weighted maps of the strip.
+        carry: Weighted sums that tiles of the previous strip contribute to this one.
+        last_tile: First row and column of the last row and column of tiles, see `Grid.last_tile`.
+        weight_y: Summed weights along the rows of the strip.
+        weight_x: Summed weights along the columns.
+        stride: Distance between tiles in pixels.
+
+    Returns:
+        Weighted means of the strip, and weighted sums that its tiles contribute to the next strip.
+    """
     (bands, n_rows, tile, n_columns, _), (y, x) = slots.shape, last_tile
     height, width = len(weight_y), len(weight_x)
 
     def add_row(row: Array, total: Array) -> Array:
-        """Row by row, from the top: the order of a sum must not depend on where strips begin."""
+        """Add a row of tiles; the loop runs from the top, so the order of summation does not depend on the strips."""
         tiles, top = slots[:, row], jnp.where(row == n_rows - 1, y, row * stride)
         along = _added_up(tiles[:, :, :-1].reshape(-1, n_columns - 1, tile), stride, width)
         total = _add_at(total, along.reshape(bands, tile, width), (0, top, 0))
@@ -255,8 +377,10 @@ def blend(
 
 
 def _added_up(parts: Float[Array, "A n tile"], stride: int, length: int) -> Float[Array, "A length"]:
-    """The sum of parts, each `stride` to the right of the one before. Every q-th of them can be added at once, q being
-    the number of parts that cover a place."""
+    """Sum of overlapping parts, each shifted by `stride`.
+
+    With q parts covering a pixel, every q-th part is disjoint, so the parts are added in q groups.
+    """
     lines, n, tile = parts.shape
     q = -(-tile // stride)
     total = jnp.zeros((lines, length), parts.dtype)
@@ -268,5 +392,6 @@ def _added_up(parts: Float[Array, "A n tile"], stride: int, length: int) -> Floa
 
 
 def _add_at(total: Array, part: Array, start: tuple[int | Int[Array, ""], ...]) -> Array:
+    """Add a part to an array at a given start index."""
     here = lax.dynamic_slice(total, start, part.shape)
     return lax.dynamic_update_slice(total, here + part, start)

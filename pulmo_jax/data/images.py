@@ -97,7 +97,7 @@ def index_images(
         max_image_mb: Limit on the decoded size of a page in MiB.
         require_masks: Skip an image without a mask, instead of taking all of it as foreground.
         leave_out: Folder whose files are not listed, such as the results of an earlier call.
-        formats: The user's own image formats, in addition to the built-in ones.
+        formats: User-defined image formats, in addition to the built-in ones.
 
     Returns:
         One reference per page, and the files that cannot be read with the reason. The caller decides whether
@@ -135,7 +135,17 @@ def index_images(
 def read_header(
     folder: Path, name: str, max_bytes: int, formats: Sequence[Format] = ()
 ) -> tuple[int, tuple[int, int, int], str, str]:
-    """Read the number of pages, the shape (H, W, C), the dtype and the default group of a file."""
+    """Read the header of an image file.
+
+    Args:
+        folder: Folder of the images.
+        name: Path of the file relative to the folder.
+        max_bytes: Limit on the decoded size of a page in bytes.
+        formats: User-defined image formats.
+
+    Returns:
+        Number of pages, shape (H, W, C), dtype and default group (the name).
+    """
     with open_source(folder / name, max_bytes=max_bytes, formats=formats) as source:
         pages, height, width, bands = source.shape
         return pages, (height, width, bands), source.dtype.name, name
@@ -162,7 +172,14 @@ def by_file(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
 
 
 def fingerprint(path: Path | None) -> list[int] | None:
-    """Size in bytes and modification time in ns of a file, or of the store that holds it, to detect changes."""
+    """Size in bytes and modification time in ns of a file or of the store that contains it, to detect changes.
+
+    Args:
+        path: The file; None for no file.
+
+    Returns:
+        Size and time; None for no file.
+    """
     if path is None:
         return None
     record = in_store(path)
@@ -235,7 +252,16 @@ def find_masks(
 
 
 def find_mask(folder: Path | None, name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Path | None:
-    """Find the file with the same relative name, or with the same stem and another image suffix."""
+    """Find the file with the same relative name, or with the same stem and another image suffix.
+
+    Args:
+        folder: Folder to search; None for no folder.
+        name: Image name relative to its folder.
+        suffixes: Image suffixes (see `sources.image_suffixes`).
+
+    Returns:
+        The file; None if there is none.
+    """
     if folder is None:
         return None
     exact = folder / name
@@ -259,7 +285,7 @@ class Reader:
 
     Args:
         max_image_mb: Limit on the decoded size of a page in MiB.
-        formats: The user's own image formats, in addition to the built-in ones.
+        formats: User-defined image formats, in addition to the built-in ones.
 
     Raises:
         InputError: A format is invalid.
@@ -321,7 +347,17 @@ class Reader:
         return np.any(source.read(min(ref.page, source.shape[0] - 1), window), axis=-1)
 
     def tags(self, ref: ImageRef) -> ImageTags:
-        """Read the resolution and georeference of an image. Raises InputError if the file cannot be read."""
+        """Read the resolution and georeference of an image.
+
+        Args:
+            ref: The image.
+
+        Returns:
+            The tags.
+
+        Raises:
+            InputError: The file cannot be read.
+        """
         return self._open(ref.path).tags
 
     def _open(self, path: Path) -> Source:

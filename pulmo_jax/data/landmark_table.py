@@ -269,7 +269,7 @@ def read_rows(path: Path, n_points: int | None = None) -> tuple[list[Row], list[
 
 
 def nonempty_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number and the stripped cells of each nonempty line."""
+    """Yield the number and the stripped cells of each nonempty line. Raises InputError for invalid CSV."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         for cells in reader:
@@ -353,7 +353,7 @@ def parse_row(
 
 
 def number(cell: str) -> float:
-    """Parse a coordinate in px; NaN if the cell is not a valid one."""
+    """Parse a coordinate in px; NaN if the cell is invalid."""
     try:
         value = math.nan if "_" in cell else float(cell)
     except ValueError:
@@ -362,7 +362,7 @@ def number(cell: str) -> float:
 
 
 def first(texts: Sequence[str], separator: str = ", ") -> str:
-    """Join the first few texts, and count the rest."""
+    """Join the first `SHOWN` texts and state the number of the others."""
     more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return separator.join([*map(printable, texts[:SHOWN]), *more])
 

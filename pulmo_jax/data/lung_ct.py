@@ -63,7 +63,14 @@ def dicom_orientation(volume: Shaped[np.ndarray, "W H Z"]) -> Shaped[np.ndarray,
 
 
 def stored_ct(hu: Shaped[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*shape"]:
-    """Convert Hounsfield units to the 16-bit values of the TIFF slices."""
+    """Convert Hounsfield units to the 16-bit values of the TIFF slices.
+
+    Args:
+        hu: CT numbers in HU.
+
+    Returns:
+        Values shifted by `HU_OFFSET`, with negative ones set to 0.
+    """
     return np.maximum(hu.astype(np.int32) + HU_OFFSET, 0).astype(np.uint16)
 
 
@@ -129,7 +136,7 @@ def _outline(roi: ET.Element) -> list[tuple[int, int]]:
 
 
 def _filled(outline: list[tuple[int, int]], height: int, width: int) -> Bool[np.ndarray, "H W"]:
-    """True on and inside the outline: its pixels count as nodule."""
+    """Mask of the nodule: pixels on and inside the outline."""
     image = Image.new("1", (width, height))
     ImageDraw.Draw(image).polygon(outline, fill=1, outline=1)
     return np.asarray(image)

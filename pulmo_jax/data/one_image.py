@@ -24,7 +24,7 @@ def one_image(
         page: Index of the page in a file, from 0.
         max_image_mb: Limit on the decoded size of a page in MiB.
         masks: Folder of foreground masks with the names of their images; ignored for an array.
-        formats: The user's own image formats, in addition to the built-in ones.
+        formats: User-defined image formats, in addition to the built-in ones.
 
     Returns:
         Reference and pixels (H, W, C) of the image.
@@ -45,7 +45,21 @@ def one_image(
 def from_file(
     path: Path, page: int, max_image_mb: int, masks: Path | None, formats: Sequence[Format] = ()
 ) -> tuple[ImageRef, Shaped[np.ndarray, "H W C"]]:
-    """Read a page of an image file (see `one_image`)."""
+    """Read a page of an image file.
+
+    Args:
+        path: Image file.
+        page: Index of the page, from 0.
+        max_image_mb: Limit on the decoded size of a page in MiB.
+        masks: Folder of foreground masks with the names of their images.
+        formats: User-defined image formats.
+
+    Returns:
+        Reference and pixels (H, W, C) of the page.
+
+    Raises:
+        InputError: The file cannot be read or has no such page.
+    """
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'does not exist'}; give one image")
     refs, skipped = index_images(path, masks=masks, max_image_mb=max_image_mb, formats=formats)

@@ -135,7 +135,7 @@ class ReadPatches:
 
 
 def apply_symmetries(patches: Sequence[np.ndarray], codes: Sequence[int]) -> Shaped[np.ndarray, "B P P ..."]:
-    """Apply a symmetry of the square to each patch (see `flip_and_turn`) and stack the results."""
+    """Apply a symmetry of the square (see `flip_and_turn`) to each patch (P, P, ...) and stack the results."""
     batch = np.empty((len(patches), *patches[0].shape), patches[0].dtype)
     for target, patch, code in zip(batch, patches, codes, strict=True):
         target[...] = flip_and_turn(patch, code)

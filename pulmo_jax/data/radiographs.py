@@ -1,6 +1,6 @@
 """Sample radiographs with exact landmarks: one patient's CT projected in many poses.
 
-Each radiograph has its own rotation, field of view, width, deformation and film curve; one in three has an opacity in
+Rotation, field of view, width, deformation and film curve vary between radiographs; one in three has an opacity in
 a lung. Points and pixels follow the same transform, the map from the image to the film plane (`film_position`). Its
 inverse, `image_position`, is iterated to rounding error. Coordinates are (y, x). Film positions are in mm in the frame
 of the landmark axis: the origin is its midpoint, and y runs downwards along it.
@@ -88,7 +88,14 @@ def _normal(rng: np.random.Generator, std: float | tuple[float, ...], size: int)
 
 
 def draw_view(rng: np.random.Generator) -> View:
-    """Draw a random view."""
+    """Draw a random view.
+
+    Args:
+        rng: Random generator.
+
+    Returns:
+        The view.
+    """
     roll = np.deg2rad(_normal(rng, TURN_DEG, 1)[0])
     share, centre = AXIS_SHARE + _normal(rng, AXIS_SHARE_STD, 1)[0], CENTRE + _normal(rng, CENTRE_STD, 2)
     widening = _normal(rng, (WIDTH_STD, *3 * (PROFILE_STD,), ASYMMETRY_STD), 5)
@@ -229,7 +236,7 @@ def _film(integral: np.ndarray, mm_per_px: float, rng: np.random.Generator) -> U
 def render_all(
     anatomy: Anatomy, counts: Mapping[str, int] = COUNTS, seed: int = SEED
 ) -> Iterator[tuple[str, str, Radiograph]]:
-    """Render the radiographs of all sets. Each depends only on the seed and its own number.
+    """Render the radiographs of all sets. Each depends only on the seed and its index.
 
     Args:
         anatomy: The anatomy to project.

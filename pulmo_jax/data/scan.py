@@ -114,7 +114,16 @@ def scan_images(
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator:
-    """Like `pool.map`, but with a bounded number of pending results, for slow consumers."""
+    """Map a function over items in threads like `pool.map`, but with a bounded number of pending results.
+
+    Args:
+        pool: Thread pool.
+        function: Function of one item.
+        items: The items.
+
+    Yields:
+        Results in the order of the items.
+    """
     pending = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -139,7 +148,13 @@ class Moments:
     variance: Float64[np.ndarray, "C"]
 
     def add(self, sample: Float64[np.ndarray, "N C"]) -> "Moments":
-        """Include a sample of pixels (N, C). Unlike a sum of squares, this loses no precision if the mean is large.
+        """Include a sample of pixels. Unlike a sum of squares, this loses no precision if the mean is large.
+
+        Args:
+            sample: N pixels of C channels.
+
+        Returns:
+            Updated moments.
 
         Reference:
             Chan, Golub & LeVeque 1979, eq. 2.1.

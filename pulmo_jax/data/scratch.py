@@ -1,6 +1,6 @@
 """A cache of decoded images in a temporary file: each image is decoded once, and patches are read from the cache.
 
-Reading a patch of a compressed image decodes all strips or tiles that it overlaps, often a hundred times its own size,
+Reading a patch of a compressed image decodes all overlapping strips or tiles, often a hundred times as many pixels,
 which would slow down training on few cores. The file is anonymous, is created in the user's cache folder and
 disappears with the process. Its memory pages are released regularly, so memory use does not grow with the data set.
 """
@@ -87,7 +87,18 @@ class Scratch:
 
 
 def allocate_file(folder: Path, size: int) -> mmap.mmap:
-    """Map `size` bytes of an anonymous temporary file. Raises OSError if the disk is full."""
+    """Map an anonymous temporary file into memory.
+
+    Args:
+        folder: Folder of the file, created if necessary.
+        size: Size in bytes.
+
+    Returns:
+        The memory map.
+
+    Raises:
+        OSError: The disk is full.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process at the first write
@@ -129,14 +140,14 @@ class DecodedReader:
             self._masks = Scratch([shape[:2] for shape in shapes], flags, folder, NO_CACHE_REMEDY) if masked else None
 
     def image(self, ref: ImageRef, window: Window | None = None) -> Shaped[np.ndarray, "h w C"]:
-        """Read an image or a window of it, as `Reader.image`; the array is read-only if it is cached."""
+        """Read an image or a window of it, see `Reader.image`; the array is read-only if it is cached."""
         if self._pixels is None:
             return self._reader.image(ref, window)
         whole = self._pixels.get(self._index[ref.path, ref.page], lambda: self._reader.image(ref))
         return _cut(whole, window)
 
     def foreground(self, ref: ImageRef, window: Window | None = None) -> Bool[np.ndarray, "h w"] | None:
-        """Read the foreground mask of an image or of a window of it, as `Reader.foreground`."""
+        """Read the foreground mask of an image or of a window of it, see `Reader.foreground`."""
         if self._masks is None or ref.mask is None:
             return self._reader.foreground(ref, window)
         whole = self._masks.get(self._index[ref.path, ref.page], lambda: self._mask(ref))

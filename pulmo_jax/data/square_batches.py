@@ -118,7 +118,14 @@ class Squares:
         return Squares(refs, size, crop, reader, cache, np.arange(len(refs)))
 
     def subset(self, rows: Int[np.ndarray, "_"]) -> "Squares":
-        """Select images by row index; the cache is shared."""
+        """Select images; the cache is shared.
+
+        Args:
+            rows: Row indices of the images.
+
+        Returns:
+            The selected images.
+        """
         return replace(self, refs=[self.refs[row] for row in rows], slots=self.slots[rows])
 
     def get(self, row: int, image: Shaped[np.ndarray, "H W C"] | None = None) -> Float[np.ndarray, "S S"]:
@@ -141,7 +148,14 @@ class Squares:
         return self.cache.get(int(self.slots[row]), make)
 
     def stack(self, rows: Int[np.ndarray, "*b"]) -> Float[np.ndarray, "*b S S"]:
-        """Stack the squares of an array of row indices (*b) into a new array (*b, S, S)."""
+        """Stack the squares of images into a new array.
+
+        Args:
+            rows: Row indices of the images.
+
+        Returns:
+            Squares (*b, S, S).
+        """
         out = np.empty((rows.size, self.size, self.size), np.float32)
         for square, row in zip(out, rows.ravel().tolist(), strict=True):
             square[...] = self.get(row)
@@ -180,7 +194,7 @@ class ReadSquares(grain.MapTransform):
     def map(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, element: Int[np.ndarray, "B M"]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Read the images and labels of a batch."""
+        """Read the images (B, M, S, S) and labels (B, M) of a batch."""
         rows = np.asarray(element)
         return self.stack(rows), self.labels[rows]
 

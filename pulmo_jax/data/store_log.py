@@ -90,7 +90,11 @@ class Log:
         self.file.truncate()
 
     def append(self, entry: Entry) -> None:
-        """Append a page. An OSError, such as a full disk, leaves the earlier entries valid."""
+        """Append a page. After an OSError, such as a full disk, earlier entries remain valid.
+
+        Args:
+            entry: The page.
+        """
         lengths = [len(chunk) for chunk in entry.chunks]
         text = json.dumps(entry.facts | {"chunk_bytes": lengths}).encode()
         checksum = zlib.crc32(text)
@@ -105,7 +109,14 @@ class Log:
             self.entries.append(Logged(entry.facts, start, lengths))
 
     def chunks(self, entry: Logged) -> list[bytes]:
-        """Read the compressed chunks of an entry."""
+        """Read the compressed chunks of an entry.
+
+        Args:
+            entry: Entry of the log.
+
+        Returns:
+            Compressed chunks.
+        """
         self.file.seek(entry.start)
         return [self.file.read(length) for length in entry.lengths]
 

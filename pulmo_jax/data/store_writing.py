@@ -71,7 +71,7 @@ def ingest_folder(
         threads: Number of decoding threads.
         max_image_mb: Limit on the decoded size of a page in MiB.
         tracker: Makes a progress bar with a label.
-        formats: The user's own image formats. Reading the store does not require them.
+        formats: User-defined image formats. Reading the store does not require them.
 
     Returns:
         The records of the store, the number of pages decoded, and the files that cannot be read.
@@ -143,7 +143,15 @@ def file_sha256(path: Path) -> str:
 
 
 def hash_file(path: Path, name: str) -> str | Skipped:
-    """SHA-256 of a file's content, or the reason why the file cannot be read."""
+    """Hash the content of a file.
+
+    Args:
+        path: The file.
+        name: Its name relative to the folder.
+
+    Returns:
+        SHA-256 in hexadecimal, or the reason why the file cannot be read.
+    """
     try:
         require_utf8(path, name)
         with decoding(path):
@@ -154,7 +162,16 @@ def hash_file(path: Path, name: str) -> str | Skipped:
 
 
 def require_same_content(target: Path, old: Sequence[Record], contents: Mapping[str, str]) -> None:
-    """Raise InputError if a file name is already in the store with other content."""
+    """Check that no file name is already in the store with different content.
+
+    Args:
+        target: The store, for the error message.
+        old: Records of the store.
+        contents: SHA-256 of each file of the folder, by name.
+
+    Raises:
+        InputError: If a name is in the store with different content.
+    """
     changed = sorted({record.name for record in old if contents.get(record.name, record.content) != record.content})
     if changed:
         raise InputError(
@@ -171,7 +188,7 @@ def decode_file(log: Log, path: Path, content: str, max_image_mb: int, formats: 
         path: The image file.
         content: Its SHA-256.
         max_image_mb: Limit on the decoded size of a page in MiB.
-        formats: The user's own image formats.
+        formats: User-defined image formats.
 
     Returns:
         The error message if the file cannot be read, otherwise "".
@@ -191,7 +208,14 @@ def decode_file(log: Log, path: Path, content: str, max_image_mb: int, formats: 
 
 
 def complete_files(log: Log) -> dict[str, list[Logged]]:
-    """Pages of the files that are complete in the log, by the SHA-256 of the file."""
+    """Find the files whose pages are all in the log.
+
+    Args:
+        log: Log of the ingestion.
+
+    Returns:
+        Pages of each complete file in order, by the SHA-256 of the file.
+    """
     files: dict[str, dict[int, Logged]] = {}
     for entry in log.entries:
         files.setdefault(entry.facts["content"], {})[entry.facts["page"]] = entry
@@ -244,7 +268,15 @@ def label_of(name: str) -> str:
 
 
 def with_merged_groups(records: Sequence[Record], near_bits: int) -> list[Record]:
-    """Merge groups that share duplicates or near-duplicates, under the name of the first group."""
+    """Merge groups that share duplicates or near-duplicates, under the name of the first group.
+
+    Args:
+        records: Records of the store.
+        near_bits: Largest number of different bits, of 63, between the perceptual hashes of near-duplicates.
+
+    Returns:
+        Records with merged groups.
+    """
     hashes = np.array([record.look for record in records], np.uint64)
     groups = merge_groups([r.group for r in records], [r.content for r in records], hashes, near_bits)
     return [replace(record, group=group) for record, group in zip(records, groups, strict=True)]
@@ -280,7 +312,13 @@ def write_store(target: Path, records: Sequence[Record], pages: Mapping[str, lis
 
 
 def write_page(dataset: Any, record: Record, chunks: Iterable[bytes]) -> None:
-    """Write the compressed chunks of a page into its row of a dataset."""
+    """Write the compressed chunks of a page into its row of a dataset.
+
+    Args:
+        dataset: HDF5 dataset of the pages of one shape and dtype.
+        record: Record of the page.
+        chunks: Compressed chunks in row-major order.
+    """
     height, width, _ = chunk_shape(record.shape, np.dtype(record.dtype))
     for (top, left), chunk in zip(chunk_corners(record.shape, height, width), chunks, strict=True):
         dataset.id.write_direct_chunk((record.row, top, left, 0), chunk)

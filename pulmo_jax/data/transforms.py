@@ -103,7 +103,7 @@ def finite(pixels: Shaped[np.ndarray, "*grid C"]) -> Bool[np.ndarray, "*grid"]:
 
     Returns:
         True for finite pixels (...); values beyond the range of float32, which some software uses to mark missing
-        pixels, count as infinite.
+        pixels, are treated as infinite.
     """
     if np.issubdtype(pixels.dtype, np.integer):
         return np.ones(pixels.shape[:-1], bool)
@@ -112,7 +112,7 @@ def finite(pixels: Shaped[np.ndarray, "*grid C"]) -> Bool[np.ndarray, "*grid"]:
 
 
 def brightness(pixels: Shaped[np.ndarray, "*grid C"]) -> Float[np.ndarray, "*grid"]:
-    """Average the bands of pixels (..., C), in float32; not finite for pixels that are not."""
+    """Average the bands of pixels (..., C), in float32; non-finite if any band is."""
     with np.errstate(over="ignore", invalid="ignore"):
         return pixels.mean(axis=-1, dtype=np.float32)
 

@@ -60,7 +60,7 @@ def read_working(
         max_image_mb: Limit on the decoded size of a page in MiB.
         threads: Number of reading threads.
         track: Wraps an iterable of known length to show progress.
-        formats: The user's own image formats, in addition to the built-in ones.
+        formats: User-defined image formats, in addition to the built-in ones.
 
     Returns:
         The working images, and the images that cannot be read with the reason.
@@ -91,7 +91,18 @@ def read_working(
 
 
 def allocate_squares(count: int, size: int) -> Float[np.ndarray, "N S S"]:
-    """Allocate images in a temporary file, so that memory use does not grow with their number."""
+    """Allocate images in a temporary file, so that memory use does not grow with their number.
+
+    Args:
+        count: Number of images N.
+        size: Side S of the squares in px.
+
+    Returns:
+        Array (N, S, S) backed by the file.
+
+    Raises:
+        InputError: The disk has not enough space.
+    """
     folder, needed = cache_folder(), count * size**2 * 4
     try:
         buffer = allocate_file(folder, max(needed, 1))

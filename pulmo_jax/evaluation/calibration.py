@@ -267,7 +267,7 @@ def evaluated_pixels(
     """Select foreground pixels that have a score.
 
     Args:
-        score_map: Score map; NaN where the method gives no score.
+        score_map: Score map; NaN where the method computes no score.
         foreground: Foreground; None: all pixels.
 
     Returns:

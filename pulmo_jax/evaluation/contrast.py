@@ -1,4 +1,4 @@
-"""Detection limits by separation: sources are injected into the stack until half of them would be detected."""
+"""Contrast curves: the flux at which half of the sources injected at a separation are detected."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,23 +65,23 @@ def contrast_curve(
     track: ProgressTracker = lambda items, total: items,
     using: Combination | None = None,
 ) -> Contrast:
-    """Injects sources at the detection limit and measures what is left of them.
+    """Inject sources at the detection limit and measure their throughput.
 
-    Self-subtraction depends on the injected flux. So all rings are injected ROUNDS times, ending at the limit.
+    Self-subtraction depends on the injected flux, so all rings are injected ROUNDS times, ending at the limit.
 
     Args:
         observation: A rotating stack without its known sources, of one channel or several.
-        settings: How the noise is learnt.
+        settings: Settings of the noise model.
         threshold: Lowest SNR of a detection.
         n_directions: Number of injections on each ring, N.
         n_rings: Largest number of rings.
-        null: Spread of the empirical null, where detections are judged by the calibrated SNR.
+        null: Spread of the empirical null, if detections are thresholded in calibrated SNR.
         track: Shows progress over an iterable of known length.
-        using: How the channels are combined; sources have the first of its spectra, and fluxes are means over the
+        using: Combination of the channels; sources have the first of its spectra, and fluxes are means over the
             channels. By default channels are independent and the spectrum is flat.
 
     Returns:
-        The limits; rings that no frame sees are left out.
+        The limits; rings that no frame covers are omitted.
     """
     channels = as_channels(observation)
     using = (using or independent(np.ones((1, len(channels.each))))).only(0)
@@ -101,7 +101,16 @@ def contrast_curve(
 
 
 def common_separations(channels: Channels, stacks: Sequence[Stack], n_rings: int) -> Float[np.ndarray, "R"]:
-    """Radii of the rings on the sky, px: those of the channel with the smallest field."""
+    """Radii of the rings on the sky, from the channel with the smallest field.
+
+    Args:
+        channels: Observations of all channels.
+        stacks: Prepared stack of each channel.
+        n_rings: Largest number of rings.
+
+    Returns:
+        Radii of R rings, px.
+    """
     each = []
     for observation, scale, stack in zip(channels.each, channels.scales, stacks, strict=True):
         whole = np.asarray(stack.whole).reshape(observation.shape)
@@ -171,24 +180,24 @@ def limits_of(
     levels: Float[np.ndarray, "R"],
     track: ProgressTracker = lambda items, total: items,
 ) -> list[Limit | None]:
-    """Detection limit of every ring.
+    """Compute the detection limit of every ring.
 
     Args:
-        with_sources: Function from fluxes to a and b of the injected sources.
+        with_sources: Function from fluxes to the likelihood terms a and b of the injected sources.
         shape: Numbers of rings and of directions.
         levels: Lowest SNR of a detection on each ring.
         track: Shows progress over an iterable of known length.
 
     Returns:
         For each ring: limit, corrected limit, throughput and its standard deviation over the directions, throughput of
-        the flux and its standard deviation, and the number of directions; None where no frame sees any position.
+        the flux and its standard deviation, and the number of directions; None where no frame covers any position.
     """
     a, b = with_sources(np.zeros(shape))
     seen = a > 0
     a, b = np.where(seen, a, 1), np.where(seen, b, 0)
 
     def gains(fluxes: np.ndarray) -> Terms:
-        """What a source of each flux adds to the SNR and to b / a."""
+        """Increase of the SNR and of b / a due to a source of each flux."""
         a_with, b_with = with_sources(fluxes)
         a_with = np.where(seen, a_with, 1)
         return b_with / np.sqrt(a_with) - b / np.sqrt(a), b_with / a_with - b / a
@@ -213,7 +222,18 @@ def summarise(
     flux_share: Float[np.ndarray, "N"],
     seen: Bool[np.ndarray, "N"],
 ) -> Limit | None:
-    """A ring's medians and means over the directions that are seen (see `limits_of`)."""
+    """Summarise a ring by medians and means over its covered directions (see `limits_of`).
+
+    Args:
+        raw: Detection limit in each direction.
+        corrected: Detection limit corrected for throughput.
+        share: Throughput of the SNR.
+        flux_share: Throughput of the flux.
+        seen: Directions that some frame covers.
+
+    Returns:
+        The summary; None if no direction is covered.
+    """
     if not seen.any():
         return None
     middle = float(np.median(corrected[seen]))
@@ -244,6 +264,15 @@ def ring_separations(
 
 
 def throughput_map(contrast: Contrast, shape: tuple[int, int], centre: tuple[float, float]) -> Float[np.ndarray, "H W"]:
-    """Throughput of the flux at every pixel, interpolated in its separation from the centre."""
+    """Flux throughput at every pixel, interpolated in its separation from the centre.
+
+    Args:
+        contrast: Contrast curve.
+        shape: Height and width of the map in px.
+        centre: Centre of rotation (y, x), px.
+
+    Returns:
+        Throughput map.
+    """
     y, x = np.indices(shape)
     return np.interp(np.hypot(y - centre[0], x - centre[1]), contrast.separation_px, contrast.flux_throughput)

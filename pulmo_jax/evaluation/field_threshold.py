@@ -1,4 +1,4 @@
-"""Threshold on the highest value of a field, from fields of noise alone."""
+"""Threshold on the maximum of a field, from pure-noise fields."""
 
 from dataclasses import dataclass, field
 
@@ -34,11 +34,27 @@ class FieldThreshold:
     maxima: Float[np.ndarray, "n"] = field(repr=False)
 
     def false_alarm(self, value: float) -> float:
-        """Probability of noise at least as high: (1 + number of such fields) / (1 + n), never below 1 / (n + 1)."""
+        """Empirical false-alarm probability (1 + number of maxima at least as high) / (1 + n), at least 1 / (n + 1).
+
+        Args:
+            value: Maximum of the field.
+
+        Returns:
+            The probability.
+        """
         return float((1 + np.sum(self.maxima >= value)) / (1 + len(self.maxima)))
 
     def extrapolated(self, value: float) -> float:
-        """The same by a Gumbel distribution with the mean and spread of the maxima; an extrapolation beyond them."""
+        """False-alarm probability under a Gumbel distribution with the mean and standard deviation of the maxima.
+
+        This extrapolates beyond the simulated maxima.
+
+        Args:
+            value: Maximum of the field.
+
+        Returns:
+            The probability.
+        """
         scale = max(float(self.maxima.std(ddof=1)) * np.sqrt(6) / np.pi, 1e-12)
         return float(gumbel_r.sf(value, loc=self.maxima.mean() - EULER * scale, scale=scale))
 

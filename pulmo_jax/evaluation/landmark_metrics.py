@@ -2,7 +2,7 @@
 
 N images, K landmarks; points are (y, x) in pixels of the image. A landmark without ground truth is NaN and is ignored.
 Chi-squared distributions have two degrees of freedom, one per coordinate. The bootstrap resamples groups, such as
-patients; without group names each image is its own group.
+patients; without group names each image is a separate group.
 """
 
 import math
@@ -120,7 +120,7 @@ def bootstrap_estimates(
         statistic: Function from rows to a 1-D array.
         replicates: Number of bootstrap replicates.
         seed: Seed of the resampling.
-        groups: Group of each image; None: each image is its own group.
+        groups: Group of each image; None: each image is a separate group.
 
     Returns:
         One estimate for each element of the statistic.
@@ -171,7 +171,7 @@ def error_figures(
         errors: Errors; NaN where there is no ground truth.
         replicates: Number of bootstrap replicates.
         seed: Seed of the resampling.
-        groups: Group of each image; None: each image is its own group.
+        groups: Group of each image; None: each image is a separate group.
 
     Returns:
         Mean and median with their intervals.
@@ -202,7 +202,7 @@ def class_shift(
         reference: Reference class.
         replicates: Number of bootstrap replicates and permutations.
         seed: Seed of the resampling.
-        groups: Group of each image; None: each image is its own group.
+        groups: Group of each image; None: each image is a separate group.
 
     Returns:
         Difference to the reference for every other class.
@@ -315,7 +315,7 @@ def scale_covariance(
     """Factor by which to scale the covariances for a given coverage.
 
     The factor is the conformal quantile of the squared distances divided by the chi-squared quantile. Images are
-    exchangeable but landmarks of different images are not, so the K distances of a new image count as infinite.
+    exchangeable but landmarks of different images are not, so the K distances of a new image are set to infinity.
 
     Args:
         points: Predicted landmarks (y, x) in pixels.
@@ -355,7 +355,7 @@ def coverage(
         levels: Nominal levels of the regions.
         replicates: Number of bootstrap replicates.
         seed: Seed of the resampling.
-        groups: Group of each image; None: each image is its own group.
+        groups: Group of each image; None: each image is a separate group.
 
     Returns:
         Coverage for each level.
@@ -423,7 +423,7 @@ def summary(
         sizes: Height and width of each image in pixels.
         replicates: Number of bootstrap replicates.
         seed: Seed of the resampling.
-        groups: Group of each image; None: each image is its own group.
+        groups: Group of each image; None: each image is a separate group.
 
     Returns:
         Error statistics by unit.

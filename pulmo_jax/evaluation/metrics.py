@@ -71,9 +71,9 @@ class PixelMetrics:
     """Accumulator of pixel and lesion figures of score maps against true masks; `add` returns the next state.
 
     Attributes:
-        threshold: Pixels with a higher score are called abnormal.
+        threshold: Pixels with a higher score are classified as abnormal.
         size_edges_px: Areas, in pixels, that separate the size classes of lesions.
-        min_overlap: A lesion counts as detected if more than this fraction of its pixels is called abnormal.
+        min_overlap: A lesion is detected if more than this fraction of its pixels is classified as abnormal.
         fpr_limit: Upper limit of the false-positive rate in the AUPRO integral.
         positives: Scores of abnormal pixels.
         negatives: Scores of normal pixels.
@@ -128,7 +128,7 @@ class PixelMetrics:
         """Add a single image.
 
         Pixels outside the foreground or without a score (NaN) belong to neither class. A lesion is a complete
-        8-connected region of the truth: its part outside the foreground counts as not detected.
+        8-connected region of the truth: its part outside the foreground is treated as not detected.
 
         Args:
             score: Score map.
@@ -311,4 +311,5 @@ def _proportion(n_found: int, n_lesions: int) -> Estimate:
 
 
 def _tally(counts: tuple[int, ...], indices: np.ndarray) -> tuple[int, ...]:
+    """Add the number of occurrences of each index to the counts."""
     return tuple((np.array(counts) + np.bincount(indices, minlength=len(counts))).tolist())

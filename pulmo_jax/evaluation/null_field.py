@@ -1,4 +1,4 @@
-"""Noise of a signal-to-noise map: its spread by separation, and the probability of a peak by noise alone."""
+"""Noise of a signal-to-noise map: its standard deviation by separation, and the false-alarm probability of a peak."""
 
 from dataclasses import dataclass
 
@@ -35,12 +35,27 @@ class NullProfile:
     n: Float[np.ndarray, "R"]
 
     def std_at(self, separation_px: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray, "*shape"]:
-        """Standard deviation at a separation: interpolated between the annuli, constant beyond them."""
+        """Standard deviation at a separation, interpolated between the annuli and constant beyond them.
+
+        Args:
+            separation_px: Separation from the centre, px.
+
+        Returns:
+            Standard deviation of the SNR.
+        """
         return np.asarray(np.interp(separation_px, self.separation_px, self.std))
 
 
 def separation_map(shape: tuple[int, int], centre: tuple[float, float]) -> Float[np.ndarray, "H W"]:
-    """Distance of every pixel from the centre, px."""
+    """Distance of every pixel from the centre.
+
+    Args:
+        shape: Height and width of the map in px.
+        centre: Centre (y, x), px.
+
+    Returns:
+        Distances, px.
+    """
     y, x = np.indices(shape)
     return np.hypot(y - centre[0], x - centre[1])
 
@@ -95,7 +110,7 @@ def spread_of(values: Float[np.ndarray, "N"], area: float) -> tuple[float, float
 def null_values(
     null_snr: Float[np.ndarray, "H W"], centre: tuple[float, float], fwhm_px: float
 ) -> tuple[Float[np.ndarray, "N"], int]:
-    """Values of a null map from one FWHM outward; closer to the centre a source does not rotate out of its own PSF.
+    """Select the values of a null map beyond one FWHM; closer to the centre a source does not rotate out of its PSF.
 
     Args:
         null_snr: SNR map; NaN where there is no value.
@@ -111,7 +126,14 @@ def null_values(
 
 
 def correlation_area(field: Float[np.ndarray, "H W"]) -> float:
-    """Number of pixels for each independent value: the sum of the squared autocorrelation over all lags up to 12 px."""
+    """Number of pixels per independent value: the sum of the squared autocorrelation over all lags up to 12 px.
+
+    Args:
+        field: Map; values that are not finite are ignored.
+
+    Returns:
+        The number of pixels.
+    """
     values = np.where(np.isfinite(field), field - np.nanmean(field), 0)
     known = np.isfinite(field).astype(float)
     shape = [2 * n for n in field.shape]
@@ -153,6 +175,13 @@ def field_false_alarm(snr: Float[np.ndarray, "N"] | float, null: Float[np.ndarra
 
 
 def perimeter(known: Bool[np.ndarray, "H W"]) -> int:
-    """Number of pixel sides between the field and its outside."""
+    """Perimeter of a field, as the number of pixel sides on its boundary.
+
+    Args:
+        known: Pixels of the field.
+
+    Returns:
+        Number of pixel sides.
+    """
     padded = np.pad(known, 1).astype(int)
     return int(abs(np.diff(padded, axis=0)).sum() + abs(np.diff(padded, axis=1)).sum())

@@ -32,19 +32,29 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: The file to write.
-        write: Writes to the temporary path that it is given.
+        write: Function that writes to the temporary path passed to it.
     """
     with replacing(path) as temporary:
         write(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically, in UTF-8."""
+    """Write text atomically, in UTF-8.
+
+    Args:
+        path: The file to write.
+        text: Its content.
+    """
     atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, without holding the whole text in memory."""
+    """Write JSON atomically, without holding the whole text in memory.
+
+    Args:
+        path: The file to write.
+        value: JSON-serialisable value without NaN or infinity.
+    """
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:

@@ -84,7 +84,14 @@ def give_back_freed_memory() -> None:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error or one of its causes is a full disk, also if a library wrapped it and kept only its message."""
+    """Whether an error or one of its causes is a full disk, including causes of which a library kept only the message.
+
+    Args:
+        error: The error; None for none.
+
+    Returns:
+        True for a full disk.
+    """
     visited: list[BaseException] = []
     while error is not None and error not in visited:
         if getattr(error, "errno", None) in DISK_FULL or any(os.strerror(n) in str(error) for n in DISK_FULL):

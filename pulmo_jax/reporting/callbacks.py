@@ -27,11 +27,19 @@ class ProgressFigures:
         self.every = every
 
     def on_start(self, start: Start) -> None:
-        """Keep the drawing function and the run directory."""
+        """Store the drawing function and the run directory.
+
+        Args:
+            start: Start of the training.
+        """
         self._start = start
 
     def on_event(self, event: Event) -> None:
-        """Save a figure every `every` steps and after the last step."""
+        """Save a figure every `every` steps and after the last step.
+
+        Args:
+            event: Step of the training.
+        """
         if event.last or event.step % self.every == 0:
             figure = self._start.draw(event.state)
             figures.save(figure, self._start.run_dir / "figures" / "training", f"step_{event.step:06d}")
@@ -59,13 +67,21 @@ class Profile:
         self.after, self.steps = after, steps
 
     def on_start(self, start: Start) -> None:
-        """Determine the first step of the trace."""
+        """Determine the first step of the trace.
+
+        Args:
+            start: Start of the training.
+        """
         self._run_dir, self._first, self._tracing = start.run_dir, start.step + self.after, False
 
     def on_event(self, event: Event) -> None:
-        """Start the trace, or stop it and write table and figure."""
+        """Start the trace, or stop it and write table and figure.
+
+        Args:
+            event: Step of the training.
+        """
         if self._tracing and (event.last or event.step == self._first + self.steps):
-            jax.block_until_ready(event.state.step)  # the trace holds whole steps
+            jax.block_until_ready(event.state.step)  # the trace contains complete steps only
             jax.profiler.stop_trace()
             self._tracing = False
             self._report(event.step - self._first, 1000 * (time.perf_counter() - self._began))

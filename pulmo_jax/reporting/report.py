@@ -18,7 +18,7 @@ class CaptionedFigure:
     """A figure of the report and its caption.
 
     Attributes:
-        path: PNG file; the PDF of the same name lies beside it.
+        path: PNG file; a PDF of the same name is in the same folder.
         caption: What the figure shows, how many images or sources it is based on, and what to look for. Plain text.
 
     Raises:

@@ -278,10 +278,10 @@ def can_resume(command: Command) -> bool:
 
 
 def stop_jobs(signum: int) -> None:
-    """Forward a signal to the jobs of a sweep on this machine, and wait until they have ended."""
+    """Forward a signal to the jobs of a sweep on this machine, and wait at most `PATIENCE_S` for them to end."""
     if SWEEP.folder is None:
         return
-    (SWEEP.folder / STOP).touch()  # for jobs that have not begun
+    (SWEEP.folder / STOP).touch()  # for jobs that have not started
     here = [row for row in collect(SWEEP.folder) if row.status == "running" and row.host == socket.gethostname()]
     jobs = {row.folder: row.pid for row in here if row.pid is not None and row.pid != os.getpid()}
     if jobs:
@@ -328,7 +328,7 @@ def end_sweep(error: Exception | None) -> int:
 
 
 def wait_for_jobs(sweep: Path) -> None:
-    """Wait for jobs that are still running after the launcher has aborted."""
+    """Wait for jobs that still run after the launcher has aborted."""
     quiet = time.monotonic()
     while collect(sweep) and time.monotonic() < quiet + QUIET_S:
         if any(row.status == "running" for row in collect(sweep)):

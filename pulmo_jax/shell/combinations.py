@@ -48,7 +48,14 @@ def check_sweep(config: DictConfig, command: Command) -> list[str]:
 
 
 def first_combinations(config: DictConfig) -> tuple[list[list[str]], bool]:
-    """Combinations of a sweep, and whether they are complete; for a search, the two corners of its space."""
+    """List the first combinations of a sweep; for a search, two opposite corners of its space.
+
+    Args:
+        config: Composed config of the sweep.
+
+    Returns:
+        Overrides of each combination, and whether these are all combinations.
+    """
     params = config.hydra.sweeper.get("params") or {}
     overrides = OverridesParser.create().parse_overrides(
         [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
@@ -60,6 +67,7 @@ def first_combinations(config: DictConfig) -> tuple[list[list[str]], bool]:
 
 
 def corner(override: Override, last: bool) -> str:
+    """Override with the first or last value of a swept key; other overrides are unchanged."""
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
         return f"{override.get_key_element()}={value.end if last else value.start}"

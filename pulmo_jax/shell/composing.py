@@ -59,6 +59,7 @@ class Command:
 
     @property
     def schema(self) -> type[Section]:
+        """Typed config of the verb."""
         return IngestConfig if self.task is None else self.task.section(self.verb)
 
     @property
@@ -93,12 +94,23 @@ def find_command(verb: str, values: Mapping[str, Any]) -> Command:
         config = Path(str(values.get("run"))) / "config.yaml"
         name = (task_of(config) if config.is_file() else None) or DEFAULT_TASKS["train"]
     task = find_task(str(name), plugins)
-    task.section(verb)  # or the task does not have the verb
+    task.section(verb)  # raises InputError if the task does not support the verb
     return Command(verb, task)
 
 
 def command_line(verb: str, arguments: list[str]) -> Command:
-    """Command of a command line before composition, from run=, task=, plugins= and +experiment=."""
+    """Find the command of a command line before composition, from run=, task=, plugins= and +experiment=.
+
+    Args:
+        verb: Name of the verb.
+        arguments: Arguments of the command line.
+
+    Returns:
+        The command with its arguments.
+
+    Raises:
+        InputError: See `find_command`.
+    """
     values: dict[str, Any] = {}
     for file in experiment_files(arguments)[:1]:
         content = OmegaConf.load(file)
@@ -155,6 +167,7 @@ def override_of(key: str, value: Any) -> str:
 
 
 def literal(value: Any) -> str:
+    """Value in Hydra syntax."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -185,7 +198,7 @@ def plain(value: str) -> Any:
 
 
 def checked(raw: DictConfig, command: Command) -> Any:
-    """Validate a composed config: keys, then paths, then `_target_` nodes.
+    """Validate a composed config: keys, then paths, then `_target_` nodes, then the checks of the task.
 
     Args:
         raw: Config composed by Hydra.
@@ -233,7 +246,7 @@ def experiment_files(arguments: list[str]) -> list[Path]:
 
 
 def task_of(file: Path) -> str | None:
-    """Name of the task in an experiment or in the config.yaml of a run, if any."""
+    """Name of the task in an experiment or in the config.yaml of a run, if any. Raises InputError if unreadable."""
     try:
         content = OmegaConf.load(file)
     except (OSError, YAMLError) as error:
@@ -273,7 +286,15 @@ def explain(error: Exception, command: Command | None = None) -> str:
 
 
 def explain_key(dotted: str, command: Command | None) -> str:
-    """What there is instead of an unknown key; of a key for other runs, the tasks of those."""
+    """Error message for an unknown key, with the known keys and the tasks that have this key.
+
+    Args:
+        dotted: The unknown key.
+        command: The command, for the list of known keys; None if unknown.
+
+    Returns:
+        The message.
+    """
     *path, name = dotted.split(".")
     if path and name in OFFERED.get(path[0], ()):
         return f"{dotted} follows {name} unless you add it, as +{dotted}=VALUE"
@@ -287,7 +308,7 @@ def explain_key(dotted: str, command: Command | None) -> str:
 
 
 def missing_extra(error: Exception) -> str | None:
-    """Name of the extra that provides a missing launcher or sweeper, if any."""
+    """Name of the package extra that provides a missing launcher or sweeper, if any."""
     missing = getattr(error, "missing_cfg_file", "") if isinstance(error, MissingConfigException) else ""
     if isinstance(error, InstantiationException):
         missing = next(iter(re.findall(r"hydra_plugins\.\w+", str(error))), "")
@@ -296,7 +317,7 @@ def missing_extra(error: Exception) -> str | None:
 
 
 def node_keys(path: list[str], command: Command) -> list[str]:
-    """The keys of a `_target_` node that the command's config groups bring, such as model or callbacks.checkpoint."""
+    """Keys of the `_target_` node at `path`, such as model or callbacks.checkpoint, in the selected config group."""
     file = package_configs() / path[0] / f"{choice_of(path[0], command)}.yaml" if path else Path()
     node: Any = OmegaConf.load(file) if file.is_file() else {}
     for name in path[1:]:
@@ -305,7 +326,7 @@ def node_keys(path: list[str], command: Command) -> list[str]:
 
 
 def choice_of(group: str, command: Command) -> str | None:
-    """The choice of a config group: that of the command line, of its experiment, or the default."""
+    """Selected choice of a config group: from the command line, else the experiment, else the default."""
     for argument in command.arguments:
         if argument.startswith(f"{group}="):
             return argument.partition("=")[2]
@@ -369,4 +390,5 @@ def foreign_experiment(verb: str, arguments: list[str]) -> str | None:
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Whether an annotation is a config section."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

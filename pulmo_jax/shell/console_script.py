@@ -40,6 +40,12 @@ def main() -> None:
 
 
 def run(verb: str, arguments: list[str]) -> None:
+    """Run a verb as `python -m pulmo_jax.VERB` does.
+
+    Args:
+        verb: Name of the verb.
+        arguments: Program name and arguments.
+    """
     sys.argv = arguments
     sys.path.insert(0, os.getcwd())  # as with python -m, for plugins in the current folder
     module = importlib.import_module(f"pulmo_jax.{verb}")
@@ -47,7 +53,11 @@ def run(verb: str, arguments: list[str]) -> None:
 
 
 def complete(arguments: list[str]) -> None:
-    """Shell completion by Hydra for the verb of the command line."""
+    """Run Hydra's shell completion for the verb of the command line.
+
+    Args:
+        arguments: Arguments of the completion call.
+    """
     program, *words = os.environ.get("COMP_LINE", "pulmo-jax train ").split(" ")
     verb = words[0] if words and words[0] in VERBS else "train"
     line = " ".join([program, *words[1:]])

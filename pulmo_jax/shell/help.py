@@ -12,7 +12,12 @@ from pulmo_jax.shell.composing import GROUPS, Command, experiments_of, is_sectio
 
 
 def print_help(command: Command, examples: str) -> None:
-    """Print the help of a verb: all keys with type, default and meaning."""
+    """Print the help of a verb: all keys with type, default and description.
+
+    Args:
+        command: The verb and its task.
+        examples: Example commands.
+    """
     verb, schema, experiments = command.verb, command.schema, experiments_of(command.verb)
     experiment = "[+experiment=NAME] " if experiments else ""
     print(f"usage: python -m pulmo_jax.{verb} {experiment}[key=value ...]\n\n{examples.strip()}\n")
@@ -61,7 +66,12 @@ def print_keys(
 
 
 def print_group(group: str, command: Command) -> None:
-    """Print the keys of all choices of a config group, from the signatures of their targets."""
+    """Print the keys of all choices of a config group, from the signatures of their targets.
+
+    Args:
+        group: Config group, such as "model".
+        command: The verb and its task.
+    """
     for name in choices_of(group, command.task) if command.task else ():
         folder = package_configs() / group.replace(".", "/")
         choice: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
@@ -73,19 +83,35 @@ def print_group(group: str, command: Command) -> None:
 
 
 def choices_of(group: str, task: Task) -> Sequence[str]:
-    """Choices of a config group for a task; all choices if the task has no list."""
+    """List the choices of a config group for a task; all choices if the task has no list.
+
+    Args:
+        group: Config group.
+        task: The task.
+
+    Returns:
+        Names of the choices.
+    """
     files = sorted(file.stem for file in (package_configs() / group).glob("*.yaml"))
     return task.config.CHOICES.get(group, files)
 
 
 def shown(value: Any) -> str:
+    """Format a default value in Hydra syntax."""
     if isinstance(value, bool) or value is None:
         return str(value).lower().replace("none", "null")
     return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
 
 
 def constraint(field: Any) -> str:
-    """Range or choices of a field, as text."""
+    """Format the range or the choices of a field.
+
+    Args:
+        field: Pydantic field.
+
+    Returns:
+        Text that ends with "; ", or "" without constraints.
+    """
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "multiple of"}
     parts = [f"{signs[n]} {getattr(m, n)}" for m in field.metadata for n in signs if getattr(m, n, None) is not None]
     choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()

@@ -100,6 +100,7 @@ def run_job(request: Request, work: Callable[[bool], Any], say: Callable[[str], 
 
 
 def _in_own_folder(request: Request, work: Callable[[bool], Any], say: Callable[[str], object]) -> float | None:
+    """Run the job of `run_job` while its folder is locked."""
     folder, stored = request.folder, read_record(request.folder)
     (folder / REFUSED).unlink(missing_ok=True)
     if stored is not None:
@@ -142,7 +143,17 @@ def _in_own_folder(request: Request, work: Callable[[bool], Any], say: Callable[
 
 
 def objective_of(result: Any) -> float | None:
-    """Objective of a job, if any. Raises InputError if it is not finite."""
+    """Extract the objective from the result of a job.
+
+    Args:
+        result: Result of the job.
+
+    Returns:
+        The objective; None if the result is not a float.
+
+    Raises:
+        InputError: If the objective is not finite.
+    """
     if not isinstance(result, float):
         return None
     if not math.isfinite(result):
@@ -151,7 +162,14 @@ def objective_of(result: Any) -> float | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Description of a signal or exit status."""
+    """Describe a signal or exit status.
+
+    Args:
+        error: SystemExit, or KeyboardInterrupt with the signal number as its argument.
+
+    Returns:
+        The description.
+    """
     if isinstance(error, SystemExit):
         if not is_signal(error.code):
             return f"exit status {error.code}"
@@ -167,7 +185,18 @@ def is_signal(code: object) -> TypeGuard[int]:
 def write_record(
     request: Request, status: str, seconds: float, objective: float | None = None, reason: str = ""
 ) -> None:
-    """Write job.json; a full disk is an error at the start of a job and ignored at its end."""
+    """Write job.json; a full disk is an error at the start of a job and ignored at its end.
+
+    Args:
+        request: The job.
+        status: running, done, failed or interrupted.
+        seconds: Duration so far, s.
+        objective: Objective, if finished.
+        reason: Reason of a failure.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     record = {
         "status": status,
         "objective": objective,
@@ -188,7 +217,15 @@ def write_record(
 
 
 def require_same(request: Request, stored: dict[str, Any]) -> None:
-    """Check that a folder contains the same job and may be resumed. Raises InputError if not."""
+    """Check that a folder contains the same job and may be resumed.
+
+    Args:
+        request: The job.
+        stored: Content of job.json.
+
+    Raises:
+        InputError: If the overrides or the composed config differ, or the user did not ask to resume.
+    """
     now, before = own(request.overrides), stored["overrides"]
     if now != before:
         there, here = (" ".join(o for o in one if o not in other) for one, other in ((before, now), (now, before)))
@@ -206,7 +243,15 @@ def require_same(request: Request, stored: dict[str, Any]) -> None:
 
 
 def bury(sweep: Path, call: str) -> list[str]:
-    """Record killed jobs of a call as failed; return their names."""
+    """Record killed jobs of a call as failed.
+
+    Args:
+        sweep: Folder of the sweep.
+        call: Identifier of the call of the program.
+
+    Returns:
+        Folder names of the killed jobs.
+    """
     killed = []
     for row in collect(sweep):
         record = _load(row.folder / RECORD)
@@ -222,15 +267,27 @@ def own(overrides: Sequence[str]) -> list[str]:
 
 
 def key_of(override: str) -> str:
+    """Key of an override in Hydra syntax."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read job.json, if it exists. Raises InputError if it is damaged."""
+    """Read job.json.
+
+    Args:
+        folder: Folder of the job.
+
+    Returns:
+        Content of the file; None if there is none.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if not {"status", "objective", "reason", "overrides", "seconds", "config", "call"} <= set(record):
@@ -243,25 +300,42 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def later_job_done(folder: Path) -> bool:
+    """Whether a job with a higher number has finished, so that a search has continued."""
     rows = collect(folder.parent)
     names = [row.folder.name for row in rows if row.status == "done"]
     return any(name.isdigit() and folder.name.isdigit() and int(name) > int(folder.name) for name in names)
 
 
 def disk_full(error: BaseException, folder: Path) -> str | None:
-    """Message for a full disk with the failed file, if known; None for other errors."""
+    """Error message for a full disk.
+
+    Args:
+        error: The error.
+        folder: Folder to name if the error names no file.
+
+    Returns:
+        The message; None for other errors.
+    """
     if not is_disk_full(error):
         return None
     return f"the disk is full: {getattr(error, 'filename', None) or folder} could not be written"
 
 
 def collect(sweep: Path) -> list[Row]:
-    """All jobs in the folder of a sweep, in order."""
+    """Read the state of all jobs of a sweep.
+
+    Args:
+        sweep: Folder of the sweep.
+
+    Returns:
+        States of the jobs, ordered by number.
+    """
     folders = {path.parent for name in (RECORD, REFUSED) for path in sweep.glob(f"*/{name}")}
     return [read_row(folder) for folder in sorted(folders, key=lambda f: (not f.name.isdigit(), len(f.name), f.name))]
 
 
 def read_row(folder: Path) -> Row:
+    """Read the state of a job from its files; a running job whose lock is free is unfinished."""
     refused = _load(folder / REFUSED)
     record = {"status": "failed", **refused} if refused else _load(folder / RECORD)
     status, reason = record.get("status", "failed"), record.get("reason", "")
@@ -283,6 +357,7 @@ def read_row(folder: Path) -> Row:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

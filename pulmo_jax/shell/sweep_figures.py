@@ -36,7 +36,9 @@ class Axis:
 
 
 def sweep_figure(swept: Mapping[str, Sequence[str]], measures: Mapping[str, Sequence[float | None]]) -> Figure:
-    """Draw one row of panels per measure and one column per key. Dots: jobs; lines: means over seeds; bars: one sd.
+    """Draw one row of panels per measure and one column per key.
+
+    Dots are jobs, lines are means over seeds, and bars are one standard deviation.
 
     Args:
         swept: Values of each swept key in each job, as text.
@@ -66,7 +68,15 @@ def sweep_figure(swept: Mapping[str, Sequence[str]], measures: Mapping[str, Sequ
 
 
 def layout(panels: list[tuple[str, str]], keys: int) -> list[list[tuple[str, str]]]:
-    """Arrange panels: rows per measure, wrapped for many keys; with one key, measures side by side."""
+    """Arrange panels: rows per measure, wrapped for many keys; with one key, measures are side by side.
+
+    Args:
+        panels: (measure, key) of each panel.
+        keys: Number of swept keys.
+
+    Returns:
+        Panels of each row.
+    """
     size = len(panels) if keys == 1 else keys
     groups = [panels[i : i + size] for i in range(0, len(panels), size)]
     columns = MOST_COLUMNS - 1 if keys == 1 else MOST_COLUMNS
@@ -74,6 +84,15 @@ def layout(panels: list[tuple[str, str]], keys: int) -> list[list[tuple[str, str
 
 
 def axis_of(key: str, values: Sequence[str]) -> Axis:
+    """Make the axis of a swept key; other values than numbers are placed in order of appearance.
+
+    Args:
+        key: The key.
+        values: Value in each job, as text.
+
+    Returns:
+        The axis.
+    """
     try:
         x = [float(value) for value in values]
     except ValueError:
@@ -84,7 +103,15 @@ def axis_of(key: str, values: Sequence[str]) -> Axis:
 
 
 def series_of(key: str, swept: Mapping[str, Sequence[str]]) -> list[str]:
-    """Name of the line of each job: its other swept keys, without the seed."""
+    """Name the line of each job by its other swept keys, without the seed.
+
+    Args:
+        key: Key of the horizontal axis.
+        swept: Values of each swept key in each job.
+
+    Returns:
+        Name for each job.
+    """
     others = [other for other in swept if other not in (key, REPLICATE)]
     jobs = range(len(swept[key]))
     return [", ".join(f"{other.split('.')[-1]}={swept[other][job]}" for other in others) for job in jobs]
@@ -93,6 +120,7 @@ def series_of(key: str, swept: Mapping[str, Sequence[str]]) -> list[str]:
 def _panel(
     axes: Axes, axis: Axis, series: Sequence[str], name: str, values: Sequence[float | None], objective: bool
 ) -> None:
+    """Draw the panel of one measure against one key."""
     names = list(dict.fromkeys(series))
     few = len(names) <= len(CURVE_COLOURS) and any(series.count(one) > 1 for one in names)
     done = [job for job, value in enumerate(values) if value is not None]
@@ -138,6 +166,7 @@ def _mark(axes: Axes, axis: Axis, values: Sequence[float | None], done: Sequence
 
 
 def _scale(axes: Axes, axis: Axis) -> None:
+    """Set the scale, limits and ticks of the horizontal axis."""
     places = list(axis.labels)
     if axis.log:
         axes.set_xscale("log")

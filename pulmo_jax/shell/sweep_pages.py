@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 
 def write_tables(sweep: Path) -> list[Row]:
-    """Write sweep.csv from the present state of the jobs."""
+    """Write sweep.csv from the current state of the jobs; a full disk is reported and not raised.
+
+    Args:
+        sweep: Folder of the sweep.
+
+    Returns:
+        States of the jobs.
+    """
     rows = collect(sweep)
     with tolerating_full_disk(sweep):
         if rows:
@@ -28,8 +35,15 @@ def write_tables(sweep: Path) -> list[Row]:
 
 
 def write_pages(sweep: Path) -> list[Row]:
-    """Write sweep.csv, figures/sweep.png and .pdf, and sweep.html."""
-    from pulmo_jax.reporting.report import Section, write_report  # late: matplotlib takes half a second
+    """Write sweep.csv, figures/sweep.png and .pdf, and sweep.html; a full disk is reported and not raised.
+
+    Args:
+        sweep: Folder of the sweep.
+
+    Returns:
+        States of the jobs.
+    """
+    from pulmo_jax.reporting.report import Section, write_report  # late: importing matplotlib takes 0.5 s
 
     rows = write_tables(sweep)
     swept, measures = swept_keys(rows), measures_of(rows)
@@ -49,6 +63,17 @@ def write_pages(sweep: Path) -> list[Row]:
 def comparison_figure(
     rows: list[Row], swept: dict[str, list[str]], measures: dict[str, list[float | None]], sweep: Path
 ) -> "CaptionedFigure":
+    """Draw and save the comparison figure.
+
+    Args:
+        rows: States of the jobs.
+        swept: Values of each swept key in each job.
+        measures: Values of each measure in each job; None: unknown.
+        sweep: Folder of the sweep.
+
+    Returns:
+        The figure with its caption.
+    """
     from pulmo_jax.reporting.figures import save
     from pulmo_jax.reporting.report import CaptionedFigure
     from pulmo_jax.shell.sweep_figures import sweep_figure
@@ -73,7 +98,14 @@ def tolerating_full_disk(sweep: Path) -> Iterator[None]:
 
 
 def as_csv(rows: list[Row]) -> str:
-    """Content of sweep.csv: one row per job, numbers in full precision."""
+    """Format sweep.csv: one row per job, numbers in full precision.
+
+    Args:
+        rows: States of the jobs.
+
+    Returns:
+        CSV text.
+    """
     keys = list(dict.fromkeys(key for row in rows for key in row.overrides))
     measures = list(dict.fromkeys(name for row in rows for name in row.measures))
     text = io.StringIO()
@@ -86,14 +118,28 @@ def as_csv(rows: list[Row]) -> str:
 
 
 def swept_keys(rows: list[Row]) -> dict[str, list[str]]:
-    """Keys that differ between jobs, with their values."""
+    """Find the keys that differ between jobs.
+
+    Args:
+        rows: States of the jobs.
+
+    Returns:
+        Values of each key in each job, as text; "default" where a job does not set the key.
+    """
     keys = dict.fromkeys(key for row in rows for key in row.overrides)
     values = {key: [row.overrides.get(key, "default") for row in rows] for key in keys}
     return {key: column for key, column in values.items() if len(set(column)) > 1}
 
 
 def measures_of(rows: list[Row]) -> dict[str, list[float | None]]:
-    """Objective, if any, and figures of merit of all jobs."""
+    """Collect the objective, if any, and the figures of merit of all jobs.
+
+    Args:
+        rows: States of the jobs.
+
+    Returns:
+        Values of each measure in each job; None: unknown.
+    """
     names = dict.fromkeys(name for row in rows for name in row.measures)
     tested: dict[str, list[float | None]] = {name: [row.measures.get(name) for row in rows] for name in names}
     objective = [row.objective if row.status == "done" else None for row in rows]
@@ -101,7 +147,16 @@ def measures_of(rows: list[Row]) -> dict[str, list[float | None]]:
 
 
 def jobs_table(rows: list[Row], swept: dict[str, list[str]], measures: dict[str, list[float | None]]) -> Table:
-    """Table of all jobs: by increasing objective, then unfinished jobs."""
+    """Make the table of all jobs: finished jobs by increasing objective, then unfinished jobs.
+
+    Args:
+        rows: States of the jobs.
+        swept: Values of each swept key in each job.
+        measures: Values of each measure in each job; None: unknown.
+
+    Returns:
+        The table.
+    """
     order = sorted(range(len(rows)), key=lambda job: (rows[job].status != "done", rows[job].objective or math.inf, job))
     cells = [
         [
@@ -117,6 +172,7 @@ def jobs_table(rows: list[Row], swept: dict[str, list[str]], measures: dict[str,
 
 
 def failed_tables(rows: list[Row], swept: dict[str, list[str]]) -> list[Table]:
+    """Table of the unfinished jobs with the reasons; an empty list if all jobs finished."""
     cells = [
         [row.folder.name, row.status, " ".join(f"{key}={values[job]}" for key, values in swept.items()), row.reason]
         for job, row in enumerate(rows)
@@ -126,10 +182,12 @@ def failed_tables(rows: list[Row], swept: dict[str, list[str]]) -> list[Table]:
 
 
 def text_of(value: float | None) -> str:
+    """Number with 4 significant digits."""
     return UNDEFINED if value is None else f"{value:.4g}"
 
 
 def summary_of(rows: list[Row], sweep: Path) -> dict[str, str]:
+    """Summary of a sweep for the report: number of jobs by status, lowest objective, common keys and folder."""
     counts = {status: sum(row.status == status for row in rows) for status in dict.fromkeys(r.status for r in rows)}
     common = {k: v for k, v in rows[0].overrides.items() if k not in swept_keys(rows)}
     finished = [row for row in rows if row.status == "done" and row.objective is not None]

@@ -25,7 +25,14 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def image_suffixes(formats: Sequence[Format] = ()) -> tuple[str, ...]:
-    """Suffixes of image files: those of the built-in formats and of a user's own."""
+    """List the suffixes of image files.
+
+    Args:
+        formats: User-defined image formats.
+
+    Returns:
+        Suffixes of the built-in formats, followed by those of `formats`.
+    """
     return (*IMAGE_SUFFIXES, *(suffix for f in formats for suffix in f.suffixes))
 
 
@@ -38,7 +45,7 @@ def open_source(path: Path | str, *, max_bytes: int = 2 * 2**30, formats: Sequen
     Args:
         path: Image file, or STORE.h5/name for an image in a store.
         max_bytes: Limit on the decoded size of a page in bytes, checked from the header before anything is decoded.
-        formats: The user's own formats.
+        formats: User-defined formats.
 
     Returns:
         The open file.
@@ -74,7 +81,7 @@ def list_images(folder: Path | str, formats: Sequence[Format] = ()) -> list[Path
 
     Args:
         folder: The folder. An image file is listed by itself, and a store as the images in it.
-        formats: The user's own formats, whose files are listed, too.
+        formats: User-defined formats, whose files are listed, too.
 
     Returns:
         The files, sorted.

@@ -1,4 +1,4 @@
-"""Embedded images: tiles of a TIFF file and frames of a DICOM file may be images with a header of their own.
+"""Embedded images: tiles of a TIFF file and frames of a DICOM file may be complete images with separate headers.
 
 Decoders allocate memory according to the embedded header, not the enclosing file, so it is checked before decoding.
 """
@@ -33,7 +33,14 @@ def check_embedded_size(data: bytes, height: int, width: int, samples: int, cont
 
 
 def embedded_size(data: bytes) -> tuple[int, int, int] | None:
-    """Read (H, W, C) from the header of a JPEG, JPEG-LS, JPEG 2000, PNG, WebP or LERC image; None if unknown."""
+    """Read the size from the header of a JPEG, JPEG-LS, JPEG 2000, PNG, WebP or LERC image.
+
+    Args:
+        data: Encoded image.
+
+    Returns:
+        Height and width in px and number of channels; None if unknown.
+    """
     readers = {b"\xff\xd8": _jpeg, b"\x89PNG": _png, b"RIFF": _webp, b"Lerc2 ": _lerc}
     reader = next((read for magic, read in readers.items() if data.startswith(magic)), _jpeg2000)
     try:

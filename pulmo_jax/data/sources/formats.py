@@ -1,6 +1,6 @@
 """Image formats as an extension point: readers of further kinds of files, selected by file name suffix.
 
-A format is a small class in a user's own package, named by `_target_` in a config. It is passed explicitly to the
+A format is a small class in a user package, named by `_target_` in a config. It is passed explicitly to the
 functions that list and open images, as `formats`, so nothing global changes.
 """
 
@@ -98,7 +98,15 @@ def check_formats(formats: Iterable[object]) -> tuple[Format, ...]:
 
 
 def find_format(path: Path, formats: Sequence[Format]) -> Format | None:
-    """Find the format of a file by the longest matching suffix of its name; None if there is none."""
+    """Find the format of a file by the longest matching suffix of its name.
+
+    Args:
+        path: The file.
+        formats: User-defined image formats.
+
+    Returns:
+        The format; None if there is none.
+    """
     name = path.name.lower()
     matches = [(len(suffix), f) for f in formats for suffix in f.suffixes if name.endswith(suffix)]
     return max(matches, key=lambda match: match[0])[1] if matches else None

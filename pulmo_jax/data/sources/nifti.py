@@ -65,7 +65,7 @@ def open_nifti(path: Path, max_bytes: int) -> ImageSource:
 
 
 def _header(file: BufferedIOBase) -> Nifti1Header:
-    """The header, whose own length identifies its version, in either byte order."""
+    """Read the header in either byte order; its length field identifies the version."""
     length = file.read(4)
     file.seek(0)
     version_2 = 540 in (int.from_bytes(length, "little"), int.from_bytes(length, "big"))

@@ -7,7 +7,7 @@ Pixels are as stored: EXIF orientation is not applied. Palette and CMYK images b
 1-bit images become 0 and 1, and grey values of 2 or 4 bits are scaled to 0 to 255. A JPEG with several images
 (previews, stereo) is read as its first image; a PNG with several frames is refused.
 
-Pillow's format plugins are called directly, not through Image.open, because this package has its own size limit.
+Pillow's format plugins are called directly, not through Image.open, because this package applies a separate size limit.
 """
 
 from collections.abc import Callable
@@ -116,6 +116,6 @@ def _verified(path: Path) -> bytes:
 
 
 def _tags(image: Image) -> ImageTags:
-    """Resolution from `dpi`, which Pillow gives in pixels per inch (x, y) for any unit in the file."""
+    """Resolution from `dpi`, which Pillow converts to pixels per inch (x, y) for any unit in the file."""
     x, y = (float(dots) for dots in image.info.get("dpi", (0, 0)))
     return ImageTags(resolution=(x, y, 2) if x > 0 and y > 0 else None)

@@ -41,7 +41,14 @@ class Pages:
     dtype: np.dtype
 
     def read(self, corner: tuple[int, int, int, int]) -> Shaped[np.ndarray, "h w C"]:
-        """Read the chunk at (row, y, x, 0)."""
+        """Read a chunk.
+
+        Args:
+            corner: Index (row, y, x, 0) of its first pixel.
+
+        Returns:
+            Pixels of the chunk.
+        """
         _, packed = self.id.read_direct_chunk(corner)
         return unpack(packed, self.chunk, self.dtype)
 
@@ -74,7 +81,18 @@ class Store:
         self.pages: dict[str, Pages] = {}  # open datasets: opening one takes as long as reading a page
 
     def header(self, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str, str]:
-        """Number of pages, shape (H, W, C), dtype and group of a file."""
+        """Read the header of a file from the index.
+
+        Args:
+            name: Name of the file.
+            max_bytes: Limit on the decoded size of a page in bytes.
+
+        Returns:
+            Number of pages, shape (H, W, C), dtype and group.
+
+        Raises:
+            InputError: The pages are empty or exceed the limit.
+        """
         pages = self.by_name[name]
         check_page_size(f"{self.path}/{name}", (len(pages), *pages[0].shape), np.dtype(pages[0].dtype), max_bytes)
         return len(pages), pages[0].shape, pages[0].dtype, pages[0].group
@@ -169,7 +187,7 @@ def open_store(path: Path) -> Store:
 
 
 def is_store(path: Path) -> bool:
-    """Whether a path is an HDF5 file. `Store` refuses those that are not stores."""
+    """Whether a path is an HDF5 file; `Store` raises an error for HDF5 files that are not stores."""
     if not path.is_file():
         return False
     with decoding(path), path.open("rb") as file:
@@ -203,7 +221,14 @@ def open_record(path: Path, name: str, max_bytes: int) -> ImageSource:
 
 
 def in_store(path: Path) -> tuple[Path, str] | None:
-    """Split STORE.h5/name, the path of an image in a store, into (store, name); None for any other path."""
+    """Split STORE.h5/name, the path of an image in a store.
+
+    Args:
+        path: Path of an image.
+
+    Returns:
+        Path of the store and name of the image; None for any other path.
+    """
     if os.path.exists(path):  # unlike Path.exists, False if permission is denied
         return None
     for parent in path.parents:

@@ -1,4 +1,4 @@
-"""The chunks of a store: pages split into tiles, byte-shuffled and deflated as by HDF5's own filters."""
+"""Chunks of a store: pages are split into tiles, byte-shuffled and deflated, as by HDF5's built-in filters."""
 
 import hashlib
 from math import prod
@@ -15,19 +15,43 @@ SAMPLE_BYTES, SAMPLE_STRIDE = 256, 4096  # the sample takes this many bytes of e
 
 
 def chunk_shape(shape: tuple[int, int, int], dtype: np.dtype) -> tuple[int, int, int]:
-    """Shape (h, w, C) of the chunks of a page (H, W, C): the whole page, or tiles of a large one."""
+    """Shape of the chunks of a page: the whole page, or tiles of a large one.
+
+    Args:
+        shape: Shape (H, W, C) of the page in px.
+        dtype: Dtype of the page.
+
+    Returns:
+        Shape (h, w, C) of a chunk in px.
+    """
     if prod(shape) * dtype.itemsize <= MAX_CHUNK_BYTES:
         return shape
     return min(shape[0], TILE_PX), min(shape[1], TILE_PX), shape[2]
 
 
 def chunk_corners(shape: tuple[int, ...], height: int, width: int) -> list[tuple[int, int]]:
-    """Upper left corners (y, x) of the chunks of a page in px, row by row."""
+    """Upper left corners of the chunks of a page, in row-major order.
+
+    Args:
+        shape: Shape (H, W, C) of the page in px.
+        height: Height of a chunk in px.
+        width: Width of a chunk in px.
+
+    Returns:
+        Corners (y, x) in px.
+    """
     return [(top, left) for top in range(0, shape[0], height) for left in range(0, shape[1], width)]
 
 
 def split_into_chunks(page: Shaped[np.ndarray, "H W C"]) -> list[Shaped[np.ndarray, "h w C"]]:
-    """Split a page into chunks, row by row; chunks that extend beyond the page are padded with 0."""
+    """Split a page into chunks in row-major order.
+
+    Args:
+        page: Pixels of the page.
+
+    Returns:
+        Chunks of equal shape; those that extend beyond the page are padded with 0.
+    """
     height, width, _ = chunk_shape(page.shape, page.dtype)
     return [
         _padded(page[top : top + height, left : left + width], height, width)
@@ -36,6 +60,7 @@ def split_into_chunks(page: Shaped[np.ndarray, "H W C"]) -> list[Shaped[np.ndarr
 
 
 def _padded(tile: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pad a tile at the bottom and right with 0."""
     if tile.shape[:2] == (height, width):
         return np.ascontiguousarray(tile)
     out = np.zeros((height, width, tile.shape[2]), tile.dtype)
@@ -44,13 +69,29 @@ def _padded(tile: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def pack(chunk: Shaped[np.ndarray, "h w C"]) -> bytes:
-    """Compress a chunk with HDF5's shuffle and deflate filters, or store it if compression does not pay off."""
+    """Compress a chunk with HDF5's shuffle and deflate filters; an incompressible chunk is stored uncompressed.
+
+    Args:
+        chunk: Pixels of the chunk.
+
+    Returns:
+        zlib stream.
+    """
     planes = np.ascontiguousarray(chunk.reshape(-1, 1).view(np.uint8).reshape(-1, chunk.itemsize).T).reshape(-1)
     return _deflated(planes, int(_is_compressible(planes)))
 
 
 def unpack(packed: bytes, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "h w C"]:
-    """Decompress a chunk of this shape and dtype."""
+    """Decompress a chunk.
+
+    Args:
+        packed: zlib stream.
+        shape: Shape of the chunk.
+        dtype: Dtype of the chunk.
+
+    Returns:
+        Pixels of the chunk.
+    """
     size = prod(shape)
     flat = imagecodecs.deflate_decode(packed, out=bytearray(size * dtype.itemsize), raw=False)
     planes = np.frombuffer(flat, np.uint8).reshape(dtype.itemsize, size)
@@ -58,18 +99,25 @@ def unpack(packed: bytes, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.
 
 
 def _deflated(values: Any, level: int) -> bytes:
-    """A zlib stream; level 0 stores the bytes uncompressed."""
+    """Compress to a zlib stream; level 0 stores the bytes uncompressed."""
     packed: Any = imagecodecs.deflate_encode(values, level=level, raw=False)
     return packed
 
 
 def _is_compressible(planes: np.ndarray) -> bool:
-    """Whether a sample compresses well. Chunks that do not are stored, which makes them faster to read, too."""
+    """Whether a sample of the chunk compresses well; chunks that do not are stored, which also makes reading faster."""
     whole = planes[: planes.size // SAMPLE_STRIDE * SAMPLE_STRIDE]
     sample = np.ascontiguousarray(whole.reshape(-1, SAMPLE_STRIDE)[:, :SAMPLE_BYTES])
     return len(_deflated(sample, 1)) <= MAX_RATIO * sample.size
 
 
 def pixel_sha256(page: Shaped[np.ndarray, "H W C"]) -> str:
-    """SHA-256 of the pixels of a page."""
+    """Hash the pixels of a page.
+
+    Args:
+        page: Pixels of the page.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
     return hashlib.sha256(np.ascontiguousarray(page).data).hexdigest()

@@ -151,8 +151,14 @@ def read_index(path: Path, file: Any) -> Records:
 def index_array(records: Sequence[Record]) -> np.ndarray:
     """Convert records to the table of an index.
 
-    Strings have the length of the longest one: HDF5 reads strings of variable length one by one, and keeps them all in
-    memory.
+    Strings have fixed length, that of the longest one, because HDF5 reads variable-length strings individually and
+    keeps them all in memory.
+
+    Args:
+        records: Records of all pages.
+
+    Returns:
+        Structured array (N,).
     """
 
     def column_dtype(name: str, kind: Any) -> np.dtype:
@@ -165,7 +171,14 @@ def index_array(records: Sequence[Record]) -> np.ndarray:
 
 
 def index_digest(records: Iterable[Record]) -> str:
-    """SHA-256 of the JSON text of all values, computed without holding that text in memory."""
+    """SHA-256 of the JSON text of all values, computed without storing that text in memory.
+
+    Args:
+        records: Records of all pages.
+
+    Returns:
+        Digest in hexadecimal.
+    """
     sha256, separator = hashlib.sha256(b"["), ""
     for record in records:
         sha256.update((separator + json.dumps(VALUES(record))).encode())
@@ -175,6 +188,13 @@ def index_digest(records: Iterable[Record]) -> str:
 
 
 def as_metadata(records: Sequence[Record]) -> dict[str, Any]:
-    """The content of metadata.json."""
+    """Content of metadata.json.
+
+    Args:
+        records: Records of all pages.
+
+    Returns:
+        JSON-serialisable dictionary.
+    """
     rows = [dict(zip(NAMES, VALUES(record), strict=True)) for record in records]
     return {"schema": SCHEMA, "version": VERSION, "digest": index_digest(records), "records": rows}

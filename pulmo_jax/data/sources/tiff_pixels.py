@@ -60,7 +60,14 @@ def pixel_layout(path: Path, page: TiffPage) -> tuple[int, int, int, np.dtype]:
 
 
 def segment_grid(page: TiffPage) -> tuple[int, int, int, int]:
-    """Height and width of a segment in px, and the number of rows and columns of segments in a plane."""
+    """Layout of the strips or tiles of a page.
+
+    Args:
+        page: TIFF page.
+
+    Returns:
+        Height and width of a segment in px, and the number of rows and columns of segments in a plane.
+    """
     tiled = page.is_tiled
     height, width = (page.tilelength, page.tilewidth) if tiled else (page.rowsperstrip, page.imagewidth)
     return height, width, ceil(page.imagelength / height), ceil(page.imagewidth / width)
@@ -118,7 +125,15 @@ def _stored_samples(file: RawIOBase, tif: TiffFile, page: TiffPage, window: Wind
 
 
 def read_into(file: RawIOBase, buffer: memoryview) -> None:
-    """Fill a buffer from the current position of a file. Raises EOFError if the file ends first."""
+    """Fill a buffer from the current position of a file.
+
+    Args:
+        file: Unbuffered file.
+        buffer: Buffer to fill.
+
+    Raises:
+        EOFError: The file ends before the buffer is full.
+    """
     while count := file.readinto(buffer) or 0:
         if count == len(buffer):
             return
