@@ -54,6 +54,7 @@ class FeatureNetwork(Protocol):
 
     def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]:
         """Compute the feature maps of patches, one array per layer."""
+        ...
 
 
 class Gaussian(NamedTuple):
