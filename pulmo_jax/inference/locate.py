@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pulmo_jax.inference.transfers import pick, read_behind
-from pulmo_jax.methods.located import Locator, Params
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.located import Locator
 
 AT_ONCE = 16  # images
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from pulmo_jax.inference.transfers import keep, kept_bytes, pick, read_behind
-from pulmo_jax.methods.classes import Params
+from pulmo_jax.methods.base import Params
 
 AT_ONCE, AT_ONCE_ACCELERATOR = 8, 32  # images of each network in one call; on a CPU more are no faster
 

@@ -1,11 +1,12 @@
 """Protocols of the image classification methods."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key
 
-Params = PyTree[Any]
+from pulmo_jax.methods.base import Params
+
 Batch = tuple[Float[Array, "B S S"], Int[Array, "B"]]
 
 

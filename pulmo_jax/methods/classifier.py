@@ -13,7 +13,8 @@ from pydantic import Field
 
 from pulmo_jax.core import jitter
 from pulmo_jax.core.contrast import asymmetry, local_zscore, zscore
-from pulmo_jax.methods.classes import Batch, Params
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.classes import Batch
 from pulmo_jax.models.classifier import ClassifierNet, dropout
 from pulmo_jax.types import InputError
 

@@ -23,8 +23,9 @@ from scipy.optimize import linear_sum_assignment
 from pulmo_jax.core import jitter
 from pulmo_jax.core.contrast import local_zscore, zscore
 from pulmo_jax.core.shape_model import ShapeModel, point_covariances, posterior_from_gaussians
+from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.landmark_losses import LandmarkLoss, laplace
-from pulmo_jax.methods.located import Located, Params
+from pulmo_jax.methods.located import Located
 from pulmo_jax.models.landmark_net import LandmarkNet, cell_centres
 from pulmo_jax.types import InputError
 

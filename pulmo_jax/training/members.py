@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key, UInt32
 
-from pulmo_jax.methods.classes import Params, Trained
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.classes import Trained
 from pulmo_jax.training.program import Program, temporary_bytes
 from pulmo_jax.training.state import Metrics, TrainState, make_update
 

@@ -12,6 +12,7 @@ import pytest
 
 from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.methods import landmark_losses as losses
+from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.landmark_net import (
     LandmarkNetwork,
     mirror_permutation,
@@ -19,7 +20,7 @@ from pulmo_jax.methods.landmark_net import (
     pooled,
     shaped,
 )
-from pulmo_jax.methods.located import Located, Locator, Params, Trained
+from pulmo_jax.methods.located import Located, Locator, Trained
 from pulmo_jax.models.landmark_net import LandmarkNet
 from pulmo_jax.types import InputError
 

@@ -26,7 +26,8 @@ from pulmo_jax.data.square_batches import onto_image, square_of, window_of
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
-from pulmo_jax.methods.classes import Classifier, ClosedForm, Params, Trained
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.classes import Classifier, ClosedForm, Trained
 from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig

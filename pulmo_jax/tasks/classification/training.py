@@ -18,7 +18,8 @@ from pulmo_jax.data.synthetic_mri import synthetic_mri
 from pulmo_jax.evaluation.class_calibration import Scaling, fit_scaling
 from pulmo_jax.host.resources import give_back_freed_memory
 from pulmo_jax.inference.members import Stack, at_rows, each_its_own, kept
-from pulmo_jax.methods.classes import Classifier, ClosedForm, Params, Trained
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.classes import Classifier, ClosedForm, Trained
 from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings

@@ -33,9 +33,10 @@ from pulmo_jax.evaluation.landmark_quality import (
 )
 from pulmo_jax.host.files import atomically, write_json
 from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
+from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
-from pulmo_jax.methods.located import ClosedForm, Found, Locator, Params, Trained
+from pulmo_jax.methods.located import ClosedForm, Found, Locator, Trained
 from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig

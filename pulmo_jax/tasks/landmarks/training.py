@@ -20,7 +20,8 @@ from pulmo_jax.data.samples import fetch_radiographs
 from pulmo_jax.evaluation.landmark_metrics import radial_errors
 from pulmo_jax.inference.locate import locating
 from pulmo_jax.inference.transfers import keep
-from pulmo_jax.methods.located import ClosedForm, Locator, Params, Trained
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.located import ClosedForm, Locator, Trained
 from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
