@@ -34,12 +34,12 @@ class Contrast:
     Attributes:
         separation_px: Radius of each ring, px.
         threshold: Lowest SNR of a detection.
-        limit: threshold / sqrt(a), in units of the PSF: the flux of a source that the noise was not learnt from.
+        limit: threshold / sqrt(a), in units of the PSF: the limit if the source were not part of its noise statistics.
         limit_corrected: limit / throughput, the flux at which the SNR is on average the threshold, so that half of the
             sources are detected; NaN where no flux reaches it.
-        throughput: Share of an injected source's SNR that is left, at the limit; mean over the directions.
+        throughput: Fraction of the SNR of an injected source that is recovered at the limit; mean over directions.
         throughput_std: Its standard deviation over the directions.
-        flux_throughput: Share of an injected source's flux b / a that is left.
+        flux_throughput: Fraction of the flux of an injected source that b / a recovers.
         flux_throughput_std: Its standard deviation over the directions.
         n: Number of directions used.
     """

@@ -99,7 +99,7 @@ class PatchGaussian:
     merge_runs: Annotated[
         tuple[str, ...], Field(description="finished runs of the same method whose statistics are merged into this one")
     ] = ()
-    of: Annotated[
+    input: Annotated[
         What,
         Field(description="network features (pixels with model=identity), or the reconstruction residual"),
     ] = "features"
@@ -164,7 +164,7 @@ class PatchGaussian:
     def map_shapes(self) -> list[tuple[int, int, int]]:
         """Shapes (h, w, F) of the feature or residual maps, one per layer."""
         size, channels = self.network.patch_size, self.network.channels
-        if self.of == "residual":
+        if self.input == "residual":
             return [(size, size, channels)]
         graph, state = nnx.split(self.network)
         patch = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
@@ -290,7 +290,7 @@ class PatchGaussian:
         """Extract the modelled vector (pixels, features or residual) of every window."""
         graph, _, rest = nnx.split(self.network, nnx.Param, ...)
         network: Any = nnx.merge(graph, params["network"], rest)
-        if self.of == "residual":
+        if self.input == "residual":
             maps = x - network(x)
         else:
             layers = network.feature_maps(x)

@@ -11,6 +11,7 @@ from pulmo_jax.types import InputError
 
 METHODS = "pulmo_jax.methods"
 TASKS = {"classes": "classification"}  # former names
+KEYS = {f"{METHODS}.patch_gaussian.PatchGaussian": {"of": "input"}}  # present names of renamed keys
 # Losses were words, and the keys of networks were the method's.
 LOSSES = {
     f"{METHODS}.autoencoder.Autoencoder": f"{METHODS}.losses",
@@ -29,7 +30,7 @@ MODELS = {
 
 
 def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a config of an older version to the present keys: task name, and loss and model as nodes.
+    """Convert a config of an older version to the present keys: task name, renamed keys, and loss and model as nodes.
 
     Args:
         values: Config keys and values, or the identity stored with a checkpoint.
@@ -42,7 +43,8 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
     method = values.get("method")
     if not isinstance(method, Mapping):
         return dict(values)
-    target, method, moved = method.get("_target_"), dict(method), {}
+    target, moved = str(method.get("_target_")), {}
+    method = {KEYS.get(target, {}).get(key, key): value for key, value in method.items()}
     if target in LOSSES and isinstance(method.get("loss"), str):
         method["loss"] = {"_target_": f"{LOSSES[target]}.{method['loss']}"}
     if target in MODELS and values.get("model") is None:

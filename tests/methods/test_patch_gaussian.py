@@ -195,7 +195,7 @@ def test_features_and_residual_are_the_networks():
     assert vectors.shape == (3, 4, 4, method.dimensions)
     few = of_network(n_features=2)
     np.testing.assert_allclose(few.vectors(params, batch), vectors[..., few.chosen], rtol=1e-5, atol=1e-6)
-    left = of_network(of="residual", window_px=16)
+    left = of_network(input="residual", window_px=16)
     expected = (batch - np.asarray(network(batch))).reshape(3, 1, 1, -1)
     np.testing.assert_allclose(left.vectors(params, batch), expected, rtol=1e-4, atol=1e-5)
 

@@ -56,3 +56,13 @@ def test_an_old_checkpoint_may_be_continued_with_the_same_keys(tmp_path):
     require_same(tmp_path, record, {"method": now["method"], "model": now["model"], "seed": 0})
     with pytest.raises(InputError, match="resume=true: model differ"):
         require_same(tmp_path, record, {"method": now["method"], "model": {**now["model"], "blocks": 2}, "seed": 0})
+
+
+def test_a_renamed_key_of_a_method_has_its_present_name():
+    gaussian = f"{METHODS}.patch_gaussian.PatchGaussian"
+    after = migrated({"method": {"_target_": gaussian, "of": "residual", "window_px": 4}})
+    assert after["method"] == {"_target_": gaussian, "input": "residual", "window_px": 4}
+    check_node(after["method"], "method", ())
+    assert migrated(after) == after
+    other = {"method": {"_target_": f"{METHODS}.autoencoder.Autoencoder", "of": 1}}
+    assert migrated(other) == other

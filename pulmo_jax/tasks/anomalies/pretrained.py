@@ -23,7 +23,7 @@ from pulmo_jax.types import InputError
 SCALE = ("channels", "dtype", "patch_size", "resize", "offset", "scale", "clip")
 
 # Fields of the method that determine its statistics.
-COUNTED = ("of", "locations", "window_px", "stride", "n_features")
+COUNTED = ("input", "locations", "window_px", "stride", "n_features")
 
 
 @dataclass(frozen=True)

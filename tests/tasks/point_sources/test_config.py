@@ -118,7 +118,7 @@ def test_choices_and_north_are_those_of_the_functions():
     ("changes", "words"),
     [
         ({"data.cub": "x"}, ["unknown key data.cub", "did you mean data.cube?", "data has: cube, angles, psf"]),
-        ({"cube": "x"}, ["unknown key cube", "the config has: name, seed, resume, task, plugins, data"]),
+        ({"cube": "x"}, ["unknown key cube", "the config has: name, seed, resume, task, plugins, figures, data"]),
         ({"method.shrinkag": "cv"}, ["unknown key method.shrinkag", "did you mean method.shrinkage?"]),
         ({"data.synthetic.frame": 9}, ["unknown key data.synthetic.frame", "did you mean data.synthetic.frames?"]),
         ({"contrast.ring": 1}, ["unknown key contrast.ring", "did you mean contrast.rings?"]),
