@@ -52,6 +52,12 @@ def jobs(brain: Path | None, chest: Path | None) -> dict[str, list[list[str]]]:
         "brain_synthetic": [[*train, "+experiment=brain_mri", "data=synthetic_mri", "trainer.steps=60"]],
         "brain_gaussian": [[*train, "+experiment=brain_mri", "data=synthetic_mri", "method=anomaly_gaussian"]],
         "adi": [["detect", "+experiment=adi", "hydra.run.dir=RUN"]],
+        "epochs": [
+            *(["detect", "+experiment=adi", f"seed={i}", "data.synthetic.frames=30", "data.synthetic.size=64",
+               "data.pixel_scale=0.01225", f"hydra.run.dir=RUN_{i}"] for i in (1, 2)),
+            ["detect", "+experiment=epochs", "epochs.runs=[RUN_1,RUN_2]", "epochs.dates=[58000,58400]",
+             "hydra.run.dir=RUN"],
+        ],
     }  # fmt: skip
     if brain:
         found["brain_mri"] = [[*train, "+experiment=brain_mri", f"data.root={brain}", "data.normal_name=no",
