@@ -220,12 +220,18 @@ def checked(raw: DictConfig, command: Command) -> Any:
         raise InputError(f"{', '.join(missing)} must be given, as KEY=VALUE (--help lists all keys)")
     config: Any = validate(command.schema, values)
     check_paths(config)
-    for where, node in nodes_of(config):
-        required = GIVEN["figures"] if where.startswith("figures.") else ()
-        check_node(node, where, config.plugins, required)  # from their source code, without importing JAX
+    check_groups(config)
     if command.verb == "train" and command.task is not None:
         command.task.training.check(config)
     return config
+
+
+def check_groups(config: Any) -> None:
+    """Check the nodes of all config groups from their source code, without importing JAX. Raises InputError."""
+    for where, node in nodes_of(config):
+        group = where.split(".")[0]
+        required = GIVEN[group] if group in ("figures", "optimizer") else ()  # the task checks models and methods
+        check_node(node, where, config.plugins, required)
 
 
 def nodes_of(config: Section) -> Iterator[tuple[str, Node]]:

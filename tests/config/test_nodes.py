@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from references.default_configs import config, group_files, nodes_of, refusal
+from references.default_configs import check, config, group_files, nodes_of, refusal
 
 from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, argument_schema, build, check_node, find_target, parameters_of
 from pulmo_jax.config.section import validate
 from pulmo_jax.tasks.anomalies.config import TrainConfig
-from pulmo_jax.tasks.anomalies.training import check
 from pulmo_jax.types import InputError
 
 
@@ -101,13 +100,18 @@ def test_config_cannot_lead_through_the_program_to_another_module(module):
         ("pulmo_jax.models.nope.Model", "cannot be imported"),
         ("pulmo_jax.models.autoencoder.jnp.load", "cannot be imported"),
         ("pulmo_jax.models.autoencoder.jnp", "has no class or function jnp"),
-        ("pulmo_jax.models.autoencoder.strides_for", "lacks the arguments channels, rngs of a model"),
     ],
 )
 def test_target_that_is_no_model_is_named(target, words):
     message = refusal(model={"_target_": target})
     assert message.startswith("model._target_")
     assert words in message
+
+
+def test_function_without_the_arguments_of_a_model_is_named():
+    node = {"_target_": "pulmo_jax.models.autoencoder.strides_for"}
+    with pytest.raises(InputError, match=r"^model._target_=.*lacks the arguments channels, rngs of a model$"):
+        check_node(node, "model", (), ("patch_size", "channels", "rngs"))
 
 
 def test_homes_are_places_of_this_package():

@@ -9,9 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from pulmo_jax.config.nodes import HOMES
 from pulmo_jax.config.section import Section, validate
-from pulmo_jax.shell.composing import defaults_of
+from pulmo_jax.shell.composing import check_groups, defaults_of
+from pulmo_jax.tasks.anomalies import training
 from pulmo_jax.tasks.anomalies.config import TrainConfig
-from pulmo_jax.tasks.anomalies.training import check
 from pulmo_jax.types import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -51,6 +51,12 @@ def config(**changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         OmegaConf.update(tree, key.replace("__", "."), value, force_add=True)
     return OmegaConf.to_container(tree)  # pyright: ignore[reportReturnType]
+
+
+def check(config: TrainConfig) -> None:
+    """As the command line does: the nodes of all groups, then those of the task."""
+    check_groups(config)
+    training.check(config)
 
 
 def refusal(schema: type[Section] = TrainConfig, **changes: Any) -> str:

@@ -69,14 +69,11 @@ class AnomalyData:
 
 
 def check(config: TrainConfig) -> None:
-    """Validate the `_target_` nodes of the config. Raises InputError."""
+    """Validate the nodes of the method and its model. Raises InputError."""
     check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs"))
     check_node(config.method, "method", config.plugins, ("network",))
     if "loss" in config.method:
         check_node(config.method["loss"], "method.loss", config.plugins, ("image", "reconstruction"))
-    check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
-    for name, node in config.callbacks.items():
-        check_node(node, f"callbacks.{name}", config.plugins)
 
 
 def prepare(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:

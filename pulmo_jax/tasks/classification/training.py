@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from pulmo_jax.config.nodes import check_node
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.square_batches import member_batches, member_rows
 from pulmo_jax.data.synthetic_mri import synthetic_mri
@@ -100,11 +99,8 @@ class CrossValidated:
 
 
 def check(config: ClassifierConfig) -> None:
-    """Validate the `_target_` nodes of the config. Raises InputError."""
+    """Validate the nodes of the method and its model. Raises InputError."""
     check_nodes(config)
-    check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
-    for name, node in config.callbacks.items():
-        check_node(node, f"callbacks.{name}", config.plugins)
 
 
 def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, str]:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from pulmo_jax.config.nodes import check_node
 from pulmo_jax.data import radiographs
 from pulmo_jax.data.landmark_batches import rows_of_batch, shuffled_batches
 from pulmo_jax.data.letterbox import to_bytes
@@ -63,11 +62,8 @@ class LandmarkData:
 
 
 def check(config: LandmarkConfig) -> None:
-    """Validate the `_target_` nodes of the config. Raises InputError."""
+    """Validate the nodes of the method and its model. Raises InputError."""
     check_nodes(config)
-    check_node(config.optimizer, "optimizer", config.plugins, ("steps",))
-    for name, node in config.callbacks.items():
-        check_node(node, f"callbacks.{name}", config.plugins)
 
 
 def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
