@@ -165,8 +165,9 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
     normal, trainer, mesh = data.normal, config.trainer, devices.all_devices(config.trainer.batch_size)
     method, optimizer = build_method(config, normal.how), build_optimizer(config)
     read_patches = patch_reader(config.data, normal, data.reader, place.console)
-    everywhere, once = devices.everywhere(mesh), sees_once(config)
-    if isinstance(method, Accumulated):
+    everywhere = devices.everywhere(mesh)
+    once = isinstance(method, Accumulated)
+    if once:
         step, batches = make_pass(method, everywhere), single_pass(config, normal, read_patches)
     else:
         step = make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
