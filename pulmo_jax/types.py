@@ -23,6 +23,14 @@ class InputError(ValueError):
     """
 
 
+class OutputError(Exception):
+    """A place for results is full, read-only or forbidden; the message names it.
+
+    It is not an `InputError`, because those may concern one file alone, whereas nothing more can be written here. Entry
+    points print the message without a traceback and exit with status 2.
+    """
+
+
 class Window(NamedTuple):
     """A rectangle of an image, in pixels.
 

@@ -5,21 +5,24 @@ import fcntl
 import json
 import os
 import socket
-import sys
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pulmo_jax.host.console import complain
 from pulmo_jax.types import InputError
 
 NAME = "run.lock"  # of a run directory
+LOCK_START = b'{"host": "'
+MAX_BYTES = 1000  # of a lock file
 PATIENCE_S = 0.5  # waiting time for the lock, longer than `in_use` holds it
 UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # on some network file systems
 
 
 @contextmanager
-def claim(folder: Path, name: str = NAME) -> Iterator[None]:
+def claim(folder: Path, name: str = NAME) -> Iterator[bool]:
     """Hold the lock of a folder during a `with` block.
 
     The kernel releases the lock when the process ends, even after SIGKILL, so a stale lock file does no harm. Processes
@@ -29,15 +32,22 @@ def claim(folder: Path, name: str = NAME) -> Iterator[None]:
         folder: The folder, which is created if necessary.
         name: Name of the lock file.
 
+    Yields:
+        Whether a killed process has left its lock.
+
     Raises:
-        InputError: Another process holds the lock.
+        InputError: Another process holds the lock, or the file is not a lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(folder / name)
+    descriptor, before = _acquire(folder / name)
     try:
-        yield
+        yield bool(before)
     finally:
-        (folder / name).unlink(missing_ok=True)
+        if before == b"":
+            os.ftruncate(descriptor, 0)
+        else:
+            with suppress(OSError):  # on a disk that has become read-only; the kernel releases the lock
+                (folder / name).unlink()
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for forked children, which share the descriptor
         os.close(descriptor)
 
@@ -62,9 +72,33 @@ def in_use(folder: Path, name: str = NAME) -> str | None:
         os.close(descriptor)
 
 
-def _acquire(path: Path) -> int:
+def holder_is_dead(folder: Path, name: str = NAME) -> bool:
+    """Whether the process that made the lock file of a folder ran on this machine and has ended, as by SIGKILL.
+
+    Args:
+        folder: The folder.
+        name: Name of the lock file.
+
+    Returns:
+        False if it runs, or if that cannot be known.
+    """
+    try:
+        holder = json.loads((folder / name).read_bytes()[:MAX_BYTES])
+        if holder["host"] != socket.gethostname():
+            return False
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return False
+
+
+def _acquire(path: Path) -> tuple[int, bytes | None]:
+    """Descriptor of the locked file, and its content before; an empty file may be the user's, and is left so."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
+        before = _require_lock_file(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if _lock(descriptor, fcntl.LOCK_EX, warn=True):
             if _is_at(descriptor, path):
@@ -72,13 +106,34 @@ def _acquire(path: Path) -> int:
                 holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-                return descriptor
+                return descriptor, before
         elif time.monotonic() > deadline:
             message = _holder_message(path.parent, descriptor)
             os.close(descriptor)
             raise InputError(message)
         os.close(descriptor)
         time.sleep(0.02)
+
+
+def _require_lock_file(path: Path) -> bytes | None:
+    """Content of a lock file, if any. Raises InputError for a file of the user's, which would be overwritten."""
+    try:
+        status = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size < MAX_BYTES else b"-"
+    except FileNotFoundError:
+        return None
+    if content and not _names_holder(content):
+        raise InputError(f"{path}: exists and is not a lock of pulmo_jax; move it away")
+    return content
+
+
+def _names_holder(content: bytes) -> bool:
+    """Whether the content of a file is that of a lock file, possibly cut off by a kill."""
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return LOCK_START.startswith(content[: len(LOCK_START)]) and not content.endswith(b"}")
+    return isinstance(holder, dict) and list(holder) == ["host", "pid", "started"]
 
 
 def _lock(descriptor: int, kind: int, *, warn: bool = False) -> bool:
@@ -91,7 +146,7 @@ def _lock(descriptor: int, kind: int, *, warn: bool = False) -> bool:
         if error.errno not in UNSUPPORTED:
             raise
         if warn:
-            print("note: this file system has no locks; run only one process per folder", file=sys.stderr)
+            complain("note: this file system has no locks; run only one process per folder")
     return True
 
 
@@ -105,8 +160,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _holder_message(folder: Path, descriptor: int) -> str:
     try:
-        holder = json.loads(os.pread(descriptor, 1000, 0))
+        holder = json.loads(os.pread(descriptor, MAX_BYTES, 0))
         process = f"process {holder['pid']} on {holder['host']} since {holder['started']}"
     except (ValueError, KeyError, TypeError):
         process = "another process"
-    return f"{folder} is in use by {process}; wait for it or stop it, or give another hydra.run.dir"
+    return f"{folder} is in use by {process}; wait for it or stop it, or give another folder"

@@ -1,8 +1,6 @@
-"""Memory and disk space: checks before use, and error messages when they run out."""
+"""Memory: checks before use, and error messages when it runs out."""
 
 import ctypes
-import errno
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +9,6 @@ from pathlib import Path
 from pulmo_jax.types import InputError
 
 GIB = 2**30
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**20  # glibc's malloc.h; allocations of at least this size are mapped
 M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**23  # free memory kept at the end of a heap, for the next image
 CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -25,6 +22,11 @@ def available_bytes() -> int | None:
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+    return host_memory_bytes()
+
+
+def host_memory_bytes() -> int | None:
+    """Host memory in bytes that this process can still allocate; None if unknown."""
     limits = [_meminfo("MemAvailable"), _control_group()]
     return min((limit for limit in limits if limit is not None), default=None)
 
@@ -81,24 +83,6 @@ def give_back_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error or one of its causes is a full disk, including causes of which a library kept only the message.
-
-    Args:
-        error: The error; None for none.
-
-    Returns:
-        True for a full disk.
-    """
-    visited: list[BaseException] = []
-    while error is not None and error not in visited:
-        if getattr(error, "errno", None) in DISK_FULL or any(os.strerror(n) in str(error) for n in DISK_FULL):
-            return True
-        visited.append(error)
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _meminfo(name: str) -> int | None:
