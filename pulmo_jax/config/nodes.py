@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Strict, ValidationError, create_model
 
-from pulmo_jax.config.section import Node, Section, describe_errors
+from pulmo_jax.config.section import Node, Section, describe_errors, shortened
 from pulmo_jax.config.signatures import REQUIRED, Parameter, read_parameters
 from pulmo_jax.types import InputError
 
@@ -208,7 +208,9 @@ def allowed_target(node: Node, where: str, plugins: tuple[str, ...]) -> str:
     """
     name = node.get("_target_")
     if not isinstance(name, str) or "." not in name:
-        raise InputError(f"{where}._target_ is {name!r}; it must name a class or function as package.module.Name")
+        raise InputError(
+            f"{where}._target_ is {shortened(name)}; it must name a class or function as package.module.Name"
+        )
     homes, package = HOMES[group_of(where)], name.split(".")[0]
     if package not in plugins and not name.startswith(tuple(f"{home}." for home in homes)):
         hint = "" if package == "pulmo_jax" else f"; for your own package, add plugins=[{package}]"
@@ -291,8 +293,9 @@ def check_arguments(parameters: Mapping[str, Parameter], node: Node, where: str)
     """
     for key, place in nodes_within(node, where):
         if not isinstance(node[key], Mapping):
-            chosen = f"{place.replace('.', '/')}={node[key]}"
-            raise InputError(f"{place}={node[key]}: is no node with a _target_; choose one with {chosen}")
+            value = node[key] if isinstance(node[key], str) else shortened(node[key])
+            chosen = f"{place.replace('.', '/')}={value}"
+            raise InputError(f"{place}={value}: is no node with a _target_; choose one with {chosen}")
     schema = argument_schema(parameters, group_of(where))
     values = {key: value for key, value in node.items() if key != "_target_"}
     try:

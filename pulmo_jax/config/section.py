@@ -1,13 +1,13 @@
 """Typed config sections: type, range, default and description of every key. Hydra composes, pydantic validates."""
 
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError
 
+from pulmo_jax.config.expressions import check
 from pulmo_jax.types import InputError
 
 Int = Annotated[int, Strict()]
@@ -50,22 +50,14 @@ def ascending(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-def _is_regex(value: str) -> str:
-    """Check that a string is a valid regular expression."""
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"is not a regular expression: {error}") from error
-    return value
-
-
-Regex = Annotated[str, AfterValidator(_is_regex)]
+Regex = Annotated[str, AfterValidator(check)]
 IMAGES = "images"  # annotation of a path: a folder of images or a store
 INPUT = "input"  # annotation of a path: an image file is accepted, too
 ImageFolder = Annotated[PathLike, IMAGES]
 ImageInput = Annotated[PathLike, INPUT]
 RunFolder = Annotated[PathLike, AfterValidator(_is_run)]
 Node = dict[str, Any]
+LONGEST = 200  # characters of a value in an error message
 VALUES_OF = {"centre": "[Y,X]", "planets": "[[Y,X,FLUX],...]"}  # formats of list values other than ranges
 
 
@@ -123,8 +115,14 @@ def describe_errors(error: ValidationError, schema: type[BaseModel], prefix: str
             lines.append(f"{dotted} is missing; give {dotted}=... on the command line (--help lists all keys)")
         else:
             reason = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{dotted}={item['input']!r}: {reason[0].lower()}{reason[1:]}")
+            lines.append(f"{dotted}={shortened(item['input'])}: {reason[0].lower()}{reason[1:]}")
     return "\n".join(lines)
+
+
+def shortened(value: Any) -> str:
+    """A value in an error message, of at most `LONGEST` characters."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def unknown_key(dotted: str, allowed: list[str]) -> str:

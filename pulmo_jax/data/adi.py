@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from pulmo_jax.data.arrays import read_array
+from pulmo_jax.data.arrays import MAX_BYTES, read_array
 from pulmo_jax.types import InputError
 
 _CUBE = "an image cube (T, H, W)"
@@ -14,6 +14,7 @@ _ANGLES = "parallactic angles in degrees, one per frame"
 _PSF = "an off-axis PSF (S, S)"
 _WAVELENGTHS = "wavelengths, one per channel"
 _SPECTRUM = "one spectrum (L,) or several (M, L), one value per channel"
+_MAX_LIST_BYTES = 16 * 2**20  # angles and wavelengths: two million values
 _BROADBAND_RATIO = 1.05  # largest over smallest wavelength above which a single PSF deserves a warning
 
 
@@ -62,7 +63,12 @@ class SpectralStack:
 
 
 def load_channels(
-    cube: Path, angles: Path, psf: Path, wavelengths: Path | None = None, spectrum: Path | None = None
+    cube: Path,
+    angles: Path,
+    psf: Path,
+    wavelengths: Path | None = None,
+    spectrum: Path | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> SpectralStack:
     """Read a multi-wavelength stack and check that its files are consistent.
 
@@ -74,6 +80,7 @@ def load_channels(
         psf: File with one PSF (S, S) or one per channel (L, S, S).
         wavelengths: File with the L wavelengths; without it the cube is read as a single channel by `load_stack`.
         spectrum: File with template spectra (L,) or (M, L).
+        max_bytes: Limit on the size of each array in memory.
 
     Returns:
         The stack, with a caveat for each value that was changed or looks unusual.
@@ -82,13 +89,13 @@ def load_channels(
         InputError: A file cannot be used or does not match the others; the message names it.
     """
     if wavelengths is None:
-        return SpectralStack.of_one(load_stack(cube, angles, psf))
-    values = _wavelengths(wavelengths)
-    channels = _channels(cube, wavelengths, len(values))
-    angles_deg = _angles_deg(angles, cube, channels.shape[1:])
-    stamps, caveats = _stamps(psf, channels.shape[1:], values)
+        return SpectralStack.of_one(load_stack(cube, angles, psf, max_bytes))
+    values = _wavelengths(wavelengths, max_bytes)
+    channels = _channels(cube, wavelengths, len(values), max_bytes)
+    angles_deg = _angles_deg(angles, cube, channels.shape[1:], max_bytes)
+    stamps, caveats = _stamps(psf, channels.shape[1:], values, max_bytes)
     caveats += _radians(angles, angles_deg)
-    spectra = None if spectrum is None else load_spectra(spectrum, len(values))
+    spectra = None if spectrum is None else load_spectra(spectrum, len(values), max_bytes)
     order = np.argsort(values)
     if (order != np.arange(len(order))).any():
         caveats.append(f"{wavelengths}: the channels were sorted by wavelength")
@@ -97,12 +104,13 @@ def load_channels(
     return SpectralStack(channels, angles_deg, stamps, values, spectra, tuple(caveats))
 
 
-def load_spectra(path: Path, n_channels: int) -> Float[np.ndarray, "M L"]:
+def load_spectra(path: Path, n_channels: int, max_bytes: int = MAX_BYTES) -> Float[np.ndarray, "M L"]:
     """Read one or several template spectra.
 
     Args:
         path: File with an array (L,) or (M, L), in any format of `read_array`.
         n_channels: Number of spectral channels L.
+        max_bytes: Limit on the size of the array in memory.
 
     Returns:
         The spectra (M, L) in float64.
@@ -110,14 +118,14 @@ def load_spectra(path: Path, n_channels: int) -> Float[np.ndarray, "M L"]:
     Raises:
         InputError: The file cannot be read or its spectra have another number of channels.
     """
-    array = read_array(path, (1, 2), description=_SPECTRUM).astype(np.float64)
+    array = read_array(path, (1, 2), description=_SPECTRUM, max_bytes=max_bytes).astype(np.float64)
     spectra = array.reshape(1, -1) if array.ndim == 1 or array.shape == (n_channels, 1) else array
     if spectra.shape[1] != n_channels:
         raise InputError(f"{path}: has shape {array.shape}, but the stack has {n_channels} channels; give {_SPECTRUM}")
     return spectra
 
 
-def load_stack(cube: Path, angles: Path, psf: Path) -> RotatingStack:
+def load_stack(cube: Path, angles: Path, psf: Path, max_bytes: int = MAX_BYTES) -> RotatingStack:
     """Read a single-channel stack and check that its files are consistent.
 
     Args:
@@ -125,6 +133,7 @@ def load_stack(cube: Path, angles: Path, psf: Path) -> RotatingStack:
             floating point of sufficient precision.
         angles: File with the T rotation angles in degrees.
         psf: File with the off-axis PSF (S, S), or with several exposures of it, which are averaged.
+        max_bytes: Limit on the size of each array in memory.
 
     Returns:
         The stack, with a caveat for each value that was changed or looks unusual.
@@ -132,14 +141,16 @@ def load_stack(cube: Path, angles: Path, psf: Path) -> RotatingStack:
     Raises:
         InputError: A file cannot be used or does not match the others; the message names it.
     """
-    frames = _frames(cube)
-    angles_deg = _angles_deg(angles, cube, frames.shape)
-    stamp, caveats = _stamp(psf, frames.shape)
+    frames = _frames(cube, max_bytes)
+    angles_deg = _angles_deg(angles, cube, frames.shape, max_bytes)
+    stamp, caveats = _stamp(psf, frames.shape, max_bytes)
     return RotatingStack(frames, angles_deg, stamp, (*caveats, *_radians(angles, angles_deg)))
 
 
-def _wavelengths(path: Path) -> np.ndarray:
-    values = read_array(path, (1,), description=_WAVELENGTHS).astype(np.float64)
+def _wavelengths(path: Path, max_bytes: int) -> np.ndarray:
+    values = read_array(path, (1,), description=_WAVELENGTHS, max_bytes=min(max_bytes, _MAX_LIST_BYTES)).astype(
+        np.float64
+    )
     if (bad := np.flatnonzero(~(np.isfinite(values) & (values > 0)))).size:
         raise InputError(
             f"{path}: {bad.size} of {len(values)} wavelengths are not positive and finite; the first is "
@@ -154,9 +165,9 @@ def _wavelengths(path: Path) -> np.ndarray:
     return values
 
 
-def _channels(path: Path, wavelengths: Path, n: int) -> np.ndarray:
+def _channels(path: Path, wavelengths: Path, n: int, max_bytes: int) -> np.ndarray:
     """The cube (L, T, H, W) in floating point."""
-    array = read_array(path, (3, 4), description=_CUBE)
+    array = read_array(path, (3, 4), description=_CUBE, max_bytes=max_bytes)
     if array.ndim == 4 and array.shape[-1] == 1 != array.shape[0]:
         array = array[..., 0]
     channels = array[None] if array.ndim == 3 else array
@@ -181,8 +192,8 @@ def _radians(path: Path, angles_deg: np.ndarray) -> list[str]:
     return []
 
 
-def _frames(path: Path) -> np.ndarray:
-    array = read_array(path, (3, 4), description=_CUBE)
+def _frames(path: Path, max_bytes: int) -> np.ndarray:
+    array = read_array(path, (3, 4), description=_CUBE, max_bytes=max_bytes)
     if array.ndim == 4 and 1 not in (array.shape[0], array.shape[-1]):
         raise InputError(
             f"{path}: has shape {array.shape}; give {_CUBE}. A multi-wavelength cube (L, T, H, W) also requires "
@@ -193,8 +204,8 @@ def _frames(path: Path) -> np.ndarray:
     return array.astype(np.result_type(array.dtype, np.float32), copy=False)
 
 
-def _angles_deg(path: Path, cube: Path, shape: tuple[int, ...]) -> np.ndarray:
-    angles = read_array(path, (1,), description=_ANGLES).astype(np.float64)
+def _angles_deg(path: Path, cube: Path, shape: tuple[int, ...], max_bytes: int) -> np.ndarray:
+    angles = read_array(path, (1,), description=_ANGLES, max_bytes=min(max_bytes, _MAX_LIST_BYTES)).astype(np.float64)
     if len(angles) != shape[0]:
         hint = f"Give {_ANGLES}."
         if len(angles) in shape:
@@ -209,9 +220,9 @@ def _angles_deg(path: Path, cube: Path, shape: tuple[int, ...]) -> np.ndarray:
     return angles
 
 
-def _stamp(path: Path, cube_shape: tuple[int, ...]) -> tuple[np.ndarray, list[str]]:
+def _stamp(path: Path, cube_shape: tuple[int, ...], max_bytes: int) -> tuple[np.ndarray, list[str]]:
     """The PSF (S, S) and the caveats about it."""
-    array, caveats = _psf_file(path), []
+    array, caveats = _psf_file(path, max_bytes), []
     if array.ndim == 3:
         if len(array) > 1:
             caveats.append(f"{path}: {len(array)} PSF images were averaged without recentring")
@@ -220,13 +231,15 @@ def _stamp(path: Path, cube_shape: tuple[int, ...]) -> tuple[np.ndarray, list[st
     return stamp, caveats + cut
 
 
-def _stamps(path: Path, cube_shape: tuple[int, ...], wavelengths: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _stamps(
+    path: Path, cube_shape: tuple[int, ...], wavelengths: np.ndarray, max_bytes: int
+) -> tuple[np.ndarray, list[str]]:
     """The PSFs (L, S, S) and the caveats about them."""
     n = len(wavelengths)
     if n == 1:
-        stamp, caveats = _stamp(path, cube_shape)
+        stamp, caveats = _stamp(path, cube_shape, max_bytes)
         return stamp[None], caveats
-    array, caveats = _psf_file(path), []
+    array, caveats = _psf_file(path, max_bytes), []
     images = array[None] if array.ndim == 2 else array
     if len(images) not in (1, n):
         raise InputError(
@@ -242,8 +255,8 @@ def _stamps(path: Path, cube_shape: tuple[int, ...], wavelengths: np.ndarray) ->
     return np.repeat(np.stack([stamp for stamp, _ in cut]), n // len(images), axis=0), caveats + cut[0][1]
 
 
-def _psf_file(path: Path) -> np.ndarray:
-    array = read_array(path, (2, 3), description=_PSF).astype(np.float64)
+def _psf_file(path: Path, max_bytes: int) -> np.ndarray:
+    array = read_array(path, (2, 3), description=_PSF, max_bytes=max_bytes).astype(np.float64)
     if not np.isfinite(array).all():
         bad = np.sum(~np.isfinite(array))
         raise InputError(f"{path}: {bad} of {array.size} pixels of the PSF are not finite; replace them")

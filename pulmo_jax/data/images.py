@@ -1,7 +1,8 @@
 """Image sets as lists of file headers, and a reader of their pixels and foreground masks."""
 
+import hashlib
 import math
-import re
+import os
 import threading
 import weakref
 from collections import Counter, OrderedDict
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Shaped
 
+from pulmo_jax.config.expressions import ExpressionError, search
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, list_images, open_source
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
-from pulmo_jax.data.sources.source import decoding, printable
+from pulmo_jax.data.sources.source import decoding
 from pulmo_jax.data.sources.store import Store, in_store, is_store, open_store
+from pulmo_jax.host.console import printable
 from pulmo_jax.types import ImageTags, InputError, Source, Window
 
 MEBIBYTE = 2**20
@@ -59,8 +62,13 @@ class ImageRef:
         return self.name if self.pages == 1 else f"{self.name}[{self.page}]"
 
     @property
+    def identity(self) -> str:
+        """Name and page as text that no other image of the folder has."""
+        return f"{self.name}\0{self.page}"
+
+    @property
     def file_name(self) -> str:
-        """Base name of output files. It keeps the suffix, so that a.png and a.tif do not collide."""
+        """Preferred name of output files (see `runs.naming`). It keeps the suffix: a.png and a.tif differ."""
         return self.name if self.pages == 1 else f"{self.name}_{self.page:04d}"
 
 
@@ -69,12 +77,18 @@ class Skipped:
     """A file that could not be used.
 
     Attributes:
-        name: Path relative to the indexed folder.
-        reason: The error message, which names the file.
+        name: Path relative to the indexed folder, printable on one line.
+        reason: The error message, which names the file in the same way, so that a name cannot pass for a message.
     """
 
     name: str
     reason: str
+
+    def __post_init__(self) -> None:
+        shown = printable(self.name, keep="")
+        if shown != self.name:
+            object.__setattr__(self, "reason", self.reason.replace(self.name, shown))
+            object.__setattr__(self, "name", shown)
 
 
 def index_images(
@@ -104,7 +118,7 @@ def index_images(
         unreadable files are an error.
 
     Raises:
-        InputError: The folder cannot be listed or holds no images, or a format is invalid.
+        InputError: The folder cannot be listed or holds no images, or a format or `group_regex` is invalid.
     """
     formats = check_formats(formats)
     suffixes = image_suffixes(formats)
@@ -127,8 +141,10 @@ def index_images(
                 group = extract_group(name, group_regex, suffixes)
             name, shape, dtype, group = (interned.setdefault(value, value) for value in (name, shape, dtype, group))
             refs += [ImageRef(root, name, page, pages, shape, dtype, group, mask) for page in range(pages)]
+        except ExpressionError:
+            raise
         except InputError as error:
-            skipped.append(Skipped(printable(name), str(error)))
+            skipped.append(Skipped(name, str(error)))
     return refs, skipped
 
 
@@ -172,19 +188,52 @@ def by_file(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
 
 
 def fingerprint(path: Path | None) -> list[int] | None:
-    """Size in bytes and modification time in ns of a file or of the store that contains it, to detect changes.
+    """Size, times and inode of a file or of the store that contains it, to detect that it changes during a call.
 
     Args:
         path: The file; None for no file.
 
     Returns:
-        Size and time; None for no file.
+        Size in bytes, times of modification and status change in ns, and inode; None for no file, or a deleted one.
     """
     if path is None:
         return None
     record = in_store(path)
-    status = (record[0] if record else path).stat()
-    return [status.st_size, status.st_mtime_ns]
+    try:
+        status = (record[0] if record else path).stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def content_of(path: Path | None) -> list[Any] | None:
+    """Size and SHA-256 of the content of a file, or of the pages of an image in a store.
+
+    Args:
+        path: The file; None for no file.
+
+    Returns:
+        Size in bytes (of the store, for an image in a store) and digest; None for no file.
+    """
+    if path is None:
+        return None
+    if record := in_store(path):
+        return [record[0].stat().st_size, open_store(record[0]).content_digest(record[1])]
+    with path.open("rb", buffering=0) as file:
+        return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def has_content(path: Path | None, content: Any) -> bool:
+    """Whether a file still has the content that `content_of` returned; a file of another size is not read."""
+    if path is None or not isinstance(content, list):
+        return path is None and content is None
+    try:
+        if in_store(path) is None and path.stat().st_size != content[0]:
+            return False
+        now = content_of(path)
+    except (InputError, OSError):  # deleted or damaged meanwhile
+        return False
+    return now is not None and now[1:] == content[1:]  # a store may have grown
 
 
 def require_utf8(path: Path | str, name: str) -> None:
@@ -195,7 +244,9 @@ def require_utf8(path: Path | str, name: str) -> None:
         raise InputError(printable(f"{path}: its name is not valid UTF-8; rename it")) from None
 
 
-def extract_group(name: str, group_regex: str | None, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
+def extract_group(
+    name: str, group_regex: str | None, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, key: str = "data.group_regex"
+) -> str:
     """Extract the group of an image, such as the patient or slide ID, from its name.
 
     The expression is searched in the file name, then in the path with its subfolders, then in both without the image
@@ -206,24 +257,21 @@ def extract_group(name: str, group_regex: str | None, suffixes: tuple[str, ...] 
         group_regex: Regular expression; its first capturing group, or the whole match, is the group. None makes each
             file its own group.
         suffixes: Image suffixes (see `sources.image_suffixes`).
+        key: Config key of the expression, for error messages.
 
     Returns:
         The group.
 
     Raises:
-        InputError: The expression is invalid or does not match.
+        ExpressionError: The expression is invalid or takes too long.
+        InputError: It does not match.
     """
     if group_regex is None:
         return name
-    try:
-        paths = (name, stem(name, suffixes))
-        spellings = [spelling for path in paths for spelling in (path.rpartition("/")[2], path)]
-        match = next((m for text in spellings if (m := re.search(group_regex, text))), None)
-    except re.error as error:
-        raise InputError(f"data.group_regex={group_regex!r} is not a regular expression: {error}") from error
-    group = match and match[min(1, match.re.groups)]
+    paths = (name, stem(name, suffixes))
+    group = search(key, group_regex, *(spelling for path in paths for spelling in (path.rpartition("/")[2], path)))
     if group is None:
-        raise InputError(f"{name}: data.group_regex={group_regex} does not match this name; change the expression")
+        raise InputError(f"{name}: {key}={group_regex} does not match this name; change the expression")
     return group
 
 

@@ -18,7 +18,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pulmo_jax.data.images import ImageRef, Skipped, index_images
-from pulmo_jax.data.sources.source import check_is_file, decoding, printable
+from pulmo_jax.data.sources.source import check_is_file, decoding
+from pulmo_jax.host.console import printable
+from pulmo_jax.host.tables import cell_text, csv_text
 from pulmo_jax.types import InputError
 
 MIN_POINTS = 3
@@ -192,7 +194,8 @@ def by_file_name(images: Iterable[Image]) -> dict[str, list[tuple[str, Image]]]:
     """Index (path, image) by file name; a page of a multi-page file is indexed as NAME[page] and as NAME."""
     index: dict[str, list[tuple[str, Image]]] = {}
     for image in images:
-        for path in {normalised_path(title(image)), normalised_path(image.name)}:
+        names = [title(image), image.name]  # also as `landmarks_csv` writes them
+        for path in {normalised_path(spelling) for name in names for spelling in (name, printable(name, keep=""))}:
             index.setdefault(path.rpartition("/")[2], []).append((path, image))
     return index
 
@@ -273,7 +276,7 @@ def nonempty_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         for cells in reader:
-            stripped = [cell.strip() for cell in cells]
+            stripped = [cell_text(cell.strip()) for cell in cells]
             if any(stripped):
                 yield reader.line_num, stripped
     except csv.Error as error:
@@ -385,11 +388,10 @@ def landmarks_csv(
         CSV text with 8 significant digits; values that are not finite become empty cells.
     """
     k = range(1, points.shape[1] + 1)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     pairs = [name for i in k for name in (f"x{i}", f"y{i}")]
-    writer.writerow(["filename", *pairs, *(f"std{i}" for i in k), *(f"quality{i}" for i in k)])
-    for name, point, spread, bad in zip(names, points, std, low, strict=True):
-        numbers = [f"{v:.8g}" if np.isfinite(v) else "" for v in (*point[:, ::-1].ravel(), *spread)]
-        writer.writerow([name, *numbers, *("low" if b else "ok" for b in bad)])
-    return text.getvalue()
+    columns = ["filename", *pairs, *(f"std{i}" for i in k), *(f"quality{i}" for i in k)]
+    rows = (
+        [name, *point[:, ::-1].ravel(), *spread, *("low" if b else "ok" for b in bad)]
+        for name, point, spread, bad in zip(names, points, std, low, strict=True)
+    )
+    return csv_text(columns, rows, ".8g")

@@ -6,8 +6,6 @@ inverse, `image_position`, is iterated to rounding error. Coordinates are (y, x)
 of the landmark axis: the origin is its midpoint, and y runs downwards along it.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from scipy import ndimage
 
 from pulmo_jax.data import lung_ct, projection
 from pulmo_jax.data.projection import Anatomy, Axis
+from pulmo_jax.host.tables import csv_text
 from pulmo_jax.types import InputError
 
 FORMAT = 1  # increment when the files that `prepare` writes change, so that older folders are prepared again
@@ -268,21 +267,14 @@ def prepare(inputs: Path, folder: Path, origin: Mapping[str, Mapping[str, str]])
     """
     anatomy = projection.read_anatomy(inputs / "cxr.nii.gz", inputs / "mask.nii.gz")
     (folder / "images").mkdir(parents=True)
-    rows: dict[str, list[list[str]]] = {name: [] for name in COUNTS}
+    rows: dict[str, list[list[str | float]]] = {name: [] for name in COUNTS}
     for name, filename, radiograph in render_all(anatomy, COUNTS):
         Image.fromarray(radiograph.image).save(folder / "images" / filename)
-        rows[name].append([filename, *(f"{value:.3f}" for value in radiograph.points[:, ::-1].ravel())])
+        rows[name].append([filename, *radiograph.points[:, ::-1].ravel()])
+    columns = ["filename", *(f"{axis}{k}" for k in range(1, 16) for axis in "xy")]
     for name, table in rows.items():
-        (folder / f"landmarks_{name}.csv").write_text(_as_csv(table), encoding="utf-8")
+        (folder / f"landmarks_{name}.csv").write_text(csv_text(columns, table, ".3f"), encoding="utf-8")
     _write_facts(folder, origin)
-
-
-def _as_csv(rows: list[list[str]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["filename", *(f"{axis}{k}" for k in range(1, 16) for axis in "xy")])
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _write_facts(folder: Path, origin: Mapping[str, Mapping[str, str]]) -> None:

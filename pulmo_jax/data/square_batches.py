@@ -11,9 +11,9 @@ from scipy.ndimage import binary_opening
 from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.data.letterbox import fit_letterbox, into_square, to_gray
 from pulmo_jax.data.pipeline import CellBatches, MapDataset, RowShare, grain
-from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.scratch import Scratch
 from pulmo_jax.data.transforms import resize_bands
+from pulmo_jax.host.cache import cache_folder
 from pulmo_jax.types import Window
 
 MIN_BRIGHTNESS = 0.1  # of the grey-level range: brighter pixels are content

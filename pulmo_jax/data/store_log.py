@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pulmo_jax.data.sources.source import decoding
+from pulmo_jax.host.places import naming_place
+
 HEAD = b"pulmo_jax store part 2\n"
 SIZES = struct.Struct("<QI")  # length of the JSON text, and CRC-32 of the JSON text and the chunks
 
@@ -45,6 +48,15 @@ class Logged:
     lengths: list[int]
 
 
+def is_log(path: Path) -> bool:
+    """Whether a file is a log, possibly one without entries whose head was not completely written."""
+    if not path.is_file():
+        return False
+    with decoding(path), path.open("rb") as file:
+        head = file.read(len(HEAD))
+    return HEAD.startswith(head)
+
+
 class Log:
     """A log file, open for reading and appending. Threads may share it.
 
@@ -57,9 +69,10 @@ class Log:
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("r+b" if path.exists() else "w+b")
-        self.entries = list(self._valid_entries())
+        with naming_place(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+            self.entries = list(self._valid_entries())
 
     def _valid_entries(self) -> Iterator[Logged]:
         """The entries before the first truncated or damaged one, where the file is then truncated."""
@@ -67,7 +80,7 @@ class Log:
         self.file.seek(0)
         if self.file.read(len(HEAD)) != HEAD:
             self.file.seek(0)
-            self.file.write(HEAD)
+            self._write(HEAD)
             self.file.truncate()
         while len(sizes := self.file.read(SIZES.size)) == SIZES.size:
             length, checksum = SIZES.unpack(sizes)
@@ -90,23 +103,31 @@ class Log:
         self.file.truncate()
 
     def append(self, entry: Entry) -> None:
-        """Append a page. After an OSError, such as a full disk, earlier entries remain valid.
+        """Append a page.
 
         Args:
             entry: The page.
+
+        Raises:
+            OutputError: The place is full; earlier entries remain valid.
         """
         lengths = [len(chunk) for chunk in entry.chunks]
         text = json.dumps(entry.facts | {"chunk_bytes": lengths}).encode()
         checksum = zlib.crc32(text)
         for chunk in entry.chunks:
             checksum = zlib.crc32(chunk, checksum)
-        with self.lock:
-            self.file.write(SIZES.pack(len(text), checksum) + text)
+        with self.lock, naming_place(self.path):
+            self._write(SIZES.pack(len(text), checksum) + text)
             start = self.file.tell()
             for chunk in entry.chunks:
-                self.file.write(chunk)
-            self.file.flush()
+                self._write(chunk)
             self.entries.append(Logged(entry.facts, start, lengths))
+
+    def _write(self, content: bytes) -> None:
+        """Write all bytes: an unbuffered file may write a part of them, and raises an error for the rest."""
+        rest = memoryview(content)
+        while len(rest):
+            rest = rest[self.file.write(rest) :]
 
     def chunks(self, entry: Logged) -> list[bytes]:
         """Read the compressed chunks of an entry.

@@ -2,7 +2,8 @@
 
 A thread pool decodes and compresses the files, page by page, into a log beside the store (see `data.store_log`), from
 which an interrupted ingestion resumes. When all pages are in the log, the store is written: its previous content is
-copied, the chunks of the log are appended without decoding, and the new file replaces the old one atomically.
+copied, the chunks of the log are appended without decoding, and the new file replaces the old one atomically. All files
+beside a store bear its name. The log tells that they are ours: it exists whenever the others may be unfinished.
 """
 
 import hashlib
@@ -22,14 +23,17 @@ from pulmo_jax.data.images import MEBIBYTE, Skipped, extract_group, require_utf8
 from pulmo_jax.data.near_copies import merge_groups, perceptual_hash
 from pulmo_jax.data.sources import image_suffixes, list_images, open_source
 from pulmo_jax.data.sources.formats import Format, check_formats
-from pulmo_jax.data.sources.source import check_is_file, decoding, printable
+from pulmo_jax.data.sources.source import check_is_file, decoding
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.data.sources.store_chunks import chunk_corners, chunk_shape, pack, pixel_sha256, split_into_chunks
 from pulmo_jax.data.sources.store_index import SCHEMA, VERSION, Record, as_metadata, index_array, index_digest
-from pulmo_jax.data.store_log import Entry, Log, Logged
-from pulmo_jax.host.files import replacing, write_json
+from pulmo_jax.data.store_log import Entry, Log, Logged, is_log
+from pulmo_jax.host.files import dump_json, replacing
+from pulmo_jax.host.marks import TEMPORARY
 from pulmo_jax.types import InputError
 
+METADATA_HEAD_BYTES = 100  # of the JSON text, which contain the schema
+FOREIGN = "{path}: exists and was not written by pulmo_jax; move it away or give another output"
 Tracker = Callable[[str], Callable[[Iterable[Any], int], Iterable[Any]]]
 
 
@@ -54,6 +58,7 @@ def ingest_folder(
     folder: Path,
     target: Path,
     *,
+    interrupted: bool = False,
     group_regex: str | None,
     near_bits: int,
     threads: int,
@@ -66,6 +71,7 @@ def ingest_folder(
     Args:
         folder: Folder of images, or an image file. Its subfolders are the classes.
         target: The store, which is created if necessary.
+        interrupted: An earlier ingestion was killed: an empty log is ours, and not a file of the user's.
         group_regex: Regular expression that extracts the group from the name (see `images.extract_group`).
         near_bits: Largest number of different bits, of 63, between the perceptual hashes of near-duplicates.
         threads: Number of decoding threads.
@@ -81,6 +87,8 @@ def ingest_folder(
             is invalid.
     """
     formats = check_formats(formats)
+    remove_unfinished(target)
+    kept_empty = not interrupted and log_path(target).is_file() and log_path(target).stat().st_size == 0
     old = read_records(target)
     root = folder if folder.is_dir() else folder.parent
     paths = {path.relative_to(root).as_posix(): path for path in list_images(folder, formats)}
@@ -90,7 +98,9 @@ def ingest_folder(
             hashing = tracker("reading files")(pool.map(hash_file, paths.values(), paths), len(paths))
             results = dict(zip(paths, hashing, strict=True))
             contents = {name: content for name, content in results.items() if isinstance(content, str)}
-            groups = {name: extract_group(name, group_regex, image_suffixes(formats)) for name in contents}
+            groups = {
+                name: extract_group(name, group_regex, image_suffixes(formats), "group_regex") for name in contents
+            }
             require_same_content(target, old, contents)
             first: dict[str, str] = {}  # the first name with each content
             for name, content in contents.items():
@@ -113,12 +123,12 @@ def ingest_folder(
         records = with_merged_groups([*old, *new_records(old, kept, groups, pages)], near_bits)
         if records != old:
             write_store(target, records, pages, log)
+        write_metadata(target, records)
     finally:
         log.close()
         if not log.entries:
-            log_path(target).unlink()
-    write_json(target.with_name("metadata.json"), as_metadata(records))
-    log_path(target).unlink(missing_ok=True)
+            remove_log(target, kept_empty)
+    remove_log(target, kept_empty)
     decoded = sum(len(pages[content]) for name, content in todo.items() if name in kept)
     return Ingested(records, decoded, sum(record.name in kept for record in records) - decoded, failed)
 
@@ -126,6 +136,66 @@ def ingest_folder(
 def log_path(target: Path) -> Path:
     """Path of the log of an unfinished ingestion."""
     return target.with_name(f"{target.name}.part")
+
+
+def remove_log(target: Path, kept_empty: bool) -> None:
+    """Remove the log, or leave an empty file that was there before."""
+    if kept_empty:
+        os.truncate(log_path(target), 0)
+    else:
+        log_path(target).unlink(missing_ok=True)
+
+
+def metadata_path(target: Path) -> Path:
+    """Path of the records of a store as JSON."""
+    return target.with_name(f"{target.name}.json")
+
+
+def temporary_paths(target: Path) -> list[Path]:
+    """Temporary names of the store and its metadata, which a killed process leaves."""
+    return [path.with_name(f".{path.name}{TEMPORARY}") for path in (target, metadata_path(target))]
+
+
+def remove_unfinished(target: Path) -> None:
+    """Remove what a killed ingestion left beside a store.
+
+    Args:
+        target: The store.
+
+    Raises:
+        InputError: A file of the user's has a name that is needed. Nothing has been changed then.
+    """
+    if not is_log(log_path(target)):
+        for path in (log_path(target), *temporary_paths(target)):
+            if os.path.lexists(path):
+                raise InputError(FOREIGN.format(path=path))
+    require_metadata(metadata_path(target))
+    for path in temporary_paths(target):
+        path.unlink(missing_ok=True)
+
+
+def write_metadata(target: Path, records: Sequence[Record]) -> None:
+    """Write the records of a store as JSON.
+
+    Args:
+        target: The store.
+        records: Its records.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
+    with replacing(metadata_path(target), temporary_paths(target)[1]) as temporary:
+        dump_json(temporary, as_metadata(records))
+
+
+def require_metadata(path: Path) -> None:
+    """Raise InputError for a file that is not the metadata of a store, from its start."""
+    if not os.path.lexists(path):
+        return
+    check_is_file(path, "another output")
+    with decoding(path), path.open("rb") as file:
+        if f'"schema": "{SCHEMA}"'.encode() not in file.read(METADATA_HEAD_BYTES):
+            raise InputError(FOREIGN.format(path=path))
 
 
 def read_records(target: Path) -> list[Record]:
@@ -158,7 +228,7 @@ def hash_file(path: Path, name: str) -> str | Skipped:
             check_is_file(path, "an image file")
             return file_sha256(path)
     except InputError as error:
-        return Skipped(printable(name), str(error))
+        return Skipped(name, str(error))
 
 
 def require_same_content(target: Path, old: Sequence[Record], contents: Mapping[str, str]) -> None:
@@ -291,7 +361,7 @@ def write_store(target: Path, records: Sequence[Record], pages: Mapping[str, lis
         pages: Pages in the log, by the SHA-256 of their file.
         log: Holds the chunks of the new pages.
     """
-    with replacing(target) as path:
+    with replacing(target, temporary_paths(target)[0]) as path:
         if target.exists():
             shutil.copyfile(target, path)
         with h5py.File(path, "a") as file:

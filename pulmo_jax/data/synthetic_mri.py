@@ -1,6 +1,5 @@
 """Synthetic axial slices of heads with and without a lesion, for tests and demonstrations."""
 
-import csv
 import json
 import os
 import shutil
@@ -10,10 +9,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
-from rich.console import Console
 from scipy import ndimage
 
-from pulmo_jax.data.samples import cache_folder
+from pulmo_jax.host.cache import cache_folder
+from pulmo_jax.host.console import Console
+from pulmo_jax.host.tables import csv_text
 
 FORMAT, COUNT = 1, 160  # version and number of slices of the cached set
 SIDE = 160
@@ -139,26 +139,25 @@ def write_slices(folder: Path, count: int, seed: int, *, copies: float = 0.15) -
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=int(rng.integers(70, 95)))  # ignored for PNG
         rows.append((path.relative_to(folder).as_posix(), str(original)))
-    with (folder / "groups.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "group"), *rows])
+    (folder / "groups.csv").write_text(csv_text(("file", "group"), rows), encoding="utf-8")
 
 
 def synthetic_mri(cache: Path | None = None, console: Console | None = None) -> Path:
     """Get a data set of 160 synthetic slices, drawing it on the first call.
 
     Args:
-        cache: Cache folder (see `samples.cache_folder`).
+        cache: Cache folder (see `host.cache.cache_folder`).
         console: Where to report that the slices are drawn; None reports nothing.
 
     Returns:
         The folder of the set (see `write_slices`), which appears atomically.
     """
-    folder = cache_folder(cache) / "synthetic_mri"
+    folder = cache_folder(cache, "synthetic_mri") / "synthetic_mri"
     if is_complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     if console is not None:
-        console.print(f"drawing {COUNT} synthetic slices (only once) to {folder}", highlight=False)
+        console.print(f"drawing {COUNT} synthetic slices (only once) to {folder}")
     with TemporaryDirectory(prefix=".synthetic_mri-", dir=folder.parent) as work:
         made = Path(work) / "made"
         write_slices(made, COUNT, seed=0)

@@ -1,15 +1,20 @@
 """The preprocessing shared by training, calibration, evaluation and prediction."""
 
-import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from PIL import Image
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
+from pulmo_jax.host.files import write_json
+from pulmo_jax.host.reading import read_bytes
 from pulmo_jax.types import InputError
+
+FILE_BYTES, MAX_SIDE = 2**22, 2**15
+DTYPES = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,17 @@ class Preprocessing:
     dtype: str
     patch_size: int
     resize: bool
-    offset: tuple[float, ...]
-    scale: tuple[float, ...]
-    fill: tuple[float, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    clip: tuple[float, float]
+    offset: tuple[FiniteFloat, ...]
+    scale: tuple[FiniteFloat, ...]
+    fill: tuple[FiniteFloat, ...]
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
+    clip: tuple[FiniteFloat, FiniteFloat]
     aligned_by: str = ""
 
     def save(self, path: Path) -> None:
         """Write the preprocessing as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Preprocessing":
@@ -60,10 +65,25 @@ class Preprocessing:
             InputError: The file is missing or invalid.
         """
         try:
-            return TypeAdapter(cls).validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
+            how = TypeAdapter(cls).validate_json(read_bytes(path, FILE_BYTES, path.parent))
+        except (OSError, ValidationError, InputError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{path}: is not a valid preprocessing file ({reason}); train again") from error
+        if not how.is_consistent:
+            raise InputError(f"{path}: is not a valid preprocessing file (its values do not fit together); train again")
+        return how
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether there is a value for every band, the scales are positive, and sizes and dtype are those of images."""
+        bands = (self.offset, self.scale, self.fill, self.mean, self.std)
+        return (
+            1 <= self.patch_size <= MAX_SIDE
+            and all(len(values) == self.channels for values in bands)
+            and min(self.scale, default=0) > 0
+            and self.clip[0] < self.clip[1]
+            and DTYPES.fullmatch(self.dtype) is not None
+        )
 
 
 def preprocess(

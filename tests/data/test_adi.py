@@ -279,3 +279,13 @@ def test_a_spectrum_may_be_a_column_of_text(tmp_path):
     np.testing.assert_array_equal(load_spectra(path, 3), [[1, 2.5, 3]])
     path.write_text("1 2.5 3\n4 5 6\n")
     np.testing.assert_array_equal(load_spectra(path, 3), [[1, 2.5, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize("name", ["cube", "angles", "psf"])
+def test_every_file_of_a_stack_is_limited(tmp_path, name):
+    load(tmp_path)
+    sizes = {n: np.load(tmp_path / f"{n}.npy").nbytes for n in ("cube", "angles", "psf")}
+    paths = [tmp_path / f"{n}.npy" for n in sizes]
+    np.save(tmp_path / f"{name}.npy", np.zeros((2, 2000, 2000) if name != "angles" else 10**7))
+    with pytest.raises(InputError, match=rf"{name}\.npy: .* the limit is .*raise data\.max_image_mb"):
+        load_stack(*paths, max_bytes=2**23 if name == "angles" else max(sizes.values()))

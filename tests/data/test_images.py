@@ -12,6 +12,8 @@ import tifffile
 from PIL import Image
 from references.image_files import noise, write_all, write_dicom
 
+from pulmo_jax.config import expressions
+from pulmo_jax.config.expressions import ExpressionError
 from pulmo_jax.data import images
 from pulmo_jax.data.images import ImageRef, Reader, extract_group, find_mask, find_masks, index_images, same_scale
 from pulmo_jax.types import InputError, Window
@@ -348,3 +350,20 @@ def test_flat_masks_serve_images_in_subfolders_where_names_are_unique(tmp_path):
         (tmp_path / name).touch()
     found = find_masks(tmp_path, ["x/a.tif", "x/b.tif", "y/b.tif"])
     assert found == {"x/a.tif": tmp_path / "a.png", "x/b.tif": None, "y/b.tif": None}
+
+
+def test_an_expression_without_end_ends_the_call_and_not_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(expressions, "LIMIT_S", 0.2)
+    for name in ("a.tif", "a" * 60 + "b.tif"):
+        tifffile.imwrite(tmp_path / name, np.zeros((4, 4), np.uint8))
+    with pytest.raises(ExpressionError, match=r"data\.group_regex='\(a\|a\)\*\$': the search in 'aaa"):
+        index_images(tmp_path, group_regex="(a|a)*$")
+
+
+def test_a_name_cannot_pass_for_a_message(tmp_path):
+    (tmp_path / "a\nerror: forged.tif").write_bytes(b"no image")
+    (tmp_path / "ok.tif").write_bytes(b"no image")
+    _, [forged, plain] = index_images(tmp_path)
+    assert forged.name == r"a\nerror: forged.tif"
+    assert forged.reason.startswith(rf"{tmp_path}/a\nerror: forged.tif: ")
+    assert forged.reason.count("\n") == plain.reason.count("\n")

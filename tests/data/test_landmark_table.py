@@ -248,3 +248,28 @@ def test_the_chest_landmarks():
     assert (found.sizes == 299).all()
     assert len(found.unlabelled) == 669
     assert found.points[0, 0].tolist() == [33, 159]
+
+
+NAMES = [
+    "=cmd.png",
+    "@a.png",
+    "'-b.png",
+    "'plain.png",
+    "-1.5.png",
+    "tab\t.png",
+    "\u202egnp.png",
+    "bell\x07/a.png",
+]
+
+
+def test_predictions_of_images_of_any_name_read_back_as_labels(tmp_path):
+    for name in NAMES:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images" / name)
+    points = np.arange(len(NAMES) * 6.0).reshape(-1, 3, 2) - 3
+    low = np.zeros((len(NAMES), 3), bool)
+    (tmp_path / "t.csv").write_text(landmarks_csv(NAMES, points, np.ones((len(NAMES), 3)), low))
+    assert not any(line[0] in "=+-@\t\r" for line in (tmp_path / "t.csv").read_text().splitlines())
+    table = read_landmarks(tmp_path / "t.csv", tmp_path / "images")
+    assert table.names == tuple(NAMES)
+    np.testing.assert_array_equal(table.points, points)

@@ -271,21 +271,6 @@ def test_unwritable_cache_is_named(fetched, tmp_path):
         samples.fetch_lung_ct(tmp_path / "file")
 
 
-@pytest.mark.parametrize(
-    ("platform", "expected"),
-    [("linux", "xdg/pulmo_jax"), ("darwin", "home/Library/Caches/pulmo_jax"), ("win32", "local/pulmo_jax")],
-)
-def test_cache_folder(tmp_path, monkeypatch, platform, expected):
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.delenv("PULMO_JAX_CACHE", raising=False)
-    for name, folder in {"HOME": "home", "XDG_CACHE_HOME": "xdg", "LOCALAPPDATA": "local"}.items():
-        monkeypatch.setenv(name, str(tmp_path / folder))
-    assert samples.cache_folder() == tmp_path / expected
-    monkeypatch.setenv("PULMO_JAX_CACHE", str(tmp_path / "chosen"))
-    assert samples.cache_folder() == tmp_path / "chosen"
-    assert samples.cache_folder(tmp_path / "given") == tmp_path / "given"
-
-
 def _one_radiograph(inputs, folder, origin):
     assert sorted(path.name for path in inputs.iterdir()) == ["cxr.nii.gz", "mask.nii.gz"]
     folder.mkdir()

@@ -17,6 +17,7 @@ TWO_BANDS = preprocessing(
     channels=2, offset=(100.0, -5.0), scale=(50.0, 0.25), fill=(0.5, -0.75), mean=(1.0, 2.0), clip=(-1.0, 2.0)
 )
 floats = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
 
 @given(
@@ -67,8 +68,13 @@ def test_a_number_is_finite_in_every_band_or_none():
 
 @given(
     st.fixed_dictionaries(
-        {name: st.tuples(floats, floats) for name in ("offset", "scale", "fill", "mean", "std", "clip")}
-        | {"dtype": st.sampled_from(["uint8", "float32"]), "patch_size": st.integers(), "resize": st.booleans()}
+        {name: st.tuples(floats, floats) for name in ("offset", "fill", "mean", "std")}
+        | {
+            "scale": st.tuples(positive, positive),
+            "clip": st.tuples(floats, floats).filter(lambda pair: pair[0] < pair[1]),
+        }
+        | {"dtype": st.sampled_from(["uint8", "float32"]), "resize": st.booleans()}
+        | {"patch_size": st.integers(1, 2**15)}
     )
 )
 @settings(max_examples=50, deadline=None)

@@ -6,17 +6,22 @@ is inverted within the stored range. Files with a lookup table (palette or modal
 """
 
 import os
+import struct
 from contextlib import ExitStack
+from io import BufferedReader
+from itertools import count, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.encaps import get_frame
-from pydicom.filereader import read_file_meta_info
+from pydicom.filereader import read_file_meta_info, read_partial
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
+from pydicom.tag import BaseTag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, RLELossless
 
 from pulmo_jax.data.sources.embedded import check_embedded_size
@@ -26,6 +31,9 @@ from pulmo_jax.types import ImageTags, InputError
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom converts all of them to RGB
 _PIXEL_DATA_HEAD = 12  # bytes of tag, value representation and length, which are explicit in compressed syntaxes
+_PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+_MAX_ELEMENTS = 2**16  # pydicom takes 3 us and 0.3 kB each
+_RLE_PADDING = 128  # some encoders end a plane with a longer run
 _MAX_FLOAT32_BITS = 24  # float32 represents integers of up to 24 bits exactly
 
 
@@ -42,7 +50,8 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
     with decoding(path):
         syntax = read_file_meta_info(path).TransferSyntaxUID
         _check_transfer_syntax(path, syntax)
-        header = dcmread(path, stop_before_pixels=True)
+        with path.open("rb") as file:
+            header = _header(file)
         _check_colours(path, header)
         frames = int(header.get("NumberOfFrames") or 1)
         shape = (frames, int(header.Rows), int(header.Columns), int(header.SamplesPerPixel))
@@ -52,7 +61,9 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
         _check_length(path, header, prod(shape) * header.BitsAllocated // 8)
 
         def decode(page: int) -> np.ndarray:
-            if syntax.is_compressed and syntax != RLELossless:
+            if syntax == RLELossless:
+                _check_run_lengths(_encoded(path, page, frames), shape[1] * shape[2])
+            elif syntax.is_compressed:
                 check_embedded_size(_encoded(path, page, frames), *shape[1:], "a frame")
             pixels = pixel_array(path, index=page).reshape(shape[1:]).astype(stored, casting="equiv", copy=False)
             if header.PhotometricInterpretation == "MONOCHROME1":
@@ -60,8 +71,39 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
             return _rescaled(pixels, *_rescale(header, page), dtype)
 
         resources = ExitStack()
-        reader = whole_pages(decode, shape, dtype, resources)
+        reader = whole_pages(path, decode, shape, dtype, resources)
         return ImageSource(path, shape, dtype, _tags(header), reader, resources)
+
+
+def _header(file: BufferedReader) -> Dataset:
+    """The elements before the pixels; the file is left at the pixels."""
+    elements = count()
+
+    def at_pixels(tag: BaseTag, *_: object) -> bool:
+        if next(elements) > _MAX_ELEMENTS:
+            raise ValueError(f"more than {_MAX_ELEMENTS} data elements")
+        return tag in _PIXEL_TAGS
+
+    return read_partial(file, at_pixels)
+
+
+def _check_run_lengths(data: bytes, size: int) -> None:
+    """Check that no segment of an RLE frame expands beyond its plane, which pydicom checks only afterwards.
+
+    Args:
+        data: The encoded frame (PS3.5, annex G): number of segments, offsets of 15 segments, segments.
+        size: Pixels of a plane.
+
+    Raises:
+        ValueError: A segment is larger.
+        ImcdError: A segment is larger.
+    """
+    segments, *offsets = struct.unpack_from("<16I", data)
+    limits = [*offsets[: min(segments, 15)], len(data)]
+    for start, stop in pairwise(limits):
+        planes: Any = imagecodecs.packbits_decode(data[start:stop], out=size + _RLE_PADDING)
+        if len(planes) > size + 1:
+            raise ValueError(f"a segment of {len(planes)} pixels in a plane of {size}")
 
 
 def _check_transfer_syntax(path: Path, syntax: UID) -> None:
@@ -86,7 +128,7 @@ def _check_colours(path: Path, header: Dataset) -> None:
 def _encoded(path: Path, frame: int, frames: int) -> bytes:
     """The encoded bytes of a frame."""
     with path.open("rb") as file:
-        header = dcmread(file, stop_before_pixels=True)
+        header = _header(file)
         file.seek(_PIXEL_DATA_HEAD, os.SEEK_CUR)
         offsets = [header.get(keyword) for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
         extended = (offsets[0], offsets[1]) if offsets[0] and offsets[1] else None

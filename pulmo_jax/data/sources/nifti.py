@@ -6,6 +6,7 @@ which verifies its checksum and gives fast access to its planes.
 """
 
 import gzip
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +23,8 @@ from pulmo_jax.types import ImageTags, InputError
 
 _UNZIP_CHUNK_BYTES = 2**20
 _MAX_TRAILING_BYTES = 64 * 2**20  # allowed after the pixels, in addition to the size that the header declares
+_MAX_RATIO, _TRUSTED_BYTES = 100, 2 * 2**30  # above this size, no honest image is compressed to less than 1 %
+_DISK_RESERVE_BYTES = 2**30
 _UNIT_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 
@@ -51,6 +54,8 @@ def open_nifti(path: Path, max_bytes: int) -> ImageSource:
         stop = start + k * channels * plane_bytes
         if not zipped and (size := path.stat().st_size) < stop:
             raise InputError(f"{path}: cut off: has {size} bytes, but its header declares {stop}; copy it again")
+        if zipped:
+            _check_unpacked_size(path, stop)
         resources = stack.pop_all()
         voxels = _unpacker(path, file, stop, resources) if zipped else lambda: file
 
@@ -60,7 +65,7 @@ def open_nifti(path: Path, max_bytes: int) -> ImageSource:
             pixels = np.stack([plane.reshape(j, i) for plane in planes], axis=-1)
             return (pixels if scale is None else pixels * scale[0] + scale[1]).astype(dtype)
 
-        reader = whole_pages(decode, shape, dtype, resources)
+        reader = whole_pages(path, decode, shape, dtype, resources)
         return ImageSource(path, shape, dtype, _tags(header), reader, resources)
 
 
@@ -117,6 +122,20 @@ def _read(file: BufferedIOBase, offset: int, size: int) -> bytes:
     if len(data) < size:
         raise EOFError(f"{len(data)} of {size} bytes of a plane")
     return data
+
+
+def _check_unpacked_size(path: Path, size: int) -> None:
+    """Refuse a file that declares far more than it can hold, or more than fits on the disk of temporary files."""
+    ratio, folder = size / path.stat().st_size, Path(tempfile.gettempdir())
+    if size > _TRUSTED_BYTES and ratio > _MAX_RATIO:
+        raise InputError(
+            f"{path}: unpacks to {size / 2**30:.1f} GiB, {ratio:.0f} times its size; if you trust it, unzip it yourself"
+        )
+    if size > (free := shutil.disk_usage(folder).free - _DISK_RESERVE_BYTES) and size > _UNZIP_CHUNK_BYTES:
+        raise InputError(
+            f"{path}: unpacks to {size / 2**30:.2f} GiB, {max(0, free) / 2**30:.2f} GiB are free in {folder}; "
+            "free some space, set TMPDIR to another folder or unzip the file"
+        )
 
 
 def _unpacker(path: Path, file: BufferedIOBase, stop: int, resources: ExitStack) -> Callable[[], BufferedIOBase]:

@@ -10,8 +10,10 @@ Pixels are as stored: EXIF orientation is not applied. Palette and CMYK images b
 Pillow's format plugins are called directly, not through Image.open, because this package applies a separate size limit.
 """
 
+import os
+import struct
 from collections.abc import Callable
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
 
 import imagecodecs
@@ -26,6 +28,10 @@ from pulmo_jax.types import ImageTags, InputError
 # Number of channels to keep, by the mode in Pillow and by the colour type in the header of a 16-bit PNG.
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}
 _CHANNELS_16_BIT = {0: 1, 2: 3, 4: 1, 6: 3}
+# A file may be longer than its decoded pixels by this much; compressed pixels of a PNG may be longer than raw ones.
+_MAX_EXTRA_PNG_BYTES, _MAX_EXTRA_JPEG_BYTES = 16 * 2**20, 128 * 2**20
+_MAX_IDAT_RATIO, _MAX_EXTRA_IDAT_BYTES = 2, 2**16
+_MAX_PNG_CHUNKS = 10_000  # other than IDAT; Pillow takes 4 us each
 _END_OF_JPEG = b"\xff\xd9"
 
 
@@ -39,10 +45,13 @@ def open_png(path: Path, max_bytes: int) -> ImageSource:
     Raises:
         InputError: The file cannot be read, is not supported or exceeds the limit.
     """
-    with decoding(path):
-        with path.open("rb") as file, PngImageFile(file) as image:
-            file.seek(24)
-            bits, colour_type = file.read(2)
+    with decoding(path), path.open("rb") as file:
+        width, height, bits, colour_type = struct.unpack(">II2B", file.read(26)[16:])
+        raw = height * (2 + width * 4 * max(8, bits) // 8)
+        _check_file_size(path, min(raw, max_bytes) + _MAX_EXTRA_PNG_BYTES)
+        _check_png_chunks(path, file, _MAX_IDAT_RATIO * raw + _MAX_EXTRA_IDAT_BYTES)
+        file.seek(0)
+        with PngImageFile(file) as image:
             if image.n_frames > 1:
                 raise InputError(f"{path}: is an animation of {image.n_frames} frames; save one frame as PNG")
             if image.mode == "P" and image.palette is None:
@@ -64,8 +73,30 @@ def open_jpeg(path: Path, max_bytes: int) -> ImageSource:
         InputError: The file cannot be read, is not supported or exceeds the limit.
     """
     with decoding(path), JpegImageFile(path) as image:
+        _check_file_size(path, min(4 * image.width * image.height, max_bytes) + _MAX_EXTRA_JPEG_BYTES)
         decode = _decode_jpeg_by_pillow if image.mode == "CMYK" else _decode_jpeg
         return _source(path, image, _CHANNELS[image.mode], np.dtype(np.uint8), decode, max_bytes)
+
+
+def _check_file_size(path: Path, limit: int) -> None:
+    """Refuse a file that is far larger than its pixels, because decoding reads all of it into memory."""
+    if (size := path.stat().st_size) > limit:
+        raise InputError(
+            f"{path}: has {size / 2**20:.0f} MB, more than its pixels can take; save it again without other data"
+        )
+
+
+def _check_png_chunks(path: Path, file: BufferedIOBase, limit: int) -> None:
+    """Refuse a PNG whose compressed pixels expand beyond the image, or which has too many other chunks."""
+    file.seek(8)
+    pixels = others = 0
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        pixels += length if kind == b"IDAT" else 0
+        others += kind != b"IDAT"
+        if pixels > limit or others > _MAX_PNG_CHUNKS:
+            raise InputError(f"{path}: damaged: has more compressed pixels than its size allows, or too many chunks")
+        file.seek(length + 4, os.SEEK_CUR)
 
 
 def _source(

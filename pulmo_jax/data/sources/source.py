@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pulmo_jax.host.console import printable
+from pulmo_jax.host.resources import host_memory_bytes
 from pulmo_jax.types import ImageTags, InputError, Window
 
 Shape = tuple[int, int, int, int]  # pages, H, W, C
 _MAX_MESSAGE = 1000  # characters
+_CHECKED_BYTES = 64 * 2**20  # smaller arrays are not compared with the free memory, which takes about 0.1 ms
 WindowReader = Callable[[int, Window], np.ndarray]
 
 
@@ -57,6 +60,7 @@ class ImageSource:
         if y < 0 or x < 0 or h < 1 or w < 1 or y + h > height or x + w > width:
             raise ValueError(f"{self.path}: {window} of an image of {height} x {width} px")
         with decoding(self.path):
+            check_free_memory(self.path, h * w * self.shape[3] * self.dtype.itemsize)
             return self.read_window(page, Window(y, x, h, w))
 
     def close(self) -> None:
@@ -96,14 +100,13 @@ def decoding(path: Path) -> Iterator[None]:
         raise InputError(printable(f"{path}: cannot be read{reason}")) from exc
 
 
-def printable(text: Path | str) -> str:
-    """Escape control characters, and bytes of a name that are not UTF-8, as Python's repr does."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
-
-
 def _shortened(message: str) -> str:
     """Keep the start and end of a long message, which can quote an arbitrarily long header field."""
     return message if len(message) <= _MAX_MESSAGE else f"{message[:600]} … {message[-300:]}"
+
+
+def _shown(path: Path | str) -> str:
+    return _shortened(printable(path))
 
 
 def check_is_file(path: Path, expected: str) -> None:
@@ -141,13 +144,32 @@ def check_page_size(path: Path | str, shape: Shape, dtype: np.dtype, max_bytes: 
         InputError: The image is empty or exceeds the limit.
     """
     if min(shape) < 1:
-        raise InputError(f"{path}: holds no pixels: (pages, H, W, C) is {shape}")
+        raise InputError(f"{_shown(path)}: holds no pixels: (pages, H, W, C) is {shape}")
     size = prod(shape[1:]) * dtype.itemsize
     if size > max_bytes:
         raise InputError(
-            f"{path}: {unit} of (H, W, C) = {shape[1:]} {dtype} decodes to {size / 2**20:.1f} MB, "
+            f"{_shown(path)}: {unit} of (H, W, C) = {shape[1:]} {dtype} decodes to {size / 2**20:.1f} MB, "
             f"the limit is {max_bytes / 2**20:.1f} MB.\nIf you trust the file, raise data.max_image_mb."
         )
+
+
+def check_free_memory(path: Path, needed: int, remedy: str = "lower data.max_image_mb to skip large images") -> None:
+    """Refuse to decode what would not fit into the free memory: the system would kill the process without a message.
+
+    Args:
+        path: The file, for the error message.
+        needed: Required memory in bytes.
+        remedy: What the user can do, for the error message.
+
+    Raises:
+        InputError: Less memory is free.
+    """
+    if needed <= _CHECKED_BYTES or (free := host_memory_bytes()) is None or needed <= free:
+        return
+    raise InputError(
+        f"{path}: needs {needed / 2**30:.2f} GiB of memory, {free / 2**30:.2f} GiB are free; "
+        f"close other programs, or {remedy}"
+    )
 
 
 def page_source(
@@ -176,16 +198,17 @@ def page_source(
     """
     check_page_size(path, shape, dtype, max_bytes)
     resources = ExitStack()
-    reader = whole_pages(decode, shape, dtype, resources)
+    reader = whole_pages(path, decode, shape, dtype, resources)
     return ImageSource(path, shape, dtype, tags or ImageTags(), reader, resources)
 
 
 def whole_pages(
-    decode: Callable[[int], np.ndarray], shape: Shape, dtype: np.dtype, resources: ExitStack
+    path: Path, decode: Callable[[int], np.ndarray], shape: Shape, dtype: np.dtype, resources: ExitStack
 ) -> WindowReader:
     """Make a window reader for a format that can only decode whole pages; it caches the last page.
 
     Args:
+        path: The file, for error messages.
         decode: Maps a page index to its pixels (H, W, C).
         shape: (pages, H, W, C) according to the header.
         dtype: Data type of the pixels.
@@ -197,6 +220,7 @@ def whole_pages(
 
     @lru_cache(maxsize=1)
     def page_pixels(page: int) -> np.ndarray:
+        check_free_memory(path, 2 * prod(shape[1:]) * dtype.itemsize)  # the page, and a copy of it
         pixels = decode(page)
         if pixels.shape != shape[1:] or pixels.dtype != dtype:
             decoded, declared = f"{pixels.shape} {pixels.dtype}", f"{shape[1:]} {dtype}"

@@ -6,11 +6,13 @@ per page (see `store_index.Record`). Attributes of the file hold the schema, its
 Chunks are read raw and decompressed here, because HDF5 does both under a global lock, on which threads would wait.
 """
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding
-from pulmo_jax.data.sources.store_chunks import pixel_sha256, unpack
-from pulmo_jax.data.sources.store_index import Files, Record, read_index
+from pulmo_jax.data.sources.store_chunks import chunk_corners, pixel_sha256, unpack
+from pulmo_jax.data.sources.store_index import Record, index_array, index_digest, read_index
+from pulmo_jax.data.sources.store_structure import open_pages, read_chunk
 from pulmo_jax.types import ImageTags, InputError, Window
 
+index_of, digest = index_array, index_digest  # former names, used by scripts that make stores
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
@@ -32,13 +36,31 @@ class Pages:
 
     Attributes:
         id: Low-level identifier of the dataset.
+        rows: Number of pages.
         chunk: Shape (h, w, C) of a chunk.
         dtype: Data type of the pixels.
     """
 
     id: Any
+    rows: int
     chunk: tuple[int, int, int]
     dtype: np.dtype
+
+    def packed(self, corner: tuple[int, int, int, int]) -> memoryview:
+        """Read a chunk without decompressing it.
+
+        Args:
+            corner: Index (row, y, x, 0) of its first pixel.
+
+        Returns:
+            zlib stream.
+
+        Raises:
+            ValueError: The dataset lacks the chunk, or it is larger than any zlib stream of its pixels.
+        """
+        if corner[0] >= self.rows:
+            raise ValueError(f"row {corner[0]} of a dataset of {self.rows} pages")
+        return read_chunk(self.id, corner, prod(self.chunk) * self.dtype.itemsize)
 
     def read(self, corner: tuple[int, int, int, int]) -> Shaped[np.ndarray, "h w C"]:
         """Read a chunk.
@@ -49,8 +71,7 @@ class Pages:
         Returns:
             Pixels of the chunk.
         """
-        _, packed = self.id.read_direct_chunk(corner)
-        return unpack(packed, self.chunk, self.dtype)
+        return unpack(self.packed(corner), self.chunk, self.dtype)
 
 
 class Store:
@@ -65,7 +86,8 @@ class Store:
         by_name: The records of each file, by file name.
 
     Raises:
-        InputError: The file cannot be read, is not a store, is of a newer version or is damaged.
+        InputError: The file cannot be read, is not a store, is of a newer version or is damaged, or has names that are
+            not paths inside the store.
     """
 
     def __init__(self, path: Path):
@@ -73,11 +95,11 @@ class Store:
         with decoding(path):
             self.file: Any = h5py.File(path, "r")  # its type stubs do not distinguish datasets from groups
         try:
-            self.records = read_index(path, self.file)
+            self.by_name = read_index(path, self.file)
         except BaseException:
             self.file.close()
             raise
-        self.by_name = Files(self.records)
+        self.records = self.by_name.records
         self.pages: dict[str, Pages] = {}  # open datasets: opening one takes as long as reading a page
 
     def header(self, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str, str]:
@@ -108,7 +130,7 @@ class Store:
             Pixels (h, w, C) in the dtype of the page.
         """
         y, x, h, w = window or (0, 0, record.height, record.width)
-        pages = self._pages(record.images)
+        pages = self._pages(record)
         height, width = pages.chunk[:2]
         if (height, width) == (record.height, record.width) == (h, w):
             return pages.read((record.row, 0, 0, 0))
@@ -122,11 +144,54 @@ class Store:
                 out[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x] = part
         return out
 
-    def _pages(self, images: str) -> "Pages":
-        if images not in self.pages:
-            dataset = self.file[f"images/{images}"]
-            self.pages[images] = Pages(dataset.id, dataset.chunks[1:], dataset.dtype)
-        return self.pages[images]
+    def content_digest(self, name: str) -> str:
+        """Hash what a file's pages are stored as: shape, dtype and compressed chunks.
+
+        Unlike the hashes in the index, which whoever wrote the store may have chosen freely, it depends on the pixels.
+
+        Args:
+            name: Name of the file.
+
+        Returns:
+            SHA-256 in hexadecimal.
+
+        Raises:
+            InputError: The store has no such file, or its pages cannot be read.
+        """
+        digest = hashlib.sha256()
+        with decoding(self.path / name):
+            for record in self.pages_of(name):
+                pages = self._pages(record)
+                digest.update(f"{record.shape} {record.dtype}\n".encode())
+                for top, left in chunk_corners(record.shape, *pages.chunk[:2]):
+                    packed = pages.packed((record.row, top, left, 0))
+                    digest.update(len(packed).to_bytes(8, "little"))
+                    digest.update(packed)
+        return digest.hexdigest()
+
+    def pages_of(self, name: str) -> list[Record]:
+        """Records of the pages of a file.
+
+        Args:
+            name: Name of the file.
+
+        Returns:
+            The records, in the order of the pages.
+
+        Raises:
+            InputError: The store has no such file.
+        """
+        records = self.by_name.get(name)
+        if records is None:
+            raise InputError(f"{self.path}: contains no image {name}; ingest it or correct the name")
+        return records
+
+    def _pages(self, record: Record) -> Pages:
+        if record.images not in self.pages:
+            dtype = np.dtype(record.dtype)
+            dataset = open_pages(self.file, record.images, record.shape, dtype)
+            self.pages[record.images] = Pages(dataset.id, len(dataset), dataset.chunks[1:], dtype)
+        return self.pages[record.images]
 
     def close(self) -> None:
         """Close the file."""
@@ -209,9 +274,7 @@ def open_record(path: Path, name: str, max_bytes: int) -> ImageSource:
         InputError: The store cannot be read or has no such file, or a page exceeds the limit.
     """
     store = open_store(path)
-    records = store.by_name.get(name)
-    if records is None:
-        raise InputError(f"{path}: contains no image {name}; ingest it or correct the name")
+    records = store.pages_of(name)
     shape = (len(records), *records[0].shape)
     check_page_size(path / name, shape, np.dtype(records[0].dtype), max_bytes)
     tags = ImageTags()
@@ -229,11 +292,11 @@ def in_store(path: Path) -> tuple[Path, str] | None:
     Returns:
         Path of the store and name of the image; None for any other path.
     """
-    if os.path.exists(path):  # unlike Path.exists, False if permission is denied
+    if os.path.exists(path):  # unlike Path.exists, these functions raise no error: names in a store can be long
         return None
-    for parent in path.parents:
-        if parent.is_file():
+    for parent in reversed(path.parents):
+        if os.path.isfile(parent):
             return parent, path.relative_to(parent).as_posix()
-        if parent.exists():
+        if not os.path.isdir(parent):
             return None
     return None

@@ -2,7 +2,7 @@
 
 import hashlib
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import imagecodecs
 import numpy as np
@@ -81,7 +81,7 @@ def pack(chunk: Shaped[np.ndarray, "h w C"]) -> bytes:
     return _deflated(planes, int(_is_compressible(planes)))
 
 
-def unpack(packed: bytes, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "h w C"]:
+def unpack(packed: bytes | memoryview, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
     """Decompress a chunk.
 
     Args:
@@ -90,10 +90,13 @@ def unpack(packed: bytes, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.
         dtype: Dtype of the chunk.
 
     Returns:
-        Pixels of the chunk.
+        Values of the chunk.
+
+    Raises:
+        Exception: The stream is damaged or does not decompress to exactly this size; it is never decompressed further.
     """
-    size = prod(shape)
-    flat = imagecodecs.deflate_decode(packed, out=bytearray(size * dtype.itemsize), raw=False)
+    size, stream = prod(shape), cast(Any, packed)
+    flat = imagecodecs.deflate_decode(stream, out=bytearray(size * dtype.itemsize), raw=False)
     planes = np.frombuffer(flat, np.uint8).reshape(dtype.itemsize, size)
     return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
 

@@ -1,18 +1,21 @@
-"""The index of a store: one record per page, kept as a table in the HDF5 file and as metadata.json beside it."""
+"""The index of a store: one record per page, kept as a table in the HDF5 file and as STORE.h5.json beside it."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_type_hints, overload
 
 import h5py
 import numpy as np
 
 from pulmo_jax.data.sources.source import decoding
+from pulmo_jax.data.sources.store_attributes import read_attributes
+from pulmo_jax.data.sources.store_structure import read_rows
+from pulmo_jax.data.sources.store_values import check_names, check_values
 from pulmo_jax.types import InputError
 
 SCHEMA, VERSION = "pulmo_jax.store", 1
@@ -67,7 +70,8 @@ class Record:
         return self.name if self.pages == 1 else f"{self.name}[{self.page}]"
 
 
-NAMES = tuple(f.name for f in fields(Record))
+COLUMNS: dict[str, type] = get_type_hints(Record)
+NAMES = tuple(COLUMNS)
 VALUES = attrgetter(*NAMES)
 
 
@@ -120,7 +124,7 @@ class Files(Mapping[str, list[Record]]):
         return sum(1 for _ in self)
 
 
-def read_index(path: Path, file: Any) -> Records:
+def read_index(path: Path, file: Any) -> "Files":
     """Read and verify the index of a store.
 
     Args:
@@ -128,24 +132,28 @@ def read_index(path: Path, file: Any) -> Records:
         file: The open HDF5 file.
 
     Returns:
-        The records.
+        The records by file.
 
     Raises:
-        InputError: The file is not a store, is of a newer version or has a damaged index.
+        InputError: The file is not a store, is of a newer version, has a damaged index or has names that are not paths
+            inside the store.
     """
-    schema, version = file.attrs.get("schema"), file.attrs.get("version")
-    if schema != SCHEMA:
-        raise InputError(f"{path}: is an HDF5 file but not a store; make one with `python -m pulmo_jax.ingest`")
-    if not isinstance(version, np.integer | int) or version > VERSION:
-        raise InputError(
-            f"{path}: has store version {version}, but this program reads versions up to {VERSION}; update it"
-        )
     with decoding(path):
-        records = Records(file["index"][()])
-        actual = index_digest(records)
-    if actual != file.attrs.get("digest"):
-        raise InputError(f"{path}: damaged: its index does not match its digest; ingest the images again")
-    return records
+        attributes = read_attributes(file)
+        version = attributes.get("version")
+        if attributes.get("schema") != SCHEMA:
+            raise InputError(f"{path}: is an HDF5 file but not a store; make one with `python -m pulmo_jax.ingest`")
+        if not isinstance(version, int) or version > VERSION:
+            raise InputError(
+                f"{path}: has store version {version}, but this program reads versions up to {VERSION}; update it"
+            )
+        rows = read_rows(path, file, COLUMNS)
+        check_names(path, rows["name"])
+        if index_digest(Records(rows)) != attributes.get("digest"):
+            raise InputError(f"{path}: damaged: its index does not match its digest; ingest the images again")
+        files = Files(Records(rows))
+        check_values(rows, files.order)
+        return files
 
 
 def index_array(records: Sequence[Record]) -> np.ndarray:
@@ -167,7 +175,7 @@ def index_array(records: Sequence[Record]) -> np.ndarray:
         return np.dtype(np.uint64 if name == "look" else np.int64)
 
     rows = [tuple(v.encode() if isinstance(v, str) else v for v in VALUES(record)) for record in records]
-    return np.array(rows, [(f.name, column_dtype(f.name, f.type)) for f in fields(Record)])
+    return np.array(rows, [(name, column_dtype(name, kind)) for name, kind in COLUMNS.items()])
 
 
 def index_digest(records: Iterable[Record]) -> str:
@@ -188,7 +196,7 @@ def index_digest(records: Iterable[Record]) -> str:
 
 
 def as_metadata(records: Sequence[Record]) -> dict[str, Any]:
-    """Content of metadata.json.
+    """Content of STORE.h5.json.
 
     Args:
         records: Records of all pages.

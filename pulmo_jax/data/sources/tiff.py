@@ -22,6 +22,9 @@ _GDAL_NODATA = 42113
 # Tags that determine the pixels and their georeference.
 _LAYOUT_TAGS = (254, *range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 317, 320)
 _USED_TAGS = {*_LAYOUT_TAGS, *range(322, 326), 338, 339, 347, 530, _GDAL_NODATA, *_GEO_TAGS}
+_MAX_PAGES = 100_000  # tifffile takes 0.1 ms and 3.5 kB each
+_MAX_SHARED_TAG_BYTES = 16 * 2**20
+_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # others take 1 byte
 _METAMORPH_PLANES = 33629
 
 
@@ -65,35 +68,55 @@ def _image_pages(path: Path, tif: TiffFile) -> list[TiffPage]:
 
 def _directories(path: Path, tif: TiffFile) -> list[TiffPage]:
     """The whole chain of directories. tifffile silently truncates a broken chain."""
-    directories: dict[int, TiffPage] = {}
-    for page in tif.pages:
-        if page.offset in directories:
+    chain = _raw_directories(path, tif)
+    directories = [page.aspage() for page in tif.pages]
+    for page in directories:
+        if lost := sorted(_USED_TAGS.intersection(chain.get(page.offset, ())).difference(page.tags.keys())):
+            raise InputError(f"{path}: damaged: tag {lost[0]} of page {page.index} cannot be read")
+    if len(directories) != len(chain):
+        raise InputError(f"{path}: damaged or cut off: only {len(directories)} of its image directories can be read")
+    return directories
+
+
+def _raw_directories(path: Path, tif: TiffFile) -> dict[int, list[int]]:
+    """Tag codes of each directory, by offset.
+
+    They are read before tifffile parses them. It silently skips tags that it cannot read, and keeps all values of all
+    tags, which can be many more than the file has: directories can share them.
+    """
+    directories: dict[int, list[int]] = {}
+    file, size, values = tif.filehandle, tif.filehandle.size, 0
+    file.seek(8 if tif.is_bigtiff else 4)
+    (following,) = struct.unpack(tif.tiff.offsetformat, file.read(tif.tiff.offsetsize))
+    while following:
+        if following in directories:
             raise InputError(f"{path}: damaged: its chain of image directories is circular")
-        directories[page.offset] = page.aspage()
+        if following >= size:
+            reason = f"there is no image directory after the first {len(directories)}"
+            raise InputError(f"{path}: damaged or cut off: {reason if directories else 'it has no image directory'}")
+        offset, (following, codes, own) = following, _raw_directory(tif, following)
+        directories[offset] = codes
+        values += own
+        if len(directories) > _MAX_PAGES:
+            raise InputError(f"{path}: has more than {_MAX_PAGES} pages; save them as several files")
+        if values > size + _MAX_SHARED_TAG_BYTES:
+            raise InputError(f"{path}: damaged: its tags have more values than the file can hold")
     if not directories:
         raise InputError(f"{path}: damaged or cut off: it has no image directory")
-    following = 0
-    for page in directories.values():
-        following, codes = _raw_directory(tif, page.offset)
-        if lost := sorted(_USED_TAGS.intersection(codes).difference(page.tags.keys())):
-            raise InputError(f"{path}: damaged: tag {lost[0]} of page {page.index} cannot be read")
-    if following != 0:
-        raise InputError(f"{path}: damaged or cut off: there is no image directory after the first {len(directories)}")
-    return list(directories.values())
+    return directories
 
 
-def _raw_directory(tif: TiffFile, offset: int) -> tuple[int, list[int]]:
-    """Offset of the next directory, 0 after the last, and the tag codes of the one at `offset`.
-
-    tifffile silently skips tags that it cannot read.
-    """
+def _raw_directory(tif: TiffFile, offset: int) -> tuple[int, list[int], int]:
+    """Offset of the next directory, 0 after the last; tag codes of this one, and the size of their values in bytes."""
     file, sizes = tif.filehandle, tif.tiff
     file.seek(offset)
     (tags,) = struct.unpack(sizes.tagnoformat, file.read(sizes.tagnosize))
     content = file.read(tags * sizes.tagsize)
     (following,) = struct.unpack(sizes.offsetformat, file.read(sizes.offsetsize))
-    codes = [code for (code,) in struct.iter_unpack(f"{sizes.byteorder}H{sizes.tagsize - 2}x", content)]
-    return following, codes
+    count = sizes.offsetformat[-1]  # as wide as an offset
+    entries = list(struct.iter_unpack(f"{sizes.byteorder}HH{count}{sizes.offsetsize}x", content))
+    lengths = [_TYPE_BYTES.get(kind, 1) * number for _, kind, number in entries]
+    return following, [code for code, _, _ in entries], sum(n for n in lengths if n > sizes.offsetsize)
 
 
 def _hidden_images(directories: list[TiffPage]) -> str | None:
