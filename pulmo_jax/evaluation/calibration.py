@@ -5,7 +5,6 @@ the precision of a threshold, and intervals are taken over groups (patients, dup
 """
 
 import dataclasses
-import json
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from math import floor, log
@@ -17,9 +16,13 @@ from jaxtyping import Bool, Float32
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from pulmo_jax.core.histogram import ScoreHistogram, group_weights, percentile_interval
+from pulmo_jax.host.files import write_json
+from pulmo_jax.host.reading import read_json
 from pulmo_jax.types import InputError
 
 REMEDY = "Restore it from the run that wrote it, or train again."
+MAX_COUNT = 2**53  # exact in float64
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 MAX_KNOTS = 1000  # size of the table of normal pixel scores; 2 % steps in the p-value for 10^9 pixels
 
 
@@ -44,8 +47,8 @@ class Threshold:
     attainable_rate: FiniteFloat
     low: FiniteFloat | None
     high: FiniteFloat | None
-    n_scores: int
-    n_groups: int
+    n_scores: Count
+    n_groups: Annotated[int, Field(ge=0, le=MAX_COUNT)]
     warning: str = ""
 
 
@@ -58,7 +61,7 @@ class Knot(NamedTuple):
     """
 
     score: FiniteFloat
-    n_pixels_at_least: Annotated[int, Field(ge=1)]
+    n_pixels_at_least: Count
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         path: Output file.
         calibration: Calibration of a run.
     """
-    path.write_text(json.dumps(calibration.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+    write_json(path, calibration.to_json())
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -175,8 +178,8 @@ def read_calibration(path: Path) -> Calibration:
         InputError: If the file is missing, is not JSON, or is not a valid calibration.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_json(path, inside=path.parent)
+    except (OSError, InputError) as error:
         raise InputError(f"{path} cannot be read as a calibration: {error}. {REMEDY}") from error
     return Calibration.from_json(content, path)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from pulmo_jax.inference.memory import WithinMemory, within_memory
 from pulmo_jax.inference.transfers import pick, read_behind
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.located import Locator
@@ -41,21 +42,35 @@ def locating(method: Locator) -> Callable[[Params, Images], Positions]:
     Returns:
         Function (params, images) -> landmarks.
     """
-    compiled = jax.jit(method.locate)
-    return lambda params, images: Positions(*in_batches(partial(compiled, params), images))
+    return partial(located, compiled_locate(method))
 
 
-def locator(method: Locator, params: Params) -> Locate:
+def compiled_locate(method: Locator) -> WithinMemory:
+    """Compile the localisation in a batch of images."""
+    return within_memory(method.locate, f"localising the landmarks of {AT_ONCE} images", "use a smaller method.size")
+
+
+def located(compiled: Callable[[Params, Array], Any], params: Params, images: Images) -> Positions:
+    """Localise the landmarks of all images with a compiled function of a batch."""
+    return Positions(*in_batches(partial(compiled, params), images))
+
+
+def locator(method: Locator, params: Params, *, trace: bool = False) -> Locate:
     """Compile the localisation of a method with fixed parameters.
 
     Args:
         method: Landmark method.
         params: Its parameters.
+        trace: Trace the program at once, which fails if the shapes of the parameters do not fit the method.
 
     Returns:
         Function images -> landmarks.
     """
-    return partial(locating(method), params)
+    compiled = compiled_locate(method)
+    if trace:
+        size: int = method.size  # pyright: ignore[reportAttributeAccessIssue]
+        jax.eval_shape(compiled.jitted, params, jax.ShapeDtypeStruct((AT_ONCE, size, size), np.float32))
+    return partial(located, compiled, params)
 
 
 def in_batches(function: Callable[[Array], Any], images: Images) -> Any:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from pulmo_jax.inference.memory import within_memory
 from pulmo_jax.inference.transfers import keep, kept_bytes, pick, read_behind
 from pulmo_jax.methods.base import Params
 
@@ -102,4 +103,5 @@ def each_its_own(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]
 
 def all_the_same(function: Callable[..., jax.Array], arrays: int = 1) -> Callable[..., jax.Array]:
     """Vectorise a function over networks with shared arrays, for `of_all`."""
-    return jax.jit(jax.vmap(function, in_axes=(0, *(None,) * arrays)))
+    each = jax.vmap(function, in_axes=(0, *(None,) * arrays))
+    return within_memory(each, f"evaluating the networks for {at_once()} images", "use a smaller method.size")

@@ -1,7 +1,5 @@
 """Output files of prediction for a single image, each written atomically."""
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from pulmo_jax.host.files import atomically, replacing
+from pulmo_jax.host.tables import csv_text
 from pulmo_jax.types import Detection, ImageTags
 
 OVERLAY_PX = 2048  # longest side of an overlay; larger images are subsampled
@@ -44,18 +43,7 @@ def as_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         CSV text; numbers have 8 significant digits, and non-finite numbers give an empty cell.
     """
-    text = io.StringIO()
-    writer: csv.DictWriter[str] = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
-
-
-def _cell(value: float | int | str) -> str:
-    """Format a value for a CSV table; empty if it is not finite."""
-    if isinstance(value, int | str):
-        return str(value)
-    return f"{value:.8g}" if np.isfinite(value) else ""
+    return csv_text(columns, ([row[name] for name in columns] for row in rows), ".8g")
 
 
 @contextmanager

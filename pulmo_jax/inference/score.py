@@ -17,12 +17,14 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from pulmo_jax.core.tiling import Grid, Wanted, batches, blend_strips
 from pulmo_jax.data.transforms import Preprocessing, finite, preprocess, resize_bands
-from pulmo_jax.host.resources import explain_out_of_memory
+from pulmo_jax.host.resources import explain_out_of_memory, require
+from pulmo_jax.inference.memory import within_memory
 from pulmo_jax.inference.strips import cut_batches, everywhere, padded
 from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Detailed, Method, Params
 from pulmo_jax.methods.score_maps import Extent
 
+LOWER = "lower tiles.batch_size (now {}; for a finished run in its config.yaml)"
 STRIP_PX = 2**21  # pixels of all tiles in a strip; at an overlap of 0.5, a quarter as many image pixels
 
 Strips = Iterator[tuple[int, np.ndarray]]  # (first row, rows), consecutive
@@ -86,10 +88,23 @@ class Scorer:
 
         Returns:
             The scorer.
+
+        Raises:
+            InputError: If a batch of tiles does not fit in the free memory.
         """
-        details = jax.jit(method.details) if isinstance(method, Detailed) else None
-        on_tiles = jax.jit(method.residual), jax.jit(method.reconstruct), details
-        return cls(method, jax.tree.map(everywhere, params), how, tiles, *on_tiles, window_scorer(method))
+        what = f"a batch of {tiles.batch_size} tiles of {how.patch_size} x {how.patch_size} px"
+        remedy = LOWER.format(tiles.batch_size)
+        require(4 * tiles.batch_size * how.patch_size**2 * how.channels, what, remedy)
+        return cls(
+            method,
+            jax.tree.map(everywhere, params),
+            how,
+            tiles,
+            within_memory(method.residual, what, remedy),
+            within_memory(method.reconstruct, what, remedy),
+            within_memory(method.details, what, remedy) if isinstance(method, Detailed) else None,
+            window_scorer(method),
+        )
 
     def __call__(
         self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
@@ -377,6 +392,5 @@ def naming_what_to_lower(tiles: Tiles, shape: tuple[int, ...]) -> AbstractContex
     """
     return explain_out_of_memory(
         f"scoring an image of {shape[0]} x {shape[1]} px",
-        f"lower tiles.batch_size (now {tiles.batch_size}; for a finished run in its config.yaml), or skip such "
-        "large images with data.max_image_mb",
+        f"{LOWER.format(tiles.batch_size)}, or skip such large images with data.max_image_mb",
     )

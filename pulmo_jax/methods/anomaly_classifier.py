@@ -70,7 +70,9 @@ class AutoencoderAnomaly:
         float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
     ] = 0.2
     noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 8
-    smooth_px: Annotated[float, Field(ge=0, description="sigma of the smoothing of the signed residual, px")] = 2.0
+    smooth_px: Annotated[
+        float, Field(ge=0, le=100, description="sigma of the smoothing of the signed residual, px")
+    ] = 2.0
 
     def __post_init__(self) -> None:
         require_two(self.n_classes)

@@ -45,7 +45,9 @@ class Autoencoder:
             "local_mean: the square of the smoothed signed residual"
         ),
     ] = "local_mean"
-    smooth_px: Annotated[float, Field(ge=0, description="sigma of the Gaussian smoothing of the score, px")] = 4.0
+    smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
+        4.0
+    )
     image_statistic: Annotated[
         ImageStatistic,
         Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),

@@ -28,7 +28,8 @@ from pulmo_jax.methods.located import Located
 from pulmo_jax.types import InputError
 
 Contrast = Literal["sahs", "clahe", "zscore", "none"]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1024)]
+MAX_STAGES = 8
 
 
 class Template(NamedTuple):
@@ -69,7 +70,7 @@ class EigenpatchParams(NamedTuple):
 class Eigenpatch:
     """Eigenpatch landmark detector; implements located.ClosedForm. Fields after `sharpness` concern the prior."""
 
-    size: Annotated[int, Field(ge=16, description="side length of the resized images, px")] = 64
+    size: Annotated[int, Field(ge=16, le=1024, description="side length of the resized images, px")] = 64
     contrast: Annotated[
         Contrast, Field(description="contrast enhancement; sahs: asymmetric histogram stretch; clahe: 4x4 tiles")
     ] = "sahs"
@@ -77,14 +78,14 @@ class Eigenpatch:
         float, Field(gt=0, le=1, description="fraction of the variance kept by the components of a template")
     ] = 0.95
     prior: Annotated[bool, Field(description="shape model and coarse-to-fine search; false: as published")] = True
-    images_at_once: Annotated[int, Field(ge=1, description="number of images per batch")] = 8
+    images_at_once: Annotated[int, Field(ge=1, le=1024, description="number of images per batch")] = 8
     sharpness: Annotated[
         float, Field(gt=0, description="for prior=false: exponent of the residual weights about the minimum")
     ] = 50.0
-    scales: Annotated[tuple[Count, ...], Field(description="downsampling factor of each stage, coarse to fine")] = (
-        2,
-        1,
-    )
+    scales: Annotated[
+        tuple[Count, ...],
+        Field(max_length=MAX_STAGES, description="downsampling factor of each stage, coarse to fine"),
+    ] = (2, 1)
     templates: Annotated[
         tuple[Count, ...], Field(description="side length of the templates of each stage, px of that stage, odd")
     ] = (
@@ -101,7 +102,9 @@ class Eigenpatch:
     ] = 4
     background: Annotated[int, Field(ge=1, description="number of background patches per image")] = 4
     ridge: Annotated[float, Field(gt=0, description="ridge penalty on the weights of the energies")] = 0.001
-    iterations: Annotated[int, Field(ge=1, description="iterations of the joint posterior of all landmarks")] = 12
+    iterations: Annotated[
+        int, Field(ge=1, le=1000, description="iterations of the joint posterior of all landmarks")
+    ] = 12
     damping: Annotated[
         float, Field(gt=0, le=1, description="damping: fraction of each iteration's update that is applied")
     ] = 0.5

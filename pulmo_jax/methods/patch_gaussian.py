@@ -127,12 +127,12 @@ class PatchGaussian:
     ] = "mahalanobis"
     blob_sigmas_px: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...],
-        Field(min_length=1, description="sigmas of the blobs for score=matched, px"),
+        Field(min_length=1, max_length=32, description="sigmas of the blobs for score=matched, px"),
     ] = (1.0, 1.5, 2.0)
     polarity: Annotated[Polarity, Field(description="detect bright blobs, dark blobs, or both")] = "both"
     smooth_px: Annotated[
         float | None,
-        Field(ge=0, description="sigma of the smoothing of the score, px; null: 2, or 0 with score=matched"),
+        Field(ge=0, le=100, description="sigma of the smoothing of the score, px; null: 2, or 0 with score=matched"),
     ] = None
     image_statistic: Annotated[
         ImageStatistic,

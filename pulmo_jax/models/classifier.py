@@ -68,12 +68,16 @@ class ClassifierNet(nnx.Module):
         rngs: nnx.Rngs,
         widths: Annotated[
             tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
-            Field(min_length=2, description="number of features of each stage; each stage halves the resolution"),
+            Field(
+                min_length=2,
+                max_length=10,
+                description="number of features of each stage; each stage halves the resolution",
+            ),
         ] = (16, 32, 64, 64),
         norm: Annotated[
             Literal["none", "group"], Field(description="normalisation of the features of each stage")
         ] = "none",
-        blocks: Annotated[int, Field(ge=0, description="number of residual blocks in each stage")] = 0,
+        blocks: Annotated[int, Field(ge=0, le=32, description="number of residual blocks in each stage")] = 0,
         dtype: Annotated[
             Literal["float32", "bfloat16"],
             Field(description="floating-point type of activations; parameters stay float32"),

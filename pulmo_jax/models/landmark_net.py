@@ -40,9 +40,13 @@ class LandmarkNet(nnx.Module):
         ] = 4,
         widths: Annotated[
             tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...],
-            Field(min_length=3, description="number of features of the first layer and after each downsampling"),
+            Field(
+                min_length=3,
+                max_length=10,
+                description="number of features of the first layer and after each downsampling",
+            ),
         ] = (16, 32, 64, 128, 128),
-        blocks: Annotated[int, Field(ge=1, description="number of residual blocks after each downsampling")] = 1,
+        blocks: Annotated[int, Field(ge=1, le=32, description="number of residual blocks after each downsampling")] = 1,
     ):
         self.stride = stem_stride * 2 ** (len(widths) - 1)
         steps = list(pairwise(widths))

@@ -14,12 +14,18 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 from matplotlib.figure import Figure
 from pydantic import Field
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from pulmo_jax.host.console import Console, Words
+from pulmo_jax.host.files import write_text
+from pulmo_jax.host.places import naming_place
+from pulmo_jax.host.reading import parse_json, read_bytes
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.state import TrainState
+from pulmo_jax.types import InputError
+
+METRICS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -148,15 +154,14 @@ class JsonLines:
         """Open the file; remove the rows after the checkpoint of a resumed run."""
         path = start.run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start.step] if start.step else []
-        whole = path.with_name(f".{path.name}")  # atomic: a killed process leaves the old or the new file
-        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        whole.replace(path)
-        self._file = path.open("a", buffering=1)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._path, self._file = path, path.open("a", encoding="utf-8", buffering=1)
 
     def on_event(self, event: Event) -> None:
         """Write the metrics of a logged step."""
         if event.metrics:
-            self._file.write(json.dumps({"step": event.step, **event.metrics}) + "\n")
+            with naming_place(self._path):
+                self._file.write(json.dumps({"step": event.step, **event.metrics}) + "\n")
 
     def on_end(self) -> None:
         """Close the file."""
@@ -201,10 +206,10 @@ class ProgressBar:
             {},
         )
         self._bar = Progress(
-            TextColumn("training"),
+            Words("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            Words("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=start.console,
             disable=not start.console.is_terminal,
@@ -223,9 +228,7 @@ class ProgressBar:
         if self._bar.disable and time.monotonic() - self._last_line > self.line_every_s:
             self._last_line = time.monotonic()
             left_s = (self._start.steps - event.step) / rate
-            self._start.console.print(
-                f"step {event.step}/{self._start.steps}  {note}  {left_s:.0f} s left", highlight=False
-            )
+            self._start.console.print(f"step {event.step}/{self._start.steps}  {note}  {left_s:.0f} s left")
 
     def on_end(self) -> None:
         """Remove the bar from the terminal."""
@@ -285,9 +288,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         Rows; a truncated last line is ignored. Empty if there is no file.
     """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in read_bytes(path, METRICS_BYTES, path.parent).splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line, path, nan=True)
+        except InputError:
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            break
+        rows.append(row)
     return rows

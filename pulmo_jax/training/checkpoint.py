@@ -1,11 +1,12 @@
-"""Checkpoints: saving and verified restoring with Orbax, which is used in this module only.
+"""Checkpoints: saving with Orbax, which is used in this module only, and verified restoring.
 
     CHECKPOINTS/200/state/     the arrays, as Orbax writes them
     CHECKPOINTS/200/MANIFEST   the SHA-256 of the JSON text that follows: SHA-256 of every array and every file, and the
                                metadata of the checkpoint
 
 A checkpoint is written under a hidden name, flushed to the disk and renamed last, so that a folder named after its step
-is complete even if the process is killed. Orbax itself does not detect corrupted arrays.
+is complete even if the process is killed. Only folders that the record of the run lists are removed. Orbax itself does
+not detect corrupted arrays.
 """
 
 import errno
@@ -26,15 +27,29 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pulmo_jax.host.resources import is_disk_full
+from pulmo_jax.host.outputs import adding, recorded_below
+from pulmo_jax.host.places import naming_place, number_of, sentence
+from pulmo_jax.host.reading import parse_json, read_bytes, sha256_of
+from pulmo_jax.host.resources import require
+from pulmo_jax.training.checkpoint_reading import (
+    FormatError,
+    NodeCheck,
+    array_bytes,
+    node_bytes,
+    read_arrays,
+    require_same_files,
+)
 from pulmo_jax.training.state import TrainState
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, OutputError
 
 logging.set_verbosity(logging.ERROR)  # suppresses Orbax warnings about intended options
 
 MANIFEST = "MANIFEST"
+MANIFEST_BYTES = 2**26
 SPARE_BYTES = 2**20  # for the metadata of Orbax
+HIDDEN = ".saving-"  # start of the names of checkpoints that are being written or removed
 KEPT = 2  # number of latest checkpoints kept, in addition to the best
 INDEX_DIGITS = 4  # digits before the path in the name of an array
 
@@ -55,7 +70,10 @@ class Record:
         stopped: Reason why training stopped early at this step, if it did.
         arrays: Shape, dtype and SHA-256 of every array.
         files: SHA-256 of every file.
+        sizes: Size of every file in bytes; empty in checkpoints of older versions.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: int
     val_loss: float | None
@@ -64,6 +82,7 @@ class Record:
     stopped: str | None = None
     arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -82,9 +101,11 @@ class Checkpoints:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         if not read_only:
-            folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob(".saving-*"):
-                shutil.rmtree(unfinished)
+            with naming_place(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in recorded_below(folder):
+                if unfinished.parent == folder.absolute() and unfinished.name.startswith(HIDDEN):
+                    shutil.rmtree(unfinished)
 
     def save(
         self,
@@ -145,12 +166,23 @@ class Checkpoints:
         """
         path = self.folder / str(step) / MANIFEST
         try:
-            digest, _, text = path.read_bytes().partition(b"\n")
+            digest, _, text = read_bytes(path, MANIFEST_BYTES, self.folder).partition(b"\n")
+            if digest != _sha256(text).encode():
+                raise DamagedError(f"{path}: damaged, the SHA-256 in its first line does not match")
+            record = TypeAdapter(Record).validate_python(parse_json(text, path, nan=True))
+            array_bytes(record.arrays)
         except OSError as error:
             raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
-        if digest != _sha256(text).encode():
-            raise DamagedError(f"{path}: damaged, the SHA-256 in its first line does not match")
-        return Record(**json.loads(text))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise DamagedError(f"{path}: is not valid ({first['loc'][:2]}: {first['msg']})") from error
+        except FormatError as error:
+            raise DamagedError(f"{path}: {error}") from error
+        except InputError as error:
+            raise error if isinstance(error, DamagedError) else DamagedError(str(error)) from error
+        if record.step != step or any(not name[:INDEX_DIGITS].isdecimal() for name in record.arrays):
+            raise DamagedError(f"{path}: is not valid; it belongs to step {record.step}")
+        return record
 
     def restore(self, step: int, like: TrainState, *, as_written: bool = False, partial: bool = False) -> TrainState:
         """Restore a state; every file and array is verified.
@@ -179,14 +211,16 @@ class Checkpoints:
             if stored.get(path) != here.get(path):
                 shapes = f"{path} is {_words(stored.get(path))} there and {_words(here.get(path))} here"
                 raise InputError(f"{folder}: cannot be restored into this model ({shapes})")
-        for name, digest in record.files.items():
-            _verify_file(folder / name, digest)
-        asked = {names[path]: jax.ShapeDtypeStruct(*stored[path]) for path in wanted}
+        asked = {names[path]: record.arrays[names[path]] for path in wanted}
+        require(3 * array_bytes(asked), f"the checkpoint {folder}", "use a machine with more memory")
         try:
-            arrays = _orbax().restore(
-                folder.absolute() / "state", args=ocp.args.PyTreeRestore(item=asked, partial_restore=True)
-            )
-        except Exception as error:  # Orbax and its readers raise various exceptions
+            _verify_files(folder, record)
+            arrays = read_arrays(folder, asked)
+        except DamagedError:
+            raise
+        except FormatError as error:
+            raise DamagedError(str(error)) from error
+        except Exception as error:  # the reader of the database raises various exceptions
             reason = str(error).strip().partition("\n")[0]
             raise DamagedError(f"{folder}: cannot be restored ({type(error).__name__}: {reason:.300})") from error
         for name in asked:
@@ -266,8 +300,9 @@ class Checkpoints:
 
     def _write(self, record: Record, arrays: dict[str, np.ndarray]) -> None:
         """Write a checkpoint under a hidden name, flush it, rename it, and remove old checkpoints."""
-        folder, unfinished = self.folder / str(record.step), self.folder / f".saving-{record.step}"
+        folder, unfinished = self.folder / str(record.step), self.folder / f"{HIDDEN}{record.step}"
         try:
+            adding(unfinished, folder)
             _require_room(self.folder, sum(array.nbytes for array in arrays.values()))
             unfinished.mkdir()
             _orbax().save(unfinished.absolute() / "state", arrays)
@@ -275,6 +310,7 @@ class Checkpoints:
             manifest = asdict(record) | {
                 "arrays": {name: _describe(array) for name, array in arrays.items()},
                 "files": {str(path.relative_to(unfinished)): _sha256(path.read_bytes()) for path in files},
+                "sizes": {str(path.relative_to(unfinished)): path.stat().st_size for path in files},
             }
             text = json.dumps(manifest).encode()
             (unfinished / MANIFEST).write_bytes(_sha256(text).encode() + b"\n" + text)
@@ -284,12 +320,11 @@ class Checkpoints:
             _flush(self.folder)
         except Exception as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if is_disk_full(error):
-                raise InputError(
-                    f"{folder}: cannot be written, the disk is full; earlier checkpoints are intact. Free disk space, "
-                    "then continue with resume=true"
-                ) from error
-            raise
+            if (number := number_of(error)) is None:
+                raise
+            raise OutputError(
+                f"{sentence(folder, number)}; earlier checkpoints are intact, and resume=true continues from them"
+            ) from error
         self._remove_old()
 
     def _remove_old(self) -> None:
@@ -298,17 +333,18 @@ class Checkpoints:
         losses = [(loss, step) for step in steps if (loss := self._loss_of(step)) is not None]
         best = {min(losses)[1]} if losses else set()
         for step in set(steps[:-KEPT]) - best:
-            shutil.rmtree(self._hide(step))
-
-    def _hide(self, step: int) -> Path:
-        """Rename a checkpoint before its removal, so that a partly removed one is not treated as damaged."""
-        hidden = self.folder / f".saving-{step}-old"
-        return (self.folder / str(step)).rename(hidden)
+            folder, hidden = self.folder / str(step), self.folder / f"{HIDDEN}{step}-old"
+            with suppress(DamagedError):
+                if files_of(folder) <= {*self.record(step).files, MANIFEST}:  # nothing of the user's
+                    adding(hidden)
+                    folder.rename(hidden)  # so that a partly removed checkpoint is not treated as damaged
+                    shutil.rmtree(hidden)
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint to damaged-STEP."""
         if not self._read_only:
             aside = self.folder / f"damaged-{step}"
+            adding(aside)
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
 
@@ -316,6 +352,11 @@ class Checkpoints:
         """Validation loss of a checkpoint; None if it was not validated or is damaged."""
         with suppress(DamagedError):  # `restore` reports damage
             return self.record(step).val_loss
+
+
+def files_of(folder: Path) -> set[str]:
+    """Paths of all files below a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
@@ -341,14 +382,20 @@ def _sha256(content: bytes | np.ndarray) -> str:
     return hashlib.sha256(content.tobytes() if isinstance(content, np.ndarray) else content).hexdigest()
 
 
-def _verify_file(path: Path, digest: str) -> None:
-    """Raise DamagedError if a file is missing or its SHA-256 differs."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
-    if _sha256(content) != digest:
-        raise DamagedError(f"{path}: {len(content)} bytes, damaged, the SHA-256 does not match")
+def _verify_files(folder: Path, record: Record) -> None:
+    """Raise DamagedError or FormatError if files differ from the manifest, or are not as Orbax writes them."""
+    sizes = require_same_files(folder, record.files, record.sizes, record.arrays)
+    left = node_bytes(len(record.arrays))
+    for name, digest in record.files.items():
+        path = folder / name
+        nodes = NodeCheck(path, left)
+        try:
+            found = sha256_of(path, sizes[name], folder, nodes)
+        except OSError as error:
+            raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
+        if found != digest:
+            raise DamagedError(f"{path}: {sizes[name]} bytes, damaged, the SHA-256 does not match")
+        left = nodes.left
 
 
 def _flush(path: Path) -> None:

@@ -60,15 +60,15 @@ def averaged_state(params: Params) -> TrainState:
 
 
 def inference_state(method: Method) -> TrainState:
-    """Structure of the state that inference restores: the moving average, or the sums of an accumulated method.
+    """Initial state of the structure that inference restores: the moving average, or the sums of an accumulated method.
 
     Args:
         method: Method of the run.
 
     Returns:
-        State of shapes and dtypes, without values.
+        The state.
     """
-    params = jax.eval_shape(method.init)
+    params = method.init()
     return TrainState((), params, (), ()) if isinstance(method, Accumulated) else averaged_state(params)
 
 

@@ -187,7 +187,7 @@ def broken(calibration: Calibration, **changes) -> str:
         ({"pixel_threshold": None}, "pixel_threshold: Input should be"),
         ({"normal_image_scores": []}, "normal_image_scores"),
         ({"normal_image_scores": [2.0, 1.0]}, "out of order"),
-        ({"normal_image_peaks": [float("nan")]}, "normal_image_peaks"),
+        ({"normal_image_peaks": [float("nan")]}, "NaN is not a number in JSON"),
         ({"normal_pixel_scores": [[1.0, 5], [2.0, 6]]}, "out of order"),
         ({"normal_pixel_scores": [[1.0, "many"]]}, "normal_pixel_scores"),
     ],

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pulmo_jax.inference.fits import plain, write_fits
+from pulmo_jax.types import InputError
 
 IMAGE = np.array([[0.5, np.nan, -1], [np.inf, 1e-30, 3]])
 
@@ -55,7 +56,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(fits.PrimaryHDU, "writeto", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="no space"):
         write_fits(tmp_path / "x.fits", 2 * IMAGE, {}, {})
     assert (tmp_path / "x.fits").read_bytes() == before
 

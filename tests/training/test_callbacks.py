@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from references.fake_training import event, fake_start
-from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent
 
+from pulmo_jax.host.console import Console
 from pulmo_jax.training import callbacks
 from pulmo_jax.training.callbacks import (
     Callback,

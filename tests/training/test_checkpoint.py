@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 from references.linear_method import LinearMethod, batch_of
 
+from pulmo_jax.host.outputs import adding, output_folder
 from pulmo_jax.training import checkpoint
 from pulmo_jax.training.checkpoint import Checkpoints, DamagedError, _plain
 from pulmo_jax.training.optimizers import adamw
 from pulmo_jax.training.state import TrainState, averaged_state, init_state, make_step
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, OutputError
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -235,12 +236,11 @@ def test_missing_or_shortened_file_is_found_and_named(copy, damage):
 
 
 def test_array_that_comes_back_changed_is_found(copy, monkeypatch):
-    """Whatever the cause: here Orbax itself, of files that are as they were written."""
-    orbax = checkpoint._orbax()
-    arrays = orbax.restore((copy / "3" / "state").absolute())
+    """Whatever the cause: here the reader itself, of files that are as they were written."""
+    arrays = checkpoint._orbax().restore((copy / "3" / "state").absolute())
     name = max(arrays, key=lambda key: arrays[key].nbytes)
     arrays[name] = arrays[name] + 1
-    monkeypatch.setattr(checkpoint, "_orbax", lambda: Mock(restore=lambda path, args: arrays))
+    monkeypatch.setattr(checkpoint, "read_arrays", lambda folder, asked: arrays)
     with Checkpoints(copy, read_only=True) as checkpoints, pytest.raises(DamagedError, match=re.escape(name)):
         checkpoints.restore(3, at_step(0))
 
@@ -280,14 +280,28 @@ def test_without_a_whole_checkpoint_the_first_damaged_file_is_named(copy):
 
 
 def test_unfinished_checkpoint_is_not_listed_and_goes_when_writing(copy):
-    shutil.copytree(copy / "3", copy / ".saving-9")
-    with Checkpoints(copy, read_only=True) as checkpoints:
-        assert checkpoints.latest_step() == 3
-    assert (copy / ".saving-9").exists()
-    with Checkpoints(copy) as checkpoints:
-        assert not (copy / ".saving-9").exists()
-        checkpoints.save(at_step(4), None, {})
-    assert steps_on_disk(copy) == [2, 3, 4]
+    with output_folder(copy / "run", "train"):
+        adding(copy / "run" / ".saving-9")
+        shutil.copytree(copy / "3", copy / "run" / ".saving-9")
+        shutil.copytree(copy / "3", copy / "run" / ".saving-8")  # not in the record: the user's own
+        with Checkpoints(copy / "run", read_only=True) as checkpoints:
+            assert checkpoints.latest_step() is None
+        assert (copy / "run" / ".saving-9").exists()
+        with Checkpoints(copy / "run") as checkpoints:
+            assert not (copy / "run" / ".saving-9").exists()
+            checkpoints.save(at_step(4), None, {})
+    assert steps_on_disk(copy / "run") == [4]
+    assert (copy / "run" / ".saving-8" / "MANIFEST").read_bytes() == (copy / "3" / "MANIFEST").read_bytes()
+
+
+def test_old_checkpoint_with_a_file_of_the_users_stays(tmp_path):
+    with output_folder(tmp_path / "run", "train"), Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(at_step(1), None, {})
+        checkpoints.wait()
+        (tmp_path / "run" / "1" / "notes.txt").write_text("mine")
+        for step in range(2, 5):
+            checkpoints.save(at_step(step), None, {})
+    assert steps_on_disk(tmp_path / "run") == [1, 3, 4]
 
 
 def test_read_only_saves_nothing(copy):
@@ -311,7 +325,7 @@ def test_disk_without_room_is_said_before_anything_is_written(copy, monkeypatch)
     before = contents(copy)
     with Checkpoints(copy) as checkpoints:
         checkpoints.save(at_step(4), 0.5, {})
-        with pytest.raises(InputError, match=f"{copy}/4: cannot be written, the disk is full"):
+        with pytest.raises(OutputError, match=f"the disk is full: {copy}/4 could not be written"):
             checkpoints.wait()
     assert contents(copy) == before
 
@@ -328,7 +342,7 @@ def test_full_disk_is_said_once_and_spoils_no_earlier_checkpoint(copy, monkeypat
     monkeypatch.setattr(checkpoint, "_orbax", lambda: Mock(save=full))
     with Checkpoints(copy) as checkpoints:
         checkpoints.save(at_step(4), 0.5, {})
-        with pytest.raises(InputError, match=f"{copy}/4: cannot be written, the disk is full.*resume=true"):
+        with pytest.raises(OutputError, match=f"the disk is full: {copy}/4 could not be written.*resume=true"):
             checkpoints.wait()
     assert sorted(path.name for path in copy.iterdir()) == ["2", "3"]
     assert contents(copy / "3") == before

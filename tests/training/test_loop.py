@@ -342,7 +342,7 @@ def test_run_that_a_signal_stopped_logs_and_keeps_what_one_that_was_never_stoppe
     with Checkpoints(whole / "checkpoints") as a, Checkpoints(broken / "checkpoints") as b:
         (best, record, _), (again, record_again, _) = a.restore_best(expected), b.restore_best(expected)
     assert_same(best, again)
-    assert record == dataclasses.replace(record_again, files=record.files)  # whose names hold a random part
+    assert record == dataclasses.replace(record_again, files=record.files, sizes=record.sizes)  # of random names
 
 
 def test_early_stop_is_in_the_checkpoint_that_it_ended_with(tmp_path):
