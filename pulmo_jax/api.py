@@ -19,8 +19,8 @@ from numpy import ndarray
 
 from pulmo_jax.host.console import make_console
 from pulmo_jax.runs.directory import task_of, use_compile_cache
-from pulmo_jax.runs.place import Place, build_formats
-from pulmo_jax.runs.report import with_figures, write_findings
+from pulmo_jax.runs.place import workplace
+from pulmo_jax.runs.report import assess_and_write
 from pulmo_jax.runs.task import OpenRun, find_task
 from pulmo_jax.shell.composing import DEFAULT_TASKS, compose_config
 from pulmo_jax.train import train as run_training
@@ -101,12 +101,9 @@ def evaluate(run: OpenRun | Path | str, config: Config, *, out_dir: Path | str |
     typed = compose_config("evaluate", None, {"run": str(path), **values})
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(out_dir) if out_dir else path / "evaluation" / stamp
-    task, place = find_task(task_of(path), typed.plugins), Place(path, folder, make_console(), build_formats(typed))
-    opened = open_run(path, typed.plugins)
-    findings = task.assessment.assess(opened, task.assessment.read_test(opened, typed, place), typed, place)
-    findings = with_figures(findings, opened, typed, folder)
-    write_findings(findings, folder, place.console)
-    return dict(findings.metrics)
+    task, opened = find_task(task_of(path), typed.plugins), open_run(path, typed.plugins)
+    with workplace(folder, "evaluate", typed, path) as place:
+        return dict(assess_and_write(task.assessment, opened, typed, place).metrics)
 
 
 def without_folder(config: Config, folder: Path | str | None) -> tuple[Config, Path | str | None]:

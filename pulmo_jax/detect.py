@@ -32,13 +32,14 @@ def detect(config: Any, out_dir: Path) -> int:
     Raises:
         InputError: The files cannot be used.
     """
-    from pulmo_jax.host.console import make_console
     from pulmo_jax.runs.directory import use_compile_cache
-    from pulmo_jax.runs.place import Place
+    from pulmo_jax.runs.place import workplace
     from pulmo_jax.runs.task import find_task
 
     use_compile_cache(config.compile_cache)
-    return find_task(config.task, config.plugins).detection.detect(config, Place(out_dir, out_dir, make_console()))
+    task = find_task(config.task, config.plugins)
+    with workplace(out_dir, "detect", config) as place:
+        return task.detection.detect(config, place)
 
 
 if __name__ == "__main__":

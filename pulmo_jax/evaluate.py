@@ -25,20 +25,17 @@ def evaluate(config: Any, out_dir: Path) -> None:
     Raises:
         InputError: The run or the images cannot be used.
     """
-    from pulmo_jax.host.console import make_console
     from pulmo_jax.runs.directory import task_of, use_compile_cache
-    from pulmo_jax.runs.place import Place, build_formats
-    from pulmo_jax.runs.report import with_figures, write_findings
+    from pulmo_jax.runs.place import workplace
+    from pulmo_jax.runs.report import assess_and_write
     from pulmo_jax.runs.task import find_task
 
     task = find_task(task_of(config.run), config.plugins)
     use_compile_cache(None)
-    place = Place(config.run, out_dir, make_console(), build_formats(config))
     run = task.open_run(config.run, config.plugins)
-    data = task.assessment.read_test(run, config, place)
-    findings = with_figures(task.assessment.assess(run, data, config, place), run, config, out_dir)
-    write_findings(findings, out_dir, place.console)
-    place.note(f"see {out_dir / 'report.html'}")
+    with workplace(out_dir, "evaluate", config, config.run) as place:
+        assess_and_write(task.assessment, run, config, place)
+        place.note(f"see {out_dir / 'report.html'}")
 
 
 if __name__ == "__main__":

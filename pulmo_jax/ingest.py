@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pulmo_jax.config.verbs import IngestConfig
-from pulmo_jax.host.console import SOME_FAILED, make_console, tracker
+from pulmo_jax.host.console import SOME_FAILED, complain, make_console, tracker
 from pulmo_jax.host.lock import claim
+from pulmo_jax.host.outputs import removing_empty
+from pulmo_jax.host.places import naming_place
 from pulmo_jax.shell import cli
 from pulmo_jax.types import InputError
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:  # the readers are imported when the config has been validated
     from pulmo_jax.data.store_writing import Ingested
 
 EXAMPLES = """
-Decodes every image of a folder once and writes one HDF5 file, the store, with metadata.json beside it. A store can be
+Decodes every image of a folder once and writes one HDF5 file, the store, with STORE.h5.json beside it. A store can be
 used wherever a folder of images can. Subfolders are the classes. A second call resumes an interrupted ingestion, or
 adds new images. Exit status 3 means that some files failed; the others are in the store.
 
@@ -44,10 +46,15 @@ def ingest(config: IngestConfig, _: Path) -> None:
 
     began, console = time.monotonic(), make_console()
     target = config.output
-    with claim(target.parent, f".{target.name}.lock"):
+    with (
+        removing_empty(target.parent),
+        naming_place(target),
+        claim(target.parent, f".{target.name}.lock") as interrupted,
+    ):
         done = ingest_folder(
             config.input,
             target,
+            interrupted=interrupted,
             group_regex=config.group_regex,
             near_bits=config.near_bits,
             threads=config.threads,
@@ -55,11 +62,11 @@ def ingest(config: IngestConfig, _: Path) -> None:
             formats=build_formats(config),
             tracker=partial(tracker, console),
         )
-    console.print(f"{summary(done)}, {time.monotonic() - began:.0f} s; see {target}", highlight=False)
+    console.print(f"{summary(done)}, {time.monotonic() - began:.0f} s; see {target}")
     for line in warnings(done):
-        console.print(f"warning: {line}", highlight=False)
+        console.print(f"warning: {line}")
     for file in done.failed:
-        print(f"failed: {file.reason}", file=sys.stderr)
+        complain(f"failed: {file.reason}")
     if done.failed:
         sys.exit(SOME_FAILED)
 
@@ -108,9 +115,9 @@ def verify(path: Path) -> None:
     with Store(path) as store:
         bad = find_damaged(store, tracker(console, "verifying images"))
         total = len(store.records)
-    console.print(f"{total - len(bad)} of {total} images are intact", highlight=False)
+    console.print(f"{total - len(bad)} of {total} images are intact")
     for record in bad:
-        print(f"damaged: {record.title} in {path}; ingest this file again into a new store", file=sys.stderr)
+        complain(f"damaged: {record.title} in {path}; ingest this file again into a new store")
     if bad:
         sys.exit(SOME_FAILED)
 

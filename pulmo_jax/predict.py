@@ -36,17 +36,17 @@ def predict(config: Any, _: Path) -> None:
         InputError: The run or the input cannot be used.
         SystemExit: With status 3, if some files failed.
     """
-    from pulmo_jax.host.console import make_console
     from pulmo_jax.runs.directory import task_of, use_compile_cache
-    from pulmo_jax.runs.place import Place, build_formats
+    from pulmo_jax.runs.place import workplace
     from pulmo_jax.runs.records import predict_all
     from pulmo_jax.runs.task import find_task
 
     task = find_task(task_of(config.run), config.plugins)
     use_compile_cache(None)  # the user's own: programs from a folder that a run names would be foreign code
     run = task.open_run(config.run, config.plugins)
-    place = Place(config.run, config.output, make_console(), build_formats(config))
-    if status := predict_all(task.prediction, run, config, place):
+    with workplace(config.output, "predict", config, config.run) as place:
+        status = predict_all(task.prediction, run, config, place)
+    if status:
         sys.exit(status)
 
 

@@ -35,15 +35,15 @@ def train(config: Any, run_dir: Path) -> float:
     """
     from pulmo_jax.runs import training as frame
     from pulmo_jax.runs.directory import seal, use_compile_cache
-    from pulmo_jax.runs.place import build_formats, workplace
+    from pulmo_jax.runs.place import workplace
     from pulmo_jax.runs.report import with_figures, write_findings
     from pulmo_jax.runs.task import find_task
 
     began, task = time.monotonic(), find_task(config.task, config.plugins)
     frame.connect(config.cluster)
     use_compile_cache(config.trainer.compile_cache)
-    with workplace(run_dir, build_formats(config)) as place:
-        frame.refuse_or_resume(run_dir, config)
+    frame.refuse_or_resume(run_dir, config)
+    with workplace(run_dir, "train", config) as place:
         callbacks = frame.build_callbacks(config.callbacks, config.plugins)
         config, citation = task.training.prepare(config, place)
         data = task.training.read(config, place)

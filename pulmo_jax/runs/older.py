@@ -1,14 +1,17 @@
-"""Compatibility with runs of older versions: migration of their configs, and their version in error messages."""
+"""Compatibility with runs of older versions: their configs, their files without a record, and their version."""
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pulmo_jax import __version__
+from pulmo_jax.host.marks import MARK, adopt
+from pulmo_jax.host.reading import read_json
 from pulmo_jax.types import InputError
 
+VERSION = re.compile(r"[\w.+!-]{1,64}", re.ASCII)
 METHODS = "pulmo_jax.methods"
 TASKS = {"classes": "classification"}  # former names
 KEYS = {f"{METHODS}.patch_gaussian.PatchGaussian": {"of": "input"}}  # present names of renamed keys
@@ -38,8 +41,9 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Converted copy.
     """
-    if values.get("task") in TASKS:
-        values = {**values, "task": TASKS[values["task"]]}
+    task = values.get("task")
+    if isinstance(task, str) and task in TASKS:
+        values = {**values, "task": TASKS[task]}
     method = values.get("method")
     if not isinstance(method, Mapping):
         return dict(values)
@@ -53,12 +57,59 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "method": method, **moved}
 
 
+# Files of versions that kept no record of their files.
+NAMES = (
+    *("config.yaml", "run.json", "finished.json", "metrics.jsonl", "metrics.json", "metrics.md", "report.html"),
+    *("preprocessing.json", "images.json", "calibration.json", "baselines.json", "landmarks.json", "companions.npz"),
+    *("classes.json", "image_scores.csv", "landmark_errors.csv", "out_of_fold.csv", "profile/operations.csv"),
+    *(".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "job.json", "refused.json", "traceback.txt"),
+    *("multirun.yaml", "sweep.csv", "sweep.html", ".stop"),
+)
+UNKNOWN = "an unknown version"
+FIGURES = (
+    *("aligned", "calibration", "class_comparison", "comparison", "confusion_matrix", "coverage", "cumulative_errors"),
+    *("distances", "error_by_landmark", "examples", "failures", "false_alarms_pixels", "loss_curves", "profile"),
+    *("reconstructions", "reliability", "roc_curves", "roc_pr_images", "roc_pr_pixels", "saliency_right"),
+    *("saliency_wrong", "score_maps_false_alarms", "score_maps_hits", "score_maps_misses", "scores_images"),
+    *("scores_pixels", "sweep", "time_shares", "validation_reconstructions", "validation_score_maps"),
+)
+
+
+def is_unrecorded(folder: Path) -> bool:
+    """Whether an older version wrote a run, a job or a sweep to a folder, without a record of its files."""
+    if (folder / MARK).exists():
+        return False
+    jobs = [folder / "job.json", *folder.glob("*/job.json")]
+    return version_of(folder) != UNKNOWN or any(map(is_job, jobs))
+
+
+def is_job(path: Path) -> bool:
+    """Whether a file describes a job of a sweep."""
+    try:
+        content = read_json(path)
+    except (OSError, InputError):
+        return False
+    return isinstance(content, dict) and {"status", "overrides", "config", "call"} <= set(content)
+
+
+def record_files(folder: Path, kind: str) -> None:
+    """Record the files of a run or a sweep of an older version, so that it can be resumed.
+
+    Args:
+        folder: Run directory, or folder of a sweep.
+        kind: "train" or "sweep".
+    """
+    figures = (f"figures/{name}.{suffix}" for name in FIGURES for suffix in ("png", "pdf"))
+    adopt(folder, kind, [path for name in (*NAMES, *figures) if (path := folder / name).is_file()])
+
+
 def version_of(run: Path) -> str:
     """Version of this package that made a run, from its run.json; "an unknown version" if it cannot be read."""
     try:
-        return str(json.loads((run / "run.json").read_text())["packages"]["pulmo-jax"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "an unknown version"
+        version = read_json(run / "run.json", 2**24, run)["packages"]["pulmo-jax"]
+    except (OSError, InputError, KeyError, TypeError, IndexError):
+        return UNKNOWN
+    return version if isinstance(version, str) and VERSION.fullmatch(version) else "an unknown version"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Checks of the image paths in a config."""
+"""The paths in a config: checks of its images, and its inputs."""
 
 import typing
 from collections.abc import Iterator
@@ -7,6 +7,8 @@ from typing import Any
 
 from pulmo_jax.config.section import IMAGES, INPUT, Section
 from pulmo_jax.types import InputError
+
+WRITTEN = ("output", "cache", "compile_cache")  # keys of paths that are not read
 
 
 def check_paths(config: Section) -> None:
@@ -42,6 +44,30 @@ def image_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, Path, 
             yield from image_paths(value, f"{prefix}{name}.")
         if isinstance(value, Path):
             yield from ((prefix + name, value, kind) for kind in (IMAGES, INPUT) if kind in kinds)
+
+
+def input_paths(config: Any, prefix: str = "") -> list[tuple[str, Path]]:
+    """Find everything that a config names for reading: paths, and runs in `_target_` nodes.
+
+    Args:
+        config: Typed config, or a part of it.
+        prefix: Key of the part.
+
+    Returns:
+        Key and path of each input.
+    """
+    if isinstance(config, Path):
+        return [(prefix, config)]
+    if isinstance(config, str):
+        return [(prefix, Path(config))] if prefix.rpartition(".")[2].endswith(("_run", "_runs")) else []
+    if isinstance(config, Section):
+        config = {name: getattr(config, name) for name in type(config).model_fields}
+    if isinstance(config, dict):
+        read = {key: value for key, value in config.items() if key not in WRITTEN}
+        return [found for key, value in read.items() for found in input_paths(value, f"{prefix}.{key}".lstrip("."))]
+    if isinstance(config, list | tuple):
+        return [found for value in config for found in input_paths(value, prefix)]
+    return []
 
 
 def marks(annotation: Any) -> list[Any]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from pulmo_jax.config.nodes import build
 from pulmo_jax.data.sources.formats import Format, check_formats
-from pulmo_jax.host.console import make_console
-from pulmo_jax.host.lock import claim
+from pulmo_jax.host.console import Console, make_console
+from pulmo_jax.host.marks import MARK
+from pulmo_jax.host.outputs import output_folder, output_of
+from pulmo_jax.runs.older import is_unrecorded, record_files
+from pulmo_jax.runs.paths import input_paths
 from pulmo_jax.training import devices
 
 
@@ -33,33 +34,44 @@ class Place:
     console: Console
     formats: Sequence[Format] = ()
 
+    def clear(self) -> None:
+        """Remove the results of an earlier call, the last written ones first, as report.html marks finished results."""
+        if (output := output_of(self.folder / MARK)) is not None:
+            output.clear()
+
     def note(self, text: str) -> None:
         """Print a line of plain text."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text)
 
 
 @contextmanager
-def workplace(run_dir: Path, formats: Sequence[Format] = ()) -> Iterator[Place]:
-    """Open and lock the run directory.
+def workplace(folder: Path, kind: str, config: Any, run_dir: Path | None = None) -> Iterator[Place]:
+    """Open and lock the output folder of a verb.
 
     All processes of a training except the first get a temporary folder and a silent console.
 
     Args:
-        run_dir: Run directory.
-        formats: Image formats of the user.
+        folder: Output folder.
+        kind: What it holds: the name of the verb.
+        config: Typed config of the verb.
+        run_dir: Run that the verb reads; None: the output folder is the run directory.
 
     Yields:
         Output folder and console.
 
     Raises:
-        InputError: If another run uses the directory.
+        InputError: If the folder holds anything else, is in use, or an input lies in it.
+        OutputError: If the folder cannot be written.
     """
+    formats = build_formats(config)
     if devices.is_first():
-        with claim(run_dir):
-            yield Place(run_dir, run_dir, make_console(), formats)
+        if kind == "train" and config.resume and is_unrecorded(folder):
+            record_files(folder, kind)
+        with output_folder(folder, kind, input_paths(config)):
+            yield Place(run_dir or folder, folder, make_console(), formats)
     else:
         with tempfile.TemporaryDirectory() as own, open(os.devnull, "w") as nowhere:
-            yield Place(run_dir, Path(own), Console(file=nowhere), formats)
+            yield Place(run_dir or folder, Path(own), Console(file=nowhere), formats)
 
 
 def build_formats(config: Any) -> tuple[Format, ...]:
@@ -74,7 +86,8 @@ def build_formats(config: Any) -> tuple[Format, ...]:
     Raises:
         InputError: If a node is invalid.
     """
-    return check_formats(build(node, f"sources.{name}", config.plugins) for name, node in config.sources.items())
+    nodes = getattr(config, "sources", {})  # `detect` reads arrays, not images
+    return check_formats(build(node, f"sources.{name}", config.plugins) for name, node in nodes.items())
 
 
 def formats_for(image: Any, config: Any) -> tuple[Format, ...]:

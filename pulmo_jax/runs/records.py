@@ -1,20 +1,22 @@
 """Frame of every prediction: skips finished items, writes a record for every new item, reports failures."""
 
-import json
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pulmo_jax.data.images import ImageRef, Skipped
-from pulmo_jax.host.console import SOME_FAILED, tracker
+from pulmo_jax.data.images import ImageRef, Skipped, content_of, fingerprint, has_content, index_images
+from pulmo_jax.host.console import SOME_FAILED, complain, tracker
 from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.host.reading import read_json
+from pulmo_jax.runs.naming import output_names, page_names
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.task import Prediction
+from pulmo_jax.types import InputError
 
 Record = dict[str, Any]
+RECORDS = "records"  # folder of the records
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class Item:
     """Unit of prediction: an image, or all pages of a file.
 
     Attributes:
-        name: Name of its record in records/.
-        refs: Its images.
-        key: Fingerprint of the run and the files; a record with another key is outdated.
+        name: Its name in tables and messages.
+        refs: Its images; a record of images with other content is outdated.
+        key: What else the results depend on, such as the digest of the run; a record with another key is outdated.
         outputs: Output files of the item.
         context: Further data of the task.
+        record: Name of its record, if it is not `name` (see `runs.naming`).
     """
 
     name: str
@@ -34,6 +37,17 @@ class Item:
     key: Any
     outputs: tuple[Path, ...]
     context: Any = None
+    record: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Name and page, which no other item shares."""
+        return self.refs[0].identity if self.refs else self.name
+
+    @property
+    def files(self) -> list[Path | None]:
+        """Its image files, each followed by the foreground mask, if any."""
+        return list(dict.fromkeys(path for ref in self.refs for path in (ref.path, ref.mask)))
 
 
 @dataclass(frozen=True)
@@ -64,20 +78,21 @@ def predict_all(prediction: Prediction, run: Any, config: Any, place: Place) -> 
         Exit status: 0, or SOME_FAILED.
     """
     began = time.monotonic()
-    items, unreadable = prediction.read(run, config, place)
-    failed = list(unreadable)
+    found, unreadable = prediction.read(run, config, place)
+    items, failed = named(found), list(unreadable)
+    before = {item.record: [fingerprint(path) for path in item.files] for item in items}
     records = {} if config.overwrite else finished_records(items, config.output)
     kept = len(records)
-    todo = [item for item in items if item.name not in records]
+    todo = [item for item in items if item.record not in records]
     results = prediction.predict(run, todo, config, place)
     for item, result in tracker(place.console, "predicting")(results, len(todo)):
-        if isinstance(result, Skipped):
-            failed.append(result)
+        record = result if isinstance(result, Skipped) else recorded(item, result, before[item.record], config.output)
+        if isinstance(record, Skipped):
+            failed.append(record)
         else:
-            records[item.name] = {"key": item.key, **result}
-            write_json(record_path(item, config.output), records[item.name])
-    done = [item for item in items if item.name in records]
-    outputs = prediction.collect(run, done, [records[item.name] for item in done], failed, config, place)
+            records[item.record] = record
+    done = [item for item in items if item.record in records]
+    outputs = prediction.collect(run, done, [records[item.record] for item in done], failed, config, place)
     for name, content in outputs.tables.items():
         write_text(config.output / name, content)
     failures = [{"filename": file.name, "reason": file.reason} for file in failed]
@@ -87,13 +102,64 @@ def predict_all(prediction: Prediction, run: Any, config: Any, place: Place) -> 
         f"{time.monotonic() - began:.0f} s; see {config.output}"
     )
     for file in failed:
-        print(f"failed: {file.reason}", file=sys.stderr)
+        complain(f"failed: {file.reason}")
     return SOME_FAILED if failed else 0
+
+
+def recorded(item: Item, result: Record, before: Sequence[Any], output: Path) -> Record | Skipped:
+    """Write the record of an item with the content of its files.
+
+    Args:
+        item: The item.
+        result: Result of the task.
+        before: Fingerprints of its files before the prediction.
+        output: Output folder of the prediction.
+
+    Returns:
+        The record, or the reason why there is none.
+    """
+    try:
+        content = [content_of(path) for path in item.files]
+        if before != [fingerprint(path) for path in item.files]:
+            raise InputError(f"{item.files[0]}: changed during the prediction; repeat the command")
+        record = {"key": item.key, **({"content": content} if content else {}), **result}
+        write_json(record_path(item, output), record)
+    except (InputError, OSError) as error:
+        return Skipped(item.name, str(error))
+    return record
+
+
+def list_pages(
+    config: Any, place: Place, max_image_mb: int, key: Any, outputs_of: Callable[[str], Sequence[Path]]
+) -> tuple[list[Item], list[Skipped]]:
+    """List the images of a prediction, one item per page.
+
+    Args:
+        config: Typed config of `predict`.
+        place: Output folder and console.
+        max_image_mb: Limit on the decoded size of a page in MiB.
+        key: See `Item`.
+        outputs_of: Output files of an item, given the name that its files have.
+
+    Returns:
+        Items, whose context is that name, and unusable files.
+    """
+    refs, failed = index_images(config.input, max_image_mb=max_image_mb, leave_out=config.output, formats=place.formats)
+    names = zip(refs, page_names(refs), strict=True)
+    return [Item(ref.file_name, (ref,), key, tuple(outputs_of(name)), name) for ref, name in names], failed
+
+
+def named(items: Sequence[Item]) -> list[Item]:
+    """The items with the names of their records."""
+    names = output_names(
+        [[item.name] for item in items], [item.identity for item in items], lambda _, name: [f"{name}.json"]
+    )
+    return [replace(item, record=name) for item, name in zip(items, names, strict=True)]
 
 
 def record_path(item: Item, output: Path) -> Path:
     """Path of the record of an item."""
-    return output / "records" / f"{item.name}.json"
+    return output / RECORDS / f"{item.record or item.name}.json"
 
 
 def finished_records(items: Sequence[Item], output: Path) -> dict[str, Record]:
@@ -104,19 +170,23 @@ def finished_records(items: Sequence[Item], output: Path) -> dict[str, Record]:
         output: Output folder of the prediction.
 
     Returns:
-        Record by item name.
+        Record by its name.
     """
-    return {item.name: record for item in items if (record := finished_record(item, output)) is not None}
+    return {item.record or item.name: record for item in items if (record := finished_record(item, output)) is not None}
 
 
 def finished_record(item: Item, output: Path) -> Record | None:
     """Record of one item; None if it is missing, unreadable or outdated, or if an output file is missing."""
     try:
-        record = json.loads(record_path(item, output).read_text())
-    except (OSError, ValueError):
+        record = read_json(record_path(item, output), inside=output)
+    except (OSError, InputError):
         return None
-    same = isinstance(record, dict) and record.get("key") == item.key
-    return record if same and all(path.is_file() for path in item.outputs) else None
+    if not isinstance(record, dict) or record.get("key") != item.key:
+        return None
+    content = record.get("content", [])
+    if len(content) != len(item.files) or not all(path.is_file() for path in item.outputs):
+        return None
+    return record if all(map(has_content, item.files, content)) else None
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from pulmo_jax.config.nodes import build_function
+from pulmo_jax.host.console import Console
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.reporting.figures import save
 from pulmo_jax.reporting.report import CaptionedFigure, Section, write_report
+from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.task import Assessment
 from pulmo_jax.types import InputError
 
 
@@ -45,6 +48,25 @@ class Findings:
     objective: float = math.nan
 
 
+def assess_and_write(assessment: Assessment, run: Any, config: Any, place: Place) -> Findings:
+    """Evaluate a run on labelled images; the results of an earlier call in the same folder are replaced.
+
+    Args:
+        assessment: Assessment of the task.
+        run: Opened run.
+        config: Typed config of `evaluate`.
+        place: Output folder and console.
+
+    Returns:
+        The outcome.
+    """
+    data = assessment.read_test(run, config, place)
+    place.clear()
+    findings = with_figures(assessment.assess(run, data, config, place), run, config, place.folder)
+    write_findings(findings, place.folder, place.console)
+    return findings
+
+
 def write_findings(findings: Findings, folder: Path, console: Console) -> None:
     """Write and print an assessment; report.html is written last.
 
@@ -60,7 +82,7 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
     for table in findings.shown:
         console.print(table)
     for warning in findings.warnings:
-        console.print(f"warning: {warning}", markup=False, highlight=False)
+        console.print(f"warning: {warning}")
     write_report(
         folder / "report.html",
         title=findings.title,

@@ -23,9 +23,8 @@ from pulmo_jax.runs.older import naming_version
 from pulmo_jax.types import InputError
 
 if TYPE_CHECKING:  # JAX is not imported before the config has been validated
-    from rich.console import Console
-
     from pulmo_jax.data.images import Skipped
+    from pulmo_jax.host.console import Console
     from pulmo_jax.runs.place import Place
     from pulmo_jax.runs.records import Item, Outputs, Record
     from pulmo_jax.runs.report import Findings

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from pulmo_jax.config.nodes import build
 from pulmo_jax.config.section import Node
 from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
 from pulmo_jax.data.pipeline import MapDataset, iterate
+from pulmo_jax.host.console import Console
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.resources import explain_out_of_memory, require
 from pulmo_jax.runs.directory import provenance, save_config, task_of, unseal
@@ -354,7 +354,7 @@ def restore_last(folder: Path, learning: Learning, console: Console) -> tuple[Tr
     require_same(folder, record, identity)
     devices.require_same(record.step, f"the last checkpoint in {folder}; give all processes the same hydra.run.dir")
     if restored:
-        console.print(f"resuming after step {record.step}", highlight=False)
+        console.print(f"resuming after step {record.step}")
     return state, record
 
 
@@ -372,13 +372,13 @@ def require_same(folder: Path, record: Record, identity: Mapping[str, Any]) -> N
 def warn_of_damage(damaged: list[str], console: Console) -> None:
     """Print a warning for each damaged checkpoint."""
     for sentence in damaged:
-        console.print(f"warning: {sentence}", markup=False, highlight=False)
+        console.print(f"warning: {sentence}")
 
 
 def stop_if_interrupted(outcome: Outcome, run_dir: Path, console: Console) -> None:
     """Print the reason of an early stop; exit if it was a signal. The checkpoint has been saved by then."""
     if outcome.stopped:
-        console.print(outcome.stopped, highlight=False)
+        console.print(outcome.stopped)
     if outcome.signum is not None:
-        console.print(f"continue with resume=true hydra.run.dir={run_dir}", highlight=False)
+        console.print(f"continue with resume=true hydra.run.dir={run_dir}")
         sys.exit(128 + outcome.signum)

@@ -29,9 +29,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pulmo_jax import __version__
-from pulmo_jax.host.console import SOME_FAILED, make_console
-from pulmo_jax.host.lock import claim, in_use
+from pulmo_jax.host.cache import provide_home
+from pulmo_jax.host.console import SOME_FAILED, complain, make_console
+from pulmo_jax.host.files import write_text
+from pulmo_jax.host.lock import in_use
+from pulmo_jax.host.outputs import adding, joined, output_folder
 from pulmo_jax.host.signals import Stopped, stepping_down, stoppable
+from pulmo_jax.host.streams import guard_streams, reader_left
+from pulmo_jax.runs.older import is_unrecorded, record_files
 from pulmo_jax.shell.combinations import check_sweep
 from pulmo_jax.shell.composing import (
     Command,
@@ -44,19 +49,19 @@ from pulmo_jax.shell.composing import (
     package_configs,
 )
 from pulmo_jax.shell.help import print_help
+from pulmo_jax.shell.placing import check_hydra, check_place
 from pulmo_jax.shell.sweep import (
-    JOB_LOCK,
     RECORD,
     STOP,
     TRACEBACK,
     Request,
     bury,
     collect,
-    disk_full,
     run_job,
+    unwritable,
 )
 from pulmo_jax.shell.sweep_pages import write_pages, write_tables
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, OutputError
 
 BROKEN_PIPE = 141
 PATIENCE_S = 60.0  # time for stopped jobs in other processes to finish their step
@@ -99,15 +104,17 @@ def main(verb: str, task: Callable[[Any, Path], Any], examples: str) -> None:
         task: Function of the verb: `task(config, run_dir)`.
         examples: Text for --help.
     """
+    guard_streams()
+    provide_home()
     try:
         with stoppable(stop_jobs):
             status = run(verb, task, examples)
     except Stopped as stop:
         name = signal.Signals(stop.signum).name
-        print("interrupted" if stop.signum == signal.SIGINT else f"stopped by {name}", file=sys.stderr)
+        complain("interrupted" if stop.signum == signal.SIGINT else f"stopped by {name}")
         status = 128 + stop.signum
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         status = 128 + signal.SIGINT
     if status:
         sys.exit(status)
@@ -146,15 +153,16 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
         try:
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print_help(command, examples)
-            else:
-                launch(command.primary, job)
+                sys.stdout.flush()
+                return BROKEN_PIPE if reader_left() else 0  # --help | head
+            launch(command.primary, job)
             sys.stdout.flush()
             return end_sweep(None) if SWEEP.folder else fail(job.failures[-1]) if job.failures else 0
         except Exception as error:
             return end_sweep(error) if SWEEP.folder else status_of(error, job, command)
         except BaseException:
             if SWEEP.folder and write_pages(SWEEP.folder):
-                print(f"resume with the same command and {SWEEP.resume_keys}", file=sys.stderr)
+                complain(f"resume with the same command and {SWEEP.resume_keys}")
             raise
 
 
@@ -172,7 +180,7 @@ def launch(primary: str, job: "Job") -> None:
             killed = bury(SWEEP.folder, job.call)
             if not killed or SWEEP.queued:
                 raise
-            print(f"killed: jobs {', '.join(killed)}; continuing with the other jobs", file=sys.stderr)
+            complain(f"killed: jobs {', '.join(killed)}; continuing with the other jobs")
             folder = str(SWEEP.folder).replace("\\", "\\\\").replace("'", "\\'")
             sys.argv = [*arguments, f"hydra.sweep.dir='{folder}'"]
         finally:
@@ -183,13 +191,10 @@ def status_of(error: Exception, job: "Job", command: Command) -> int:
     """Report the error of a single run and return the exit status; internal errors are raised again."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return fail(explain(error, command))
-    if isinstance(error, BrokenPipeError) and not job.composed:  # --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the interpreter fails on exit
-        return BROKEN_PIPE
-    if not job.composed and (full := disk_full(error, Path())):
-        return fail(full)
+    if isinstance(error, InputError | OutputError):
+        return fail(str(error))
     if not job.composed and isinstance(error, OSError):
-        return fail(f"{error.filename}: cannot be written ({error.strerror}); give another hydra.run.dir")
+        return fail(unwritable(error, Path()) or f"{error.filename}: {error.strerror}; give another hydra.run.dir")
     if not job.composed and isinstance(error, ValueError):
         return fail(explain(error, command))  # raised by Hydra for a group set to null
     raise error
@@ -215,6 +220,7 @@ class Job:
     @staticmethod
     def _elsewhere(verb: str, call: str, parent: int) -> "Job":
         """Restore a pickled job; the module of the verb is __main__ only in the original process."""
+        guard_streams()
         return Job(verb, getattr(importlib.import_module(f"pulmo_jax.{verb}"), verb), call, parent)
 
     def __call__(self, raw: DictConfig) -> Any:
@@ -227,11 +233,11 @@ class Job:
         except InputError as error:
             self.failures.append(str(error))
         except Exception as error:
-            full = disk_full(error, run_dir)
-            if full is None:
+            reason = unwritable(error, run_dir)
+            if reason is None:
                 raise
             hint = RESUME_HINTS.get(self.verb, "repeat the command").format(run=run_dir)
-            self.failures.append(f"{full}; finished results are kept. Free disk space, then {hint}")
+            self.failures.append(f"{reason}; finished results are kept. Make room or give another place, then {hint}")
         return None
 
     def in_sweep(self, raw: DictConfig, folder: Path) -> float | None:
@@ -244,7 +250,7 @@ class Job:
             return self.task(config.model_copy(update={"resume": True}) if again else config, folder)
 
         def say(text: str) -> None:
-            make_console().print(text, highlight=False, markup=False)
+            make_console().print(text)
 
         if any(int(os.environ.get(name, 0)) for name in RANKS):  # only the first process of a job writes the record
             return work((folder / RECORD).exists())
@@ -255,6 +261,7 @@ class Job:
             call=self.call,
             resume=bool(raw.get("resume", False)),
             replay="basic_sweeper" not in hydra_config.sweeper._target_,
+            kind=self.verb,
         )
         if os.getpid() == self.parent:
             objective = run_job(request, work, say)
@@ -267,9 +274,9 @@ class Job:
             return objective
         if (sweep / STOP).exists():
             raise Stopped(signal.SIGTERM)
-        with stoppable(), stepping_down():
+        with stoppable(), stepping_down(), joined(sweep):
             objective = run_job(request, work, say)
-        write_tables(sweep)
+            write_tables(sweep)
         return objective
 
 
@@ -285,13 +292,11 @@ def stop_jobs(signum: int) -> None:
     here = [row for row in collect(SWEEP.folder) if row.status == "running" and row.host == socket.gethostname()]
     jobs = {row.folder: row.pid for row in here if row.pid is not None and row.pid != os.getpid()}
     if jobs:
-        print(
-            f"stopping {len(jobs)} jobs after their current step; interrupt again to stop them at once", file=sys.stderr
-        )
+        complain(f"stopping {len(jobs)} jobs after their current step; interrupt again to stop them at once")
     for pid in jobs.values() if not (signum == signal.SIGINT and in_foreground()) else ():
         os.kill(pid, signum)
     deadline = time.monotonic() + PATIENCE_S
-    while any(in_use(folder, JOB_LOCK) for folder in jobs) and time.monotonic() < deadline:
+    while any(in_use(folder) for folder in jobs) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
@@ -311,19 +316,22 @@ def end_sweep(error: Exception | None) -> int:
         not rows or any(row.status != "failed" for row in rows)
     ):  # an error of the sweep, not of its jobs
         first = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} (see {SWEEP.folder / TRACEBACK})"
-        with suppress(OSError):
-            (SWEEP.folder / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        fail(f"the sweep was aborted: {disk_full(error, SWEEP.folder) or first}")
+        if isinstance(error, InputError | OutputError):
+            first = str(error)
+        else:
+            with suppress(InputError, OutputError):
+                write_text(SWEEP.folder / TRACEBACK, "".join(traceback.format_exception(error)))
+        fail(f"the sweep was aborted: {unwritable(error, SWEEP.folder) or first}")
     if not (rows := write_pages(SWEEP.folder)):
         return 2
     done = sum(row.status == "done" for row in rows)
-    make_console().print(f"{done} of {len(rows)} jobs finished; see {SWEEP.folder / 'sweep.html'}", highlight=False)
+    make_console().print(f"{done} of {len(rows)} jobs finished; see {SWEEP.folder / 'sweep.html'}")
     if done == len(rows) and error is None:
         return 0
     for row in rows:
         if row.status != "done":
             fail(f"job {row.folder.name} {row.status}: {row.reason.splitlines()[0] if row.reason else ''}")
-    print(f"repeat these with the same command and {SWEEP.resume_keys}", file=sys.stderr)
+    complain(f"repeat these with the same command and {SWEEP.resume_keys}")
     return SOME_FAILED if done else 2
 
 
@@ -344,7 +352,8 @@ class CheckFirst(HydraCallback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with refusing():
-            checked(config, command_of(config.hydra.job.name, config))
+            command = command_of(config.hydra.job.name, config)
+            check_place(checked(config, command), command.verb, config.hydra)
             alone = (
                 OmegaConf.select(config, "cluster.coordinator", default=None) is None
             )  # further processes join a running training
@@ -358,7 +367,7 @@ class CheckFirst(HydraCallback):
             with refusing():
                 command = command_of(config.hydra.job.name, config)
                 for warning in check_sweep(config, command):
-                    print(f"warning: {warning}", file=sys.stderr)
+                    complain(f"warning: {warning}")
                 begin_sweep(config, command)
 
 
@@ -369,6 +378,8 @@ def refusing() -> Iterator[None]:
         yield
     except InputError as error:
         sys.exit(fail(str(error)))
+    except OutputError as error:
+        sys.exit(fail(f"{error}; make room or give another place"))
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(fail(explain(error)))
     except OSError as error:
@@ -389,7 +400,11 @@ def begin_sweep(config: DictConfig, command: Command) -> None:
     if any(folder.glob(f"*/{RECORD}")) and not config.get("resume", False):
         hint = "resume=true continues it, " if can_resume(command) else ""
         raise InputError(f"{folder} already contains a sweep; {hint}hydra.sweep.dir=DIR starts a new one elsewhere")
-    SWEEP.held.enter_context(claim(folder))
+    check_hydra(config.hydra)
+    if config.get("resume", False) and is_unrecorded(folder):
+        record_files(folder, "sweep")
+    SWEEP.held.enter_context(output_folder(folder, "sweep"))
+    adding(folder / "multirun.yaml", folder / STOP)  # written by Hydra and by `stop_jobs`
     (folder / STOP).unlink(missing_ok=True)
     SWEEP.written = time.monotonic()
     SWEEP.folder, SWEEP.queued = folder, "slurm" in config.hydra.launcher._target_.lower()
@@ -397,5 +412,5 @@ def begin_sweep(config: DictConfig, command: Command) -> None:
 
 
 def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    complain(f"error: {message}")
     return 2

@@ -19,11 +19,11 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
-from yaml import YAMLError
 
 from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, check_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
 from pulmo_jax.config.verbs import IngestConfig
+from pulmo_jax.host.reading import read_yaml
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.task import Task, find_task, task_names
 from pulmo_jax.types import InputError
@@ -252,13 +252,13 @@ def experiment_files(arguments: list[str]) -> list[Path]:
 
 
 def task_of(file: Path) -> str | None:
-    """Name of the task in an experiment or in the config.yaml of a run, if any. Raises InputError if unreadable."""
+    """Name of the task in the config.yaml of a run, if any. Raises InputError if the file cannot be read."""
     try:
-        content = OmegaConf.load(file)
-    except (OSError, YAMLError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
-    name = content.get("task") if isinstance(content, DictConfig) else None
-    return None if name is None else str(name)
+        content = read_yaml(file, inside=file.parent)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    name = content.get("task") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def explain(error: Exception, command: Command | None = None) -> str:

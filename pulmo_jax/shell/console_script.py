@@ -6,6 +6,8 @@ import runpy
 import sys
 
 from pulmo_jax import __version__
+from pulmo_jax.host.console import complain
+from pulmo_jax.host.streams import guard_streams
 from pulmo_jax.shell import cli
 
 VERBS = {
@@ -20,6 +22,7 @@ VERBS = {
 
 def main() -> None:
     """Run the verb given as the first argument."""
+    guard_streams()
     verb, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if verb in ("--help", "-h"):
         print("usage: pulmo-jax VERB [key=value ...]\n")
@@ -35,7 +38,7 @@ def main() -> None:
     elif verb in VERBS:
         run(verb, ["pulmo-jax", *arguments])
     else:
-        print(f"error: {verb} is not a verb of pulmo-jax; verbs: {', '.join(VERBS)}", file=sys.stderr)
+        complain(f"error: {verb} is not a verb of pulmo-jax; verbs: {', '.join(VERBS)}")
         sys.exit(2)
 
 

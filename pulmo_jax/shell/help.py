@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from pulmo_jax.config.nodes import argument_schema, parameters_of_node
+from pulmo_jax.host.console import printable
 from pulmo_jax.runs.task import Task
 from pulmo_jax.shell.composing import GROUPS, Command, experiments_of, is_section, other_tasks, package_configs
 
@@ -32,7 +33,7 @@ def print_help(command: Command, examples: str) -> None:
             print(f"\nAdditional keys for runs of task={other.name}:")
             print_keys(other.section(verb), "", besides=schema)
     if experiments:
-        print(f"\nexperiments: {', '.join(experiments)}")
+        print(f"\nexperiments: {printable(', '.join(experiments))}")
         print("\n--config-dir DIR  your own experiments and groups     --multirun, -m  a sweep: key=a,b,c")
     if verb != "predict":
         print("hydra.run.dir=DIR  folder for the results")

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from pulmo_jax.host.files import write_json, write_text
-from pulmo_jax.host.lock import claim, in_use
-from pulmo_jax.host.resources import is_disk_full
+from pulmo_jax.host.lock import in_use
+from pulmo_jax.host.outputs import check_output, output_folder
+from pulmo_jax.host.places import is_full, number_of, sentence
 from pulmo_jax.reporting.tables import headline
-from pulmo_jax.types import InputError
+from pulmo_jax.runs.older import is_unrecorded, record_files
+from pulmo_jax.types import InputError, OutputError
 
 RECORD, REFUSED, TRACEBACK = "job.json", "refused.json", "traceback.txt"
-JOB_LOCK = "job.lock"  # locked while the job runs, which distinguishes running from killed jobs
 STOP = ".stop"  # in the folder of the sweep: queued jobs do not start
 
 
@@ -39,6 +40,7 @@ class Request:
         call: Identifier of the call of the program, so that a requeued job resumes.
         resume: The user asked to resume.
         replay: Do not repeat a failed job of a search that has continued since.
+        kind: Name of the verb.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Request:
     call: str
     resume: bool
     replay: bool
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,13 @@ def run_job(request: Request, work: Callable[[bool], Any], say: Callable[[str], 
         The objective, if any.
     """
     try:
-        with claim(request.folder, JOB_LOCK):
+        if request.resume and is_unrecorded(request.folder):
+            record_files(request.folder, request.kind)
+        check_output(request.folder, request.kind)
+    except InputError as error:
+        raise InputError(f"job {request.folder.name} cannot be started: {error}") from error
+    try:
+        with output_folder(request.folder, request.kind):  # locked while the job runs, unlike that of a killed job
             return _in_own_folder(request, work, say)
     except InputError as error:  # the folder is in use, or belongs to another job
         write_json(request.folder / REFUSED, {"reason": str(error), "overrides": own(request.overrides)})
@@ -121,12 +130,12 @@ def _in_own_folder(request: Request, work: Callable[[bool], Any], say: Callable[
     write_record(request, "running", 0.0)
     try:
         objective = objective_of(work(stored is not None))
-    except InputError as error:
+    except (InputError, OutputError) as error:
         reason = str(error)
         say(f"job {folder.name} failed: {reason}")
     except Exception as error:
-        reason = disk_full(error, folder) or f"{type(error).__name__}: {error}"
-        with suppress(OSError):
+        reason = unwritable(error, folder) or f"{type(error).__name__}: {error}"
+        with suppress(InputError, OutputError):
             write_text(folder / TRACEBACK, traceback.format_exc())
         say(f"job {folder.name} failed: {reason.splitlines()[0]}; see {folder / TRACEBACK}")
     except BaseException as error:  # a signal, or the resulting exit of the training loop
@@ -195,7 +204,7 @@ def write_record(
         reason: Reason of a failure.
 
     Raises:
-        OSError: If the file cannot be written.
+        OutputError: If the file cannot be written.
     """
     record = {
         "status": status,
@@ -211,8 +220,8 @@ def write_record(
     }
     try:
         write_json(request.folder / RECORD, record)
-    except OSError as error:
-        if status == "running" or not is_disk_full(error):
+    except OutputError as error:
+        if status == "running" or not is_full(error):
             raise
 
 
@@ -306,8 +315,8 @@ def later_job_done(folder: Path) -> bool:
     return any(name.isdigit() and folder.name.isdigit() and int(name) > int(folder.name) for name in names)
 
 
-def disk_full(error: BaseException, folder: Path) -> str | None:
-    """Error message for a full disk.
+def unwritable(error: BaseException, folder: Path) -> str | None:
+    """Error message for a place that is full, read-only or forbidden.
 
     Args:
         error: The error.
@@ -316,9 +325,11 @@ def disk_full(error: BaseException, folder: Path) -> str | None:
     Returns:
         The message; None for other errors.
     """
-    if not is_disk_full(error):
-        return None
-    return f"the disk is full: {getattr(error, 'filename', None) or folder} could not be written"
+    if isinstance(error, OutputError):
+        return str(error)
+    number = number_of(error)
+    place = getattr(error, "filename", None) or folder
+    return None if number is None else sentence(place, number)
 
 
 def collect(sweep: Path) -> list[Row]:
@@ -341,7 +352,7 @@ def read_row(folder: Path) -> Row:
     status, reason = record.get("status", "failed"), record.get("reason", "")
     if not record:
         reason = f"{folder / RECORD}: cannot be read"
-    if status == "running" and in_use(folder, JOB_LOCK) is None:
+    if status == "running" and in_use(folder) is None:
         status, reason = "unfinished", "its process ended without a message: killed, out of memory, or the disk is full"
     return Row(
         folder=folder,

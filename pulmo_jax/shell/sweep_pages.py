@@ -1,18 +1,18 @@
 """Tables and report of a sweep: sweep.csv, sweep.html and a comparison figure."""
 
-import csv
-import io
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pulmo_jax.host.console import complain
 from pulmo_jax.host.files import write_text
-from pulmo_jax.host.resources import is_disk_full
+from pulmo_jax.host.places import is_full
+from pulmo_jax.host.tables import csv_text
 from pulmo_jax.reporting.tables import UNDEFINED, Table
 from pulmo_jax.shell.sweep import Row, collect
+from pulmo_jax.types import OutputError
 
 if TYPE_CHECKING:
     from pulmo_jax.reporting.report import CaptionedFigure
@@ -91,10 +91,10 @@ def tolerating_full_disk(sweep: Path) -> Iterator[None]:
     """Report a full disk without raising, so that no job fails because of a table."""
     try:
         yield
-    except OSError as error:
-        if not is_disk_full(error):
+    except OutputError as error:
+        if not is_full(error):
             raise
-        print(f"error: the disk is full: the tables of {sweep} are not up to date", file=sys.stderr)
+        complain(f"error: the disk is full: the tables of {sweep} are not up to date")
 
 
 def as_csv(rows: list[Row]) -> str:
@@ -108,13 +108,10 @@ def as_csv(rows: list[Row]) -> str:
     """
     keys = list(dict.fromkeys(key for row in rows for key in row.overrides))
     measures = list(dict.fromkeys(name for row in rows for name in row.measures))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["folder", "status", "objective", "reason", "seconds", *keys, *measures])
-    for row in rows:
-        fixed = [row.folder.name, row.status, row.objective, row.reason, row.seconds]
-        writer.writerow([*fixed, *map(row.overrides.get, keys), *map(row.measures.get, measures)])
-    return text.getvalue()
+    columns = ["folder", "status", "objective", "reason", "seconds", *keys, *measures]
+    fixed = ([row.folder.name, row.status, row.objective, row.reason, row.seconds] for row in rows)
+    values = ([*map(row.overrides.get, keys), *map(row.measures.get, measures)] for row in rows)
+    return csv_text(columns, ([*before, *after] for before, after in zip(fixed, values, strict=True)))
 
 
 def swept_keys(rows: list[Row]) -> dict[str, list[str]]:

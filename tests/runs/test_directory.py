@@ -85,7 +85,7 @@ def test_a_file_that_has_changed_or_is_gone_is_named(run, name):
     ("content", "words"),
     [
         ("{", "cannot be read"),
-        ("[1]", "cannot be read"),
+        ("[1]", "is not valid"),
         ("{}", "is not valid"),
         ('{"calibration.json": "", "classes.json": ""}', "is not valid"),
         ('{"calibration.json": "", "checkpoints/1/MANIFEST": ""}', "is not valid"),

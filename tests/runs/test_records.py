@@ -7,10 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from pulmo_jax.data.images import Skipped
-from pulmo_jax.host.console import SOME_FAILED
+from pulmo_jax.host.console import SOME_FAILED, Console
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.records import Item, Outputs, chunks, finished_records, predict_all, record_path
 

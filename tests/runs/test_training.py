@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from pulmo_jax.config.section import Section
 from pulmo_jax.config.trainer import TrainerConfig
 from pulmo_jax.data.pipeline import MapDataset
 from pulmo_jax.host import resources
+from pulmo_jax.host.console import Console
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.training import (
     Learned,

@@ -14,15 +14,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 from references import child
-from rich.console import Console
 
 from pulmo_jax import detect, evaluate, ingest, predict, train
 from pulmo_jax.config.nodes import HOMES, argument_schema, parameters_of_node
-from pulmo_jax.host.console import tracker
+from pulmo_jax.data.sources.store import Store
+from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.host.lock import claim
 from pulmo_jax.host.signals import Interrupt, stepping_down, stoppable
 from pulmo_jax.shell import cli, composing
@@ -475,6 +477,17 @@ def test_help_into_a_pipe_that_closes(tmp_path):
     done = subprocess.run(command, shell=True, **options)
     assert done.stdout.startswith("usage: ")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("redirection", [">&- 2>&- <&-", "> /dev/full", "2>&1 | true"])
+def test_a_verb_with_broken_output_does_its_work(tmp_path, redirection):
+    tifffile.imwrite(tmp_path / "[red]x[b].tif", np.zeros((8, 8), np.uint8))
+    verb = f"{sys.executable} -m pulmo_jax.ingest input=. output=store.h5"
+    options = {"cwd": tmp_path, "env": child.environment(), "capture_output": True, "timeout": child.PATIENCE_S}
+    done = subprocess.run(["bash", "-c", f"{verb} {redirection}; exit ${{PIPESTATUS[0]}}"], **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    with Store(tmp_path / "store.h5") as store:
+        assert [record.name for record in store.records] == ["[red]x[b].tif"]
 
 
 # --- sweeps

@@ -16,9 +16,9 @@ from references.pictures import ink
 
 from pulmo_jax.host.lock import claim
 from pulmo_jax.shell import sweep
-from pulmo_jax.shell.sweep import RECORD, REFUSED, TRACEBACK, Request, bury, collect, disk_full, run_job
+from pulmo_jax.shell.sweep import RECORD, REFUSED, TRACEBACK, Request, bury, collect, run_job, unwritable
 from pulmo_jax.shell.sweep_pages import write_pages
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, OutputError
 
 METRICS = {
     "image": {"autoencoder": {"auroc": {"value": 0.9}, "ap": {"value": None}}, "intensity": {"auroc": {"value": 0.1}}},
@@ -29,7 +29,7 @@ METRICS = {
 def request_of(folder, *overrides, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     overrides = ("+experiment=lung", "resume=True", "hydra.sweep.dir=x", *(overrides or ("seed=0",)))
-    return replace(Request(folder, overrides, "a: 1", "call-1", resume=False, replay=False), **changes)
+    return replace(Request(folder, overrides, "a: 1", "call-1", resume=False, replay=False, kind="train"), **changes)
 
 
 def record_of(folder):
@@ -62,7 +62,7 @@ def test_done_job_leaves_its_record(tmp_path, said):
     assert record["overrides"] == ["+experiment=lung", "seed=0"]
     assert record["seconds"] >= 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", record["started"])
-    assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".pulmo_jax", RECORD]
     assert said == []
 
 
@@ -184,16 +184,17 @@ def test_folder_of_another_job_is_refused_and_kept(tmp_path, said, changes, word
 
 
 def test_job_that_another_process_runs_is_refused(tmp_path, said):
-    with claim(tmp_path, sweep.JOB_LOCK):
+    with claim(tmp_path, "run.lock"):
         assert run_job(request_of(tmp_path), never, said.append) is None
     assert "in use by process" in said[0]
     assert not (tmp_path / RECORD).exists()
 
 
 def test_damaged_record_is_named(tmp_path, said):
+    run_job(request_of(tmp_path), lambda resume: 0.5, said.append)
     (tmp_path / RECORD).write_text('{"status": "do')
     assert run_job(request_of(tmp_path, resume=True), never, said.append) is None
-    assert f"{tmp_path / RECORD}: cannot be read" in said[0]
+    assert f"{tmp_path / RECORD}: cannot be read" in said[-1]
 
 
 def test_failure_in_the_middle_of_a_search_is_replayed_and_one_at_its_end_tried_again(tmp_path, said):
@@ -214,7 +215,7 @@ def test_failure_in_the_middle_of_a_search_is_replayed_and_one_at_its_end_tried_
 def test_killed_job_is_told_from_one_that_runs_and_can_be_buried(tmp_path, said):
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom pulmo_jax.shell.sweep import Request, run_job\n"
-        "request = Request(Path(sys.argv[1]), ('seed=0',), '', 'call-1', False, False)\n"
+        "request = Request(Path(sys.argv[1]), ('seed=0',), '', 'call-1', False, False, 'train')\n"
         "run_job(request, lambda resume: os.kill(os.getpid(), 9), print)\n"
     )
     (tmp_path / "0").mkdir()
@@ -237,16 +238,18 @@ def test_killed_job_is_told_from_one_that_runs_and_can_be_buried(tmp_path, said)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_is_seen_through_what_libraries_make_of_it(tmp_path, number):
     full = OSError(number, os.strerror(number), "/data/x")
-    assert disk_full(full, tmp_path) == "the disk is full: /data/x could not be written"
+    assert unwritable(full, tmp_path) == "the disk is full: /data/x could not be written"
     try:
         try:
             raise OSError(number, os.strerror(number))
         except OSError as error:
             raise RuntimeError("a checkpoint was not written") from error
     except RuntimeError as error:
-        assert disk_full(error, tmp_path) == f"the disk is full: {tmp_path} could not be written"
-    assert disk_full(ValueError(f"RESOURCE: {os.strerror(number)} [x]"), tmp_path) is not None
-    assert disk_full(OSError(errno.EACCES, "Permission denied", "/data/x"), tmp_path) is None
+        assert unwritable(error, tmp_path) == f"the disk is full: {tmp_path} could not be written"
+    assert unwritable(ValueError(f"RESOURCE: {os.strerror(number)} [x]"), tmp_path) is not None
+    forbidden = unwritable(OSError(errno.EACCES, "Permission denied", "/data/x"), tmp_path)
+    assert forbidden.startswith("/data/x: cannot be written (Permission denied)")
+    assert unwritable(OSError(errno.ENOENT, "No such file", "/data/x"), tmp_path) is None
 
 
 def test_full_disk_does_not_hide_the_failure_that_it_caused(tmp_path, said, monkeypatch):
@@ -254,7 +257,7 @@ def test_full_disk_does_not_hide_the_failure_that_it_caused(tmp_path, said, monk
 
     def full_later(path, value):
         if value.get("status") != "running":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            raise OutputError(f"the disk is full: {path} could not be written") from OSError(errno.ENOSPC, "")
         write(path, value)
 
     def work(resume):
@@ -298,7 +301,7 @@ def test_table_has_a_row_a_job_with_its_keys_and_measures(jobs):
     assert [row["folder"] for row in rows] == list("0123")
     assert [row["status"] for row in rows] == ["done", "failed", "done", "done"]
     assert float(rows[3]["objective"]) == 0.01 * 64 + 0.001
-    assert rows[1]["reason"] == "<b>no luck</b>\nsecond line"
+    assert rows[1]["reason"] == r"<b>no luck</b>\nsecond line"
     assert rows[1]["image AUROC"] == rows[1]["objective"] == ""
     assert [row["pixel AP"] for row in rows] == ["0.7", "", "0.7", "0.7"]
 
