@@ -7,6 +7,7 @@ from typing import Annotated
 import jax
 from pydantic import Field
 
+from pulmo_jax.host.files import write_text
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.profile import operations_csv, operations_figure, read_operations
 from pulmo_jax.training.callbacks import Event, Start
@@ -92,7 +93,7 @@ class Profile:
 
     def _report(self, steps: int, wall_ms: float) -> None:
         operations = read_operations(self._folder)
-        (self._folder / "operations.csv").write_text(operations_csv(operations, steps))
+        write_text(self._folder / "operations.csv", operations_csv(operations, steps))
         if operations:
             figure = operations_figure(operations, steps, wall_ms / steps)
             figures.save(figure, self._run_dir / "figures", PROFILE_FIGURE)

@@ -4,8 +4,8 @@ Figures are created without pyplot, and matplotlib's global settings are not cha
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from scipy import stats
 
+from pulmo_jax.host.console import printable
 from pulmo_jax.host.files import atomically
 
 TEXT_WIDTH_IN = 7.0  # text width of a two-column page
@@ -71,8 +72,16 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(cast(Any, STYLE))
 
 
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Context manager for writing a figure: the common style, and boxes for characters that the font lacks."""
+    with style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
+
+
 def literal(text: str, longest: int = 60) -> str:
-    """Escape a name so that it is not parsed as TeX, and shorten it in the middle.
+    """Escape a name so that it is not parsed as TeX, and shorten it in the middle. The result is a single line.
 
     Args:
         text: Name.
@@ -81,7 +90,7 @@ def literal(text: str, longest: int = 60) -> str:
     Returns:
         Text for matplotlib.
     """
-    half = longest // 2
+    text, half = printable(text, keep=""), longest // 2
     short = text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
     return short.replace("$", r"\$")
 
@@ -98,8 +107,7 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
         Path of the PNG file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with style(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # characters in file names: drawn as a box
+    with drawing():
         for kind, dpi, metadata in (("pdf", PDF_IMAGE_DPI, {"CreationDate": None}), ("png", PNG_DPI, {})):
             draw = partial(figure.savefig, format=kind, dpi=dpi, metadata=metadata)
             atomically(folder / f"{name}.{kind}", draw)

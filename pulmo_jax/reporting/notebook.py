@@ -6,7 +6,8 @@ import io
 
 from matplotlib.figure import Figure
 
-from pulmo_jax.reporting.figures import style
+from pulmo_jax.host.console import printable
+from pulmo_jax.reporting.figures import drawing
 
 NOTEBOOK_DPI = 110
 
@@ -22,7 +23,8 @@ def figure_html(figure: Figure, caption: str) -> str:
         HTML `<figure>` element with an embedded PNG.
     """
     buffer = io.BytesIO()
-    with style():
+    with drawing():
         figure.savefig(buffer, format="png", dpi=NOTEBOOK_DPI)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    shown = html.escape(printable(caption))
+    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{shown}</figcaption></figure>'

@@ -1,8 +1,6 @@
 """Table and figure of the time spent in each operation of the compiled programs, from a trace of `jax.profiler`."""
 
-import csv
 import gzip
-import io
 import json
 import re
 from collections import defaultdict
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from pulmo_jax.host.tables import csv_text
 from pulmo_jax.reporting import figures
 
 SHOWN_KINDS = 12
@@ -82,12 +81,8 @@ def operations_csv(operations: Sequence[Operation], steps: int) -> str:
     Returns:
         CSV text with calls and time per step.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["program", "operation", "calls_per_step", "ms_per_step"])
-    for o in operations:
-        writer.writerow([o.program, o.name, o.calls / steps, round(o.ms / steps, 4)])
-    return text.getvalue()
+    columns = ["program", "operation", "calls_per_step", "ms_per_step"]
+    return csv_text(columns, ((o.program, o.name, o.calls / steps, round(o.ms / steps, 4)) for o in operations))
 
 
 def operations_figure(operations: Sequence[Operation], steps: int, wall_ms: float) -> Figure:

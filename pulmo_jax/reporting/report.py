@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 
+from pulmo_jax.host.console import printable
 from pulmo_jax.host.files import write_text
 from pulmo_jax.reporting.tables import Table
 
@@ -96,7 +97,8 @@ def write_report(
     Raises:
         FileNotFoundError: If a figure does not exist; an existing report is then left as it is.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
+    environment = jinja2.Environment(finalize=_shown, **options)
     nonempty = [s for s in sections if s.text or s.figures or s.tables]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
@@ -106,6 +108,11 @@ def write_report(
         warnings=warnings,
     )
     write_text(path, page)
+
+
+def _shown(value: object) -> object:
+    """Escape characters of a text that a page cannot show, and that could reverse the text around a name."""
+    return printable(value) if isinstance(value, str) else value
 
 
 def _embed(figure: CaptionedFigure) -> EmbeddedFigure:

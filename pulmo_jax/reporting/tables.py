@@ -1,10 +1,13 @@
 """Tables of figures of merit as Markdown for the run directory, HTML for the report, and text for the terminal."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import rich.box
 import rich.table
+
+from pulmo_jax.host.console import printable
 
 TITLES = {"pixel": "Pixels", "image": "Images"}
 COLUMNS = {
@@ -23,6 +26,8 @@ COLUMNS = {
     "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
 }
 UNDEFINED = "-"
+# Characters that Markdown interprets: an underscore only at the end of a word, brackets only as a link.
+MARKDOWN = re.compile(r"[\\`*<|&~]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
 
 
 @dataclass(frozen=True)
@@ -143,15 +148,25 @@ def metrics_markdown(metrics: dict[str, Any]) -> str:
         Markdown text.
     """
     parts = ["# Metrics\n\nBrackets: 95 % bootstrap intervals over groups.\n"]
-    for table in metrics_tables(metrics):
-        lines = [f"## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
-        lines += [markdown_row(row) for row in table.rows]
-        lines += [f"\n{note}" for note in table.notes]
-        parts.append("\n".join(lines) + "\n")
+    parts += [table_markdown(table) for table in metrics_tables(metrics)]
     for title in ("calibration", "test", "training"):
         if title in metrics:
             parts.append(f"## {title.capitalize()}\n\n" + "\n".join(facts(metrics[title])) + "\n")
     return "\n".join(parts)
+
+
+def table_markdown(table: Table) -> str:
+    """Format a table in Markdown, with its title as a heading and its notes below.
+
+    Args:
+        table: The table.
+
+    Returns:
+        Markdown text.
+    """
+    rows = [markdown_row(table.columns), "|" + " --- |" * len(table.columns), *map(markdown_row, table.rows)]
+    notes = (f"\n{markdown_text(note)}" for note in table.notes)
+    return "\n".join([f"## {markdown_text(table.title)}\n", *rows, *notes]) + "\n"
 
 
 def markdown_row(cells: list[str]) -> str:
@@ -163,7 +178,19 @@ def markdown_row(cells: list[str]) -> str:
     Returns:
         One line.
     """
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(markdown_text, cells)) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """Escape text, such as the name of an image, so that Markdown shows it as it is.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        One line without code, emphasis, links, images, HTML or the end of a table cell.
+    """
+    return MARKDOWN.sub(r"\\\g<0>", printable(text, keep=""))
 
 
 def facts(section: dict[str, Any], prefix: str = "") -> list[str]:
@@ -179,7 +206,11 @@ def facts(section: dict[str, Any], prefix: str = "") -> list[str]:
     lines = []
     for key, value in section.items():
         name = f"{prefix}{key}".replace("_", " ")
-        lines += facts(value, f"{name}: ") if isinstance(value, dict) else [f"- {name}: {value}"]
+        lines += (
+            facts(value, f"{name}: ")
+            if isinstance(value, dict)
+            else [f"- {markdown_text(name)}: {markdown_text(str(value))}"]
+        )
     return lines
 
 

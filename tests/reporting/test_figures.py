@@ -1,5 +1,7 @@
 """Figures hold what they say, and come as PNG and PDF."""
 
+import html
+
 import matplotlib
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from PIL import Image
 from references.pictures import ink
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
+from pulmo_jax.host.console import printable
 from pulmo_jax.reporting import figures
+from pulmo_jax.reporting.notebook import figure_html
 from pulmo_jax.tasks.anomalies.figures import DETECTED, TRUTH, Example, patch_grid, reconstructions, score_maps, view
 
 RNG = np.random.default_rng(0)
@@ -237,3 +241,17 @@ def test_figures_are_written_as_png_and_pdf_with_embedded_fonts(tmp_path):
     assert b"/FontFile2" in pdf  # TrueType, embedded
     assert b"/Type3" not in pdf
     assert sorted(p.name for p in path.parent.iterdir()) == ["grid.pdf", "grid.png"]
+
+
+NAMES = ["$x$", "$", r"\$x", "$$a", r"$\frac{", "a\nb\x00\x1b\u202e\udcff", "^_{}\\alpha", "😀 日本 \u0301", "_x", " "]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_any_characters_are_drawn(tmp_path, name):
+    curve = figures.Curve(name, *(np.array([0.0, 1.0]),) * 4, auroc=0.5, ap=0.5)
+    figure = figures.roc_and_pr([curve], name, 0.5)
+    assert figures.save(figure, tmp_path, "f").stat().st_size > 1000
+    assert figure_html(figure, name).endswith(f"<figcaption>{html.escape(printable(name))}</figcaption></figure>")
+    assert figures.literal(name).isprintable()
+    title = figure.get_suptitle()
+    assert title.replace(r"\$", "$") == printable(name, keep="")

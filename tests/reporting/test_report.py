@@ -8,6 +8,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
+from pulmo_jax.host.console import printable
 from pulmo_jax.reporting.report import CaptionedFigure, Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
 
@@ -144,3 +145,20 @@ def test_failed_writing_leaves_the_old_page(tmp_path, figure):
     with pytest.raises(FileNotFoundError):
         write(tmp_path, tmp_path / "missing.png")
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+HOSTILE = "\"><script>alert(1)</script>' onload='x' \u202egnp.exe \x1b[2J \udcff \x00 {{ 7 * 7 }} &lt;"
+
+
+def test_names_of_any_characters_are_text_everywhere(tmp_path, figure):
+    table = Table(HOSTILE, [HOSTILE], [[HOSTILE, HOSTILE]], [HOSTILE])
+    section = Section(HOSTILE, HOSTILE, [CaptionedFigure(figure, HOSTILE)], [table])
+    write_report(tmp_path / "r.html", HOSTILE, {HOSTILE: HOSTILE}, [section], [HOSTILE], [HOSTILE])
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    shown = printable(HOSTILE)
+    assert sum(words.strip() == shown for words in page.words) == 15
+    assert not [tag for tag, _ in page.elements if tag == "script"]
+    assert {name for _, attributes in page.elements for name in attributes if name.startswith("on")} == set()
+    assert [attributes["alt"] for tag, attributes in page.elements if tag == "img"] == [shown]
+    assert all(c.isprintable() or c == "\n" for c in text)

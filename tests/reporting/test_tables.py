@@ -1,9 +1,23 @@
 """Metrics as tables."""
 
-import pytest
-from rich.console import Console
+import re
 
-from pulmo_jax.reporting.tables import cell, markdown_row, metrics_console, metrics_markdown, metrics_tables, number
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pulmo_jax.host.console import Console, printable
+from pulmo_jax.reporting.tables import (
+    Table,
+    cell,
+    markdown_row,
+    markdown_text,
+    metrics_console,
+    metrics_markdown,
+    metrics_tables,
+    number,
+    table_markdown,
+)
 
 ESTIMATE = {"value": 0.93219, "low": 0.91, "high": 0.95, "reason": ""}
 UNDEFINED = {"value": None, "low": None, "high": None, "reason": "there are no abnormal images"}
@@ -68,3 +82,24 @@ def test_console_shows_values_without_intervals():
         text = console.export_text()
     assert "0.932" in text
     assert "[" not in text
+
+
+PLAIN = re.compile(r"\\([!-/:-@\[-`{-~])")  # CommonMark: a backslash before ASCII punctuation shows the punctuation
+
+
+@given(st.text(st.sampled_from("a_*`|\\[]()<>&~! \n\x1b\u202e")))
+@example("a_b | <script>alert(1)</script>\n# Title ![x](http://x) [y][z] `c` *e* &lt; __b__ ~~s~~")
+def test_markdown_shows_any_text_as_it_is(text):
+    written = markdown_text(text)
+    assert PLAIN.sub(r"\1", written) == printable(text, keep="")
+    active = re.sub(r"\\.", ".", written)  # without what is escaped
+    assert not re.search(r"[`*<|&~\n]|\][(\[]|(?<![^\W_])_|_(?![^\W_])", active)
+    assert markdown_text("patch_gaussian 0.93 [0.91, 0.95]") == "patch_gaussian 0.93 [0.91, 0.95]"
+
+
+def test_a_table_of_hostile_names_has_its_rows_and_columns():
+    text = table_markdown(Table("a\n# b", ["x|y", "z"], [["</td>\n| 1 | 2 |", "3"]], ["note\n\n# c"]))
+    assert text.splitlines() == [
+        r"## a\n# b".replace("\\", "\\\\"), "", r"| x\|y | z |", "| --- | --- |",
+        r"| \</td>\\n\| 1 \| 2 \| | 3 |", "", r"note\\n\\n# c",
+    ]  # fmt: skip

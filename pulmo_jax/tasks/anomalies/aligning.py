@@ -2,11 +2,10 @@
 
 In the lung frame, a location is the same anatomical position in all images. In the output folder, KEY/NAME.tif
 contains the aligned pages of the image NAME, foreground/NAME.tif the aligned foreground (inside the image and its
-mask), and KEY.json the fingerprints of the inputs, so that unchanged files are not aligned again.
+mask), and KEY.json the digests of the inputs, so that unchanged files are not aligned again.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,19 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 import tifffile
 from jaxtyping import Bool, Float, Shaped
-from rich.console import Console
 
 from pulmo_jax.core.lung_frame import LungFrame, to_image
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, find_masks, fingerprint, index_images
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, content_of, find_masks, has_content, index_images
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.data.working_images import WorkingImages, read_working, working_image
-from pulmo_jax.host.console import tracker
+from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.host.outputs import adding, recorded_below
+from pulmo_jax.host.reading import read_json
 from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, write_image, write_pages
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.methods.located import Found
 from pulmo_jax.runs.directory import task_of
+from pulmo_jax.runs.naming import output_names, page_names
 from pulmo_jax.runs.task import find_task
 from pulmo_jax.tasks.anomalies.config import DataConfig, EvaluateDataConfig, TrainConfig
 from pulmo_jax.types import InputError
@@ -261,21 +262,24 @@ def align_folder(
     )
     truth = find_masks(masks.truth, [ref.name for ref in refs])
     files = by_file(refs)
+    titles = [pages[0].name for pages in files]
+    chosen = output_names([[name] for name in titles], titles, lambda _, name: [f"{name}.tif"])
+    names = {title: f"{name}.tif" for title, name in zip(titles, chosen, strict=True)}
     before, digest = read_notes(folder / f"{key}.json"), run.digest
     notes: dict[str, Any] = {}
     done: list[Aligned] = []
     for some in tracker(console, f"aligning {titled(key)}")(list(chunks(files)), len(list(chunks(files)))):
         todo = []
         for pages in some:
-            name = f"{pages[0].name}.tif"
-            made_of = [digest, *map(fingerprint, (pages[0].path, pages[0].mask, truth[pages[0].name]))]
-            notes[name] = {"made_of": made_of}
-            if before.get(name, {}).get("made_of") == made_of and (folder / key / name).is_file():
+            name, made_of = names[pages[0].name], (pages[0].path, pages[0].mask, truth[pages[0].name])
+            if is_current(before.get(name), digest, made_of) and (folder / key / name).is_file():
                 notes[name] = before[name]
+                adding(*(folder / kind / name for kind in (key, "foreground", "test_masks")))  # still results
                 done.append(Aligned(pages, name, np.array(before[name]["points"]), before[name]["doubtful"]))
             else:
+                notes[name] = {"made_of": [digest, *map(content_of, made_of)]}
                 todo.append(pages)
-        fresh, unreadable = find_all(run, todo, max_image_mb, formats)
+        fresh, unreadable = find_all(run, todo, names, max_image_mb, formats)
         write_all(run, fresh, folder, key, truth, Reader(max_image_mb, formats))
         for image in fresh:
             notes[image.name] |= {"points": image.points.tolist(), "doubtful": image.doubtful}
@@ -304,17 +308,30 @@ def chunks(files: Sequence[tuple[ImageRef, ...]]) -> Iterator[list[tuple[ImageRe
         yield some
 
 
+def is_current(note: Any, digest: str, made_of: Sequence[Path | None]) -> bool:
+    """Whether an earlier call aligned the same image and masks with the same run."""
+    before = note.get("made_of") if isinstance(note, dict) else None
+    if not isinstance(before, list) or len(before) != 1 + len(made_of) or before[0] != digest:
+        return False
+    return all(map(has_content, made_of, before[1:]))
+
+
 def read_notes(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        notes = read_json(path)
+    except (OSError, InputError):
         return {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def find_all(
-    run: LandmarkRun, files: Sequence[tuple[ImageRef, ...]], max_image_mb: int, formats: Sequence[Format] = ()
+    run: LandmarkRun,
+    files: Sequence[tuple[ImageRef, ...]],
+    names: Mapping[str, str],
+    max_image_mb: int,
+    formats: Sequence[Format] = (),
 ) -> tuple[list[Aligned], list[Skipped]]:
-    """Find the landmarks of every page; files with an unreadable page are skipped."""
+    """Find the landmarks of every page; files with an unreadable page are skipped. `names`: of the aligned files."""
     refs = [ref for pages in files for ref in pages]
     if not refs:
         return [], []
@@ -331,7 +348,7 @@ def find_all(
             skipped.append(Skipped(pages[0].name, f"{pages[0].path}: no landmarks found; remove this image"))
         else:
             doubtful = int(found.low[rows].all(1).sum())
-            done.append(Aligned(pages, f"{pages[0].name}.tif", found.points[rows], doubtful))
+            done.append(Aligned(pages, names[pages[0].name], found.points[rows], doubtful))
     return done, skipped
 
 
@@ -373,8 +390,8 @@ def black_and_white(warped: np.ndarray) -> np.ndarray:
 
 def keep_only(folder: Path, names: set[str]) -> None:
     """Remove the aligned files of an earlier call whose images no longer exist."""
-    for path in list(folder.rglob("*.tif")):
-        if path.relative_to(folder).as_posix() not in names:
+    for path in recorded_below(folder):
+        if path.relative_to(folder.absolute()).as_posix() not in names:
             path.unlink()
 
 
@@ -384,7 +401,6 @@ def warn_of_low_quality(run: LandmarkRun, images: Sequence[Aligned], key: str, c
         console.print(
             f"warning: {doubtful} of {total} {titled(key)} differ from the training images of {run.path}: their "
             "landmarks, and hence their alignment, are of low quality",
-            highlight=False,
         )
 
 
@@ -402,7 +418,8 @@ def write_in_images(
         rows: Findings in the lung frame.
         output: Output folder of the prediction.
     """
-    by_name = {image.name: image for image in images}
+    by_name, refs = {image.name: image for image in images}, [ref for image in images for ref in image.pages]
+    file_of = dict(zip(refs, page_names(refs), strict=True))
     for name, map_name in maps.items():
         image = by_name[name]
         scores = tifffile.imread(output / "maps" / f"{map_name}_score.tif").reshape(
@@ -410,7 +427,7 @@ def write_in_images(
         )
         for ref, points, score in zip(image.pages, image.points, scores, strict=True):
             back = out_of_frame(score, points, run.frame, ref.shape[:2])
-            write_image(output / "in_images" / f"{ref.file_name}_score.tif", back[..., None])
+            write_image(output / "in_images" / f"{file_of[ref]}_score.tif", back[..., None])
     found = []
     for row in rows:
         image, page = by_name[row["filename"]], row["page"]

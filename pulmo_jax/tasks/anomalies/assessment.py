@@ -1,7 +1,5 @@
 """Evaluation of anomaly detection on labelled images: figures of merit, examples, and the report."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +11,7 @@ from pulmo_jax.data.images import ImageRef, Reader, index_images, same_scale
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.evaluation.metrics import image_metrics
 from pulmo_jax.host.console import tracker
+from pulmo_jax.host.tables import csv_text
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, truth_by_folder, truth_by_masks
 from pulmo_jax.inference.assess import assess as score_all
 from pulmo_jax.reporting.report import Section
@@ -292,14 +291,12 @@ def figures_of_merit(run: Run, assessment: Assessment, replicates: int, seed: in
 
 def image_scores_csv(run: Run, assessment: Assessment) -> str:
     """image_scores.csv: class and scores of every image, by method and baseline."""
-    text = io.StringIO()
-    names = list(assessment.image_scores)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["filename", "page", "group", "abnormal", *(named(run, name) for name in names)])
-    for i, ref in enumerate(assessment.refs):
-        scores = (assessment.image_scores[name][i] for name in names)
-        writer.writerow([ref.name, ref.page, ref.group, int(assessment.abnormal[i]), *scores])
-    return text.getvalue()
+    columns = ["filename", "page", "group", "abnormal", *(named(run, name) for name in assessment.image_scores)]
+    rows = (
+        [ref.name, ref.page, ref.group, int(assessment.abnormal[i]), *(v[i] for v in assessment.image_scores.values())]
+        for i, ref in enumerate(assessment.refs)
+    )
+    return csv_text(columns, rows)
 
 
 def describe_calibration(run: Run) -> dict[str, Any]:

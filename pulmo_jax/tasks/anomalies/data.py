@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
 from pulmo_jax.data.pipeline import (
@@ -18,12 +17,12 @@ from pulmo_jax.data.pipeline import (
     every_patch_once,
     training_batches,
 )
-from pulmo_jax.data.samples import cache_folder
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
 from pulmo_jax.data.scratch import NO_CACHE_REMEDY, DecodedReader, Scratch
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.transforms import Preprocessing
-from pulmo_jax.host.console import tracker
+from pulmo_jax.host.cache import cache_folder
+from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.tasks.anomalies.config import DataConfig, TrainConfig
 from pulmo_jax.types import InputError
 
@@ -160,7 +159,7 @@ def settle(skipped: list[Skipped], on_error: str, console: Console) -> None:
         hint = "" if more else "\nRepair or remove it, or skip such files with data.on_error=skip."
         raise InputError(skipped[0].reason.splitlines()[0] + more + hint)
     for file in skipped:
-        console.print(f"skipped: {file.reason}", markup=False, highlight=False)
+        console.print(f"skipped: {file.reason}")
 
 
 def describe_images(data: NormalData) -> dict[str, Any]:
@@ -210,7 +209,6 @@ def patch_reader(loading: DataConfig, data: NormalData, reader: Reader, console:
         console.print(
             f"note: {decoded.needed_mb:.0f} MiB of decoded images exceed data.decoded_mb="
             f"{loading.decoded_mb}; images are decoded for every patch, which is slower",
-            highlight=False,
         )
     return ReadPatches(images, data.how, decoded)
 

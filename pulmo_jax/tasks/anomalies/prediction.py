@@ -1,24 +1,25 @@
 """Prediction for anomaly detection: score maps and findings for new images."""
 
-import csv
 import hashlib
-import io
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, fingerprint, index_images, stem
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, index_images, stem
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.detection import find_detections
+from pulmo_jax.host.reading import sha256_of
+from pulmo_jax.host.tables import csv_text
 from pulmo_jax.inference.outputs import CSV_COLUMNS, PageWriter, detection_row, open_map, overlay_step, write_overlay
 from pulmo_jax.inference.score import detail_names, naming_what_to_lower
+from pulmo_jax.runs.directory import SEALED_BYTES
+from pulmo_jax.runs.naming import output_names
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.records import Item, Outputs, Record
 from pulmo_jax.tasks.anomalies.aligning import Aligned, Masks, align_input, open_frame, write_in_images
@@ -73,16 +74,16 @@ def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Sk
         if warning:
             place.note(f"warning: {warning}")
     digest, files = fingerprint_run(run), by_file(refs)
-    names, in_frame = name_maps(files), {image.name: image for image in aligned}
+    names, in_frame = name_maps(files, run), {image.name: image for image in aligned}
     items = [
         Item(
             name=pages[0].name,
             refs=tuple(pages),
-            key={"run": digest, "image": fingerprint(pages[0].path), "mask": fingerprint(pages[0].mask)},
-            outputs=(output / "maps" / f"{names[pages[0].path]}_mask.tif",),
-            context=Context(names[pages[0].path], in_frame.get(pages[0].name)),
+            key=digest,
+            outputs=tuple(output / "maps" / file for file in map_files(pages, name, run)),
+            context=Context(name, in_frame.get(pages[0].name)),
         )
-        for pages in files
+        for pages, name in zip(files, names, strict=True)
     ]
     return items, [*failed, *unaligned]
 
@@ -105,7 +106,7 @@ def predict(
     for item in items:
         try:
             yield item, map_file(item.refs, item.context.maps, run, reader, config.output)
-        except (InputError, OSError) as error:
+        except (InputError, OSError) as error:  # not OutputError: nothing more could be written
             yield item, Skipped(item.name, str(error))
 
 
@@ -139,11 +140,21 @@ def collect(
     return Outputs(tables, summarise(run, records, rows), f"{len(rows)} findings")
 
 
-def name_maps(files: Sequence[tuple[ImageRef, ...]]) -> dict[Path, str]:
-    """File name of the maps of each file: its name without suffix, or with it if two names would coincide."""
-    stems = {pages[0].path: PurePosixPath(stem(pages[0].name)) for pages in files}
-    count = Counter(stems.values())
-    return {pages[0].path: str(s) if count[s := stems[pages[0].path]] == 1 else pages[0].name for pages in files}
+def name_maps(files: Sequence[tuple[ImageRef, ...]], run: Run) -> list[str]:
+    """Name of the maps of each file: its name without suffix, or with it if two names would coincide."""
+    inputs = [[stem(pages[0].name), pages[0].name] for pages in files]
+    return output_names(inputs, [pages[0].identity for pages in files], lambda i, name: map_files(files[i], name, run))
+
+
+def map_files(pages: Sequence[ImageRef], name: str, run: Run) -> list[str]:
+    """File names of the maps and overlays of a file, below maps/."""
+    overlays = [f"{name}{number(ref)}_overlay.png" for ref in pages]
+    return [*(f"{name}_{kind}.tif" for kind in maps_of(run)), *overlays]
+
+
+def number(ref: ImageRef) -> str:
+    """Page number in the name of an overlay, if the file has several pages."""
+    return f"_{ref.page:04d}" if ref.pages > 1 else ""
 
 
 def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
@@ -173,8 +184,7 @@ def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, out
             for kind, dtype in maps_of(run).items()
         }
         for ref in pages:
-            number = f"_{ref.page:04d}" if ref.pages > 1 else ""
-            overlay = output / "maps" / f"{name}{number}_overlay.png"
+            overlay = output / "maps" / f"{name}{number(ref)}_overlay.png"
             with naming_what_to_lower(run.scorer.tiles, ref.shape):
                 image, found = map_page(ref, run, reader, writers, overlay)
             images.append(image)
@@ -258,17 +268,13 @@ def fingerprint_run(run: Run) -> str:
     """SHA-256 of the step and of all files that determine the maps."""
     digest = hashlib.sha256(f"{run.step}".encode())
     for name in ("config.yaml", "preprocessing.json", "calibration.json"):
-        digest.update((run.path / name).read_bytes())
+        digest.update(sha256_of(run.path / name, SEALED_BYTES, run.path).encode())
     return digest.hexdigest()
 
 
 def detections_csv(rows: Sequence[Record]) -> str:
     """Content of detections.csv."""
-    text = io.StringIO()
-    writer: csv.DictWriter[str] = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(CSV_COLUMNS, ([row[name] for name in CSV_COLUMNS] for row in rows))
 
 
 def summarise(run: Run, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:

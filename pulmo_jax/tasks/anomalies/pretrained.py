@@ -1,6 +1,5 @@
 """Reuse of earlier runs: a trained network (`method.base_run`) and fitted statistics (`method.merge_runs`)."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.host.reading import read_json
 from pulmo_jax.methods.base import Accumulated, Method, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
 from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
@@ -158,8 +158,9 @@ def require_new(path: Path, used: dict[Path, set[str]]) -> None:
         InputError: If the run shares images with an earlier one.
     """
     before = load_config(path, TrainConfig, ()).data.train
-    titles = set(json.loads((path / "images.json").read_text())["training"])
-    assert before is not None  # always set in a finished run
+    titles = training_titles(path)
+    if before is None:
+        raise InputError(f"method.merge_runs: the config of {path} names no training images; train it again")
     twice = sorted(used.get(before.resolve(), set()) & titles)
     if twice:
         raise InputError(
@@ -179,13 +180,26 @@ def require_unseen(data: NormalData, base: Pretrained) -> None:
     Raises:
         InputError: If it was.
     """
-    trained = set(json.loads((base.path / "images.json").read_text())["training"])
+    trained = training_titles(base.path)
     seen = sorted(trained & {ref.title for ref in data.validation.images})
     if seen and base.config.data.train == data_root(data.validation):
         raise InputError(
             f"method.base_run={base.path} was trained on {len(seen)} of the {len(data.validation.images)} validation "
             f"images ({seen[0]}, …); give the same seed, data.val_fraction and data.group_regex, or the same data.val"
         )
+
+
+def training_titles(run: Path) -> set[str]:
+    """Titles of the training images of a run. Raises InputError if its images.json is not valid."""
+    path = run / "images.json"
+    try:
+        content = read_json(path, inside=run)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); train the run again") from error
+    titles = content.get("training") if isinstance(content, dict) else None
+    if not isinstance(titles, list) or not all(isinstance(title, str) for title in titles):
+        raise InputError(f"{path}: does not list the training images; train the run again")
+    return set(titles)
 
 
 def data_root(scan: Scan) -> Path:

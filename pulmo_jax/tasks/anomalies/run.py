@@ -1,6 +1,5 @@
 """A finished run of anomaly detection: scorer, thresholds, and the files that store them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from pulmo_jax.data.transforms import Preprocessing, preprocess
 from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibration
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.host.files import write_json
+from pulmo_jax.host.reading import read_json
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
-from pulmo_jax.runs.directory import load_config, restore_sealed, sealed_step
+from pulmo_jax.runs.directory import load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
 from pulmo_jax.tasks.anomalies.config import TrainConfig
@@ -145,9 +145,9 @@ def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Pr
     """
     config, step = load_config(path, TrainConfig, plugins), sealed_step(path, SEALED)
     how = Preprocessing.load(path / "preprocessing.json")
-    method = build_method(config, how)
-    state = restore_sealed(path, step, inference_state(method))
-    return config, how, method, state, step
+    like = shapes_of(path, lambda: inference_state(build_method(config, how)))
+    state = restore_sealed(path, step, like)
+    return config, how, build_method(config, how), state, step
 
 
 def make_scorer(config: TrainConfig, method: Method, params: Params, how: Preprocessing) -> Scorer:
@@ -173,9 +173,11 @@ def load_calibrations(run: Path) -> dict[str, Calibration]:
     """Read the calibrations of the method and the baselines, by name. Raises InputError."""
     path = run / "baselines.json"
     try:
-        baselines = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        baselines = read_json(path, inside=run)
+    except (OSError, InputError) as error:
         raise InputError(f"{path}: cannot be read ({error}); train again") from error
+    if not isinstance(baselines, dict):
+        raise InputError(f"{path}: is not a table of calibrations; train again")
     method = {"method": read_calibration(run / "calibration.json")}
     return method | {name: Calibration.from_json(content, path) for name, content in baselines.items()}
 

@@ -12,7 +12,7 @@ from pulmo_jax.config.verbs import EvaluationConfig
 from pulmo_jax.evaluation.class_metrics import class_figures, figure_difference
 from pulmo_jax.evaluation.metadata_baseline import majority_probabilities, metadata_probabilities
 from pulmo_jax.inference.outputs import as_csv
-from pulmo_jax.reporting.tables import Table, cell, figures_table, markdown_row, metrics_console, metrics_markdown
+from pulmo_jax.reporting.tables import Table, cell, figures_table, metrics_console, metrics_markdown, table_markdown
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
 from pulmo_jax.tasks.classification.config import EvaluateClassesConfig
@@ -275,7 +275,7 @@ def findings_of(
     return Findings(
         title=f"{run.config.name}: {', '.join(run.classes)}",
         metrics=metrics,
-        markdown=metrics_markdown(metrics) + as_markdown(differences),
+        markdown=f"{metrics_markdown(metrics)}\n{table_markdown(differences)}",
         sections=report_sections(run, tested, estimates, shown, options, out_dir, training),
         summary=summarise_training(run, training),
         shown=metrics_console(metrics),
@@ -300,9 +300,3 @@ def difference_table(differences: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(
         "AUROC minus the AUROC of", ["", "difference"], rows, ["Paired bootstrap: the same images are drawn for both."]
     )
-
-
-def as_markdown(table: Table) -> str:
-    """Format a table in Markdown."""
-    lines = [f"\n## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
-    return "\n".join([*lines, *(markdown_row(row) for row in table.rows), *(f"\n{n}" for n in table.notes)]) + "\n"

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from rich.console import Console
 
 from pulmo_jax.data.folds import Fold
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
@@ -19,7 +18,7 @@ from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.sources.store import in_store, is_store, open_store
 from pulmo_jax.data.square_batches import Squares
 from pulmo_jax.data.store_writing import file_sha256, label_of
-from pulmo_jax.host.console import tracker
+from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.tasks.classification.config import ClassifierDataConfig
 from pulmo_jax.types import InputError
 
@@ -108,7 +107,7 @@ def read_classes(
     groups = merge_groups([ref.group for ref in refs], [contents[i] for i in kept], looks[kept], data.near_bits)
     notes = [*left_out(failed), *across_classes(groups, names)]
     for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}")
     return ClassSet(
         tuple(refs),
         classes,
@@ -230,7 +229,7 @@ def settle(failed: Sequence[Skipped], on_error: str, console: Console) -> None:
             "data.on_error=skip)"
         )
     for file in failed:
-        console.print(f"skipped: {file.reason}", markup=False, highlight=False)
+        console.print(f"skipped: {file.reason}")
 
 
 def none_left(failed: Sequence[Skipped]) -> InputError:

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.host.console import printable
 from pulmo_jax.host.files import atomically
 from pulmo_jax.reporting.figures import (
     BLUE,
@@ -322,7 +323,7 @@ def write_saliency_overlay(
 
 def _fitting(line: str, width_px: int, font: ImageFont.FreeTypeFont) -> str:
     """Shorten a long line in its middle."""
-    text = short = " ".join(line.splitlines())
+    text = short = printable(line, keep="")
     while font.getlength(short) > width_px:
         half = len(short) // 2 - 1
         short = f"{text[:half]}…{text[-half:]}"

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from pulmo_jax.config.verbs import PredictConfig
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, fingerprint, index_images
+from pulmo_jax.data.images import ImageRef, Reader, Skipped
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.square_batches import onto_image, square_of, window_of
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.runs.place import Place
-from pulmo_jax.runs.records import Item, Outputs, Record, chunks
+from pulmo_jax.runs.records import Item, Outputs, Record, chunks, list_pages
 from pulmo_jax.tasks.classification.figures import write_saliency_overlay
 from pulmo_jax.tasks.classification.run import ClassifierRun
 from pulmo_jax.types import InputError
@@ -32,23 +32,8 @@ def read(run: ClassifierRun, config: PredictConfig, place: Place) -> tuple[list[
     Returns:
         One item per image, and unusable files.
     """
-    refs, failed = index_images(
-        config.input,
-        max_image_mb=run.config.data.max_image_mb,
-        leave_out=config.output,
-        formats=place.formats,
-    )
-    digest, output = run.digest, config.output
-    items = [
-        Item(
-            name=ref.file_name,
-            refs=(ref,),
-            key=[digest, fingerprint(ref.path)],
-            outputs=(overlay_path(ref, output),),
-        )
-        for ref in refs
-    ]
-    return items, failed
+    limit, digest = run.config.data.max_image_mb, run.digest
+    return list_pages(config, place, limit, digest, lambda name: [overlay_path(name, config.output)])
 
 
 def predict(
@@ -68,7 +53,7 @@ def predict(
     for batch in chunks(items, IMAGES_PER_BATCH):
         item_of = {item.refs[0].title: item for item in batch}
         reader = Reader(run.config.data.max_image_mb, place.formats)
-        done, failed = classify(run, [item.refs[0] for item in batch], config.output, reader)
+        done, failed = classify(run, [item.refs[0] for item in batch], [item.outputs[0] for item in batch], reader)
         yield from ((item_of[file.name], file) for file in failed)
         yield from ((item_of[ref.title], {"filename": ref.title, **values}) for ref, values in done)
 
@@ -88,14 +73,14 @@ def collect(
 
 
 def classify(
-    run: ClassifierRun, refs: Sequence[ImageRef], output: Path, reader: Reader
+    run: ClassifierRun, refs: Sequence[ImageRef], overlays: Sequence[Path], reader: Reader
 ) -> tuple[list[tuple[ImageRef, Record]], list[Skipped]]:
     """Classify images and write their overlays.
 
     Args:
         run: Opened run.
         refs: Images.
-        output: Output folder of the prediction.
+        overlays: Paths of their overlays.
         reader: Reader of the images.
 
     Returns:
@@ -129,12 +114,9 @@ def classify(
                 image = reader.image(ref)
                 where = onto_image(maps[j], image.shape, window_of(image, run.config.data.crop))
                 lines = [ref.title, ", ".join(f"{name} {values[f'p_{name}']:.3f}" for name in run.classes)]
-                write_saliency_overlay(overlay_path(ref, output), to_bytes(image), where, lines)
+                write_saliency_overlay(overlays[places[j]], to_bytes(image), where, lines)
             except InputError as error:
                 return Skipped(ref.title, str(error))
-            except OSError as error:
-                reason = f"cannot be written ({error.strerror or error}); make room there, or give another output"
-                return Skipped(ref.title, f"{overlay_path(ref, output)}: {reason}")
             return ref, values
 
         drawn = list(pool.map(draw, range(len(good))))
@@ -149,9 +131,9 @@ def values_of(run: ClassifierRun, mean: np.ndarray, spread: np.ndarray) -> Recor
     return {"label": run.classes[int(mean.argmax())], **named, **apart}
 
 
-def overlay_path(ref: ImageRef, output: Path) -> Path:
+def overlay_path(name: str, output: Path) -> Path:
     """Path of the overlay of an image."""
-    return output / "overlays" / f"{ref.file_name}.png"
+    return output / "overlays" / f"{name}.png"
 
 
 def as_table(records: Sequence[Record], classes: Sequence[str]) -> str:

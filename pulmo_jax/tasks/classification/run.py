@@ -5,7 +5,6 @@ writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,36 +27,22 @@ from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.classes import Classifier, ClosedForm, Trained
-from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step
+from pulmo_jax.runs.directory import built, digest_of_run, load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
 from pulmo_jax.tasks.classification.results import ClassResult
+from pulmo_jax.tasks.classification.stored import (
+    Member,
+    read_facts,
+    read_images,
+)
 from pulmo_jax.training.members import chunk_sizes, init_members
 from pulmo_jax.training.state import TrainState, averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
 CLASSES, IMAGES = SEALED = ("classes.json", "images.json")
 NETWORKS_PER_PROGRAM = 8  # larger programs take longer to compile than they save
-
-
-@dataclass(frozen=True)
-class Member:
-    """One network of a cross-validation.
-
-    Attributes:
-        repeat: Index of the repeat.
-        fold: Index of the fold.
-        number: Index among the networks of the fold.
-        seed: Seed of all random numbers of its training.
-        leaky: Whether it belongs to the additional random splits, which measure the leakage by copies.
-    """
-
-    repeat: int
-    fold: int
-    number: int
-    seed: int
-    leaky: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +106,7 @@ class ClassifierRun:
     @cached_property
     def images(self) -> list[dict[str, Any]]:
         """Images of the run, each with the networks that were not trained on it (`unseen_by`)."""
-        return json.loads((self.path / IMAGES).read_text())["images"]
+        return read_images(self.path / IMAGES, len(self.scalings))
 
     @property
     def size(self) -> int:
@@ -314,15 +299,12 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> ClassifierRun:
     """
     config, step = load_config(path, ClassifierConfig, plugins), sealed_step(path, SEALED)
     check_nodes(config)
-    facts = json.loads((path / CLASSES).read_text())
-    classes, normal = tuple(facts["classes"]), facts["normal"]
-    method = build_classifier(config, len(classes), normal, tuple(facts["class_weights"]))
-    members = tuple(Member(**member) for member in facts["members"])
-    plan = Plan(members, ())
+    facts = read_facts(path / CLASSES)
+    method = build_classifier(config, len(facts.classes), facts.normal, facts.class_weights)
+    plan = Plan(facts.members, ())
     state = restore(path, method, config, plan, step)
-    scalings = tuple(Scaling(s["scale"], tuple(s["offsets"])) for s in facts["scalings"])
     chunks = honest_chunks(plan, parameters(state))
-    return ClassifierRun(path, config, method, classes, normal, chunks, scalings, step)
+    return ClassifierRun(path, config, method, facts.classes, facts.normal, chunks, facts.scalings, step)
 
 
 def parameters(state: TrainState) -> list[Params]:
@@ -343,16 +325,18 @@ def honest_chunks(plan: Plan, chunks: Sequence[Params]) -> list[Params]:
 def restore(path: Path, method: Classifier, config: ClassifierConfig, plan: Plan, step: int) -> TrainState:
     """Restore the state of all networks for inference."""
     if isinstance(method, Trained):
-        params = jax.eval_shape(lambda: init_members(method, optax.identity(), plan.keys, plan.sizes)).params
+        params = shapes_of(path, lambda: init_members(method, optax.identity(), plan.keys, plan.sizes).params)
         return restore_sealed(path, step, averaged_state(params))
     assert isinstance(method, ClosedForm)  # the config was checked
-    return restore_sealed(path, step, fitted_state(skeleton(method, plan.sizes)), as_written=True)
+    return restore_sealed(path, step, fitted_state(skeleton(built(path, method.skeleton), plan.sizes)))
 
 
-def skeleton(method: ClosedForm, sizes: Sequence[int]) -> list[Params]:
-    """Zero parameters with the structure of the fitted ones, in chunks."""
-    one = method.skeleton()
-    return [jax.tree.map(lambda leaf, size=size: jnp.zeros((size, *leaf.shape), leaf.dtype), one) for size in sizes]
+def skeleton(one: Params, sizes: Sequence[int]) -> list[Params]:
+    """Structure of the fitted parameters in chunks, from that of one network, without values."""
+    return [
+        jax.tree.map(lambda leaf, size=size: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), one)
+        for size in sizes
+    ]
 
 
 def allowed_networks(run: ClassifierRun, found: ClassSet) -> tuple[Bool[np.ndarray, "N M"], int]:

@@ -182,7 +182,7 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
     assert isinstance(method, ClosedForm)  # the config was checked
     return fitting(
         fit=lambda: fit_all(method, data),
-        like=skeleton(method, data.plan.sizes),
+        like=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), skeleton(method.skeleton(), data.plan.sizes)),
         error=validation(method, data),
         identity=identify(config, found, data.plan),
         titles=found.titles,

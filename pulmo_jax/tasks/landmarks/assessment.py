@@ -22,7 +22,7 @@ from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.methods.located import Found
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned
-from pulmo_jax.reporting.tables import Table, cell, markdown_row
+from pulmo_jax.reporting.tables import Table, cell, table_markdown
 from pulmo_jax.reporting.training import training_sections
 from pulmo_jax.runs.directory import citation_of
 from pulmo_jax.runs.place import Place
@@ -260,12 +260,7 @@ def metric_tables(merits: Mapping[str, Any]) -> list[Table]:
 def as_markdown(tables: Sequence[Table]) -> str:
     """Format the tables in Markdown."""
     parts = ["# Landmarks\n\nIn brackets: 95 % bootstrap intervals over groups of images.\n"]
-    for table in tables:
-        lines = [f"## {table.title}\n", markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
-        parts.append(
-            "\n".join([*lines, *(markdown_row(row) for row in table.rows), *(f"\n{n}" for n in table.notes)]) + "\n"
-        )
-    return "\n".join(parts)
+    return "\n".join([*parts, *map(table_markdown, tables)])
 
 
 def for_console(table: Table) -> Grid:

@@ -1,6 +1,5 @@
 """Labelled images of a landmark run: listing, splitting, reading, and resizing to squares."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -8,14 +7,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 
+from pulmo_jax.config.expressions import search
 from pulmo_jax.data.images import ImageRef, index_images
 from pulmo_jax.data.landmark_table import LandmarkTable, read_landmarks, without_row
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.working_images import WorkingImages, read_working
-from pulmo_jax.host.console import tracker
+from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.tasks.landmarks.config import LandmarkDataConfig
 from pulmo_jax.types import InputError
 
@@ -106,7 +105,7 @@ def read_sets(
     given = [table for _, table in tables if table is not None]
     notes = [note for table in given for note in table.notes()] + without_row(given)
     for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}")
     require_apart([(name, table) for name, table in tables if table is not None], data)
     parts: dict[str, tuple[list[ImageRef], np.ndarray]] = {
         name: (list(table.refs), table.points) for name, table in tables if table is not None
@@ -180,7 +179,7 @@ def labelled(
             "skips them)"
         )
     for file in skipped:
-        console.print(f"skipped: {file.reason}", markup=False, highlight=False)
+        console.print(f"skipped: {file.reason}")
     if not working.refs:
         raise InputError(f"none of the {len(refs)} {name} images can be read: {skipped[0].reason}")
     kept = {ref: row for row, ref in enumerate(refs)}
@@ -206,9 +205,7 @@ def classes_of(names: Sequence[str], class_regex: str | None) -> tuple[str, ...]
     if class_regex is None:
         return ("",) * len(names)
     paths = [PurePosixPath(name) for name in names]
-    found = tuple(
-        (match[min(1, match.re.groups)] or "") if (match := re.search(class_regex, path.name)) else "" for path in paths
-    )
+    found = tuple(search("data.class_regex", class_regex, path.name) or "" for path in paths)
     if len(set(found)) == 1:
         folders = tuple(path.parent.name for path in paths)
         found = folders if len(set(folders)) > 1 else found

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, fingerprint, index_images
+from pulmo_jax.data.images import ImageRef, Reader, Skipped
 from pulmo_jax.data.landmark_table import landmarks_csv
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.working_images import read_working
 from pulmo_jax.inference.lung_frames import into_frame, write_image
 from pulmo_jax.methods.located import Found
 from pulmo_jax.runs.place import Place
-from pulmo_jax.runs.records import Item, Outputs, Record, chunks
+from pulmo_jax.runs.records import Item, Outputs, Record, chunks, list_pages
 from pulmo_jax.tasks.landmarks.config import LocateConfig
 from pulmo_jax.tasks.landmarks.figures import LandmarkExample, write_overlay
 from pulmo_jax.tasks.landmarks.run import LandmarkRun
@@ -34,23 +34,12 @@ def read(run: LandmarkRun, config: LocateConfig, place: Place) -> tuple[list[Ite
     Returns:
         One item per image, and unusable files.
     """
-    refs, failed = index_images(
-        config.input,
-        max_image_mb=run.config.data.max_image_mb,
-        leave_out=config.output,
-        formats=place.formats,
-    )
-    digest, output = run.digest, config.output
-    items = [
-        Item(
-            name=ref.file_name,
-            refs=(ref,),
-            key=[digest, fingerprint(ref.path)],
-            outputs=(overlay_path(ref, output), *([aligned_path(ref, output)] if config.aligned else [])),
-        )
-        for ref in refs
-    ]
-    return items, failed
+
+    def outputs_of(name: str) -> list[Path]:
+        aligned = [aligned_path(name, config.output)] if config.aligned else []
+        return [overlay_path(name, config.output), *aligned]
+
+    return list_pages(config, place, run.config.data.max_image_mb, run.digest, outputs_of)
 
 
 def predict(
@@ -82,7 +71,8 @@ def predict(
         if working.refs:
             located = run.find(working)
             reader = Reader(data.max_image_mb, place.formats)
-            problems = draw(run, working.refs, located, config, reader)
+            names = [item_of[ref.title].context for ref in working.refs]
+            problems = draw(run, working.refs, names, located, config, reader)
             for i, (ref, problem) in enumerate(zip(working.refs, problems, strict=True)):
                 record = record_of(ref, i, located) if problem is None else Skipped(ref.title, problem)
                 yield item_of[ref.title], record
@@ -103,13 +93,19 @@ def collect(
 
 
 def draw(
-    run: LandmarkRun, refs: Sequence[ImageRef], located: Found, config: LocateConfig, reader: Reader
+    run: LandmarkRun,
+    refs: Sequence[ImageRef],
+    names: Sequence[str],
+    located: Found,
+    config: LocateConfig,
+    reader: Reader,
 ) -> list[str | None]:
     """Write the overlay and, on request, the aligned copy of every image, in threads.
 
     Args:
         run: Opened run.
         refs: Images.
+        names: Names of their output files.
         located: Predicted landmarks.
         config: Config of `predict`.
         reader: Reader of the images.
@@ -131,9 +127,9 @@ def draw(
         shown = LandmarkExample(
             ref.title, to_bytes(image), located.points[i], located.covariance[i], doubtful=located.low[i]
         )
-        write_overlay(overlay_path(ref, config.output), shown)
+        write_overlay(overlay_path(names[i], config.output), shown)
         if config.aligned:
-            write_image(aligned_path(ref, config.output), into_frame(image, located.points[i], run.frame))
+            write_image(aligned_path(names[i], config.output), into_frame(image, located.points[i], run.frame))
 
     with ThreadPoolExecutor() as threads:
         wrong = list(threads.map(one, range(len(refs))))
@@ -141,14 +137,14 @@ def draw(
     return wrong
 
 
-def aligned_path(ref: ImageRef, output: Path) -> Path:
+def aligned_path(name: str, output: Path) -> Path:
     """Path of the aligned copy of an image."""
-    return output / "aligned" / f"{ref.file_name}.tif"
+    return output / "aligned" / f"{name}.tif"
 
 
-def overlay_path(ref: ImageRef, output: Path) -> Path:
+def overlay_path(name: str, output: Path) -> Path:
     """Path of the overlay of an image."""
-    return output / "overlays" / f"{ref.file_name}.png"
+    return output / "overlays" / f"{name}.png"
 
 
 def record_of(ref: ImageRef, i: int, located: Found) -> Record:

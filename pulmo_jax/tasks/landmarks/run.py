@@ -4,7 +4,6 @@ Prediction and evaluation read config.yaml, landmarks.json, calibration.json, co
 finished.json, which training writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from pulmo_jax.config.nodes import build, build_function, check_model, check_node, find_target
-from pulmo_jax.core.lung_frame import LungFrame, flipped, frame_of, lung_frame
-from pulmo_jax.core.ppca import PPCA
-from pulmo_jax.core.shape_model import ShapeModel, fit_shape_model
+from pulmo_jax.core.lung_frame import LungFrame, flipped, lung_frame
+from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.one_image import ImageLike, one_image
 from pulmo_jax.data.working_images import WorkingImages, working_image
@@ -34,61 +31,34 @@ from pulmo_jax.evaluation.landmark_quality import (
 from pulmo_jax.host.files import atomically, write_json
 from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
 from pulmo_jax.methods.base import Params
-from pulmo_jax.methods.landmark_baselines import Baselines, fit_baselines
+from pulmo_jax.methods.landmark_baselines import fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
 from pulmo_jax.methods.located import ClosedForm, Found, Locator, Trained
-from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step
+from pulmo_jax.runs.directory import (
+    built,
+    digest_of_run,
+    load_config,
+    restore_sealed,
+    sealed_step,
+    shapes_of,
+)
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
 from pulmo_jax.tasks.landmarks.results import LandmarkResult
+from pulmo_jax.tasks.landmarks.stored import (
+    Companions,
+    LandmarkCalibration,
+    read_calibration,
+    read_companions,
+    read_facts,
+)
 from pulmo_jax.training.state import averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
 SEALED = ("landmarks.json", "calibration.json", "companions.npz")
 TINY = 4  # enlargement to the method's input size above which all landmarks of an image are of low quality
 LOW_RATE = 0.02  # nominal rate of validation landmarks, and of validation images, of low quality
-
-
-@dataclass(frozen=True)
-class LandmarkCalibration:
-    """Calibration of the uncertainties on validation images.
-
-    Attributes:
-        covariance_factor: Factor of the covariances by which the 95 % regions contain 95 % of the validation landmarks.
-        std_limits: Standard deviation of each landmark, px of the resized image, above which its quality is low.
-        surprise_limit: Dissimilarity of an image, nats, above which all of its landmarks are of low quality.
-        rate: Upper bound of the rate at which each limit is exceeded on images like the validation images.
-        n_images: Number of validation images.
-        held_out_coverage: Coverage of the 95 % regions by five-fold cross-validation over the groups: each fifth with
-            the factor of the others; None for fewer groups.
-    """
-
-    covariance_factor: FiniteFloat
-    std_limits: tuple[FiniteFloat, ...]
-    surprise_limit: FiniteFloat
-    rate: FiniteFloat
-    n_images: int
-    held_out_coverage: FiniteFloat | None
-
-
-@dataclass(frozen=True)
-class Companions:
-    """Models fitted to the training images, in addition to the parameters of the method.
-
-    Attributes:
-        mirror: Index of the mirrored landmark for each landmark (`mirror_permutation`).
-        shapes: Shape model, px of the resized images.
-        frame: Lung frame.
-        look: Appearance model, by which the dissimilarity of an image to the training images is measured.
-        baselines: Baselines of the landmarks.
-    """
-
-    mirror: tuple[int, ...]
-    shapes: ShapeModel
-    frame: LungFrame
-    look: SurpriseModel
-    baselines: Baselines
 
 
 @dataclass(frozen=True)
@@ -351,36 +321,18 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
     """
     config, step = load_config(path, LandmarkConfig, plugins), sealed_step(path, SEALED)
     check_nodes(config)
-    facts = json.loads((path / "landmarks.json").read_text())
-    mirror = tuple(facts["mirror"])
-    calibration = read_calibration(path / "calibration.json")
-    with np.load(path / "companions.npz", allow_pickle=False) as arrays:
-        of = {
-            part: {n.partition(".")[2]: arrays[n] for n in arrays if n.startswith(part)}
-            for part in ("look", "baselines", "shapes")
-        }
-    shapes = ShapeModel(**{name: jnp.asarray(value) for name, value in of["shapes"].items()})
-    smoothing_px = float(of["look"].pop("smoothing_px"))
-    distribution = PPCA(**{name: jnp.asarray(value) for name, value in of["look"].items()})
-    frame = frame_of(np.array(facts["frame_points"]), facts["frame_px"])
-    look = SurpriseModel(distribution, smoothing_px)
-    companions = Companions(mirror, shapes, frame, look, Baselines(**of["baselines"]))
+    facts = read_facts(path / "landmarks.json")
+    calibration = read_calibration(path / "calibration.json", len(facts.mirror))
+    companions = read_companions(path, facts)
     method = build_locator(config, companions)
-    params = restore(path, method, config, len(mirror), step)
-    return LandmarkRun(path, config, method, params, step, companions, calibration, locator(method, params))
+    params = restore(path, method, config, len(facts.mirror), step)
+    locate = built(path, lambda: locator(method, params, trace=not isinstance(method, Trained)))
+    return LandmarkRun(path, config, method, params, step, companions, calibration, locate)
 
 
 def restore(path: Path, method: Locator, config: LandmarkConfig, n_landmarks: int, step: int) -> Params:
-    """Restore the parameters for inference."""
+    """Restore the parameters for inference. Raises InputError."""
     if isinstance(method, Trained):
-        return restore_sealed(path, step, averaged_state(jax.eval_shape(method.init))).ema
+        return restore_sealed(path, step, averaged_state(shapes_of(path, method.init))).ema
     assert isinstance(method, ClosedForm)  # the config was checked
     return restore_sealed(path, step, fitted_state(method.skeleton(n_landmarks)), as_written=True).params
-
-
-def read_calibration(path: Path) -> LandmarkCalibration:
-    """Read calibration.json. Raises InputError."""
-    try:
-        return TypeAdapter(LandmarkCalibration).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise InputError(f"{path}: is not a valid landmark calibration; train again") from error

@@ -30,7 +30,6 @@ from pulmo_jax.tasks.landmarks.config import LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import LandmarkSets, describe_sets, read_sets
 from pulmo_jax.tasks.landmarks.figures import LandmarkExample, gallery
 from pulmo_jax.tasks.landmarks.run import (
-    Companions,
     LandmarkRun,
     build_locator,
     check_nodes,
@@ -39,6 +38,7 @@ from pulmo_jax.tasks.landmarks.run import (
     save_run,
     working_size,
 )
+from pulmo_jax.tasks.landmarks.stored import Companions
 from pulmo_jax.training import devices
 from pulmo_jax.training.program import compile_step
 from pulmo_jax.training.state import TrainState, init_state, make_step

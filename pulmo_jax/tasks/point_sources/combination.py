@@ -15,7 +15,7 @@ from pulmo_jax.runs.directory import provenance, save_config
 from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.point_sources.combination_reading import LAST, caveats_of, open_epochs
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, write_combined_report
-from pulmo_jax.tasks.point_sources.combination_results import clear, detections_csv, orbits_csv, summarise, write_maps
+from pulmo_jax.tasks.point_sources.combination_results import detections_csv, orbits_csv, summarise, write_maps
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 
 
@@ -35,20 +35,20 @@ def combine_runs(config: DetectConfig, place: Place) -> int:
     began, console, out_dir = time.monotonic(), place.console, place.folder
     epochs = open_epochs(config)
     plan = plan_of(config)
-    console.print(f"{len(epochs)} epochs: " + ", ".join(e.label for e in epochs), highlight=False)
+    console.print(f"{len(epochs)} epochs: " + ", ".join(e.label for e in epochs))
     caveats = caveats_of(epochs, config)
     for caveat in caveats:
-        console.print(f"note: {caveat}", highlight=False)
+        console.print(f"note: {caveat}")
     with jax.enable_x64(True):
         combined = combine(
             [e.map for e in epochs],
             [e.null for e in epochs],
             epochs[0].fwhm_px,
             plan,
-            say=lambda text: console.print(text, highlight=False),
+            say=console.print,
         )
         result = CombinedResult(config, epochs, combined, plan, (*caveats, *combined.caveats))
-        clear(out_dir)
+        place.clear()
         write_maps(result, out_dir)
         write_text(out_dir / "detections.csv", detections_csv(result))
         if plan.star is not None:
@@ -58,9 +58,7 @@ def combine_runs(config: DetectConfig, place: Place) -> int:
         save_config(config, out_dir / "config.yaml")
         write_combined_report(result, out_dir, console)
     n = len(combined.found)
-    console.print(
-        f"{n} source{'s' * (n != 1)}, {time.monotonic() - began:.0f} s; see {out_dir / LAST}", highlight=False
-    )
+    console.print(f"{n} source{'s' * (n != 1)}, {time.monotonic() - began:.0f} s; see {out_dir / LAST}")
     return n
 
 

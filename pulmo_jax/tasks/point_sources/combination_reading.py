@@ -1,16 +1,17 @@
 """Reading of finished runs of `detect` as epochs in common units."""
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from astropy.io import fits
 from jaxtyping import Float
-from omegaconf import OmegaConf
 
 from pulmo_jax.data.arrays import read_array
 from pulmo_jax.evaluation.null_field import null_profile, separation_map
+from pulmo_jax.host.reading import open_regular, read_yaml
 from pulmo_jax.methods.paco.epochs import EpochMap
 from pulmo_jax.tasks.point_sources.combination_report import Epoch
 from pulmo_jax.tasks.point_sources.config import DetectConfig, EpochsConfig, StackConfig
@@ -58,7 +59,7 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
         InputError: If a run cannot be used.
     """
     options = config.epochs
-    runs = [open_run(i, path) for i, path in enumerate(options.runs or ())]
+    runs = [open_run(i, path, config.data.max_image_mb * 2**20) for i, path in enumerate(options.runs or ())]
     dates = dates_of(runs, options)
     scales = scales_of(runs, options)
     check_alike(runs)
@@ -84,7 +85,7 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
     return epochs
 
 
-def open_run(i: int, path: Path) -> OpenedRun:
+def open_run(i: int, path: Path, max_bytes: int) -> OpenedRun:
     where = f"epochs.runs.{i}={path}"
     missing = [name for name in (*(f"{m}.fits" for m in MAPS), "metrics.json", LAST) if not (path / name).is_file()]
     if "a.fits" in missing or "b.fits" in missing or LAST in missing or "metrics.json" in missing:
@@ -97,7 +98,7 @@ def open_run(i: int, path: Path) -> OpenedRun:
             f"{where}: no {missing[0]} there; the run was made with an earlier version of pulmo_jax, run detect again"
         )
     data = stack_config(path)
-    maps = {name: read_array(path / f"{name}.fits", (2,), description=f"the map {name}").astype(float) for name in MAPS}
+    maps = {name: read_map(path, name, max_bytes) for name in MAPS}
     for name, image in maps.items():
         if image.shape != maps["a"].shape:
             raise InputError(f"{path / name}.fits: {image.shape} px, a.fits {maps['a'].shape}; run detect again")
@@ -108,22 +109,35 @@ def open_run(i: int, path: Path) -> OpenedRun:
         centre, fwhm = (float(header["CENTERY"]), float(header["CENTERX"])), float(header["PSFFWHM"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path / 'a.fits'}: its header is incomplete ({error}); run detect again") from None
+    sides = maps["a"].shape
+    if not (0 < fwhm <= max(sides) and all(-side <= c <= 2 * side for c, side in zip(centre, sides, strict=True))):
+        raise InputError(f"{path / 'a.fits'}: the star is at {centre} px, its FWHM {fwhm} px; run detect again")
     scale, mjd = data.pixel_scale, header.get("MJD-OBS")
-    return OpenedRun(
-        path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd if isinstance(mjd, float) else None
-    )
+    mjd = mjd if isinstance(mjd, float) and isfinite(mjd) else None
+    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd)
+
+
+def read_map(path: Path, name: str, max_bytes: int) -> Float[np.ndarray, "H W"]:
+    """Read a map of a run. Raises InputError if it is no image of at most `max_bytes`, or lies outside of the run."""
+    file = path / f"{name}.fits"
+    open_regular(file, path).close()
+    return read_array(file, (2,), max_bytes=max_bytes, description=f"the map {name}").astype(float)
 
 
 def stack_config(path: Path) -> StackConfig:
     """Keys of a run that define units and orientation of its maps; its input files need not exist any more."""
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=False)
-        return StackConfig.model_validate({key: values["data"][key] for key in SKY_KEYS})
+        values: Any = read_yaml(path / "config.yaml", inside=path)
+        data = StackConfig.model_validate({key: values["data"][key] for key in SKY_KEYS})
+        numbers = [getattr(data, key) for key in SKY_KEYS if isinstance(getattr(data, key), float)]
+        if not all(map(isfinite, numbers)):
+            raise ValueError("a number is not finite")
     except Exception as error:
-        first = str(error).splitlines()[0]
+        first = str(error).partition("\n")[0][:300]
         raise InputError(
             f"{path / 'config.yaml'}: is not a valid config of detect ({first}); run detect again"
         ) from None
+    return data
 
 
 def dates_of(runs: list[OpenedRun], options: EpochsConfig) -> list[float] | None:

@@ -10,10 +10,10 @@ import numpy as np
 import rich.box
 import rich.table
 from jaxtyping import Float
-from rich.console import Console
 
 from pulmo_jax.core.kepler import Orbit, period_days, sky_position
 from pulmo_jax.evaluation.field_threshold import FieldThreshold
+from pulmo_jax.host.console import Console
 from pulmo_jax.inference.epochs import Combined, Plan, Track
 from pulmo_jax.methods.paco.epochs import EpochMap, Star
 from pulmo_jax.reporting import figures

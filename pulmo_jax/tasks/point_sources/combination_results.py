@@ -11,20 +11,11 @@ from pulmo_jax.core.kepler import Orbit, period_days
 from pulmo_jax.inference.epochs import Track
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
-from pulmo_jax.tasks.point_sources.combination_reading import LAST
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult
 
-OUTPUTS = ("criterion.fits", "snr_combined.fits", "detections.csv", "orbits.csv", "metrics.json", LAST)
 FULL_TURN = 360.0
 PERCENTILES = (16, 50, 84)
 NULLS = ("reversed_angles", "own_maps")
-
-
-def clear(out_dir: Path) -> None:
-    for name in OUTPUTS:
-        (out_dir / name).unlink(missing_ok=True)
-    for figure in (out_dir / "figures").glob("*"):
-        figure.unlink()
 
 
 def write_maps(result: CombinedResult, out_dir: Path) -> None:

@@ -78,6 +78,9 @@ class StackConfig(Section):
     star_flux: Float | None = Field(
         default=None, gt=0, description="flux of the star in units of the normalised PSF, for contrasts; null: unknown"
     )
+    max_image_mb: Int = Field(
+        default=32768, ge=1, description="largest accepted array of a file, MiB; it must also fit into the free memory"
+    )
     synthetic: SyntheticConfig = SyntheticConfig()
 
     @model_validator(mode="after")

@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.evaluation.contrast import Contrast, contrast_curve
-from pulmo_jax.host.console import tracker
+from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.point_sources import Search, find_sources
 from pulmo_jax.methods.paco import Settings
@@ -28,7 +27,6 @@ from pulmo_jax.tasks.point_sources.figures import detection_maps
 from pulmo_jax.tasks.point_sources.reading import load, naming, observe, synthetic_stack
 from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.tasks.point_sources.results import (
-    clear,
     contrast_csv,
     detections_csv,
     likelihood_maps,
@@ -128,7 +126,7 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
 def write(result: Result, search: Search, place: Place, seconds: float) -> None:
     """Write maps, tables and metrics, then the report."""
     config, folder = result.config, place.folder
-    clear(folder)
+    place.clear()
     write_maps(result, search, folder)
     write_text(folder / "detections.csv", detections_csv(search.sources, config.data))
     if len(result.channels.each) > 1:

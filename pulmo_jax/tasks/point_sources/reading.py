@@ -47,7 +47,7 @@ def load(data: StackConfig) -> SpectralStack:
     cube, angles, psf = data.cube, data.angles, data.psf
     if cube is None or angles is None or psf is None:
         raise AssertionError("the config guarantees all three or none")
-    return load_channels(cube, angles, psf, data.wavelengths, data.spectrum)
+    return load_channels(cube, angles, psf, data.wavelengths, data.spectrum, data.max_image_mb * 2**20)
 
 
 def synthetic_stack(config: DetectConfig) -> SyntheticSpectralStack:
@@ -58,5 +58,10 @@ def synthetic_stack(config: DetectConfig) -> SyntheticSpectralStack:
     return (
         made
         if spectrum is None
-        else replace(made, stack=replace(made.stack, spectra=load_spectra(spectrum, options.channels)))
+        else replace(
+            made,
+            stack=replace(
+                made.stack, spectra=load_spectra(spectrum, options.channels, config.data.max_image_mb * 2**20)
+            ),
+        )
     )

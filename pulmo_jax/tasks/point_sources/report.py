@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import rich.box
 import rich.table
-from rich.console import Console
 
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import SpectralStack
 from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.evaluation.null_field import null_values
+from pulmo_jax.host.console import Console
 from pulmo_jax.inference.point_sources import Search
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.reporting import figures

@@ -18,15 +18,6 @@ from pulmo_jax.tasks.point_sources.report import Result
 from pulmo_jax.types import PointSource
 
 
-def clear(out_dir: Path) -> None:
-    """Remove the results of an earlier run in the same folder."""
-    names = [f"{name}.fits" for name in MEANINGS]
-    for name in (*names, "detections.csv", "spectra.csv", "contrast.csv", "metrics.json", "report.html"):
-        (out_dir / name).unlink(missing_ok=True)
-    for figure in (out_dir / "figures").glob("*"):
-        figure.unlink()
-
-
 def likelihood_maps(result: Result, search: Search) -> dict[str, np.ndarray]:
     """All maps of a search.
 

@@ -17,7 +17,7 @@ from pulmo_jax.tasks.anomalies import prediction
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.prediction import MAPS, map_file
 from pulmo_jax.tasks.anomalies.run import Run
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, OutputError
 
 
 def run_on(folder, dtype: str, channels: int = 1) -> Run:
@@ -107,7 +107,7 @@ def test_a_writer_that_fails_is_heard_of(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(prediction, "write_overlay", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="^the disk is full: "):
         map_file(refs, "a", run_on(tmp_path, "uint8"), Reader(), tmp_path / "out")
     assert list((tmp_path / "out" / "maps").iterdir()) == []
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from rich.console import Console
 
 from pulmo_jax.data import scratch
 from pulmo_jax.data.store_writing import ingest_folder
+from pulmo_jax.host.console import Console
 from pulmo_jax.host.lock import claim
 from pulmo_jax.tasks.classification.config import ClassifierDataConfig
 from pulmo_jax.tasks.classification.data import class_counts, digest_of, metadata_features, read_classes

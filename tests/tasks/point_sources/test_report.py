@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.geometry import frame_position
@@ -19,6 +18,7 @@ from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import parallactic_angles, synthetic_psf
 from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.evaluation.null_field import null_profile
+from pulmo_jax.host.console import Console
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum
 from pulmo_jax.methods.paco import LikelihoodMaps
 from pulmo_jax.methods.paco.channels import observe_channels
