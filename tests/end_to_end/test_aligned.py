@@ -9,9 +9,9 @@ import tifffile
 from PIL import Image
 from references import child
 from references.chest_phantoms import phantom, write_set
-from rich.console import Console
 
 from pulmo_jax.data.images import index_images
+from pulmo_jax.host.console import Console
 from pulmo_jax.tasks.anomalies.aligning import Masks, align_folder
 from pulmo_jax.tasks.landmarks.run import open_run
 from pulmo_jax.types import InputError

@@ -73,7 +73,7 @@ def test_ingest_tells_what_it_did_and_what_is_wrong(folders, tmp_path):
         "1 images decoded, 1 already present or duplicates, 1 failed; the store contains 2 images in 1 groups" in text
     )
     assert "cut.png" in text
-    assert sorted(path.name for path in store.parent.iterdir()) == ["metadata.json", "s.h5"]
+    assert sorted(path.name for path in store.parent.iterdir()) == ["s.h5", "s.h5.json"]
     assert "2 of 2 images are intact" in call("pulmo_jax.ingest", f"output={store}", "verify=true")
     assert "input must be given" in call("pulmo_jax.ingest", f"output={store}", status=2)
     (tmp_path / "text.h5").write_text("nothing")

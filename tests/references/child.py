@@ -74,14 +74,20 @@ def run(
 
     draw: whether figures are drawn (half of the time of a report); else their files hold a small picture.
     """
+    return expect(status, attempt(module, *arguments, env=env, cwd=cwd, draw=draw))
+
+
+def attempt(
+    module: str, *arguments: Any, env: dict[str, Any] | None = None, cwd: Path | None = None, draw: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments` to its end, from a fork, whatever its exit status (see `run`)."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         for file in (out, err):
             file.touch()
         request = {"module": module, "arguments": [*map(str, arguments)], "env": environment(**(env or {})),
                    "cwd": str(cwd or Path.cwd()), "draw": draw, "out": str(out), "err": str(err)}  # fmt: skip
-        done = subprocess.CompletedProcess([module, *arguments], ask(request), out.read_text(), err.read_text())
-    return expect(status, done)
+        return subprocess.CompletedProcess([module, *arguments], ask(request), out.read_text(), err.read_text())
 
 
 @functools.cache

@@ -8,8 +8,8 @@ from unittest.mock import Mock
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
+from pulmo_jax.host.console import Console
 from pulmo_jax.training.callbacks import Event, Start
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.state import TrainState
