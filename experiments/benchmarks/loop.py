@@ -39,8 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
-from rich.console import Console
 
+from pulmo_jax.host.console import Console
 from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.methods.classifier import ClassifierNetwork
 from pulmo_jax.models.autoencoder import ConvAutoencoder

@@ -9,7 +9,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 
 FIGURES = ("ap", "auroc", "aupro", "dice", "best_dice")
 
@@ -17,7 +16,7 @@ FIGURES = ("ap", "auroc", "aupro", "dice", "best_dice")
 def main() -> None:
     groups: dict[str, list[dict]] = defaultdict(list)
     for path in sorted(Path(sys.argv[1]).glob("*/metrics.json")):
-        overrides = OmegaConf.load(path.parent / ".hydra" / "overrides.yaml")
+        overrides = json.loads((path.parent / "job.json").read_text())["overrides"]
         setting = ", ".join(o for o in overrides if not o.startswith(("seed=", "+experiment="))) or "default"
         groups[setting].append(json.loads(path.read_text()))
     print("| setting | seeds | " + " | ".join(FIGURES) + " | highest pixel in the nodule | training s |")
