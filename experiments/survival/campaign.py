@@ -3,12 +3,12 @@
     python experiments/survival/campaign.py kills [--kills 200] [--verbs predict ingest detect evaluate sweep]
     python experiments/survival/campaign.py places [--runs 100]       # full disks need root, for a tmpfs of its own
 
-`kills`: a chain is one command, killed (SIGKILL) up to 8 times at times drawn uniformly over its length (the first
-time) or half of it, and then allowed to finish. `places`: a command writes to a disk that is full at a random byte, to a read-only one, or under a
-limit on the size of files; it must end with status 2 and one line that names a path on that disk (or with status 0, if
-its files fit), and must finish once the disk has room. At the end, the folder must hold the same files as that of an
-undisturbed command, with equal bytes. Files that differ between two undisturbed commands, because they contain times,
-must exist. Writes campaign_kills.json or campaign_places.json beside this file.
+`kills`: a chain is one command, killed (SIGKILL) up to 8 times, at times drawn uniformly over its length (the first
+time) or over half of it, and then allowed to finish. `places`: a command writes to a disk that is full at a random
+byte, to a read-only one, or under a limit on the size of files; it must end with status 2 and one line that names a
+path on that disk (or with status 0, if its files fit), and must finish once the disk has room. At the end, the folder
+must hold the same files as that of an undisturbed command, with equal bytes. Files that differ between two undisturbed
+commands, because they contain times, must exist. Writes campaign_kills.json or campaign_places.json beside this file.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from references.chest_phantoms import phantom, write_set
 
 from pulmo_jax.data.images import index_images
 from pulmo_jax.host.console import Console
+from pulmo_jax.host.outputs import output_folder
 from pulmo_jax.tasks.anomalies.aligning import Masks, align_folder
 from pulmo_jax.tasks.landmarks.run import open_run
 from pulmo_jax.types import InputError
@@ -98,7 +99,8 @@ def test_nothing_is_warped_twice_and_nothing_stays_of_images_that_are_gone(landm
     run = open_run(landmarks)
 
     def align():
-        return align_folder(run, inside, out, "images", Masks(), 64, Console(quiet=True))
+        with output_folder(out, "predict"):
+            return align_folder(run, inside, out, "images", Masks(), 64, Console(quiet=True))
 
     first, failed = align()
     assert [image.name for image in first] == ["a.png.tif", "gone.png.tif", "two.tif.tif"]
