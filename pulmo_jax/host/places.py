@@ -80,7 +80,7 @@ def naming_place(path: Path) -> Iterator[None]:
         number = number_of(error)
         if number is not None:
             raise OutputError(sentence(path, number)) from error
-        if not isinstance(error, OSError) and "null byte" not in str(error):
+        if not isinstance(error, OSError) and "embedded null" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or str(error)
         hint = "" if reason == str(error) and isinstance(error, OSError) else "; rename the file that it is named after"
