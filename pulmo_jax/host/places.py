@@ -10,7 +10,7 @@ from pulmo_jax.types import InputError, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO, errno.ENODEV)
-WORDS = (*FULL, errno.EROFS)  # recognised by their description, where a library keeps only that
+DESCRIBED = (*FULL, errno.EROFS)  # recognised by their description, too, where a library keeps only that
 SHORT_WRITE = " requested and "  # numpy's tofile: "N requested and M written"
 
 
@@ -28,7 +28,7 @@ def number_of(error: BaseException | None, numbers: tuple[int, ...] = (*FULL, *F
     while error is not None and error not in visited:
         text = str(error)
         number = getattr(error, "errno", None)
-        quoted = [n for n in numbers if f"errno = {n}," in text or (n in WORDS and os.strerror(n) in text)]
+        quoted = [n for n in numbers if f"errno = {n}," in text or (n in DESCRIBED and os.strerror(n) in text)]
         found = [number] if number in numbers else quoted
         if found:
             return found[0]

@@ -46,7 +46,7 @@ class Item:
 
     @property
     def files(self) -> list[Path | None]:
-        """Its image files, each followed by the foreground mask, if any."""
+        """Its image files and their foreground masks, each once; None stands for no mask."""
         return list(dict.fromkeys(path for ref in self.refs for path in (ref.path, ref.mask)))
 
 
