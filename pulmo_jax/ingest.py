@@ -41,6 +41,7 @@ def ingest(config: IngestConfig, _: Path) -> None:
         return verify(config.output)
     if config.input is None:
         raise InputError("input must be given: input=FOLDER, or verify=true to check an existing store")
+    from pulmo_jax.data.sources.listing import describe_left_out
     from pulmo_jax.data.store_writing import ingest_folder
     from pulmo_jax.runs.place import build_formats
 
@@ -63,6 +64,8 @@ def ingest(config: IngestConfig, _: Path) -> None:
             tracker=partial(tracker, console),
         )
     console.print(f"{summary(done)}, {time.monotonic() - began:.0f} s; see {target}")
+    if done.left_out:
+        console.print(f"left out, because they hold no image: {describe_left_out(done.left_out)}")
     for line in warnings(done):
         console.print(f"warning: {line}")
     for file in done.failed:

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 from pulmo_jax.config.expressions import ExpressionError, search
-from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, list_images, open_source
+from pulmo_jax.data.masks import Rule, find_rule
+from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, open_source, survey
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
-from pulmo_jax.data.sources.source import decoding
+from pulmo_jax.data.sources.listing import describe_left_out
+from pulmo_jax.data.sources.source import NoImageError, decoding
 from pulmo_jax.data.sources.store import Store, in_store, is_store, open_store
-from pulmo_jax.host.console import printable
-from pulmo_jax.types import ImageTags, InputError, Source, Window
+from pulmo_jax.host.console import complain, printable
+from pulmo_jax.types import ImageTags, InputError, Say, Source, Window
 
 MEBIBYTE = 2**20
+MASK_ENDINGS = ("_mask", "_segmentation", "_seg", "_label", "_labels", "_gt")
 OPEN_FILES_PER_THREAD = 32
 OPEN_BYTES_PER_THREAD = 16 * MEBIBYTE  # an open file may cache its last decoded page
 
@@ -40,6 +44,8 @@ class ImageRef:
         dtype: Data type of the pixels, such as "uint16".
         group: Images of one group, such as a patient, stay on one side of every split.
         mask: File of the foreground mask; None means that the whole image is foreground.
+        stored_dtype: Data type of the samples in the file, if it declares missing pixels and `dtype` is therefore a
+            float; "" if it is `dtype`.
     """
 
     folder: Path
@@ -50,6 +56,12 @@ class ImageRef:
     dtype: str
     group: str
     mask: Path | None = None
+    stored_dtype: str = ""
+
+    @property
+    def scale(self) -> str:
+        """The dtype whose range the intensities have, which images of a run share (see `same_scale`)."""
+        return self.stored_dtype or self.dtype
 
     @property
     def path(self) -> Path:
@@ -100,6 +112,7 @@ def index_images(
     require_masks: bool = False,
     leave_out: Path | None = None,
     formats: Sequence[Format] = (),
+    say: Say | None = None,
 ) -> tuple[list[ImageRef], list[Skipped]]:
     """Read the header of every image in a folder, a store or a single file, sorted by name.
 
@@ -112,6 +125,7 @@ def index_images(
         require_masks: Skip an image without a mask, instead of taking all of it as foreground.
         leave_out: Folder whose files are not listed, such as the results of an earlier call.
         formats: User-defined image formats, in addition to the built-in ones.
+        say: Takes one line about the files that hold no image, if there are any.
 
     Returns:
         One reference per page, and the files that cannot be read with the reason. The caller decides whether
@@ -124,7 +138,9 @@ def index_images(
     suffixes = image_suffixes(formats)
     store = open_store(folder) if find_format(folder, formats) is None and is_store(folder) else None
     root = folder if folder.is_dir() or store else folder.parent
-    names = stored_names(store) if store else listed_names(folder, root, leave_out, formats)
+    listing = None if store else survey(folder, formats, leave_out)
+    names = stored_names(store) if store else [path.relative_to(root).as_posix() for path in listing.images]
+    left_out = Counter(listing.left_out if listing else ())
     with decoding(masks or root):
         mask_paths = find_masks(masks, names, suffixes)
     refs, skipped, limit = [], [], max_image_mb * MEBIBYTE
@@ -136,21 +152,30 @@ def index_images(
             mask = mask_paths[name]
             if mask is None and require_masks:
                 raise InputError(f"{path}: there is no mask {masks}/{name}, nor one with another image suffix")
-            pages, shape, dtype, group = store.header(name, limit) if store else read_header(root, name, limit, formats)
+            header = (*store.header(name, limit), "") if store else read_header(root, name, limit, formats)
+            pages, shape, dtype, group, stored = header
             if group_regex is not None:
                 group = extract_group(name, group_regex, suffixes)
             name, shape, dtype, group = (interned.setdefault(value, value) for value in (name, shape, dtype, group))
-            refs += [ImageRef(root, name, page, pages, shape, dtype, group, mask) for page in range(pages)]
+            refs += [ImageRef(root, name, page, pages, shape, dtype, group, mask, stored) for page in range(pages)]
         except ExpressionError:
             raise
+        except NoImageError as error:
+            if not folder.is_dir():
+                raise
+            left_out[error.content] += 1
         except InputError as error:
             skipped.append(Skipped(name, str(error)))
+    if left_out and say is not None:
+        say(f"{folder}: {len(names)} image files; left out: {describe_left_out(left_out)}")
+    if not refs and not skipped:
+        raise InputError(f"{folder}: holds no images, only {describe_left_out(left_out)}; give another folder")
     return refs, skipped
 
 
 def read_header(
     folder: Path, name: str, max_bytes: int, formats: Sequence[Format] = ()
-) -> tuple[int, tuple[int, int, int], str, str]:
+) -> tuple[int, tuple[int, int, int], str, str, str]:
     """Read the header of an image file.
 
     Args:
@@ -160,18 +185,12 @@ def read_header(
         formats: User-defined image formats.
 
     Returns:
-        Number of pages, shape (H, W, C), dtype and default group (the name).
+        Number of pages, shape (H, W, C), dtype, default group (the name), and stored dtype if it is another.
     """
     with open_source(folder / name, max_bytes=max_bytes, formats=formats) as source:
         pages, height, width, bands = source.shape
-        return pages, (height, width, bands), source.dtype.name, name
-
-
-def listed_names(folder: Path, root: Path, leave_out: Path | None, formats: Sequence[Format] = ()) -> list[str]:
-    """List the images of a folder relative to `root`, without those below `leave_out`."""
-    left_out, images = leave_out and leave_out.resolve(), list_images(folder, formats)
-    paths = (path for path in images if left_out is None or left_out not in path.resolve().parents)
-    return [path.relative_to(root).as_posix() for path in paths]
+        stored = "" if source.stored_dtype is None else source.stored_dtype.name
+        return pages, (height, width, bands), source.dtype.name, name, stored
 
 
 def stored_names(store: Store) -> list[str]:
@@ -286,8 +305,9 @@ def find_masks(
         suffixes: Image suffixes (see `sources.image_suffixes`).
 
     Returns:
-        For each image the mask with the same relative name, or else the mask with the same file name if only one
-        image has that file name; None if there is neither.
+        For each image the mask with the same relative name and any image suffix in any case, else one with "_mask" or
+        another of MASK_ENDINGS appended; else the mask with the same file name in the same way, if only one image has
+        that file name; None if there is none.
     """
     counts = Counter(stem(name.rpartition("/")[2], suffixes) for name in names)
 
@@ -300,7 +320,7 @@ def find_masks(
 
 
 def find_mask(folder: Path | None, name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Path | None:
-    """Find the file with the same relative name, or with the same stem and another image suffix.
+    """Find the file with the same relative name, or with the same stem and another image suffix (see `find_masks`).
 
     Args:
         folder: Folder to search; None for no folder.
@@ -309,14 +329,47 @@ def find_mask(folder: Path | None, name: str, suffixes: tuple[str, ...] = IMAGE_
 
     Returns:
         The file; None if there is none.
+
+    Raises:
+        InputError: Several files are equally close, such as x.png and x.tif.
     """
     if folder is None:
         return None
     exact = folder / name
     if exact.is_file():
         return exact
-    candidates = (folder / (stem(name, suffixes) + suffix) for suffix in suffixes)
-    return next((path for path in candidates if path.is_file()), None)
+    inside, _, file_name = name.rpartition("/")
+    wanted = stem(file_name, suffixes)
+    found = masks_in(folder / inside, suffixes)
+    for ending in ("", *MASK_ENDINGS):
+        candidates = found.get(wanted + ending, ())
+        if len(candidates) > 1:
+            raise InputError(
+                f"{folder / inside}: {' and '.join(path.name for path in candidates)} may both be the mask of {name}; "
+                "keep one of them"
+            )
+        if candidates:
+            return candidates[0]
+    return None
+
+
+def masks_in(folder: Path, suffixes: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
+    """The image files of a folder of masks by their name without the suffix; listed once while it does not change."""
+    try:
+        changed = folder.stat().st_mtime_ns
+    except OSError:
+        return {}
+    return _masks_in(folder, suffixes, changed)
+
+
+@lru_cache(maxsize=64)
+def _masks_in(folder: Path, suffixes: tuple[str, ...], _changed: int) -> dict[str, tuple[Path, ...]]:
+    found: dict[str, tuple[Path, ...]] = {}
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if (bare := stem(entry.name, suffixes)) != entry.name and entry.is_file():
+                found[bare] = (*found.get(bare, ()), folder / entry.name)
+    return found
 
 
 def stem(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
@@ -341,7 +394,9 @@ class Reader:
 
     def __init__(self, max_image_mb: int = 2048, formats: Sequence[Format] = ()):
         self.max_image_mb, self.formats = max_image_mb, check_formats(formats)
-        self._sources: dict[int, OrderedDict[Path, Source]] = {}  # by thread
+        self._sources: dict[int, OrderedDict[tuple[Path, bool], Source]] = {}  # by thread
+        self._rules: dict[tuple[Path, str], Rule] = {}  # of masks, by path and fingerprint
+        self._notes: set[str] = set()  # that were printed
         weakref.finalize(self, _close_all, self._sources)
 
     def __getstate__(self) -> dict:
@@ -386,13 +441,14 @@ class Reader:
         """
         if ref.mask is None:
             return None
-        source = self._open(ref.mask)
+        source = self._open(ref.mask, as_stored=True)
         if source.shape[1:3] != ref.shape[:2] or source.shape[0] not in (1, ref.pages):
             raise InputError(
                 f"{ref.mask}: the mask is {source.shape} (pages, H, W, C), its image {ref.path.name} has "
                 f"{ref.pages} pages of {ref.shape[:2]}; they must agree (a mask of one page applies to all pages)"
             )
-        return np.any(source.read(min(ref.page, source.shape[0] - 1), window), axis=-1)
+        rule = self._rule(ref.mask, source)
+        return rule(source.read(min(ref.page, source.shape[0] - 1), window))
 
     def tags(self, ref: ImageRef) -> ImageTags:
         """Read the resolution and georeference of an image.
@@ -408,16 +464,29 @@ class Reader:
         """
         return self._open(ref.path).tags
 
-    def _open(self, path: Path) -> Source:
+    def _open(self, path: Path, as_stored: bool = False) -> Any:
         cache = self._sources.setdefault(threading.get_ident(), OrderedDict())
-        if path not in cache:
-            cache[path] = open_source(path, max_bytes=self.max_image_mb * MEBIBYTE, formats=self.formats)
+        key = path, as_stored
+        if key not in cache:
+            max_bytes = self.max_image_mb * MEBIBYTE
+            cache[key] = open_source(path, max_bytes=max_bytes, formats=self.formats, as_stored=as_stored)
             while len(cache) > 1 and (
                 len(cache) > OPEN_FILES_PER_THREAD or sum(map(page_bytes, cache.values())) > OPEN_BYTES_PER_THREAD
             ):
                 cache.popitem(last=False)[1].close()
-        cache.move_to_end(path)
-        return cache[path]
+        cache.move_to_end(key)
+        return cache[key]
+
+    def _rule(self, path: Path, source: Any) -> Rule:
+        """The rule of a mask, found once; each kind of note is printed once."""
+        key = path, str(fingerprint(path))
+        if key not in self._rules:
+            with decoding(path):
+                self._rules[key], note = find_rule(path, source)
+            if note and note not in self._notes:
+                self._notes.add(note)
+                complain(f"note: {path}: {note}. Masks of this kind are all read so.")
+        return self._rules[key]
 
     def close(self) -> None:
         """Close all files. No thread may be reading; files reopen on demand."""
@@ -429,12 +498,7 @@ def page_bytes(source: Source) -> int:
     return math.prod(source.shape[1:]) * source.dtype.itemsize
 
 
-def _close_all(sources: dict[int, OrderedDict[Path, Source]]) -> None:
+def _close_all(sources: dict[int, OrderedDict[tuple[Path, bool], Source]]) -> None:
     while sources:
         for source in sources.popitem()[1].values():
             source.close()
-
-
-def same_scale(a: str, b: str) -> bool:
-    """Whether two dtypes represent intensity on the same scale: they are equal, or both floating point."""
-    return a == b or (np.issubdtype(a, np.floating) and np.issubdtype(b, np.floating))

@@ -8,6 +8,7 @@ from jaxtyping import Shaped
 
 from pulmo_jax.data.images import ImageRef, Reader, index_images
 from pulmo_jax.data.sources.formats import Format
+from pulmo_jax.data.transforms import as_pixels
 from pulmo_jax.types import InputError
 
 ImageLike = Shaped[np.ndarray, "H W"] | Shaped[np.ndarray, "H W C"] | Path | str
@@ -20,7 +21,8 @@ def one_image(
     """Read a single image.
 
     Args:
-        image: Array (H, W) or (H, W, C) in the unit of the training images, or a path.
+        image: Array (H, W) or (H, W, C) in the unit of the training images, or a path. Masked pixels of a masked array
+            are missing.
         page: Index of the page in a file, from 0.
         max_image_mb: Limit on the decoded size of a page in MiB.
         masks: Folder of foreground masks with the names of their images; ignored for an array.
@@ -34,12 +36,10 @@ def one_image(
     """
     if isinstance(image, Path | str):
         return from_file(Path(image), page, max_image_mb, masks, formats)
-    pixels = np.asarray(image)
-    if pixels.ndim not in (2, 3) or not pixels.size:
-        raise InputError(f"the image has shape {pixels.shape}; give an array (H, W) or (H, W, C), or a path")
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    pixels = as_pixels(image)
+    stored = image.dtype.name if np.ma.isMaskedArray(image) else ""
     shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
-    return ImageRef(Path(), ARRAY, 0, 1, shape, pixels.dtype.name, ARRAY), pixels
+    return ImageRef(Path(), ARRAY, 0, 1, shape, pixels.dtype.name, ARRAY, None, stored), pixels
 
 
 def from_file(

@@ -270,7 +270,7 @@ def fit_preprocessing(
     scale = np.where(high - low > smallest, high - low, 1.0)
     return Preprocessing(
         channels=bands,
-        dtype=scan.images[0].dtype,
+        dtype=scan.images[0].scale,
         patch_size=sampling.patch_size,
         resize=sampling.resize,
         offset=tuple(low.tolist()),

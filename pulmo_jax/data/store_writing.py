@@ -21,9 +21,10 @@ import numpy as np
 
 from pulmo_jax.data.images import MEBIBYTE, Skipped, extract_group, require_utf8
 from pulmo_jax.data.near_copies import merge_groups, perceptual_hash
-from pulmo_jax.data.sources import image_suffixes, list_images, open_source
+from pulmo_jax.data.sources import image_suffixes, open_source, survey
 from pulmo_jax.data.sources.formats import Format, check_formats
-from pulmo_jax.data.sources.source import check_is_file, decoding
+from pulmo_jax.data.sources.listing import describe_left_out
+from pulmo_jax.data.sources.source import NoImageError, check_is_file, decoding
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.data.sources.store_chunks import chunk_corners, chunk_shape, pack, pixel_sha256, split_into_chunks
 from pulmo_jax.data.sources.store_index import SCHEMA, VERSION, Record, as_metadata, index_array, index_digest
@@ -46,12 +47,14 @@ class Ingested:
         decoded: Number of pages that this call decoded.
         again: Number of pages of the folder whose content the store already had, or that are duplicates.
         failed: Files that cannot be read, with the reason.
+        left_out: Number of files of the folder that hold no image, by kind.
     """
 
     records: list[Record]
     decoded: int
     again: int
     failed: list[Skipped]
+    left_out: Counter[str]
 
 
 def ingest_folder(
@@ -91,7 +94,8 @@ def ingest_folder(
     kept_empty = not interrupted and log_path(target).is_file() and log_path(target).stat().st_size == 0
     old = read_records(target)
     root = folder if folder.is_dir() else folder.parent
-    paths = {path.relative_to(root).as_posix(): path for path in list_images(folder, formats)}
+    listing = survey(folder, formats)
+    paths = {path.relative_to(root).as_posix(): path for path in listing.images}
     log = Log(log_path(target))
     try:
         with ThreadPoolExecutor(threads) as pool:
@@ -112,11 +116,17 @@ def ingest_folder(
             )
             reasons = dict(zip(todo, tracker("decoding")(decoding_files, len(todo)), strict=True))
         for name, content in contents.items():
-            if reason := reasons.get(first[content]):
+            reason = reasons.get(first[content])
+            if isinstance(reason, NoImageError) and folder.is_dir():
+                listing.left_out[reason.content] += 1
+                del results[name]
+            elif reason is not None:
                 duplicate = f"{paths[name]}: is a duplicate of {first[content]}, which cannot be read"
-                results[name] = Skipped(name, reason if name in todo else duplicate)
+                results[name] = Skipped(name, str(reason) if name in todo else duplicate)
         failed = [file for file in results.values() if isinstance(file, Skipped)]
         kept = {name: content for name, content in results.items() if isinstance(content, str)}
+        if not results:
+            raise InputError(f"{folder}: holds no images, only {describe_left_out(listing.left_out)}")
         if not kept:
             raise InputError(f"{failed[0].reason}\n(none of the {len(failed)} images can be read)")
         pages = complete_files(log)
@@ -130,7 +140,8 @@ def ingest_folder(
             remove_log(target, kept_empty)
     remove_log(target, kept_empty)
     decoded = sum(len(pages[content]) for name, content in todo.items() if name in kept)
-    return Ingested(records, decoded, sum(record.name in kept for record in records) - decoded, failed)
+    again = sum(record.name in kept for record in records) - decoded
+    return Ingested(records, decoded, again, failed, listing.left_out)
 
 
 def log_path(target: Path) -> Path:
@@ -250,7 +261,9 @@ def require_same_content(target: Path, old: Sequence[Record], contents: Mapping[
         )
 
 
-def decode_file(log: Log, path: Path, content: str, max_image_mb: int, formats: Sequence[Format] = ()) -> str:
+def decode_file(
+    log: Log, path: Path, content: str, max_image_mb: int, formats: Sequence[Format] = ()
+) -> InputError | None:
     """Decode, hash and compress all pages of a file into the log.
 
     Args:
@@ -261,7 +274,7 @@ def decode_file(log: Log, path: Path, content: str, max_image_mb: int, formats: 
         formats: User-defined image formats.
 
     Returns:
-        The error message if the file cannot be read, otherwise "".
+        The error if the file cannot be read; None otherwise.
     """
     try:
         with open_source(path, max_bytes=max_image_mb * MEBIBYTE, formats=formats) as source:
@@ -273,8 +286,8 @@ def decode_file(log: Log, path: Path, content: str, max_image_mb: int, formats: 
                 facts = file | {"page": number, "pixels": pixel_sha256(page), "look": perceptual_hash(page)}
                 log.append(Entry(facts, [pack(chunk) for chunk in split_into_chunks(page)]))
     except InputError as error:
-        return str(error)
-    return ""
+        return error
+    return None
 
 
 def complete_files(log: Log) -> dict[str, list[Logged]]:

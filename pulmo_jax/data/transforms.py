@@ -3,12 +3,14 @@
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from PIL import Image
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
+from pulmo_jax.data.sources.missing import float_dtype, with_nan
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.reading import read_bytes
 from pulmo_jax.types import InputError
@@ -84,6 +86,67 @@ class Preprocessing:
             and self.clip[0] < self.clip[1]
             and DTYPES.fullmatch(self.dtype) is not None
         )
+
+
+def as_pixels(image: Any) -> Shaped[np.ndarray, "H W C"]:
+    """Convert an array to pixels.
+
+    Args:
+        image: Array (H, W) or (H, W, C) of integers or floats; masked pixels of a masked array are missing.
+
+    Returns:
+        Pixels (H, W, C); floats with NaN for missing pixels, if the array is masked.
+
+    Raises:
+        InputError: It has another number of dimensions, no pixels or another kind of values.
+    """
+    pixels = np.asarray(image)
+    if pixels.ndim not in (2, 3) or not pixels.size:
+        raise InputError(f"the image has shape {pixels.shape}; give an array (H, W) or (H, W, C), or a path")
+    if pixels.dtype.kind not in "biuf":
+        raise InputError(f"the image is an array of {pixels.dtype}; give integers or floats, or a path")
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if not np.ma.isMaskedArray(image):
+        return pixels
+    missing = np.ma.getmaskarray(image).reshape(pixels.shape).any(axis=-1)
+    return with_nan(pixels, missing, float_dtype(pixels.dtype))
+
+
+def fitting(image: Any, preprocessing: Preprocessing) -> Shaped[np.ndarray, "H W C"]:
+    """Convert an array to pixels, and check that they are like the training images.
+
+    Args:
+        image: Array (H, W), if the training images have one band, or (H, W, C).
+        preprocessing: Preprocessing of the run.
+
+    Returns:
+        Pixels (H, W, C).
+
+    Raises:
+        InputError: Bands or scale are others. Floats fit a run on integers if all of them are NaN, infinite or integers
+            in its range, as pixels of files that declare missing ones are.
+    """
+    pixels, trained = as_pixels(image), np.dtype(preprocessing.dtype)
+    bands = pixels.shape[2]
+    if bands == preprocessing.channels and (same_scale(pixels.dtype.name, trained.name) or _are(trained, pixels)):
+        return pixels
+    raise InputError(
+        f"the image has {bands} bands of {pixels.dtype}, but the run was trained on {preprocessing.channels} of "
+        f"{trained}; give the values of the file, not scaled ones"
+    )
+
+
+def _are(integers: np.dtype, pixels: np.ndarray) -> bool:
+    """Whether all finite values of float pixels are integers in the range of a dtype."""
+    if integers.kind not in "iu" or pixels.dtype.kind != "f":
+        return False
+    values, limits = pixels[np.isfinite(pixels)], np.iinfo(integers)
+    return bool(((values == np.rint(values)) & (values >= limits.min) & (values <= limits.max)).all())
+
+
+def same_scale(a: str, b: str) -> bool:
+    """Whether two dtypes represent intensity on the same scale: they are equal, or both floating point."""
+    return a == b or (np.issubdtype(a, np.floating) and np.issubdtype(b, np.floating))
 
 
 def preprocess(

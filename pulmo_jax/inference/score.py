@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from pulmo_jax.core.tiling import Grid, Wanted, batches, blend_strips
-from pulmo_jax.data.transforms import Preprocessing, finite, preprocess, resize_bands
+from pulmo_jax.data.transforms import Preprocessing, finite, fitting, preprocess, resize_bands
 from pulmo_jax.host.resources import explain_out_of_memory, require
 from pulmo_jax.inference.memory import within_memory
 from pulmo_jax.inference.strips import cut_batches, everywhere, padded
@@ -107,48 +107,50 @@ class Scorer:
         )
 
     def __call__(
-        self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
+        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None
     ) -> Float[np.ndarray, "H W"]:
         """Compute the score map of an image.
 
         Args:
-            pixels: Pixels in the units of the training images.
+            pixels: Pixels (H, W, C), or (H, W) of one band, in the units of the training images.
             foreground: Pixels to score; None: all.
 
         Returns:
             Score of every pixel, float32; NaN outside the foreground and where the image is not finite.
 
         Raises:
-            InputError: If memory is insufficient; the message names the settings to lower.
+            InputError: If the pixels differ from the training images in bands or scale, or memory is insufficient.
         """
+        pixels = fitting(pixels, self.how)
         with naming_what_to_lower(self.tiles, pixels.shape):
             return gathered(self.strips(pixels, foreground), np.empty(pixels.shape[:2], np.float32))
 
     def reconstruction(
-        self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
+        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None
     ) -> Float[np.ndarray, "H W C"]:
         """Reconstruct an image as a normal image.
 
         Args:
-            pixels: Pixels in the units of the training images.
+            pixels: Pixels (H, W, C), or (H, W) of one band, in the units of the training images.
             foreground: Foreground; None: all pixels.
 
         Returns:
             Reconstruction in normalised units.
 
         Raises:
-            InputError: If memory is insufficient.
+            InputError: If the pixels differ from the training images in bands or scale, or memory is insufficient.
         """
+        pixels = fitting(pixels, self.how)
         with naming_what_to_lower(self.tiles, pixels.shape):
             return gathered(self._maps(self.reconstruct, pixels, foreground), np.empty(pixels.shape, np.float32))
 
     def details(
-        self, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None = None
+        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None
     ) -> dict[str, Float[np.ndarray, "H W"]]:
         """Compute the further maps of the method.
 
         Args:
-            pixels: Pixels in the units of the training images.
+            pixels: Pixels (H, W, C), or (H, W) of one band, in the units of the training images.
             foreground: Pixels to score; None: all.
 
         Returns:
@@ -160,6 +162,7 @@ class Scorer:
         names = detail_names(self.method)
         if not names or self.detail_maps is None:
             return {}
+        pixels = fitting(pixels, self.how)
         with naming_what_to_lower(self.tiles, pixels.shape):
             strips = self._maps(self.detail_maps, pixels, foreground)
             maps = gathered(strips, np.empty((*pixels.shape[:2], len(names)), np.float32))

@@ -15,7 +15,8 @@ from references.image_files import noise, write_all, write_dicom
 from pulmo_jax.config import expressions
 from pulmo_jax.config.expressions import ExpressionError
 from pulmo_jax.data import images
-from pulmo_jax.data.images import ImageRef, Reader, extract_group, find_mask, find_masks, index_images, same_scale
+from pulmo_jax.data.images import ImageRef, Reader, extract_group, find_mask, find_masks, index_images
+from pulmo_jax.data.transforms import same_scale
 from pulmo_jax.types import InputError, Window
 
 

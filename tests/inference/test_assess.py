@@ -36,7 +36,7 @@ SHAPE = (20, 25)
 @pytest.fixture(scope="module")
 def scorer():
     method = LinearMethod()
-    return Scorer.of(method, method.init(), preprocessing(8), Tiles(overlap=0.25, batch_size=16))
+    return Scorer.of(method, method.init(), preprocessing(8, dtype="uint16"), Tiles(overlap=0.25, batch_size=16))
 
 
 def write(path: Path, pixels: np.ndarray) -> np.ndarray:

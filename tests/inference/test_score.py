@@ -29,7 +29,9 @@ from pulmo_jax.types import InputError
 
 ROUNDING = 3e-7  # two units in the last place: with jax 0.12 XLA rounds programs of other shapes differently
 SIZE = 8
-HOW = preprocessing(SIZE, channels=2, offset=(100.0, 50.0), scale=(20.0, 10.0), fill=(0.5, 0.25), clip=(-8.0, 8.0))
+HOW = preprocessing(
+    SIZE, channels=2, dtype="uint8", offset=(100.0, 50.0), scale=(20.0, 10.0), fill=(0.5, 0.25), clip=(-8.0, 8.0)
+)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def test_the_parameters_are_those_of_the_scorer():
 
 @pytest.mark.parametrize("shape", [(8, 8), (20, 31), (5, 3)])
 def test_with_resize_the_whole_image_is_one_patch(shape):
-    how = preprocessing(SIZE, channels=2, resize=True)
+    how = preprocessing(SIZE, channels=2, dtype="uint8", resize=True)
     method = autoencoder()
     pixels, foreground = image(shape, np.float32) / 255, image(shape, seed=1)[..., 0] > 60
     patch = resize_bands(preprocess(pixels, foreground, how), SIZE, SIZE)

@@ -19,6 +19,42 @@ _CHECKED_BYTES = 64 * 2**20  # smaller arrays are not compared with the free mem
 WindowReader = Callable[[int, Window], np.ndarray]
 
 
+class NoImageError(InputError):
+    """A file of an image format holds something other than an image, such as a DICOM report.
+
+    In a folder of images it is left out and counted, because every exported study has such files.
+
+    Args:
+        path: The file.
+        content: What it holds.
+    """
+
+    def __init__(self, path: Path, content: str):
+        super().__init__(f"{path}: holds no image ({content}); give another file")
+        self.content = content
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """Meaning of samples that are read as stored, which a mask reader interprets.
+
+    Attributes:
+        palette: Colours (n, 3) of the indices that are stored; None if there is no palette.
+        transparent: Indices of the palette that are fully transparent.
+        alpha: Whether the last channel is opacity.
+        black: The value of black, if 0 is white; None if 0 is black.
+        lossy: Whether compression has changed the samples.
+        missing: Value of missing pixels; None if none is declared.
+    """
+
+    palette: np.ndarray | None = None
+    transparent: tuple[int, ...] = ()
+    alpha: bool = False
+    black: int | None = None
+    lossy: bool = False
+    missing: float | None = None
+
+
 @dataclass(eq=False)
 class ImageSource:
     """An open image file, the `types.Source` of all formats; formats differ only in `read_window`.
@@ -30,6 +66,9 @@ class ImageSource:
         tags: Resolution and georeference.
         read_window: Maps (page, window) to pixels (h, w, C), for windows inside the page.
         resources: Released by `close`.
+        stored_dtype: Data type of the samples in the file, if it declares missing pixels and integers therefore become
+            floats; None if it is `dtype`.
+        encoding: Meaning of the samples, if they are read as stored.
     """
 
     path: Path
@@ -38,6 +77,8 @@ class ImageSource:
     tags: ImageTags
     read_window: WindowReader
     resources: ExitStack
+    stored_dtype: np.dtype | None = None
+    encoding: "Encoding | None" = None
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
         """Read a page or a window of it.
@@ -86,6 +127,8 @@ def decoding(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except NoImageError:
+        raise
     except InputError as error:
         if (message := _shortened(printable(str(error)))) != str(error):
             raise InputError(message) from error
@@ -179,6 +222,8 @@ def page_source(
     decode: Callable[[int], np.ndarray],
     max_bytes: int,
     tags: ImageTags | None = None,
+    stored_dtype: np.dtype | None = None,
+    encoding: Encoding | None = None,
 ) -> ImageSource:
     """Make the source of a file whose format can only decode whole pages.
 
@@ -189,6 +234,8 @@ def page_source(
         decode: Maps a page index to its pixels (H, W, C).
         max_bytes: Limit on the decoded size of a page in bytes.
         tags: Resolution and georeference, if known.
+        stored_dtype: Data type of the samples in the file, if it is another (see `ImageSource`).
+        encoding: Meaning of the samples, if they are read as stored.
 
     Returns:
         The source; it caches the last page and holds no open file.
@@ -199,7 +246,7 @@ def page_source(
     check_page_size(path, shape, dtype, max_bytes)
     resources = ExitStack()
     reader = whole_pages(path, decode, shape, dtype, resources)
-    return ImageSource(path, shape, dtype, tags or ImageTags(), reader, resources)
+    return ImageSource(path, shape, dtype, tags or ImageTags(), reader, resources, stored_dtype, encoding)
 
 
 def whole_pages(

@@ -1,24 +1,38 @@
 """TIFF and BigTIFF files, read with tifffile: selection and validation of pages.
 
 A page is an image file directory (IFD); axes that some software describes in text (ImageJ, OME) are ignored.
-Directories marked as a reduced copy or a mask are skipped, and so are the lower levels of an Aperio slide. The
-orientation tag is not applied.
+Directories marked as a reduced copy are skipped, and so are the lower levels of an Aperio slide. Those marked as a
+transparency mask declare the missing pixels of the directory before them. The orientation tag is not applied.
 """
 
+import logging
 import re
 import struct
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tifffile import TiffFile, TiffPage
 
+from pulmo_jax.data.sources.missing import can_occur, float_dtype, parse_missing_value
 from pulmo_jax.data.sources.source import ImageSource, check_page_size, decoding
-from pulmo_jax.data.sources.tiff_pixels import pixel_layout, segment_grid, window_reader
+from pulmo_jax.data.sources.tiff_pixels import (
+    Missing,
+    as_type,
+    encoding_of,
+    opacity_band,
+    pixel_layout,
+    pixel_reader,
+    sample_reader,
+    segment_grid,
+)
 from pulmo_jax.types import ImageTags, InputError
 
 _GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 _GDAL_NODATA = 42113
+# tifffile warns about values that it cannot convert; `missing.parse_missing_value` handles all of them.
+logging.getLogger("tifffile").addFilter(lambda record: "GDAL_NODATA" not in record.getMessage())
 # Tags that determine the pixels and their georeference.
 _LAYOUT_TAGS = (254, *range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 317, 320)
 _USED_TAGS = {*_LAYOUT_TAGS, *range(322, 326), 338, 339, 347, 530, _GDAL_NODATA, *_GEO_TAGS}
@@ -28,12 +42,13 @@ _TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 
 _METAMORPH_PLANES = 33629
 
 
-def open_tiff(path: Path, max_bytes: int) -> ImageSource:
+def open_tiff(path: Path, max_bytes: int, as_stored: bool = False) -> ImageSource:
     """Open a TIFF file.
 
     Args:
         path: The file.
         max_bytes: Limit on the decoded size of a page in bytes.
+        as_stored: Whether to read the stored samples, such as the indices of a palette, instead of pixels.
 
     Raises:
         InputError: The file cannot be read, is not supported or exceeds the limit.
@@ -42,28 +57,76 @@ def open_tiff(path: Path, max_bytes: int) -> ImageSource:
         # For these flavours of TIFF tifffile would guess additional pages; only directories count here.
         file = stack.enter_context(path.open("rb", buffering=0))
         tif = TiffFile(file, name=path.name, is_lsm=False, is_ndpi=False, is_scanimage=False)
-        pages = _image_pages(path, tif)
-        height, width, channels, dtype = _common_layout(path, pages)
+        pages, masks = _image_pages(path, tif)
+        height, width, channels, stored = _common_layout(path, pages)
         shape = (len(pages), height, width, channels)
-        check_page_size(path, shape, dtype, max_bytes)
-        for page in pages:
+        check_page_size(path, shape, stored, max_bytes)
+        values = [_missing_value(path, page) for page in pages]
+        read_pages = [*pages, *masks.values()]
+        for page in read_pages:
             _check_segments(path, page, tif.filehandle.size, max_bytes)
-        resources = stack.pop_all()
-        reader = window_reader(file, tif, pages, dtype, resources)
-        return ImageSource(path, shape, dtype, _tags(pages[0]), reader, resources)
+        for page, value in zip(pages, values, strict=True):
+            page.nodata = _fill(page, value)  # tifffile does not understand every number
+        samples = sample_reader(file, tif, read_pages, stack)
+        if as_stored:
+            kind, shape = _sample_type(pages[0]), (*shape[:3], pages[0].samplesperpixel)
+            reader, encoding = as_type(samples, kind), encoding_of(pages[0], values[0])
+            return ImageSource(path, shape, kind, _tags(pages[0]), reader, stack.pop_all(), None, encoding)
+        numbers = {page: len(pages) + k for k, page in enumerate(masks)}
+        missing = [
+            Missing(value, opacity_band(page, partial(samples, i)), numbers.get(i))
+            for i, (page, value) in enumerate(zip(pages, values, strict=True))
+        ]
+        dtype = float_dtype(stored) if any(missing) else stored
+        check_page_size(path, shape, dtype, max_bytes)
+        reader = pixel_reader(samples, pages, missing, stored, dtype)
+        kept = stored if any(missing) else None
+        return ImageSource(path, shape, dtype, _tags(pages[0]), reader, stack.pop_all(), kept)
 
 
-def _image_pages(path: Path, tif: TiffFile) -> list[TiffPage]:
-    """The directories of the image itself, at full resolution."""
+def _image_pages(path: Path, tif: TiffFile) -> tuple[list[TiffPage], dict[int, TiffPage]]:
+    """The directories of the image at full resolution, and the transparency masks by the number of their directory."""
     directories = _directories(path, tif)
     if hidden := _hidden_images(directories):
         raise InputError(f"{path}: holds {hidden}; save it with one directory per image (as BigTIFF above 4 GB)")
     if tif.is_svs:
-        return [page.aspage() for page in tif.series[0] if page is not None]
-    pages = [page for page in directories if not page.is_reduced and not page.is_mask]
+        return [page.aspage() for page in tif.series[0] if page is not None], {}
+    pages, masks = [], {}
+    for page in directories:
+        if page.is_reduced:
+            continue
+        if page.is_mask:
+            masks[len(pages) - 1] = page
+        else:
+            pages.append(page)
     if not pages:
         raise InputError(f"{path}: all its pages are marked as reduced copies or masks; save it without these marks")
-    return pages
+    for number, mask in masks.items():
+        image = pages[max(number, 0)]
+        if mask.shaped[:1] != (1,) or (mask.imagelength, mask.imagewidth) != (image.imagelength, image.imagewidth):
+            raise InputError(
+                f"{path}: its transparency mask has {mask.imagelength} x {mask.imagewidth} px, the image "
+                f"{image.imagelength} x {image.imagewidth}; save it with a mask of the same size, or without one"
+            )
+        pixel_layout(path, mask)
+    return pages, {max(number, 0): mask for number, mask in masks.items()}
+
+
+def _missing_value(path: Path, page: TiffPage) -> float | None:
+    """The value that the GDAL_NODATA tag of a page declares."""
+    tag = page.tags.get(_GDAL_NODATA)
+    return None if tag is None else parse_missing_value(path, str(tag.value))
+
+
+def _fill(page: TiffPage, value: float | None) -> int | float:
+    """Value of strips and tiles that were never written."""
+    if value is None or not can_occur(value, dtype := np.dtype(page.dtype)):
+        return 0
+    return value if dtype.kind == "f" else int(value)
+
+
+def _sample_type(page: TiffPage) -> np.dtype:
+    return np.dtype(np.uint8) if np.dtype(page.dtype).kind == "b" else np.dtype(page.dtype)
 
 
 def _directories(path: Path, tif: TiffFile) -> list[TiffPage]:
@@ -169,7 +232,8 @@ def _check_segments(path: Path, page: TiffPage, file_size: int, max_bytes: int) 
             f"{path}: cut off: {beyond.sum()} of {needed} {segments} are beyond the end of the file; copy it again"
         )
     missing = (offsets == 0) | (sizes == 0)
-    if missing.any() and _GDAL_NODATA not in page.tags:
+    value = _missing_value(path, page)
+    if missing.any() and (value is None or not can_occur(value, np.dtype(page.dtype))):
         raise InputError(
             f"{path}: {missing.sum()} of {needed} {segments} were never written, "
             "and there is no GDAL_NODATA tag with a fill value; save it complete"

@@ -1,12 +1,14 @@
 """Pixels of a TIFF page: reading a window decodes only the strips or tiles ("segments") that it overlaps.
 
 The bit depth is kept. Bands, CMYK and an alpha channel are kept as channels. Palette images become RGB, white-is-zero
-images are inverted, and 1-bit images become 0 and 1. Missing segments of a sparse file are filled with its no-data
-value.
+images are inverted, and 1-bit images become 0 and 1. Pixels that the file declares to be missing, by a no-data value,
+an alpha channel or a transparency mask, become NaN (see `missing`). So do segments of a sparse file that were never
+written.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import RawIOBase
 from itertools import product
@@ -17,7 +19,8 @@ import numpy as np
 from tifffile import PHOTOMETRIC, FileHandle, TiffFile, TiffPage
 
 from pulmo_jax.data.sources.embedded import check_embedded_size
-from pulmo_jax.data.sources.source import WindowReader
+from pulmo_jax.data.sources.missing import is_opacity, missing_pixels, with_nan
+from pulmo_jax.data.sources.source import Encoding, WindowReader
 from pulmo_jax.types import InputError, Window
 
 _CACHE_BYTES = 128 * 2**20  # of decoded segments, which neighbouring windows share
@@ -26,6 +29,9 @@ _JPEG = (6, 7, 33007, 34892)
 _EMBEDDED = (*_JPEG, 33003, 33004, 33005, 34712, 34887, 34933, 34927, 50001)
 # None, CCITT, LZW, deflate, PackBits, LZMA, zstd: their decoders accept a limit on the output size.
 _BOUNDED = (1, 2, 3, 4, 5, 8, 32946, 50013, 32773, 34925, 34926, 50000)
+_ALPHA = (1, 2)  # premultiplied or not
+_OPACITY_ROWS, _OPACITY_BLOCKS = 64, 4  # read to judge whether a band is opacity
+_WRITE_BOOL_AS_STORED = ("tifffile", "imageio", "scikit-image")
 _AS_STORED = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.SEPARATED)
 
 
@@ -73,20 +79,35 @@ def segment_grid(page: TiffPage) -> tuple[int, int, int, int]:
     return height, width, ceil(page.imagelength / height), ceil(page.imagewidth / width)
 
 
-def window_reader(
-    file: RawIOBase, tif: TiffFile, pages: list[TiffPage], dtype: np.dtype, resources: ExitStack
-) -> WindowReader:
-    """Make a reader of windows.
+@dataclass(frozen=True)
+class Missing:
+    """Declarations of the missing pixels of a page.
+
+    Attributes:
+        value: The no-data value; None if there is none.
+        alpha: Index of the band that holds opacity; None if there is none.
+        mask: Number of the page that is the transparency mask, 0 where pixels are missing; None if there is none.
+    """
+
+    value: float | None = None
+    alpha: int | None = None
+    mask: int | None = None
+
+    def __bool__(self) -> bool:
+        return (self.value, self.alpha, self.mask) != (None, None, None)
+
+
+def sample_reader(file: RawIOBase, tif: TiffFile, pages: list[TiffPage], resources: ExitStack) -> WindowReader:
+    """Make a reader of windows of stored samples.
 
     Args:
         file: The open file, unbuffered.
         tif: The same file, open in tifffile.
         pages: Its pages, whose segments are known to be inside the file.
-        dtype: Data type of the decoded pixels.
         resources: Its closing clears the cache of segments.
 
     Returns:
-        Maps (page, window) to pixels (h, w, C).
+        Maps (page, window) to stored samples (h, w, C).
     """
 
     @lru_cache(maxsize=max(1, _CACHE_BYTES // max(map(_segment_bytes, pages))))
@@ -99,10 +120,81 @@ def window_reader(
             samples = _stored_samples(file, tif, page, window)
         else:
             samples = _assembled(page, window, partial(segment, number))
-        return _pixels(page, samples, dtype)
+        planes, h, w, contiguous = samples.shape
+        return samples.transpose(1, 2, 0, 3).reshape(h, w, planes * contiguous)
 
     resources.callback(segment.cache_clear)
     return read_window
+
+
+def as_type(samples: WindowReader, dtype: np.dtype) -> WindowReader:
+    """Make a reader of stored samples in a dtype of native byte order.
+
+    Args:
+        samples: Reader of stored samples.
+        dtype: Data type of the result.
+
+    Returns:
+        Maps (page, window) to samples (h, w, C).
+    """
+    return lambda number, window: np.ascontiguousarray(samples(number, window), dtype)
+
+
+def pixel_reader(
+    samples: WindowReader, pages: list[TiffPage], missing: list[Missing], stored: np.dtype, dtype: np.dtype
+) -> WindowReader:
+    """Make a reader of windows of pixels.
+
+    Args:
+        samples: Reader of stored samples.
+        pages: The pages.
+        missing: Declarations of the missing pixels of each page.
+        stored: Data type of the pixels before missing ones become NaN.
+        dtype: Data type of the pixels.
+
+    Returns:
+        Maps (page, window) to pixels (h, w, C).
+    """
+
+    def read_window(number: int, window: Window) -> np.ndarray:
+        values, declared = samples(number, window), missing[number]
+        pixels = _pixels(pages[number], values, stored)
+        if dtype == stored and not declared:
+            return pixels
+        unknown = np.zeros(pixels.shape[:2], bool)
+        if declared.value is not None:
+            unknown |= missing_pixels(values, declared.value)
+        if declared.alpha is not None:
+            unknown |= values[..., declared.alpha] == 0
+        if declared.mask is not None:
+            unknown |= samples(declared.mask, window)[..., 0] == 0
+        return with_nan(pixels, unknown, dtype)
+
+    return read_window
+
+
+def opacity_band(page: TiffPage, read_rows: Callable[[Window], np.ndarray]) -> int | None:
+    """Find the band that holds opacity (see `missing.is_opacity`), from a few rows unless they are all 0.
+
+    Args:
+        page: The page.
+        read_rows: Maps a window to stored samples (h, w, C).
+
+    Returns:
+        Index of the band; None if there is none.
+    """
+    extra = page.samplesperpixel - len(page.extrasamples)
+    tagged = [extra + i for i, kind in enumerate(page.extrasamples) if kind in _ALPHA]
+    if len(tagged) != 1:
+        return None
+    height, width = page.imagelength, page.imagewidth
+    tops = np.unique(np.linspace(0, max(0, height - _OPACITY_ROWS), _OPACITY_BLOCKS).astype(int)).tolist()
+    for starts in (tops, range(0, height, _OPACITY_ROWS)):
+        windows = (Window(y, 0, min(_OPACITY_ROWS, height - y), width) for y in starts)
+        band = [read_rows(window)[..., tagged[0]].ravel() for window in windows]
+        if (verdict := is_opacity(np.concatenate(band))) is not None:
+            return tagged[0] if verdict else None
+    return None
 
 
 def _stored_samples(file: RawIOBase, tif: TiffFile, page: TiffPage, window: Window) -> np.ndarray:
@@ -200,15 +292,37 @@ def _overlap(segment: int, segment_length: int, window: int, window_length: int)
 
 
 def _pixels(page: TiffPage, samples: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Convert stored samples (planes, h, w, samples) to pixels (h, w, C)."""
-    planes, h, w, contiguous = samples.shape
-    samples = samples.transpose(1, 2, 0, 3).reshape(h, w, planes * contiguous)
+    """Convert stored samples (h, w, C) to pixels (h, w, C)."""
     if _colour_space(page) == PHOTOMETRIC.PALETTE:
         return _palette(page)[samples[..., 0]]
-    if _colour_space(page) == PHOTOMETRIC.MINISWHITE:
+    if white_is_zero(page):
         white = 2**page.bitspersample - 1
         samples = samples.dtype.type(white) - samples if samples.dtype.kind == "u" else ~samples
     return np.ascontiguousarray(samples, dtype)  # no copy needed: `samples` is not shared
+
+
+def encoding_of(page: TiffPage, missing: float | None) -> Encoding:
+    """Describe the meaning of the stored samples of a page.
+
+    Args:
+        page: The page.
+        missing: Declared value of missing pixels.
+
+    Returns:
+        The encoding.
+    """
+    palette = _palette(page) if _colour_space(page) == PHOTOMETRIC.PALETTE else None
+    alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA
+    black = 2**page.bitspersample - 1 if white_is_zero(page) else None
+    return Encoding(palette, (), alpha, black, page.compression in _JPEG, missing)
+
+
+def white_is_zero(page: TiffPage) -> bool:
+    """Whether 0 is white. tifffile tags arrays of bool so, but neither writes nor reads them inverted."""
+    bits_of_tifffile = page.bitspersample == 1 and (
+        page.software.startswith(_WRITE_BOOL_AS_STORED) or page.description.startswith('{"shape":')
+    )
+    return _colour_space(page) == PHOTOMETRIC.MINISWHITE and not bits_of_tifffile
 
 
 def _colour_space(page: TiffPage) -> int:
@@ -220,6 +334,7 @@ def _check_colours(path: Path, page: TiffPage) -> None:
     colours, kind, single = _colour_space(page), np.dtype(page.dtype).kind, page.samplesperpixel == 1
     readable = (
         colours in _AS_STORED
+        or (colours == PHOTOMETRIC.MASK and single and page.is_mask)
         or (colours == PHOTOMETRIC.MINISWHITE and single and kind in "biu")
         or (colours == PHOTOMETRIC.PALETTE and single and kind == "u")
         or (colours == PHOTOMETRIC.YCBCR and page.compression in _JPEG)  # tifffile converts it to RGB

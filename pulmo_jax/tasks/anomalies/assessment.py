@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, index_images, same_scale
-from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.transforms import Preprocessing, same_scale
 from pulmo_jax.evaluation.metrics import image_metrics
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.tables import csv_text
@@ -229,9 +229,9 @@ def labelled_images(
             f"{skipped[0].reason}\n({len(skipped)} of {len(skipped) + len(refs)} test images cannot be used)"
         )
     for ref in refs:
-        if ref.shape[2] != preprocessing.channels or not same_scale(ref.dtype, preprocessing.dtype):
+        if ref.shape[2] != preprocessing.channels or not same_scale(ref.scale, preprocessing.dtype):
             raise InputError(
-                f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on "
+                f"{ref.path}: {ref.shape[2]} bands of {ref.scale}, but the run was trained on "
                 f"{preprocessing.channels} of {preprocessing.dtype}; convert the image"
             )
     if data.test_masks is not None:

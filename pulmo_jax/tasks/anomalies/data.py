@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images, same_scale
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
 from pulmo_jax.data.pipeline import (
     Augmentation,
     CellBatches,
@@ -20,7 +20,7 @@ from pulmo_jax.data.pipeline import (
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
 from pulmo_jax.data.scratch import NO_CACHE_REMEDY, DecodedReader, Scratch
 from pulmo_jax.data.splits import split_by_group
-from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.data.transforms import Preprocessing, same_scale
 from pulmo_jax.host.cache import cache_folder
 from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.tasks.anomalies.config import DataConfig, TrainConfig
@@ -77,6 +77,7 @@ def read_normal_images(
         "max_image_mb": data.max_image_mb,
         "require_masks": data.foreground is not None,
         "formats": reader.formats,
+        "say": console.print,
     }
     refs, skipped = index_images(data.train, **options)
     val_refs, val_skipped = index_images(data.val, **options) if data.val is not None else ([], [])
@@ -113,9 +114,9 @@ def require_like(ref: ImageRef, preprocessing: Preprocessing) -> None:
     Raises:
         InputError: If it has not.
     """
-    if ref.shape[2] != preprocessing.channels or not same_scale(ref.dtype, preprocessing.dtype):
+    if ref.shape[2] != preprocessing.channels or not same_scale(ref.scale, preprocessing.dtype):
         raise InputError(
-            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but method.base_run was trained on "
+            f"{ref.path}: {ref.shape[2]} bands of {ref.scale}, but method.base_run was trained on "
             f"{preprocessing.channels} of {preprocessing.dtype}; convert the images, or train a network on them first"
         )
 
@@ -133,11 +134,11 @@ def alike(refs: list[ImageRef], first: ImageRef) -> tuple[list[ImageRef], list[S
     odd = [
         Skipped(
             ref.name,
-            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but {first.name} has {first.shape[2]} of {first.dtype}; "
+            f"{ref.path}: {ref.shape[2]} bands of {ref.scale}, but {first.name} has {first.shape[2]} of {first.scale}; "
             "all images of a run must have the same bands and depth: convert the files",
         )
         for ref in refs
-        if ref.shape[2] != first.shape[2] or not same_scale(ref.dtype, first.dtype)
+        if ref.shape[2] != first.shape[2] or not same_scale(ref.scale, first.scale)
     ]
     names = {skipped.name for skipped in odd}
     return [ref for ref in refs if ref.name not in names], odd

@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Bool, Shaped
 
 from pulmo_jax.config.nodes import build
-from pulmo_jax.data.images import ImageRef, Reader, same_scale
+from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.data.one_image import ImageLike, one_image
-from pulmo_jax.data.transforms import Preprocessing, preprocess
+from pulmo_jax.data.transforms import Preprocessing, preprocess, same_scale
 from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibration
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.host.files import write_json
@@ -106,9 +106,9 @@ class Run:
 
 def require_fit(ref: ImageRef, how: Preprocessing) -> None:
     """Raise InputError if an image differs from the training images in bands or depth."""
-    if ref.shape[2] != how.channels or not same_scale(ref.dtype, how.dtype):
+    if ref.shape[2] != how.channels or not same_scale(ref.scale, how.dtype):
         raise InputError(
-            f"{ref.path}: {ref.shape[2]} bands of {ref.dtype}, but the run was trained on {how.channels} of "
+            f"{ref.path}: {ref.shape[2]} bands of {ref.scale}, but the run was trained on {how.channels} of "
             f"{how.dtype}; convert the image"
         )
 
