@@ -42,7 +42,7 @@ def open_run(path: Path | str, plugins: Sequence[str] = ()) -> OpenRun:
     Raises:
         InputError: It is not a finished run, or not as training wrote it.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no config.yaml there; give the directory of a training run")
     use_compile_cache(None)

@@ -104,9 +104,9 @@ class Skipped:
 
 
 def index_images(
-    folder: Path,
+    folder: Path | str,
     *,
-    masks: Path | None = None,
+    masks: Path | str | None = None,
     group_regex: str | None = None,
     max_image_mb: int = 2048,
     require_masks: bool = False,
@@ -134,7 +134,7 @@ def index_images(
     Raises:
         InputError: The folder cannot be listed or holds no images, or a format or `group_regex` is invalid.
     """
-    formats = check_formats(formats)
+    formats, folder, masks = check_formats(formats), Path(folder), None if masks is None else Path(masks)
     suffixes = image_suffixes(formats)
     store = open_store(folder) if find_format(folder, formats) is None and is_store(folder) else None
     root = folder if folder.is_dir() or store else folder.parent
@@ -167,7 +167,8 @@ def index_images(
         except InputError as error:
             skipped.append(Skipped(name, str(error)))
     if left_out and say is not None:
-        say(f"{folder}: {len(names)} image files; left out: {describe_left_out(left_out)}")
+        read = len({ref.name for ref in refs})
+        say(f"{folder}: {read} images; left out: {describe_left_out(left_out)}")
     if not refs and not skipped:
         raise InputError(f"{folder}: holds no images, only {describe_left_out(left_out)}; give another folder")
     return refs, skipped

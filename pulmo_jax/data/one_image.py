@@ -1,10 +1,11 @@
 """A single image, given as an array or as a path."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 
 from pulmo_jax.data.images import ImageRef, Reader, index_images
 from pulmo_jax.data.sources.formats import Format
@@ -40,6 +41,35 @@ def one_image(
     stored = image.dtype.name if np.ma.isMaskedArray(image) else ""
     shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
     return ImageRef(Path(), ARRAY, 0, 1, shape, pixels.dtype.name, ARRAY, None, stored), pixels
+
+
+def one_foreground(
+    foreground: ImageLike | None, ref: ImageRef, max_image_mb: int, formats: Sequence[Format] = ()
+) -> Bool[np.ndarray, "H W"] | None:
+    """Read the foreground of a single image.
+
+    Args:
+        foreground: Array (H, W) that is not 0 in the foreground, or path of a mask; None for the mask of `ref`.
+        ref: The image.
+        max_image_mb: Limit on the decoded size of a page in MiB.
+        formats: User-defined image formats, in addition to the built-in ones.
+
+    Returns:
+        True for foreground (H, W); None if all of the image is foreground.
+
+    Raises:
+        InputError: The mask cannot be read, or its size differs from that of the image.
+    """
+    if foreground is None or isinstance(foreground, Path | str):
+        reader = Reader(max_image_mb, formats)
+        try:
+            return reader.foreground(ref if foreground is None else replace(ref, mask=Path(foreground)))
+        finally:
+            reader.close()
+    inside = np.asarray(foreground)
+    if inside.shape != ref.shape[:2]:
+        raise InputError(f"the foreground has shape {inside.shape}, the image {ref.shape[:2]}; they must agree")
+    return inside if inside.dtype == bool else inside != 0
 
 
 def from_file(

@@ -102,13 +102,13 @@ def as_pixels(image: Any) -> Shaped[np.ndarray, "H W C"]:
     """
     pixels = np.asarray(image)
     if pixels.ndim not in (2, 3) or not pixels.size:
-        raise InputError(f"the image has shape {pixels.shape}; give an array (H, W) or (H, W, C), or a path")
+        raise InputError(f"the image has shape {pixels.shape}; give an array (H, W) or (H, W, C)")
     if pixels.dtype.kind not in "biuf":
-        raise InputError(f"the image is an array of {pixels.dtype}; give integers or floats, or a path")
+        raise InputError(f"the image is an array of {pixels.dtype}; give integers or floats")
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if not np.ma.isMaskedArray(image):
         return pixels
-    missing = np.ma.getmaskarray(image).reshape(pixels.shape).any(axis=-1)
+    missing = np.asarray(np.ma.getmaskarray(image).reshape(pixels.shape).any(axis=-1))
     return with_nan(pixels, missing, float_dtype(pixels.dtype))
 
 

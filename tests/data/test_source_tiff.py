@@ -107,15 +107,17 @@ def test_jpeg_compressed_colours_are_decoded_to_rgb(tmp_path, tile):
         np.testing.assert_array_equal(source.read(0, Window(20, 20, 30, 50)), source.read()[20:50, 20:70])
 
 
-def test_reduced_copies_and_masks_are_left_out(tmp_path):
+def test_reduced_copies_are_left_out_and_masks_applied(tmp_path):
     pages = noise((2, 64, 64))
     with tifffile.TiffWriter(tmp_path / "x.tif") as tif:
         for page in pages:
             tif.write(page, subifds=1, metadata=None)
             tif.write(page[::2, ::2], subfiletype=1, metadata=None)  # a pyramid in sub-directories
             tif.write(page[::4, ::4], subfiletype=1, metadata=None)  # a thumbnail in the chain
-        tif.write(pages[0] > 0, subfiletype=4, metadata=None)
-    np.testing.assert_array_equal(read(tmp_path / "x.tif"), pages[..., None])
+        tif.write(pages[0] > 1000, subfiletype=4, metadata=None)
+    found, expected = read(tmp_path / "x.tif"), pages[..., None].astype(np.float32)
+    expected[1][pages[0] <= 1000] = np.nan
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_the_levels_of_an_aperio_slide_are_left_out(tmp_path):
@@ -267,7 +269,7 @@ def test_a_jpeg_tile_larger_than_the_page_says_is_refused(tmp_path):
         source.read()
 
 
-def test_tiles_never_written_are_filled_only_with_a_declared_value(tmp_path):
+def test_tiles_never_written_are_missing_if_there_is_a_declared_value(tmp_path):
     pixels = noise((64, 64), np.int16)
     nodata = [(42113, 2, 5, "-999", True)]
     for name, tags in (("undeclared.tif", []), ("declared.tif", nodata)):
@@ -278,8 +280,10 @@ def test_tiles_never_written_are_filled_only_with_a_declared_value(tmp_path):
             page.tags[325].overwrite((page.databytecounts[0], 0, *page.databytecounts[2:]))
     with pytest.raises(InputError, match="1 of 4 strips or tiles of page 0 were never written"):
         open_source(tmp_path / "undeclared.tif")
-    pixels[:32, 32:] = -999
-    np.testing.assert_array_equal(read(tmp_path / "declared.tif")[0, :, :, 0], pixels)
+    found = read(tmp_path / "declared.tif")[0, :, :, 0]
+    assert np.isnan(found[:32, 32:]).all()
+    found[:32, 32:] = pixels[:32, 32:]
+    np.testing.assert_array_equal(found, pixels)
 
 
 @pytest.mark.parametrize("target", ["first", "second"])

@@ -5,22 +5,29 @@ import multiprocessing
 import shutil
 import struct
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom import dcmread
+from pydicom.uid import EnhancedSRStorage, RTPlanStorage, RTStructureSetStorage
 from references.image_files import noise, write_all, write_dicom
 from references.own_format import OwnFormat, write_own
 
 from pulmo_jax.data.images import Reader, index_images
-from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source
+from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source, survey
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
+from pulmo_jax.data.sources.listing import describe_left_out
 from pulmo_jax.types import InputError, Window
 
 TIFFS = ["plain", "big_endian", "bigtiff", "deflate_strips", "lzw_tiles", "plain_tiles", "zstd_big_endian"]
@@ -184,18 +191,65 @@ def test_what_is_not_a_file_is_refused(tmp_path):
 
 
 def test_list_images(tmp_path):
-    Image.fromarray(noise((4, 4), np.uint8)).save(tmp_path / "b.png")
-    listed = ["A.TIF", "anim.gif", "b.png", "sub/c.JPEG", "sub/d.nii.gz", "sub/e.Nii", "z.tiff"]
-    others = [".hidden.png", ".git/x.png", "notes.txt", "e.gz", "table", "sub/v1.2", "fits.fits"]
-    for name in listed + others:
+    """The content decides: every file here with pixels is listed, and the others are counted by kind."""
+    picture, shot = BytesIO(), BytesIO()
+    Image.fromarray(noise((4, 4), np.uint8)).save(picture, "PNG")
+    Image.fromarray(noise((4, 4), np.uint8)).save(shot, "JPEG")
+    tifffile.imwrite(slide := BytesIO(), noise((4, 4)))
+    nibabel.save(nibabel.Nifti1Image(noise((4, 4, 2)), np.eye(4)), tmp_path / "v.nii.gz")
+    listed = {
+        "A.TIF": slide, "anim.gif": picture, "b.png": picture, "sub/c.JPEG": shot, "sub/e.Nii": picture,
+        "z.tiff": slide,
+        "slide.svs": slide, "scan.ndpi": slide, "big.btf": slide, "conf.lsm": slide, "map.geotiff": slide,
+        "w.jfif": shot, "w.jpe": shot, "notes.txt": picture, "table": picture, "sub/v1.2": picture, "x.tif.bak": slide,
+        "damaged.tif": BytesIO(),
+    }  # fmt: skip
+    others = {
+        ".hidden.png": "by-products", "._b.png": "by-products", "Thumbs.db": "by-products",
+        "sub/.DS_Store": "by-products",
+        "A.TIF.aux.xml": "by-products", "A.tfw": "by-products", "A.TIF.ovr": "by-products", "DICOMDIR": "by-products",
+        "a.csv": ".csv", "b.CSV": ".csv", "read.me": ".me", "LICENSE": "files without a suffix", "e.gz": ".gz",
+        "sub/1.2.840": "files without a suffix", "empty": "files without a suffix",
+    }  # fmt: skip
+    for name in (*listed, *others, ".git/x.png", "__MACOSX/x.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(tmp_path / "b.png", tmp_path / name) if name != "b.png" else None
+        (tmp_path / name).write_bytes(listed[name].getvalue() if name in listed else b"text, no picture")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "A.TIF.ovr").write_bytes(slide.getvalue())
+    (tmp_path / "e.gz").write_bytes(bytes.fromhex("1f8b0800"))  # half a zipped file
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "README").write_bytes(bytes.fromhex("1f8b0800"))  # half a zipped file
-    for name in ("IM0001", "sub/1.2.840.10008.5", "DICOMDIR", "scan.raw"):
+    dicom = ("IM0001", "sub/1.2.840.10008.5", "d.IMA", "e.dicom", "1.2.840.99.CT", "scan.raw")
+    for name in dicom:
         write_dicom(tmp_path / name, noise((4, 4)))
-    found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
-    assert found == sorted([*listed, "IM0001", "sub/1.2.840.10008.5"])
+    listing = survey(tmp_path)
+    found = [path.relative_to(tmp_path).as_posix() for path in listing.images]
+    assert sorted(found) == sorted([*listed, *dicom, "v.nii.gz"])
+    assert listing.left_out == Counter(others.values())
+    assert list_images(tmp_path) == listing.images
+    assert describe_left_out(listing.left_out) == ("8 by-products, 3 files without a suffix, 2 .csv, 1 .gz, 1 .me")
+
+
+def test_dicom_without_pixels_is_left_out_of_a_folder_and_named_by_itself(tmp_path):
+    """Reports and structures lie in every exported study."""
+    write_dicom(tmp_path / "image.dcm", noise((4, 4)))
+    for name, kind in (("report", EnhancedSRStorage), ("structures", RTStructureSetStorage), ("plan", RTPlanStorage)):
+        data = dcmread(tmp_path / "image.dcm")
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = kind
+        for keyword in ("PixelData", "SamplesPerPixel", "Rows", "Columns") if name != "plan" else ("PixelData",):
+            delattr(data, keyword)
+        data.save_as(tmp_path / f"{name}.dcm")
+    said = []
+    (ref,), skipped = index_images(tmp_path, say=said.append)
+    assert (ref.name, skipped) == ("image.dcm", [])
+    assert len(said) == 1
+    assert said[0].startswith(f"{tmp_path}: 1 images; left out: ")
+    for kind in ("Enhanced SR", "RT Structure Set", "RT Plan"):
+        assert f"1 DICOM object: {kind}" in said[0]
+    with pytest.raises(InputError, match=r"report\.dcm: holds no image \(DICOM object: Enhanced SR\); give another"):
+        index_images(tmp_path / "report.dcm")
+    (tmp_path / "image.dcm").unlink()
+    with pytest.raises(InputError, match="holds no images, only 1 DICOM object: Enhanced SR, "):
+        index_images(tmp_path)
 
 
 def test_list_images_of_one_file_is_that_file(tmp_path):

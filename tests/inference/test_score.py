@@ -184,7 +184,7 @@ def test_the_parameters_are_those_of_the_scorer():
 
 @pytest.mark.parametrize("shape", [(8, 8), (20, 31), (5, 3)])
 def test_with_resize_the_whole_image_is_one_patch(shape):
-    how = preprocessing(SIZE, channels=2, dtype="uint8", resize=True)
+    how = preprocessing(SIZE, channels=2, resize=True)
     method = autoencoder()
     pixels, foreground = image(shape, np.float32) / 255, image(shape, seed=1)[..., 0] > 60
     patch = resize_bands(preprocess(pixels, foreground, how), SIZE, SIZE)

@@ -78,7 +78,7 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
                 _check_run_lengths(_encoded(path, page, frames), shape[1] * shape[2])
             elif syntax.is_compressed:
                 check_embedded_size(_encoded(path, page, frames), *shape[1:], "a frame")
-            options = {} if shift is None else {"correct_unused_bits": False}
+            options: dict[str, Any] = {} if shift is None else {"correct_unused_bits": False}
             values = pixel_array(path, index=page, **options).reshape(shape[1:])
             values = values.astype(stored, casting="equiv", copy=False)
             if shift is not None:
@@ -88,7 +88,7 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
             if padding is None:
                 return pixels
             missing = (values >= padding[0]) & (values <= padding[1])
-            return with_nan(pixels, missing.any(axis=-1), dtype)
+            return with_nan(pixels, np.asarray(missing.any(axis=-1)), dtype)
 
         resources = ExitStack()
         reader = whole_pages(path, decode, shape, dtype, resources)

@@ -115,7 +115,7 @@ def missing_pixels(samples: Shaped[np.ndarray, "h w C"], value: float) -> Bool[n
         pure red, where all bands have it.
     """
     equal = has_value(samples, value)
-    return equal.all(axis=-1) if samples.dtype.itemsize == 1 else equal.any(axis=-1)
+    return np.asarray(equal.all(axis=-1) if samples.dtype.itemsize == 1 else equal.any(axis=-1))
 
 
 def is_opacity(samples: Shaped[np.ndarray, "*grid"]) -> bool | None:

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Bool, Shaped
 
 from pulmo_jax.config.nodes import build
-from pulmo_jax.data.images import ImageRef, Reader
-from pulmo_jax.data.one_image import ImageLike, one_image
+from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.one_image import ImageLike, one_foreground, one_image
 from pulmo_jax.data.transforms import Preprocessing, preprocess, same_scale
 from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibration
 from pulmo_jax.evaluation.detection import find_detections
@@ -47,14 +47,13 @@ class Run:
     calibrations: dict[str, Calibration]
     step: int
 
-    def predict(
-        self, image: ImageLike, foreground: Bool[np.ndarray, "H W"] | None = None, page: int = 0
-    ) -> AnomalyResult:
+    def predict(self, image: ImageLike, foreground: ImageLike | None = None, page: int = 0) -> AnomalyResult:
         """Score one image and find its abnormal regions, as in `python -m pulmo_jax.predict`.
 
         Args:
             image: Array (H, W) or (H, W, C) in the units of the training images, or path of an image file.
-            foreground: Pixels to score; None: for a path, the mask of that name in the run's folder; otherwise all.
+            foreground: Pixels to score, an array (H, W) that is not 0 there or the path of a mask; None: for a path,
+                the mask of that name in the run's folder; otherwise all.
             page: Page of a multi-page file, from 0.
 
         Returns:
@@ -65,12 +64,11 @@ class Run:
         """
         data, formats = self.config.data, formats_for(image, self.config)
         ref, pixels = one_image(image, page, data.max_image_mb, data.foreground, formats)
-        if foreground is None and ref.mask is not None:
-            foreground = Reader(data.max_image_mb, formats).foreground(ref)
+        inside = one_foreground(foreground, ref, data.max_image_mb, formats)
         if data.align_run is not None:
-            pixels, foreground = into_lung_frame(self.config, self.scorer.how, ref, pixels, foreground)
+            pixels, inside = into_lung_frame(self.config, self.scorer.how, ref, pixels, inside)
         require_fit(ref, self.scorer.how)
-        return self.map_pixels(ref.title, pixels, foreground)
+        return self.map_pixels(ref.title, pixels, inside)
 
     def map_pixels(
         self, title: str, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None
@@ -113,7 +111,7 @@ def require_fit(ref: ImageRef, how: Preprocessing) -> None:
         )
 
 
-def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
+def open_run(path: Path | str, plugins: tuple[str, ...] = ()) -> Run:
     """Load model and thresholds of a finished run.
 
     Args:
@@ -126,6 +124,7 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> Run:
     Raises:
         InputError: If the run is not finished or has changed since training.
     """
+    path = Path(path)
     config, how, method, state, step = load_run(path, plugins)
     return Run(path, config, make_scorer(config, method, learnt(method, state), how), load_calibrations(path), step)
 

@@ -284,7 +284,7 @@ def unseen_by(plan: Plan, count: int) -> list[list[int]]:
     return found
 
 
-def open_run(path: Path, plugins: tuple[str, ...] = ()) -> ClassifierRun:
+def open_run(path: Path | str, plugins: tuple[str, ...] = ()) -> ClassifierRun:
     """Load a finished run.
 
     Args:
@@ -297,6 +297,7 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> ClassifierRun:
     Raises:
         InputError: If it is not a finished classification run, or has changed since training.
     """
+    path = Path(path)
     config, step = load_config(path, ClassifierConfig, plugins), sealed_step(path, SEALED)
     check_nodes(config)
     facts = read_facts(path / CLASSES)

@@ -306,7 +306,7 @@ def save_run(run: LandmarkRun) -> None:
     atomically(run.path / "companions.npz", write)
 
 
-def open_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
+def open_run(path: Path | str, plugins: tuple[str, ...] = ()) -> LandmarkRun:
     """Load a finished run.
 
     Args:
@@ -319,6 +319,7 @@ def open_run(path: Path, plugins: tuple[str, ...] = ()) -> LandmarkRun:
     Raises:
         InputError: If it is not a finished landmark run, or has changed since training.
     """
+    path = Path(path)
     config, step = load_config(path, LandmarkConfig, plugins), sealed_step(path, SEALED)
     check_nodes(config)
     facts = read_facts(path / "landmarks.json")
