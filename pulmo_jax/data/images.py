@@ -152,7 +152,7 @@ def index_images(
             mask = mask_paths[name]
             if mask is None and require_masks:
                 raise InputError(f"{path}: there is no mask {masks}/{name}, nor one with another image suffix")
-            header = (*store.header(name, limit), "") if store else read_header(root, name, limit, formats)
+            header = store.header(name, limit) if store else read_header(root, name, limit, formats)
             pages, shape, dtype, group, stored = header
             if group_regex is not None:
                 group = extract_group(name, group_regex, suffixes)

@@ -31,14 +31,16 @@ def perceptual_hash(page: Shaped[np.ndarray, "H W C"]) -> int:
     """Compute the perceptual hash of an image.
 
     Args:
-        page: Pixels (H, W, C) in any unit; values that are not finite are replaced by 0.
+        page: Pixels (H, W, C) in any unit; missing ones are replaced by the mean of the others.
 
     Returns:
         63 bits; 0 if the image is constant.
     """
     height, width, channels = page.shape
     if not np.issubdtype(page.dtype, np.integer):
-        page = np.where(finite(page)[..., None], page, 0)
+        known = finite(page)
+        if not known.all():  # an outline shared by all images would be their hash
+            page = np.where(known[..., None], page, page[known].mean(axis=0) if known.any() else 0)
     span = float(page.max()) - float(page.min())
     rows = resize_matrix(height) @ page.reshape(height, -1).astype(np.float32)
     columns = rows.reshape(SMALL_PX, width, channels).swapaxes(0, 1)

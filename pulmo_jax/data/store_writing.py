@@ -27,7 +27,7 @@ from pulmo_jax.data.sources.listing import describe_left_out
 from pulmo_jax.data.sources.source import NoImageError, check_is_file, decoding
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.data.sources.store_chunks import chunk_corners, chunk_shape, pack, pixel_sha256, split_into_chunks
-from pulmo_jax.data.sources.store_index import SCHEMA, VERSION, Record, as_metadata, index_array, index_digest
+from pulmo_jax.data.sources.store_index import SCHEMA, Record, as_metadata, index_array, index_digest, version_of
 from pulmo_jax.data.store_log import Entry, Log, Logged, is_log
 from pulmo_jax.host.files import dump_json, replacing
 from pulmo_jax.host.marks import TEMPORARY
@@ -279,8 +279,9 @@ def decode_file(
     try:
         with open_source(path, max_bytes=max_image_mb * MEBIBYTE, formats=formats) as source:
             pages, height, width, channels = source.shape
+            stored = source.stored_dtype.name if source.stored_dtype else ""
             file = {"pages": pages, "content": content, "height": height, "width": width, "channels": channels,
-                    "dtype": source.dtype.name, "file_bytes": path.stat().st_size}  # fmt: skip
+                    "dtype": source.dtype.name, "stored_dtype": stored, "file_bytes": path.stat().st_size}  # fmt: skip
             for number in range(pages):
                 page = source.read(number)
                 facts = file | {"page": number, "pixels": pixel_sha256(page), "look": perceptual_hash(page)}
@@ -425,7 +426,7 @@ def write_index(file: Any, records: Sequence[Record]) -> None:
     file.create_dataset(
         "index", data=index_array(records), chunks=(min(1024, len(records)),), shuffle=True, compression="gzip"
     )
-    file.attrs.update({"schema": SCHEMA, "version": VERSION, "digest": index_digest(records)})
+    file.attrs.update({"schema": SCHEMA, "version": version_of(records), "digest": index_digest(records)})
 
 
 def sync_to_disk(path: Path) -> None:

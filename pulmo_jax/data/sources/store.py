@@ -102,7 +102,7 @@ class Store:
         self.records = self.by_name.records
         self.pages: dict[str, Pages] = {}  # open datasets: opening one takes as long as reading a page
 
-    def header(self, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str, str]:
+    def header(self, name: str, max_bytes: int) -> tuple[int, tuple[int, int, int], str, str, str]:
         """Read the header of a file from the index.
 
         Args:
@@ -110,14 +110,14 @@ class Store:
             max_bytes: Limit on the decoded size of a page in bytes.
 
         Returns:
-            Number of pages, shape (H, W, C), dtype and group.
+            Number of pages, shape (H, W, C), dtype, group, and stored dtype if it is another.
 
         Raises:
             InputError: The pages are empty or exceed the limit.
         """
         pages = self.by_name[name]
         check_page_size(f"{self.path}/{name}", (len(pages), *pages[0].shape), np.dtype(pages[0].dtype), max_bytes)
-        return len(pages), pages[0].shape, pages[0].dtype, pages[0].group
+        return len(pages), pages[0].shape, pages[0].dtype, pages[0].group, pages[0].stored_dtype
 
     def read(self, record: Record, window: Window | None = None) -> Shaped[np.ndarray, "h w C"]:
         """Read a page or a window of it.
@@ -277,9 +277,13 @@ def open_record(path: Path, name: str, max_bytes: int) -> ImageSource:
     records = store.pages_of(name)
     shape = (len(records), *records[0].shape)
     check_page_size(path / name, shape, np.dtype(records[0].dtype), max_bytes)
-    tags = ImageTags()
+    stored = np.dtype(records[0].stored_dtype) if records[0].stored_dtype else None
+
+    def read_window(page: int, window: Window) -> np.ndarray:
+        return store.read(records[page], window)
+
     return ImageSource(
-        path / name, shape, np.dtype(records[0].dtype), tags, lambda p, w: store.read(records[p], w), ExitStack()
+        path / name, shape, np.dtype(records[0].dtype), ImageTags(), read_window, ExitStack(), stored_dtype=stored
     )
 
 

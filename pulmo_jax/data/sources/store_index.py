@@ -18,7 +18,8 @@ from pulmo_jax.data.sources.store_structure import read_rows
 from pulmo_jax.data.sources.store_values import check_names, check_values
 from pulmo_jax.types import InputError
 
-SCHEMA, VERSION = "pulmo_jax.store", 1
+SCHEMA = "pulmo_jax.store"
+VERSION = 2  # with the column stored_dtype; a store that does not need it is written as version 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class Record:
         file_bytes: Size of the file in bytes.
         images: Name of the dataset below /images that holds the page.
         row: Row of the page in this dataset.
+        stored_dtype: Data type of the samples in the file, if it declared missing pixels and integers therefore became
+            floats; "" if it is `dtype`.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Record:
     file_bytes: int
     images: str
     row: int
+    stored_dtype: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -72,7 +76,6 @@ class Record:
 
 COLUMNS: dict[str, type] = get_type_hints(Record)
 NAMES = tuple(COLUMNS)
-VALUES = attrgetter(*NAMES)
 
 
 class Records(Sequence[Record]):
@@ -97,6 +100,25 @@ class Records(Sequence[Record]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def names_of(records: Iterable[Record]) -> tuple[str, ...]:
+    """The columns that records need: the last one, stored_dtype, only if a record has it.
+
+    Args:
+        records: Records of all pages.
+
+    Returns:
+        Names of the columns.
+    """
+    if isinstance(records, Records):
+        return tuple(name for name in NAMES if name in records.rows.dtype.names)
+    return NAMES if any(record.stored_dtype for record in records) else NAMES[:-1]
+
+
+def version_of(records: Sequence[Record]) -> int:
+    """The lowest version of a store that can hold the records, so that older programs read what they can."""
+    return VERSION if len(names_of(records)) == len(NAMES) else VERSION - 1
 
 
 class Files(Mapping[str, list[Record]]):
@@ -147,7 +169,7 @@ def read_index(path: Path, file: Any) -> "Files":
             raise InputError(
                 f"{path}: has store version {version}, but this program reads versions up to {VERSION}; update it"
             )
-        rows = read_rows(path, file, COLUMNS)
+        rows = read_rows(path, file, COLUMNS if version == VERSION else {name: COLUMNS[name] for name in NAMES[:-1]})
         check_names(path, rows["name"])
         if index_digest(Records(rows)) != attributes.get("digest"):
             raise InputError(f"{path}: damaged: its index does not match its digest; ingest the images again")
@@ -174,11 +196,13 @@ def index_array(records: Sequence[Record]) -> np.ndarray:
             return h5py.string_dtype(length=max(1, *(len(getattr(record, name).encode()) for record in records)))
         return np.dtype(np.uint64 if name == "look" else np.int64)
 
-    rows = [tuple(v.encode() if isinstance(v, str) else v for v in VALUES(record)) for record in records]
-    return np.array(rows, [(name, column_dtype(name, kind)) for name, kind in COLUMNS.items()])
+    names = names_of(records)
+    values = attrgetter(*names)
+    rows = [tuple(v.encode() if isinstance(v, str) else v for v in values(record)) for record in records]
+    return np.array(rows, [(name, column_dtype(name, COLUMNS[name])) for name in names])
 
 
-def index_digest(records: Iterable[Record]) -> str:
+def index_digest(records: Sequence[Record]) -> str:
     """SHA-256 of the JSON text of all values, computed without storing that text in memory.
 
     Args:
@@ -187,9 +211,9 @@ def index_digest(records: Iterable[Record]) -> str:
     Returns:
         Digest in hexadecimal.
     """
-    sha256, separator = hashlib.sha256(b"["), ""
+    sha256, separator, values = hashlib.sha256(b"["), "", attrgetter(*names_of(records))
     for record in records:
-        sha256.update((separator + json.dumps(VALUES(record))).encode())
+        sha256.update((separator + json.dumps(values(record))).encode())
         separator = ", "
     sha256.update(b"]")
     return sha256.hexdigest()
@@ -204,5 +228,7 @@ def as_metadata(records: Sequence[Record]) -> dict[str, Any]:
     Returns:
         JSON-serialisable dictionary.
     """
-    rows = [dict(zip(NAMES, VALUES(record), strict=True)) for record in records]
-    return {"schema": SCHEMA, "version": VERSION, "digest": index_digest(records), "records": rows}
+    names = names_of(records)
+    values = attrgetter(*names)
+    rows = [dict(zip(names, values(record), strict=True)) for record in records]
+    return {"schema": SCHEMA, "version": version_of(records), "digest": index_digest(records), "records": rows}
