@@ -3,6 +3,7 @@
 import logging
 import struct
 import zlib
+from dataclasses import dataclass
 
 import imagecodecs
 import nibabel
@@ -19,6 +20,8 @@ from pulmo_jax.data.images import Reader, index_images
 from pulmo_jax.data.one_image import one_image
 from pulmo_jax.data.scan import Sampling, scan_images
 from pulmo_jax.data.sources import open_source
+from pulmo_jax.data.sources.source import page_source
+from pulmo_jax.tasks.point_sources.detection import as_file
 from pulmo_jax.types import InputError, Window
 
 HOLE = np.zeros((40, 50), bool)
@@ -262,3 +265,31 @@ def test_palette_with_a_transparent_entry_by_pillow(tmp_path):
     found, _ = read(tmp_path / "x.png")
     np.testing.assert_array_equal(holes(found), rgba[..., 3] == 0)
     np.testing.assert_array_equal(found[rgba[..., 3] > 0], rgba[rgba[..., 3] > 0][:, :3])
+
+
+@dataclass(frozen=True)
+class MaskedFormat:
+    """A format of a user's package whose decoder returns masked arrays, such as netCDF4."""
+
+    dtype: str
+    suffixes: tuple[str, ...] = (".msk",)
+
+    def open(self, path, max_bytes):
+        pixels = np.ma.array(SEEN.astype(self.dtype)[..., None], mask=HOLE[..., None])
+        return page_source(path, (1, 40, 50, 1), np.dtype(self.dtype), lambda page: pixels, max_bytes)
+
+
+def test_masked_pixels_of_a_format_of_ones_own(tmp_path):
+    (tmp_path / "x.msk").touch()
+    found, _ = read(tmp_path / "x.msk", formats=[MaskedFormat("f4")])
+    np.testing.assert_array_equal(holes(found), HOLE)
+    np.testing.assert_array_equal(found[~HOLE][:, 0], SEEN[~HOLE])
+    with pytest.raises(InputError, match="masked array of uint16; declare a float dtype for missing pixels"):
+        read(tmp_path / "x.msk", formats=[MaskedFormat("u2")])
+
+
+def test_masked_stack(tmp_path):
+    stack = np.ma.array(np.stack([SEEN, SEEN]).astype("i2"), mask=np.stack([HOLE, ~HOLE]))
+    path = as_file(stack, tmp_path / "cube.npy")
+    np.testing.assert_array_equal(np.isnan(np.load(path)), stack.mask)
+    np.testing.assert_array_equal(np.load(path)[~stack.mask], stack.data[~stack.mask])

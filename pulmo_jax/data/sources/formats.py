@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from pulmo_jax.data.sources.missing import with_nan
 from pulmo_jax.data.sources.source import ImageSource, check_page_size
 from pulmo_jax.types import InputError, Source, Window
 
@@ -149,6 +150,10 @@ def open_with(image_format: Format, path: Path, max_bytes: int) -> ImageSource:
             pixels, expected = source.read(page, window), (window.height, window.width, shape[3])
             if pixels.shape != expected or pixels.dtype != dtype:
                 raise ValueError(f"read returned {pixels.shape} {pixels.dtype} instead of {expected} {dtype}")
-            return pixels
+            if not np.ma.isMaskedArray(pixels):
+                return pixels
+            if dtype.kind != "f":
+                raise ValueError(f"read returned a masked array of {dtype}; declare a float dtype for missing pixels")
+            return with_nan(np.asarray(pixels), np.ma.getmaskarray(pixels), dtype)
 
         return ImageSource(path, shape, dtype, source.tags, read_window, stack.pop_all())

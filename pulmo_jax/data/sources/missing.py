@@ -30,17 +30,17 @@ def float_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def with_nan(
-    pixels: Shaped[np.ndarray, "h w C"], missing: Bool[np.ndarray, "h w"], dtype: np.dtype
-) -> Float[np.ndarray, "h w C"]:
+    pixels: Shaped[np.ndarray, "*grid"], missing: Bool[np.ndarray, "..."], dtype: np.dtype
+) -> Float[np.ndarray, "*grid"]:
     """Convert pixels to floats, with NaN where they are missing.
 
     Args:
-        pixels: Pixels (h, w, C).
-        missing: True for missing pixels (h, w).
+        pixels: Pixels, such as (h, w, C).
+        missing: True for missing pixels; its axes are the first ones of `pixels`.
         dtype: Float dtype of the result.
 
     Returns:
-        Pixels (h, w, C).
+        The pixels.
     """
     pixels = pixels.astype(dtype)
     pixels[missing] = np.nan

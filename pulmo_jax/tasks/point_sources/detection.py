@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pulmo_jax.core.geometry import rotation_deg
+from pulmo_jax.data.sources.missing import float_dtype, with_nan
 from pulmo_jax.evaluation.contrast import Contrast, contrast_curve
 from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.host.files import write_json, write_text
@@ -226,8 +227,11 @@ def detect_arrays(
 
 
 def as_file(value: Any, path: Path) -> Path | None:
-    """Path of an input; an array is written to a file."""
+    """Path of an input; an array is written to a file, with NaN for the masked values of a masked array."""
     if value is None or isinstance(value, Path | str):
         return None if value is None else Path(value)
-    np.save(path, np.asarray(value), allow_pickle=False)
+    array = np.asarray(value)
+    if np.ma.isMaskedArray(value):
+        array = with_nan(array, np.ma.getmaskarray(value), float_dtype(array.dtype))
+    np.save(path, array, allow_pickle=False)
     return path
