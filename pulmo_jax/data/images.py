@@ -19,7 +19,7 @@ from pulmo_jax.config.expressions import ExpressionError, search
 from pulmo_jax.data.masks import Rule, find_rule
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, open_source, survey
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
-from pulmo_jax.data.sources.listing import describe_left_out
+from pulmo_jax.data.sources.listing import Listing, describe_left_out
 from pulmo_jax.data.sources.source import NoImageError, decoding
 from pulmo_jax.data.sources.store import Store, in_store, is_store, open_store
 from pulmo_jax.host.console import complain, printable
@@ -138,9 +138,9 @@ def index_images(
     suffixes = image_suffixes(formats)
     store = open_store(folder) if find_format(folder, formats) is None and is_store(folder) else None
     root = folder if folder.is_dir() or store else folder.parent
-    listing = None if store else survey(folder, formats, leave_out)
+    listing = Listing([]) if store else survey(folder, formats, leave_out)
     names = stored_names(store) if store else [path.relative_to(root).as_posix() for path in listing.images]
-    left_out = Counter(listing.left_out if listing else ())
+    left_out = listing.left_out.copy()
     with decoding(masks or root):
         mask_paths = find_masks(masks, names, suffixes)
     refs, skipped, limit = [], [], max_image_mb * MEBIBYTE

@@ -161,7 +161,7 @@ def _ends_dominate(source: ImageSource, values: np.ndarray, counts: np.ndarray) 
 
 def _brighter(source: ImageSource) -> Rule:
     half = _half(source)
-    return lambda samples: (samples >= half).any(axis=-1)
+    return lambda samples: np.asarray((samples >= half).any(axis=-1))
 
 
 def _half(source: ImageSource) -> float:

@@ -86,7 +86,7 @@ def test_a_value_that_no_pixel_can_have_leaves_the_pixels(tmp_path, caplog, valu
 
 def test_a_value_that_is_no_number_is_named(tmp_path):
     tifffile.imwrite(tmp_path / "x.tif", SEEN.astype("u1"), extratags=[(42113, 2, 0, "none", True)])
-    with pytest.raises(InputError, match=r"x\.tif: its GDAL_NODATA tag is 'none', which is not a number"):
+    with pytest.raises(InputError, match=r"x\.tif: its no-data value \(GDAL_NODATA\) is 'none', which is not a number"):
         open_source(tmp_path / "x.tif")
 
 
@@ -293,3 +293,35 @@ def test_masked_stack(tmp_path):
     path = as_file(stack, tmp_path / "cube.npy")
     np.testing.assert_array_equal(np.isnan(np.load(path)), stack.mask)
     np.testing.assert_array_equal(np.load(path)[~stack.mask], stack.data[~stack.mask])
+
+
+@pytest.mark.parametrize("name", ["x.tif", "x.png", "x.jpg"])
+@pytest.mark.parametrize("beside", ["msk", "aux.xml", "both"])
+def test_files_beside_an_image(tmp_path, name, beside):
+    """As GDAL writes them for formats without a tag: the image itself is read as before without them."""
+    pixels = SEEN.astype("u1")
+    if name == "x.tif":
+        tifffile.imwrite(tmp_path / name, pixels)
+    else:
+        Image.fromarray(pixels).save(tmp_path / name, quality=100)
+    whole, _ = read(tmp_path / name)
+    expected = np.zeros_like(HOLE)
+    if beside != "aux.xml":
+        tifffile.imwrite(tmp_path / f"{name}.msk", np.where(HOLE, 0, 255).astype("u1"))
+        expected |= HOLE
+    if beside != "msk":
+        xml = '<PAMDataset><PAMRasterBand band="1"><NoDataValue>1.8E+01</NoDataValue></PAMRasterBand></PAMDataset>'
+        (tmp_path / f"{name}.aux.xml").write_text(xml)
+        expected |= whole[..., 0] == 18
+    found, source = read(tmp_path / name)
+    np.testing.assert_array_equal(holes(found), expected)
+    np.testing.assert_array_equal(found[~expected], whole[~expected])
+    assert (source.stored_dtype, whole.dtype) == (np.uint8, np.uint8)
+    assert [ref.name for ref in index_images(tmp_path)[0]] == [name]
+
+
+def test_a_mask_beside_an_image_has_its_size(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", SEEN)
+    tifffile.imwrite(tmp_path / "x.tif.msk", HOLE[:9])
+    with pytest.raises(InputError, match=r"x\.tif\.msk: is the transparency mask of x\.tif, but has 9 x 50 px"):
+        open_source(tmp_path / "x.tif")

@@ -10,6 +10,7 @@ from pulmo_jax.data.sources.formats import Format, find_format, open_with
 from pulmo_jax.data.sources.listing import Listing, describe_left_out, list_files
 from pulmo_jax.data.sources.nifti import open_nifti
 from pulmo_jax.data.sources.raster import open_jpeg, open_png
+from pulmo_jax.data.sources.sidecar import with_sidecars
 from pulmo_jax.data.sources.source import ImageSource, check_is_file, decoding
 from pulmo_jax.data.sources.store import in_store, is_store, open_record, open_store
 from pulmo_jax.data.sources.tiff import open_tiff
@@ -75,9 +76,11 @@ def open_source(
             raise InputError(
                 f"{path}: {problem}; supported formats are {_supported(formats)}: convert the file or move it away"
             )
-        return (
-            opener(path, max_bytes, as_stored=True) if as_stored and opener in _AS_STORED else opener(path, max_bytes)
-        )
+        if opener not in _AS_STORED:
+            return opener(path, max_bytes)
+        if as_stored:
+            return opener(path, max_bytes, as_stored=True)
+        return with_sidecars(opener(path, max_bytes), max_bytes)
 
 
 def list_images(folder: Path | str, formats: Sequence[Format] = ()) -> list[Path]:

@@ -48,17 +48,17 @@ def with_nan(
 
 
 def parse_missing_value(path: Path, text: str) -> float | None:
-    """Parse the value of missing pixels that a GDAL_NODATA tag declares.
+    """Parse the value of missing pixels that a GDAL_NODATA tag, or an .aux.xml file, declares.
 
     Args:
         path: The file, for the error message.
-        text: Content of the tag.
+        text: The declaration.
 
     Returns:
-        The value; None if the tag is empty.
+        The value; None if the text is empty.
 
     Raises:
-        InputError: The tag is not a number.
+        InputError: The text is not a number.
     """
     text = text.strip("\0 \t\r\n")
     if not text:
@@ -69,8 +69,8 @@ def parse_missing_value(path: Path, text: str) -> float | None:
         return float(text.replace(",", "."))
     except ValueError:
         raise InputError(
-            f"{path}: its GDAL_NODATA tag is {text!r:.80}, which is not a number; correct the tag, for example with "
-            "gdal_edit.py -a_nodata VALUE"
+            f"{path}: its no-data value (GDAL_NODATA) is {text!r:.80}, which is not a number; correct it, for example "
+            "with gdal_edit.py -a_nodata VALUE"
         ) from None
 
 

@@ -112,7 +112,7 @@ def names_of(records: Iterable[Record]) -> tuple[str, ...]:
         Names of the columns.
     """
     if isinstance(records, Records):
-        return tuple(name for name in NAMES if name in records.rows.dtype.names)
+        return tuple(name for name in NAMES if name in (records.rows.dtype.names or ()))
     return NAMES if any(record.stored_dtype for record in records) else NAMES[:-1]
 
 

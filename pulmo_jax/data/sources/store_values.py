@@ -100,7 +100,7 @@ def _check_datasets(rows: np.ndarray) -> np.ndarray:
             raise ValueError(f"columns images and {column} of /index disagree")
     if (np.array([values[3] for values in parsed], "S")[datasets] != rows["dtype"]).any():
         raise ValueError("columns images and dtype of /index disagree")
-    stored = set(np.unique(rows["stored_dtype"]).tolist()) if "stored_dtype" in rows.dtype.names else set()
+    stored = set(np.unique(rows["stored_dtype"]).tolist()) if "stored_dtype" in (rows.dtype.names or ()) else set()
     if not stored <= {b"", *(name.encode() for name in _DTYPES)}:
         raise ValueError("column stored_dtype of /index has a value that is not a data type of images")
     return datasets
