@@ -42,6 +42,20 @@ def cache_folder(chosen: Path | None = None, holding: str = "") -> Path:
     return private_folder()
 
 
+def require_writable(chosen: Path | None, key: str) -> None:
+    """Check before any work that a cache folder that the user has named can be written.
+
+    Args:
+        chosen: The folder; None if none is named.
+        key: Config key that names it.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    if chosen is not None and not can_write(folder := cache_folder(chosen)):
+        raise InputError(f"{key}={folder}: cannot be written; change its permissions or name another folder")
+
+
 def default_folder() -> Path:
     """The folder named by PULMO_JAX_CACHE or the cache folder of the operating system; RuntimeError without a home."""
     if named := os.environ.get("PULMO_JAX_CACHE"):

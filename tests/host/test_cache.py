@@ -10,7 +10,7 @@ import jax.experimental.compilation_cache.compilation_cache
 import pytest
 
 from pulmo_jax.host import cache
-from pulmo_jax.host.cache import cache_folder, can_write, private_folder, provide_home
+from pulmo_jax.host.cache import cache_folder, can_write, private_folder, provide_home, require_writable
 from pulmo_jax.runs.directory import use_compile_cache
 from pulmo_jax.types import InputError
 
@@ -128,3 +128,12 @@ def test_a_damaged_program_is_compiled_again(tmp_path, damage):
         for name, value in before.items():
             jax.config.update(name, value)
         jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+def test_a_named_folder_that_cannot_be_written_is_refused(tmp_path):
+    require_writable(None, "data.cache")
+    require_writable(tmp_path / "new" / "deep", "data.cache")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"data\.cache=.*/file/x: cannot be written; change its permissions or name"):
+        require_writable(tmp_path / "file" / "x", "data.cache")

@@ -18,6 +18,7 @@ from pulmo_jax.data.images import Reader
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.transforms import Preprocessing
+from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.methods.base import Accumulated, Method
@@ -69,7 +70,8 @@ class AnomalyData:
 
 
 def check(config: TrainConfig) -> None:
-    """Validate the nodes of the method and its model. Raises InputError."""
+    """Validate the nodes of the method and its model, and the cache folder. Raises InputError."""
+    require_writable(config.data.cache, "data.cache")
     check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs"))
     check_node(config.method, "method", config.plugins, ("network",))
     if "loss" in config.method:
