@@ -15,6 +15,10 @@ import numpy as np
 ProgressTracker = Callable[[Iterable[Any], int], Iterable[Any]]
 Say = Callable[[str], None]  # takes a line of text for the user
 
+INCH = 2  # TIFF ResolutionUnit
+MM_PER_UNIT = {INCH: 25.4, 3: 10.0}
+PRINT_DPI = (1, 72, 96, 100, 120, 144, 150, 200, 240, 300, 360, 400, 600, 720, 1200, 2400)
+
 
 class InputError(ValueError):
     """Invalid user input; the message names what was given, what is allowed and what to do.
@@ -96,10 +100,27 @@ class ImageTags:
     Attributes:
         resolution: Pixels per unit along x and y, and the unit (TIFF ResolutionUnit: 1 none, 2 inch, 3 centimetre).
         geo: GeoTIFF tags as (code, dtype, count, value), i.e. `extratags` of tifffile without the last field.
+        unit: Unit of the intensities, such as HU; "" if the file does not state it.
     """
 
     resolution: tuple[float, float, int] | None = None
     geo: tuple[tuple[int, int, int, object], ...] = ()
+    unit: str = ""
+
+    @property
+    def pixel_mm(self) -> tuple[float, float] | None:
+        """Height and width of a pixel in mm; None if unknown.
+
+        Resolutions per inch that are common in print, such as 72 and 300, are no pixel spacing: software writes them by
+        default.
+        """
+        if self.resolution is None:
+            return None
+        x, y, code = self.resolution
+        printed = code == INCH and x == y and round(x, 1) in PRINT_DPI
+        if code not in MM_PER_UNIT or printed or min(x, y) <= 0:
+            return None
+        return MM_PER_UNIT[code] / y, MM_PER_UNIT[code] / x
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from scipy import stats
 
 from pulmo_jax.host.console import printable
@@ -40,6 +41,8 @@ DASHES = ((4, 1.5), (1.5, 1), (5, 1, 1, 1))  # line styles of baselines, disting
 MANY_SCORES = 1000  # number of scores above which the counts have a logarithmic axis
 MAX_BINS = 80
 MAX_RATIO = 1e4  # largest ratio of scores on a logarithmic axis; lower scores share the first bin
+FEW_SCORES = 30  # a class with fewer scores is drawn as dots, because its histogram would show the bins alone
+GOLDEN = (5**0.5 - 1) / 2
 
 STYLE = {
     "font.family": "sans-serif",
@@ -134,9 +137,12 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
         _losses(panels[0], _series(rows, "train/loss"), _series(rows, "val/loss"))
         for axes, (name, (step, value)) in zip(panels[1:], lower.items(), strict=True):
             axes.plot(step, value, color="0.3", lw=0.8, marker="." if step.size == 1 else None)
-            axes.set_ylabel(name.replace("_", " "))
+            axes.set_ylabel(name.replace("_", "\n"))
             if name == "gradient_norm" and (value > 0).all():
-                axes.set_yscale("log")
+                log_axis(axes.yaxis, value.min(), value.max(), small=True)
+            else:
+                axes.yaxis.set_major_locator(MaxNLocator(3))
+        panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         panels[-1].set_xlabel("training step")
         figure.align_ylabels(panels)
     return figure
@@ -179,9 +185,30 @@ def _losses(axes: Axes, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndar
         axes.plot(val[0][best], val[1][best], "o", ms=8, mfc="none", mec="black", mew=0.8, label=label)
     values = np.concatenate([train[1], val[1]])
     if (values > 0).all():
-        axes.set_yscale("log")
+        log_axis(axes.yaxis, values.min(), values.max())
     axes.set_ylabel("loss")
     axes.legend()
+
+
+def log_axis(axis: Axis, low: float, high: float, *, small: bool = False) -> None:
+    """Make an axis logarithmic, with tick labels that are plain numbers and do not overlap, however short the range.
+
+    Args:
+        axis: Axis.
+        low: Lowest value shown.
+        high: Highest value shown.
+        small: The axis has room for few labels.
+    """
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    if high / low >= 100:  # otherwise too few powers of ten
+        return
+    if high / low > 5:
+        axis.set_major_locator(LogLocator(subs=(1, 3) if small else (1, 2, 5)))
+    else:
+        axis.set_major_locator(MaxNLocator(2 if small else 5, steps=[1, 2, 5, 10]))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,16 +284,16 @@ def _with_area(name: str, area: str, value: float | None) -> str:
 
 def score_histogram(
     normal: Scores,
-    anomalous: Scores | None,
+    abnormal: Scores | None,
     threshold: float,
     interval: tuple[float, float] | None,
     name: str,
 ) -> Figure:
-    """Histograms of normal and anomalous scores, each normalised to 1, with the threshold and its 95 % interval.
+    """Scores by class with the threshold and its 95 % interval: a dot for each score of small classes, else histograms.
 
     Args:
         normal: Scores, or (scores, weights) for binned scores.
-        anomalous: The same for anomalous scores, if any.
+        abnormal: The same for scores that are abnormal according to the ground truth, if any.
         threshold: Calibrated threshold.
         interval: 95 % interval of the threshold, if known.
         name: Unit that is scored, "pixel" or "image".
@@ -275,9 +302,11 @@ def score_histogram(
         The figure.
     """
     classes = {"normal": _weighted(normal)}
-    if anomalous is not None:
-        classes["anomalous"] = _weighted(anomalous)
+    if abnormal is not None:
+        classes["lesion" if name == "pixel" else "abnormal"] = _weighted(abnormal)
     with style():
+        if name == "image" and min(score.size for score, _ in classes.values()) < FEW_SCORES:
+            return _score_dots({label: score for label, (score, _) in classes.items()}, threshold, interval, name)
         figure = Figure(figsize=(COLUMN_WIDTH_IN * 1.4, 2.5), layout="constrained")
         axes = figure.subplots()
         edges = _edges(list(classes.values()), [threshold, *(interval or ())])
@@ -290,10 +319,34 @@ def score_histogram(
         note = " (first bin includes all lower scores)" if lower else ""
         axes.set(xlabel=f"{name} score{note}", ylabel=f"fraction of {name}s per bin", xlim=(edges[0], edges[-1]))
         if edges[0] > 0:
-            _log_scores(axes, edges[-1] / edges[0])
+            log_axis(axes.xaxis, edges[0], edges[-1])
         if max(weight.sum() for _, weight in classes.values()) > MANY_SCORES:
             axes.set_yscale("log")
         figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def _score_dots(
+    classes: Mapping[str, np.ndarray], threshold: float, interval: tuple[float, float] | None, name: str
+) -> Figure:
+    """A row of dots for each class, one per score, spread vertically so that equal scores do not hide each other."""
+    figure = Figure(figsize=(COLUMN_WIDTH_IN * 1.4, 1.3 + 0.6 * len(classes)), layout="constrained")
+    axes = figure.subplots()
+    looks = ((BLUE, "o"), (VERMILLION, "D"))
+    for row, (scores, (colour, marker)) in enumerate(zip(classes.values(), looks, strict=False)):
+        spread = (np.arange(scores.size) * GOLDEN % 1 - 0.5) * 0.6
+        look: dict[str, Any] = {"color": colour, "mec": "white", "mew": 0.4, "ms": 4.5 if scores.size < 100 else 2.5}
+        axes.plot(np.sort(scores), row + spread, marker, ls="", rasterized=scores.size > MANY_SCORES, **look)
+    _mark_threshold(axes, threshold, interval)
+    values = np.concatenate([*classes.values(), [threshold, *(interval or ())]])
+    if values.min() > 0:
+        log_axis(axes.xaxis, values.min(), values.max())
+    axes.margins(x=0.04)
+    rows = [f"{label}\n{scores.size} {name}{'s' * (scores.size != 1)}" for label, scores in classes.items()]
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel=f"{name} score", ylim=(len(rows) - 0.5, -0.5))
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -316,14 +369,6 @@ def _edges(classes: list[tuple[np.ndarray, np.ndarray]], marks: list[float]) -> 
         low, high = low - 0.5, high + 0.5
     n_bins = int(np.clip(np.sqrt(rank[-1]) * 2, 10, MAX_BINS))
     return np.geomspace(low, high * 1.05, n_bins + 1) if low > 0 else np.linspace(low, high, n_bins + 1)
-
-
-def _log_scores(axes: Axes, ratio: float) -> None:
-    axes.set_xscale("log")
-    if ratio < 100:  # too few powers of ten for the default ticks
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_threshold(axes: Axes, threshold: float, interval: tuple[float, float] | None) -> None:

@@ -12,6 +12,7 @@ from pulmo_jax.host.files import write_text
 from pulmo_jax.reporting.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+LONG = 30  # characters of a cell above which it is wrapped
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def write_report(
     sections: Sequence[Section],
     citations: Sequence[str],
     warnings: Sequence[str],
+    sample: str = "",
 ) -> None:
     """Write the report as a single HTML file that loads nothing; the file is replaced atomically.
 
@@ -93,6 +95,7 @@ def write_report(
         sections: Sections in order; empty ones are omitted.
         citations: References that users of the run should cite.
         warnings: Messages shown above everything else. All text is HTML-escaped.
+        sample: Line below the title of a report on sample data.
 
     Raises:
         FileNotFoundError: If a figure does not exist; an existing report is then left as it is.
@@ -106,6 +109,8 @@ def write_report(
         sections=[(section, [_embed(figure) for figure in section.figures]) for section in nonempty],
         citations=citations,
         warnings=warnings,
+        sample=sample,
+        long=LONG,
     )
     write_text(path, page)
 

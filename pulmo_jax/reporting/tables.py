@@ -93,7 +93,7 @@ def lesion_table(lesions: dict[str, Any]) -> Table:
     ]
     hits, images = lesions["images_with_highest_pixel_in_lesion"], lesions["images_with_lesions"]
     note = f"The highest score lies inside a lesion in {hits} of {images} images with lesions."
-    return Table("Lesions detected at the threshold", ["area", "detected", "recall"], rows, [note])
+    return Table("Lesions found at the threshold", ["area", "found", "recall"], rows, [note])
 
 
 def format_size(row: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pulmo_jax.host.console import Console
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.reporting.figures import save
 from pulmo_jax.reporting.report import CaptionedFigure, Section, write_report
+from pulmo_jax.reporting.tables import markdown_text
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.task import Assessment
 from pulmo_jax.types import InputError
@@ -34,6 +35,7 @@ class Findings:
         citations: Citations of the data.
         warnings: Warnings, also printed.
         objective: Objective of a sweep, which is minimised.
+        sample: First line of a report on sample data; see `data.sample_facts.sample_line`.
     """
 
     title: str
@@ -46,6 +48,7 @@ class Findings:
     citations: Sequence[str] = ()
     warnings: Sequence[str] = ()
     objective: float = math.nan
+    sample: str = ""
 
 
 def assess_and_write(assessment: Assessment, run: Any, config: Any, place: Place) -> Findings:
@@ -76,9 +79,11 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
         console: For tables and warnings.
     """
     write_json(folder / "metrics.json", dict(findings.metrics))
-    write_text(folder / "metrics.md", findings.markdown)
+    write_text(folder / "metrics.md", with_sample_line(findings.markdown, findings.sample))
     for name, content in findings.tables.items():
         write_text(folder / name, content)
+    if findings.sample:
+        console.print(findings.sample)
     for table in findings.shown:
         console.print(table)
     for warning in findings.warnings:
@@ -90,7 +95,14 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
         sections=findings.sections,
         citations=findings.citations,
         warnings=findings.warnings,
+        sample=findings.sample,
     )
+
+
+def with_sample_line(markdown: str, sample: str) -> str:
+    """Insert the line on sample data, if any, below the heading of a Markdown text."""
+    heading, _, rest = markdown.partition("\n")
+    return f"{heading}\n\n{markdown_text(sample)}\n{rest}" if sample else markdown
 
 
 def with_figures(findings: Findings, run: Any, config: Any, folder: Path) -> Findings:

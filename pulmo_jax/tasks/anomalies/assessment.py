@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.sample_facts import described_sample, sample_line
 from pulmo_jax.data.transforms import Preprocessing, same_scale
 from pulmo_jax.evaluation.metrics import image_metrics
 from pulmo_jax.host.console import tracker
@@ -116,12 +118,14 @@ class Tested:
         sections: Sections of the report.
         warnings: Warnings.
         image_scores: Content of image_scores.csv.
+        folder: Folder of the test images.
     """
 
     scores: dict[str, Any]
     sections: list[Section]
     warnings: list[str]
     image_scores: str
+    folder: Path
 
 
 def test_images(
@@ -156,7 +160,7 @@ def test_images(
     scores = figures_of_merit(run, assessment, options.replicates, seed)
     views = example_views(run, assessment, options.examples, truth_of, reader)
     sections = assessment_sections(run, assessment, scores, views, place.folder)
-    return Tested(scores, sections, [warning] if warning else [], image_scores_csv(run, assessment))
+    return Tested(scores, sections, [warning] if warning else [], image_scores_csv(run, assessment), refs[0].folder)
 
 
 def findings_of(
@@ -192,6 +196,9 @@ def findings_of(
         summary=summarise_training(run, training or {}),
         shown=metrics_console(metrics),
         tables={"image_scores.csv": tested.image_scores} if tested else {},
+        sample=sample_line(
+            described_sample(tested.folder if tested else None), described_sample(run.config.data.train)
+        ),
         citations=citation_of(run.path),
         warnings=warnings,
         objective=(training or {}).get("best_val_loss", math.nan),

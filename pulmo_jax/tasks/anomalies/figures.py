@@ -1,4 +1,4 @@
-"""Figures of images with detections: reconstructions, score maps, galleries of misses and false alarms."""
+"""Figures of images with findings: reconstructions, score maps, galleries of misses and false alarms."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 from matplotlib import colormaps, patheffects
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -21,6 +22,7 @@ from scipy import ndimage
 
 from pulmo_jax.evaluation.detection import label_regions
 from pulmo_jax.reporting.figures import TEXT_WIDTH_IN, literal, style
+from pulmo_jax.tasks.anomalies.units import NORMALISED, Intensity, scale_bar
 from pulmo_jax.types import Window
 
 TRUTH, DETECTED = "#00E5FF", "#FFE600"  # cyan and yellow, distinct from grey and from the inferno colours
@@ -42,7 +44,7 @@ POOL = {
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """An image with its detections.
+    """An image with its findings.
 
     Attributes:
         title: Title.
@@ -50,11 +52,13 @@ class Example:
         reconstruction: Normalised reconstruction, if any.
         score: Score map; NaN outside the foreground.
         truth: Ground truth, if known.
-        detected: Detected pixels.
+        detected: Pixels of the findings.
         image_score: Score of the image.
         threshold: Pixel threshold.
         label: True if abnormal; None: unknown.
         focus: Window shown in detail; None: the largest true region, otherwise the highest score.
+        pixel_mm: Height and width of a pixel in mm; None: unknown.
+        intensity: Scale of the normalised intensities.
     """
 
     title: str
@@ -67,6 +71,8 @@ class Example:
     threshold: float
     label: bool | None
     focus: Window | None = None
+    pixel_mm: tuple[float, float] | None = None
+    intensity: Intensity = NORMALISED
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,24 +112,26 @@ def reconstructions(views: Sequence[View]) -> Figure:
         The figure.
     """
     pairs = [(v, v.whole.reconstruction) for v in views if v.whole.reconstruction is not None]
-    differences = [_difference(v.whole, reconstruction) for v, reconstruction in pairs]
+    intensity = _common_intensity([v for v, _ in pairs])
+    span = intensity.high - intensity.low
+    differences = [span * _difference(v.whole, reconstruction) for v, reconstruction in pairs]
     limit = _percentile(np.concatenate([np.abs(d).ravel() for d in differences]), 99.5)
     scale = ScalarMappable(Normalize(-limit, limit), colormaps["RdBu_r"].with_extremes(bad=BACKGROUND))
     with style():
         figure, panels, grid = _grid([v for v, _ in pairs], 3)
         for row, (v, reconstruction), difference in zip(panels, pairs, differences, strict=True):
-            _show_image(row[0], v.whole.image, v.whole_step)
-            _show_image(row[1], reconstruction, v.whole_step)
+            _show_image(row[0], v.whole.image, v.whole_step, v.whole.pixel_mm)
+            _show_image(row[1], reconstruction, v.whole_step, v.whole.pixel_mm)
             _show(row[2], difference, scale)
         names = [literal(v.whole.title) for v, _ in pairs]
         _name(panels, ("image", "reconstruction", "difference"), names)
         _grey_bar(figure, grid[-1, :2], views)
-        _bar(figure, grid[-1, 2:], scale, "image minus reconstruction", extend="both")
+        _bar(figure, grid[-1, 2:], scale, intensity.label("image minus reconstruction"), extend="both")
     return figure
 
 
 def score_maps(views: Sequence[View], title: str) -> Figure:
-    """Draw images and score maps, whole and in detail, with contours of ground truth and detections.
+    """Draw images and score maps, whole and in detail, with contours of lesions (ground truth) and findings.
 
     Args:
         views: Examples.
@@ -162,8 +170,8 @@ def _show_views(row: np.ndarray, v: View, scale: ScalarMappable) -> None:
 def _show_part(
     image_axes: Axes, score_axes: Axes, part: Example, step: int, scale: ScalarMappable, width: float
 ) -> None:
-    """Draw image and score map with contours of ground truth and detections."""
-    _show_image(image_axes, part.image, step)
+    """Draw image and score map with contours of lesions (ground truth) and findings."""
+    _show_image(image_axes, part.image, step, part.pixel_mm)
     _show(score_axes, part.score, scale)
     for axes in (image_axes, score_axes):
         _contour(axes, part.truth, TRUTH, 1.8 * width)
@@ -203,23 +211,21 @@ def _show(axes: Axes, values: np.ndarray, scale: ScalarMappable) -> None:
     axes.autoscale(False)
 
 
-def _show_image(axes: Axes, image: np.ndarray, step: int) -> None:
+def _show_image(axes: Axes, image: np.ndarray, step: int, pixel_mm: tuple[float, float] | None) -> None:
     """Draw a normalised image with a scale bar."""
     shown = image if image.shape[2] == 3 else image.mean(axis=2)
     _show(axes, np.clip(shown, 0, 1), ScalarMappable(Normalize(0, 1), "gray"))
-    _scale_bar(axes, image.shape[1] * step)
+    _scale_bar(axes, image.shape[1] * step, None if pixel_mm is None else pixel_mm[1])
 
 
-def _scale_bar(axes: Axes, width_px: int) -> None:
-    """Draw a scale bar of 1, 2 or 5 times a power of ten, at most a third of the width."""
-    longest = max(width_px / 3, 1)
-    power = 10 ** math.floor(math.log10(longest))
-    length = power * max(digit for digit in (1, 2, 5) if digit * power <= longest)
+def _scale_bar(axes: Axes, width_px: int, pixel_mm: float | None) -> None:
+    """Draw a scale bar, in mm where the width of a pixel is known."""
+    length, label = scale_bar(width_px, pixel_mm)
     start, effects = 0.04, _outline(1.5)
     line = {"color": "white", "lw": 1.5, "transform": axes.transAxes, "path_effects": _outline(2.5)}
     axes.plot([start, start + length / width_px], [0.05, 0.05], solid_capstyle="butt", **line)
     where = {"transform": axes.transAxes, "path_effects": effects}
-    axes.text(start, 0.075, f"{length} px", color="white", fontsize=6, va="bottom", **where)
+    axes.text(start, 0.075, label, color="white", fontsize=6, va="bottom", **where)
 
 
 def _contour(axes: Axes, mask: np.ndarray | None, colour: str, width: float) -> None:
@@ -260,16 +266,26 @@ def _score_bar(figure: Figure, cell: SubplotSpec, scale: ScalarMappable, thresho
 def _grey_bar(figure: Figure, cell: SubplotSpec, views: Sequence[View]) -> None:
     """Draw the grey scale, unless all images are in colour."""
     if any(v.whole.image.shape[2] != 3 for v in views):
-        _bar(figure, cell, ScalarMappable(Normalize(0, 1), "gray"), "normalised intensity")
+        scale = _common_intensity(views)
+        _bar(figure, cell, ScalarMappable(Normalize(scale.low, scale.high), "gray"), scale.label("intensity"))
+
+
+def _common_intensity(views: Sequence[View]) -> Intensity:
+    """Intensity scale of the images; that of normalised values if they differ."""
+    scales = {v.whole.intensity for v in views}
+    return scales.pop() if len(scales) == 1 else NORMALISED
 
 
 def _legend(figure: Figure, views: Sequence[View]) -> None:
-    """Draw the legend of the contours."""
-    lines = {"above the threshold": DETECTED}
+    """Draw the legend of contours, colours and window."""
+    lines = {"finding: score above the pixel threshold": DETECTED, "window shown in detail": "white"}
     if any(v.whole.truth is not None and v.whole.truth.any() for v in views):
-        lines = {"truth": TRUTH} | lines
-    handles = [Line2D([], [], color=colour, lw=1.5, path_effects=_outline(2.5)) for colour in lines.values()]
-    figure.legend(handles, list(lines), loc="outside lower center", ncols=2)
+        lines = {"lesion (ground truth)": TRUTH} | lines
+    handles: list[Artist] = [
+        Line2D([], [], color=colour, lw=1.5, path_effects=_outline(2.5)) for colour in lines.values()
+    ]
+    unscored = Rectangle((0, 0), 1, 1, fc=BACKGROUND, ec="none")
+    figure.legend([*handles, unscored], [*lines, "not scored"], loc="outside lower center", ncols=4)
 
 
 def _score_scale(views: Sequence[View]) -> ScalarMappable:

@@ -25,6 +25,7 @@ from pulmo_jax.reporting.training import descends, training_sections
 from pulmo_jax.tasks.anomalies.captions import CAPTIONS
 from pulmo_jax.tasks.anomalies.figures import Example, View, reconstructions, score_maps, view
 from pulmo_jax.tasks.anomalies.run import Run, thresholds
+from pulmo_jax.tasks.anomalies.units import intensity_of
 
 LAW_IMAGES, TILES_AT_ONCE = 32, 16  # for the figure of distances
 
@@ -347,4 +348,6 @@ def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
         image_score=run.scorer.method.image_score(scores),
         threshold=calibration.pixel_threshold.value,
         label=truth.abnormal,
+        pixel_mm=reader.tags(ref).pixel_mm,
+        intensity=intensity_of(ref, run.scorer.how, reader),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pulmo_jax.config.verbs import EvaluationConfig
+from pulmo_jax.data.sample_facts import described_sample, sample_line
 from pulmo_jax.evaluation.class_metrics import class_figures, figure_difference
 from pulmo_jax.evaluation.metadata_baseline import majority_probabilities, metadata_probabilities
 from pulmo_jax.inference.outputs import as_csv
@@ -280,6 +281,7 @@ def findings_of(
         summary=summarise_training(run, training),
         shown=metrics_console(metrics),
         tables=tables or {},
+        sample=sample_line(described_sample(dataset.refs[0].folder), described_sample(run.config.data.root)),
         warnings=warnings,
         objective=objective,
     )

@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
@@ -27,6 +28,7 @@ from pulmo_jax.reporting.figures import (
     BLUE,
     COLUMN_WIDTH_IN,
     CURVE_COLOURS,
+    DASHES,
     TEXT_WIDTH_IN,
     Curve,
     literal,
@@ -39,6 +41,7 @@ MOST_POINTS = 2000  # of a curve
 MARKERS = "osD^v"
 PANELS = 3  # of a comparison, beside each other
 PAIRS = 2  # of a gallery, beside each other
+TITLE_IN, BAR_IN = 0.45, 0.45  # height of the lines above and below an image, and of the colour bar
 
 PAIR_MIN_PX, PAIR_MAX_PX = 384, 1024  # the least height and the greatest side of an image beside its saliency
 GAP_PX = 8
@@ -130,16 +133,18 @@ def reliability_diagram(parts: Mapping[str, tuple[Any, float]]) -> Figure:
             some, colour = bins.count > 0, CURVE_COLOURS[i % len(CURVE_COLOURS)]
             x, y, low, high = (values[some] for values in (bins.confidence, bins.accuracy, bins.low, bins.high))
             look: dict[str, Any] = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "zorder": 4 - i / len(parts)}
-            look |= {"lw": 0.8, "elinewidth": 0.8, "capsize": 1.5, "clip_on": not some.any()}
+            look |= {"lw": 0.8, "elinewidth": 0.8, "capsize": 1.5, "clip_on": False}
+            look |= {"ms": 4} if i == 0 else {"ms": 6.5, "mfc": "none", "mew": 0.9, "ls": (0, DASHES[i % len(DASHES)])}
             label = f"{literal(name, 40)}, ECE {ece:.3f}"
             upper.errorbar(x, y, np.maximum(0, [y - low, high - y]), label=label, **look)
             edges = np.linspace(0, 1, len(bins.count) + 1)
-            lower.stairs(bins.count, edges, color=colour, fill=True, alpha=0.2)
-            lower.stairs(bins.count, edges, color=colour, lw=1)
+            lower.stairs(bins.count, edges, color=colour, fill=i == 0, alpha=0.25 if i == 0 else 1, lw=1)
+            lower.stairs(bins.count, edges, color=colour, lw=1.2 - 0.4 * (i == 0), ls="-" if i == 0 else "--")
         upper.plot([0, 1], [0, 1], color="0.4", lw=0.8, ls="--", label="perfectly calibrated")
         upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
         lower.set(xlabel="confidence", ylabel="predictions", ylim=(0, max(1, lower.get_ylim()[1])))
-        lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        lower.yaxis.set_major_locator(MaxNLocator(2, integer=True, steps=[1, 2, 5, 10]))
+        upper.tick_params(labelbottom=True)
         figure.align_ylabels()
         figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center")
     return figure
@@ -261,21 +266,25 @@ def saliency_gallery(examples: Sequence[ClassExample], title: str) -> Figure:
     lines = -(-len(examples) // columns)
     pairs = [beside_saliency(example.image, example.saliency) for example in examples]
     with style():
-        width = TEXT_WIDTH_IN / PAIRS * columns
-        tall = max(len(pair) / pair.shape[1] for pair in pairs)
-        figure = Figure(figsize=(width, lines * (width / columns * tall + 0.4) + 0.8), layout="constrained")
+        width = TEXT_WIDTH_IN / PAIRS
+        shapes = [len(pair) / pair.shape[1] for pair in pairs]
+        tall = [width * max(shapes[line * columns :][:columns]) for line in range(lines)]  # height of each line, in
+        size = (width * columns, sum(tall) + TITLE_IN * lines + 0.3 + BAR_IN)
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.06))  # a note belongs to the image above
         figure.suptitle(literal(title))
-        panels = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axes, example, pair in zip(panels, examples, pairs, strict=False):
+        grid = figure.add_gridspec(lines + 1, columns, height_ratios=[*(t + TITLE_IN for t in tall), BAR_IN])
+        for i, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
+            axes = figure.add_subplot(grid[divmod(i, columns)])
             axes.imshow(pair)
             axes.set_title(literal(example.title, 48), fontsize=6.5)
             axes.set_xlabel(literal(example.note, 64), fontsize=6.5)
-        look: dict[str, Any] = {"location": "bottom", "shrink": 0.3, "aspect": 25, "label": "saliency"}
-        bar = figure.colorbar(ScalarMappable(cmap=HEAT), ax=panels, **look)
-        bar.set_ticks([0, 1], labels=["none", "most of the image"])
-        for axes in panels:
-            axes.set(xticks=[], yticks=[], anchor="N")  # a colour bar sets another anchor
+            axes.set(xticks=[], yticks=[], anchor="N")
             axes.spines[:].set_visible(False)
+        room = figure.add_subplot(grid[-1, :])
+        room.set_axis_off()
+        look: dict[str, Any] = {"orientation": "horizontal", "label": "saliency"}
+        bar = figure.colorbar(ScalarMappable(cmap=HEAT), cax=room.inset_axes((0.3, 0.7, 0.4, 0.3)), **look)
+        bar.set_ticks([0, 1], labels=["none", "most of the image"])
     return figure
 
 

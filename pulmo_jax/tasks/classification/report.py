@@ -146,6 +146,7 @@ def report_sections(
         "classes": len(run.classes),
         "methods": len(estimates),
         "positive": None if run.positive is None else run.classes[run.positive],
+        "data": "out-of-fold predictions of the cross-validation" if training else "test images",
     }
 
     results = [save(draw.comparison(estimates, COMPARED), "comparison")]
@@ -189,7 +190,10 @@ def galleries(
     hits = [i for some in zip_longest(*by_class) for i in some if i is not None][:count]
     misses = [i for i in order if known[i] and not right[i]][:count]
     n_right, n_wrong = int((known & right).sum()), int((known & ~right).sum())
-    groups = {"saliency_right": (hits, "Right", n_right), "saliency_wrong": (misses, "Wrong", n_wrong)}
+    groups = {
+        "saliency_right": (hits, "Correctly classified", n_right),
+        "saliency_wrong": (misses, "Misclassified", n_wrong),
+    }
     return [
         save(draw.saliency_gallery(examples(run, tested, np.array(which)), title), name, shown=len(which), total=total)
         for name, (which, title, total) in groups.items()
@@ -210,7 +214,7 @@ def examples(run: ClassifierRun, tested: Tested, which: Int[np.ndarray, "_"]) ->
     dataset, predicted = tested.dataset, tested.mean[which].argmax(1)
     maps = run.saliency(dataset.squares.stack(which), predicted)
     sure = [f"{run.classes[label]} {p:.2f}" for label, p in zip(predicted, tested.mean[which].max(1), strict=True)]
-    notes = [f"{text}, is {run.classes[dataset.labels[row]]}" for text, row in zip(sure, which, strict=True)]
+    notes = [f"predicted {text}, is {run.classes[dataset.labels[row]]}" for text, row in zip(sure, which, strict=True)]
     return [example(run, dataset, *row) for row in zip(which.tolist(), notes, maps, strict=True)]
 
 

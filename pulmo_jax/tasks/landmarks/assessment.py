@@ -14,6 +14,7 @@ from pulmo_jax.data.images import Reader, index_images
 from pulmo_jax.data.landmark_table import read_landmarks, without_row
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.pipeline import evenly_spaced
+from pulmo_jax.data.sample_facts import described_sample, sample_line
 from pulmo_jax.evaluation import landmark_metrics as metrics
 from pulmo_jax.evaluation.landmark_metrics import Errors
 from pulmo_jax.evaluation.metrics import Estimate
@@ -143,14 +144,16 @@ def assess_landmarks(
                         "select the checkpoint and to calibrate the uncertainties.")  # fmt: skip
     tables = metric_tables(merits)
     curves = training_sections(run.path, place.folder, training or {})
+    data = "validation images, on which the checkpoint was selected" if chosen_on else "test images"
     return Findings(
         title=f"{run.config.name}: landmarks",
         metrics={"training": dict(training or {}), **merits},
         markdown=as_markdown(tables),
-        sections=[*report_sections(run, tested, merits, tables, options, place), *curves],
+        sections=[*report_sections(run, tested, merits, tables, options, place, data), *curves],
         summary=summarise_training(run, training or {}),
         shown=[for_console(tables[0])],
         tables={"landmark_errors.csv": errors_csv(tested)},
+        sample=sample_line(described_sample(labelled.refs[0].folder), described_sample(run.config.data.images)),
         citations=citation_of(run.path),
         warnings=warnings,
         objective=objective,
@@ -296,6 +299,7 @@ def report_sections(
     tables: Sequence[Table],
     options: EvaluationConfig,
     place: Place,
+    data: str,
 ) -> list[Section]:
     """Errors, example images, uncertainty and alignment.
 
@@ -306,6 +310,7 @@ def report_sections(
         tables: Tables of `metric_tables`.
         options: Options of the evaluation.
         place: Output folder and console.
+        data: What the images are, for the captions.
 
     Returns:
         Sections of the report.
@@ -335,7 +340,7 @@ def report_sections(
         )
     ]
     warped = figures.save(aligned_figure(run, tested, spread[:4], reader), folder, "aligned")
-    n = {"images": len(own), "landmarks": own.shape[1], "classes": len(merits["by_class"])}
+    n = {"images": len(own), "landmarks": own.shape[1], "classes": len(merits["by_class"]), "data": data}
     shown = {"examples": len(spread), "failures": len(worst), "aligned": len(spread[:4])}
     text = f"{len(labelled.refs)} images in {len(set(labelled.groups))} groups. Intervals are 95 % bootstrap intervals."
     return [

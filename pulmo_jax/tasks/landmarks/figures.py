@@ -280,12 +280,13 @@ def class_comparison(
         axes = figure.subplots()
         for i, values in enumerate(of_image.values()):
             spread = i + 1 + rng.uniform(-0.28, 0.28, values.size)
-            axes.plot(spread, values, "o", ls="", ms=1.8, mfc=SKY, mec="none", alpha=0.7, zorder=1)
+            dots: dict[str, Any] = {"ms": 1.8, "mfc": SKY, "mec": "none", "alpha": 0.7, "zorder": 1}
+            axes.plot(spread, values, "o", ls="", label=None if i else "image", **dots)
         labels = [f"{literal(name, 16)}\n{of_image[name].size} images" for name in names]
         _boxes(axes, list(of_image.values()), labels)
         _mean_dots(axes, [estimates[name].mean for name in names])
         axes.set(ylabel=f"mean error per image / {unit}", ylim=(0, None))
-        figure.legend(*_legend(axes), loc="outside upper center", ncols=2)
+        figure.legend(*_legend(axes), loc="outside upper center", ncols=2, columnspacing=1.0, handletextpad=0.4)
     return figure
 
 
@@ -346,5 +347,5 @@ def coverage_calibration(nominal: Float[np.ndarray, "n"], observed: Sequence[Est
             axes.axvline(level, color="0.7", lw=0.6, ls=":")
         axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
         axes.set(xlabel="nominal level of the region", ylabel="fraction of true landmarks inside", title=literal(title))
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=2)
     return figure

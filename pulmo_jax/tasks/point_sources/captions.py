@@ -2,54 +2,60 @@
 
 CAPTIONS = {
     "detection_maps": (
-        "SNR and flux of a point source at every pixel of the field ({frames} frames, {channels} channel(s)). "
-        "Numbered marks: detections above {threshold:g} (n = {sources}). Look for compact positive peaks well above "
+        "SNR (left) and flux (right) of a point source at every pixel of the field, from {frames} frames in {channels} "
+        "channel(s). Circles with numbers: sources above the threshold of {threshold:g} (n = {sources}); green "
+        "squares, if shown: injected sources; cross: star; grey: no value. Look for compact positive peaks well above "
         "the rest of the field; arcs and spokes around the star are residual starlight."
     ),
     "spectra": (
-        "Flux of each detection (n = {sources}) in {channels} channels, in units of the PSF. Thick bars: error from "
-        "the likelihood; thin bars: empirical error. Look for a smooth spectrum: a companion is present in most "
-        "channels, a residual speckle in few."
+        "Flux of each detected source (n = {sources}) in {channels} channels, in units of the PSF. Dots: flux; thick "
+        "bars: error from the likelihood; thin bars: empirical error from blank positions at the same separation. Look "
+        "for a smooth spectrum: a companion is present in most channels, a residual speckle in few."
     ),
     "null_distribution": (
-        "Distribution and quantiles of the SNR in the null map ({positions:,} positions, about {independent} "
-        "independent), compared with the standard normal distribution. Look at the upper tail: points above the line"
-        " and outside the band mean more false alarms than in theory."
+        "SNR in the null map of this stack ({positions:,} positions, about {independent} independent), which contains "
+        "noise and no source. Left: histogram; right: quantiles. Solid: standard normal distribution; dashed: normal "
+        "distribution of the measured mean and standard deviation; grey band: 95 % of independent values. Look at the "
+        "upper tail: points above the line and outside the band mean more false alarms than in theory."
     ),
     "null_by_radius": (
-        "Standard deviation of the SNR in the null map by separation ({rings} rings), with 95 % intervals. Theory "
-        "predicts 1; larger values, typically close to the star, mean that the SNR overstates the significance "
-        "there."
+        "Standard deviation of the SNR in the null map of this stack by separation from the star ({rings} rings). "
+        "Dots: measured; band: 95 % interval; dashed: 1, as theory predicts. Larger values, typically close to the "
+        "star, mean that the SNR overstates the significance there."
     ),
     "contrast_curve": (
-        "Detection limit by separation ({separations} separations, {directions} directions each) with and without "
-        "correction for throughput, detected sources (n = {sources}), and throughput: the fraction of an injected "
-        "flux that is recovered. Sources above the solid curve are detectable; look for separations with a low "
-        "throughput."
+        "Above: detection limit by separation ({separations} separations, {directions} directions each); solid: "
+        "divided by the throughput, dashed: without this correction; dots: detected sources (n = {sources}) with their "
+        "errors. Below: throughput, that is the fraction of an injected flux that is recovered, with its scatter. "
+        "Sources above the solid curve are detectable; look for separations with a low throughput."
     ),
     "frames": (
-        "Frames {shown} of {frames} with their field rotation, and the position of source 1 where one was detected. "
-        "Look for frames unlike the others, a star off the centre, and missing pixels."
+        "Frames {shown} of the {frames} frames used, with their field rotation, on one asinh colour scale. Cross: "
+        "star; circle: position of source 1 in that frame, where one was detected. Look for frames unlike the others, "
+        "a star off the centre, and missing pixels."
     ),
     "combined_maps": (
-        "Combined criterion of {epochs} epochs and SNR for a constant flux, by position at the first date. Marks: "
-        "detections (n = {sources}). Look for compact peaks above the threshold that is marked on the colour scale."
+        "Combined criterion of {epochs} epochs (left) and SNR for a constant flux (right), by position at the first "
+        "date. Circles with numbers: sources above the threshold (n = {sources}), which is marked on the colour scale. "
+        "Look for compact peaks above the threshold; a peak in one epoch alone spreads along possible tracks."
     ),
     "snr_by_epoch": (
-        "SNR in each of {epochs} epochs along each track (n = {tracks}), and the combined SNR (dashed). A real "
-        "source contributes in most epochs; a chance alignment of noise rests on one or two."
+        "SNR in each of {epochs} epochs along each track (n = {tracks}). Dots: single epochs; dashed: combined SNR. A "
+        "real source contributes in most epochs; a chance alignment of noise rests on one or two."
     ),
     "epoch_maps": (
-        "SNR maps of the {epochs} epochs, with the position of each track (n = {tracks}) at that date. Look for a "
-        "peak at the marked position in several epochs."
+        "SNR maps of the {epochs} epochs on one colour scale, with the position of each track (circles, n = {tracks}) "
+        "at that date. Look for a peak at the marked position in several epochs, and for residuals that only look like "
+        "one."
     ),
     "orbit": (
-        "Positions at {epochs} dates, the best orbit, and orbits drawn from the posterior (n = {orbits} samples, "
-        "some of them shown). Where the drawn orbits spread, the data do not constrain the orbit."
+        "Positions of the source at {epochs} dates, the best orbit, and orbits drawn from the posterior distribution "
+        "(n = {orbits} samples, of which some are shown as thin grey lines). Where the drawn orbits spread, the data "
+        "do not constrain the orbit."
     ),
     "null_maxima": (
-        "Highest criterion in {fields} fields of noise of each kind, the threshold, and the detections or, without "
-        "any, the highest peak of the search (dashed). A detection should lie clearly to the right of both "
-        "histograms."
+        "Histograms of the highest criterion in {fields} simulated fields of noise of each kind, the threshold that "
+        "follows from them, and the detected sources or, without any, the highest peak of the search (dashed). A "
+        "source should lie clearly to the right of both histograms."
     ),
 }

@@ -80,6 +80,7 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
                 fwhm_px=run.fwhm_px,
                 map=as_epoch(run, scales[i], days, unit, calibrated, ""),
                 null=as_epoch(run, scales[i], days, unit, calibrated, "_null"),
+                synthetic=run.data.cube is None,
             )
         )
     return epochs

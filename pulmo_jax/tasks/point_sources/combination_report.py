@@ -12,6 +12,7 @@ import rich.table
 from jaxtyping import Float
 
 from pulmo_jax.core.kepler import Orbit, period_days, sky_position
+from pulmo_jax.data.sample_facts import STACK, sample_line
 from pulmo_jax.evaluation.field_threshold import FieldThreshold
 from pulmo_jax.host.console import Console
 from pulmo_jax.inference.epochs import Combined, Plan, Track
@@ -46,6 +47,7 @@ class Epoch:
         fwhm_px: FWHM of the PSF.
         map: Maps of the epoch.
         null: Null maps of the epoch.
+        synthetic: Whether the stack is synthetic.
     """
 
     label: str
@@ -54,6 +56,7 @@ class Epoch:
     fwhm_px: float
     map: EpochMap
     null: EpochMap
+    synthetic: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,7 @@ def write_combined_report(result: CombinedResult, out_dir: Path, console: Consol
         ],
         citations=CITATIONS if result.plan.star else CITATIONS[:1],
         warnings=list(result.caveats),
+        sample=sample_line(STACK if any(epoch.synthetic for epoch in result.epochs) else ""),
     )
 
 

@@ -10,6 +10,7 @@ import rich.table
 
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import SpectralStack
+from pulmo_jax.data.sample_facts import STACK, sample_line
 from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.evaluation.null_field import null_values
 from pulmo_jax.host.console import Console
@@ -89,6 +90,7 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
             *([SPECTRAL_CITATION] if result.spectral else []),
         ],
         warnings=[*result.stack.caveats, *search.caveats],
+        sample=sample_line(STACK if result.config.data.cube is None else ""),
     )
 
 
