@@ -8,7 +8,7 @@ from pulmo_jax.shell import cli
 EXAMPLES = """
 Writes metrics.json, metrics.md, report.html and figures/ into RUN/evaluation/TIME, or into hydra.run.dir=DIR.
 
-  python -m pulmo_jax.evaluate run=RUN data.test=DIR data.test_masks=DIR2     images and masks of the findings
+  python -m pulmo_jax.evaluate run=RUN data.test=DIR data.test_masks=DIR2     images and masks of the lesions
   python -m pulmo_jax.evaluate run=RUN data.test=DIR                          class subfolders, one called "normal"
   python -m pulmo_jax.evaluate run=RUN data.images=DIR data.test=TEST.csv     a landmark run
   python -m pulmo_jax.evaluate run=RUN data.test=DIR_OR_STORE                 a classification run: DIR/yes, DIR/no

@@ -28,7 +28,7 @@ class Truth:
 
     Attributes:
         abnormal: Whether the image is abnormal.
-        mask: Mask of the findings, where available.
+        mask: Mask of the lesions, where available.
     """
 
     abnormal: bool
@@ -190,7 +190,7 @@ def all_scores(
 def truth_by_masks(
     refs: Sequence[ImageRef], folder: Path, normal_name: str, reader: Reader
 ) -> Callable[[ImageRef], Truth]:
-    """Ground truth from masks of the same name; non-zero pixels are findings.
+    """Ground truth from masks of the same name; non-zero pixels are lesions.
 
     Args:
         refs: Test images.

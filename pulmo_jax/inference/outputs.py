@@ -111,7 +111,7 @@ def write_overlay(
     mask: Bool[np.ndarray, "H W"],
     threshold: float,
 ) -> None:
-    """Write the image in grey (or RGB) with coloured scores and outlined detections, as PNG.
+    """Write the image in grey (or RGB) with coloured scores and outlined findings, as PNG.
 
     Colours start at half the threshold. They depend on the threshold and not on the image, so they have the same
     meaning in all overlays of a run.
@@ -120,7 +120,7 @@ def write_overlay(
         path: Output file.
         image: Normalised image, subsampled by `overlay_step`.
         score: Score map at full resolution.
-        mask: Mask of the detections at full resolution.
+        mask: Mask of the findings at full resolution.
         threshold: Pixel threshold.
     """
     step = overlay_step(score.shape)
@@ -143,7 +143,7 @@ def _coloured(image: np.ndarray, score: np.ndarray, mask: np.ndarray, threshold:
 
 
 def subsample_mask(mask: Bool[np.ndarray, "H W"], step: int) -> Bool[np.ndarray, "h w"]:
-    """Subsample a mask so that no detection disappears.
+    """Subsample a mask so that no finding disappears.
 
     Args:
         mask: Mask.
@@ -162,7 +162,7 @@ def detection_row(filename: str, page: int, detection: Detection) -> dict[str, A
     Args:
         filename: Image file.
         page: Page of the file.
-        detection: Detection.
+        detection: Finding.
 
     Returns:
         Values by column name, see `CSV_COLUMNS`.

@@ -26,6 +26,7 @@ COLUMNS = {
     "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
 }
 UNDEFINED = "-"
+LEAKS = "(leaks)"  # in the names of scores with random splits
 # Characters that Markdown interprets: an underscore only at the end of a word, brackets only as a link.
 MARKDOWN = re.compile(r"[\\`*<|&~]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
 
@@ -74,7 +75,30 @@ def figures_table(title: str, scores: dict[str, dict[str, dict[str, Any]]]) -> T
     names = [name for name in next(iter(scores.values())) if name in COLUMNS]
     rows = [[score, *(cell(figures[name]) for name in names)] for score, figures in scores.items()]
     reasons = [e["reason"] for figures in scores.values() for e in figures.values() if e.get("reason")]
-    return Table(title, ["score", *(COLUMNS[name] for name in names)], rows, list(dict.fromkeys(reasons)))
+    notes = [*baseline_notes(scores), *dict.fromkeys(reasons)]
+    return Table(title, ["score", *(COLUMNS[name] for name in names)], rows, notes)
+
+
+def baseline_notes(scores: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Name the trivial baselines that are better than the method by AUROC or AP.
+
+    Args:
+        scores: Figures of each score, the method first. Variants of the method, and scores with leaking splits, are no
+            baselines.
+
+    Returns:
+        One sentence, or none.
+    """
+    method, *others = scores
+    baselines = [name for name in others if not name.startswith(f"{method}, ") and LEAKS not in name]
+    parts = []
+    for key in ("auroc", "ap"):
+        values = {name: scores[name].get(key, {}).get("value") for name in (method, *baselines)}
+        own, known = values.pop(method), {name: value for name, value in values.items() if value is not None}
+        best = max(known, key=lambda name: known[name], default=None)
+        if own is not None and best is not None and known[best] > own:
+            parts.append(f"{COLUMNS[key]} {number(own)}, but {best} {number(known[best])}")
+    return [f"A trivial baseline is better than {method}: {'; '.join(parts)}."] if parts else []
 
 
 def lesion_table(lesions: dict[str, Any]) -> Table:

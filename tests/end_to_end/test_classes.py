@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from references import child
+from references.pages import first_line, require_captions
 from references.pictures import ink
 
 import pulmo_jax as pj
@@ -98,6 +99,8 @@ def test_a_run_tests_every_image_once_and_writes_what_a_report_needs(run, slices
     for name in ("comparison", "roc_curves", "confusion_matrix", "reliability", "loss_curves", "saliency_right"):
         assert ink(run / "figures" / f"{name}.png") > 0.02
     assert page.count("data:image/png") >= 7
+    require_captions(run / "report.html")
+    assert "ample data" not in page  # the images are the user's own
     assert "classes.json" in json.loads((run / "finished.json").read_text())
 
 
@@ -226,6 +229,8 @@ def test_drawn_slices_are_a_first_look(tmp_path):
     assert "drawing 160 synthetic slices (only once)" in text
     assert "synthetic slices: a demonstration, not evidence of accuracy" in text
     assert "160 images (60 no, 100 yes)" in text
+    assert first_line(tmp_path / "run" / "report.html").startswith("Sample data: synthetic brain slices")
+    assert "Sample data: synthetic brain slices" in (tmp_path / "run" / "metrics.md").read_text()
     text = call(*given, "resume=true", "trainer.steps=8")
     assert "drawing" not in text
     assert "resuming after step 6" in text

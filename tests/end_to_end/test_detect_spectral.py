@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from astropy.io import fits
+from references.pages import first_line, require_captions
 
 from pulmo_jax import detect
 from pulmo_jax.config.section import validate
@@ -78,6 +79,8 @@ def test_outputs_of_several_wavelengths(synthetic):
     for name in ("figures/spectra.png", "contrast.csv", "throughput.fits", "snr_null.fits"):
         assert (synthetic / name).stat().st_size > 0
     page = (synthetic / "report.html").read_text()
+    require_captions(synthetic / "report.html")
+    assert first_line(synthetic / "report.html").startswith("Sample data: a synthetic image stack")
     for words in ("combine 2 channels", "A&amp;A 637, A9"):
         assert words in page
     assert not (synthetic / "template.fits").exists()

@@ -10,6 +10,7 @@ import tifffile
 from PIL import Image
 from references import child
 from references.chest_phantoms import write_set
+from references.pages import require_captions
 from references.pictures import ink
 
 import pulmo_jax as pj
@@ -74,6 +75,8 @@ def test_a_run_beats_the_mean_shape_and_writes_what_a_report_needs(run):
     for name in ("cumulative_errors", "error_by_landmark", "class_comparison", "coverage", "failures", "aligned"):
         assert ink(run / "figures" / f"{name}.png") > 0.02
     assert page.count("data:image/png") >= 7
+    require_captions(run / "report.html")
+    assert "ample data" not in page  # the images are the user's own
 
 
 def test_prediction_writes_the_users_own_columns_in_the_images_own_pixels(run, chests, tmp_path):

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from references import child
 from references.gate import gate
+from references.pages import require_captions
 from references.pictures import ink
 from scipy.ndimage import binary_dilation
 
@@ -108,6 +109,8 @@ def test_report_is_self_contained(run):
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+    require_captions(run / "report.html")
+    assert "ample data" not in page  # the images are the user's own
 
 
 def test_maps_of_every_image_are_written(predicted, crop):

@@ -1,5 +1,6 @@
 """Figures hold what they say, and come as PNG and PDF."""
 
+import dataclasses
 import html
 
 import matplotlib
@@ -14,6 +15,7 @@ from pulmo_jax.host.console import printable
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.notebook import figure_html
 from pulmo_jax.tasks.anomalies.figures import DETECTED, TRUTH, Example, patch_grid, reconstructions, score_maps, view
+from pulmo_jax.tasks.anomalies.units import Intensity
 
 RNG = np.random.default_rng(0)
 
@@ -187,6 +189,74 @@ def test_histogram_of_scores_of_either_sign_is_linear():
     axes = figures.score_histogram(RNG.normal(size=30), None, 0.5, None, "image").axes[0]
     assert axes.get_xscale() == "linear"
     assert axes.patches[0].get_data().values.sum() == pytest.approx(1)
+
+
+def test_few_images_are_dots_in_a_row_for_each_class():
+    normal, abnormal = np.linspace(0.1, 0.4, 12), np.linspace(0.2, 2, 40)
+    axes = figures.score_histogram(normal, abnormal, 0.5, (0.4, 0.6), "image").axes[0]
+    dots = {line.get_marker(): line for line in axes.lines if line.get_marker() not in (None, "None")}
+    for row, (marker, scores) in enumerate((("o", normal), ("D", abnormal))):
+        np.testing.assert_allclose(np.sort(dots[marker].get_xdata()), scores)
+        assert np.abs(dots[marker].get_ydata() - row).max() < 0.31
+        assert len(set(dots[marker].get_ydata())) == scores.size  # equal scores do not hide each other
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["normal\n12 images", "abnormal\n40 images"]
+    assert not axes.patches or all(patch.get_label().startswith("95 %") for patch in axes.patches)
+
+
+@pytest.mark.parametrize("n", [30, 200])
+def test_many_images_are_histograms(n):
+    axes = figures.score_histogram(RNG.random(n) + 0.1, RNG.random(30) + 1, 1.1, None, "image").axes[0]
+    assert "fraction of images" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+@pytest.mark.parametrize("low", [1e-4, 0.6, 3e5])
+@pytest.mark.parametrize("ratio", [1.0, 1.02, 1.5, 4, 6, 40, 99, 101, 1e5])
+def test_tick_labels_of_losses_do_not_overlap(name, low, ratio):
+    rows = [{"step": step, f"train/{name}": value, "train/loss": value, "val/loss": value}
+            for step, value in enumerate(np.geomspace(low, low * ratio, 8), start=1)]  # fmt: skip
+    figure = figures.loss_curves(rows)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            inside = [tick for tick in axis.get_ticklabels("both") if tick.get_text() and tick.get_visible()]
+            low_end, high_end = axis.get_view_interval()
+            at = 0 if axis is axes.xaxis else 1
+            inside = [tick for tick in inside if low_end <= tick.get_position()[at] <= high_end]
+            boxes = [tick.get_window_extent() for tick in inside]
+            assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels() if label.get_text()]
+    assert labels
+
+
+def test_score_maps_have_a_scale_in_mm_and_in_the_units_of_the_file():
+    known = dataclasses.replace(example(truth=True), pixel_mm=(0.5, 0.5), intensity=Intensity(-1000.0, 400.0, "HU"))
+    shown = texts(score_maps([view(known)], "HU"))
+    assert "mm" in shown
+    assert " px" not in shown
+    assert "intensity / HU" in shown
+    assert "image minus reconstruction / HU" in texts(reconstructions([view(known)]))
+    unknown = texts(score_maps([view(example())], "unknown"))
+    assert "px" in unknown
+    assert "intensity (normalised)" in unknown
+
+
+def test_differences_are_in_the_units_of_the_file():
+    known = dataclasses.replace(example(foreground=False), intensity=Intensity(-1000.0, 400.0, "HU"))
+    drawn, plain = (
+        reconstructions([view(e)]).axes[2].images[0].get_array() for e in (known, example(foreground=False))
+    )
+    assert np.abs(drawn).max() > 100
+    assert np.abs(plain).max() < 1
+
+
+def test_legend_names_scores_findings_and_lesions():
+    with_truth, without = (texts(score_maps([view(example(truth=truth))], "Legend")) for truth in (True, False))
+    for words in ("finding: score above the pixel threshold", "window shown in detail", "not scored", "anomaly score"):
+        assert words in with_truth
+        assert words in without
+    assert "lesion (ground truth)" in with_truth
+    assert "lesion" not in without
 
 
 def test_roc_and_pr_draw_curves_chance_and_operating_point():

@@ -7,6 +7,7 @@ from io import BytesIO
 
 import pytest
 from PIL import Image
+from references.pages import first_line
 
 from pulmo_jax.host.console import printable
 from pulmo_jax.reporting.report import CaptionedFigure, Section, captioned, write_report
@@ -126,6 +127,36 @@ def test_page_loads_nothing(tmp_path, figure):
         for name in ("src", "href"):
             assert re.match(r"data:|#|$", attributes.get(name, ""))
     assert not re.search(r"url\(|@import|<script", (tmp_path / "report.html").read_text())
+
+
+def test_sample_data_are_named_in_the_first_line_below_the_title(tmp_path, figure):
+    write(tmp_path, figure, sample="Sample data: one patient.")
+    assert first_line(tmp_path / "report.html") == "Sample data: one patient."
+    write(tmp_path, figure)
+    assert first_line(tmp_path / "report.html") == "Take care."
+    assert "Sample data" not in (tmp_path / "report.html").read_text()
+
+
+def test_wide_tables_scroll_in_a_box_of_their_own_that_shows_it(tmp_path, figure):
+    """Without a browser: every table lies in a box that scrolls, has shadows at its edges and can be reached by key."""
+    tables = [Table(f"Table {i}", ["score", *map(str, range(30))], [["z", *["0.123"] * 30]], []) for i in range(2)]
+    page = write(tmp_path, figure, sections=[Section("Test", tables=tables)])
+    boxes = [attributes for tag, attributes in page.elements if tag == "div" and attributes.get("class") == "scroll"]
+    assert len(boxes) == sum(tag == "table" for tag, _ in page.elements) == 2
+    assert all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
+    style = re.search(r"<style>(.*)</style>", (tmp_path / "report.html").read_text(), re.S)[1]
+    (scroll,) = re.findall(r"\.scroll \{(.*?)\}", style, re.S)
+    assert "overflow-x: auto" in scroll
+    assert scroll.count("no-repeat local") == scroll.count("no-repeat scroll") == 2
+    assert re.search(r"img \{[^}]*max-width: 100%", style)
+    assert re.search(r"body \{[^}]*overflow-wrap: anywhere", style)
+
+
+def test_long_cells_are_wrapped_and_numbers_are_not(tmp_path, figure):
+    table = Table("Jobs", ["job", "reason"], [["0", "/a/very/long/path" * 9], ["n" * 60, "0.932 [0.910, 0.950]"]], [])
+    page = write(tmp_path, figure, sections=[Section("Test", tables=[table])])
+    cells = [(tag, attributes.get("class")) for tag, attributes in page.elements if tag in ("td", "th")][2:]
+    assert cells == [("th", None), ("td", "long"), ("th", "long"), ("td", None)]
 
 
 def test_what_users_wrote_is_escaped(tmp_path, figure):

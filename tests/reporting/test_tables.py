@@ -10,6 +10,7 @@ from pulmo_jax.host.console import Console, printable
 from pulmo_jax.reporting.tables import (
     Table,
     cell,
+    figures_table,
     markdown_row,
     markdown_text,
     metrics_console,
@@ -103,3 +104,16 @@ def test_a_table_of_hostile_names_has_its_rows_and_columns():
         r"## a\n# b".replace("\\", "\\\\"), "", r"| x\|y | z |", "| --- | --- |",
         r"| \</td>\\n\| 1 \| 2 \| | 3 |", "", r"note\\n\\n# c",
     ]  # fmt: skip
+
+
+def test_a_table_says_in_words_which_baseline_is_better():
+    def scores(auroc, ap):
+        return {"auroc": {"value": auroc}, "ap": {"value": ap}}
+
+    table = {"net": scores(0.938, 0.943), "intensity": scores(0.975, 0.9), "z": scores(0.5, 0.944)}
+    (note,) = figures_table("Images", table).notes
+    assert note == "A trivial baseline is better than net: AUROC 0.938, but intensity 0.975; AP 0.943, but z 0.944."
+    assert figures_table("Images", table | {"net": scores(0.99, 0.99)}).notes == []
+    variants = {"net": scores(0.8, 0.8), "net, 3 repeats averaged": scores(0.9, 0.9), "meta (leaks)": scores(0.9, 0.9)}
+    assert figures_table("Images", variants).notes == []
+    assert figures_table("Images", {"net": scores(None, None), "z": scores(0.5, None)}).notes == []

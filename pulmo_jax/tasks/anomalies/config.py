@@ -33,7 +33,7 @@ class DataConfig(Section):
         default=None, description="folder of test images, with test_masks or in class subfolders"
     )
     test_masks: ImageFolder | None = Field(
-        default=None, description="folder of masks of the findings, with the images' file names"
+        default=None, description="folder of masks of the lesions, with the images' file names"
     )
     foreground: ImageFolder | None = Field(
         default=None, description="folder of foreground masks, with the images' file names; only foreground is scored"
@@ -128,7 +128,7 @@ class AnomalyEvaluationConfig(EvaluationConfig):
     """Options of the metrics and their confidence intervals."""
 
     lesion_sizes_px: Annotated[tuple[Int, ...], AfterValidator(ascending)] = Field(
-        default=(100, 1000), description="area limits between the size classes of findings, px"
+        default=(100, 1000), description="area limits between the size classes of lesions, px"
     )
 
 
@@ -162,7 +162,7 @@ class EvaluateDataConfig(Section):
 
     test: ImageFolder = Field(description="folder of test images, in class subfolders unless test_masks is given")
     test_masks: ImageFolder | None = Field(
-        default=None, description="folder of masks of the findings, with the images' file names"
+        default=None, description="folder of masks of the lesions, with the images' file names"
     )
     foreground: ImageFolder | None = Field(
         default=None, description="folder of foreground masks, with the images' file names; null: as in the run"

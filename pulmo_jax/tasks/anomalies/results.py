@@ -18,14 +18,14 @@ class AnomalyResult:
     Attributes:
         title: Name of the image.
         image: Normalised pixels.
-        score: Anomaly score, higher is more abnormal; NaN outside the foreground.
+        score: Anomaly score, higher is less normal; NaN outside the foreground.
         p_value: Fraction of normal validation pixels that score at least as high; NaN outside the foreground.
         mask: Pixels of the findings.
         findings: Regions above the pixel threshold, highest first; coordinates in px from 0.
         image_score: Score of the whole image; NaN if nothing was scored.
         image_p_value: Fraction of normal validation images that score at least as high; NaN if nothing was scored.
         anomalous: Whether the image score is above its threshold.
-        pixel_threshold: Score above which a pixel is abnormal.
+        pixel_threshold: Score above which a pixel may belong to a finding.
     """
 
     title: str
@@ -59,6 +59,6 @@ class AnomalyResult:
         state = "anomalous" if self.anomalous else "not anomalous"
         caption = (
             f"{self.title}: {state} (image p-value {self.image_p_value:.3g}), {len(self.findings)} findings. Colour: "
-            "anomaly score; yellow outlines: pixels above the threshold."
+            "anomaly score; yellow outlines: findings."
         )
         return figure_html(self.figure(), caption)

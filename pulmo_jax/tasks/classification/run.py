@@ -176,7 +176,7 @@ class ClassifierRun:
 
 
 def positive_class(classes: Sequence[str], normal: int) -> int | None:
-    """Index of the class with the finding; None if there are more than two classes."""
+    """Index of the class that is not normal; None if there are more than two classes."""
     return 1 - normal if len(classes) == 2 else None
 
 

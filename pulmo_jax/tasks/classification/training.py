@@ -66,7 +66,7 @@ class ClassData:
 
     Attributes:
         found: All images with class labels.
-        normal: Index of the class without the finding.
+        normal: Index of the class of normal images.
         weights: Weight of each class in the loss.
         plan: Training, validation and test images of each network.
         method: Method built from the config for these classes.

@@ -235,7 +235,8 @@ def metric_tables(merits: Mapping[str, Any]) -> list[Table]:
     floor = merits["label_floor_px"]
     note = f"The labels are rounded to a grid: a perfect prediction has a mean error of {floor:.1f} px."
     rows = [[name, *cells(errors)] for name, errors in merits["errors"].items()]
-    tables = [Table("Errors", ["method", *units], rows, [note] if floor >= NOTABLE_PX else [])]
+    notes = [*baseline_notes(merits["errors"]), *([note] if floor >= NOTABLE_PX else [])]
+    tables = [Table("Errors", ["method", *units], rows, notes)]
     rows = [[str(k + 1), *cells(errors)] for k, errors in enumerate(merits["by_landmark"])]
     tables.append(Table("By landmark", ["landmark", *units], rows, []))
     if merits["by_class"]:
@@ -260,6 +261,16 @@ def metric_tables(merits: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def baseline_notes(errors: Mapping[str, Any]) -> list[str]:
+    """Name the baseline that is better than the run's method by mean error, if any."""
+    means = {name: units["px"]["mean"]["value"] for name, units in errors.items()}
+    method, *baselines = [name for name, mean in means.items() if mean is not None]
+    best = min(baselines, key=lambda name: means[name], default=method)
+    if best == method or means[best] >= means[method]:
+        return []
+    return [f"A baseline is better than {method}: mean error {means[method]:.3g} px, but {best} {means[best]:.3g}."]
+
+
 def as_markdown(tables: Sequence[Table]) -> str:
     """Format the tables in Markdown."""
     parts = ["# Landmarks\n\nIn brackets: 95 % bootstrap intervals over groups of images.\n"]
@@ -268,7 +279,7 @@ def as_markdown(tables: Sequence[Table]) -> str:
 
 def for_console(table: Table) -> Grid:
     """Format a table for the console, without the confidence intervals."""
-    grid = Grid(*table.columns, title=table.title)
+    grid = Grid(*table.columns, title=table.title, caption=" ".join(table.notes))
     for row in table.rows:
         grid.add_row(*(text.partition(" [")[0] for text in row))
     return grid
