@@ -74,7 +74,7 @@ def calibrated(method: PatchGaussian, params: Any, normal: np.ndarray) -> Calibr
     """Thresholds from normal images, each a group of its own."""
     state = Calibrator(pixels=ScoreHistogram.empty())
     for i, image in enumerate(normal):
-        scores = score_of(method, params, image)
+        scores = np.asarray(score_of(method, params, image))
         state = state.add(scores, None, method.image_score(scores), str(i))
     return state.finish(0.001, 0.05)
 
@@ -105,13 +105,13 @@ def _anomaly(axes: Axes) -> None:
     method, params = fitted_gaussian(texture(rng, 40))
     calibration = calibrated(method, params, texture(rng, 40))
     image = with_rough_patch(texture(rng, 1)[0], rng)
-    scores = score_of(method, params, image)
+    scores = np.asarray(score_of(method, params, image))
     _, mask = find_detections(scores, calibration, min_area_px=9)
     axes.imshow(image[..., 0], cmap="gray")
     axes.imshow(scores, cmap="inferno", alpha=np.clip(scores / scores.max(), 0, 0.7))
     axes.contour(mask, levels=[0.5], colors=FOUND, linewidths=1.2)
     axes.set_title("anomalies")
-    axes.set_xlabel("a score for every pixel, and\nregions above the threshold")
+    axes.set_xlabel("a score for every pixel, and\nfindings above the threshold")
 
 
 def _landmarks(axes: Axes) -> None:

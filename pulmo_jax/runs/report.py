@@ -78,7 +78,9 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
         folder: Output folder.
         console: For tables and warnings.
     """
-    write_json(folder / "metrics.json", dict(findings.metrics))
+    write_json(
+        folder / "metrics.json", {**findings.metrics, **({"sample": findings.sample} if findings.sample else {})}
+    )
     write_text(folder / "metrics.md", with_sample_line(findings.markdown, findings.sample))
     for name, content in findings.tables.items():
         write_text(folder / name, content)

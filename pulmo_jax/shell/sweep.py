@@ -66,6 +66,7 @@ class Row:
         measures: Figures of merit from metrics.json.
         pid: Process ID.
         host: Host name.
+        sample: Line on sample data from metrics.json; empty for a user's own data.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Row:
     measures: dict[str, float]
     pid: int | None
     host: str
+    sample: str = ""
 
 
 def run_job(request: Request, work: Callable[[bool], Any], say: Callable[[str], object]) -> float | None:
@@ -354,6 +356,7 @@ def read_row(folder: Path) -> Row:
         reason = f"{folder / RECORD}: cannot be read"
     if status == "running" and in_use(folder) is None:
         status, reason = "unfinished", "its process ended without a message: killed, out of memory, or the disk is full"
+    metrics = _load(folder / "metrics.json") if status == "done" else {}
     return Row(
         folder=folder,
         status=status,
@@ -361,9 +364,10 @@ def read_row(folder: Path) -> Row:
         reason=reason,
         seconds=record.get("seconds"),
         overrides={key_of(o): o.partition("=")[2] for o in record.get("overrides", [])},
-        measures=headline(_load(folder / "metrics.json")) if status == "done" else {},
+        measures=headline(metrics),
         pid=record.get("pid"),
         host=record.get("host", ""),
+        sample=str(metrics.get("sample", "")),
     )
 
 

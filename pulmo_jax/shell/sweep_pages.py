@@ -56,7 +56,8 @@ def write_pages(sweep: Path) -> list[Row]:
                 Section("Unfinished jobs", tables=failed_tables(rows, swept)),
                 Section("Comparison", figures=figures),
             ]
-            write_report(sweep / "sweep.html", f"Sweep {sweep.name}", summary_of(rows, sweep), sections, [], [])
+            sample = " ".join(dict.fromkeys(row.sample for row in rows if row.sample))
+            write_report(sweep / "sweep.html", f"Sweep {sweep.name}", summary_of(rows, sweep), sections, [], [], sample)
     return rows
 
 
@@ -80,8 +81,9 @@ def comparison_figure(
 
     path = save(sweep_figure(swept, measures), sweep / "figures", "sweep")
     caption = (
-        f"Results of {len(rows)} jobs against each swept key. Dots: jobs; lines: means over seeds; bars: one standard "
-        "deviation over seeds. Differences smaller than the bars are not meaningful."
+        f"Results of {len(rows)} jobs against each swept key, one panel per measure. Dots: jobs; lines: means "
+        "over seeds; bars: one standard deviation over seeds; circle: lowest objective. Smaller differences than "
+        "the bars are not meaningful."
     )
     return CaptionedFigure(path, caption)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 from references import child
+from references.pages import first_line
 from references.pictures import ink
 
 from pulmo_jax.host.lock import claim
@@ -341,3 +342,15 @@ def test_single_job_needs_no_figure(tmp_path, said):
     write_pages(tmp_path)
     assert not (tmp_path / "figures").exists()
     assert "<td>0.5</td>" in (tmp_path / "sweep.html").read_text()
+
+
+@pytest.mark.parametrize("line", ["Sample data: one patient.", ""])
+def test_page_of_jobs_on_sample_data_says_so(tmp_path, said, line):
+    def work(resume):
+        (tmp_path / "0" / "metrics.json").write_text(json.dumps({"sample": line} if line else {}))
+        return 0.5
+
+    run_job(request_of(tmp_path / "0"), work, said.append)
+    write_pages(tmp_path)
+    assert ("Sample data" in (tmp_path / "sweep.html").read_text()) == bool(line)
+    assert not line or first_line(tmp_path / "sweep.html") == line

@@ -8,6 +8,7 @@ from numpy import ndarray
 
 from pulmo_jax.reporting.notebook import figure_html
 from pulmo_jax.tasks.anomalies.figures import Example, score_maps, view
+from pulmo_jax.tasks.anomalies.units import NORMALISED, Intensity
 from pulmo_jax.types import Detection
 
 
@@ -26,6 +27,7 @@ class AnomalyResult:
         image_p_value: Fraction of normal validation images that score at least as high; NaN if nothing was scored.
         anomalous: Whether the image score is above its threshold.
         pixel_threshold: Score above which a pixel may belong to a finding.
+        intensity: Scale of the normalised pixels, for the figure.
     """
 
     title: str
@@ -38,6 +40,7 @@ class AnomalyResult:
     image_p_value: float
     anomalous: bool
     pixel_threshold: float
+    intensity: Intensity = NORMALISED
 
     def figure(self) -> Any:
         """Figure of the image and its score map with the outlines of the findings."""
@@ -51,6 +54,7 @@ class AnomalyResult:
             image_score=self.image_score,
             threshold=self.pixel_threshold,
             label=None,
+            intensity=self.intensity,
         )
         return score_maps([view(example)], "")
 

@@ -23,6 +23,7 @@ from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.results import AnomalyResult
+from pulmo_jax.tasks.anomalies.units import stored_intensity
 from pulmo_jax.training.state import TrainState, inference_state, learnt
 from pulmo_jax.types import InputError
 
@@ -48,7 +49,7 @@ class Run:
     step: int
 
     def predict(self, image: ImageLike, foreground: ImageLike | None = None, page: int = 0) -> AnomalyResult:
-        """Score one image and find its abnormal regions, as in `python -m pulmo_jax.predict`.
+        """Score one image and list its findings, as in `python -m pulmo_jax.predict`.
 
         Args:
             image: Array (H, W) or (H, W, C) in the units of the training images, or path of an image file.
@@ -99,6 +100,7 @@ class Run:
             image_p_value=float(calibration.image_p_value(image_score)) if scored else float("nan"),
             anomalous=scored and image_score > calibration.image_threshold.value,
             pixel_threshold=calibration.pixel_threshold.value,
+            intensity=stored_intensity(self.scorer.how),
         )
 
 

@@ -45,10 +45,23 @@ def intensity_of(ref: ImageRef, how: Preprocessing, reader: Reader) -> Intensity
     Returns:
         The scale; that of normalised values if the bands are normalised differently.
     """
+    unit, added = declared_unit(ref.folder)
+    return stored_intensity(how, unit or reader.tags(ref).unit, added)
+
+
+def stored_intensity(how: Preprocessing, unit: str = "", added: float = 0.0) -> Intensity:
+    """Scale of the intensities that a run was trained on.
+
+    Args:
+        how: Preprocessing of the run.
+        unit: Unit of the stored values, if known.
+        added: Number that is added to the stored values.
+
+    Returns:
+        The scale; that of normalised values if the bands are normalised differently.
+    """
     if len(set(zip(how.offset, how.scale, strict=True))) > 1:
         return NORMALISED
-    unit, added = declared_unit(ref.folder)
-    unit = unit or reader.tags(ref).unit
     low = how.offset[0] + added
     return Intensity(low, low + how.scale[0], unit)
 

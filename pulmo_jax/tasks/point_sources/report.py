@@ -62,6 +62,11 @@ class Result:
         return len(self.channels.each) > 1
 
 
+def line_of(result: Result) -> str:
+    """First line of the report if the stack is synthetic, otherwise empty."""
+    return sample_line(STACK if result.config.data.cube is None else "")
+
+
 def write_adi_report(result: Result, search: Search, out_dir: Path, console: Console) -> None:
     """Write figures and report, and print the table of sources.
 
@@ -90,7 +95,7 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
             *([SPECTRAL_CITATION] if result.spectral else []),
         ],
         warnings=[*result.stack.caveats, *search.caveats],
-        sample=sample_line(STACK if result.config.data.cube is None else ""),
+        sample=line_of(result),
     )
 
 

@@ -14,7 +14,7 @@ from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum
 from pulmo_jax.tasks.point_sources.config import StackConfig
-from pulmo_jax.tasks.point_sources.report import Result
+from pulmo_jax.tasks.point_sources.report import Result, line_of
 from pulmo_jax.types import PointSource
 
 
@@ -179,4 +179,5 @@ def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
         },
         "caveats": [*result.stack.caveats, *search.caveats],
         "seconds": seconds,
+        **({"sample": sample} if (sample := line_of(result)) else {}),
     }
