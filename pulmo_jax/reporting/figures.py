@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from scipy import stats
@@ -162,12 +162,16 @@ def time_shares(seconds: Mapping[str, float]) -> Figure:
         figure = Figure(figsize=(TEXT_WIDTH_IN, 0.9), layout="constrained")
         axes = figure.subplots()
         for (name, value), colour in zip(seconds.items(), CURVE_COLOURS, strict=False):
-            axes.barh(0, value, left=left, color=colour, label=f"{name}: {value:.3g} s ({value / total:.0%})")
+            axes.barh(0, value, left=left, color=colour, label=f"{name}: {_seconds(value)} s ({value / total:.0%})")
             left += value
         axes.set(xlim=(0, total), yticks=[], xlabel="s")
         axes.spines["left"].set_visible(False)
         figure.legend(loc="outside upper center", ncols=3)
     return figure
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g}" if value >= 0.01 else "< 0.01"
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +194,7 @@ def _losses(axes: Axes, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndar
     axes.legend()
 
 
-def log_axis(axis: Axis, low: float, high: float, *, small: bool = False) -> None:
+def log_axis(axis: XAxis | YAxis, low: float, high: float, *, small: bool = False) -> None:
     """Make an axis logarithmic, with tick labels that are plain numbers and do not overlap, however short the range.
 
     Args:
@@ -446,13 +450,21 @@ def distance_law(
         both = (expected.min() / dimensions, expected.max() / dimensions)
         left.plot(both, both, color="0.4", lw=0.8, ls="--", label="Gaussian")
         left.plot(expected / dimensions, distance[-shown] / dimensions, color=BLUE, label="held-out normal windows")
-        left.set(xscale="log", yscale="log", box_aspect=1)
+        log_axis(left.xaxis, *both)
+        log_axis(
+            left.yaxis, max(min(both[0], distance[0] / dimensions), 1e-300), max(both[1], distance[-1] / dimensions)
+        )
+        left.set(box_aspect=1)
         left.set(xlabel="chi-squared quantile / dimensions", ylabel="squared distance / dimensions")
         left.legend()
         limits = (nominal.min() / 1.5, min(1.0, nominal.max() * 1.5))
         right.plot(limits, limits, color="0.4", lw=0.8, ls="--", label="perfect agreement")
-        for (name, rate), colour in zip(observed.items(), CURVE_COLOURS, strict=False):
-            right.plot(nominal[rate > 0], rate[rate > 0], color=colour, marker="o", ms=3, label=name)
+        looks: tuple[dict[str, Any], ...] = (
+            {"marker": "o", "ms": 5.5, "mfc": "none"},
+            {"marker": ".", "ms": 4, "ls": ""},
+        )
+        for (name, rate), colour, look in zip(observed.items(), CURVE_COLOURS, looks, strict=False):
+            right.plot(nominal[rate > 0], rate[rate > 0], color=colour, label=name, **look)  # visible where they agree
         right.set(xscale="log", yscale="log", xlim=limits, box_aspect=1)
         right.set(xlabel="nominal false-alarm rate per window", ylabel="observed false-alarm rate")
         right.legend()
