@@ -1,6 +1,6 @@
 """Masks: which pixels of an image file are inside.
 
-One rule for foreground, findings and segmentation. The samples are read as stored, so that the writer's meaning is
+One rule for foreground, lesions and segmentation. The samples are read as stored, so that the writer's meaning is
 kept:
 
 - one band: a pixel is inside unless it is 0 (so class numbers, 255 and True are inside);
