@@ -187,3 +187,82 @@ def test_deflated_files_are_refused_unread(tmp_path):
     write_dicom(tmp_path / "x.dcm", noise((20, 30)), DeflatedExplicitVRLittleEndian)
     with pytest.raises(InputError, match="deflated"):
         open_source(tmp_path / "x.dcm")
+
+
+@pytest.mark.parametrize(
+    ("elements", "unit"),
+    [
+        ({"Modality": "CT", "RescaleIntercept": "-1024", "RescaleSlope": "1"}, "HU"),
+        ({"Modality": "MR", "RescaleIntercept": "0", "RescaleSlope": "2"}, ""),
+        ({"Modality": "CT", "RescaleIntercept": "0", "RescaleSlope": "1", "RescaleType": "US"}, ""),
+        ({"Modality": "PT", "RescaleIntercept": "0", "RescaleSlope": "1", "RescaleType": "BQML"}, "BQML"),
+        ({"Modality": "CT"}, ""),
+    ],
+)
+def test_unit_of_the_intensities(tmp_path, elements, unit):
+    write_dicom(tmp_path / "x.dcm", noise((4, 4)), **elements)
+    with open_source(tmp_path / "x.dcm") as source:
+        assert source.tags.unit == unit
+
+
+def shifted(path, pixels: np.ndarray, **elements) -> None:
+    """A file whose stored bits are not the lowest ones of a word."""
+    write_dicom(path, pixels, BitsStored=12)
+    data = dcmread(path)
+    for keyword, value in elements.items():
+        setattr(data, keyword, value)
+    data.save_as(path)
+
+
+@pytest.mark.parametrize("high", [11, 13, 15])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_high_bit(tmp_path, high, dtype):
+    """Before 2014 the stored bits could be the upper ones of a word; the others may hold an overlay."""
+    values = (noise((20, 30), np.uint16) >> 4).astype(dtype) - (2048 if dtype is np.int16 else 0)
+    words = ((values.astype(np.uint16) & 0xFFF) << (high - 11)).astype(np.uint16)
+    shifted(tmp_path / "x.dcm", words.view(dtype), HighBit=high)
+    np.testing.assert_array_equal(read(tmp_path / "x.dcm")[0, ..., 0], values)
+
+
+def test_a_high_bit_that_cannot_be_is_refused(tmp_path):
+    pixels = noise((20, 30), np.uint16) >> 4
+    shifted(tmp_path / "x.dcm", pixels, HighBit=15)
+    with pytest.raises(InputError, match=r"x\.dcm: its high bit .* but the pixels are in the lowest 12 bits"):
+        read(tmp_path / "x.dcm")
+    shifted(tmp_path / "x.dcm", pixels, HighBit=3)
+    with pytest.raises(InputError, match=r"x\.dcm: its high bit is 3, with 12 bits stored of 16; allowed: 11 to 15"):
+        read(tmp_path / "x.dcm")
+
+
+@pytest.mark.parametrize(("keyword", "dtype"), [("FloatPixelData", "f4"), ("DoubleFloatPixelData", "f8")])
+def test_float_pixels_and_their_padding(tmp_path, keyword, dtype):
+    pixels = np.random.default_rng(0).normal(size=(20, 30)).astype(dtype)
+    pixels[:3] = -1000
+    write_dicom(tmp_path / "x.dcm", noise((20, 30), np.uint32))
+    data = dcmread(tmp_path / "x.dcm")
+    for name in ("PixelData", "PixelRepresentation", "HighBit", "BitsStored"):
+        delattr(data, name)
+    data.BitsAllocated = 8 * np.dtype(dtype).itemsize
+    setattr(data, keyword, pixels.tobytes())
+    setattr(data, keyword.replace("Data", "PaddingValue"), -1000.0)
+    data.save_as(tmp_path / "x.dcm")
+    found = read(tmp_path / "x.dcm")
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found[0, 3:, :, 0], pixels[3:])
+    assert np.isnan(found[0, :3]).all()
+
+
+@pytest.mark.parametrize("spacing", ["0.5", "", "0\\0", "0.7\\0.7\\0.7"])
+def test_a_spacing_that_is_none_is_no_resolution(tmp_path, spacing):
+    write_dicom(tmp_path / "x.dcm", noise((20, 30)), PixelSpacing=spacing)
+    with open_source(tmp_path / "x.dcm") as source:
+        assert source.tags == ImageTags()
+
+
+def test_a_missing_transfer_syntax_is_named(tmp_path):
+    write_dicom(tmp_path / "x.dcm", noise((20, 30)))
+    data = dcmread(tmp_path / "x.dcm")
+    del data.file_meta.TransferSyntaxUID
+    data.save_as(tmp_path / "x.dcm", enforce_file_format=False)
+    with pytest.raises(InputError, match=r"x\.dcm: its meta header names no transfer syntax"):
+        open_source(tmp_path / "x.dcm")

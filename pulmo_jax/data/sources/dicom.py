@@ -312,9 +312,18 @@ def _inverted(pixels: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _tags(header: Dataset) -> ImageTags:
-    """Resolution from PixelSpacing, which is in mm, rows (y) first."""
-    spacing = _frame_value(header, 0, "PixelMeasuresSequence", "PixelSpacing")
+    """Resolution from PixelSpacing, which is in mm, rows (y) first, and unit of the rescaled intensities."""
+    spacing, unit = _frame_value(header, 0, "PixelMeasuresSequence", "PixelSpacing"), _unit(header)
     if not isinstance(spacing, MultiValue) or len(spacing) != 2:
-        return ImageTags()
+        return ImageTags(unit=unit)
     y, x = (float(mm) for mm in spacing)
-    return ImageTags(resolution=(10 / x, 10 / y, 3) if x > 0 and y > 0 else None)
+    return ImageTags(resolution=(10 / x, 10 / y, 3) if x > 0 and y > 0 else None, unit=unit)
+
+
+def _unit(header: Dataset) -> str:
+    """HU for computed tomography, unless RescaleType states another unit; "US" means that it is unspecified."""
+    keywords = ("RescaleIntercept", "RescaleType")
+    intercept, stated = (_frame_value(header, 0, "PixelValueTransformationSequence", k) for k in keywords)
+    if stated:
+        return "" if str(stated) == "US" else f"{stated!s:.16}"
+    return "HU" if intercept is not None and header.get("Modality") == "CT" else ""
