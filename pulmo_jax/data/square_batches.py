@@ -12,7 +12,7 @@ from pulmo_jax.data.images import ImageRef, Reader
 from pulmo_jax.data.letterbox import fit_letterbox, into_square, to_gray
 from pulmo_jax.data.pipeline import CellBatches, MapDataset, RowShare, grain
 from pulmo_jax.data.scratch import Scratch
-from pulmo_jax.data.transforms import resize_bands
+from pulmo_jax.data.transforms import finite, resize_bands
 from pulmo_jax.host.cache import cache_folder
 from pulmo_jax.types import Window
 
@@ -32,7 +32,8 @@ def content_window(image: Shaped[np.ndarray, "H W C"]) -> Window:
     """
     gray = to_gray(image)
     low, high = np.percentile(gray, [1, 99])
-    bright = binary_opening(gray > low + MIN_BRIGHTNESS * (high - low))  # removes specks and letters
+    known = finite(image)  # missing pixels, such as a transparent border, are not content
+    bright = binary_opening(known & (gray > low + MIN_BRIGHTNESS * (high - low)))  # removes specks and letters
     spans = []
     for axis, length in ((1, gray.shape[0]), (0, gray.shape[1])):
         content = np.flatnonzero(bright.mean(axis) > MIN_CONTENT)

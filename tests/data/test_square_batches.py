@@ -94,3 +94,10 @@ def test_every_network_gets_rows_of_its_own_each_once_in_an_epoch(squares):
     assert images.shape == (2, 2, 16, 16)
     assert (of == labels[rows[1]]).all()
     assert (images[..., 0, 0] == 10 * rows[1]).all()
+
+
+def test_a_transparent_border_is_no_content():
+    image = np.full((60, 80, 1), np.nan, np.float32)
+    image[10:50, 20:70] = np.random.default_rng(0).uniform(100, 200, (40, 50, 1))
+    y, x, height, width = content_window(image)
+    assert abs(np.array([y, x, height, width]) - [10, 20, 40, 50]).max() <= 1
