@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 from references import child
 from references.pictures import ink
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 import pulmo_jax as pj
 from pulmo_jax.data.synthetic_mri import write_slices
@@ -92,7 +93,7 @@ def test_a_run_tests_every_image_once_and_writes_what_a_report_needs(run, slices
     assert {row["fold"] for row in rows} == {"0", "1"}
     p = np.array([[float(row["p_no"]), float(row["p_yes"])] for row in rows])
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-6)
-    right = np.mean([row["label"] == row["class"] for row in rows])
+    right = np.mean([row["label"] == row["class"] for row in rows if not row["copy_of"]])
     assert figures_of(run)["ClassifierNetwork"]["accuracy"]["value"] == pytest.approx(right)
     page = (run / "report.html").read_text()
     for name in ("comparison", "roc_curves", "confusion_matrix", "reliability", "loss_curves", "saliency_right"):
@@ -111,6 +112,33 @@ def test_files_that_are_copies_are_of_one_group(run, slices):
     others = [groups[a] == groups[b] for a, b in pairs if truth[a] != truth[b]]
     assert np.mean(copies) > 0.8
     assert np.mean(others) < 0.01
+
+
+def test_copies_count_once(slices, tmp_path):
+    """A sixth of the images five times over: the figures are those of the images, and the copies are told."""
+    folder, run = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(slices, folder)
+    for path in [*(slices / "no").iterdir()][:3]:
+        for i in range(4):
+            shutil.copy(path, folder / "no" / f"{path.stem} copy {i}{path.suffix}")
+    text = train(folder, run, *NET)
+    rows = read(run / "out_of_fold.csv")
+    assert len(rows) == COUNT + 12
+    once = [row for row in rows if not row["copy_of"]]
+    assert COUNT / 2 < len(once) <= COUNT
+    assert all(row["copy_of"] in {other["filename"] for other in once} for row in rows if row["copy_of"])
+    assert f"{len(rows) - len(once)} of {len(rows)} images are copies or near copies" in " ".join(text.split())
+
+    def figures(some):
+        truth, p = np.array([row["class"] == "yes" for row in some]), np.array([float(row["p_yes"]) for row in some])
+        return [roc_auc_score(truth, p), log_loss(truth, p), accuracy_score(truth, [r["label"] == "yes" for r in some])]
+
+    of = figures_of(run)["ClassifierNetwork"]
+    found = [of[name]["value"] for name in ("auroc", "log_loss", "accuracy")]
+    np.testing.assert_allclose(found, figures(once), atol=1e-5)
+    assert np.abs(np.array(found) - figures(rows)).min() > 1e-3  # what it would be if they counted again
+    test = json.loads((run / "metrics.json").read_text())["test"]
+    assert sum(test["images"].values()) == len(once)
 
 
 @pytest.mark.slow
