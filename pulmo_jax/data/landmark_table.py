@@ -1,6 +1,7 @@
 """Tables of landmarks (CSV): filename,x1,y1,...,xK,yK, one row per image.
 
-Coordinates are in px, with pixel centres at integers from 0. Arrays hold points as (y, x). `landmarks_csv` formats
+Coordinates are in px, with pixel centres at integers from 0, or in shares of the image's width and height, with 0 and 1
+at its edges: share s of a width of W px is at s W - 0.5 px. Arrays hold points as (y, x) in px. `landmarks_csv` formats
 predictions as such a table, followed by the columns std1..K and quality1..K, so predictions can be read as labels.
 """
 
@@ -10,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,10 @@ from pulmo_jax.types import InputError
 
 MIN_POINTS = 3
 MAX_COORDINATE_PX = 1e6  # larger values are rejected as typing errors
+MAX_SHARE_PX = 1.5  # a table without larger coordinates is not in px
+MIN_SIDE_PX = 8  # of images in which landmarks are distinct in px
+SMALL_SHARE = 0.5  # of the width and height: if no point is beyond, the table may be that of smaller images
+LEAST_ROWS = 5  # for this remark
 SHOWN = 5  # names or problems listed in a message
 HEADER = "the header must be filename,x1,y1,x2,y2,..., separated by commas"
 COORDINATE = re.compile(r"([xy])([1-9]\d{0,3})")
@@ -76,6 +81,13 @@ class LandmarkTable:
         if names:
             notes.append(
                 f"{self.path}: points outside their image: {outside.sum()}, in {len(names)} images ({first(names)})"
+                f"{exchanged(self)}"
+            )
+        extent = self.points.max(axis=(0, 1))
+        if len(self.refs) >= LEAST_ROWS and (self.points <= SMALL_SHARE * self.sizes[:, None]).all():
+            notes.append(
+                f"{self.path}: all points are in the upper left quarter of their images (x up to {extent[1]:.4g}, y up "
+                f"to {extent[0]:.4g}; {self.names[0]} has {size_text(self)}): are the coordinates in px of these images? Else set data.units=percent, or convert them"
             )
         return notes
 
@@ -94,7 +106,7 @@ class Row:
     Attributes:
         name: Content of the column `filename`.
         line: Line number in the file, from 1.
-        points: Landmarks (y, x) in px (K, 2).
+        points: Landmarks (y, x) (K, 2), in the units of the table.
     """
 
     name: str
@@ -103,6 +115,8 @@ class Row:
 
 
 Image = ImageRef | Skipped  # readable or unreadable
+Units = Literal["px", "fraction", "percent"]
+WHOLE = {"fraction": 1, "percent": 100}  # width and height in these units
 
 
 def read_landmarks(
@@ -112,6 +126,7 @@ def read_landmarks(
     n_points: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     index: tuple[Sequence[ImageRef], Sequence[Skipped]] | None = None,
+    units: Units = "px",
 ) -> LandmarkTable:
     """Read a table of landmarks and find the image of each row.
 
@@ -122,15 +137,16 @@ def read_landmarks(
         on_error: Whether a row with a missing or unreadable image, or with an invalid coordinate, is an error
             ("stop") or is skipped ("skip").
         index: Result of `index_images` for the folder, if already available.
+        units: Units of the coordinates: px, or fraction or percent of the width and height.
 
     Returns:
         The labelled images, the skipped rows and the unlabelled images.
 
     Raises:
-        InputError: The table cannot be used, an image has two rows, no row is left, or `on_error` is "stop" and a row
-            cannot be used.
+        InputError: The table cannot be used, an image has two rows, no row is left, the coordinates do not fit to the
+            sizes of the images, or `on_error` is "stop" and a row cannot be used.
     """
-    rows, skipped = read_rows(path, n_points)
+    rows, skipped = read_rows(path, n_points, units)
     images: list[Image] = [image for part in (index or index_images(folder)) for image in part]
     by_name = by_file_name(images)
     matched: list[tuple[Row, Image]] = []
@@ -143,13 +159,46 @@ def read_landmarks(
     skipped += [Skipped(row.name, f"line {row.line}: {i.reason}") for row, i in matched if isinstance(i, Skipped)]
     pairs = [(row, image) for row, image in matched if isinstance(image, ImageRef)]
     check_usable(path, len(pairs), skipped, on_error)
-    return LandmarkTable(
+    table = LandmarkTable(
         path,
         tuple(image for _, image in pairs),
         np.stack([row.points for row, _ in pairs]),
         tuple(skipped),
         tuple(sorted({title(image) for image in images} - {title(image) for _, image in matched})),
     )
+    if units in WHOLE:
+        return replace(table, points=table.points / WHOLE[units] * table.sizes[:, None] - 0.5)
+    check_units(table)
+    return table
+
+
+def check_units(table: LandmarkTable) -> None:
+    """Raise InputError if coordinates that should be in px are shares of the image, or those of other images."""
+    if np.abs(table.points).max() <= MAX_SHARE_PX and table.sizes.min() >= MIN_SIDE_PX:
+        low, high = table.points.min(), table.points.max()
+        raise InputError(
+            f"{table.path}: all coordinates lie between {low:.3g} and {high:.3g}, which is about one px; are they "
+            "shares of the width and height? Set data.units=fraction, which takes 0 to 1"
+        )
+    share = table.outside.mean()
+    if share > 0.5:
+        raise InputError(
+            f"{table.path}: {share:.0%} of the points are outside their images{exchanged(table)}; give the coordinates "
+            f"in px of these images, such as {table.names[0]} with {size_text(table)}"
+        )
+
+
+def exchanged(table: LandmarkTable) -> str:
+    """Remark, for a message, that x and y seem to be exchanged: most points outside would be inside; "" if not."""
+    points, last = table.points[..., ::-1], table.sizes[:, None] - 0.5
+    inside = ~np.any((points < -0.5) | (points > last), axis=-1)
+    return ", but inside if x and y are exchanged" if inside[table.outside].mean() > 0.5 else ""
+
+
+def size_text(table: LandmarkTable) -> str:
+    """Height and width of the first image, for a message."""
+    height, width = table.sizes[0]
+    return f"{height} x {width} px (height x width)"
 
 
 def check_usable(path: Path, usable: int, skipped: Sequence[Skipped], on_error: str) -> None:
@@ -234,12 +283,15 @@ def find_image(name: str, images: dict[str, list[tuple[str, Image]]], folder: Pa
 # --- the table itself
 
 
-def read_rows(path: Path, n_points: int | None = None) -> tuple[list[Row], list[Skipped]]:
+def read_rows(
+    path: Path, n_points: int | None = None, units: Units = "px"
+) -> tuple[list[Row], list[Skipped]]:
     """Read the rows of a table, without looking for the images.
 
     Args:
         path: The CSV file.
         n_points: Required number of landmarks K; None accepts any.
+        units: Units of the coordinates.
 
     Returns:
         The valid rows, and the invalid ones with the reason.
@@ -264,7 +316,10 @@ def read_rows(path: Path, n_points: int | None = None) -> tuple[list[Row], list[
     rows, skipped = [], []
     for number, cells in lines[1:]:
         try:
-            rows.append(parse_row(number, cells, header, name_column, columns))
+            row = parse_row(number, cells, header, name_column, columns)
+            if units in WHOLE:
+                check_shares(row, header, columns, units)
+            rows.append(row)
         except InputError as error:
             skipped.append(Skipped(cells[name_column] if name_column < len(cells) else "", f"line {number}: {error}"))
     check_unique(path, [(normalised_path(row.name), row.line) for row in rows])
@@ -353,6 +408,17 @@ def parse_row(
     if not np.ptp(values, axis=0).any():
         raise InputError(f"{printable(cells[name_column])}: all points coincide at {tuple(values[0].tolist())} (y, x)")
     return Row(cells[name_column], line, values)
+
+
+def check_shares(row: Row, header: Sequence[str], columns: Sequence[tuple[int, int]], units: str) -> None:
+    """Raise InputError if a coordinate is no share of the width or height."""
+    wrong = np.argwhere((row.points < 0) | (row.points > WHOLE[units]))
+    if len(wrong):
+        point, axis = wrong[0]
+        raise InputError(
+            f"{printable(row.name)}: {header[columns[point][axis]]} is {row.points[point, axis]:.8g}, must be from 0 to "
+            f"{WHOLE[units]} (data.units={units})"
+        )
 
 
 def number(cell: str) -> float:
