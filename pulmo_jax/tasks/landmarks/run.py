@@ -4,7 +4,7 @@ Prediction and evaluation read config.yaml, landmarks.json, calibration.json, co
 finished.json, which training writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -18,6 +18,9 @@ from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.one_image import ImageLike, one_image
 from pulmo_jax.data.working_images import WorkingImages, working_image
+from pulmo_jax.data.pipeline import evenly_spaced
+from pulmo_jax.evaluation.landmark_degraded import degraded
+from pulmo_jax.evaluation.landmark_doubt import USUAL, Doubt, added_variance, fit_doubt
 from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
 from pulmo_jax.evaluation.landmark_quality import (
     SurpriseModel,
@@ -58,6 +61,8 @@ from pulmo_jax.types import InputError
 
 SEALED = ("landmarks.json", "calibration.json", "companions.npz")
 TINY = 4  # enlargement to the method's input size above which all landmarks of an image are of low quality
+MOST_DEGRADED = 48  # validation images of which degraded copies are made
+LARGEST = 1e30  # pixel value; larger ones overflow in noise
 LOW_RATE = 0.02  # nominal rate of validation landmarks, and of validation images, of low quality
 
 
@@ -137,7 +142,8 @@ class LandmarkRun:
 
         A landmark is of low quality if its standard deviation or the dissimilarity of its image exceeds the calibrated
         limit, if it lies outside the image or on a folded triangle of the mesh, or if the image is much smaller than
-        the method's input.
+        the method's input. Its standard deviation is then at least that limit, and in an image unlike the training
+        images larger, by the errors on such images (`landmark_doubt`).
 
         Args:
             working: Resized images.
@@ -151,10 +157,12 @@ class LandmarkRun:
         low = low_quality(std_px(covariance), np.array(limits.std_limits), unlike, limits.surprise_limit)
         points, scales = working.to_images(located.points), working.scales
         last = np.array([ref.shape[:2] for ref in working.refs])[:, None] - 0.5
-        covariance = covariance / (scales[:, None, :, None] * scales[:, None, None, :])
         outside = ((points < -0.5) | (points > last)).any(-1)
         tiny = np.array([max(ref.shape[:2]) * TINY < self.size for ref in working.refs])[:, None]
         low = low | outside | on_folds(points, self.frame) | tiny
+        covariance = covariance + added_variance(limits.doubt, unlike)[:, None, None, None] * np.eye(2)
+        covariance = at_least(covariance, np.array(limits.std_limits), low)
+        covariance = covariance / (scales[:, None, :, None] * scales[:, None, None, :])
         return Found(points, covariance, std_px(covariance), low, unlike)
 
 
@@ -243,6 +251,8 @@ def make_run(
     locate = locator(method, params)
     unlike = surprises(companions.look, validation.working.pixels)
     calibration = calibrate(locate(validation.working.pixels), validation, unlike)
+    doubt = doubt_of(locate, companions.look, validation, unlike, calibration.covariance_factor, config.seed)
+    calibration = replace(calibration, doubt_surprise=doubt.surprise, doubt_variance=doubt.variance)
     return LandmarkRun(path, config, method, params, step, companions, calibration, locate)
 
 
@@ -273,6 +283,48 @@ def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray
         n_images=len(truth),
         held_out_coverage=held_out_coverage(located.points, located.covariance, truth, validation.groups),
     )
+
+
+def doubt_of(
+    locate: Locate,
+    look: SurpriseModel,
+    validation: Labelled,
+    unlike: Float[np.ndarray, "N"],
+    factor: float,
+    seed: int,
+) -> Doubt:
+    """Fit the additional variance of landmarks to validation images and their degraded copies.
+
+    Args:
+        locate: Localisation in resized images.
+        look: Appearance model.
+        validation: Validation images.
+        unlike: Their dissimilarity, nats.
+        factor: Factor of the covariances.
+        seed: Seed of the noise.
+
+    Returns:
+        Additional variance by dissimilarity.
+    """
+    rows = evenly_spaced(np.flatnonzero(np.isfinite(unlike)), MOST_DEGRADED)
+    rows = rows[np.abs(validation.working.pixels[rows]).max((1, 2)) < LARGEST]
+    if not rows.size:
+        return Doubt((), ())
+    images, truth = np.asarray(validation.working.pixels[rows]), validation.square_points[rows]
+    parts = []
+    for pixels, points in [(images, truth), *(copies for _, copies in degraded(images, truth, seed))]:
+        located = locate(pixels)
+        parts.append((surprises(look, pixels), located.points, located.covariance * factor, points))
+    surprise, *landmarks = map(np.concatenate, zip(*parts, strict=True))
+    return fit_doubt(surprise, *landmarks, usual=float(np.quantile(unlike[np.isfinite(unlike)], USUAL)))
+
+
+def at_least(
+    covariance: Float[np.ndarray, "N K 2 2"], limits: Float[np.ndarray, "K"], low: Bool[np.ndarray, "N K"]
+) -> Float[np.ndarray, "N K 2 2"]:
+    """Scale the covariances of landmarks of low quality to standard deviations of at least the limits."""
+    ratio = np.where(low, np.maximum(limits / std_px(covariance), 1), 1)
+    return covariance * ratio[..., None, None] ** 2
 
 
 def surprises(look: SurpriseModel, images: Float[np.ndarray, "N S S"]) -> Float[np.ndarray, "N"]:
