@@ -87,7 +87,8 @@ class LandmarkTable:
         if len(self.refs) >= LEAST_ROWS and (self.points <= SMALL_SHARE * self.sizes[:, None]).all():
             notes.append(
                 f"{self.path}: all points are in the upper left quarter of their images (x up to {extent[1]:.4g}, y up "
-                f"to {extent[0]:.4g}; {self.names[0]} has {size_text(self)}): are the coordinates in px of these images? Else set data.units=percent, or convert them"
+                f"to {extent[0]:.4g}; {self.names[0]} has {size_text(self)}): are they px of these images? "
+                "Else set data.units=percent, or convert them"
             )
         return notes
 
@@ -283,9 +284,7 @@ def find_image(name: str, images: dict[str, list[tuple[str, Image]]], folder: Pa
 # --- the table itself
 
 
-def read_rows(
-    path: Path, n_points: int | None = None, units: Units = "px"
-) -> tuple[list[Row], list[Skipped]]:
+def read_rows(path: Path, n_points: int | None = None, units: Units = "px") -> tuple[list[Row], list[Skipped]]:
     """Read the rows of a table, without looking for the images.
 
     Args:
@@ -416,8 +415,8 @@ def check_shares(row: Row, header: Sequence[str], columns: Sequence[tuple[int, i
     if len(wrong):
         point, axis = wrong[0]
         raise InputError(
-            f"{printable(row.name)}: {header[columns[point][axis]]} is {row.points[point, axis]:.8g}, must be from 0 to "
-            f"{WHOLE[units]} (data.units={units})"
+            f"{printable(row.name)}: {header[columns[point][axis]]} is {row.points[point, axis]:.8g}, must be from 0 "
+            f"to {WHOLE[units]} (data.units={units})"
         )
 
 

@@ -5,8 +5,8 @@ it was held out. A row of NaN marks an image without a prediction, which is excl
 mean over the repeats. Repeats use the same images and add no independent evidence, so the bootstrap resamples groups of
 images, such as patients, with the same weights in every repeat.
 
-The calibration error is a sum of absolute values, which resampling biases upwards: the percentiles of its replicates can
-all exceed it. Its interval follows from the triangle inequality instead (`_norm_interval`).
+The calibration error is a sum of absolute values, which resampling biases upwards: the percentiles of its replicates
+can all exceed it. Its interval follows from the triangle inequality instead (`_norm_interval`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

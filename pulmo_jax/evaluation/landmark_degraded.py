@@ -1,4 +1,4 @@
-"""Degraded copies of labelled images, whose landmarks are known, for the errors on images unlike the training images."""
+"""Degraded copies of labelled images with known landmarks, for the errors on images unlike the training images."""
 
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ def degraded(
     Returns:
         Name and images of every kind; landmarks move with their images.
     """
-    rng, n = np.random.default_rng(seed), len(images)
+    rng = np.random.default_rng(seed)
     spread, mean = images.std((1, 2), keepdims=True), images.mean((1, 2), keepdims=True)
     lowest, highest = images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True)
     side = images.shape[-1]

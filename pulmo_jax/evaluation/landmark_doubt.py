@@ -1,9 +1,9 @@
 """Variance that is added to landmarks in images unlike the training images.
 
 A method states a covariance from what it sees, and the calibration scales it by the errors on validation images. Both
-fail on an image of another kind: a template that fits nowhere still has a sharp best fit. The dissimilarity of the image
-to the training images (its surprise) tells such images, so the variance grows with it, by as much as the errors do on
-degraded validation images.
+fail on an image of another kind: a template that fits nowhere still has a sharp best fit. The dissimilarity of the
+image to the training images (its surprise) reveals such images, so the variance grows with it, by as much as the errors
+do on degraded validation images.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy import stats
 
 LEVEL = 0.95  # share of the landmarks that the regions are to contain
-USUAL = 0.95  # share of the validation images to which nothing is added
+UNUSUAL_RATE = 0.05  # highest share of images like the validation images to which something is added
 BINS = 8
 LEAST = 20  # images in a bin
 

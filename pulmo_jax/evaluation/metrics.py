@@ -50,9 +50,7 @@ class Estimate:
     skipped: int = 0
 
 
-def bootstrap_estimate(
-    value: float, replicates: Float64[np.ndarray, "R"], n_groups: int, requirement: str
-) -> Estimate:
+def bootstrap_estimate(value: float, replicates: Float64[np.ndarray, "R"], n_groups: int, requirement: str) -> Estimate:
     """Estimate with a percentile interval, which always holds the value.
 
     Resampling biases figures that are extremes, such as the best Dice. If the value lies outside the percentiles of its

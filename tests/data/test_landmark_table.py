@@ -304,7 +304,11 @@ def test_shares_and_px_of_the_same_points_are_the_same_table(folder):
 @pytest.mark.parametrize(
     ("row", "units", "words"),
     [
-        ("b.png,0.1,0.2,1.01,0.4,0.5,0.6", "fraction", r"line 3: b\.png: x2 is 1\.01, must be from 0 to 1 \(data\.units=f"),
+        (
+            "b.png,0.1,0.2,1.01,0.4,0.5,0.6",
+            "fraction",
+            r"line 3: b\.png: x2 is 1\.01, must be from 0 to 1 \(data\.units=f",
+        ),
         ("b.png,0.1,0.2,0.3,-0.4,0.5,0.6", "fraction", r"line 3: b\.png: y2 is -0\.4, must be from 0 to 1"),
         ("b.png,1,2,3,4,5,101", "percent", r"line 3: b\.png: y3 is 101, must be from 0 to 100 \(data\.units=percent"),
         ("b.png,12,13,20,11,9,8", "fraction", r"line 3: b\.png: y1 is 13, must be from 0 to 1"),  # a table in px
@@ -321,7 +325,9 @@ def test_what_is_no_share_is_named_with_its_row(folder, row, units, words):
 def test_a_table_in_shares_that_is_taken_for_px_is_asked_about(folder, values):
     """Shares from 0 to 1, from -1 to 1, and a little beyond the edge."""
     path = table(folder, f"a.png,{shares(values)}", f"b.png,{shares(values[::-1])}")
-    with pytest.raises(InputError, match=r"points\.csv: all coordinates lie between .*Set data\.units=fraction") as error:
+    with pytest.raises(
+        InputError, match=r"points\.csv: all coordinates lie between .*Set data\.units=fraction"
+    ) as error:
         read_landmarks(path, folder)
     assert "\n" not in str(error.value)
 
@@ -357,7 +363,9 @@ def test_a_table_of_smaller_images_is_told(folder):
         Image.fromarray(np.zeros((300, 400), np.uint8)).save(folder / f"large{i}.png")
     rows = [f"large{i}.png,10,20,90,30,{40 + i},99" for i in range(5)]
     (note,) = read_landmarks(table(folder, *rows), folder).notes()
-    assert "all points are in the upper left quarter of their images (x up to 90, y up to 99; large0.png has 300" in note
+    assert (
+        "all points are in the upper left quarter of their images (x up to 90, y up to 99; large0.png has 300" in note
+    )
     assert read_landmarks(table(folder, *rows, "a.png,20,1,2,3,4,5"), folder).notes() == []
     (found,) = read_landmarks(table(folder, *rows), folder, units="percent").points.max(axis=(0, 1), keepdims=True)[0]
     np.testing.assert_allclose(found, [296.5, 359.5])

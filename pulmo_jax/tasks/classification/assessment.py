@@ -164,7 +164,7 @@ def assess_test_set(
 
 def counted_as(run: ClassifierRun, dataset: ClassSet, own: Probabilities) -> Int[np.ndarray, "N"]:
     """Index of the image as which each image counts: itself, or the image that it copies (`ClassSet.counted_as`)."""
-    return dataset.counted_as(run.config.data.near_bits, np.isfinite(own).all(-1).any(0))
+    return dataset.counted_as(run.config.data.near_bits, np.asarray(np.isfinite(own).all(-1).any(0)))
 
 
 def copies_note(counted: Int[np.ndarray, "N"]) -> list[str]:

@@ -106,12 +106,12 @@ def check_folders(root: Path, names: Sequence[str], key: str, classes: Sequence[
         classes: Classes of the run, if known; subfolders of these names are accepted.
 
     Raises:
-        InputError: If they are parts of a split, all hold the same subfolders, or are one folder that holds the classes.
+        InputError: If they are parts of a split, all hold the same subfolders, or are one folder with the classes.
     """
     tree = tree_of(names)
     if classes is not None and tree[""] <= set(classes):
         return
-    if reason := misread(root, tree, key, is_store(root)):
+    if reason := misread(None if is_store(root) else str(root), tree, key):
         raise InputError(f"{root}: {reason}")
 
 
@@ -126,36 +126,36 @@ def tree_of(names: Sequence[str]) -> dict[str, set[str]]:
     return tree
 
 
-def misread(root: Path, tree: Mapping[str, set[str]], key: str, stored: bool) -> str:
+def misread(root: str | None, tree: Mapping[str, set[str]], key: str) -> str:
     """Why the subfolders are no classes, and what to give instead; "" if they are classes.
 
     Args:
-        root: Folder or store.
+        root: Folder; None: a store, of which no subfolder can be given.
         tree: Folders of the images (see `tree_of`).
         key: Key by which the folder is given.
-        stored: Whether the images are in a store, of which no subfolder can be given.
 
     Returns:
         One line.
     """
 
     def give(folder: str) -> str:
-        inner = "FOLDER" if stored else str(root)
-        path = f"{inner}/{folder}"
-        return f"ingest {path} alone and give that store" if stored else f"{key}={path}"
+        return f"ingest FOLDER/{folder} alone and give that store" if root is None else f"{key}={root}/{folder}"
 
     tops = sorted(tree[""])
     keep = "; if these folders are the classes, set data.check_folders=false"
     if len(tops) == 1:
         inner = innermost(tree, tops[0])
-        below = tree[inner]
-        return f"its classes are in the subfolder {inner} ({listed(below)}): set {give(inner)}" if len(below) > 1 else ""
+        if len(tree[inner]) < 2:
+            return ""
+        below = {folder.removeprefix(inner).removeprefix("/"): tree[folder] for folder in tree if inside(folder, inner)}
+        reason = misread(root and f"{root}/{inner}", below, key)
+        return reason or f"its classes are in the subfolder {inner} ({listed(tree[inner])}): set {give(inner)}"
     parts = [top for top in tops if SPLIT_FOLDER.fullmatch(top.casefold())]
     filled = [top for top in parts if tree[top]]
     if len(parts) > 1 and filled:
         first = next((top for top in filled if top.casefold().startswith("train")), filled[0])
         other = next(top for top in (*filled, *parts) if top != first)
-        tested = "a store of the other" if stored else f"{root}/{other}"
+        tested = "a store of the other" if root is None else f"{root}/{other}"
         same = "hold the same subfolders" if tree[first] == tree[other] else "hold subfolders"
         return (
             f"{listed(parts)} {same} ({listed(tree[first])}), so they are parts of a split and not classes: train with "
@@ -175,6 +175,11 @@ def misread(root: Path, tree: Mapping[str, set[str]], key: str, stored: bool) ->
     if len(tops) == 2 and len(mask) == 1 and (set(tops) - set(mask)).pop().casefold() in IMAGE_FOLDERS:
         return f"{listed(tops)} are images and their masks, not classes: sort the images by class{keep}"
     return ""
+
+
+def inside(folder: str, outer: str) -> bool:
+    """Whether a folder is another one, or below it."""
+    return folder == outer or folder.startswith(f"{outer}/")
 
 
 def innermost(tree: Mapping[str, set[str]], folder: str) -> str:

@@ -33,7 +33,7 @@ class LandmarkDataConfig(Section):
     test: Table | None = Field(default=None, description="CSV of the test landmarks, evaluated after training")
     units: Units = Field(
         default="px",
-        description="units of the tables: px, from 0 at pixel centres; or fraction (0 to 1) or percent of width and height",
+        description="units of the tables: px, from 0 at pixel centres; fraction (0 to 1) or percent of the sides",
     )
     cache: PathLike | None = Field(
         default=None, description="folder for the sample data; null: $PULMO_JAX_CACHE or the user's cache folder"

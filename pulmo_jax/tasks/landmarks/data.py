@@ -98,9 +98,7 @@ def read_sets(
     others = [
         None
         if path is None
-        else read_landmarks(
-            path, data.images, n_points=n_points, on_error=data.on_error, index=index, units=data.units
-        )
+        else read_landmarks(path, data.images, n_points=n_points, on_error=data.on_error, index=index, units=data.units)
         for path in (data.val, data.test)
     ]
     tables = [("training", training), ("validation", others[0]), ("test", others[1])]

@@ -17,10 +17,10 @@ from pulmo_jax.core.lung_frame import LungFrame, flipped, lung_frame
 from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.one_image import ImageLike, one_image
-from pulmo_jax.data.working_images import WorkingImages, working_image
 from pulmo_jax.data.pipeline import evenly_spaced
+from pulmo_jax.data.working_images import WorkingImages, working_image
 from pulmo_jax.evaluation.landmark_degraded import degraded
-from pulmo_jax.evaluation.landmark_doubt import USUAL, Doubt, added_variance, fit_doubt
+from pulmo_jax.evaluation.landmark_doubt import UNUSUAL_RATE, Doubt, added_variance, fit_doubt
 from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
 from pulmo_jax.evaluation.landmark_quality import (
     SurpriseModel,
@@ -316,7 +316,7 @@ def doubt_of(
         located = locate(pixels)
         parts.append((surprises(look, pixels), located.points, located.covariance * factor, points))
     surprise, *landmarks = map(np.concatenate, zip(*parts, strict=True))
-    return fit_doubt(surprise, *landmarks, usual=float(np.quantile(unlike[np.isfinite(unlike)], USUAL)))
+    return fit_doubt(surprise, *landmarks, usual=float(threshold(unlike[np.isfinite(unlike)], UNUSUAL_RATE)))
 
 
 def at_least(

@@ -131,20 +131,21 @@ SPLIT = files("Training/glioma", "Training/notumor", "Testing/glioma", "Testing/
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (SPLIT, r"Testing and Training hold the same subfolders \(glioma and notumor\), so they are parts of a split and "
-                r"not classes: train with data\.root=DIR/Training and test with python -m pulmo_jax\.evaluate run=RUN "
-                r"data\.test=DIR/Testing"),
-        (files("train/a", "train/b", "test/a", "test/b", "val/a", "val/b"), r"data\.root=DIR/train and test with .*DIR/test"),
+        (SPLIT, r"Testing and Training hold the same subfolders \(glioma and notumor\), so they are parts of a split "
+                r"and not classes: train with data\.root=DIR/Training and test with python -m pulmo_jax\.evaluate "
+                r"run=RUN data\.test=DIR/Testing"),
+        (files("train/a", "train/b", "test/a", "test/b", "val/a", "val/b"), r"=DIR/train and test with .*=DIR/test"),
         (files("TRAIN/a", "TRAIN/b", "Validation/a"), r"hold subfolders \(a and b\).*root=DIR/TRAIN .*DIR/Validation"),
         (files("train_set/a", "train_set/b", "test_set/a", "test_set/b"), r"data\.root=DIR/train_set"),
         (files("train/a", "train/b", "test/a", "test/b", "extra/a"), r"parts of a split"),
         (files("train/a", "train/b", "test"), r"test with .*data\.test=DIR/test"),  # test images without a class
         (files("train", "test"), r"test and train are parts of a split and hold no class subfolders: sort"),
-        (files("fold0/a", "fold0/b", "fold1/a", "fold1/b"), r"fold0 and fold1 all hold the same subfolders \(a and b\), so "
-                                                            r"which are the classes\? .*set data\.root=DIR/fold0"),
+        (files("fold0/a", "fold0/b", "fold1/a", "fold1/b"), r"fold0 and fold1 all hold the same subfolders \(a and b"
+                                                            r"\), so which are the classes\? .*set data\.root=DIR/fold0"),
         (files("set/no", "set/yes"), r"classes are in the subfolder set \(no and yes\): set data\.root=DIR/set"),
         (files("a/b/no", "a/b/yes"), r"in the subfolder a/b \(no and yes\): set data\.root=DIR/a/b"),
-        (files("archive/Training/x", "archive/Testing/x"), r"subfolder archive \(Testing and Training\)"),
+        (files("archive/Training/x", "archive/Testing/x"), r"parts of a split"),
+        (["in/" + name for name in SPLIT], r"parts of a split .*train with data\.root=DIR/in/Training and test with"),
         (files("no", "yes", "set/no", "set/yes"), r"set holds the subfolders no and yes once more: remove it, or set "
                                                   r"data\.root=DIR/set"),
         (files("images", "masks"), r"images and masks are images and their masks, not classes"),
