@@ -12,6 +12,7 @@ from PIL import Image
 from references import child
 from references.chest_phantoms import write_set
 from references.pictures import ink
+from references.tiff_files import description
 from scipy.stats import chi2
 
 import pulmo_jax as pj
@@ -126,9 +127,7 @@ def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run
     text = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", "aligned=true",
                 status=3)  # fmt: skip
     assert "broken.png" in text
-    marks = {
-        path.name: tifffile.TiffFile(path).pages[0].description for path in (tmp_path / "out" / "aligned").iterdir()
-    }
+    marks = {path.name: description(path) for path in (tmp_path / "out" / "aligned").iterdir()}
     assert "quality" not in marks.pop("chest.png.tif")
     assert set(marks.values()) == {"aligned by landmarks of low quality: 10 of 10"}
     rows = read(tmp_path / "out" / "landmarks.csv")

@@ -141,7 +141,7 @@ SPLIT = files("Training/glioma", "Training/notumor", "Testing/glioma", "Testing/
         (files("train/a", "train/b", "test"), r"test with .*data\.test=DIR/test"),  # test images without a class
         (files("train", "test"), r"test and train are parts of a split and hold no class subfolders: sort"),
         (files("fold0/a", "fold0/b", "fold1/a", "fold1/b"), r"fold0 and fold1 all hold the same subfolders \(a and b"
-                                                            r"\), so which are the classes\? .*set data\.root=DIR/fold0"),
+                                                            r"\), so which are the classes\? .*data\.root=DIR/fold0"),
         (files("set/no", "set/yes"), r"classes are in the subfolder set \(no and yes\): set data\.root=DIR/set"),
         (files("a/b/no", "a/b/yes"), r"in the subfolder a/b \(no and yes\): set data\.root=DIR/a/b"),
         (files("archive/Training/x", "archive/Testing/x"), r"parts of a split"),
