@@ -172,10 +172,9 @@ def copies_note(counted: Int[np.ndarray, "N"]) -> list[str]:
     total, distinct = counted.size, np.unique(counted).size
     if distinct == total:
         return []
-    return [
-        f"{total - distinct} of {total} images are copies or near copies of another image of their class: the figures "
-        f"of merit count each image once ({distinct} images)"
-    ]
+    copies, other = total - distinct, "another image of the same class"
+    are = f"is a copy or near copy of {other}" if copies == 1 else f"are copies or near copies of {other}"
+    return [f"{copies} of {total} images {are}: the figures of merit count each image once ({distinct} images)"]
 
 
 def relabelled(run: ClassifierRun, dataset: ClassSet) -> list[str]:
