@@ -190,7 +190,8 @@ def test_evaluate_gives_on_the_same_table_what_training_gave(run, chests, tmp_pa
     assert of[0] == pytest.approx(of[1], rel=1e-4)
     assert before["coverage"]["0.95"]["value"] == pytest.approx(after["coverage"]["0.95"]["value"], abs=0.01)
     header, *rows = (chests / "test.csv").read_text().splitlines()
-    sides = {row.split(",")[0]: Image.open(chests / "images" / row.split(",")[0]).size * K for row in rows}
+    table = read_landmarks(chests / "test.csv", chests / "images")
+    sides = {ref.name: (ref.shape[1], ref.shape[0]) * K for ref in table.refs}
     for name, whole in (("fraction", 1), ("percent", 100)):
         shares = [header]
         for row in rows:

@@ -109,7 +109,7 @@ def check_folders(root: Path, names: Sequence[str], key: str, classes: Sequence[
         InputError: If they are parts of a split, all hold the same subfolders, or are one folder with the classes.
     """
     tree = tree_of(names)
-    if classes is not None and tree[""] <= set(classes):
+    if not tree[""] or (classes is not None and tree[""] <= set(classes)):
         return
     if reason := misread(None if is_store(root) else str(root), tree, key):
         raise InputError(f"{root}: {reason}")

@@ -169,6 +169,7 @@ def test_folders_that_are_no_classes_are_refused_on_one_line(names, words):
         files("train", "car"),  # vehicles
         files("mask", "no mask"),
         files("no"),
+        ["0.png", "1.png"],  # in no folder, which is another error
     ],
 )
 def test_classes_are_accepted(names):
