@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pulmo_jax.data.images import ImageRef, Skipped, index_images
+from pulmo_jax.data.landmark_units import WHOLE, Units, check_px, exchanged, outside_images, small_extent, to_px
 from pulmo_jax.data.sources.source import check_is_file, decoding
 from pulmo_jax.host.console import printable
 from pulmo_jax.host.tables import cell_text, csv_text
@@ -26,10 +27,6 @@ from pulmo_jax.types import InputError
 
 MIN_POINTS = 3
 MAX_COORDINATE_PX = 1e6  # larger values are rejected as typing errors
-MAX_SHARE_PX = 1.5  # a table without larger coordinates is not in px
-MIN_SIDE_PX = 8  # of images in which landmarks are distinct in px
-SMALL_SHARE = 0.5  # of the width and height: if no point is beyond, the table may be that of smaller images
-LEAST_ROWS = 5  # for this remark
 SHOWN = 5  # names or problems listed in a message
 HEADER = "the header must be filename,x1,y1,x2,y2,..., separated by commas"
 COORDINATE = re.compile(r"([xy])([1-9]\d{0,3})")
@@ -67,8 +64,7 @@ class LandmarkTable:
     @property
     def outside(self) -> Bool[np.ndarray, "N K"]:
         """Which points are outside their image, as points of real labels may be."""
-        last = self.sizes[:, None] - 0.5
-        return np.any((self.points < -0.5) | (self.points > last), axis=-1)
+        return outside_images(self.points, self.sizes)
 
     def notes(self) -> list[str]:
         """Notes for the user on skipped rows and on points outside their image."""
@@ -81,16 +77,10 @@ class LandmarkTable:
         if names:
             notes.append(
                 f"{self.path}: points outside their image: {outside.sum()}, in {len(names)} images ({first(names)})"
-                f"{exchanged(self)}"
+                f"{exchanged(self.points, self.sizes)}"
             )
-        extent = self.points.max(axis=(0, 1))
-        if len(self.refs) >= LEAST_ROWS and (self.points <= SMALL_SHARE * self.sizes[:, None]).all():
-            notes.append(
-                f"{self.path}: all points are in the upper left quarter of their images (x up to {extent[1]:.4g}, y up "
-                f"to {extent[0]:.4g}; {self.names[0]} has {size_text(self)}): are they px of these images? "
-                "Else set data.units=percent, or convert them"
-            )
-        return notes
+        first_name = self.names[0] if self.names else ""
+        return [*notes, *small_extent(self.path, self.points, self.sizes, first_name)]
 
 
 def without_row(tables: Sequence[LandmarkTable]) -> list[str]:
@@ -116,8 +106,6 @@ class Row:
 
 
 Image = ImageRef | Skipped  # readable or unreadable
-Units = Literal["px", "fraction", "percent"]
-WHOLE = {"fraction": 1, "percent": 100}  # width and height in these units
 
 
 def read_landmarks(
@@ -160,46 +148,13 @@ def read_landmarks(
     skipped += [Skipped(row.name, f"line {row.line}: {i.reason}") for row, i in matched if isinstance(i, Skipped)]
     pairs = [(row, image) for row, image in matched if isinstance(image, ImageRef)]
     check_usable(path, len(pairs), skipped, on_error)
-    table = LandmarkTable(
-        path,
-        tuple(image for _, image in pairs),
-        np.stack([row.points for row, _ in pairs]),
-        tuple(skipped),
-        tuple(sorted({title(image) for image in images} - {title(image) for _, image in matched})),
-    )
-    if units in WHOLE:
-        return replace(table, points=table.points / WHOLE[units] * table.sizes[:, None] - 0.5)
-    check_units(table)
-    return table
-
-
-def check_units(table: LandmarkTable) -> None:
-    """Raise InputError if coordinates that should be in px are shares of the image, or those of other images."""
-    if np.abs(table.points).max() <= MAX_SHARE_PX and table.sizes.min() >= MIN_SIDE_PX:
-        low, high = table.points.min(), table.points.max()
-        raise InputError(
-            f"{table.path}: all coordinates lie between {low:.3g} and {high:.3g}, which is about one px; are they "
-            "shares of the width and height? Set data.units=fraction, which takes 0 to 1"
-        )
-    share = table.outside.mean()
-    if share > 0.5:
-        raise InputError(
-            f"{table.path}: {share:.0%} of the points are outside their images{exchanged(table)}; give the coordinates "
-            f"in px of these images, such as {table.names[0]} with {size_text(table)}"
-        )
-
-
-def exchanged(table: LandmarkTable) -> str:
-    """Remark, for a message, that x and y seem to be exchanged: most points outside would be inside; "" if not."""
-    points, last = table.points[..., ::-1], table.sizes[:, None] - 0.5
-    inside = ~np.any((points < -0.5) | (points > last), axis=-1)
-    return ", but inside if x and y are exchanged" if inside[table.outside].mean() > 0.5 else ""
-
-
-def size_text(table: LandmarkTable) -> str:
-    """Height and width of the first image, for a message."""
-    height, width = table.sizes[0]
-    return f"{height} x {width} px (height x width)"
+    refs = tuple(image for _, image in pairs)
+    sizes = np.array([ref.shape[:2] for ref in refs], np.int64)
+    points = to_px(np.stack([row.points for row, _ in pairs]), sizes, units)
+    if units == "px":
+        check_px(path, points, sizes, refs[0].title)
+    unlabelled = sorted({title(image) for image in images} - {title(image) for _, image in matched})
+    return LandmarkTable(path, refs, points, tuple(skipped), tuple(unlabelled))
 
 
 def check_usable(path: Path, usable: int, skipped: Sequence[Skipped], on_error: str) -> None:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pulmo_jax.config.section import Bool, Float, ImageFolder, Int, Node, PathLike, Regex, Section
 from pulmo_jax.config.trainer import TrainerConfig
 from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
-from pulmo_jax.data.landmark_table import Units
+from pulmo_jax.data.landmark_units import Units
 
 
 def _is_table(path: PathLike) -> PathLike:

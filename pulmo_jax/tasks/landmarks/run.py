@@ -17,22 +17,15 @@ from pulmo_jax.core.lung_frame import LungFrame, flipped, lung_frame
 from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.one_image import ImageLike, one_image
-from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.working_images import WorkingImages, working_image
-from pulmo_jax.evaluation.landmark_degraded import degraded
-from pulmo_jax.evaluation.landmark_doubt import UNUSUAL_RATE, Doubt, added_variance, fit_doubt
-from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
+from pulmo_jax.evaluation.landmark_doubt import added_variance
 from pulmo_jax.evaluation.landmark_quality import (
-    SurpriseModel,
-    attained_rate,
     fit_surprise,
     low_quality,
     std_px,
-    surprise,
-    threshold,
 )
 from pulmo_jax.host.files import atomically, write_json
-from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
+from pulmo_jax.inference.locate import Locate, locator
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.landmark_baselines import fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
@@ -46,6 +39,7 @@ from pulmo_jax.runs.directory import (
     shapes_of,
 )
 from pulmo_jax.runs.place import formats_for
+from pulmo_jax.tasks.landmarks.calibration import at_least, calibrate, doubt_of, surprises
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
 from pulmo_jax.tasks.landmarks.results import LandmarkResult
@@ -61,9 +55,6 @@ from pulmo_jax.types import InputError
 
 SEALED = ("landmarks.json", "calibration.json", "companions.npz")
 TINY = 4  # enlargement to the method's input size above which all landmarks of an image are of low quality
-MOST_DEGRADED = 48  # validation images of which degraded copies are made
-LARGEST = 1e30  # pixel value; larger ones overflow in noise
-LOW_RATE = 0.02  # nominal rate of validation landmarks, and of validation images, of low quality
 
 
 @dataclass(frozen=True)
@@ -254,82 +245,6 @@ def make_run(
     doubt = doubt_of(locate, companions.look, validation, unlike, calibration.covariance_factor, config.seed)
     calibration = replace(calibration, doubt_surprise=doubt.surprise, doubt_variance=doubt.variance)
     return LandmarkRun(path, config, method, params, step, companions, calibration, locate)
-
-
-def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray, "N"]) -> LandmarkCalibration:
-    """Calibrate the uncertainties on the validation images.
-
-    Args:
-        located: Predicted landmarks, px of the resized images.
-        validation: Validation images.
-        unlike: Dissimilarity of each image, nats; not finite for an image without contrast, which is ignored.
-
-    Returns:
-        The calibration.
-
-    Raises:
-        InputError: If no validation image has contrast.
-    """
-    truth = validation.square_points
-    seen = unlike[np.isfinite(unlike)]  # images without contrast are ignored
-    if not seen.size:
-        raise InputError(f"none of the {len(unlike)} validation images has any contrast; give other images")
-    factor = scale_covariance(located.points, located.covariance, truth)
-    return LandmarkCalibration(
-        covariance_factor=float(factor),
-        std_limits=tuple(threshold(std_px(located.covariance * factor), LOW_RATE).tolist()),
-        surprise_limit=float(threshold(seen, LOW_RATE)),
-        rate=attained_rate(len(truth), LOW_RATE),
-        n_images=len(truth),
-        held_out_coverage=held_out_coverage(located.points, located.covariance, truth, validation.groups),
-    )
-
-
-def doubt_of(
-    locate: Locate,
-    look: SurpriseModel,
-    validation: Labelled,
-    unlike: Float[np.ndarray, "N"],
-    factor: float,
-    seed: int,
-) -> Doubt:
-    """Fit the additional variance of landmarks to validation images and their degraded copies.
-
-    Args:
-        locate: Localisation in resized images.
-        look: Appearance model.
-        validation: Validation images.
-        unlike: Their dissimilarity, nats.
-        factor: Factor of the covariances.
-        seed: Seed of the noise.
-
-    Returns:
-        Additional variance by dissimilarity.
-    """
-    rows = evenly_spaced(np.flatnonzero(np.isfinite(unlike)), MOST_DEGRADED)
-    rows = rows[np.abs(validation.working.pixels[rows]).max((1, 2)) < LARGEST]
-    if not rows.size:
-        return Doubt((), ())
-    images, truth = np.asarray(validation.working.pixels[rows]), validation.square_points[rows]
-    parts = []
-    for pixels, points in [(images, truth), *(copies for _, copies in degraded(images, truth, seed))]:
-        located = locate(pixels)
-        parts.append((surprises(look, pixels), located.points, located.covariance * factor, points))
-    surprise, *landmarks = map(np.concatenate, zip(*parts, strict=True))
-    return fit_doubt(surprise, *landmarks, usual=float(threshold(unlike[np.isfinite(unlike)], UNUSUAL_RATE)))
-
-
-def at_least(
-    covariance: Float[np.ndarray, "N K 2 2"], limits: Float[np.ndarray, "K"], low: Bool[np.ndarray, "N K"]
-) -> Float[np.ndarray, "N K 2 2"]:
-    """Scale the covariances of landmarks of low quality to standard deviations of at least the limits."""
-    ratio = np.where(low, np.maximum(limits / std_px(covariance), 1), 1)
-    return covariance * ratio[..., None, None] ** 2
-
-
-def surprises(look: SurpriseModel, images: Float[np.ndarray, "N S S"]) -> Float[np.ndarray, "N"]:
-    """Dissimilarity of each image to the training images, nats."""
-    return in_batches(lambda batch: surprise(look, batch), images)
 
 
 # --- on disk

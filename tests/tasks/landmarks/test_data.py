@@ -9,9 +9,9 @@ from pulmo_jax.data.images import index_images
 from pulmo_jax.evaluation.landmark_quality import SurpriseModel, fit_surprise
 from pulmo_jax.host.console import Console
 from pulmo_jax.inference.locate import Positions
+from pulmo_jax.tasks.landmarks.calibration import calibrate, surprises
 from pulmo_jax.tasks.landmarks.config import LandmarkDataConfig
 from pulmo_jax.tasks.landmarks.data import Labelled, classes_of, read_sets, read_working
-from pulmo_jax.tasks.landmarks.run import calibrate, surprises
 from pulmo_jax.types import InputError
 
 DEFAULT = LandmarkDataConfig().class_regex
