@@ -1,6 +1,7 @@
 """Tables of landmarks (CSV): filename,x1,y1,...,xK,yK, one row per image.
 
-Coordinates are in px, with pixel centres at integers from 0. Arrays hold points as (y, x). `landmarks_csv` formats
+Coordinates are in px, with pixel centres at integers from 0, or in shares of the image's width and height, with 0 and 1
+at its edges: share s of a width of W px is at s W - 0.5 px. Arrays hold points as (y, x) in px. `landmarks_csv` formats
 predictions as such a table, followed by the columns std1..K and quality1..K, so predictions can be read as labels.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pulmo_jax.data.images import ImageRef, Skipped, index_images
+from pulmo_jax.data.landmark_units import WHOLE, Units, check_px, exchanged, outside_images, small_extent, to_px
 from pulmo_jax.data.sources.source import check_is_file, decoding
 from pulmo_jax.host.console import printable
 from pulmo_jax.host.tables import cell_text, csv_text
@@ -62,8 +64,7 @@ class LandmarkTable:
     @property
     def outside(self) -> Bool[np.ndarray, "N K"]:
         """Which points are outside their image, as points of real labels may be."""
-        last = self.sizes[:, None] - 0.5
-        return np.any((self.points < -0.5) | (self.points > last), axis=-1)
+        return outside_images(self.points, self.sizes)
 
     def notes(self) -> list[str]:
         """Notes for the user on skipped rows and on points outside their image."""
@@ -76,8 +77,10 @@ class LandmarkTable:
         if names:
             notes.append(
                 f"{self.path}: points outside their image: {outside.sum()}, in {len(names)} images ({first(names)})"
+                f"{exchanged(self.points, self.sizes)}"
             )
-        return notes
+        first_name = self.names[0] if self.names else ""
+        return [*notes, *small_extent(self.path, self.points, self.sizes, first_name)]
 
 
 def without_row(tables: Sequence[LandmarkTable]) -> list[str]:
@@ -94,7 +97,7 @@ class Row:
     Attributes:
         name: Content of the column `filename`.
         line: Line number in the file, from 1.
-        points: Landmarks (y, x) in px (K, 2).
+        points: Landmarks (y, x) (K, 2), in the units of the table.
     """
 
     name: str
@@ -112,6 +115,7 @@ def read_landmarks(
     n_points: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     index: tuple[Sequence[ImageRef], Sequence[Skipped]] | None = None,
+    units: Units = "px",
 ) -> LandmarkTable:
     """Read a table of landmarks and find the image of each row.
 
@@ -122,15 +126,16 @@ def read_landmarks(
         on_error: Whether a row with a missing or unreadable image, or with an invalid coordinate, is an error
             ("stop") or is skipped ("skip").
         index: Result of `index_images` for the folder, if already available.
+        units: Units of the coordinates: px, or fraction or percent of the width and height.
 
     Returns:
         The labelled images, the skipped rows and the unlabelled images.
 
     Raises:
-        InputError: The table cannot be used, an image has two rows, no row is left, or `on_error` is "stop" and a row
-            cannot be used.
+        InputError: The table cannot be used, an image has two rows, no row is left, the coordinates do not fit to the
+            sizes of the images, or `on_error` is "stop" and a row cannot be used.
     """
-    rows, skipped = read_rows(path, n_points)
+    rows, skipped = read_rows(path, n_points, units)
     images: list[Image] = [image for part in (index or index_images(folder)) for image in part]
     by_name = by_file_name(images)
     matched: list[tuple[Row, Image]] = []
@@ -143,13 +148,13 @@ def read_landmarks(
     skipped += [Skipped(row.name, f"line {row.line}: {i.reason}") for row, i in matched if isinstance(i, Skipped)]
     pairs = [(row, image) for row, image in matched if isinstance(image, ImageRef)]
     check_usable(path, len(pairs), skipped, on_error)
-    return LandmarkTable(
-        path,
-        tuple(image for _, image in pairs),
-        np.stack([row.points for row, _ in pairs]),
-        tuple(skipped),
-        tuple(sorted({title(image) for image in images} - {title(image) for _, image in matched})),
-    )
+    refs = tuple(image for _, image in pairs)
+    sizes = np.array([ref.shape[:2] for ref in refs], np.int64)
+    points = to_px(np.stack([row.points for row, _ in pairs]), sizes, units)
+    if units == "px":
+        check_px(path, points, sizes, refs[0].title)
+    unlabelled = sorted({title(image) for image in images} - {title(image) for _, image in matched})
+    return LandmarkTable(path, refs, points, tuple(skipped), tuple(unlabelled))
 
 
 def check_usable(path: Path, usable: int, skipped: Sequence[Skipped], on_error: str) -> None:
@@ -234,12 +239,13 @@ def find_image(name: str, images: dict[str, list[tuple[str, Image]]], folder: Pa
 # --- the table itself
 
 
-def read_rows(path: Path, n_points: int | None = None) -> tuple[list[Row], list[Skipped]]:
+def read_rows(path: Path, n_points: int | None = None, units: Units = "px") -> tuple[list[Row], list[Skipped]]:
     """Read the rows of a table, without looking for the images.
 
     Args:
         path: The CSV file.
         n_points: Required number of landmarks K; None accepts any.
+        units: Units of the coordinates.
 
     Returns:
         The valid rows, and the invalid ones with the reason.
@@ -264,7 +270,10 @@ def read_rows(path: Path, n_points: int | None = None) -> tuple[list[Row], list[
     rows, skipped = [], []
     for number, cells in lines[1:]:
         try:
-            rows.append(parse_row(number, cells, header, name_column, columns))
+            row = parse_row(number, cells, header, name_column, columns)
+            if units in WHOLE:
+                check_shares(row, header, columns, units)
+            rows.append(row)
         except InputError as error:
             skipped.append(Skipped(cells[name_column] if name_column < len(cells) else "", f"line {number}: {error}"))
     check_unique(path, [(normalised_path(row.name), row.line) for row in rows])
@@ -353,6 +362,17 @@ def parse_row(
     if not np.ptp(values, axis=0).any():
         raise InputError(f"{printable(cells[name_column])}: all points coincide at {tuple(values[0].tolist())} (y, x)")
     return Row(cells[name_column], line, values)
+
+
+def check_shares(row: Row, header: Sequence[str], columns: Sequence[tuple[int, int]], units: str) -> None:
+    """Raise InputError if a coordinate is no share of the width or height."""
+    wrong = np.argwhere((row.points < 0) | (row.points > WHOLE[units]))
+    if len(wrong):
+        point, axis = wrong[0]
+        raise InputError(
+            f"{printable(row.name)}: {header[columns[point][axis]]} is {row.points[point, axis]:.8g}, must be from 0 "
+            f"to {WHOLE[units]} (data.units={units})"
+        )
 
 
 def number(cell: str) -> float:

@@ -111,6 +111,45 @@ def first_duplicates(
     return first
 
 
+def representatives(
+    contents: Sequence[str],
+    hashes: UInt64[np.ndarray, "N"],
+    labels: Int[np.ndarray, "N"],
+    order: Int[np.ndarray, "N"],
+    near_bits: int = NEAR_BITS,
+) -> Int[np.ndarray, "N"]:
+    """Choose the images that are counted when each image and its copies count once.
+
+    Images are taken in the given order. An image that is a copy of an image taken before, with the same label, is not
+    taken. Copies of copies are not followed, so a series of similar images, each a near copy of the next only, does not
+    shrink to one image.
+
+    Args:
+        contents: Digest of each image's content, N of them; pages of one file must differ.
+        hashes: Perceptual hash of each image (N,); 0 for none.
+        labels: Class of each image (N,).
+        order: Order in which the images are taken (N,).
+        near_bits: Largest number of different bits between near-duplicates.
+
+    Returns:
+        Index of the image as which each image counts (N,); its own index if it is taken.
+    """
+    linked = first_duplicates(contents, hashes, near_bits)
+    counted = np.arange(len(labels))
+    shared = np.bincount(linked, minlength=linked.size)[linked] > 1
+    taken: dict[tuple[int, int], list[int]] = {}  # by connected set and label
+    for i in order[shared[order]].tolist():
+        others = taken.setdefault((int(linked[i]), int(labels[i])), [])
+        near = np.bitwise_count(hashes[others] ^ hashes[i]) <= near_bits if others and hashes[i] else []
+        copies = [other for k, other in enumerate(others)
+                  if contents[other] == contents[i] or (len(near) and near[k] and hashes[other])]  # fmt: skip
+        if copies:
+            counted[i] = copies[0]
+        else:
+            others.append(i)
+    return counted
+
+
 def merge_sets(first: Int[np.ndarray, "N"], a: Int[np.ndarray, "P"], b: Int[np.ndarray, "P"]) -> Int[np.ndarray, "N"]:
     """Merge the sets of images a[i] and b[i], for each of P pairs.
 

@@ -4,6 +4,9 @@ R repeats of a cross-validation, N images, K classes. In each repeat an image ha
 it was held out. A row of NaN marks an image without a prediction, which is excluded from that repeat. A figure is the
 mean over the repeats. Repeats use the same images and add no independent evidence, so the bootstrap resamples groups of
 images, such as patients, with the same weights in every repeat.
+
+The calibration error is a sum of absolute values, which resampling biases upwards: the percentiles of its replicates
+can all exceed it. Its interval follows from the triangle inequality instead (`_norm_interval`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
-from pulmo_jax.core.histogram import group_weights, percentile_interval
+from pulmo_jax.core.histogram import group_weights
 from pulmo_jax.evaluation.class_calibration import calibration_gaps, has_prediction
-from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.evaluation.metrics import Estimate, bootstrap_estimate
 
 FIGURES = ("accuracy", "balanced_accuracy", "auroc", "ap", "sensitivity", "specificity", "ece", "log_loss")
+ERROR = "ece_error"  # additional column: deviation of the replicate's calibration gaps
 CLASS_INDEPENDENT = ("accuracy", "ece", "log_loss")  # the others need images of particular classes
 BLOCK = 2**17  # number of weights held in memory
 Kind = int | None  # index of a class, or None for all images
@@ -46,11 +50,12 @@ def class_figures(
     Returns:
         `FIGURES` by name.
     """
-    rows = _resampled([probabilities], labels, groups, positive, replicates, seed)[:, 0]
+    *rows, deviation = _resampled([probabilities], labels, groups, positive, replicates, seed)[:, 0].T
     n_groups = _group_counts(probabilities, labels, groups)
-    return {
-        name: _estimate(column, _needed(name, positive, n_groups)) for name, column in zip(FIGURES, rows.T, strict=True)
+    estimates = {
+        name: _estimate(row, _needed(name, positive, n_groups)) for name, row in zip(FIGURES, rows, strict=True)
     }
+    return estimates | {"ece": _norm_interval(estimates["ece"], deviation[1:], n_groups[None])}
 
 
 def figure_difference(
@@ -114,7 +119,7 @@ def _resampled(
     replicates: int,
     seed: int,
 ) -> Float[np.ndarray, "rows models figures"]:
-    """`FIGURES` of each model: the point estimate first, then every bootstrap replicate."""
+    """`FIGURES` and `ERROR` of each model: the point estimate first, then every bootstrap replicate."""
     functions = [[_repeat_figures(repeat, labels, positive) for repeat in model] for model in models]
 
     def means(weight: np.ndarray) -> np.ndarray:
@@ -138,7 +143,7 @@ def _weights(groups: Sequence[str], replicates: int, seed: int) -> Iterator[Floa
 def _repeat_figures(
     probabilities: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], positive: int | None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Function from weights (B, N) to `FIGURES` of one repeat (B, figures); NaN where undefined."""
+    """Function from weights (B, N) to `FIGURES` and `ERROR` of one repeat (B, figures); NaN where undefined."""
     indices = np.flatnonzero(has_prediction(probabilities))
     p, class_index = probabilities[indices].astype(np.float64), np.arange(probabilities.shape[1])
     truth, predicted = labels[indices, None] == class_index, p.argmax(1)[:, None] == class_index
@@ -146,6 +151,7 @@ def _repeat_figures(
     gaps = calibration_gaps(p, labels[indices])
     loss = -np.log(np.maximum(p[truth], np.finfo(np.float64).eps))  # bounded as in scikit-learn
     areas = [_curve_areas(p[:, k], truth[:, k]) for k in classes]
+    mean_gaps = gaps.mean(0) if indices.size else gaps.sum(0)
 
     def figures(weights: np.ndarray) -> np.ndarray:
         weight = weights[:, indices]
@@ -165,8 +171,9 @@ def _repeat_figures(
             "specificity": specificity[:, classes].mean(1),
             "ece": _ratio(np.abs(weight @ gaps).sum(1), total),
             "log_loss": _ratio(weight @ loss, total),
+            ERROR: _ratio(np.abs(weight @ gaps - total[:, None] * mean_gaps).sum(1), total),
         }
-        return np.stack([values[name] for name in FIGURES], axis=1)
+        return np.stack([values[name] for name in (*FIGURES, ERROR)], axis=1)
 
     return figures
 
@@ -224,6 +231,27 @@ def _estimate(row: Float[np.ndarray, "rows"], n_groups: Mapping[Kind, int]) -> E
     images = {kind: "images" if kind is None else f"images of class {kind}" for kind in n_groups}
     if missing := [images[kind] for kind, n in n_groups.items() if n == 0]:
         return Estimate(None, reason=f"there are no {' and no '.join(missing)} with a prediction in every repeat")
-    low, high = percentile_interval(row[1:], min(n_groups.values()))
     requirement = f"no interval: requires two groups with {' and two with '.join(images.values())}"
-    return Estimate(float(row[0]), low, high, requirement if low is None else "", int(np.isnan(row[1:]).sum()))
+    return bootstrap_estimate(float(row[0]), row[1:], min(n_groups.values()), requirement)
+
+
+def _norm_interval(estimate: Estimate, deviations: Float[np.ndarray, "R"], n_groups: int) -> Estimate:
+    """Interval of a calibration error, conservative.
+
+    The error is a norm |g| of the mean gaps g of all bins. With the true gaps m, ||g| - |m|| <= |g - m|, and the
+    bootstrap gives the distribution of |g - m|. Its 95th percentile is the half-width.
+
+    Args:
+        estimate: The error.
+        deviations: |g* - g| in each replicate; NaN where undefined.
+        n_groups: Number of groups that were resampled.
+
+    Returns:
+        The estimate with this interval.
+    """
+    defined = deviations[~np.isnan(deviations)]
+    if estimate.value is None or n_groups < 2 or defined.size == 0:
+        return estimate
+    half = float(np.percentile(defined, 95))
+    low, high = max(0.0, estimate.value - half), min(1.0, estimate.value + half)
+    return Estimate(estimate.value, low, high, skipped=estimate.skipped)

@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
-from pulmo_jax.core.histogram import percentile_interval
-from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.evaluation.metrics import Estimate, bootstrap_estimate
 from pulmo_jax.types import InputError
 
 REPLICATES = 1000
@@ -154,9 +153,7 @@ def _rows_of_groups(names: Shaped[np.ndarray, "n"]) -> list[Int[np.ndarray, "m"]
 def _estimate(value: float, replicates: np.ndarray, n_groups: int) -> Estimate:
     if np.isnan(value):
         return Estimate(None, reason="there are no such landmarks with ground truth")
-    low, high = percentile_interval(replicates.astype(np.float64), n_groups)
-    reason = "no interval: requires two groups" if low is None else ""
-    return Estimate(float(value), low, high, reason=reason, skipped=int(np.isnan(replicates).sum()))
+    return bootstrap_estimate(float(value), replicates.astype(np.float64), n_groups, "no interval: requires two groups")
 
 
 def error_figures(
@@ -234,11 +231,11 @@ def _shift(values: Float[np.ndarray, "G 2"], reference: Float[np.ndarray, "H 2"]
         return Shift(Estimate(difference, reason="no interval: it takes two groups of each class"), None)
     rng = np.random.default_rng(seed)
     resampled = [_mean(x[rng.integers(0, len(x), (replicates, len(x)))]) for x in (values, reference)]
-    low, high = percentile_interval(resampled[0] - resampled[1], min(n, m))
+    estimate = bootstrap_estimate(difference, resampled[0] - resampled[1], min(n, m), "")
     shuffled = np.concatenate([values, reference])[rng.permuted(np.tile(np.arange(n + m), (replicates, 1)), axis=1)]
     null = _mean(shuffled[:, :n]) - _mean(shuffled[:, n:])
     at_least = np.sum(np.abs(null) >= abs(difference) - 1e-12)
-    return Shift(Estimate(difference, low, high), float((1 + at_least) / (1 + replicates)))
+    return Shift(estimate, float((1 + at_least) / (1 + replicates)))
 
 
 def _mean(groups: Float[np.ndarray, "*R G 2"]) -> Float[np.ndarray, "*R"]:

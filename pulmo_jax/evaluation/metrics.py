@@ -24,6 +24,9 @@ CLASSES = {
     "false_alarm_rate": BOTH[1:],
 }  # classes that a figure depends on; all others depend on both
 
+ROUNDING = 1e-9  # relative
+OUTSIDE = "no interval: the value lies outside the percentiles of its bootstrap replicates, which are biased"
+
 PIXEL_FIGURES = ("auroc", "ap", "aupro", "dice", "best_dice", "best_dice_threshold", "false_alarm_rate")
 IMAGE_FIGURES = ("auroc", "ap", "sensitivity", "false_alarm_rate", "sensitivity_at_95_specificity")
 
@@ -45,6 +48,31 @@ class Estimate:
     high: float | None = None
     reason: str = ""
     skipped: int = 0
+
+
+def bootstrap_estimate(value: float, replicates: Float64[np.ndarray, "R"], n_groups: int, requirement: str) -> Estimate:
+    """Estimate with a percentile interval, which always holds the value.
+
+    Resampling biases figures that are extremes, such as the best Dice. If the value lies outside the percentiles of its
+    replicates, these are no confidence limits, and there is no interval.
+
+    Args:
+        value: The figure.
+        replicates: Its value in each bootstrap replicate; NaN where it is undefined.
+        n_groups: Number of groups that were resampled.
+        requirement: Reason for a missing interval with too few groups.
+
+    Returns:
+        The estimate.
+    """
+    skipped = int(np.isnan(replicates).sum())
+    low, high = percentile_interval(replicates, n_groups)
+    if low is None or high is None:
+        return Estimate(value, reason=requirement, skipped=skipped)
+    rounding = ROUNDING * max(abs(value), abs(low), abs(high))
+    if not low - rounding <= value <= high + rounding:
+        return Estimate(value, reason=OUTSIDE, skipped=skipped)
+    return Estimate(value, min(low, value), max(high, value), skipped=skipped)
 
 
 @dataclass(frozen=True)
@@ -297,10 +325,8 @@ def _estimate(value: float, replicates: np.ndarray, n_groups: dict[str, int], un
     missing = [kind for kind, n in n_groups.items() if n == 0]
     if missing:
         return Estimate(None, reason=f"there are no {' and no '.join(missing)} {unit}")
-    low, high = percentile_interval(replicates, min(n_groups.values()))
     requirement = f"no interval: requires two groups with {' and two with '.join(n_groups)} {unit}"
-    skipped = int(np.isnan(replicates).sum())
-    return Estimate(value, low, high, reason=requirement if low is None else "", skipped=skipped)
+    return bootstrap_estimate(value, replicates, min(n_groups.values()), requirement)
 
 
 def _proportion(n_found: int, n_lesions: int) -> Estimate:

@@ -1,5 +1,6 @@
 """Warp images of any size, channels and bit depth into the lung frame, and maps of the frame back into the image."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,22 +161,38 @@ def pad_chunk(pixels: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "m 2"]:
     return np.concatenate([pixels, np.zeros((CHUNK_PX - len(pixels), 2), pixels.dtype)])
 
 
-def write_image(path: Path, image: Shaped[np.ndarray, "H W C"]) -> None:
+def write_image(path: Path, image: Shaped[np.ndarray, "H W C"], description: str = "") -> None:
     """Write an image as a deflate-compressed TIFF; the file is replaced atomically.
 
     Args:
         path: Output file.
         image: Image.
+        description: Text for the tag ImageDescription; "": none.
     """
-    write_pages(path, image[None])
+    write_pages(path, image[None], description)
 
 
-def write_pages(path: Path, pages: Shaped[np.ndarray, "N H W C"]) -> None:
+def description_of(low: Sequence[int], total: int) -> str:
+    """Description of an aligned image that tells of its landmarks of low quality.
+
+    Args:
+        low: Number of landmarks of low quality of each page.
+        total: Number of landmarks K.
+
+    Returns:
+        One line; "" if all landmarks are of good quality.
+    """
+    pages = [f"{count} of {total}{f' on page {i}' if len(low) > 1 else ''}" for i, count in enumerate(low) if count]
+    return f"aligned by landmarks of low quality: {', '.join(pages)}" if pages else ""
+
+
+def write_pages(path: Path, pages: Shaped[np.ndarray, "N H W C"], description: str = "") -> None:
     """Write images of equal shape as the pages of a deflate-compressed TIFF; the file is replaced atomically.
 
     Args:
         path: Output file.
         pages: Images.
+        description: Text for the tag ImageDescription of the first page; "": none.
     """
     channels = pages.shape[-1]
     options: dict[str, Any] = {"photometric": "rgb" if channels == 3 else "minisblack"}
@@ -183,6 +200,8 @@ def write_pages(path: Path, pages: Shaped[np.ndarray, "N H W C"]) -> None:
         options["planarconfig"] = "contig"  # otherwise readers may mistake channels for rows
     if channels not in (1, 3):
         options["extrasamples"] = ("unspecified",) * (channels - 1)
+    if description:
+        options["description"] = description
     pixels = pages[..., 0] if channels == 1 else pages
     pixels = pixels[0] if len(pages) == 1 else pixels
     atomically(path, lambda temporary: tifffile.imwrite(temporary, pixels, compression="zlib", **options))

@@ -74,7 +74,7 @@ def test_a_file_name_alone_is_enough_where_one_image_has_it(folder):
     (folder / "other").mkdir()
     (folder / "sub/d.tif").rename(folder / "other/d.tif")
     assert read_landmarks(path, folder).names == ("other/d.tif",)
-    tifffile.imwrite(folder / "sub/d.tif", np.zeros((4, 4), np.uint8))
+    tifffile.imwrite(folder / "sub/d.tif", np.zeros((20, 20), np.uint8))
     with pytest.raises(InputError, match=r"line 2: d.tif: could be other/d.tif, sub/d.tif; name one of them"):
         read_landmarks(path, folder)
     assert read_landmarks(table(folder, "sub/d.tif,1,2,3,4,5,6"), folder).names == ("sub/d.tif",)
@@ -265,7 +265,7 @@ NAMES = [
 def test_predictions_of_images_of_any_name_read_back_as_labels(tmp_path):
     for name in NAMES:
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images" / name)
+        Image.fromarray(np.zeros((80, 80), np.uint8)).save(tmp_path / "images" / name)
     points = np.arange(len(NAMES) * 6.0).reshape(-1, 3, 2) - 3
     low = np.zeros((len(NAMES), 3), bool)
     (tmp_path / "t.csv").write_text(landmarks_csv(NAMES, points, np.ones((len(NAMES), 3)), low))
@@ -273,3 +273,99 @@ def test_predictions_of_images_of_any_name_read_back_as_labels(tmp_path):
     table = read_landmarks(tmp_path / "t.csv", tmp_path / "images")
     assert table.names == tuple(NAMES)
     np.testing.assert_array_equal(table.points, points)
+
+
+# --- units
+
+
+def shares(values):
+    return ",".join(f"{value:.9g}" for value in values)
+
+
+@pytest.mark.parametrize("units", ["fraction", "percent"])
+def test_shares_are_of_width_and_height_with_0_and_1_at_the_edges(folder, units):
+    whole = {"fraction": 1, "percent": 100}[units]
+    inside = np.array([[0, 0], [1, 1], [0.5, 0.25]]) * whole  # x, y
+    found = read_landmarks(table(folder, f"a.png,{shares(inside.ravel())}"), folder, units=units)
+    np.testing.assert_allclose(found.points[0], [[-0.5, -0.5], [19.5, 29.5], [4.5, 14.5]])
+    assert not found.outside.any()
+
+
+def test_shares_and_px_of_the_same_points_are_the_same_table(folder):
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-0.5, [29.5, 19.5], (3, 3, 2))  # x, y
+    names = ("a.png", "b.png", "sub/d.tif")
+    px = [f"{name},{shares(p.ravel())}" for name, p in zip(names, points, strict=True)]
+    part = [f"{name},{shares(((p + 0.5) / [30, 20]).ravel())}" for name, p in zip(names, points, strict=True)]
+    plain = read_landmarks(table(folder, *px), folder).points
+    np.testing.assert_allclose(read_landmarks(table(folder, *part), folder, units="fraction").points, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row", "units", "words"),
+    [
+        (
+            "b.png,0.1,0.2,1.01,0.4,0.5,0.6",
+            "fraction",
+            r"line 3: b\.png: x2 is 1\.01, must be from 0 to 1 \(data\.units=f",
+        ),
+        ("b.png,0.1,0.2,0.3,-0.4,0.5,0.6", "fraction", r"line 3: b\.png: y2 is -0\.4, must be from 0 to 1"),
+        ("b.png,1,2,3,4,5,101", "percent", r"line 3: b\.png: y3 is 101, must be from 0 to 100 \(data\.units=percent"),
+        ("b.png,12,13,20,11,9,8", "fraction", r"line 3: b\.png: y1 is 13, must be from 0 to 1"),  # a table in px
+    ],
+)
+def test_what_is_no_share_is_named_with_its_row(folder, row, units, words):
+    path = table(folder, "a.png,0.1,0.2,0.3,0.4,0.5,0.6", row)
+    with pytest.raises(InputError, match=rf"points\.csv: 1 of 2 rows cannot be used(.|\n)*{words}"):
+        read_landmarks(path, folder, units=units)
+    assert read_landmarks(path, folder, units=units, on_error="skip").names == ("a.png",)
+
+
+@pytest.mark.parametrize("values", [(0.1, 0.2, 0.3, 0.4, 0.5, 0.9), (-1, 1, 0.5, -0.5, 0, 0), (0, 0, 1, 1, 1.2, 0.5)])
+def test_a_table_in_shares_that_is_taken_for_px_is_asked_about(folder, values):
+    """Shares from 0 to 1, from -1 to 1, and a little beyond the edge."""
+    path = table(folder, f"a.png,{shares(values)}", f"b.png,{shares(values[::-1])}")
+    with pytest.raises(
+        InputError, match=r"points\.csv: all coordinates lie between .*Set data\.units=fraction"
+    ) as error:
+        read_landmarks(path, folder)
+    assert "\n" not in str(error.value)
+
+
+def test_tiny_images_and_points_close_to_the_corner_are_in_px(folder):
+    Image.fromarray(np.zeros((3, 3), np.uint8)).save(folder / "tiny.png")
+    assert read_landmarks(table(folder, "tiny.png,0,0,1,1,0,1"), folder).points.max() == 1
+    assert read_landmarks(table(folder, "a.png,0,0,1,1,0,2"), folder).points.max() == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["a.png,40,50,60,70,80,90"], "100% of the points are outside their images; give the coordinates in px"),
+        (["a.png,1,28,2,25,3,24"], "100% of the points are outside their images, but inside if x and y are exchanged"),
+        (["a.png,-4,-5,-6,-7,-8,-9"], "100% of the points are outside"),
+    ],
+)
+def test_coordinates_of_other_images_are_refused(folder, rows, words):
+    with pytest.raises(InputError, match=rf"points\.csv: {words}(.|\n)*a\.png with 20 x 30 px"):
+        read_landmarks(table(folder, *rows), folder)
+
+
+def test_a_few_points_outside_are_a_note_which_tells_whether_x_and_y_are_exchanged(folder):
+    (note,) = read_landmarks(table(folder, "a.png,1,28,2,3,3,4"), folder).notes()
+    assert note.endswith("outside their image: 1, in 1 images (a.png), but inside if x and y are exchanged")
+    (note,) = read_landmarks(table(folder, "a.png,1,48,2,3,3,4"), folder).notes()
+    assert note.endswith("outside their image: 1, in 1 images (a.png)")
+
+
+def test_a_table_of_smaller_images_is_told(folder):
+    for i in range(5):
+        Image.fromarray(np.zeros((300, 400), np.uint8)).save(folder / f"large{i}.png")
+    rows = [f"large{i}.png,10,20,90,30,{40 + i},99" for i in range(5)]
+    (note,) = read_landmarks(table(folder, *rows), folder).notes()
+    assert (
+        "all points are in the upper left quarter of their images (x up to 90, y up to 99; large0.png has 300" in note
+    )
+    assert read_landmarks(table(folder, *rows, "a.png,20,1,2,3,4,5"), folder).notes() == []
+    (found,) = read_landmarks(table(folder, *rows), folder, units="percent").points.max(axis=(0, 1), keepdims=True)[0]
+    np.testing.assert_allclose(found, [296.5, 359.5])

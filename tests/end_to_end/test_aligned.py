@@ -1,6 +1,7 @@
 """Images in the lung frame, from a landmark run to findings in the pixels of the images that they were."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import tifffile
 from PIL import Image
 from references import child
 from references.chest_phantoms import phantom, write_set
+from references.tiff_files import description
 
 from pulmo_jax.data.images import index_images
 from pulmo_jax.host.console import Console
 from pulmo_jax.host.outputs import output_folder
-from pulmo_jax.tasks.anomalies.aligning import Masks, align_folder
+from pulmo_jax.tasks.anomalies.aligning import Masks, align_folder, low_quality_notes
 from pulmo_jax.tasks.landmarks.run import open_run
 from pulmo_jax.types import InputError
 
@@ -136,6 +138,9 @@ def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
     assert tifffile.imread(tmp_path / "out" / "in_images" / "two.tif_0001_score.tif").shape == SHAPE
     with (tmp_path / "out" / "in_images" / "detections.csv").open() as table:
         rows = list(csv.DictReader(table))
+    assert all(row["alignment"] in ("ok", "partly low", "low") for row in rows)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {image["alignment"] for image in summary["images"]} <= {"ok", "partly low", "low"}
     for name, truth in points.items():
         best = max((row for row in rows if row["filename"] == name), key=lambda row: float(row["peak_score"]))
         assert np.hypot(float(best["y"]) - truth[7][0], float(best["x"]) - truth[7][1]) < 6
@@ -153,6 +158,33 @@ def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
     finally:
         (landmarks / "finished.json").write_text((landmarks / "finished.json").read_text()[:-1])
     assert "was trained again after the training images had been aligned with it" in text
+
+
+def test_aligned_images_of_low_quality_are_marked(landmarks, tmp_path):
+    """A chest, noise, and a file of both: in the list, in the file, and for the report."""
+    draw(tmp_path / "in", ["chest.png"], seed=1)
+    chest = np.asarray(Image.open(tmp_path / "in" / "chest.png"))
+    noise = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "in" / "noise.png")
+    tifffile.imwrite(tmp_path / "in" / "two.tif", np.stack([chest, noise]), photometric="minisblack")
+    run, out = open_run(landmarks), tmp_path / "out"
+    done, _ = align_folder(run, tmp_path / "in", out, "test", Masks(), 64, Console(quiet=True))
+    assert [image.quality[0] for image in done[:2]] == ["ok", "low"]
+    assert done[2].quality == ("ok", "low")
+    listed = json.loads((out / "test.json").read_text())
+    assert listed["noise.png.tif"]["alignment"] == ["low"]
+    assert listed["two.tif.tif"]["low"] == [0, 10]
+    marks = [description(out / "test" / image.name) for image in done]
+    assert marks[1] == "aligned by landmarks of low quality: 10 of 10"
+    assert marks[2].startswith("aligned by landmarks of low quality: 10 of 10 on page 1")
+    assert "low quality" not in marks[0]
+    assert tifffile.imread(out / "test" / "two.tif.tif").shape == (2, run.frame.size, run.frame.size)
+    (note,) = low_quality_notes(out)
+    assert note.startswith("2 of 4 test images are aligned by landmarks of low quality, so their scores are not to be")
+    assert note.endswith("trusted: noise.png.tif, two.tif.tif")
+    assert low_quality_notes(tmp_path / "nowhere") == []
+    again, _ = align_folder(run, tmp_path / "in", out, "test", Masks(), 64, Console(quiet=True))
+    assert [image.quality for image in again] == [image.quality for image in done]
 
 
 def test_the_same_name_in_two_folders_is_refused(landmarks, tmp_path):

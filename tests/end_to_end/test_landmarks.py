@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,14 @@ from references import child
 from references.chest_phantoms import write_set
 from references.pages import require_captions
 from references.pictures import ink
+from references.tiff_files import description
+from scipy.stats import chi2
 
 import pulmo_jax as pj
+from pulmo_jax.data.landmark_table import read_landmarks
+from pulmo_jax.data.working_images import read_working
+from pulmo_jax.evaluation.landmark_degraded import move, turn
+from pulmo_jax.evaluation.landmark_metrics import squared_distance
 from pulmo_jax.tasks.landmarks.run import open_run
 from pulmo_jax.types import InputError
 
@@ -119,14 +126,62 @@ def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run
     Image.open(chests / "images" / "Normal-test000.png").resize((12, 12)).save(inside / "small.png")
     chest = np.asarray(Image.open(chests / "images" / "Normal-test000.png")).astype(np.float32)
     tifffile.imwrite(inside / "sentinel.tif", np.where(chest < 40, np.float32(-3.4e38), chest))
-    text = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", status=3)
+    shutil.copy(chests / "images" / "Normal-test001.png", inside / "chest.png")
+    text = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", "aligned=true",
+                status=3)  # fmt: skip
     assert "broken.png" in text
+    marks = {path.name: description(path) for path in (tmp_path / "out" / "aligned").iterdir()}
+    assert "quality" not in marks.pop("chest.png.tif")
+    assert set(marks.values()) == {"aligned by landmarks of low quality: 10 of 10"}
     rows = read(tmp_path / "out" / "landmarks.csv")
+    (chest,) = (row for row in rows if row["filename"] == "chest.png")
+    rows.remove(chest)
     assert [row["filename"] for row in rows] == ["gray.png", "sentinel.tif", "small.png", "tiny.png"]
     assert all(row[f"quality{k + 1}"] == "low" for row in rows for k in range(K))
+    of_size = {"gray.png": 80, "sentinel.tif": 96, "small.png": 12, "tiny.png": 1}
+    for row in rows:  # relative to the size of the image, no landmark is as certain as that of a chest
+        for k in range(K):
+            assert float(row[f"std{k + 1}"]) / of_size[row["filename"]] > float(chest[f"std{k + 1}"]) / 96
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["low_quality_images"] == ["gray.png", "sentinel.tif", "small.png", "tiny.png"]
     assert [file["filename"] for file in summary["failed"]] == ["broken.png"]
+
+
+def test_landmarks_in_images_unlike_the_training_images_have_errors_that_say_so(run, chests):
+    """Of kinds that the calibration has not seen; on images like the training images hardly anything changes."""
+    opened = open_run(run)
+    before = replace(opened, calibration=replace(opened.calibration, doubt_surprise=(), doubt_variance=()))
+    table = read_landmarks(chests / "test.csv", chests / "images")
+    working, _ = read_working(table.refs, opened.size, 64, 1, lambda items, _: items)
+    pixels, square, rng = np.array(working.pixels), working.to_square(table.points), np.random.default_rng(0)
+    noise = pixels.mean() + pixels.std() * rng.normal(size=pixels.shape).astype(np.float32)
+    kinds = {
+        "like": (pixels, square),
+        "noise alone": (noise, square),
+        "turned": move(pixels, square, turn(120), (0, 0)),
+    }
+    kinds["negative, upside down"] = move(pixels.max() - pixels, square, np.diag([-1.0, 1.0]), (0, 0))
+
+    def found(of, images, points):
+        given = replace(working, pixels=np.asarray(images, np.float32))
+        located, truth = of.find(given), working.to_images(points)
+        inside = squared_distance(located.points, located.covariance, truth) < chi2.ppf(0.95, 2)
+        return inside.mean(), np.median(located.std), located
+
+    limits = np.array(opened.calibration.std_limits) / working.scales.mean()
+    for name, (images, points) in kinds.items():
+        (covered, std, old), (now_covered, now_std, new) = (found(of, images, points) for of in (before, opened))
+        np.testing.assert_array_equal(old.points, new.points)
+        np.testing.assert_array_equal(old.low, new.low)
+        assert (new.std >= old.std * (1 - 1e-6)).all()
+        assert (new.std >= limits * 0.99)[new.low].all()
+        if name == "like":
+            assert now_std == pytest.approx(std, rel=0.02)
+            continue
+        assert new.low.mean() > 0.9
+        assert covered < 0.6
+        assert now_covered > covered + 0.3
+        assert now_std > 3 * std
 
 
 @pytest.mark.slow
@@ -137,6 +192,22 @@ def test_evaluate_gives_on_the_same_table_what_training_gave(run, chests, tmp_pa
     of = [found["errors"]["Eigenpatch"]["px"]["mean"]["value"] for found in (before, after)]
     assert of[0] == pytest.approx(of[1], rel=1e-4)
     assert before["coverage"]["0.95"]["value"] == pytest.approx(after["coverage"]["0.95"]["value"], abs=0.01)
+    header, *rows = (chests / "test.csv").read_text().splitlines()
+    table = read_landmarks(chests / "test.csv", chests / "images")
+    sides = {ref.name: (ref.shape[1], ref.shape[0]) * K for ref in table.refs}
+    for name, whole in (("fraction", 1), ("percent", 100)):
+        shares = [header]
+        for row in rows:
+            title, *cells = row.split(",")
+            values = [(float(v) + 0.5) / side * whole for v, side in zip(cells, sides[title], strict=True)]
+            shares.append(",".join([title, *map(str, values)]))
+        (tmp_path / f"{name}.csv").write_text("\n".join(shares))
+        given = [f"run={run}", f"data.images={chests / 'images'}", f"data.test={tmp_path / f'{name}.csv'}"]
+        call("pulmo_jax.evaluate", *given, f"data.units={name}", f"hydra.run.dir={tmp_path / name}")
+        found = json.loads((tmp_path / name / "metrics.json").read_text())["errors"]["Eigenpatch"]["px"]["mean"]
+        assert found["value"] == pytest.approx(of[1], rel=1e-6)
+    given[-1] = f"data.test={tmp_path / 'fraction.csv'}"
+    assert "Set data.units=fraction" in call("pulmo_jax.evaluate", *given, f"hydra.run.dir={tmp_path / 'px'}", status=2)
     text = call("pulmo_jax.evaluate", f"run={run}", f"data.test={chests / 'images'}", status=2)
     assert "data.images must be given" in text
 

@@ -71,16 +71,91 @@ def reference(p, labels, weight, positive):
 def test_figures_and_their_bootstrap_are_those_of_scikit_learn(k, positive, ties):
     probabilities, labels = simulated(k=k, repeats=2, ties=ties)
     groups = [f"patient {i // 2}" for i in range(N)]
-    estimates = figures(probabilities, labels, groups, positive, replicates=5)
+    estimates = figures(probabilities, labels, groups, positive, replicates=20)
     assert tuple(estimates) == FIGURES
-    weights = [np.ones(N), *np.stack([group_weights(group, 5, 0) for group in groups], axis=1).astype(float)]
+    weights = [np.ones(N), *np.stack([group_weights(group, 20, 0) for group in groups], axis=1).astype(float)]
     rows = [[reference(p, labels, weight, positive) for p in probabilities] for weight in weights]
     for name in FIGURES:
         main, *others = [np.mean([repeat[name] for repeat in row]) for row in rows]
         estimate = estimates[name]
         assert estimate.value == pytest.approx(main, rel=1e-9)
-        assert [estimate.low, estimate.high] == pytest.approx(np.percentile(others, [2.5, 97.5]), rel=1e-9)
+        limits = np.percentile(others, [2.5, 97.5])
+        if name == "ece":
+            apart = [np.mean([slow_deviation(p, labels, weight) for p in probabilities]) for weight in weights[1:]]
+            limits = np.clip(main + np.array([-1, 1]) * np.percentile(apart, 95), 0, 1)
+        assert [estimate.low, estimate.high] == pytest.approx(limits, rel=1e-9)
         assert (estimate.reason, estimate.skipped) == ("", 0)
+
+
+def slow_deviation(p, labels, weight, bins=10):
+    """Summed absolute change of the weighted mean gap of each bin."""
+    total = 0.0
+    for b in range(bins):
+        change = 0.0
+        for row, label, w in zip(p, labels, weight, strict=True):
+            sure = row.max()
+            if b / bins < sure <= (b + 1) / bins or (b == 0 and sure == 0):
+                change += (float(row.argmax() == label) - sure) * (w / weight.sum() - 1 / len(labels))
+        total += abs(change)
+    return total
+
+
+def test_the_interval_of_the_majority_class_holds_its_calibration_error():
+    """Its gap is nearly zero, and that of every replicate larger."""
+    labels = (np.arange(160) % 8 < 5).astype(int)
+    share = np.tile([0.37501, 0.62499], (160, 1))
+    (error,) = (figures(share[None], labels, images(160), positive=1)["ece"],)
+    assert error.value == pytest.approx(1e-5)
+    assert error.low == 0
+    assert 0.05 < error.high < 0.12  # two standard deviations of a share of 160 images are 0.077
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_interval_of_the_calibration_error_covers_the_true_one(temperature):
+    """Of a model whose probabilities are right, and of one that is too sure of itself, in 100 sets of 120 images."""
+    rng = np.random.default_rng(5)
+    wide = rng.normal(size=200_000) * 2
+    truth, at = calibration_of(wide, temperature), []
+    for seed in range(100):
+        rng = np.random.default_rng([6, seed])
+        z = rng.normal(size=120) * 2
+        labels = (rng.random(120) < 1 / (1 + np.exp(-z))).astype(int)
+        said = 1 / (1 + np.exp(-z / temperature))
+        error = figures(np.stack([1 - said, said], -1)[None], labels, images(120), 1, replicates=200)["ece"]
+        at.append((error.low <= truth <= error.high, error.high - error.low))
+    covered, width = np.mean(at, axis=0)
+    assert covered > 0.9  # 0.93 and 1.00
+    assert width < 0.35
+
+
+def calibration_of(z, temperature):
+    """Calibration error in the limit of many images."""
+    right, said = 1 / (1 + np.exp(-np.abs(z))), 1 / (1 + np.exp(-np.abs(z) / temperature))
+    part = np.ceil(said * 10)
+    return sum(abs((right - said)[part == b].sum()) for b in np.unique(part)) / z.size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(6, 50),
+    k=st.integers(2, 4),
+    sharpness=st.sampled_from([1e-3, 0.5, 4.0]),
+    copies=st.integers(1, 4),
+)
+def test_every_interval_holds_its_value(seed, n, k, sharpness, copies):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, k, n)
+    p = softmax(sharpness * rng.normal(size=(2, n, k)) + rng.choice([0, 2]) * np.eye(k)[labels], axis=-1)
+    groups = [f"g{i // copies}" for i in range(n)]
+    positive = 1 if k == 2 else None
+    estimates = [*figures(p, labels, groups, positive, replicates=60, seed=seed).values()]
+    estimates += [figure_difference(p[:1], p[1:], labels, groups, positive, 60, seed, name) for name in FIGURES]
+    for estimate in estimates:
+        if estimate.low is None:
+            assert estimate.reason.startswith(("no interval: ", "there are no images of class"))
+        else:
+            assert estimate.low <= estimate.value <= estimate.high
 
 
 def test_a_figure_is_the_mean_of_the_repeats():
@@ -128,7 +203,7 @@ def test_copies_of_an_image_in_one_group_are_no_new_evidence():
             [once[name].value, once[name].low, once[name].high]
         )
         assert by_image[name].value == pytest.approx(once[name].value)
-        width = [estimate[name].high - estimate[name].low for estimate in (grouped, by_image)]
+        width = [estimate[name].high - estimate[name].value for estimate in (grouped, by_image)]
         assert 1.5 < width[0] / width[1] < 2.7  # sqrt(4)
 
 

@@ -9,7 +9,13 @@ from references.evaluation import best_dice, dice, group_bootstrap, region_overl
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pulmo_jax.evaluation.metrics import IMAGE_FIGURES, PIXEL_FIGURES, PixelMetrics, image_metrics
+from pulmo_jax.evaluation.metrics import (
+    IMAGE_FIGURES,
+    PIXEL_FIGURES,
+    PixelMetrics,
+    bootstrap_estimate,
+    image_metrics,
+)
 
 THRESHOLD = 0.8
 
@@ -302,3 +308,29 @@ def test_everything_can_be_written_as_strict_json(data, lesions):
         },
     }
     assert json.loads(json.dumps(content, allow_nan=False)) == content
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_interval_holds_its_value(seed):
+    """Of few images and many ties, in figures that are extremes, too."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n := int(rng.integers(4, 30))) % 2 == 0
+    scores = (rng.normal(size=n) + rng.choice([0, 1]) * labels).round(int(rng.integers(0, 3)))
+    estimates = [*image_metrics(scores, labels, [f"g{i // 2}" for i in range(n)], 0.5, 60, seed).values()]
+    few = phantoms(int(rng.integers(4, 7)), seed, size=16)
+    estimates += measured(*few, replicates=60, seed=seed).estimates().values()
+    held = [e.low <= e.value <= e.high for e in estimates if e.low is not None]
+    assert len(held) >= 5
+    assert all(held)
+    assert all(e.reason for e in estimates if e.low is None)
+
+
+def test_percentiles_that_miss_the_value_are_no_interval():
+    replicates = np.linspace(0.2, 0.4, 100)
+    missed = bootstrap_estimate(0.1, replicates, 9, "few")
+    assert (missed.value, missed.low, missed.high) == (0.1, None, None)
+    assert missed.reason.startswith("no interval: the value lies outside the percentiles")
+    assert bootstrap_estimate(0.3, replicates, 9, "few").low == pytest.approx(0.205)
+    assert bootstrap_estimate(0.3, replicates, 1, "few").reason == "few"
+    third = bootstrap_estimate(1 / 3, np.full(9, 1 / 3 + 1e-16), 9, "few")  # the same but for rounding
+    assert third.low <= third.value <= third.high

@@ -2,7 +2,9 @@
 
 In the lung frame, a location is the same anatomical position in all images. In the output folder, KEY/NAME.tif
 contains the aligned pages of the image NAME, foreground/NAME.tif the aligned foreground (inside the image and its
-mask), and KEY.json the digests of the inputs, so that unchanged files are not aligned again.
+mask), and KEY.json the digests of the inputs, so that unchanged files are not aligned again, the landmarks and their
+quality. Pages with landmarks of low quality are marked in KEY.json, in the description of the TIFF file, in the records
+of a prediction and, if all their landmarks are, in the report.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +24,11 @@ from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, content_of
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.data.working_images import WorkingImages, read_working, working_image
-from pulmo_jax.host.console import Console, tracker
+from pulmo_jax.host.console import Console, printable, tracker
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.host.outputs import adding, recorded_below
 from pulmo_jax.host.reading import read_json
-from pulmo_jax.inference.lung_frames import into_frame, out_of_frame, write_image, write_pages
+from pulmo_jax.inference.lung_frames import description_of, into_frame, out_of_frame, write_image, write_pages
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.methods.located import Found
 from pulmo_jax.runs.directory import task_of
@@ -37,6 +39,7 @@ from pulmo_jax.types import InputError
 
 IMAGES = ("train", "val", "test")
 PAGES_PER_BATCH = 64  # pages, or those of one file
+SHOWN = 5  # names in a note
 MANY = 0.1  # fraction of low-quality images above which a warning is printed
 D = TypeVar("D", DataConfig, EvaluateDataConfig)
 
@@ -64,13 +67,18 @@ class Aligned:
         pages: Pages of the original file.
         name: Name of the aligned file.
         points: Landmarks (y, x) of each page, px of the original image.
-        doubtful: Number of pages in which all landmarks are of low quality.
+        low: Number of landmarks of low quality of each page.
     """
 
     pages: tuple[ImageRef, ...]
     name: str
     points: Float[np.ndarray, "n K 2"]
-    doubtful: int
+    low: tuple[int, ...]
+
+    @property
+    def quality(self) -> tuple[str, ...]:
+        """Quality of the alignment of each page."""
+        return tuple(quality_of(low, self.points.shape[1]) for low in self.low)
 
 
 @runtime_checkable
@@ -275,14 +283,18 @@ def align_folder(
             if is_current(before.get(name), digest, made_of) and (folder / key / name).is_file():
                 notes[name] = before[name]
                 adding(*(folder / kind / name for kind in (key, "foreground", "test_masks")))  # still results
-                done.append(Aligned(pages, name, np.array(before[name]["points"]), before[name]["doubtful"]))
+                done.append(Aligned(pages, name, np.array(before[name]["points"]), tuple(before[name]["low"])))
             else:
                 notes[name] = {"made_of": [digest, *map(content_of, made_of)]}
                 todo.append(pages)
         fresh, unreadable = find_all(run, todo, names, max_image_mb, formats)
         write_all(run, fresh, folder, key, truth, Reader(max_image_mb, formats))
         for image in fresh:
-            notes[image.name] |= {"points": image.points.tolist(), "doubtful": image.doubtful}
+            notes[image.name] |= {
+                "points": image.points.tolist(),
+                "low": list(image.low),
+                "alignment": list(image.quality),
+            }
         done, skipped = done + fresh, skipped + unreadable
         kept = {image.name for image in done}
         write_json(folder / f"{key}.json", {name: note for name, note in notes.items() if name in kept})
@@ -310,7 +322,7 @@ def chunks(files: Sequence[tuple[ImageRef, ...]]) -> Iterator[list[tuple[ImageRe
 
 def is_current(note: Any, digest: str, made_of: Sequence[Path | None]) -> bool:
     """Whether an earlier call aligned the same image and masks with the same run."""
-    before = note.get("made_of") if isinstance(note, dict) else None
+    before = note.get("made_of") if isinstance(note, dict) and {"low", "alignment"} <= set(note) else None
     if not isinstance(before, list) or len(before) != 1 + len(made_of) or before[0] != digest:
         return False
     return all(map(has_content, made_of, before[1:]))
@@ -347,8 +359,8 @@ def find_all(
         elif not np.isfinite(found.points[rows]).all():
             skipped.append(Skipped(pages[0].name, f"{pages[0].path}: no landmarks found; remove this image"))
         else:
-            doubtful = int(found.low[rows].all(1).sum())
-            done.append(Aligned(pages, names[pages[0].name], found.points[rows], doubtful))
+            low = tuple(found.low[rows].sum(1).tolist())
+            done.append(Aligned(pages, names[pages[0].name], found.points[rows], low))
     return done, skipped
 
 
@@ -371,7 +383,8 @@ def write_all(
             write_pages(folder / "test_masks" / image.name, black_and_white(marked))
         seen = frames(partial(mask_of, reader=reader))
         write_pages(folder / "foreground" / image.name, black_and_white(seen))
-        write_pages(folder / key / image.name, frames(reader.image))  # last: implies that the masks exist
+        # last: implies that the masks exist
+        write_pages(folder / key / image.name, frames(reader.image), description_of(image.low, image.points.shape[1]))
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(one, images))
@@ -396,12 +409,41 @@ def keep_only(folder: Path, names: set[str]) -> None:
 
 
 def warn_of_low_quality(run: LandmarkRun, images: Sequence[Aligned], key: str, console: Console) -> None:
-    doubtful, total = sum(image.doubtful for image in images), sum(len(image.pages) for image in images)
-    if doubtful > MANY * total:
+    low, total = sum(image.quality.count("low") for image in images), sum(len(image.pages) for image in images)
+    if low > MANY * total:
         console.print(
-            f"warning: {doubtful} of {total} {titled(key)} differ from the training images of {run.path}: their "
+            f"warning: {low} of {total} {titled(key)} differ from the training images of {run.path}: their "
             "landmarks, and hence their alignment, are of low quality",
         )
+
+
+def low_quality_notes(folder: Path) -> list[str]:
+    """Notes for a report on the aligned images of low quality, from the lists in the folder.
+
+    Args:
+        folder: Folder of the aligned images, which need not exist.
+
+    Returns:
+        One note for each key of the data config with such images.
+    """
+    notes = []
+    for key in IMAGES:
+        listed = read_notes(folder / f"{key}.json")
+        low = {name: note["alignment"].count("low") for name, note in sorted(listed.items())}
+        low = {name: count for name, count in low.items() if count}
+        if low:
+            total = sum(len(note["alignment"]) for note in listed.values())
+            shown = [printable(name) for name in [*low][:SHOWN]] + [f"and {len(low) - SHOWN} more"] * (len(low) > SHOWN)
+            notes.append(
+                f"{sum(low.values())} of {total} {titled(key)} are aligned by landmarks of low quality, so their "
+                f"scores are not to be trusted: {', '.join(shown)}"
+            )
+    return notes
+
+
+def quality_of(low: int, total: int) -> str:
+    """Quality of an alignment from its landmarks of low quality: "ok", "partly low", or "low" if all of them are."""
+    return "ok" if low == 0 else "low" if low == total else "partly low"
 
 
 def write_in_images(
@@ -409,7 +451,8 @@ def write_in_images(
 ) -> None:
     """Transform scores and findings back to the original images, in OUTPUT/in_images.
 
-    NAME_score.tif is NaN outside the lung frame; detections.csv has y and x in px of the original image.
+    NAME_score.tif is NaN outside the lung frame; detections.csv has y and x in px of the original image, and whether
+    its alignment is ok, partly low or low.
 
     Args:
         run: Landmark run.
@@ -434,6 +477,7 @@ def write_in_images(
         place, points = jnp.array([row["y"], row["x"]], float), jnp.asarray(image.points[page], float)
         y, x = to_image(place, points, run.frame).tolist()
         kept = {key: row[key] for key in ("label", "peak_score", "p_value", "p_value_image")}
-        found.append({"filename": image.pages[page].title, "y": y, "x": x, **kept})
-    columns = ["filename", "y", "x", "label", "peak_score", "p_value", "p_value_image"]
+        title, alignment = image.pages[page].title, image.quality[page]
+        found.append({"filename": title, "y": y, "x": x, **kept, "alignment": alignment})
+    columns = ["filename", "y", "x", "label", "peak_score", "p_value", "p_value_image", "alignment"]
     write_text(output / "in_images" / "detections.csv", as_csv(columns, found))

@@ -21,7 +21,7 @@ from pulmo_jax.reporting.tables import metrics_console, metrics_markdown
 from pulmo_jax.runs.directory import citation_of
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
-from pulmo_jax.tasks.anomalies.aligning import align_data, open_frame
+from pulmo_jax.tasks.anomalies.aligning import align_data, low_quality_notes, open_frame
 from pulmo_jax.tasks.anomalies.config import AnomalyEvaluationConfig, AssessConfig, EvaluateDataConfig, TrainConfig
 from pulmo_jax.tasks.anomalies.report import (
     assessment_sections,
@@ -74,7 +74,8 @@ def assess(run: Run, data: EvaluateDataConfig, config: AssessConfig, place: Plac
         InputError: If the images cannot be used.
     """
     tested = test_images(run, data, config.evaluation, config.seed, place)
-    return findings_of(run, tested, [*loss_sections(run, place.folder, {}), *calibration_sections(run, place.folder)])
+    sections = [*loss_sections(run, place.folder, {}), *calibration_sections(run, place.folder)]
+    return findings_of(run, tested, sections, caveats=low_quality_notes(place.folder / "aligned"))
 
 
 def assess_training(
@@ -106,7 +107,7 @@ def assess_training(
         *validation_sections(run, validation, options.examples, reader, folder),
         *distance_sections(run, validation, reader, folder),
     ]
-    return findings_of(run, tested, sections, training, caveats)
+    return findings_of(run, tested, sections, training, [*caveats, *low_quality_notes(folder / "aligned")])
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,11 @@ def predict(
     reader = Reader(run.config.data.max_image_mb, place.formats)
     for item in items:
         try:
-            yield item, map_file(item.refs, item.context.maps, run, reader, config.output)
+            record = map_file(item.refs, item.context.maps, run, reader, config.output)
+            if item.context.aligned is not None:
+                pages = zip(record["images"], item.context.aligned.quality, strict=True)
+                record["images"] = [image | {"alignment": quality} for image, quality in pages]
+            yield item, record
         except (InputError, OSError) as error:  # not OutputError: nothing more could be written
             yield item, Skipped(item.name, str(error))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from pulmo_jax.config.verbs import EvaluationConfig
 from pulmo_jax.data.sample_facts import described_sample, sample_line
@@ -55,7 +56,7 @@ def read_test(run: ClassifierRun, config: EvaluateClassesConfig, place: Place) -
         )
     own = {"group_regex": data.group_regex or run.config.data.group_regex, "on_error": data.on_error}
     options = run.config.data.model_copy(update=own)
-    return read_classes(data.test, options, run.size, place.console, run.classes)
+    return read_classes(data.test, options, run.size, place.console, run.classes, place.formats, "data.test")
 
 
 def assess(run: ClassifierRun, data: ClassSet, config: EvaluateClassesConfig, place: Place) -> Findings:
@@ -97,15 +98,16 @@ def assess_training(
         results |= {
             f"{key}, {LEAKS}": p for key, p in baselines(dataset, plan, leaky=True).items() if "metadata" in key
         }
-    tables = {"out_of_fold.csv": out_of_fold_csv(dataset, plan, predictions.honest)}
-    warnings = list(dataset.notes)
+    counted = counted_as(run, dataset, predictions.honest)
+    tables = {"out_of_fold.csv": out_of_fold_csv(dataset, plan, predictions.honest, counted)}
+    warnings = [*dataset.notes, *copies_note(counted)]
     if run.config.trainer.split == "random" and len(set(dataset.groups)) < len(dataset.refs):
         counts = f"{len(dataset.refs)} images in {len(set(dataset.groups))} groups"
         warnings.insert(
             0,
             f"trainer.split=random: copies are in training and test sets ({counts}), so the results are optimistic.",
         )
-    tested = Tested(dataset, results, predictions.as_trained)
+    tested = Tested(dataset, results, predictions.as_trained).subset(np.unique(counted))
     options, seed = run.config.evaluation, run.config.seed
     return findings_of(run, tested, place.folder, options, seed, warnings, training, tables, objective)
 
@@ -134,7 +136,8 @@ def assess_test_set(
     by_network = np.concatenate([run.of_networks(dataset.squares.stack(block)) for block in blocks], axis=1)
     weights = allowed.T[..., None] / np.maximum(allowed.sum(1), 1)[None, :, None]
     mean = np.where(allowed.any(axis=1, keepdims=True), (weights * by_network).sum(0), np.nan)
-    warnings = [*relabelled(run, dataset), *dataset.notes]
+    counted = counted_as(run, dataset, mean[None])
+    warnings = [*relabelled(run, dataset), *dataset.notes, *copies_note(counted)]
     if copies:
         none_left = len(dataset.refs) - int(allowed.any(axis=1).sum())
         more = f"; {none_left} images without such a network are excluded." if none_left else "."
@@ -156,7 +159,23 @@ def assess_test_set(
         of_files = metadata_probabilities(known, labels, metadata_features(dataset), *size)
         results["file metadata"] = of_files[None]
         results["majority class"] = majority_probabilities(labels, len(dataset.refs), size[0])[None]
-    return findings_of(run, Tested(dataset, results), place.folder, options, seed, warnings)
+    tested = Tested(dataset, results).subset(np.unique(counted))
+    return findings_of(run, tested, place.folder, options, seed, warnings)
+
+
+def counted_as(run: ClassifierRun, dataset: ClassSet, own: Probabilities) -> Int[np.ndarray, "N"]:
+    """Index of the image as which each image counts: itself, or the image that it copies (`ClassSet.counted_as`)."""
+    return dataset.counted_as(run.config.data.near_bits, np.asarray(np.isfinite(own).all(-1).any(0)))
+
+
+def copies_note(counted: Int[np.ndarray, "N"]) -> list[str]:
+    """Note on the copies, which the figures of merit do not count, if any."""
+    total, distinct = counted.size, np.unique(counted).size
+    if distinct == total:
+        return []
+    copies, other = total - distinct, "another image of the same class"
+    are = f"is a copy or near copy of {other}" if copies == 1 else f"are copies or near copies of {other}"
+    return [f"{copies} of {total} images {are}: the figures of merit count each image once ({distinct} images)"]
 
 
 def relabelled(run: ClassifierRun, dataset: ClassSet) -> list[str]:
@@ -206,9 +225,20 @@ def baselines(dataset: ClassSet, plan: Plan, leaky: bool) -> dict[str, Probabili
     return {"file metadata": metadata, "majority class": majority}
 
 
-def out_of_fold_csv(dataset: ClassSet, plan: Plan, honest: Probabilities) -> str:
-    """out_of_fold.csv: out-of-fold predictions, one row per image and repeat."""
-    columns = ["repeat", "fold", "filename", "class", "group", "label", *(f"p_{name}" for name in dataset.classes)]
+def out_of_fold_csv(dataset: ClassSet, plan: Plan, honest: Probabilities, counted: Int[np.ndarray, "N"]) -> str:
+    """out_of_fold.csv: out-of-fold predictions, one row per image and repeat.
+
+    Args:
+        dataset: Images of the run.
+        plan: Plan of the cross-validation.
+        honest: Calibrated probabilities.
+        counted: Index of the image as which each image counts.
+
+    Returns:
+        Content of the file; `copy_of` names the image that a copy counts as.
+    """
+    names = [f"p_{name}" for name in dataset.classes]
+    columns = ["repeat", "fold", "filename", "class", "group", "copy_of", "label", *names]
     first = {(m.repeat, m.fold): plan.folds[i].test for i, m in enumerate(plan.members) if not m.leaky}
     rows = [
         {
@@ -217,6 +247,7 @@ def out_of_fold_csv(dataset: ClassSet, plan: Plan, honest: Probabilities) -> str
             "filename": dataset.titles[row],
             "class": dataset.classes[dataset.labels[row]],
             "group": dataset.groups[row],
+            "copy_of": "" if counted[row] == row else dataset.titles[counted[row]],
             "label": dataset.classes[int(honest[repeat, row].argmax())],
             **{f"p_{name}": honest[repeat, row, k] for k, name in enumerate(dataset.classes)},
         }

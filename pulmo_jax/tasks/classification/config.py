@@ -38,6 +38,10 @@ class ClassifierDataConfig(Section):
     test_fraction: Float = Field(
         default=0.2, gt=0, lt=1, description="fraction of the groups in the test set if trainer.folds=1"
     )
+    check_folders: Bool = Field(
+        default=True,
+        description="stop if the subfolders look like parts of a split or hold the same subfolders, so are no classes",
+    )
     crop: Bool = Field(default=True, description="crop the empty border of each image")
     on_error: Literal["stop", "skip"] = Field(default="stop", description="stop at, or skip, unusable files")
     max_image_mb: Int = Field(default=2048, ge=1, description="largest accepted image after decoding, MiB")

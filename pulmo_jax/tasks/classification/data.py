@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from pulmo_jax.data.folds import Fold
 from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
-from pulmo_jax.data.near_copies import merge_groups, perceptual_hash
+from pulmo_jax.data.near_copies import merge_groups, perceptual_hash, representatives
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.sources.store import in_store, is_store, open_store
 from pulmo_jax.data.square_batches import Squares
 from pulmo_jax.data.store_writing import file_sha256, label_of
 from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.tasks.classification.config import ClassifierDataConfig
+from pulmo_jax.tasks.classification.folders import check_folders, masks_note, split_off_masks
 from pulmo_jax.types import InputError
 
 SHOWN = 3  # names in a message
@@ -60,6 +61,33 @@ class ClassSet:
         """Names of the images."""
         return [ref.title for ref in self.refs]
 
+    def subset(self, rows: Int[np.ndarray, "_"]) -> "ClassSet":
+        """Select images.
+
+        Args:
+            rows: Indices of the images.
+
+        Returns:
+            The selected images, with the same classes and notes.
+        """
+        refs, groups, contents = (tuple(some[row] for row in rows) for some in (self.refs, self.groups, self.contents))
+        squares = self.squares.subset(rows)
+        return ClassSet(refs, self.classes, self.labels[rows], groups, contents, self.looks[rows], squares, self.notes)
+
+    def counted_as(self, near_bits: int, predicted: Bool[np.ndarray, "N"] | None = None) -> Int[np.ndarray, "N"]:
+        """Index of the image as which each image counts in figures of merit: itself, or the image that it copies.
+
+        Args:
+            near_bits: Largest number of different bits between the perceptual hashes of near copies.
+            predicted: Which images have predictions, which are preferred; None: all.
+
+        Returns:
+            Index of each image.
+        """
+        keys = [f"{content}/{ref.page}" for content, ref in zip(self.contents, self.refs, strict=True)]
+        order = np.arange(len(keys)) if predicted is None else np.argsort(~predicted, kind="stable")
+        return representatives(keys, self.looks, self.labels, order, near_bits)
+
 
 def read_classes(
     root: Path,
@@ -68,6 +96,7 @@ def read_classes(
     console: Console,
     classes: Sequence[str] | None = None,
     formats: Sequence[Format] = (),
+    key: str = "data.root",
 ) -> ClassSet:
     """Read the images of class folders.
 
@@ -78,6 +107,7 @@ def read_classes(
         console: For progress and notes.
         classes: Allowed classes, those of a run; None: the subfolders, at least two.
         formats: The user's own image formats.
+        key: Key by which the folder is given, for messages.
 
     Returns:
         Images with class labels.
@@ -86,8 +116,11 @@ def read_classes(
         InputError: If images cannot be used and data.on_error is "stop", or if the classes do not fit.
     """
     refs, failed = index_images(root, group_regex=data.group_regex, max_image_mb=data.max_image_mb, formats=formats)
+    refs, failed, notes = leave_out_masks(refs, failed)
     if not refs:
         raise none_left(failed)
+    if data.check_folders:
+        check_folders(root, [ref.name for ref in refs], key, classes)
     require_folders(root, refs)
     reader = Reader(data.max_image_mb, formats)
     squares = Squares.empty(refs, size, data.crop, reader)
@@ -105,7 +138,7 @@ def read_classes(
     require_classes(root, present, classes)
     classes = tuple(classes or present)
     groups = merge_groups([ref.group for ref in refs], [contents[i] for i in kept], looks[kept], data.near_bits)
-    notes = [*left_out(failed), *across_classes(groups, names)]
+    notes += [*left_out(failed), *across_classes(groups, names)]
     for note in notes:
         console.print(f"note: {note}")
     return ClassSet(
@@ -118,6 +151,23 @@ def read_classes(
         squares.subset(kept),
         notes,
     )
+
+
+def leave_out_masks(
+    refs: Sequence[ImageRef], failed: Sequence[Skipped]
+) -> tuple[list[ImageRef], list[Skipped], list[str]]:
+    """Leave out the masks of images, such as x_mask.png beside x.png.
+
+    Args:
+        refs: Readable files.
+        failed: Unreadable files.
+
+    Returns:
+        Readable and unreadable files that are no masks, and a note on the masks, if any.
+    """
+    masks = split_off_masks([*(ref.name for ref in refs), *(file.name for file in failed)])
+    kept = [ref for ref in refs if ref.name not in masks]
+    return kept, [file for file in failed if file.name not in masks], masks_note(masks)
 
 
 def require_folders(root: Path, refs: Sequence[ImageRef]) -> None:

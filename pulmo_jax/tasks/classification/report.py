@@ -102,6 +102,12 @@ class Tested:
         """Probabilities of the run, mean over the repeats."""
         return mean_of(self.own)
 
+    def subset(self, rows: Int[np.ndarray, "_"]) -> "Tested":
+        """Select images."""
+        results = {name: p[:, rows] for name, p in self.results.items()}
+        as_trained = None if self.as_trained is None else self.as_trained[:, rows]
+        return Tested(self.dataset.subset(rows), results, as_trained)
+
 
 def mean_of(p: Probabilities) -> Float[np.ndarray, "N K"]:
     """Mean over the repeats that test an image; NaN if there are none."""

@@ -80,12 +80,19 @@ def read_test(run: LandmarkRun, config: EvaluateLandmarksConfig, place: Place) -
         InputError: If images or table cannot be used.
     """
     data, trained = config.data, run.config.data
-    own = {key: getattr(data, key) or getattr(trained, key) for key in ("group_regex", "class_regex")}
+    own = {key: getattr(data, key) or getattr(trained, key) for key in ("group_regex", "class_regex", "units")}
     options = trained.model_copy(update=own | {"on_error": data.on_error, "normal_name": data.normal_name})
     index = index_images(
         data.images, group_regex=options.group_regex, max_image_mb=options.max_image_mb, formats=place.formats
     )
-    table = read_landmarks(data.test, data.images, n_points=run.n_landmarks, on_error=options.on_error, index=index)
+    table = read_landmarks(
+        data.test,
+        data.images,
+        n_points=run.n_landmarks,
+        on_error=options.on_error,
+        index=index,
+        units=options.units,
+    )
     notes = table.notes() + without_row([table])
     for note in notes:
         place.note(f"note: {note}")

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pulmo_jax.config.section import Bool, Float, ImageFolder, Int, Node, PathLike, Regex, Section
 from pulmo_jax.config.trainer import TrainerConfig
 from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
+from pulmo_jax.data.landmark_units import Units
 
 
 def _is_table(path: PathLike) -> PathLike:
@@ -20,7 +21,7 @@ Table = Annotated[PathLike, AfterValidator(_is_table)]
 
 
 class LandmarkDataConfig(Section):
-    """Images, and CSV tables of their landmarks: filename,x1,y1,...,xK,yK in px."""
+    """Images, and CSV tables of their landmarks: filename,x1,y1,...,xK,yK."""
 
     images: ImageFolder | None = Field(
         default=None, description="folder of the images; null: radiographs projected from the sample CT"
@@ -30,6 +31,10 @@ class LandmarkDataConfig(Section):
         default=None, description="CSV of the validation landmarks; null: split from train by group"
     )
     test: Table | None = Field(default=None, description="CSV of the test landmarks, evaluated after training")
+    units: Units = Field(
+        default="px",
+        description="units of the tables: px, from 0 at pixel centres; fraction (0 to 1) or percent of the sides",
+    )
     cache: PathLike | None = Field(
         default=None, description="folder for the sample data; null: $PULMO_JAX_CACHE or the user's cache folder"
     )
@@ -85,6 +90,9 @@ class LandmarkTestConfig(Section):
 
     images: ImageFolder = Field(description="folder of the test images")
     test: Table = Field(description="CSV of the test landmarks")
+    units: Units | None = Field(
+        default=None, description="units of the table: px, fraction or percent; null: as in the run"
+    )
     group_regex: Regex | None = Field(
         default=None, description="extracts the patient ID from the file name (first group); null: as in the run"
     )

@@ -93,12 +93,12 @@ def read_sets(
     assert data.images is not None
     assert data.train is not None
     index = index_images(data.images, group_regex=data.group_regex, max_image_mb=data.max_image_mb, formats=formats)
-    training = read_landmarks(data.train, data.images, on_error=data.on_error, index=index)
+    training = read_landmarks(data.train, data.images, on_error=data.on_error, index=index, units=data.units)
     n_points = training.points.shape[1]
     others = [
         None
         if path is None
-        else read_landmarks(path, data.images, n_points=n_points, on_error=data.on_error, index=index)
+        else read_landmarks(path, data.images, n_points=n_points, on_error=data.on_error, index=index, units=data.units)
         for path in (data.val, data.test)
     ]
     tables = [("training", training), ("validation", others[0]), ("test", others[1])]

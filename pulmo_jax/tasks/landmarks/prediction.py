@@ -11,7 +11,7 @@ from pulmo_jax.data.images import ImageRef, Reader, Skipped
 from pulmo_jax.data.landmark_table import landmarks_csv
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.working_images import read_working
-from pulmo_jax.inference.lung_frames import into_frame, write_image
+from pulmo_jax.inference.lung_frames import description_of, into_frame, write_image
 from pulmo_jax.methods.located import Found
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.records import Item, Outputs, Record, chunks, list_pages
@@ -129,7 +129,9 @@ def draw(
         )
         write_overlay(overlay_path(names[i], config.output), shown)
         if config.aligned:
-            write_image(aligned_path(names[i], config.output), into_frame(image, located.points[i], run.frame))
+            aligned = into_frame(image, located.points[i], run.frame)
+            description = description_of([int(located.low[i].sum())], run.n_landmarks)
+            write_image(aligned_path(names[i], config.output), aligned, description)
 
     with ThreadPoolExecutor() as threads:
         wrong = list(threads.map(one, range(len(refs))))

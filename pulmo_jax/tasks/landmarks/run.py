@@ -4,7 +4,7 @@ Prediction and evaluation read config.yaml, landmarks.json, calibration.json, co
 finished.json, which training writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -18,18 +18,14 @@ from pulmo_jax.core.shape_model import fit_shape_model
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.one_image import ImageLike, one_image
 from pulmo_jax.data.working_images import WorkingImages, working_image
-from pulmo_jax.evaluation.landmark_metrics import held_out_coverage, scale_covariance
+from pulmo_jax.evaluation.landmark_doubt import added_variance
 from pulmo_jax.evaluation.landmark_quality import (
-    SurpriseModel,
-    attained_rate,
     fit_surprise,
     low_quality,
     std_px,
-    surprise,
-    threshold,
 )
 from pulmo_jax.host.files import atomically, write_json
-from pulmo_jax.inference.locate import Locate, Positions, in_batches, locator
+from pulmo_jax.inference.locate import Locate, locator
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.landmark_baselines import fit_baselines
 from pulmo_jax.methods.landmark_net import mirror_permutation
@@ -43,6 +39,7 @@ from pulmo_jax.runs.directory import (
     shapes_of,
 )
 from pulmo_jax.runs.place import formats_for
+from pulmo_jax.tasks.landmarks.calibration import at_least, calibrate, doubt_of, surprises
 from pulmo_jax.tasks.landmarks.config import CHOICES, LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import Labelled
 from pulmo_jax.tasks.landmarks.results import LandmarkResult
@@ -58,7 +55,6 @@ from pulmo_jax.types import InputError
 
 SEALED = ("landmarks.json", "calibration.json", "companions.npz")
 TINY = 4  # enlargement to the method's input size above which all landmarks of an image are of low quality
-LOW_RATE = 0.02  # nominal rate of validation landmarks, and of validation images, of low quality
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,8 @@ class LandmarkRun:
 
         A landmark is of low quality if its standard deviation or the dissimilarity of its image exceeds the calibrated
         limit, if it lies outside the image or on a folded triangle of the mesh, or if the image is much smaller than
-        the method's input.
+        the method's input. Its standard deviation is then at least that limit, and in an image unlike the training
+        images larger, by the errors on such images (`landmark_doubt`).
 
         Args:
             working: Resized images.
@@ -151,10 +148,12 @@ class LandmarkRun:
         low = low_quality(std_px(covariance), np.array(limits.std_limits), unlike, limits.surprise_limit)
         points, scales = working.to_images(located.points), working.scales
         last = np.array([ref.shape[:2] for ref in working.refs])[:, None] - 0.5
-        covariance = covariance / (scales[:, None, :, None] * scales[:, None, None, :])
         outside = ((points < -0.5) | (points > last)).any(-1)
         tiny = np.array([max(ref.shape[:2]) * TINY < self.size for ref in working.refs])[:, None]
         low = low | outside | on_folds(points, self.frame) | tiny
+        covariance = covariance + added_variance(limits.doubt, unlike)[:, None, None, None] * np.eye(2)
+        covariance = at_least(covariance, np.array(limits.std_limits), low)
+        covariance = covariance / (scales[:, None, :, None] * scales[:, None, None, :])
         return Found(points, covariance, std_px(covariance), low, unlike)
 
 
@@ -243,41 +242,9 @@ def make_run(
     locate = locator(method, params)
     unlike = surprises(companions.look, validation.working.pixels)
     calibration = calibrate(locate(validation.working.pixels), validation, unlike)
+    doubt = doubt_of(locate, companions.look, validation, unlike, calibration.covariance_factor, config.seed)
+    calibration = replace(calibration, doubt_surprise=doubt.surprise, doubt_variance=doubt.variance)
     return LandmarkRun(path, config, method, params, step, companions, calibration, locate)
-
-
-def calibrate(located: Positions, validation: Labelled, unlike: Float[np.ndarray, "N"]) -> LandmarkCalibration:
-    """Calibrate the uncertainties on the validation images.
-
-    Args:
-        located: Predicted landmarks, px of the resized images.
-        validation: Validation images.
-        unlike: Dissimilarity of each image, nats; not finite for an image without contrast, which is ignored.
-
-    Returns:
-        The calibration.
-
-    Raises:
-        InputError: If no validation image has contrast.
-    """
-    truth = validation.square_points
-    seen = unlike[np.isfinite(unlike)]  # images without contrast are ignored
-    if not seen.size:
-        raise InputError(f"none of the {len(unlike)} validation images has any contrast; give other images")
-    factor = scale_covariance(located.points, located.covariance, truth)
-    return LandmarkCalibration(
-        covariance_factor=float(factor),
-        std_limits=tuple(threshold(std_px(located.covariance * factor), LOW_RATE).tolist()),
-        surprise_limit=float(threshold(seen, LOW_RATE)),
-        rate=attained_rate(len(truth), LOW_RATE),
-        n_images=len(truth),
-        held_out_coverage=held_out_coverage(located.points, located.covariance, truth, validation.groups),
-    )
-
-
-def surprises(look: SurpriseModel, images: Float[np.ndarray, "N S S"]) -> Float[np.ndarray, "N"]:
-    """Dissimilarity of each image to the training images, nats."""
-    return in_batches(lambda batch: surprise(look, batch), images)
 
 
 # --- on disk

@@ -13,9 +13,8 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from pulmo_jax.core.lung_frame import LungFrame, frame_of
 from pulmo_jax.core.ppca import PPCA
 from pulmo_jax.core.shape_model import ShapeModel
-from pulmo_jax.evaluation.landmark_quality import (
-    SurpriseModel,
-)
+from pulmo_jax.evaluation.landmark_doubt import Doubt
+from pulmo_jax.evaluation.landmark_quality import SurpriseModel
 from pulmo_jax.host.npz import read_npz
 from pulmo_jax.host.reading import read_bytes
 from pulmo_jax.methods.landmark_baselines import Baselines
@@ -27,6 +26,7 @@ from pulmo_jax.types import InputError
 FACTS_BYTES = 2**24  # largest landmarks.json and calibration.json
 MAX_LANDMARKS = 1000  # the frame and the shape model take memory and time with the square and the cube of the number
 MAX_SMOOTHING_PX = 1024
+MAX_KNOTS = 1000  # of the additional variance
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class LandmarkCalibration:
         n_images: Number of validation images.
         held_out_coverage: Coverage of the 95 % regions by five-fold cross-validation over the groups: each fifth with
             the factor of the others; None for fewer groups.
+        doubt_surprise: Dissimilarities, nats, at which the additional variance is given (`landmark_doubt.Doubt`).
+        doubt_variance: Additional variance of each coordinate at these, px^2 of the resized image; empty in runs of
+            earlier versions, which add none.
     """
 
     covariance_factor: FiniteFloat
@@ -49,6 +52,13 @@ class LandmarkCalibration:
     rate: FiniteFloat
     n_images: int
     held_out_coverage: FiniteFloat | None
+    doubt_surprise: Annotated[tuple[FiniteFloat, ...], Field(max_length=MAX_KNOTS)] = ()
+    doubt_variance: Annotated[tuple[FiniteFloat, ...], Field(max_length=MAX_KNOTS)] = ()
+
+    @property
+    def doubt(self) -> Doubt:
+        """Additional variance of the landmarks in images unlike the training images."""
+        return Doubt(self.doubt_surprise, self.doubt_variance)
 
 
 @dataclass(frozen=True)
@@ -178,4 +188,8 @@ def read_calibration(path: Path, n_landmarks: int) -> LandmarkCalibration:
         raise InputError(f"{path}: is not a valid landmark calibration; train again") from error
     if len(calibration.std_limits) != n_landmarks:
         raise InputError(f"{path}: is not a calibration of {n_landmarks} landmarks; train again")
+    knots, variances = calibration.doubt
+    ascending = all(list(values) == sorted(values) for values in (knots, variances))
+    if len(knots) != len(variances) or not ascending or any(value < 0 for value in variances[:1]):
+        raise InputError(f"{path}: its additional variances do not fit together; train again")
     return calibration

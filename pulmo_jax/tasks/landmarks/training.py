@@ -79,7 +79,8 @@ def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
     data, citation = config.data, ""
     if data.images is None and config.resume and (place.run_dir / "config.yaml").is_file():
         before = load_values(place.run_dir)["data"]
-        data = data.model_copy(update={key: before[key] and Path(before[key]) for key in ("images", *TABLES)})
+        paths = {key: before[key] and Path(before[key]) for key in ("images", *TABLES)}
+        data = data.model_copy(update=paths | {"units": before.get("units", "px")})
     if data.images is None:
         sample = fetch_radiographs(data.cache, place.console)
         tables = {key: sample / f"landmarks_{key}.csv" for key in TABLES}

@@ -7,10 +7,11 @@ from PIL import Image
 
 from pulmo_jax.data.images import index_images
 from pulmo_jax.evaluation.landmark_quality import SurpriseModel, fit_surprise
+from pulmo_jax.host.console import Console
 from pulmo_jax.inference.locate import Positions
+from pulmo_jax.tasks.landmarks.calibration import calibrate, surprises
 from pulmo_jax.tasks.landmarks.config import LandmarkDataConfig
-from pulmo_jax.tasks.landmarks.data import Labelled, classes_of, read_working
-from pulmo_jax.tasks.landmarks.run import calibrate, surprises
+from pulmo_jax.tasks.landmarks.data import Labelled, classes_of, read_sets, read_working
 from pulmo_jax.types import InputError
 
 DEFAULT = LandmarkDataConfig().class_regex
@@ -58,3 +59,29 @@ def test_images_of_one_gray_set_no_limit(tmp_path):
     assert found.surprise_limit == pytest.approx(unlike[:20].max())
     with pytest.raises(InputError, match="none of the 22 validation images has any contrast"):
         calibrate(located, labelled, np.full(22, np.inf))
+
+
+def test_tables_in_shares_give_the_sets_that_px_give(tmp_path):
+    """Training, validation and test tables alike."""
+    images, rng = pictures(tmp_path / "images", 9), np.random.default_rng(0)
+    points = rng.uniform(0, 31, (9, 3, 2))
+    for units in ("px", "fraction"):
+        for j, name in enumerate(("train", "val", "test")):
+            values = points if units == "px" else (points + 0.5) / 32
+            rows = [f"{i:02d}.png," + ",".join(map(str, values[i].ravel())) for i in range(3 * j, 3 * j + 3)]
+            (tmp_path / f"{units}_{name}.csv").write_text("\n".join(["filename,x1,y1,x2,y2,x3,y3", *rows]))
+    px, shares = (
+        read_sets(
+            LandmarkDataConfig(
+                images=images,
+                units=units,
+                **{name: tmp_path / f"{units}_{name}.csv" for name in ("train", "val", "test")},
+            ),
+            32,
+            0,
+            Console(quiet=True),
+        )
+        for units in ("px", "fraction")
+    )
+    for one, other in ((px.training, shares.training), (px.validation, shares.validation), (px.test, shares.test)):
+        np.testing.assert_allclose(one.points, other.points, atol=1e-9)
