@@ -24,7 +24,7 @@ from pulmo_jax.runs.directory import provenance, save_config, task_of, unseal
 from pulmo_jax.runs.older import migrated
 from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices
-from pulmo_jax.training.callbacks import Callback, Start
+from pulmo_jax.training.callbacks import Callback, Checkpoint, JsonLines, Start
 from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
 from pulmo_jax.training.program import Program, Step, uncompiled
@@ -212,7 +212,7 @@ def learn(
         learning: Input of the training loop.
         state: State to start from.
         before: Metadata of its checkpoint.
-        callbacks: Callbacks.
+        callbacks: Further callbacks; log and checkpoints, without which the run could not be used, come before them.
         trainer: Config of the loop.
         place: Output folder and console.
 
@@ -250,7 +250,7 @@ def learn(
             step,
             (devices.divided(share, learning.mesh) for share in shares),
             learning.validate,
-            callbacks,
+            [*essential_callbacks(trainer), *callbacks],
             begins,
             log_every=trainer.log_every,
             validate_every=learning.validate_every or trainer.validate_every,
@@ -311,8 +311,20 @@ def no_step(state: TrainState, batch: Any) -> Any:
     raise AssertionError("the resumed run has already completed all steps")
 
 
+def essential_callbacks(trainer: TrainerConfig) -> list[Callback]:
+    """Callbacks of every training: without checkpoints a run can be neither resumed nor used.
+
+    Args:
+        trainer: Config of the loop.
+
+    Returns:
+        The log first, so that every step before a checkpoint is logged, then the checkpoints.
+    """
+    return [JsonLines(), Checkpoint(trainer.checkpoint_every)]
+
+
 def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list[Callback]:
-    """Build the callbacks of a config.
+    """Build the further callbacks of a config.
 
     Args:
         nodes: `_target_` node by name.

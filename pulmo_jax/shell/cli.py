@@ -7,7 +7,6 @@ Exit statuses: 0 success; 1 internal error, with a traceback; 2 invalid input or
 import gc
 import importlib
 import os
-import re
 import signal
 import socket
 import sys
@@ -37,6 +36,7 @@ from pulmo_jax.host.outputs import adding, joined, output_folder
 from pulmo_jax.host.signals import Stopped, stepping_down, stoppable
 from pulmo_jax.host.streams import guard_streams, reader_left
 from pulmo_jax.runs.older import is_unrecorded, record_files
+from pulmo_jax.shell.arguments import accepted
 from pulmo_jax.shell.combinations import check_sweep
 from pulmo_jax.shell.composing import (
     Command,
@@ -49,7 +49,7 @@ from pulmo_jax.shell.composing import (
     package_configs,
 )
 from pulmo_jax.shell.help import print_help
-from pulmo_jax.shell.placing import check_hydra, check_place
+from pulmo_jax.shell.placing import check_hydra, check_place, prepare_folders
 from pulmo_jax.shell.sweep import (
     RECORD,
     STOP,
@@ -139,10 +139,10 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
         return fail(
             "--experimental-rerun is not allowed, because unpickling a file may execute any code; give the keys again"
         )
-    if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
-        return fail(foreign)
-    sys.argv[1:] = [re.sub(r"^output\.aligned=", "aligned=", argument) for argument in sys.argv[1:]]
     try:
+        sys.argv[1:] = accepted(sys.argv[1:])
+        if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
+            return fail(foreign)
         command = command_line(verb, sys.argv[1:])
     except InputError as error:
         return fail(str(error))
@@ -352,6 +352,7 @@ class CheckFirst(HydraCallback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with refusing():
+            prepare_folders(config.hydra, "run")
             command = command_of(config.hydra.job.name, config)
             check_place(checked(config, command), command.verb, config.hydra)
             alone = (
@@ -365,6 +366,7 @@ class CheckFirst(HydraCallback):
             config.hydra.sweeper.sampler.seed = 0  # otherwise a search could not be resumed
         if SWEEP.folder is None:
             with refusing():
+                prepare_folders(config.hydra, "sweep")
                 command = command_of(config.hydra.job.name, config)
                 for warning in check_sweep(config, command):
                     complain(f"warning: {warning}")
