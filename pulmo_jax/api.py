@@ -75,7 +75,8 @@ def train(
     values, run_dir = without_folder(config or {}, run_dir)
     config_dir = config_dir and at_home(config_dir, "config_dir")
     typed = compose_config("train", experiment, values, config_dir)
-    folder = at_home(run_dir, "run_dir") if run_dir else Path("runs") / typed.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = at_home(run_dir, "run_dir") if run_dir else Path("runs") / typed.name / stamp
     try:
         run_training(typed, folder)
     except SystemExit as stop:

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, check_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
 from pulmo_jax.config.verbs import IngestConfig
+from pulmo_jax.host.extras import install_command
 from pulmo_jax.host.reading import read_yaml
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.task import Task, find_task, task_names
@@ -302,7 +303,7 @@ def explain(error: Exception, command: Command | None = None) -> str:
         hint = "quote special characters: \"key='value'\""
         return f"{error.override} is not valid: {text.splitlines()[0]}; {hint}"
     if (extra := missing_extra(error)) is not None:
-        return f"{text.splitlines()[0]}\ninstall it with: pip install 'pulmo-jax[{extra}]'"
+        return f"{text.splitlines()[0]}\ninstall it with: {install_command(extra)}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         return (
             f"{error.missing_cfg_file} does not exist; available: {', '.join(error.options)} "

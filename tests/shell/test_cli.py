@@ -25,6 +25,7 @@ from pulmo_jax import detect, evaluate, ingest, predict, train
 from pulmo_jax.config.nodes import HOMES, argument_schema, parameters_of_node
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.host.console import Console, tracker
+from pulmo_jax.host.extras import ROOT
 from pulmo_jax.host.lock import claim
 from pulmo_jax.host.signals import Interrupt, stepping_down, stoppable
 from pulmo_jax.shell import cli, composing
@@ -671,7 +672,7 @@ def test_two_sweeps_in_one_folder(run, tmp_path):
         (["hydra/sweeper=search", "model.latnt=choice(8,16)"], "unknown key model.latnt"),
         (["hydra/sweeper=search", "trainer.ema_decay=interval(2,3)"], "trainer.ema_decay=2.0"),
         (["hydra/launcher=nope", "seed=0,1"], "hydra/launcher/nope"),
-        (["hydra/launcher=ray", "seed=0,1"], "pip install 'pulmo-jax[ray]'"),
+        (["hydra/launcher=ray", "seed=0,1"], f"python -m pip install -e '{ROOT}[ray]'"),
         (["seed=0,1", "+experiment=nope"], "experiment/nope does not exist"),
     ],
 )
