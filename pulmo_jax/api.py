@@ -17,6 +17,7 @@ from typing import Any
 from jaxtyping import Float
 from numpy import ndarray
 
+from pulmo_jax.host.calls import called, without_home
 from pulmo_jax.host.console import make_console
 from pulmo_jax.runs.directory import task_of, use_compile_cache
 from pulmo_jax.runs.place import workplace
@@ -78,7 +79,8 @@ def train(
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = at_home(run_dir, "run_dir") if run_dir else Path("runs") / typed.name / stamp
     try:
-        run_training(typed, folder)
+        with called(f"pulmo_jax.train({experiment!r}, {shown(values)})"):
+            run_training(typed, folder)
     except SystemExit as stop:
         raise KeyboardInterrupt(f"stopped, with a checkpoint in {folder}") from stop
     return open_run(folder, typed.plugins)
@@ -105,8 +107,14 @@ def evaluate(run: OpenRun | Path | str, config: Config, *, out_dir: Path | str |
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = at_home(out_dir, "out_dir") if out_dir else path / "evaluation" / stamp
     task, opened = find_task(task_of(path), typed.plugins), open_run(path, typed.plugins)
-    with workplace(folder, "evaluate", typed, path) as place:
+    command = f"pulmo_jax.evaluate({without_home(str(path))!r}, {shown(values)})"
+    with called(command), workplace(folder, "evaluate", typed, path) as place:
         return dict(assess_and_write(task.assessment, opened, typed, place).metrics)
+
+
+def shown(values: Config) -> str:
+    """The keys of a config as Python code, with `~` for the home directory."""
+    return without_home(repr({key: str(value) if isinstance(value, Path) else value for key, value in values.items()}))
 
 
 def at_home(path: Path | str, name: str) -> Path:

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from rich.console import RenderableType
 
 from pulmo_jax.config.nodes import build_function
+from pulmo_jax.host.calls import CALL
 from pulmo_jax.host.console import Console
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.reporting.figures import save
+from pulmo_jax.reporting.provenance import provenance
 from pulmo_jax.reporting.report import CaptionedFigure, Section, write_report
 from pulmo_jax.reporting.tables import markdown_text
 from pulmo_jax.runs.place import Place
@@ -66,6 +68,7 @@ def assess_and_write(assessment: Assessment, run: Any, config: Any, place: Place
     data = assessment.read_test(run, config, place)
     place.clear()
     findings = with_figures(assessment.assess(run, data, config, place), run, config, place.folder)
+    write_json(place.folder / "run.json", {**provenance(), "seconds": round(CALL.get().seconds, 1)})
     write_findings(findings, place.folder, place.console)
     return findings
 

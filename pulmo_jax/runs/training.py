@@ -20,7 +20,8 @@ from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.console import Console
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.resources import explain_out_of_memory, require
-from pulmo_jax.runs.directory import provenance, save_config, task_of, unseal
+from pulmo_jax.reporting.provenance import provenance
+from pulmo_jax.runs.directory import save_config, task_of, unseal
 from pulmo_jax.runs.older import migrated
 from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices

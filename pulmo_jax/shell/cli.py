@@ -29,6 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pulmo_jax import __version__
 from pulmo_jax.host.cache import provide_home
+from pulmo_jax.host.calls import called
+from pulmo_jax.host.calls import command_line as as_typed
 from pulmo_jax.host.console import SOME_FAILED, complain, make_console
 from pulmo_jax.host.files import write_text
 from pulmo_jax.host.lock import in_use
@@ -131,6 +133,12 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
     Returns:
         Exit status. Internal errors and signals are raised.
     """
+    with called(as_typed(verb, sys.argv[1:])):
+        return run_called(verb, task, examples)
+
+
+def run_called(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
+    """Run a verb whose call has been noted; see `run`."""
     job = Job(verb, task, call=f"{time.time_ns()}-{os.getpid()}", parent=os.getpid())
     if "--version" in sys.argv[1:]:
         print(__version__)
@@ -247,7 +255,8 @@ class Job:
         def work(resume: bool) -> Any:
             config = checked(raw, command)
             again = resume and can_resume(command)
-            return self.task(config.model_copy(update={"resume": True}) if again else config, folder)
+            with called(command_of_job(self.verb, hydra_config)):
+                return self.task(config.model_copy(update={"resume": True}) if again else config, folder)
 
         def say(text: str) -> None:
             make_console().print(text)
@@ -278,6 +287,12 @@ class Job:
             objective = run_job(request, work, say)
             write_tables(sweep)
         return objective
+
+
+def command_of_job(verb: str, hydra_config: Any) -> str:
+    """Command line that runs a job of a sweep alone."""
+    own = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
+    return as_typed(verb, [*(f"--config-dir={path}" for path in own), *hydra_config.overrides.task])
 
 
 def can_resume(command: Command) -> bool:
