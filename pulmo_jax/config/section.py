@@ -22,7 +22,9 @@ def _as_path(value: Any) -> Any:
         raise ValueError("is empty; give a path, or null for an optional key")
     if isinstance(value, int | float):
         return str(value)
-    return at_home(value) if isinstance(value, str | Path) else value
+    if isinstance(value, str):
+        return at_home(value)
+    return at_home(value) if isinstance(value, Path) else value
 
 
 def at_home(path: P) -> P:

@@ -1,9 +1,10 @@
 """Keys of `train`, `predict` and `evaluate` that are common to all tasks, and the keys of `ingest`."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pulmo_jax.config.section import Bool, ImageInput, Int, Node, PathLike, Regex, RunFolder, Section
 from pulmo_jax.config.trainer import ClusterConfig, TrainerConfig
@@ -73,6 +74,13 @@ class PredictConfig(Section):
     sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")
 
 
+def several(runs: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Check that there are two runs or more. Raises ValueError."""
+    if len(runs) < 2:
+        raise ValueError("give two runs or more")
+    return runs
+
+
 class EvaluationConfig(Section):
     """Metrics and their bootstrap confidence intervals."""
 
@@ -88,6 +96,22 @@ class EvaluateConfig(Section):
     plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
     figures: dict[str, Node] = Field(default={}, description="nodes of your own report figures; figures=NAME chooses")
     sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")
+
+
+class CompareConfig(Section):
+    """python -m pulmo_jax.compare"""
+
+    runs: Annotated[tuple[PathLike, ...], AfterValidator(several)] = Field(
+        description="[RUN1,RUN2,...]: folders that evaluate wrote, or runs that were trained with labelled images"
+    )
+    output: PathLike = Field(default=Path("comparisons"), description="folder for the report")
+    images: Literal["same", "common"] = Field(
+        default="same",
+        description="same: all runs must be evaluated on the same images; common: only those that agree are compared",
+    )
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="random seed of bootstrap and permutations")
+    replicates: Int = Field(default=1000, ge=10, description="bootstrap replicates; groups are resampled")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages with the task of the runs")
 
 
 class IngestConfig(Section):

@@ -27,6 +27,7 @@ class Scored:
         figures: Maps image weights (B, N) to figures of merit by name, (B,) each; NaN where undefined.
         drawn: Figures whose bootstrap replicates were computed with the scores, such as those of pixels: the value,
             then the replicates.
+        drawn_with: What the replicates depend on; those of methods with the same are paired.
         scores: Scores that should be higher for positive images, (R, N); None if the method does not rank images.
         positive: Positive images.
         errors: Error of each image; None if the method does not measure one.
@@ -34,6 +35,7 @@ class Scored:
 
     figures: Callable[[Float64[np.ndarray, "B N"]], Figures]
     drawn: Figures = field(default_factory=dict)
+    drawn_with: tuple[object, ...] = ()
     scores: Float[np.ndarray, "R N"] | None = None
     positive: Bool[np.ndarray, "N"] | None = None
     errors: Float[np.ndarray, "N"] | None = None

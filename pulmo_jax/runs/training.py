@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
@@ -270,6 +271,7 @@ def learn(
         val_loss = learning.validate(devices.on_all(kept, learning.mesh))
     facts = {
         "steps": int(outcome.state.step),
+        "parameters": sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(outcome.state.params)),
         "stopped_early": before.stopped or outcome.stopped or "no",
         "best_step": record.step,
         "best_val_loss": val_loss,

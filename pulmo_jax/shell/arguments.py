@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pulmo_jax.config.section import at_home
 from pulmo_jax.types import InputError
 
+POSITIONAL = {"compare": "runs"}
 VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
 QUOTED_OR_HOME = re.compile(  # text in quotes, or a ~ that starts a value or an item
     r"""(?P<quoted>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|(?P<before>[=,\[:(]\s*)(?P<home>~[^,\[\]{}()'"]*)"""
@@ -14,13 +15,14 @@ FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 FORMER_KEYS = {"output.aligned": "aligned", "callbacks.checkpoint.every": "trainer.checkpoint_every"}
 
 
-def accepted(arguments: Sequence[str]) -> list[str]:
+def accepted(arguments: Sequence[str], positional: str | None = None) -> list[str]:
     """Rewrite the arguments of a verb: options first, `~` quoted, keys of older versions renamed.
 
     Hydra accepts no overrides on both sides of an option, and no `~` in a value without quotes.
 
     Args:
         arguments: Arguments as typed.
+        positional: Key of the arguments without a key; None if the verb takes none.
 
     Returns:
         Options with their values, then overrides.
@@ -28,17 +30,19 @@ def accepted(arguments: Sequence[str]) -> list[str]:
     Raises:
         InputError: If the home of a user in --config-dir does not exist.
     """
-    options, overrides, rest = [], [], list(arguments)
+    options, overrides, values, rest = [], [], [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("-"):
+        if positional and "=" not in argument and not argument.startswith("-"):
+            values.append(quoted(argument))
+        elif not argument.startswith("-"):
             overrides.append(override(argument))
         elif rest and (argument in VALUED or re.fullmatch(r"\w+", rest[0])):  # --info takes a word
             options += [argument, expanded(rest.pop(0), argument)]
         else:
             name, given, value = argument.partition("=")
             options.append(f"{name}={expanded(value, name)}" if given else argument)
-    return options + overrides
+    return [*options, *([f"{positional}=[{','.join(values)}]"] if values else []), *overrides]
 
 
 def expanded(path: str, key: str) -> str:

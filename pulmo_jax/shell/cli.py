@@ -38,7 +38,7 @@ from pulmo_jax.host.outputs import adding, joined, output_folder
 from pulmo_jax.host.signals import Stopped, stepping_down, stoppable
 from pulmo_jax.host.streams import guard_streams, reader_left
 from pulmo_jax.runs.older import is_unrecorded, record_files
-from pulmo_jax.shell.arguments import accepted
+from pulmo_jax.shell.arguments import POSITIONAL, accepted
 from pulmo_jax.shell.combinations import check_sweep
 from pulmo_jax.shell.composing import (
     Command,
@@ -148,7 +148,7 @@ def run_called(verb: str, task: Callable[[Any, Path], Any], examples: str) -> in
             "--experimental-rerun is not allowed, because unpickling a file may execute any code; give the keys again"
         )
     try:
-        sys.argv[1:] = accepted(sys.argv[1:])
+        sys.argv[1:] = accepted(sys.argv[1:], POSITIONAL.get(verb))
         if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
             return fail(foreign)
         command = command_line(verb, sys.argv[1:])

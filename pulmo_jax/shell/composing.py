@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, check_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
-from pulmo_jax.config.verbs import IngestConfig
+from pulmo_jax.config.verbs import CompareConfig, IngestConfig
 from pulmo_jax.host.extras import install_command
 from pulmo_jax.host.reading import read_yaml
 from pulmo_jax.runs.paths import check_paths
@@ -32,7 +32,8 @@ from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
-VERBS = ("train", "predict", "evaluate", "detect", "ingest")
+VERBS = ("train", "predict", "evaluate", "detect", "compare", "ingest")
+WITHOUT_TASK = {"ingest": IngestConfig, "compare": CompareConfig}
 DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources"}  # if no experiment names a task
 GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # config groups of nodes
 OF_RUN = ("predict", "evaluate")  # verbs that take their task from a run
@@ -50,8 +51,8 @@ class Command:
     """A verb and its task.
 
     Attributes:
-        verb: train, predict, evaluate, detect or ingest.
-        task: The task; None for ingest.
+        verb: train, predict, evaluate, detect, compare or ingest.
+        task: The task; None for compare and ingest.
         arguments: Arguments of the command line before composition.
     """
 
@@ -62,7 +63,7 @@ class Command:
     @property
     def schema(self) -> type[Section]:
         """Typed config of the verb."""
-        return IngestConfig if self.task is None else self.task.section(self.verb)
+        return WITHOUT_TASK[self.verb] if self.task is None else self.task.section(self.verb)
 
     @property
     def primary(self) -> str:
@@ -88,7 +89,7 @@ def find_command(verb: str, values: Mapping[str, Any]) -> Command:
     Raises:
         InputError: If there is no such task, or it does not support the verb.
     """
-    if verb not in (*DEFAULT_TASKS, *OF_RUN):
+    if verb in WITHOUT_TASK:
         return Command(verb, None)
     plugins = tuple(values.get("plugins") or ())
     name = values.get("task") or DEFAULT_TASKS.get(verb)
@@ -218,6 +219,10 @@ def checked(raw: DictConfig, command: Command) -> Any:
     check_groups(config)
     if command.verb == "train" and command.task is not None:
         command.task.training.check(config)
+    if command.verb == "compare":  # before the output folder is made
+        from pulmo_jax.runs.comparison import read_matched  # imports the readers of images
+
+        find_task(read_matched(config.runs, config.images).task, config.plugins)
     return config
 
 
