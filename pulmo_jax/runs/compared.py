@@ -35,6 +35,7 @@ from pulmo_jax.runs.task import Comparison
 from pulmo_jax.types import InputError
 
 SMALL = 2**24  # largest metrics.json and run.json, bytes
+FEW_GROUPS = 10
 UNPAIRED = (
     "no interval: the evaluations drew other groups; evaluate the runs with the same seed and evaluation.replicates"
 )
@@ -116,6 +117,8 @@ def compare_evaluations(matched: Matched, comparison: Comparison, config: Compar
     costs = [cost_of(folder, evaluation) for folder, evaluation in zip(config.runs, evaluations, strict=True)]
     if config.images == "common" and any(len(own) < len(e.images) for own, e in zip(rows, evaluations, strict=True)):
         notes.append("Figures of merit of pixels are stored for whole evaluations only, and left out here.")
+    if len({image.group for image in images}) < FEW_GROUPS:
+        notes.append(f"Fewer than {FEW_GROUPS} groups: intervals and p-values are rough.")
     folders = {label: without_home(str(folder)) for label, folder in zip(labels, config.runs, strict=True)}
     costs_table = cost_table(dict(zip(labels, costs, strict=True)))
     tables = [figures_of_merit_table("Figures of merit", compared, compared.estimates), difference_table(compared)]
@@ -125,7 +128,7 @@ def compare_evaluations(matched: Matched, comparison: Comparison, config: Compar
         markdown="\n".join(["# Comparison\n", *map(table_markdown, [*tables, costs_table])]),
         sections=sections_of(compared, tables, costs_table, out_dir),
         summary={**folders, "images": str(len(images)), "groups": str(len(set(compared.groups)))},
-        shown=[console_table(table) for table in [*tables, costs_table]],
+        shown=[console_table(tables[0], intervals=False), *map(console_table, [tables[1], costs_table])],
         tables={"comparison.csv": comparison_csv(compared), "by_image.csv": by_image_csv(compared)},
         warnings=notes,
     )
@@ -288,11 +291,11 @@ def p_text(p: float | None) -> str:
     return UNDEFINED if p is None else number(p) if p >= 1e-4 else f"{p:.1e}"
 
 
-def console_table(table: Table) -> rich.table.Table:
+def console_table(table: Table, *, intervals: bool = True) -> rich.table.Table:
     """Format a table for the console."""
-    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption="\n".join(table.notes))
     for row in table.rows:
-        grid.add_row(*row)
+        grid.add_row(*(text if intervals else text.partition(" [")[0] for text in row))
     return grid
 
 
