@@ -14,6 +14,7 @@ from pulmo_jax import compare as verb
 from pulmo_jax.config.verbs import CompareConfig
 from pulmo_jax.core.histogram import group_weights
 from pulmo_jax.evaluation.landmark_metrics import convert_unit
+from pulmo_jax.runs import compared
 from pulmo_jax.runs.comparison import (
     STORED,
     EvaluatedImage,
@@ -26,7 +27,7 @@ from pulmo_jax.runs.comparison import (
 from pulmo_jax.tasks.landmarks.comparison import mean_and_median
 from pulmo_jax.types import InputError
 
-N, PER_GROUP, K = 24, 2, 5
+N, PER_GROUP, K, REPLICATES = 24, 2, 5, 20
 GROUPS = [f"patient{i // PER_GROUP}" for i in range(N)]
 ABNORMAL = np.arange(N) % 3 == 0
 RNG = np.random.default_rng(5)
@@ -78,6 +79,22 @@ def landmarks(seed):
     return "landmarks", images(["Normal"] * N, truth="points"), results
 
 
+@pytest.fixture
+def drawn():
+    """For tests that look at the figures; the others save a second each without them."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    def save(figure, folder, name):
+        folder.mkdir(exist_ok=True)
+        (path := folder / f"{name}.png").write_bytes(b"")
+        return path
+
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(compared, "save", save)
+
+
 MAKERS = [anomalies, classification, landmarks]
 
 
@@ -90,7 +107,7 @@ def store(folder, task, listed, results, name=None):
 
 
 def call(out, *runs, **options):
-    verb.compare(CompareConfig(runs=runs, output=out, replicates=50, **options), out)
+    verb.compare(CompareConfig(runs=runs, output=out, replicates=REPLICATES, **options), out)
     metrics = json.loads((out / "metrics.json").read_text())
     return metrics, list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
 
@@ -126,7 +143,7 @@ def test_image_figures_and_their_differences_are_those_of_scikit_learn(tmp_path)
     runs = [store(tmp_path / name, *one) for name, one in zip("ab", made, strict=True)]
     metrics, rows = call(tmp_path / "out", *runs)
     a, b = (np.array(one[2]["scores"]["autoencoder"]) for one in made)
-    weights = np.stack([group_weights(group, 50, 0) for group in GROUPS], axis=1)
+    weights = np.stack([group_weights(group, REPLICATES, 0) for group in GROUPS], axis=1)
     for name, score in (("auroc", roc_auc_score), ("ap", average_precision_score)):
         assert metrics["figures"]["a"][name]["value"] == pytest.approx(score(ABNORMAL, a))
         gaps = [score(ABNORMAL, b, sample_weight=w) - score(ABNORMAL, a, sample_weight=w) for w in weights]
@@ -175,7 +192,7 @@ def test_three_classes_have_no_single_curve_and_no_p_value(tmp_path):
     assert not (tmp_path / "out" / "figures" / "curves.png").exists()
 
 
-def test_landmark_errors_are_compared_in_every_unit(tmp_path):
+def test_landmark_errors_are_compared_in_every_unit(tmp_path, drawn):
     made = [landmarks(seed) for seed in (0, 1)]
     runs = [store(tmp_path / name, *one) for name, one in zip("ab", made, strict=True)]
     metrics, _ = call(tmp_path / "out", *runs)
@@ -187,9 +204,8 @@ def test_landmark_errors_are_compared_in_every_unit(tmp_path):
         assert gap[f"median_{unit}"]["value"] == pytest.approx(np.nanmedian(y) - np.nanmedian(x))
     rows = list(csv.DictReader((tmp_path / "out" / "by_image.csv").read_text().splitlines()))
     assert [float(row["b"]) for row in rows] == pytest.approx(np.nanmean(b, axis=1).tolist())
-    assert {"errors.png", "errors_by_image.png", "differences.png"} <= {
-        p.name for p in (tmp_path / "out/figures").iterdir()
-    }
+    names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert {"errors.png", "errors.pdf", "errors_by_image.png", "differences.png"} <= names
 
 
 def test_weighted_means_and_medians_are_those_of_repeated_images():
@@ -204,7 +220,7 @@ def test_weighted_means_and_medians_are_those_of_repeated_images():
     assert np.isnan([mean[-1], median[-1]]).all()
 
 
-def test_three_runs_differ_from_the_first_and_say_what_they_cost(tmp_path):
+def test_three_runs_differ_from_the_first_and_say_what_they_cost(tmp_path, drawn):
     runs = [store(tmp_path / name, *anomalies(seed)) for seed, name in enumerate("abc")]
     (tmp_path / "a" / "config.yaml").write_text("task: anomalies\n")
     (tmp_path / "a" / "metrics.json").write_text('{"training": {"training_s": 12.5, "steps": 7, "parameters": 99}}')
