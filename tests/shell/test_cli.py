@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from references import child
 
-from pulmo_jax import detect, evaluate, ingest, predict, train
+from pulmo_jax import compare, detect, evaluate, ingest, predict, train
 from pulmo_jax.config.nodes import HOMES, argument_schema, parameters_of_node
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.host.console import Console, tracker
@@ -39,6 +40,7 @@ EXAMPLES = {
     "evaluate": evaluate.EXAMPLES,
     "detect": detect.EXAMPLES,
     "ingest": ingest.EXAMPLES,
+    "compare": compare.EXAMPLES,
 }
 
 
@@ -157,6 +159,10 @@ def test_help_of_detect_lists_no_group_of_training(run):
         ("train", ["hydra.run.dir=~nobody-there/x"], "hydra.run.dir=~nobody-there/x: there is no such home"),
         ("train", ["method.base_run=~nobody-there/x", "method=patch_gaussian"], "there is no such home"),
         ("predict", ["run=~nobody-there/x", "input=a", "output=b"], "there is no such home"),
+        ("compare", ["a", "output=out"], "runs=['a']: give two runs or more"),
+        ("compare", [], "runs must be given"),
+        ("compare", ["a", "b", "output=out"], "a: has no evaluated_images.json; give folders that evaluate wrote"),
+        ("compare", ["a", "b", "images=some"], "images='some': input should be 'same' or 'common'"),
         ("train", ["--config-dir=~nobody-there/x", "seed=1"], "~nobody-there/x: there is no such home"),
         ("train", ["foo.bar=1"], "unknown key foo.bar"),
         ("train", ["method.latent=1"], "unknown key method.latent; method has: score, smooth_px"),
@@ -333,6 +339,23 @@ def test_the_interval_of_the_checkpoints_has_its_former_key(run, key):
     got = []
     assert run("train", f"{key}=7", task=lambda config, run_dir: got.append(config)).status == 0
     assert got[0].trainer.checkpoint_every == 7
+
+
+def test_runs_to_compare_are_given_without_a_key(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "pulmo_jax.runs.comparison.read_matched", lambda runs, images: SimpleNamespace(task="landmarks")
+    )
+    got = []
+
+    def keep(config, out):
+        got.append((config, out))
+
+    assert run("compare", "a b", "output=out", "runs/2", task=keep).status == 0
+    assert run("compare", "runs=[x,y.z,w]", "images=common", task=keep).status == 0
+    (first, out), (second, named) = got
+    assert (first.runs, out) == ((Path("a b"), Path("runs/2")), tmp_path / "out")
+    assert second.runs == (Path("x"), Path("y.z"), Path("w"))
+    assert named.parent == tmp_path / "comparisons"
 
 
 def test_run_directory_is_named_after_the_run_and_the_time(run, tmp_path):
