@@ -131,6 +131,7 @@ def compare_evaluations(matched: Matched, comparison: Comparison, config: Compar
         shown=[console_table(tables[0], intervals=False), *map(console_table, [tables[1], costs_table])],
         tables={"comparison.csv": comparison_csv(compared), "by_image.csv": by_image_csv(compared)},
         warnings=notes,
+        sample=next((evaluation.sample for evaluation in evaluations if evaluation.sample), ""),
     )
 
 

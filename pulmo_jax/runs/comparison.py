@@ -51,6 +51,7 @@ class Evaluation:
         seconds_per_image: Time to read and predict an image, with the trivial baselines, s.
         images: Images that were evaluated.
         results: Results by image, of a form defined by the task.
+        sample: First line of a report on sample data; "" for other data.
     """
 
     format: Literal[1]
@@ -60,6 +61,7 @@ class Evaluation:
     seconds_per_image: float | None
     images: tuple[EvaluatedImage, ...]
     results: dict[str, Any]
+    sample: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Content of the file."""

@@ -93,7 +93,7 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
     if findings.sample:
         console.print(findings.sample)
     if findings.evaluation is not None:
-        write_json(folder / STORED, findings.evaluation.as_json())
+        write_json(folder / STORED, replace(findings.evaluation, sample=findings.sample).as_json())
     for table in findings.shown:
         console.print(table)
     for warning in findings.warnings:

@@ -222,6 +222,8 @@ def test_weighted_means_and_medians_are_those_of_repeated_images():
 
 def test_three_runs_differ_from_the_first_and_say_what_they_cost(tmp_path, drawn):
     runs = [store(tmp_path / name, *anomalies(seed)) for seed, name in enumerate("abc")]
+    stored = json.loads((runs[1] / STORED).read_text())
+    (runs[1] / STORED).write_text(json.dumps(stored | {"sample": "Sample data: one patient."}))
     (tmp_path / "a" / "config.yaml").write_text("task: anomalies\n")
     (tmp_path / "a" / "metrics.json").write_text('{"training": {"training_s": 12.5, "steps": 7, "parameters": 99}}')
     (tmp_path / "a" / "run.json").write_text('{"devices": ["gpu: H"]}')
@@ -232,7 +234,15 @@ def test_three_runs_differ_from_the_first_and_say_what_they_cost(tmp_path, drawn
     assert cost["seconds_per_image"] == pytest.approx(0.5 / N, rel=1e-3)
     assert metrics["runs"]["b"]["parameters"] is None
     page = (tmp_path / "out" / "report.html").read_text()
-    for words in ("Difference from a", "12.5", "p, AUROC", "How this was made", "Curves that cross"):
+    assert metrics["sample"] == "Sample data: one patient."
+    for words in (
+        "Sample data: one patient.",
+        "Difference from a",
+        "12.5",
+        "p, AUROC",
+        "How this was made",
+        "Curves that cross",
+    ):
         assert words in page
     assert (tmp_path / "out" / "metrics.md").read_text().startswith("# Comparison")
 
