@@ -1,9 +1,14 @@
 """pulmo_jax finds what does not belong in an image, and quantifies how sure it is."""
 
+import sys
+
+# In syntax that Python 3.6 reads, before the imports of this file and of any other.
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit("pulmo_jax needs Python 3.11 or newer; this is Python {}.{}.{}".format(*sys.version_info))
+
 import ctypes
 import os
 import platform
-import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any

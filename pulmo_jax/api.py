@@ -17,11 +17,13 @@ from typing import Any
 from jaxtyping import Float
 from numpy import ndarray
 
+from pulmo_jax.host.calls import called, without_home
 from pulmo_jax.host.console import make_console
 from pulmo_jax.runs.directory import task_of, use_compile_cache
 from pulmo_jax.runs.place import workplace
 from pulmo_jax.runs.report import assess_and_write
 from pulmo_jax.runs.task import OpenRun, find_task
+from pulmo_jax.shell.arguments import expanded
 from pulmo_jax.shell.composing import DEFAULT_TASKS, compose_config
 from pulmo_jax.train import train as run_training
 from pulmo_jax.types import InputError
@@ -42,7 +44,7 @@ def open_run(path: Path | str, plugins: Sequence[str] = ()) -> OpenRun:
     Raises:
         InputError: It is not a finished run, or not as training wrote it.
     """
-    folder = Path(path).expanduser()
+    folder = at_home(path, "path")
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no config.yaml there; give the directory of a training run")
     use_compile_cache(None)
@@ -72,10 +74,13 @@ def train(
         KeyboardInterrupt: Stopped by a signal, with a checkpoint; {"resume": True} with the same run_dir continues.
     """
     values, run_dir = without_folder(config or {}, run_dir)
+    config_dir = config_dir and at_home(config_dir, "config_dir")
     typed = compose_config("train", experiment, values, config_dir)
-    folder = Path(run_dir) if run_dir else Path("runs") / typed.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = at_home(run_dir, "run_dir") if run_dir else Path("runs") / typed.name / stamp
     try:
-        run_training(typed, folder)
+        with called(f"pulmo_jax.train({experiment!r}, {shown(values)})"):
+            run_training(typed, folder)
     except SystemExit as stop:
         raise KeyboardInterrupt(f"stopped, with a checkpoint in {folder}") from stop
     return open_run(folder, typed.plugins)
@@ -96,14 +101,25 @@ def evaluate(run: OpenRun | Path | str, config: Config, *, out_dir: Path | str |
     Raises:
         InputError: The run or the images cannot be used.
     """
-    path = Path(run) if isinstance(run, Path | str) else run.path
+    path = at_home(run, "run") if isinstance(run, Path | str) else run.path
     values, out_dir = without_folder(config, out_dir)
     typed = compose_config("evaluate", None, {"run": str(path), **values})
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(out_dir) if out_dir else path / "evaluation" / stamp
+    folder = at_home(out_dir, "out_dir") if out_dir else path / "evaluation" / stamp
     task, opened = find_task(task_of(path), typed.plugins), open_run(path, typed.plugins)
-    with workplace(folder, "evaluate", typed, path) as place:
+    command = f"pulmo_jax.evaluate({without_home(str(path))!r}, {shown(values)})"
+    with called(command), workplace(folder, "evaluate", typed, path) as place:
         return dict(assess_and_write(task.assessment, opened, typed, place).metrics)
+
+
+def shown(values: Config) -> str:
+    """The keys of a config as Python code, with `~` for the home directory."""
+    return without_home(repr({key: str(value) if isinstance(value, Path) else value for key, value in values.items()}))
+
+
+def at_home(path: Path | str, name: str) -> Path:
+    """Expand a leading `~` in the argument of this name. Raises InputError if the home does not exist."""
+    return Path(expanded(str(path), name))
 
 
 def without_folder(config: Config, folder: Path | str | None) -> tuple[Config, Path | str | None]:

@@ -36,6 +36,9 @@ def predict(config: Any, _: Path) -> None:
         InputError: The run or the input cannot be used.
         SystemExit: With status 3, if some files failed.
     """
+    from pulmo_jax.host.calls import CALL
+    from pulmo_jax.host.files import write_json
+    from pulmo_jax.reporting.provenance import provenance
     from pulmo_jax.runs.directory import task_of, use_compile_cache
     from pulmo_jax.runs.place import workplace
     from pulmo_jax.runs.records import predict_all
@@ -46,6 +49,7 @@ def predict(config: Any, _: Path) -> None:
     run = task.open_run(config.run, config.plugins)
     with workplace(config.output, "predict", config, config.run) as place:
         status = predict_all(task.prediction, run, config, place)
+        write_json(config.output / "run.json", {**provenance(), "seconds": round(CALL.get().seconds, 1)})
     if status:
         sys.exit(status)
 

@@ -8,11 +8,12 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Strict, ValidationError, create_model
 
-from pulmo_jax.config.section import Node, Section, describe_errors, shortened
+from pulmo_jax.config.section import Node, Section, at_home, describe_errors, shortened
 from pulmo_jax.config.signatures import REQUIRED, Parameter, read_parameters
 from pulmo_jax.types import InputError
 
@@ -302,4 +303,15 @@ def check_arguments(parameters: Mapping[str, Parameter], node: Node, where: str)
         checked = schema.model_validate(values)
     except ValidationError as error:
         raise InputError(describe_errors(error, schema, prefix=where)) from None
-    return {key: getattr(checked, key) for key in schema.model_fields if key in checked.model_fields_set}
+    given = {key: getattr(checked, key) for key in schema.model_fields if key in checked.model_fields_set}
+    try:
+        return {key: paths_at_home(value) for key, value in given.items()}
+    except ValueError as error:
+        raise InputError(f"{where}: has a path that starts with ~, and {error}") from None
+
+
+def paths_at_home(value: Any) -> Any:
+    """Expand a leading `~` in a path or a sequence of paths; other values, text among them, are returned unchanged."""
+    if isinstance(value, list | tuple) and any(isinstance(item, Path) for item in value):
+        return type(value)(map(paths_at_home, value))
+    return at_home(value) if isinstance(value, Path) else value

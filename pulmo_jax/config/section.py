@@ -13,13 +13,38 @@ from pulmo_jax.types import InputError
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
+P = TypeVar("P", str, Path)
 
 
 def _as_path(value: Any) -> Any:
     """Convert numbers, as in a folder named 2024; refuse "" (data.train=$UNSET), which is the current folder."""
     if value == "":
         raise ValueError("is empty; give a path, or null for an optional key")
-    return str(value) if isinstance(value, int | float) else value
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, str):
+        return at_home(value)
+    return at_home(value) if isinstance(value, Path) else value
+
+
+def at_home(path: P) -> P:
+    """Expand a leading `~` or `~user`, which the shell does not expand in KEY=~/x.
+
+    Args:
+        path: A path, as text or `Path`.
+
+    Returns:
+        The path, of the same type.
+
+    Raises:
+        ValueError: If the user is unknown or has no home.
+    """
+    if not str(path).startswith("~"):
+        return path
+    try:
+        return type(path)(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError("there is no such home; give an absolute path") from None
 
 
 PathLike = Annotated[Path, BeforeValidator(_as_path)]

@@ -90,6 +90,23 @@ def figure_difference(
     return _estimate(values_a - values_b, _needed(name, positive, n_groups))
 
 
+def weighted_figures(
+    probabilities: Float[np.ndarray, "R N K"], labels: Int[np.ndarray, "N"], positive: int | None
+) -> Callable[[Float64[np.ndarray, "B N"]], Float[np.ndarray, "B figures"]]:
+    """Function from image weights to `FIGURES`, mean over the repeats; NaN where undefined.
+
+    Args:
+        probabilities: Class probabilities of each repeat and image.
+        labels: True class of each image.
+        positive: Positive class, see `class_figures`.
+
+    Returns:
+        The function, which treats each row of weights separately.
+    """
+    repeats = [_repeat_figures(repeat, labels, positive) for repeat in probabilities]
+    return lambda weights: np.mean([figures(weights) for figures in repeats], axis=0)
+
+
 def confusion(probabilities: Float[np.ndarray, "R N K"], labels: Int[np.ndarray, "N"]) -> Float[np.ndarray, "K K"]:
     """Confusion matrix, averaged over the repeats.
 

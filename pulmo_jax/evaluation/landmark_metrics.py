@@ -210,7 +210,7 @@ def class_shift(
     member, names = np.array(labels), sorted(set(labels))
     if reference not in names:
         raise InputError(f"No image belongs to the reference class {reference!r}; the classes are {names}.")
-    image_error, group = _image_means(errors), _names(len(errors), groups)
+    image_error, group = image_means(errors), _names(len(errors), groups)
     group_sums = {}
     for name in names:
         inside = (member == name) & ~np.isnan(image_error)
@@ -266,12 +266,20 @@ def failures(errors: Float[np.ndarray, "N K"], count: int) -> Int[np.ndarray, "n
     Returns:
         Indices of the images, the largest error first; images without ground truth are excluded.
     """
-    image_error = _image_means(errors)
+    image_error = image_means(errors)
     order = np.argsort(-image_error, kind="stable")  # NaN sorts last
     return order[: min(count, int(np.sum(~np.isnan(image_error))))]
 
 
-def _image_means(errors: np.ndarray) -> np.ndarray:
+def image_means(errors: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N"]:
+    """Mean error of each image.
+
+    Args:
+        errors: Errors; NaN where there is no ground truth.
+
+    Returns:
+        Means; NaN for images without ground truth.
+    """
     labelled = ~np.isnan(errors)
     n = labelled.sum(1)
     return np.divide(np.where(labelled, errors, 0).sum(1), n, out=np.full(len(errors), np.nan), where=n > 0)

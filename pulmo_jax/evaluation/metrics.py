@@ -8,6 +8,7 @@ data in every bootstrap replicate (56 ms instead of 2 ms). Image figures use sci
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
@@ -186,6 +187,14 @@ class PixelMetrics:
             n_lesions=_tally(self.n_lesions, size),
         )
 
+    @cached_property
+    def resampled(self) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """All pixel figures, and those of each bootstrap replicate; NaN where undefined."""
+        histograms = (self.positives, self.negatives, self.regions)
+        figures = _pixel_figures(self)
+        replicates = zip(*(h.replicate_counts() for h in histograms), strict=True)
+        return figures(*(h.count for h in histograms)), [figures(*counts) for counts in replicates]
+
     def estimates(self) -> dict[str, Estimate]:
         """Compute all pixel figures with their intervals.
 
@@ -195,12 +204,9 @@ class PixelMetrics:
         Returns:
             `PIXEL_FIGURES` by name.
         """
-        histograms = (self.positives, self.negatives, self.regions)
-        figures = _pixel_figures(self)
-        values = figures(*(h.count for h in histograms))
-        replicates = zip(*(h.replicate_counts() for h in histograms), strict=True)
+        values, replicates = self.resampled
         n_groups = {"abnormal": len(self.positives.groups), "normal": len(self.negatives.groups)}
-        return _estimates(values, [figures(*counts) for counts in replicates], n_groups, "pixels")
+        return _estimates(values, replicates, n_groups, "pixels")
 
     def recall_by_size(self) -> tuple[SizeRecall, ...]:
         """Recall of lesions in each size class."""
@@ -233,14 +239,27 @@ def image_metrics(
         `IMAGE_FIGURES` by name.
     """
     weights = np.stack([group_weights(group, replicates, seed) for group in groups], axis=1)
-    values = _image_figures(scores, labels, threshold, np.ones(scores.size))
-    replicate_values = [_image_figures(scores, labels, threshold, weight) for weight in weights.astype(np.float64)]
+    values = image_figures(scores, labels, threshold, np.ones(scores.size))
+    replicate_values = [image_figures(scores, labels, threshold, weight) for weight in weights.astype(np.float64)]
     names = np.array(groups)
     n_groups = {"abnormal": np.unique(names[labels]).size, "normal": np.unique(names[~labels]).size}
     return _estimates(values, replicate_values, n_groups, "images")
 
 
-def _image_figures(scores: np.ndarray, labels: np.ndarray, threshold: float, weight: np.ndarray) -> dict[str, float]:
+def image_figures(
+    scores: Float64[np.ndarray, "N"], labels: Bool[np.ndarray, "N"], threshold: float, weight: Float64[np.ndarray, "N"]
+) -> dict[str, float]:
+    """Compute all image figures of weighted images.
+
+    Args:
+        scores: Score of each image.
+        labels: True for abnormal images.
+        threshold: Threshold at which sensitivity and false-alarm rate are evaluated.
+        weight: Weight of each image.
+
+    Returns:
+        `IMAGE_FIGURES` by name; NaN where undefined.
+    """
     figures: dict[str, float] = dict.fromkeys(IMAGE_FIGURES, np.nan)
     above, abnormal, normal = scores > threshold, weight * labels, weight * ~labels
     if abnormal.any():

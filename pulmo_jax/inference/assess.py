@@ -3,6 +3,7 @@
 Images are processed one at a time; the data stored per image are bounded.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class Assessment:
         peak_in_lesion: Number of images whose highest pixel lies in a lesion, and number of images with lesions.
         refs: Scored images.
         unscored: Titles of images without any score.
+        truths: SHA-256 of the mask of each scored image; "" without findings or without a mask.
     """
 
     pixels: dict[str, PixelMetrics] | None
@@ -56,6 +58,7 @@ class Assessment:
     peak_in_lesion: tuple[int, int]
     refs: list[ImageRef]
     unscored: list[str] = field(default_factory=list)
+    truths: list[str] = field(default_factory=list)
 
 
 def calibrate(
@@ -123,7 +126,7 @@ def assess(
         for name, c in calibrations.items()
     }
     image_scores: dict[str, list[float]] = {name: [] for name in calibrations}
-    abnormal, scored, unscored = [], [], []
+    abnormal, scored, unscored, truths = [], [], [], []
     with_masks, hits, lesions = False, 0, 0
     for ref in track(refs, len(refs)):
         pixels, foreground, truth = reader.image(ref), reader.foreground(ref), get_truth(ref)
@@ -138,6 +141,7 @@ def assess(
                 pixel_metrics[name] = pixel_metrics[name].add(score_map, truth.mask, None, ref.group)
         abnormal.append(truth.abnormal)
         scored.append(ref)
+        truths.append(digest_of(truth.mask))
         if truth.mask is not None:
             with_masks = True
             if truth.mask.any():
@@ -145,8 +149,13 @@ def assess(
                 hits += bool(truth.mask[np.unravel_index(np.nanargmax(scores), scores.shape)])
     groups = [ref.group for ref in scored]
     return Assessment(
-        pixel_metrics if with_masks else None, image_scores, abnormal, groups, (hits, lesions), scored, unscored
+        pixel_metrics if with_masks else None, image_scores, abnormal, groups, (hits, lesions), scored, unscored, truths
     )
+
+
+def digest_of(mask: Bool[np.ndarray, "H W"] | None) -> str:
+    """SHA-256 of a mask with findings; "" for none."""
+    return "" if mask is None or not mask.any() else hashlib.sha256(np.packbits(mask)).hexdigest()
 
 
 def choose_examples(assessment: Assessment, count: int) -> dict[str, list[ImageRef]]:

@@ -9,6 +9,7 @@ import jinja2
 
 from pulmo_jax.host.console import printable
 from pulmo_jax.host.files import write_text
+from pulmo_jax.reporting.provenance import how_made
 from pulmo_jax.reporting.tables import Table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -85,6 +86,7 @@ def write_report(
     citations: Sequence[str],
     warnings: Sequence[str],
     sample: str = "",
+    made: Mapping[str, str] | None = None,
 ) -> None:
     """Write the report as a single HTML file that loads nothing; the file is replaced atomically.
 
@@ -96,6 +98,7 @@ def write_report(
         citations: References that users of the run should cite.
         warnings: Messages shown above everything else. All text is HTML-escaped.
         sample: Line below the title of a report on sample data.
+        made: How the results were made, by label, shown at the end; None: `how_made` of this process.
 
     Raises:
         FileNotFoundError: If a figure does not exist; an existing report is then left as it is.
@@ -111,6 +114,7 @@ def write_report(
         warnings=warnings,
         sample=sample,
         long=LONG,
+        made=how_made() if made is None else made,
     )
     write_text(path, page)
 

@@ -4,9 +4,6 @@ finished.json is written last. It names the checkpoint of the calibration and co
 read on opening, because thresholds with other parameters or damaged files would silently give wrong results.
 """
 
-import importlib.metadata
-import os
-import platform
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +13,6 @@ from typing import Any, TypeVar
 import jax
 from omegaconf import OmegaConf
 
-from pulmo_jax import __version__
 from pulmo_jax.config.nodes import build
 from pulmo_jax.config.section import C, Section, validate
 from pulmo_jax.host.cache import cache_folder, can_write
@@ -28,18 +24,6 @@ from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
 
 T = TypeVar("T")
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "scipy",
-    "tifffile",
-    "astropy",
-)
 FINISHED = "finished.json"
 CONFIG = "config.yaml"
 SMALL = 2**24  # largest finished.json and run.json, bytes
@@ -241,17 +225,6 @@ def citation_of(run: Path) -> list[str]:
     facts = read_json(run / "run.json", SMALL, run)
     text = facts.get("citation") if isinstance(facts, dict) else None
     return [text] if text and isinstance(text, str) else []
-
-
-def provenance() -> dict[str, Any]:
-    """Versions of Python and packages, platform, CPUs and devices, for run.json."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
-        "packages": {"pulmo-jax": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
-    }
 
 
 def use_compile_cache(folder: Path | None) -> None:

@@ -10,11 +10,14 @@ from matplotlib.figure import Figure
 from rich.console import RenderableType
 
 from pulmo_jax.config.nodes import build_function
+from pulmo_jax.host.calls import CALL
 from pulmo_jax.host.console import Console
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.reporting.figures import save
+from pulmo_jax.reporting.provenance import provenance
 from pulmo_jax.reporting.report import CaptionedFigure, Section, write_report
 from pulmo_jax.reporting.tables import markdown_text
+from pulmo_jax.runs.comparison import STORED, Evaluation
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.task import Assessment
 from pulmo_jax.types import InputError
@@ -36,6 +39,7 @@ class Findings:
         warnings: Warnings, also printed.
         objective: Objective of a sweep, which is minimised.
         sample: First line of a report on sample data; see `data.sample_facts.sample_line`.
+        evaluation: Results by image, for later comparisons; None if there were no labelled images.
     """
 
     title: str
@@ -49,6 +53,7 @@ class Findings:
     warnings: Sequence[str] = ()
     objective: float = math.nan
     sample: str = ""
+    evaluation: Evaluation | None = None
 
 
 def assess_and_write(assessment: Assessment, run: Any, config: Any, place: Place) -> Findings:
@@ -66,6 +71,7 @@ def assess_and_write(assessment: Assessment, run: Any, config: Any, place: Place
     data = assessment.read_test(run, config, place)
     place.clear()
     findings = with_figures(assessment.assess(run, data, config, place), run, config, place.folder)
+    write_json(place.folder / "run.json", {**provenance(), "seconds": round(CALL.get().seconds, 1)})
     write_findings(findings, place.folder, place.console)
     return findings
 
@@ -86,6 +92,8 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
         write_text(folder / name, content)
     if findings.sample:
         console.print(findings.sample)
+    if findings.evaluation is not None:
+        write_json(folder / STORED, replace(findings.evaluation, sample=findings.sample).as_json())
     for table in findings.shown:
         console.print(table)
     for warning in findings.warnings:

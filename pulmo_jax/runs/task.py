@@ -23,8 +23,12 @@ from pulmo_jax.runs.older import naming_version
 from pulmo_jax.types import InputError
 
 if TYPE_CHECKING:  # JAX is not imported before the config has been validated
+    import numpy as np
+
     from pulmo_jax.data.images import Skipped
+    from pulmo_jax.evaluation.paired import Scored
     from pulmo_jax.host.console import Console
+    from pulmo_jax.runs.comparison import EvaluatedImage
     from pulmo_jax.runs.place import Place
     from pulmo_jax.runs.records import Item, Outputs, Record
     from pulmo_jax.runs.report import Findings
@@ -246,6 +250,29 @@ class Assessment(Protocol):
 
 
 @runtime_checkable
+class Comparison(Protocol):
+    """Interface of comparison.py, which a task may lack: the results that evaluations stored, for comparisons."""
+
+    TITLES: Mapping[str, str]
+    """Figures of merit in the order in which they are shown, with their titles."""
+
+    def scored(
+        self, results: Mapping[str, Any], images: "Sequence[EvaluatedImage]", rows: "np.ndarray"
+    ) -> "Mapping[str, Scored]":
+        """Results of each method for some images.
+
+        Args:
+            results: Results that the assessment stored, from evaluated_images.json.
+            images: All images of the evaluation.
+            rows: The images to be compared.
+
+        Returns:
+            Results by method, the run first, then trivial baselines.
+        """
+        ...
+
+
+@runtime_checkable
 class Detection(Protocol):
     """Interface of detection.py: source detection without training."""
 
@@ -312,6 +339,13 @@ class Task:
     def assessment(self) -> Assessment:
         """Module assessment.py of the task."""
         return cast(Assessment, self._part("assessment"))
+
+    @property
+    def comparison(self) -> Comparison:
+        """Module comparison.py of the task. Raises InputError if there is none."""
+        if not is_package(f"{self.package}.comparison"):
+            raise InputError(f"task={self.name}: its runs cannot be compared")
+        return cast(Comparison, self._part("comparison"))
 
     @property
     def detection(self) -> Detection:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
@@ -20,11 +21,12 @@ from pulmo_jax.data.pipeline import MapDataset, iterate
 from pulmo_jax.host.console import Console
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.resources import explain_out_of_memory, require
-from pulmo_jax.runs.directory import provenance, save_config, task_of, unseal
+from pulmo_jax.reporting.provenance import provenance
+from pulmo_jax.runs.directory import save_config, task_of, unseal
 from pulmo_jax.runs.older import migrated
 from pulmo_jax.runs.place import Place
 from pulmo_jax.training import devices
-from pulmo_jax.training.callbacks import Callback, Start
+from pulmo_jax.training.callbacks import Callback, Checkpoint, JsonLines, Start
 from pulmo_jax.training.checkpoint import Checkpoints, Record
 from pulmo_jax.training.loop import Outcome, fit
 from pulmo_jax.training.program import Program, Step, uncompiled
@@ -212,7 +214,7 @@ def learn(
         learning: Input of the training loop.
         state: State to start from.
         before: Metadata of its checkpoint.
-        callbacks: Callbacks.
+        callbacks: Further callbacks; log and checkpoints, without which the run could not be used, come before them.
         trainer: Config of the loop.
         place: Output folder and console.
 
@@ -250,7 +252,7 @@ def learn(
             step,
             (devices.divided(share, learning.mesh) for share in shares),
             learning.validate,
-            callbacks,
+            [*essential_callbacks(trainer), *callbacks],
             begins,
             log_every=trainer.log_every,
             validate_every=learning.validate_every or trainer.validate_every,
@@ -269,6 +271,7 @@ def learn(
         val_loss = learning.validate(devices.on_all(kept, learning.mesh))
     facts = {
         "steps": int(outcome.state.step),
+        "parameters": sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(outcome.state.params)),
         "stopped_early": before.stopped or outcome.stopped or "no",
         "best_step": record.step,
         "best_val_loss": val_loss,
@@ -311,8 +314,20 @@ def no_step(state: TrainState, batch: Any) -> Any:
     raise AssertionError("the resumed run has already completed all steps")
 
 
+def essential_callbacks(trainer: TrainerConfig) -> list[Callback]:
+    """Callbacks of every training: without checkpoints a run can be neither resumed nor used.
+
+    Args:
+        trainer: Config of the loop.
+
+    Returns:
+        The log first, so that every step before a checkpoint is logged, then the checkpoints.
+    """
+    return [JsonLines(), Checkpoint(trainer.checkpoint_every)]
+
+
 def build_callbacks(nodes: Mapping[str, Node], plugins: tuple[str, ...]) -> list[Callback]:
-    """Build the callbacks of a config.
+    """Build the further callbacks of a config.
 
     Args:
         nodes: `_target_` node by name.

@@ -7,7 +7,6 @@ Exit statuses: 0 success; 1 internal error, with a traceback; 2 invalid input or
 import gc
 import importlib
 import os
-import re
 import signal
 import socket
 import sys
@@ -30,6 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pulmo_jax import __version__
 from pulmo_jax.host.cache import provide_home
+from pulmo_jax.host.calls import called
+from pulmo_jax.host.calls import command_line as as_typed
 from pulmo_jax.host.console import SOME_FAILED, complain, make_console
 from pulmo_jax.host.files import write_text
 from pulmo_jax.host.lock import in_use
@@ -37,6 +38,7 @@ from pulmo_jax.host.outputs import adding, joined, output_folder
 from pulmo_jax.host.signals import Stopped, stepping_down, stoppable
 from pulmo_jax.host.streams import guard_streams, reader_left
 from pulmo_jax.runs.older import is_unrecorded, record_files
+from pulmo_jax.shell.arguments import POSITIONAL, accepted
 from pulmo_jax.shell.combinations import check_sweep
 from pulmo_jax.shell.composing import (
     Command,
@@ -49,7 +51,7 @@ from pulmo_jax.shell.composing import (
     package_configs,
 )
 from pulmo_jax.shell.help import print_help
-from pulmo_jax.shell.placing import check_hydra, check_place
+from pulmo_jax.shell.placing import check_hydra, check_place, prepare_folders
 from pulmo_jax.shell.sweep import (
     RECORD,
     STOP,
@@ -131,6 +133,12 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
     Returns:
         Exit status. Internal errors and signals are raised.
     """
+    with called(as_typed(verb, sys.argv[1:])):
+        return run_called(verb, task, examples)
+
+
+def run_called(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
+    """Run a verb whose call has been noted; see `run`."""
     job = Job(verb, task, call=f"{time.time_ns()}-{os.getpid()}", parent=os.getpid())
     if "--version" in sys.argv[1:]:
         print(__version__)
@@ -139,10 +147,10 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
         return fail(
             "--experimental-rerun is not allowed, because unpickling a file may execute any code; give the keys again"
         )
-    if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
-        return fail(foreign)
-    sys.argv[1:] = [re.sub(r"^output\.aligned=", "aligned=", argument) for argument in sys.argv[1:]]
     try:
+        sys.argv[1:] = accepted(sys.argv[1:], POSITIONAL.get(verb))
+        if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
+            return fail(foreign)
         command = command_line(verb, sys.argv[1:])
     except InputError as error:
         return fail(str(error))
@@ -247,7 +255,8 @@ class Job:
         def work(resume: bool) -> Any:
             config = checked(raw, command)
             again = resume and can_resume(command)
-            return self.task(config.model_copy(update={"resume": True}) if again else config, folder)
+            with called(command_of_job(self.verb, hydra_config)):
+                return self.task(config.model_copy(update={"resume": True}) if again else config, folder)
 
         def say(text: str) -> None:
             make_console().print(text)
@@ -278,6 +287,12 @@ class Job:
             objective = run_job(request, work, say)
             write_tables(sweep)
         return objective
+
+
+def command_of_job(verb: str, hydra_config: Any) -> str:
+    """Command line that runs a job of a sweep alone."""
+    own = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
+    return as_typed(verb, [*(f"--config-dir={path}" for path in own), *hydra_config.overrides.task])
 
 
 def can_resume(command: Command) -> bool:
@@ -352,6 +367,7 @@ class CheckFirst(HydraCallback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with refusing():
+            prepare_folders(config.hydra, "run")
             command = command_of(config.hydra.job.name, config)
             check_place(checked(config, command), command.verb, config.hydra)
             alone = (
@@ -365,6 +381,7 @@ class CheckFirst(HydraCallback):
             config.hydra.sweeper.sampler.seed = 0  # otherwise a search could not be resumed
         if SWEEP.folder is None:
             with refusing():
+                prepare_folders(config.hydra, "sweep")
                 command = command_of(config.hydra.job.name, config)
                 for warning in check_sweep(config, command):
                     complain(f"warning: {warning}")

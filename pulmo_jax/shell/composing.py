@@ -22,15 +22,18 @@ from pydantic import BaseModel
 
 from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, check_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
-from pulmo_jax.config.verbs import IngestConfig
+from pulmo_jax.config.verbs import CompareConfig, IngestConfig
+from pulmo_jax.host.extras import install_command
 from pulmo_jax.host.reading import read_yaml
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.task import Task, find_task, task_names
+from pulmo_jax.shell.arguments import accepted, expanded, quoted
 from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
-VERBS = ("train", "predict", "evaluate", "detect", "ingest")
+VERBS = ("train", "predict", "evaluate", "detect", "compare", "ingest")
+WITHOUT_TASK = {"ingest": IngestConfig, "compare": CompareConfig}
 DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources"}  # if no experiment names a task
 GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # config groups of nodes
 OF_RUN = ("predict", "evaluate")  # verbs that take their task from a run
@@ -48,8 +51,8 @@ class Command:
     """A verb and its task.
 
     Attributes:
-        verb: train, predict, evaluate, detect or ingest.
-        task: The task; None for ingest.
+        verb: train, predict, evaluate, detect, compare or ingest.
+        task: The task; None for compare and ingest.
         arguments: Arguments of the command line before composition.
     """
 
@@ -60,7 +63,7 @@ class Command:
     @property
     def schema(self) -> type[Section]:
         """Typed config of the verb."""
-        return IngestConfig if self.task is None else self.task.section(self.verb)
+        return WITHOUT_TASK[self.verb] if self.task is None else self.task.section(self.verb)
 
     @property
     def primary(self) -> str:
@@ -86,12 +89,12 @@ def find_command(verb: str, values: Mapping[str, Any]) -> Command:
     Raises:
         InputError: If there is no such task, or it does not support the verb.
     """
-    if verb not in (*DEFAULT_TASKS, *OF_RUN):
+    if verb in WITHOUT_TASK:
         return Command(verb, None)
     plugins = tuple(values.get("plugins") or ())
     name = values.get("task") or DEFAULT_TASKS.get(verb)
     if verb in OF_RUN:
-        config = Path(str(values.get("run"))) / "config.yaml"
+        config = Path(expanded(str(values.get("run")), "run")) / "config.yaml"
         name = (task_of(config) if config.is_file() else None) or DEFAULT_TASKS["train"]
     task = find_task(str(name), plugins)
     task.section(verb)  # raises InputError if the task does not support the verb
@@ -150,6 +153,7 @@ def compose_config(
     ]
     if foreign := foreign_experiment(verb, overrides):
         raise InputError(foreign)
+    overrides = accepted(overrides)
     command = command_line(verb, [*own, *overrides])
     ConfigStore.instance().store(name=f"{command.primary}_defaults", node=defaults_of(command.schema))
     path = [f"hydra.searchpath=[{quoted(Path(config_dir).absolute().as_uri())}]"] if config_dir else []
@@ -179,14 +183,6 @@ def literal(value: Any) -> str:
     return quoted(str(value)) if isinstance(value, str | Path) else repr(value)
 
 
-def quoted(text: str) -> str:
-    """String in Hydra syntax; identifiers, such as choices of config groups, stay unquoted."""
-    if re.fullmatch(r"[A-Za-z_]\w*", text):
-        return text
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
-    return f"'{escaped}'"
-
-
 def plain(value: str) -> Any:
     """Value of an override; for a sweep, the first value."""
     try:
@@ -212,7 +208,7 @@ def checked(raw: DictConfig, command: Command) -> Any:
     """
     ours = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "hydra"])
     try:
-        values: Any = OmegaConf.to_container(ours, resolve=True)
+        values: Any = runs_at_home(OmegaConf.to_container(ours, resolve=True))
         missing = sorted(OmegaConf.missing_keys(ours))
     except OmegaConfBaseException as error:
         raise InputError(explain(error, command)) from error
@@ -223,7 +219,31 @@ def checked(raw: DictConfig, command: Command) -> Any:
     check_groups(config)
     if command.verb == "train" and command.task is not None:
         command.task.training.check(config)
+    if command.verb == "compare":  # before the output folder is made
+        from pulmo_jax.runs.comparison import read_matched  # imports the readers of images
+
+        find_task(read_matched(config.runs, config.images).task, config.plugins)
     return config
+
+
+def runs_at_home(values: Any, key: str = "") -> Any:
+    """Expand a leading `~` in runs that a `_target_` node names, such as method.base_run; other paths are typed.
+
+    Args:
+        values: Values of a config, or a part of it.
+        key: Key of the part.
+
+    Returns:
+        The values.
+
+    Raises:
+        InputError: If a home does not exist.
+    """
+    if isinstance(values, dict):
+        return {name: runs_at_home(value, str(name)) for name, value in values.items()}
+    if isinstance(values, list):
+        return [runs_at_home(value, key) for value in values]
+    return expanded(values, key) if isinstance(values, str) and key.endswith(("_run", "_runs")) else values
 
 
 def check_groups(config: Any) -> None:
@@ -273,6 +293,13 @@ def explain(error: Exception, command: Command | None = None) -> str:
     """
     text = str(error)
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if isinstance(error, ConfigCompositionException) and (
+        former := re.search(r"'(callbacks\.(checkpoint|log)\b.*?)'", text)
+    ):
+        return (
+            f"{former.group(1)}: checkpoints and metrics.jsonl are not callbacks but part of every run; their keys are "
+            "trainer.checkpoint_every and trainer.log_every"
+        )
     if isinstance(error, ConfigCompositionException) and key:
         if key.group(1).lstrip("+~").replace("/", ".") in HOMES:
             return f"{key.group(1)}: nothing in this config takes one; the choice of method decides"
@@ -281,7 +308,7 @@ def explain(error: Exception, command: Command | None = None) -> str:
         hint = "quote special characters: \"key='value'\""
         return f"{error.override} is not valid: {text.splitlines()[0]}; {hint}"
     if (extra := missing_extra(error)) is not None:
-        return f"{text.splitlines()[0]}\ninstall it with: pip install 'pulmo-jax[{extra}]'"
+        return f"{text.splitlines()[0]}\ninstall it with: {install_command(extra)}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         return (
             f"{error.missing_cfg_file} does not exist; available: {', '.join(error.options)} "

@@ -15,6 +15,7 @@ VERBS = {
     "predict": "apply a run to new images",
     "evaluate": "compute figures of merit on labelled images",
     "detect": "detect point sources in a rotating image stack",
+    "compare": "compare runs that were evaluated on the same images",
     "ingest": "convert a folder of images to a store",
     "samples": "download the sample CT scan",
 }

@@ -43,7 +43,8 @@ def write_pages(sweep: Path) -> list[Row]:
     Returns:
         States of the jobs.
     """
-    from pulmo_jax.reporting.report import Section, write_report  # late: importing matplotlib takes 0.5 s
+    from pulmo_jax.reporting.provenance import how_made  # late: importing JAX and matplotlib takes a second
+    from pulmo_jax.reporting.report import Section, write_report
 
     rows = write_tables(sweep)
     swept, measures = swept_keys(rows), measures_of(rows)
@@ -57,7 +58,9 @@ def write_pages(sweep: Path) -> list[Row]:
                 Section("Comparison", figures=figures),
             ]
             sample = " ".join(dict.fromkeys(row.sample for row in rows if row.sample))
-            write_report(sweep / "sweep.html", f"Sweep {sweep.name}", summary_of(rows, sweep), sections, [], [], sample)
+            made = how_made(with_devices=False)  # the jobs may need all of their memory
+            title, summary = f"Sweep {sweep.name}", summary_of(rows, sweep)
+            write_report(sweep / "sweep.html", title, summary, sections, [], [], sample=sample, made=made)
     return rows
 
 

@@ -1,7 +1,7 @@
 """Callbacks of the training loop: checkpoints, logs, progress, early stopping.
 
-A callback is any object with the methods of `Callback`. The config lists the callbacks of a run as `_target_` nodes, so
-user-defined callbacks need no change here.
+A callback is any object with the methods of `Callback`. Every training has `JsonLines` and `Checkpoint`; the config
+lists further callbacks as `_target_` nodes, so user-defined callbacks need no change here.
 """
 
 import json

@@ -18,7 +18,7 @@ def test_default_config_is_valid_and_holds_the_defaults():
     found = validate(TrainConfig, config())
     check(found)
     assert found.trainer.steps == TrainConfig.model_fields["trainer"].default.steps
-    assert found.callbacks["checkpoint"]["every"] == found.trainer.checkpoint_every
+    assert set(found.callbacks) == {"tensorboard", "progress", "figures", "early_stopping"}
 
 
 # --- configs/ and the signatures
@@ -66,6 +66,22 @@ COUNT = """
         def on_event(self, event): pass
         def on_end(self): pass
 """
+
+
+def test_a_tilde_is_the_home_in_paths_of_a_users_class(module, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    module(
+        "with_paths",
+        "from pathlib import Path\n"
+        "class Mine:\n"
+        "    def __init__(self, folder: Path, more: tuple[Path, ...] = (), text: str = ''):\n"
+        "        self.given = folder, more, text\n",
+    )
+    node = {"_target_": "with_paths.Mine", "folder": "~/a", "more": ["~/b", "/c"], "text": "~/d"}
+    given = build(node, "callbacks.mine", ("with_paths",)).given
+    assert given == (Path("/home/me/a"), (Path("/home/me/b"), Path("/c")), "~/d")
+    with pytest.raises(InputError, match="^callbacks.mine: has a path that starts with ~, and there is no such home"):
+        build({**node, "folder": "~nobody-there/x"}, "callbacks.mine", ("with_paths",))
 
 
 @pytest.mark.parametrize("where", ["model", "method", "optimizer", "callbacks.mine"])

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from references.default_configs import config, refusal
 
 from pulmo_jax.config.section import Section, describe_errors, validate
-from pulmo_jax.config.verbs import IngestConfig
+from pulmo_jax.config.verbs import CHECKPOINT, LOG, IngestConfig, TrainingConfig
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.task import find_task, task_names
 from pulmo_jax.tasks.anomalies.config import AssessConfig, MapConfig, TrainConfig
@@ -42,8 +42,9 @@ def test_keys_of_all_schemas_are_described():
         ({"model__latnt": 3}, ["unknown key model.latnt", "did you mean model.latent?", "has: latent, width"]),
         ({"model__patch_size": 64}, ["unknown key model.patch_size"]),  # the program gives it, from data.patch_size
         ({"optimizer__steps": 9}, ["unknown key optimizer.steps"]),
-        ({"callbacks__checkpoint__evry": 3}, ["unknown key callbacks.checkpoint.evry", "every"]),
-        ({"callbacks__log__level": 3}, ["unknown key callbacks.log.level"]),
+        ({"callbacks__figures__evry": 3}, ["unknown key callbacks.figures.evry", "every"]),
+        ({"callbacks__checkpoint": {"_target_": CHECKPOINT, "evry": 3}}, ["unknown key callbacks.checkpoint.evry"]),
+        ({"callbacks__log": {"_target_": LOG, "level": 3}}, ["unknown key callbacks.log.level"]),
     ],
 )
 def test_unknown_key_is_named_with_what_there_is(changes, words):
@@ -94,7 +95,7 @@ def test_unknown_keys_of_the_other_verbs_are_refused(tmp_path):
         ({"model__remat": 1}, "model.remat=1", "valid boolean"),
         ({"optimizer__learning_rate": -1.0}, "optimizer.learning_rate=-1.0", "greater than 0"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan", "greater than 0"),
-        ({"callbacks__checkpoint__every": 0}, "callbacks.checkpoint.every=0", "greater than or equal to 1"),
+        ({"callbacks__checkpoint__every": 0}, "trainer.checkpoint_every=0", "greater than or equal to 1"),
         ({"callbacks__early_stopping__patience": 2.5}, "callbacks.early_stopping.patience=2.5", "valid integer"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
@@ -103,6 +104,23 @@ def test_wrong_value_is_named_with_what_is_allowed(changes, key, allowed):
     message = refusal(**changes)
     assert message.startswith(key)
     assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kept", "every"),
+    [
+        ({}, set(), 5),
+        ({"log": {"_target_": LOG}, "checkpoint": {"_target_": CHECKPOINT, "every": 7}}, set(), 7),  # version 0.2.0
+        ({"checkpoint": {"every": 7}, "mine": {"_target_": "a.B"}}, {"mine"}, 7),  # an experiment sets the interval
+        ({"checkpoint": {"_target_": CHECKPOINT}}, set(), 5),
+        ({"other": {"_target_": CHECKPOINT, "every": 9}}, set(), 9),
+        ({"checkpoint": {"_target_": "a.Checkpoint", "every": 7}}, {"checkpoint"}, 5),  # of the user's
+    ],
+)
+def test_checkpoints_and_log_are_no_callbacks_as_in_older_configs(nodes, kept, every):
+    found = validate(TrainingConfig, {"callbacks": nodes, "trainer": {"checkpoint_every": 5}})
+    assert (set(found.callbacks), found.trainer.checkpoint_every) == (kept, every)
+    assert validate(TrainingConfig, found.model_dump()) == found
 
 
 def test_whole_numbers_are_floats_and_numbers_are_names_of_folders():

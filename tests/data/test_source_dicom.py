@@ -159,7 +159,7 @@ def test_run_length_frames_cut_off_anywhere_are_refused_or_whole(tmp_path):
 def test_a_missing_decoder_names_what_to_install(tmp_path):
     frames = noise((1, 20, 30))
     write_dicom(tmp_path / "x.dcm", frames, JPEGLSLossless, PixelData=encapsulate([bytes(100)]))
-    with pytest.raises(InputError, match=r"JPEG-LS.*\n.*pip install 'pulmo-jax\[dicom\]'"):
+    with pytest.raises(InputError, match=r"JPEG-LS.*\n.*python -m pip install -e '.*\[dicom\]'$"):
         open_source(tmp_path / "x.dcm")
 
 

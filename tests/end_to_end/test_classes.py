@@ -314,6 +314,17 @@ def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
 # --- evaluation
 
 
+def test_a_run_compared_with_itself_has_its_own_figures(run, tmp_path):
+    call("pulmo_jax.compare", run, run, f"output={tmp_path / 'out'}", "replicates=20")
+    found, own = json.loads((tmp_path / "out" / "metrics.json").read_text()), figures_of(run)
+    for name in ("ClassifierNetwork", "file metadata"):
+        row = found["figures"][found["reference"] if name == "ClassifierNetwork" else name]
+        for figure in ("auroc", "ap", "accuracy", "sensitivity", "log_loss"):
+            assert row[figure]["value"] == pytest.approx(own[name][figure]["value"], rel=1e-12)
+    same = next(iter(found["differences"].values()))
+    assert {(e["value"], e["low"], e["high"]) for e in same.values()} == {(0.0, 0.0, 0.0)}
+
+
 @pytest.mark.slow
 def test_on_its_own_images_a_run_is_as_good_as_its_cross_validation_said(run, slices, tmp_path):
     """For no network judges what it has learnt from."""

@@ -184,6 +184,18 @@ def test_landmarks_in_images_unlike_the_training_images_have_errors_that_say_so(
         assert now_std > 3 * std
 
 
+def test_a_run_compared_with_itself_has_its_own_errors(run, tmp_path):
+    text = call("pulmo_jax.compare", run, run, f"output={tmp_path / 'out'}", "replicates=20")
+    assert "Difference from" in text
+    found, own = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "out", run))
+    for name, errors in own["errors"].items():
+        row = found["figures"][found["reference"] if name == "Eigenpatch" else name]
+        assert row["mean_px"]["value"] == pytest.approx(errors["px"]["mean"]["value"], rel=1e-12)
+        assert row["median_px_at_224"]["value"] == pytest.approx(errors["px_at_224"]["median"]["value"], rel=1e-12)
+    same = next(iter(found["differences"].values()))
+    assert {(e["value"], e["low"], e["high"]) for e in same.values()} == {(0.0, 0.0, 0.0)}
+
+
 @pytest.mark.slow
 def test_evaluate_gives_on_the_same_table_what_training_gave(run, chests, tmp_path):
     call("pulmo_jax.evaluate", f"run={run}", f"data.images={chests / 'images'}", f"data.test={chests / 'test.csv'}",

@@ -53,6 +53,21 @@ def test_a_task_is_trained_with_the_users_format_callback_and_figure(images, mea
     assert (mean_run / "figures" / "numbers.pdf").is_file()
 
 
+def test_callbacks_of_ones_own_cannot_drop_checkpoints_and_log(images, tmp_path):
+    """A group without the default callbacks: hours later the run can be used."""
+    run = tmp_path / "run"
+    call(
+        "train", *OWN, "+experiment=mean_image", "plugins=[lab]", f"data.train={images[0]}", "sources=raw",
+        "callbacks=only_notes", f"hydra.run.dir={run}",
+    )  # fmt: skip
+    assert list(OmegaConf.load(run / "config.yaml").callbacks) == ["notes"]
+    assert (run / "notes.txt").read_text() == "1\n"
+    assert json.loads((run / "metrics.jsonl").read_text())["step"] == 1
+    out = tmp_path / "out"
+    call("predict", *OWN, f"run={run}", "plugins=[lab]", "sources=raw", f"input={images[0]}", f"output={out}")
+    assert (out / "distances.csv").is_file()
+
+
 def test_its_run_predicts_and_is_evaluated(images, mean_run, tmp_path):
     call("predict", *OWN, f"run={mean_run}", "plugins=[lab]", "sources=raw", f"input={images[0]}", f"output={tmp_path}")
     rows = list(csv.DictReader((tmp_path / "distances.csv").read_text().splitlines()))

@@ -189,6 +189,26 @@ def test_evaluation_with_masks_repeats_what_training_found(run, crop, tmp_path):
     assert f"{now['pixel']['autoencoder']['auroc']['value']:.3f}" in (tmp_path / "report.html").read_text()
 
 
+def test_a_run_compared_with_itself_has_its_own_figures(run, tmp_path):
+    """And the report says how it was made, as that of the run does."""
+    call("pulmo_jax.compare", run, run, f"output={tmp_path / 'out'}", "replicates=20", "seed=0")
+    found, own = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "out", run))
+    for name in own["image"]:
+        row = found["figures"][found["reference"] if name == "autoencoder" else name]
+        for figure in ("auroc", "ap", "sensitivity"):
+            assert row[figure]["value"] == pytest.approx(own["image"][name][figure]["value"], rel=1e-12)
+        for figure in ("auroc", "aupro", "dice"):
+            assert row[f"pixel_{figure}"]["value"] == pytest.approx(own["pixel"][name][figure]["value"], rel=1e-12)
+    same = next(iter(found["differences"].values()))
+    assert {e["value"] for e in same.values()} == {0.0}
+    cost = next(iter(found["runs"].values()))
+    assert cost["parameters"] == own["training"]["parameters"] > 1000
+    for folder, verb in ((tmp_path / "out", "compare"), (run, "train")):
+        page = (folder / "report.html").read_text()
+        assert f"python -m pulmo_jax.{verb} " in page[page.index("How this was made") :]
+        assert json.loads((folder / "run.json").read_text())["command"].startswith(f"python -m pulmo_jax.{verb} ")
+
+
 def test_second_prediction_does_nothing_again_and_one_bad_file_loses_no_other(run, crop, tmp_path):
     images = tmp_path / "images"
     output = images / "results"  # is not taken for input by the second call

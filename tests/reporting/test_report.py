@@ -59,6 +59,7 @@ def write(tmp_path, figure, **changes):
         ],
         "citations": ["Someone (2000)."],
         "warnings": ["Take care."],
+        "made": {"command": "python -m it"},
     }
     write_report(tmp_path / "report.html", **(content | changes))
     return Page((tmp_path / "report.html").read_text())
@@ -67,7 +68,18 @@ def write(tmp_path, figure, **changes):
 def test_everything_is_on_the_page(tmp_path, figure):
     page = write(tmp_path, figure)
     text = " ".join(page.words)
-    for words in ("A run", "seed", "A text.", "Pixels", "AUROC", "0.9", "a note", "Someone (2000).", "Take care."):
+    for words in (
+        "A run",
+        "seed",
+        "A text.",
+        "Pixels",
+        "AUROC",
+        "0.9",
+        "a note",
+        "Someone (2000).",
+        "Take care.",
+        "python -m it",
+    ):
         assert words in text
     assert "Empty" not in text
 

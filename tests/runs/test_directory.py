@@ -11,13 +11,13 @@ from references.fake_training import fake_state
 
 from pulmo_jax import __version__
 from pulmo_jax.config.section import PathLike, Section
+from pulmo_jax.reporting.provenance import provenance
 from pulmo_jax.runs.directory import (
     FINISHED,
     citation_of,
     digest_of_run,
     load_config,
     load_values,
-    provenance,
     restore_sealed,
     save_config,
     seal,

@@ -32,7 +32,7 @@ from pulmo_jax.runs.training import (
     start,
 )
 from pulmo_jax.training import devices
-from pulmo_jax.training.callbacks import Checkpoint, EarlyStopping, JsonLines
+from pulmo_jax.training.callbacks import EarlyStopping, JsonLines
 from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.training.program import compile_step
 from pulmo_jax.training.state import TrainState
@@ -90,8 +90,8 @@ class Job:
         given = Config(**config)
         refuse_or_resume(self.place.run_dir, given)
         state, before = start(learning, given, {"images.json": {"n": 20}}, "A. Author (2020)", self.place)
-        trainer = TrainerConfig(log_every=2, validate_every=2)
-        return learn(learning, state, before, [JsonLines(), Checkpoint(every=2), *callbacks], trainer, self.place)
+        trainer = TrainerConfig(log_every=2, validate_every=2, checkpoint_every=2)
+        return learn(learning, state, before, callbacks, trainer, self.place)
 
     @property
     def run(self):

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from references import child
 
-from pulmo_jax import detect, evaluate, ingest, predict, train
+from pulmo_jax import compare, detect, evaluate, ingest, predict, train
 from pulmo_jax.config.nodes import HOMES, argument_schema, parameters_of_node
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.host.console import Console, tracker
+from pulmo_jax.host.extras import ROOT
 from pulmo_jax.host.lock import claim
 from pulmo_jax.host.signals import Interrupt, stepping_down, stoppable
 from pulmo_jax.shell import cli, composing
@@ -38,6 +40,7 @@ EXAMPLES = {
     "evaluate": evaluate.EXAMPLES,
     "detect": detect.EXAMPLES,
     "ingest": ingest.EXAMPLES,
+    "compare": compare.EXAMPLES,
 }
 
 
@@ -145,8 +148,22 @@ def test_help_of_detect_lists_no_group_of_training(run):
         ("train", ["+traine=1"], "unknown key traine; did you mean trainer? the config has: name, seed"),
         ("train", ["+data.trian=x"], "unknown key data.trian; did you mean data.train?"),
         ("train", ["optimizer.lr=1"], "unknown key optimizer.lr; optimizer has: learning_rate"),
-        ("train", ["callbacks.checkpoint.evry=1"], "unknown key callbacks.checkpoint.evry"),
-        ("train", ["+callbacks.checkpoint.evry=1"], "did you mean callbacks.checkpoint.every?"),
+        ("train", ["callbacks.checkpoint.evry=1"], "part of every run; their keys are trainer.checkpoint_every"),
+        ("train", ["~callbacks.checkpoint"], "callbacks.checkpoint: checkpoints and metrics.jsonl are not callbacks"),
+        ("train", ["~callbacks.log"], "callbacks.log: checkpoints and metrics.jsonl are not callbacks"),
+        ("train", ["callbacks.checkpoint.every=0"], "trainer.checkpoint_every=0: input should be greater"),
+        ("train", ["-m", "seed=0,1", "hydra.run.dir=out"], "a sweep (-m) takes hydra.sweep.dir=DIR"),
+        ("detect", ["--multirun", "seed=0,1", "hydra.run.dir=out"], "a sweep (-m) takes hydra.sweep.dir=DIR"),
+        ("train", ["hydra.sweep.dir=out"], "a single run takes hydra.run.dir=DIR"),
+        ("train", ["data.train=~nobody-there/x"], "data.train='~nobody-there/x': there is no such home"),
+        ("train", ["hydra.run.dir=~nobody-there/x"], "hydra.run.dir=~nobody-there/x: there is no such home"),
+        ("train", ["method.base_run=~nobody-there/x", "method=patch_gaussian"], "there is no such home"),
+        ("predict", ["run=~nobody-there/x", "input=a", "output=b"], "there is no such home"),
+        ("compare", ["a", "output=out"], "runs=['a']: give two runs or more"),
+        ("compare", [], "runs must be given"),
+        ("compare", ["a", "b", "output=out"], "a: has no evaluated_images.json; give folders that evaluate wrote"),
+        ("compare", ["a", "b", "images=some"], "images='some': input should be 'same' or 'common'"),
+        ("train", ["--config-dir=~nobody-there/x", "seed=1"], "~nobody-there/x: there is no such home"),
         ("train", ["foo.bar=1"], "unknown key foo.bar"),
         ("train", ["method.latent=1"], "unknown key method.latent; method has: score, smooth_px"),
         ("train", ["method=patch_gaussian", "method.los=l1"], "unknown key method.los; method has: base_run"),
@@ -257,8 +274,88 @@ def test_task_gets_the_typed_config_and_the_run_directory(run, tmp_path):
     [(config, run_dir)] = got
     assert isinstance(config, TrainConfig)
     assert (config.name, config.trainer.steps, config.data.clip) == ("lung", 7, (-2.0, 3.0))
-    assert config.callbacks["checkpoint"]["every"] == config.trainer.checkpoint_every
+    assert not {"checkpoint", "log"} & set(config.callbacks)  # every run has these
     assert run_dir == tmp_path / "out"
+
+
+def test_a_tilde_is_the_home_in_every_path_key(run, tmp_path, monkeypatch):
+    """The shell expands it at the start of a word only, so it arrives as it is in KEY=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "images" / "more").mkdir(parents=True)
+    got = []
+    arguments = ["+experiment=lung_features", "data.train=~/images", "data.cache=~/cache", "hydra.run.dir=~/runs/a"]
+    arguments += ["method.base_run=~/base", "method.merge_runs=[~/images,'~/images/more']", "name=~/name"]
+    done = run("train", *arguments, task=lambda config, run_dir: got.append((config, run_dir)))
+    assert (done.status, done.err) == (0, "")
+    [(config, run_dir)] = got
+    home = tmp_path / "home"
+    assert (config.data.train, config.data.cache, run_dir) == (home / "images", home / "cache", home / "runs" / "a")
+    assert config.method["base_run"] == str(home / "base")
+    assert config.method["merge_runs"] == [str(home / "images"), str(home / "images" / "more")]
+    assert config.name == "~/name"  # no path
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_tilde_is_the_home_in_the_keys_of_the_other_verbs(run, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    (home / "run").mkdir(parents=True)
+    (home / "run" / "config.yaml").write_text("task: landmarks\n")
+    got = []
+
+    def keep(config, out):
+        got.append((config, out))
+
+    assert run("predict", "run=~/run", "input=~/run", "output=~/out", task=keep).status == 0
+    (home / "t.csv").touch()
+    assert run("evaluate", "run=~/run", "data.images=~/run", "data.test=~/t.csv", task=keep).status == 0
+    assert run("ingest", "input=~/run", "output=~/s.h5", task=keep).status == 0
+    assert run("detect", "+experiment=adi", "-m", "seed=0,1", "hydra.sweep.dir=~/sweep", task=keep).status == 0
+    (predicted, _), (evaluated, evaluation), (ingested, _), (_, first), _ = got
+    assert (predicted.run, predicted.input, predicted.output) == (home / "run", home / "run", home / "out")
+    assert (evaluated.data.images, evaluated.data.test) == (home / "run", home / "t.csv")
+    assert evaluation.parent == home / "run" / "evaluation"
+    assert (ingested.input, ingested.output) == (home / "run", home / "s.h5")
+    assert first == home / "sweep" / "0"
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("folder", [["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]])
+def test_options_may_stand_anywhere(run, tmp_path, place, folder):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nname: own\n")
+    arguments, got = ["+experiment=own", "trainer.steps=7"], []
+    arguments[place:place] = folder
+    done = run("train", *arguments, task=lambda config, run_dir: got.append(config))
+    assert (done.status, done.err) == (0, "")
+    assert (got[0].name, got[0].trainer.steps) == ("own", 7)
+
+
+@pytest.mark.parametrize(
+    "key", ["callbacks.checkpoint.every", "+callbacks.checkpoint.every", "trainer.checkpoint_every"]
+)
+def test_the_interval_of_the_checkpoints_has_its_former_key(run, key):
+    got = []
+    assert run("train", f"{key}=7", task=lambda config, run_dir: got.append(config)).status == 0
+    assert got[0].trainer.checkpoint_every == 7
+
+
+def test_runs_to_compare_are_given_without_a_key(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "pulmo_jax.runs.comparison.read_matched", lambda runs, images: SimpleNamespace(task="landmarks")
+    )
+    got = []
+
+    def keep(config, out):
+        got.append((config, out))
+
+    assert run("compare", "a b", "output=out", "runs/2", task=keep).status == 0
+    assert run("compare", "runs=[x,y.z,w]", "images=common", task=keep).status == 0
+    (first, out), (second, named) = got
+    assert (first.runs, out) == ((Path("a b"), Path("runs/2")), tmp_path / "out")
+    assert second.runs == (Path("x"), Path("y.z"), Path("w"))
+    assert named.parent == tmp_path / "comparisons"
 
 
 def test_run_directory_is_named_after_the_run_and_the_time(run, tmp_path):
@@ -598,7 +695,7 @@ def test_two_sweeps_in_one_folder(run, tmp_path):
         (["hydra/sweeper=search", "model.latnt=choice(8,16)"], "unknown key model.latnt"),
         (["hydra/sweeper=search", "trainer.ema_decay=interval(2,3)"], "trainer.ema_decay=2.0"),
         (["hydra/launcher=nope", "seed=0,1"], "hydra/launcher/nope"),
-        (["hydra/launcher=ray", "seed=0,1"], "pip install 'pulmo-jax[ray]'"),
+        (["hydra/launcher=ray", "seed=0,1"], f"python -m pip install -e '{ROOT}[ray]'"),
         (["seed=0,1", "+experiment=nope"], "experiment/nope does not exist"),
     ],
 )

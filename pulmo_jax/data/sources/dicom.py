@@ -29,6 +29,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, RLELossless
 from pulmo_jax.data.sources.embedded import check_embedded_size
 from pulmo_jax.data.sources.missing import float_dtype, with_nan
 from pulmo_jax.data.sources.source import ImageSource, NoImageError, check_page_size, decoding, whole_pages
+from pulmo_jax.host.extras import install_command
 from pulmo_jax.types import ImageTags, InputError
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
@@ -208,7 +209,7 @@ def _check_transfer_syntax(path: Path, syntax: UID) -> None:
     if not get_decoder(syntax).is_available:
         raise InputError(
             f"{path}: is compressed with {syntax.name}, for which no decoder is installed.\n"
-            "Install one: pip install 'pulmo-jax[dicom]'"
+            f"Install one: {install_command('dicom')}"
         )
 
 

@@ -1,6 +1,7 @@
 """Evaluation of anomaly detection on labelled images: figures of merit, examples, and the report."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from pulmo_jax.inference.assess import METHOD, Assessment, Truth, truth_by_folde
 from pulmo_jax.inference.assess import assess as score_all
 from pulmo_jax.reporting.report import Section
 from pulmo_jax.reporting.tables import metrics_console, metrics_markdown
+from pulmo_jax.runs import comparison
 from pulmo_jax.runs.directory import citation_of
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
 from pulmo_jax.tasks.anomalies.aligning import align_data, low_quality_notes, open_frame
+from pulmo_jax.tasks.anomalies.comparison import images_of, results_of
 from pulmo_jax.tasks.anomalies.config import AnomalyEvaluationConfig, AssessConfig, EvaluateDataConfig, TrainConfig
 from pulmo_jax.tasks.anomalies.report import (
     assessment_sections,
@@ -120,6 +123,7 @@ class Tested:
         warnings: Warnings.
         image_scores: Content of image_scores.csv.
         folder: Folder of the test images.
+        by_image: Results by image, for later comparisons.
     """
 
     scores: dict[str, Any]
@@ -127,6 +131,7 @@ class Tested:
     warnings: list[str]
     image_scores: str
     folder: Path
+    by_image: comparison.Evaluation
 
 
 def test_images(
@@ -146,7 +151,7 @@ def test_images(
     """
     reader = Reader(run.config.data.max_image_mb, place.formats)
     refs, truth_of = labelled_images(run.config, run.scorer.how, data, reader)
-    warning = missing_masks(refs, run)
+    warning, began = missing_masks(refs, run), time.monotonic()
     assessment = score_all(
         run.scorer,
         run.calibrations,
@@ -158,10 +163,14 @@ def test_images(
         seed=seed,
         track=tracker(place.console, "testing"),
     )
+    seconds = time.monotonic() - began
     scores = figures_of_merit(run, assessment, options.replicates, seed)
     views = example_views(run, assessment, options.examples, truth_of, reader)
     sections = assessment_sections(run, assessment, scores, views, place.folder)
-    return Tested(scores, sections, [warning] if warning else [], image_scores_csv(run, assessment), refs[0].folder)
+    results = results_of(run, assessment, options.replicates, seed)
+    by_image = comparison.describe_evaluation(run, images_of(assessment), results, seconds)
+    warnings, table = [warning] if warning else [], image_scores_csv(run, assessment)
+    return Tested(scores, sections, warnings, table, refs[0].folder, by_image)
 
 
 def findings_of(
@@ -203,6 +212,7 @@ def findings_of(
         citations=citation_of(run.path),
         warnings=warnings,
         objective=(training or {}).get("best_val_loss", math.nan),
+        evaluation=None if tested is None else tested.by_image,
     )
 
 

@@ -1,8 +1,9 @@
 """Evaluation of classification on labelled images: metrics, baselines, calibration, saliency, and the report."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from pulmo_jax.evaluation.class_metrics import class_figures, figure_difference
 from pulmo_jax.evaluation.metadata_baseline import majority_probabilities, metadata_probabilities
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.reporting.tables import Table, cell, figures_table, metrics_console, metrics_markdown, table_markdown
+from pulmo_jax.runs import comparison
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
+from pulmo_jax.tasks.classification.comparison import images_of, results_of
 from pulmo_jax.tasks.classification.config import EvaluateClassesConfig
 from pulmo_jax.tasks.classification.data import ClassSet, class_counts, metadata_features, read_classes
 from pulmo_jax.tasks.classification.report import (
@@ -109,7 +112,16 @@ def assess_training(
         )
     tested = Tested(dataset, results, predictions.as_trained).subset(np.unique(counted))
     options, seed = run.config.evaluation, run.config.seed
-    return findings_of(run, tested, place.folder, options, seed, warnings, training, tables, objective)
+    findings = findings_of(run, tested, place.folder, options, seed, warnings, training, tables, objective)
+    return replace(findings, evaluation=evaluated_images(run, tested.dataset, tested.results, None))
+
+
+def evaluated_images(
+    run: ClassifierRun, dataset: ClassSet, results: Mapping[str, Probabilities], seconds: float | None
+) -> comparison.Evaluation:
+    """Results by image, for later comparisons; `seconds` is the time of all predictions."""
+    images, by_method = images_of(dataset), results_of(dataset, run.positive, results)
+    return comparison.describe_evaluation(run, images, by_method, seconds)
 
 
 def assess_test_set(
@@ -133,7 +145,9 @@ def assess_test_set(
     allowed, copies = allowed_networks(run, dataset)
     rows = np.arange(len(dataset.refs))
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+    began = time.monotonic()
     by_network = np.concatenate([run.of_networks(dataset.squares.stack(block)) for block in blocks], axis=1)
+    seconds = time.monotonic() - began
     weights = allowed.T[..., None] / np.maximum(allowed.sum(1), 1)[None, :, None]
     mean = np.where(allowed.any(axis=1, keepdims=True), (weights * by_network).sum(0), np.nan)
     counted = counted_as(run, dataset, mean[None])
@@ -160,7 +174,9 @@ def assess_test_set(
         results["file metadata"] = of_files[None]
         results["majority class"] = majority_probabilities(labels, len(dataset.refs), size[0])[None]
     tested = Tested(dataset, results).subset(np.unique(counted))
-    return findings_of(run, tested, place.folder, options, seed, warnings)
+    findings = findings_of(run, tested, place.folder, options, seed, warnings)
+    seconds *= len(tested.dataset.refs) / len(dataset.refs)  # copies were predicted, too
+    return replace(findings, evaluation=evaluated_images(run, tested.dataset, tested.results, seconds))
 
 
 def counted_as(run: ClassifierRun, dataset: ClassSet, own: Probabilities) -> Int[np.ndarray, "N"]:

@@ -1,6 +1,7 @@
 """Evaluation of landmarks on labelled images: errors, baselines, coverage, quality flags, and the report."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,11 +26,13 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned
 from pulmo_jax.reporting.tables import Table, cell, table_markdown
 from pulmo_jax.reporting.training import training_sections
+from pulmo_jax.runs import comparison
 from pulmo_jax.runs.directory import citation_of
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
 from pulmo_jax.tasks.landmarks import figures as draw
 from pulmo_jax.tasks.landmarks.captions import CAPTIONS
+from pulmo_jax.tasks.landmarks.comparison import UNIT_NAMES, images_of, results_of
 from pulmo_jax.tasks.landmarks.config import EvaluateLandmarksConfig
 from pulmo_jax.tasks.landmarks.data import Labelled, labelled
 from pulmo_jax.tasks.landmarks.figures import LandmarkExample
@@ -37,7 +40,6 @@ from pulmo_jax.tasks.landmarks.run import LandmarkRun
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.68, 0.8, 0.9, 0.95, 0.99)
 NOTABLE_PX = 0.5  # rounding error of the labels above which a note is shown
-UNIT_NAMES = {"px": "px", "px_at_224": "px at 224", "percent_of_diagonal": "% of the diagonal"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,9 @@ def assess_landmarks(
     Returns:
         Metrics and report.
     """
+    began = time.monotonic()
     tested = test(run, labelled)
+    seconds = time.monotonic() - began
     normal = normal.lower()
     merits = figures_of_merit(run, tested, normal, options.replicates, seed)
     warnings = list(notes)
@@ -164,7 +168,14 @@ def assess_landmarks(
         citations=citation_of(run.path),
         warnings=warnings,
         objective=objective,
+        evaluation=None if chosen_on else evaluated_images(run, tested, seconds),
     )
+
+
+def evaluated_images(run: LandmarkRun, tested: Tested, seconds: float) -> comparison.Evaluation:
+    """Results by image, for later comparisons; `seconds` is the time of all predictions."""
+    results = results_of(tested.errors, tested.sizes)
+    return comparison.describe_evaluation(run, images_of(tested.labelled), results, seconds)
 
 
 def test(run: LandmarkRun, labelled: Labelled) -> Tested:

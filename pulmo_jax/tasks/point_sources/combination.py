@@ -11,7 +11,8 @@ import numpy as np
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.epochs import Plan, combine
 from pulmo_jax.methods.paco.epochs import Star
-from pulmo_jax.runs.directory import provenance, save_config
+from pulmo_jax.reporting.provenance import provenance
+from pulmo_jax.runs.directory import save_config
 from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.point_sources.combination_reading import LAST, caveats_of, open_epochs
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, write_combined_report

@@ -20,7 +20,8 @@ from pulmo_jax.inference.point_sources import Search, find_sources
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.methods.paco.spectral import as_spectra
 from pulmo_jax.reporting.notebook import figure_html
-from pulmo_jax.runs.directory import provenance, save_config
+from pulmo_jax.reporting.provenance import provenance
+from pulmo_jax.runs.directory import save_config
 from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.point_sources.combination import combine_runs
 from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig
