@@ -144,7 +144,7 @@ def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
         peak = np.unravel_index(np.nanargmax(score), SHAPE)
         assert np.hypot(*(peak - truth[7])) < 6
     again = call("pulmo_jax.predict", f"run={run}", f"input={tmp_path / 'ill'}", f"output={tmp_path / 'out'}")
-    assert "7 files finished (7 of them earlier)" in again
+    assert "7 images finished (7 of them earlier)" in again
     try:
         (landmarks / "finished.json").write_text((landmarks / "finished.json").read_text() + "\n")
         text = call(

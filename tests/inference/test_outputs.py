@@ -234,7 +234,8 @@ def overlay(path: Path, mask: np.ndarray, image=None, score=None, threshold=1.0)
     write_overlay(path, image, score, mask, threshold)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
-        return np.asarray(picture)
+        height, width = image.shape[:2]
+        return np.asarray(picture)[:height, :width]  # without the legend
 
 
 def outlined(picture: np.ndarray) -> np.ndarray:

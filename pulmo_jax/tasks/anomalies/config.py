@@ -155,6 +155,10 @@ class MapConfig(PredictConfig):
     foreground: ImageFolder | None = Field(
         default=None, description="folder of foreground masks, with the images' file names; null: as in the run"
     )
+    format: Literal["tiff", "nifti", "dicom_seg"] = Field(
+        default="tiff",
+        description="format of the maps of volumes; dicom_seg: TIFF, and the findings of DICOM series as DICOM SEG",
+    )
 
 
 class EvaluateDataConfig(Section):
