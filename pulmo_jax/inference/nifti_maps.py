@@ -41,8 +41,7 @@ def open_nifti_map(path: Path, volume: Volume, dtype: np.dtype) -> Iterator[Page
     with replacing(path) as temporary, temporary.open("wb") as raw:
         # Without a name and a time, equal maps give equal files.
         with gzip.GzipFile("", "wb", GZIP_LEVEL, cast(BufferedIOBase, raw), mtime=0) as file:
-            header.write_to(file)
-            file.write(bytes(header.single_vox_offset - header.sizeof_hdr))  # no extensions
+            file.write(header.binaryblock.ljust(header.single_vox_offset, b"\0"))  # no extensions
             yield partial(_write_slice, file)
 
 

@@ -24,7 +24,7 @@ OVERLAY_ROWS = 256  # rows coloured at a time, which bounds the memory
 OUTLINE = (0, 229, 255)
 BACKGROUND, INK = 0, (255, 255, 255)  # of the legend
 COLOUR_RANGE = (0.5, 3.0)  # scores of the first and last colour, as multiples of the threshold
-LEGEND_EM = 28  # least width of the legend in font sizes
+LEGEND_EM = 32  # least width of the legend in font sizes
 CENTIMETRE = 3  # TIFF ResolutionUnit
 STRIP_BYTES = 2**20  # size of a TIFF strip before compression
 DEFLATE_LEVEL = 1  # the low bits of maps are noise: level 6 takes 1.5 times as long and saves 0.2 %
@@ -194,20 +194,20 @@ def draw_legend(
     """
     legend = Image.new("RGB", (width, legend_height(size)), (BACKGROUND,) * 3)
     draw, font = ImageDraw.Draw(legend), ImageFont.load_default(size)
-    x, top, bar = size // 2, size // 2, 9 * size
+    x, top, bar = size // 2, size // 2, 12 * size
     if threshold > 0:
         low, high = COLOUR_RANGE
         scores = np.linspace(low * threshold, high * threshold, bar, dtype=np.float32)[None]
         grey = np.full((1, bar, 1), 0.5, np.float32)
         strip = _coloured(grey, scores, np.zeros((1, bar), bool), np.float32(threshold)) * 255
         legend.paste(Image.fromarray(np.repeat(strip.astype(np.uint8), size, axis=0)), (x, top))
-        for times in (low, 1.0, high):
+        for times, anchor in ((low, "lt"), (1.0, "mt"), (high, "rt")):
             at = x + int((times - low) / (high - low) * (bar - 1))
             draw.line([(at, top), (at, top + size + size // 4)], fill=INK)
-            draw.text((at, top + size + size // 4), f"{times:g}", fill=INK, font=font, anchor="mt" if at > x else "lt")
+            draw.text((at, top + size + size // 2), f"{times:g}", fill=INK, font=font, anchor=anchor)
         draw.text((x + bar + size // 2, top), "score / threshold", fill=INK, font=font)
         draw.text((x + bar + size // 2, top + 5 * size // 4), f"threshold {threshold:.3g}", fill=INK, font=font)
-    x += bar + 11 * size
+    x += bar + 10 * size
     draw.rectangle((x, top, x + size, top + size), outline=OUTLINE, width=max(1, size // 8))
     draw.text((x + 3 * size // 2, top), "finding", fill=INK, font=font)
     if column_mm is not None:

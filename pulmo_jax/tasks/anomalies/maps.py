@@ -44,8 +44,15 @@ class MapFile:
 
     def paths(self, kinds: Sequence[str]) -> list[str]:
         """Paths of the maps and overlays, below maps/."""
-        overlays = [f"{overlay_name(ref, self.name)}_overlay.png" for ref in self.pages]
+        overlays = [self.overlay(index) for index in range(len(self.pages))]
         return [*(f"{self.name}_{kind}{self.suffix}" for kind in kinds), *overlays]
+
+    def overlay(self, index: int) -> str:
+        """Path of an overlay, with the page of the file, or the slice of a series, if there are several."""
+        ref = self.pages[index]
+        if ref.pages == len(self.pages) == 1:
+            return f"{self.name}_overlay.png"
+        return f"{self.name}_{ref.page if ref.pages > 1 else index:04d}_overlay.png"
 
 
 @dataclass(frozen=True)
@@ -137,11 +144,6 @@ def by_source(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
     return [tuple(sorted(pages, key=lambda ref: ref.page)) for pages in files.values()]
 
 
-def overlay_name(ref: ImageRef, name: str) -> str:
-    """Name of an overlay: that of the maps, with the page number if the file has several pages."""
-    return f"{name}_{ref.page:04d}" if ref.pages > 1 else name
-
-
 def map_unit(plan: Plan, run: Run, reader: Reader, output: Path) -> tuple[dict[str, Any], list[Skipped]]:
     """Score every page of a unit, write its maps, and connect its findings across slices.
 
@@ -203,7 +205,7 @@ def _map_file(
     require_fit(file.pages[0], run.scorer.how)
     tags = tags_of(file.pages[0], run, reader)
     with open_maps(file, volume, tags, run, output / "maps") as writers:
-        for ref in file.pages:
+        for index, ref in enumerate(file.pages):
             try:
                 require_fit(ref, run.scorer.how)
                 with naming_what_to_lower(run.scorer.tiles, ref.shape):
@@ -214,7 +216,7 @@ def _map_file(
                 write_empty(ref, run, writers)
                 yield ref, Skipped(ref.name, str(error))
                 continue
-            overlay = output / "maps" / f"{overlay_name(ref, file.name)}_overlay.png"
+            overlay = output / "maps" / file.overlay(index)
             yield ref, write_page(ref, scored, run, writers, overlay, INSIDE[file.suffix], pixel_mm(tags))
 
 
