@@ -147,11 +147,11 @@ def describe_faults(volume: Volume) -> list[str]:
         return [f"{volume.name}: its header has no valid geometry; places are given in voxels only"]
     if volume.is_regular:
         return []
-    spacing, gaps = volume.spacing_mm, int((~volume.adjacent).sum())
-    missing = f", {gaps} gaps where slices are missing" if gaps else ""
+    spacing = volume.spacing_mm
+    missing = "" if volume.adjacent.all() else ", some slices are missing"
     return [
-        f"{volume.name}: its slices are {spacing.min():.4g} to {spacing.max():.4g} mm apart{missing}; places in mm use "
-        "the position of each slice"
+        f"{volume.name}: its slices are {spacing.min():.4g} to {spacing.max():.4g} mm apart{missing}; places in mm "
+        "follow the position of each slice"
     ]
 
 
@@ -167,8 +167,9 @@ def _volume_of(members: Sequence[tuple[tuple[ImageRef, ...], Geometry | None]]) 
     origins = np.concatenate([geometry.origin_mm for geometry in geometries])
     along = np.concatenate([geometry.along_mm for geometry in geometries])
     if len(members) > 1:
-        folder = commonpath([f"./{pages[0].name.rpartition('/')[0]}" for pages, _ in members])
-        name = f"{folder}/series_{first.series}".removeprefix("./")
+        folders = {pages[0].name.rpartition("/")[0] for pages, _ in members}
+        common = "" if "" in folders else commonpath(folders)
+        name = f"{common}/series_{first.series}" if common else f"series_{first.series}"
     found = sort_slices([ref.shape for ref in refs], origins, along)
     if isinstance(found, str):
         return found

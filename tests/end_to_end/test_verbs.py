@@ -129,7 +129,8 @@ def test_maps_of_every_image_are_written(predicted, crop):
         assert 0 < np.nanmin(p_value) <= np.nanmax(p_value) <= 1
         assert not mask[~foreground].any()
         with Image.open(predicted / "maps" / f"lung_{i:02d}_overlay.png") as overlay:
-            outline = np.asarray(overlay)[binary_dilation(mask > 0) & (mask == 0)]
+            picture = np.asarray(overlay)[:128, :128]  # the legend is below
+        outline = picture[binary_dilation(mask > 0) & (mask == 0)]
         assert (outline == OUTLINE).all()
 
 
