@@ -46,7 +46,8 @@ class DataConfig(Section):
     )
     normal_name: str = Field(default="normal", description="subfolder of test with the normal images")
     group_regex: Regex | None = Field(
-        default=None, description="extracts the patient ID from the file name (first group); null: each file is a group"
+        default=None,
+        description="extracts the patient ID from the file name (first group); null: DICOM patient or file",
     )
     val_fraction: Float = Field(
         default=0.2, gt=0, lt=1, description="fraction of the groups held out for validation if val is null"
