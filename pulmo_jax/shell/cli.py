@@ -141,7 +141,7 @@ def run(verb: str, task: Callable[[Any, Path], Any], examples: str) -> int:
         )
     if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
         return fail(foreign)
-    sys.argv[1:] = [re.sub(r"^output\.aligned=", "aligned=", argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [re.sub(r"^output\.(aligned|format)=", r"\1=", argument) for argument in sys.argv[1:]]
     try:
         command = command_line(verb, sys.argv[1:])
     except InputError as error:

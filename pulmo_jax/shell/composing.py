@@ -306,8 +306,7 @@ def explain_key(dotted: str, command: Command | None) -> str:
         return f"{dotted} follows {name} unless you add it, as +{dotted}=VALUE"
     allowed = (allowed_keys(command.schema, path) or node_keys(path, command)) if command else []
     if command is None or not allowed:
-        instead = command is not None and name in allowed_keys(command.schema, [])
-        return f"unknown key {dotted}; " + (f"give {name}=VALUE" if instead else "--help lists all keys")
+        return f"unknown key {dotted}; --help lists all keys"
     owners = [task.name for task in other_tasks(command) if name in allowed_keys(task.section(command.verb), path)]
     beside = f"; {dotted} is for runs of task={', '.join(owners)}" if owners else ""
     of_run = f"\nthe run is of task={command.task.name}{beside}" if command.task and command.verb in OF_RUN else ""

@@ -258,7 +258,7 @@ def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_p
         p = {name: float(row[f"p_{name}"]) for name in ("no", "yes")}
         assert sum(p.values()) == pytest.approx(1, abs=1e-6)
         assert row["label"] == max(p, key=p.__getitem__)
-        with Image.open(out / "overlays" / f"{row['filename']}.png") as overlay:
+        with Image.open(out / "overlays" / row["filename"]) as overlay:
             assert min(overlay.size) > 20
     summary = json.loads((out / "summary.json").read_text())
     assert [file["filename"] for file in summary["failed"]] == ["broken.jpg"]

@@ -103,7 +103,7 @@ def test_prediction_writes_the_users_own_columns_in_the_images_own_pixels(run, c
     np.testing.assert_allclose(points["deep.tif"], points["a.png"] - [0, 8], atol=2)
     assert all(float(rows["a.png"][f"std{k + 1}"]) > 0 for k in range(K))
     assert {rows["a.png"][f"quality{k + 1}"] for k in range(K)} <= {"ok", "low"}
-    assert tifffile.imread(tmp_path / "out" / "aligned" / "deep.tif.tif").dtype == np.uint16
+    assert tifffile.imread(tmp_path / "out" / "aligned" / "deep.tif").dtype == np.uint16
     with Image.open(tmp_path / "out" / "overlays" / "sub" / "large.png") as overlay:
         assert (np.ptp(np.asarray(overlay), axis=-1) > 50).any()  # coloured marks on a gray image
     again = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", "aligned=true")
