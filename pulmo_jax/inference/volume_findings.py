@@ -131,14 +131,11 @@ def touching(below: Int32[np.ndarray, "H W"], above: Int32[np.ndarray, "H W"]) -
         >>> touching(np.array([[1, 0, 0]], np.int32), np.array([[0, 1, 2]], np.int32)).tolist()
         [[1, 1]]
     """
-    height, width = below.shape
     y, x = np.nonzero(above)
-    pairs = []
-    for dy, dx in _SHIFTS:
-        inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-        found = below[y[inside] + dy, x[inside] + dx]
-        pairs.append(np.stack([found, above[y[inside], x[inside]]], axis=-1)[found > 0])
-    return np.unique(np.concatenate(pairs), axis=0)
+    label, n = above[y, x].astype(np.int64), int(above.max(initial=0)) + 1
+    padded = np.pad(below, 1).astype(np.int64)
+    pairs = np.concatenate([padded[y + 1 + dy, x + 1 + dx] * n + label for dy, dx in _SHIFTS])
+    return np.stack(np.divmod(np.unique(pairs[pairs >= n]), n), axis=-1)
 
 
 def volume_findings(found: Connected, volume: Volume, calibration: Calibration) -> list[dict[str, Any]]:
@@ -159,6 +156,7 @@ def volume_findings(found: Connected, volume: Volume, calibration: Calibration) 
     if not any(len(regions.peak) for regions in found.regions.values()):
         return []
     slices, table, component = _components(found)
+    p_values, thickness_mm = calibration.pixel_p_value(table.peak.astype(np.float32)), volume.thickness_mm
     rows = []
     for members in _members(component):
         part, at = Regions(*(column[members] for column in table)), slices[members]
@@ -168,7 +166,7 @@ def volume_findings(found: Connected, volume: Volume, calibration: Calibration) 
         rows.append(
             {
                 "volume": volume.name,
-                **_place(part, at, volume),
+                **_place(part, at, volume, thickness_mm[at]),
                 "voxels": int(part.area_px.sum()),
                 "slices": int(np.ptp(at)) + 1,  # a finding has voxels in every slice between its first and last
                 "first_slice": int(at.min()),
@@ -180,7 +178,7 @@ def volume_findings(found: Connected, volume: Volume, calibration: Calibration) 
                 "peak_x": int(part.peak_x[peak]),
                 "peak_score": score,
                 "mean_score": float(part.sum_score.sum() / part.area_px.sum()),
-                "p_value": float(calibration.pixel_p_value(np.array([score], np.float32))[0]),
+                "p_value": float(p_values[members[peak]]),
                 "p_value_image": p_value_image,
                 "p_value_volume": min(1.0, found.scored * p_value_image),
             }
@@ -208,12 +206,12 @@ def _members(component: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(component[order])) + 1)
 
 
-def _place(part: Regions, at: np.ndarray, volume: Volume) -> dict[str, Any]:
-    """Centre of mass of a finding and its volume; every voxel weighs as much as its volume."""
+def _place(part: Regions, at: np.ndarray, volume: Volume, thickness_mm: np.ndarray) -> dict[str, Any]:
+    """Centre of mass of a finding and its volume; every voxel weighs as much as its volume. `thickness_mm`: of `at`."""
     if not volume.placed:
         return {"space": None, "x_mm": None, "y_mm": None, "z_mm": None, "volume_mm3": None}
     pixel_mm2 = float(np.linalg.norm(np.cross(*volume.along_mm)))
-    weight = pixel_mm2 * volume.thickness_mm[at]
+    weight = pixel_mm2 * thickness_mm
     along = part.sum_x[:, None] * volume.along_mm[0] + part.sum_y[:, None] * volume.along_mm[1]
     moment = weight @ (part.area_px[:, None] * volume.origin_mm[at] + along)
     size = float(weight @ part.area_px)

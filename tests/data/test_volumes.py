@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tifffile
 from references.image_files import noise, write_dicom
-from references.volumes import oblique_affine, stacked, write_nifti, write_series
+from references.volumes import oblique_affine, stacked, write_frames, write_nifti, write_series
 
 from pulmo_jax.data.geometry import default_group
 from pulmo_jax.data.images import by_file, index_images
@@ -119,29 +119,12 @@ def test_thickness_follows_a_change_of_spacing(tmp_path):
 
 def test_frames_of_one_file_are_a_volume(tmp_path):
     """An enhanced object has the positions of its frames in functional groups; here, they descend."""
-    from pydicom.dataset import Dataset
-    from pydicom.sequence import Sequence
-
-    def group(z):
-        place, frame = Dataset(), Dataset()
-        place.ImagePositionPatient = [1, 2, z]
-        frame.PlanePositionSequence = Sequence([place])
-        return frame
-
-    orientation, measures, shared = Dataset(), Dataset(), Dataset()
-    orientation.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    measures.PixelSpacing = [0.5, 0.25]
-    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = Sequence([orientation]), Sequence([measures])
-    write_dicom(
-        tmp_path / "x.dcm", noise((3, 9, 8)), SeriesInstanceUID="1.2.3",
-        PerFrameFunctionalGroupsSequence=Sequence([group(z) for z in (30, 20, 10)]),
-        SharedFunctionalGroupsSequence=Sequence([shared]),
-    )  # fmt: skip
+    write_frames(tmp_path / "x.dcm", noise((3, 9, 8)), stacked(3, -10.0))
     volume = volume_in(tmp_path)
     assert volume.name == "x.dcm"
     assert [ref.page for ref in volume.slices] == [2, 1, 0]
-    np.testing.assert_allclose(volume.affine_mm[:3, 3], [1, 2, 10])
-    np.testing.assert_allclose(np.diag(volume.affine_mm), [0.25, 0.5, 10, 1])
+    np.testing.assert_allclose(volume.affine_mm[:3, 3], [-30, -40, 80])
+    np.testing.assert_allclose(np.diag(volume.affine_mm), [0.8, 0.5, 10, 1])
 
 
 @pytest.mark.parametrize("zooms", [(0.7, 0.9, 2.5), (-0.7, 0.9, 2.5), (0.7, 0.9, -2.5)])

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import generate_uid
 from references.image_files import write_dicom
 from scipy.spatial.transform import Rotation
@@ -51,6 +53,29 @@ def write_series(
         own = {key: value[i] if isinstance(value, dict) else value for key, value in common.items()}
         write_dicom(folder / name, pixels, **(place | own))
     return list(names)
+
+
+def write_frames(path: Path, voxels: np.ndarray, origin_mm: np.ndarray) -> None:
+    """An enhanced object: all slices (n, H, W) in one file, with the position of each frame."""
+
+    def item(**elements) -> Dataset:
+        dataset = Dataset()
+        for keyword, value in elements.items():
+            setattr(dataset, keyword, value)
+        return dataset
+
+    frames = [
+        item(PlanePositionSequence=DicomSequence([item(ImagePositionPatient=list(origin))])) for origin in origin_mm
+    ]
+    shared = item(
+        PlaneOrientationSequence=DicomSequence([item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]),
+        PixelMeasuresSequence=DicomSequence([item(PixelSpacing=[0.5, 0.8])]),
+    )
+    write_dicom(
+        path, voxels, **PATIENT, SeriesInstanceUID=generate_uid(), StudyInstanceUID=generate_uid(),
+        PerFrameFunctionalGroupsSequence=DicomSequence(frames),
+        SharedFunctionalGroupsSequence=DicomSequence([shared]),
+    )  # fmt: skip
 
 
 def stacked(n: int, spacing_mm: float = 3.0) -> np.ndarray:

@@ -4,7 +4,7 @@ The model is two-dimensional: each slice of a volume is scored by itself. Findin
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Sk
     plans, kinds = plan_units(units, config.format, run), list(maps_of(run))
     items = [
         Item(
-            name=unit.name,
+            name=in_frame[unit.name].pages[0].name if unit.name in in_frame else unit.name,
             refs=unit.refs,
             key=digest,
             outputs=tuple(output / "maps" / path for path in plan.paths(kinds)),
@@ -164,19 +164,21 @@ def collect(
     Returns:
         image_scores.csv, detections.csv, findings_3d.csv if there is a volume, and summary.json.
     """
-    images = in_order([image for record in records for image in record["images"]])
-    rows = in_order([row for record in records for row in record["detections"]])
+    data = run.config.data
+    written = [row for record in records for row in record["detections"]]
+    originals = {item.context.aligned.name: item.name for item in items if item.context.aligned is not None}
+    images = in_order([image for record in records for image in record["images"]], originals)
+    rows = in_order(written, originals)
     volumes = [item.context.plan.volume for item in items if item.context.plan.volume is not None]
     rows_3d = [row for record in records for row in record.get("findings_3d", [])]
     threshold = run.calibrations["method"].image_threshold.value
     tables = {"image_scores.csv": image_scores_csv(images, failed, threshold), "detections.csv": detections_csv(rows)}
     if volumes:
         tables["findings_3d.csv"] = csv_text(COLUMNS_3D, ([row[name] for name in COLUMNS_3D] for row in rows_3d))
-    data = run.config.data
     if data.align_run is not None:
         frame = open_frame(data.align_run, config.plugins, run.scorer.how.aligned_by)
         maps = {record["images"][0]["filename"]: record["maps"] for record in records}
-        write_in_images(frame, [item.context.aligned for item in items], maps, rows, config.output)
+        write_in_images(frame, [item.context.aligned for item in items], maps, written, config.output)
     summary = summarise(run, images, rows)
     if volumes:
         summary |= {"n_findings_3d": len(rows_3d), "volumes": volume_notes(volumes)}
@@ -185,9 +187,10 @@ def collect(
     return Outputs(tables, summary, in_volumes + counts)
 
 
-def in_order(rows: Sequence[Record]) -> list[Record]:
-    """Rows in the order of the input: by the path of the file, and by page."""
-    return sorted(rows, key=lambda row: (row["filename"].split("/"), row["page"]))
+def in_order(rows: Sequence[Record], originals: Mapping[str, str]) -> list[Record]:
+    """Rows in the order of the input, by the path of the file and the page; aligned images under their own names."""
+    named = [{**row, "filename": originals.get(row["filename"], row["filename"])} for row in rows]
+    return sorted(named, key=lambda row: (row["filename"].split("/"), row["page"]))
 
 
 def image_scores_csv(images: Sequence[Record], failed: Sequence[Skipped], threshold: float) -> str:

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 from PIL import Image
 from references.anomaly_run import run_on, write_sealed
-from references.volumes import oblique_affine, stacked, write_nifti, write_series
+from references.volumes import oblique_affine, stacked, write_frames, write_nifti, write_series
 from scipy import ndimage
 
 from pulmo_jax.host.console import SOME_FAILED, Console
@@ -123,6 +123,25 @@ def test_maps_of_a_series_are_one_nifti_file(predict, tmp_path):
     np.testing.assert_allclose(made.affine @ [0, 0, 0, 1], [30, 40, 100, 1], rtol=1e-6)
     assert len(list((tmp_path / "out" / "maps").glob("*_overlay.png"))) == 10
     assert list((tmp_path / "out" / "maps").glob("*.tif")) == []
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_frames_of_one_file_are_mapped_in_the_order_of_the_format(predict, tmp_path, shuffled):
+    """TIFF pages are frames; NIfTI slices are sorted by position; the findings are the same."""
+    voxels, box = voxels_with_a_blob()
+    order = np.random.default_rng(0).permutation(10) if shuffled else np.arange(10)[::-1]
+    (tmp_path / "in").mkdir()
+    write_frames(tmp_path / "in" / "x.dcm", voxels[order], stacked(10)[order])
+    tables = []
+    for form in ("tiff", "nifti"):
+        predict(tmp_path / "in", format=form)
+        tables.append((tmp_path / "out" / "findings_3d.csv").read_text())
+    assert tables[0] == tables[1]
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / "maps" / "x_mask.tif") > 0, box[order])
+    made = nibabel.load(tmp_path / "out" / "maps" / "x_mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(made.dataobj).transpose(2, 1, 0) > 0, box)
+    (row,) = rows_of(tmp_path / "out" / "findings_3d.csv")
+    assert (row["first_slice"], row["last_slice"], row["voxels"]) == ("3", "5", str(box.sum()))
 
 
 @pytest.mark.parametrize("form", ["tiff", "nifti"])
