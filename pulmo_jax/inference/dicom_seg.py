@@ -12,6 +12,7 @@ from pydicom import Dataset
 from pulmo_jax.data.sources.dicom import read_header
 from pulmo_jax.data.sources.source import decoding
 from pulmo_jax.data.volumes import Volume
+from pulmo_jax.host.console import printable
 from pulmo_jax.host.files import atomically
 from pulmo_jax.types import InputError
 
@@ -55,7 +56,7 @@ def write_segmentation(path: Path, volume: Volume, masks: Mapping[int, Bool[np.n
     abnormal = codes.SCT.MorphologicallyAbnormalStructure
     segment = SegmentDescription(1, LABEL, abnormal, abnormal, "AUTOMATIC", algorithm)
     sources, pixels = _sources_and_pixels(volume, masks)
-    with decoding(volume.slices[0].path):
+    try:
         segmentation = Segmentation(
             source_images=sources,
             pixel_array=pixels,
@@ -71,6 +72,10 @@ def write_segmentation(path: Path, volume: Volume, masks: Mapping[int, Bool[np.n
             device_serial_number="0",
             series_description="Findings of pulmo_jax",
         )
+    except (AttributeError, TypeError, ValueError) as error:  # for elements that the series lacks
+        raise InputError(
+            printable(f"{volume.name}: highdicom cannot make a segmentation of it ({error}); use format=nifti or tiff")
+        ) from error
     atomically(path, segmentation.save_as)
 
 

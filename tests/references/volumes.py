@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
-from pydicom.uid import generate_uid
+from pydicom.uid import EnhancedCTImageStorage, generate_uid
 from references.image_files import write_dicom
 from scipy.spatial.transform import Rotation
 
@@ -69,10 +69,11 @@ def write_frames(path: Path, voxels: np.ndarray, origin_mm: np.ndarray) -> None:
     ]
     shared = item(
         PlaneOrientationSequence=DicomSequence([item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]),
-        PixelMeasuresSequence=DicomSequence([item(PixelSpacing=[0.5, 0.8])]),
+        PixelMeasuresSequence=DicomSequence([item(PixelSpacing=[0.5, 0.8], SliceThickness=3)]),
     )
     write_dicom(
         path, voxels, **PATIENT, SeriesInstanceUID=generate_uid(), StudyInstanceUID=generate_uid(),
+        FrameOfReferenceUID=generate_uid(), SOPClassUID=EnhancedCTImageStorage,
         PerFrameFunctionalGroupsSequence=DicomSequence(frames),
         SharedFunctionalGroupsSequence=DicomSequence([shared]),
     )  # fmt: skip

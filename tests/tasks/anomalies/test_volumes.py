@@ -280,3 +280,28 @@ def test_segmentation_of_a_series_is_its_mask(predict, tmp_path, blob):
         )
         np.testing.assert_array_equal(pixels[0, ..., 0] > 0, box[k])
     assert "10 images finished (10 of them earlier)" in predict(tmp_path / "in", format="dicom_seg")
+
+
+def test_segmentation_of_frames_is_their_mask(predict, tmp_path):
+    highdicom = pytest.importorskip("highdicom", reason="pip install 'pulmo-jax[dicom_seg]'")
+    voxels, box = voxels_with_a_blob()
+    order = np.random.default_rng(1).permutation(10)
+    (tmp_path / "in").mkdir()
+    write_frames(tmp_path / "in" / "x.dcm", voxels[order], stacked(10)[order])
+    predict(tmp_path / "in", format="dicom_seg")
+    segmentation = highdicom.seg.segread(tmp_path / "out" / "maps" / "x_seg.dcm")
+    pixels = segmentation.get_pixels_by_source_frame(
+        pydicom.dcmread(tmp_path / "in" / "x.dcm").SOPInstanceUID, list(range(1, 11)),
+        ignore_spatial_locations=True, assert_missing_frames_are_empty=True,
+    )  # fmt: skip
+    np.testing.assert_array_equal(pixels[..., 0] > 0, box[order])
+
+
+def test_series_without_what_a_segmentation_needs_is_told(predict, tmp_path, capsys):
+    pytest.importorskip("highdicom", reason="pip install 'pulmo-jax[dicom_seg]'")
+    voxels, _ = voxels_with_a_blob()
+    write_series(tmp_path / "in", voxels, stacked(10), FrameOfReferenceUID="")
+    predict(tmp_path / "in", format="dicom_seg", status=SOME_FAILED)
+    told = capsys.readouterr().err
+    assert "highdicom cannot make a segmentation of it" in told
+    assert "use format=nifti or tiff" in told
