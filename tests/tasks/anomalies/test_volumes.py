@@ -300,7 +300,10 @@ def test_segmentation_of_frames_is_their_mask(predict, tmp_path):
 def test_series_without_what_a_segmentation_needs_is_told(predict, tmp_path, capsys):
     pytest.importorskip("highdicom", reason="pip install 'pulmo-jax[dicom_seg]'")
     voxels, _ = voxels_with_a_blob()
-    write_series(tmp_path / "in", voxels, stacked(10), FrameOfReferenceUID="")
+    for name in write_series(tmp_path / "in", voxels, stacked(10)):
+        slice_of = pydicom.dcmread(tmp_path / "in" / name)
+        del slice_of.FrameOfReferenceUID
+        slice_of.save_as(tmp_path / "in" / name)
     predict(tmp_path / "in", format="dicom_seg", status=SOME_FAILED)
     told = capsys.readouterr().err
     assert "highdicom cannot make a segmentation of it" in told
