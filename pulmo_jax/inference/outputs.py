@@ -25,7 +25,6 @@ OUTLINE = (0, 229, 255)
 BACKGROUND, INK = 0, (255, 255, 255)  # of the legend
 COLOUR_RANGE = (0.5, 3.0)  # scores of the first and last colour, as multiples of the threshold
 LEGEND_EM = 32  # least width of the legend in font sizes
-CENTIMETRE = 3  # TIFF ResolutionUnit
 STRIP_BYTES = 2**20  # size of a TIFF strip before compression
 DEFLATE_LEVEL = 1  # the low bits of maps are noise: level 6 takes 1.5 times as long and saves 0.2 %
 CSV_COLUMNS = (
@@ -34,6 +33,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
+ScaleBar = Callable[[int], tuple[float, str]]  # columns of an image -> length of a scale bar in columns, and its label
 PageWriter = Callable[[tuple[int, int], np.dtype, Callable[[slice], np.ndarray]], None]  # see `open_map`
 
 
@@ -108,28 +108,13 @@ def overlay_step(shape: tuple[int, ...]) -> int:
     return -(-max(shape[:2]) // OVERLAY_PX)
 
 
-def pixel_mm(tags: ImageTags) -> tuple[float, float] | None:
-    """Height and width of a pixel in mm.
-
-    Args:
-        tags: Tags of the image.
-
-    Returns:
-        Height and width; None if they are unknown. A resolution per inch is one of a printer or a screen.
-    """
-    if tags.resolution is None or tags.resolution[2] != CENTIMETRE or min(tags.resolution[:2]) <= 0:
-        return None
-    per_cm_x, per_cm_y, _ = tags.resolution
-    return 10 / per_cm_y, 10 / per_cm_x
-
-
 def write_overlay(
     path: Path,
     image: Float[np.ndarray, "h w C"],
     score: Float[np.ndarray, "H W"],
     mask: Bool[np.ndarray, "H W"],
     threshold: float,
-    scale_mm: tuple[float, float] | None = None,
+    scale: ScaleBar | None = None,
 ) -> None:
     """Write the image in grey (or RGB) with coloured scores and outlined findings above a legend, as PNG.
 
@@ -142,7 +127,7 @@ def write_overlay(
         score: Score map at full resolution.
         mask: Mask of the findings at full resolution.
         threshold: Pixel threshold.
-        scale_mm: Height and width of a pixel of the score map, for a scale bar; None: unknown.
+        scale: Chooses a scale bar for a number of columns of the score map; None: the size of a pixel is unknown.
     """
     step = overlay_step(score.shape)
     score, mask = score[::step, ::step], subsample_mask(mask, step)
@@ -153,7 +138,7 @@ def write_overlay(
         rows = slice(top, min(top + OVERLAY_ROWS, height))
         picture[rows, :width] = _coloured(image[rows], score[rows], mask[rows], np.float32(threshold)) * 255
     picture[:height, :width][binary_dilation(mask) & ~mask] = OUTLINE
-    picture[height:] = draw_legend(picture.shape[1], size, threshold, scale_mm and scale_mm[1] * step, width)
+    picture[height:] = draw_legend(picture.shape[1], size, threshold, scale, step, width)
     atomically(path, lambda p: Image.fromarray(picture).save(p, format="PNG"))
 
 
@@ -178,7 +163,7 @@ def legend_height(size: int) -> int:
 
 
 def draw_legend(
-    width: int, size: int, threshold: float, column_mm: float | None, image_width: int
+    width: int, size: int, threshold: float, scale: ScaleBar | None, step: int, image_width: int
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Draw the legend of an overlay: colours of the scores, outline of a finding, and a scale bar.
 
@@ -186,7 +171,8 @@ def draw_legend(
         width: Width of the legend, px.
         size: Font size, px.
         threshold: Pixel threshold.
-        column_mm: Width of a pixel of the picture; None: unknown, no scale bar.
+        scale: Chooses the scale bar; None for none.
+        step: Columns of the score map per pixel of the picture.
         image_width: Width of the image in the picture, px.
 
     Returns:
@@ -210,23 +196,12 @@ def draw_legend(
     x += bar + 10 * size
     draw.rectangle((x, top, x + size, top + size), outline=OUTLINE, width=max(1, size // 8))
     draw.text((x + 3 * size // 2, top), "finding", fill=INK, font=font)
-    if column_mm is not None:
-        length_mm = nice_length(min(image_width, 8 * size) * column_mm)
+    if scale is not None:
+        length, label = scale(min(image_width, 20 * size) * step)
         y = top + 2 * size
-        draw.line([(x, y), (x + round(length_mm / column_mm) - 1, y)], fill=INK, width=max(2, size // 6))
-        draw.text((x, y + size // 4), f"{length_mm:g} mm", fill=INK, font=font)
+        draw.line([(x, y), (x + max(1, round(length / step)) - 1, y)], fill=INK, width=max(2, size // 6))
+        draw.text((x, y + size // 4), label, fill=INK, font=font)
     return np.asarray(legend)
-
-
-def nice_length(limit: float) -> float:
-    """The largest of 1, 2, 5 times a power of ten that does not exceed a limit.
-
-    Example:
-        >>> [nice_length(x) for x in (37.0, 0.9, 5.0)]
-        [20.0, 0.5, 5.0]
-    """
-    power = 10.0 ** np.floor(np.log10(limit * (1 + 1e-9)))
-    return float(max(times * power for times in (1, 2, 5) if times * power <= limit * (1 + 1e-9)))
 
 
 def subsample_mask(mask: Bool[np.ndarray, "H W"], step: int) -> Bool[np.ndarray, "h w"]:

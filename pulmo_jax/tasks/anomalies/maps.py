@@ -17,11 +17,12 @@ from pulmo_jax.data.volumes import Unit, Volume
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.inference.dicom_seg import write_segmentation
 from pulmo_jax.inference.nifti_maps import open_nifti_map
-from pulmo_jax.inference.outputs import PageWriter, detection_row, open_map, overlay_step, pixel_mm, write_overlay
+from pulmo_jax.inference.outputs import PageWriter, ScaleBar, detection_row, open_map, overlay_step, write_overlay
 from pulmo_jax.inference.score import detail_names, naming_what_to_lower
 from pulmo_jax.inference.volume_findings import Connected, volume_findings
 from pulmo_jax.runs.naming import output_names
 from pulmo_jax.tasks.anomalies.run import Run, require_fit
+from pulmo_jax.tasks.anomalies.units import scale_bar
 from pulmo_jax.types import Detection, ImageTags, InputError
 
 MAPS = {"score": np.dtype(np.float32), "pvalue": np.dtype(np.float32), "mask": np.dtype(np.uint8)}
@@ -217,7 +218,7 @@ def _map_file(
                 yield ref, Skipped(ref.name, str(error))
                 continue
             overlay = output / "maps" / file.overlay(index)
-            yield ref, write_page(ref, scored, run, writers, overlay, INSIDE[file.suffix], pixel_mm(tags))
+            yield ref, write_page(ref, scored, run, writers, overlay, INSIDE[file.suffix], scale_of(tags))
 
 
 @contextmanager
@@ -261,7 +262,7 @@ def write_page(
     writers: dict[str, PageWriter],
     overlay: Path,
     inside: np.uint8,
-    scale_mm: tuple[float, float] | None,
+    scale: ScaleBar | None,
 ) -> Page:
     """Write the maps of one page.
 
@@ -272,7 +273,7 @@ def write_page(
         writers: Writer of each kind of map.
         overlay: Path of the overlay.
         inside: Value of the mask inside findings.
-        scale_mm: Height and width of a pixel, if known.
+        scale: Chooses the scale bar of the overlay; None for none.
 
     Returns:
         Results of the page.
@@ -288,7 +289,7 @@ def write_page(
     }
     threshold = calibration.pixel_threshold.value
     with ThreadPoolExecutor() as threads:
-        written = [threads.submit(write_overlay, overlay, scored.thumbnail, score, mask, threshold, scale_mm)]
+        written = [threads.submit(write_overlay, overlay, scored.thumbnail, score, mask, threshold, scale)]
         written += [
             threads.submit(write, score.shape, maps_of(run)[kind], values_of[kind]) for kind, write in writers.items()
         ]
@@ -305,6 +306,13 @@ def write_page(
         "findings": len(found),
     }
     return Page(entry, found, score, mask)
+
+
+def scale_of(tags: ImageTags) -> ScaleBar | None:
+    """Scale bar of an image, if the size of its pixels is known."""
+    if (size := tags.pixel_mm) is None:
+        return None
+    return lambda columns: scale_bar(columns, size[1])
 
 
 def write_empty(ref: ImageRef, run: Run, writers: dict[str, PageWriter]) -> None:

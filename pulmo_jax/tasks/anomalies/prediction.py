@@ -108,6 +108,8 @@ def list_units(refs: Sequence[ImageRef], config: MapConfig, run: Run, place: Pla
     units, notes = find_volumes(files, place.formats)
     for note in notes:
         place.note(f"note: {note}")
+    if any(unit.volume is not None for unit in units):
+        place.note("note: the model is two-dimensional: each slice of a volume is scored by itself")
     others = sum(not is_segmented(unit, config.format) for unit in units)
     if config.format == "dicom_seg" and others:
         place.note(f"note: {others} of {len(units)} inputs are no DICOM series and get no segmentation")
