@@ -14,7 +14,14 @@ one. Exit status 3 means that some files failed; they are listed in summary.json
   python -m pulmo_jax.predict run=RUN input=FOLDER output=results foreground=LUNG_MASKS
 
 Anomaly detection: OUTPUT/maps/NAME_score.tif, NAME_pvalue.tif, NAME_mask.tif and NAME_overlay.png (with
-method.score=matched also NAME_amplitude.tif and NAME_blob_sigma.tif), and OUTPUT/detections.csv.
+method.score=matched also NAME_amplitude.tif and NAME_blob_sigma.tif), OUTPUT/image_scores.csv with one row for every
+image, and OUTPUT/detections.csv with one row for every finding.
+
+The model is two-dimensional: each slice is scored by itself. The slices of a NIfTI file or a DICOM series are sorted by
+their position, and their findings are connected in OUTPUT/findings_3d.csv, with places in mm. format=nifti writes the
+maps of a volume as NAME_score.nii.gz and so on, which lie on the input in any viewer.
+
+  python -m pulmo_jax.predict run=RUN input=SERIES output=results format=nifti
 
 Landmarks: OUTPUT/landmarks.csv, overlays/ and, with aligned=true, the aligned images in aligned/.
 

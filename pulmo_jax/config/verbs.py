@@ -122,7 +122,7 @@ class IngestConfig(Section):
     verify: Bool = Field(default=False, description="only re-read every image of the store and compare")
     group_regex: Regex | None = Field(
         default=None,
-        description="extracts the patient ID from the file name (first group); null: each file and its copies",
+        description="extracts the patient ID from the file name (first group); null: DICOM patient or file, and copies",
     )
     near_bits: Int = Field(
         default=6,

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 from pulmo_jax.config.expressions import ExpressionError, search
+from pulmo_jax.data.geometry import default_group
 from pulmo_jax.data.masks import Rule, find_rule
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, open_source, survey
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
@@ -119,8 +120,8 @@ def index_images(
     Args:
         folder: Folder of images, store or image file.
         masks: Folder of foreground masks with the names of their images (see `find_masks`).
-        group_regex: Regular expression that extracts the group from the name (see `extract_group`); without it each
-            file is its own group.
+        group_regex: Regular expression that extracts the group from the name (see `extract_group`); without it, the
+            patient of a DICOM file is its group, and any other file is a group of its own.
         max_image_mb: Limit on the decoded size of a page in MiB.
         require_masks: Skip an image without a mask, instead of taking all of it as foreground.
         leave_out: Folder whose files are not listed, such as the results of an earlier call.
@@ -186,12 +187,14 @@ def read_header(
         formats: User-defined image formats.
 
     Returns:
-        Number of pages, shape (H, W, C), dtype, default group (the name), and stored dtype if it is another.
+        Number of pages, shape (H, W, C), dtype, default group (see `geometry.default_group`), and stored dtype if it is
+        another.
     """
     with open_source(folder / name, max_bytes=max_bytes, formats=formats) as source:
         pages, height, width, bands = source.shape
         stored = "" if source.stored_dtype is None else source.stored_dtype.name
-        return pages, (height, width, bands), source.dtype.name, name, stored
+        group = default_group(folder / name, name, formats)
+        return pages, (height, width, bands), source.dtype.name, group, stored
 
 
 def stored_names(store: Store) -> list[str]:

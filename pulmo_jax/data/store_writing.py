@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pulmo_jax.data.geometry import default_group
 from pulmo_jax.data.images import MEBIBYTE, Skipped, extract_group, require_utf8
 from pulmo_jax.data.near_copies import merge_groups, perceptual_hash
 from pulmo_jax.data.sources import image_suffixes, open_source, survey
@@ -75,7 +76,8 @@ def ingest_folder(
         folder: Folder of images, or an image file. Its subfolders are the classes.
         target: The store, which is created if necessary.
         interrupted: An earlier ingestion was killed: an empty log is ours, and not a file of the user's.
-        group_regex: Regular expression that extracts the group from the name (see `images.extract_group`).
+        group_regex: Regular expression that extracts the group from the name (see `images.extract_group`); None: the
+            group is the patient of a DICOM file, or the file.
         near_bits: Largest number of different bits, of 63, between the perceptual hashes of near-duplicates.
         threads: Number of decoding threads.
         max_image_mb: Limit on the decoded size of a page in MiB.
@@ -102,9 +104,7 @@ def ingest_folder(
             hashing = tracker("reading files")(pool.map(hash_file, paths.values(), paths), len(paths))
             results = dict(zip(paths, hashing, strict=True))
             contents = {name: content for name, content in results.items() if isinstance(content, str)}
-            groups = {
-                name: extract_group(name, group_regex, image_suffixes(formats), "group_regex") for name in contents
-            }
+            groups = {name: group_of(paths[name], name, group_regex, formats) for name in contents}
             require_same_content(target, old, contents)
             first: dict[str, str] = {}  # the first name with each content
             for name, content in contents.items():
@@ -221,6 +221,16 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def group_of(path: Path, name: str, group_regex: str | None, formats: Sequence[Format]) -> str:
+    """Group of a file, by its name or by its header (see `geometry.default_group`)."""
+    if group_regex is not None:
+        return extract_group(name, group_regex, image_suffixes(formats), "group_regex")
+    try:
+        return default_group(path, name, formats)
+    except InputError:  # an unreadable file, which is reported when it is decoded, and has no group
+        return name
 
 
 def hash_file(path: Path, name: str) -> str | Skipped:

@@ -10,9 +10,9 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import tifffile
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation
 
 from pulmo_jax.host.files import atomically, replacing
@@ -22,6 +22,9 @@ from pulmo_jax.types import Detection, ImageTags
 OVERLAY_PX = 2048  # longest side of an overlay; larger images are subsampled
 OVERLAY_ROWS = 256  # rows coloured at a time, which bounds the memory
 OUTLINE = (0, 229, 255)
+BACKGROUND, INK = 0, (255, 255, 255)  # of the legend
+COLOUR_RANGE = (0.5, 3.0)  # scores of the first and last colour, as multiples of the threshold
+LEGEND_EM = 32  # least width of the legend in font sizes
 STRIP_BYTES = 2**20  # size of a TIFF strip before compression
 DEFLATE_LEVEL = 1  # the low bits of maps are noise: level 6 takes 1.5 times as long and saves 0.2 %
 CSV_COLUMNS = (
@@ -30,6 +33,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
+ScaleBar = Callable[[int], tuple[float, str]]  # columns of an image -> length of a scale bar in columns, and its label
 PageWriter = Callable[[tuple[int, int], np.dtype, Callable[[slice], np.ndarray]], None]  # see `open_map`
 
 
@@ -110,11 +114,12 @@ def write_overlay(
     score: Float[np.ndarray, "H W"],
     mask: Bool[np.ndarray, "H W"],
     threshold: float,
+    scale: ScaleBar | None = None,
 ) -> None:
-    """Write the image in grey (or RGB) with coloured scores and outlined findings, as PNG.
+    """Write the image in grey (or RGB) with coloured scores and outlined findings above a legend, as PNG.
 
     Colours start at half the threshold. They depend on the threshold and not on the image, so they have the same
-    meaning in all overlays of a run.
+    meaning in all overlays of a run. The image is in the upper left corner, pixel by pixel.
 
     Args:
         path: Output file.
@@ -122,24 +127,81 @@ def write_overlay(
         score: Score map at full resolution.
         mask: Mask of the findings at full resolution.
         threshold: Pixel threshold.
+        scale: Chooses a scale bar for a number of columns of the score map; None: the size of a pixel is unknown.
     """
     step = overlay_step(score.shape)
     score, mask = score[::step, ::step], subsample_mask(mask, step)
-    picture = np.empty((*score.shape, 3), np.uint8)
-    for top in range(0, len(score), OVERLAY_ROWS):  # in blocks: float colours take ten times the memory of the picture
-        rows = slice(top, top + OVERLAY_ROWS)
-        picture[rows] = _coloured(image[rows], score[rows], mask[rows], np.float32(threshold)) * 255
-    picture[binary_dilation(mask) & ~mask] = OUTLINE
+    height, width = score.shape
+    size = font_px(width)
+    picture = np.full((height + legend_height(size), max(width, LEGEND_EM * size), 3), BACKGROUND, np.uint8)
+    for top in range(0, height, OVERLAY_ROWS):  # in blocks: float colours take ten times the memory of the picture
+        rows = slice(top, min(top + OVERLAY_ROWS, height))
+        picture[rows, :width] = _coloured(image[rows], score[rows], mask[rows], np.float32(threshold)) * 255
+    picture[:height, :width][binary_dilation(mask) & ~mask] = OUTLINE
+    picture[height:] = draw_legend(picture.shape[1], size, threshold, scale, step, width)
     atomically(path, lambda p: Image.fromarray(picture).save(p, format="PNG"))
 
 
 def _coloured(image: np.ndarray, score: np.ndarray, mask: np.ndarray, threshold: np.float32) -> np.ndarray:
     """Image blended with the colours of the scores, (h, w, 3) float32 in [0, 1]."""
     gray = image if image.shape[-1] == 3 else np.repeat(image.mean(-1, keepdims=True), 3, axis=-1)
-    heat = np.nan_to_num(score / threshold - np.float32(0.5) if threshold > 0 else mask.astype(np.float32), nan=0.0)
-    colour = colormaps["inferno"](np.clip(heat / 2.5, 0, 1), bytes=True)[..., :3] / np.float32(255)
+    low, high = (np.float32(times) for times in COLOUR_RANGE)
+    heat = np.nan_to_num(score / threshold - low if threshold > 0 else mask.astype(np.float32), nan=0.0)
+    colour = colormaps["inferno"](np.clip(heat / (high - low), 0, 1), bytes=True)[..., :3] / np.float32(255)
     alpha = np.float32(0.6) * np.clip(heat, 0, 1)[..., None]
     return (1 - alpha) * np.clip(gray, 0, 1) + alpha * colour
+
+
+def font_px(width: int) -> int:
+    """Font size of the legend of an overlay of this width, px."""
+    return max(12, width // 80)
+
+
+def legend_height(size: int) -> int:
+    """Height of the legend with this font size, px."""
+    return 4 * size
+
+
+def draw_legend(
+    width: int, size: int, threshold: float, scale: ScaleBar | None, step: int, image_width: int
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Draw the legend of an overlay: colours of the scores, outline of a finding, and a scale bar.
+
+    Args:
+        width: Width of the legend, px.
+        size: Font size, px.
+        threshold: Pixel threshold.
+        scale: Chooses the scale bar; None for none.
+        step: Columns of the score map per pixel of the picture.
+        image_width: Width of the image in the picture, px.
+
+    Returns:
+        The picture of the legend.
+    """
+    legend = Image.new("RGB", (width, legend_height(size)), (BACKGROUND,) * 3)
+    draw, font = ImageDraw.Draw(legend), ImageFont.load_default(size)
+    x, top, bar = size // 2, size // 2, 12 * size
+    if threshold > 0:
+        low, high = COLOUR_RANGE
+        scores = np.linspace(low * threshold, high * threshold, bar, dtype=np.float32)[None]
+        grey = np.full((1, bar, 1), 0.5, np.float32)
+        strip = _coloured(grey, scores, np.zeros((1, bar), bool), np.float32(threshold)) * 255
+        legend.paste(Image.fromarray(np.repeat(strip.astype(np.uint8), size, axis=0)), (x, top))
+        for times, anchor in ((low, "lt"), (1.0, "mt"), (high, "rt")):
+            at = x + int((times - low) / (high - low) * (bar - 1))
+            draw.line([(at, top), (at, top + size + size // 4)], fill=INK)
+            draw.text((at, top + size + size // 2), f"{times:g}", fill=INK, font=font, anchor=anchor)
+        draw.text((x + bar + size // 2, top), "score / threshold", fill=INK, font=font)
+        draw.text((x + bar + size // 2, top + 5 * size // 4), f"threshold {threshold:.3g}", fill=INK, font=font)
+    x += bar + 10 * size
+    draw.rectangle((x, top, x + size, top + size), outline=OUTLINE, width=max(1, size // 8))
+    draw.text((x + 3 * size // 2, top), "finding", fill=INK, font=font)
+    if scale is not None:
+        length, label = scale(min(image_width, 20 * size) * step)
+        y = top + 2 * size
+        draw.line([(x, y), (x + max(1, round(length / step)) - 1, y)], fill=INK, width=max(2, size // 6))
+        draw.text((x, y + size // 4), label, fill=INK, font=font)
+    return np.asarray(legend)
 
 
 def subsample_mask(mask: Bool[np.ndarray, "H W"], step: int) -> Bool[np.ndarray, "h w"]:

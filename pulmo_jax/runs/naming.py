@@ -4,6 +4,10 @@ An input keeps its first name, such as `a` for a.tif. Inputs whose output files 
 such as `a.tif` and `a.png`; if these coincide too, or are too long for a file system, the name ends in `~` and a digest
 of the exact name and page of the input. Names are taken to coincide if they differ only by case, Unicode normalisation,
 or dots and spaces at their ends, because some file systems do not distinguish them.
+
+So the names depend on the inputs of a call. If a later call adds a.png beside a.tif, the results of a.tif move from `a`
+to `a.tif` and are computed again. A record lists its output files, and a call that writes a file of another input's
+record removes that record first (see `runs.records`): a file is never taken for the result of another input.
 """
 
 import hashlib
@@ -12,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 
-from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.images import ImageRef, stem
 
 LONGEST_BYTES = 200  # of a file name, which leaves room for suffixes and temporary names within 255 bytes
 KEPT_BYTES = 120  # of a name that is shortened
@@ -44,9 +48,14 @@ def output_names(
 
 
 def page_names(refs: Sequence[ImageRef]) -> list[str]:
-    """Choose one name for the output file of every page, preferably its file name with suffix."""
-    choices, identities = [[ref.file_name] for ref in refs], [ref.identity for ref in refs]
-    return output_names(choices, identities, lambda _, name: [f"{name}.tif"])
+    """Choose one name for the output file of every page: its file name without suffix, or with it (see above)."""
+    choices = [[without_suffix(ref), ref.file_name] for ref in refs]
+    return output_names(choices, [ref.identity for ref in refs], lambda _, name: [f"{name}.tif"])
+
+
+def without_suffix(ref: ImageRef) -> str:
+    """File name without the image suffix, with the page if there are several."""
+    return stem(ref.name) if ref.pages == 1 else f"{stem(ref.name)}_{ref.page:04d}"
 
 
 def find_clashes(files: Sequence[Sequence[str]]) -> set[int]:

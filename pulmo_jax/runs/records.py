@@ -1,7 +1,7 @@
 """Frame of every prediction: skips finished items, writes a record for every new item, reports failures."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from pulmo_jax.data.images import ImageRef, Skipped, content_of, fingerprint, has_content, index_images
 from pulmo_jax.host.console import SOME_FAILED, complain, tracker
 from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.host.marks import absolute
+from pulmo_jax.host.outputs import recorded_below, remove
 from pulmo_jax.host.reading import read_json
 from pulmo_jax.runs.naming import output_names, page_names
 from pulmo_jax.runs.place import Place
@@ -82,8 +84,9 @@ def predict_all(prediction: Prediction, run: Any, config: Any, place: Place) -> 
     items, failed = named(found), list(unreadable)
     before = {item.record: [fingerprint(path) for path in item.files] for item in items}
     records = {} if config.overwrite else finished_records(items, config.output)
-    kept = len(records)
+    kept = n_images(item for item in items if item.record in records)
     todo = [item for item in items if item.record not in records]
+    disown(todo, items, config.output)
     results = prediction.predict(run, todo, config, place)
     for item, result in tracker(place.console, "predicting")(results, len(todo)):
         record = result if isinstance(result, Skipped) else recorded(item, result, before[item.record], config.output)
@@ -97,12 +100,13 @@ def predict_all(prediction: Prediction, run: Any, config: Any, place: Place) -> 
         write_text(config.output / name, content)
     failures = [{"filename": file.name, "reason": file.reason} for file in failed]
     write_json(config.output / "summary.json", {**outputs.summary, "failed": failures})
-    place.note(
-        f"{len(done)} files finished ({kept} of them earlier), {len(failed)} failed; {outputs.sentence}; "
-        f"{time.monotonic() - began:.0f} s; see {config.output}"
-    )
     for file in failed:
         complain(f"failed: {file.reason}")
+    place.note(
+        f"{n_images(done)} images finished ({kept} of them earlier), {len(failed)} files failed, "
+        f"{time.monotonic() - began:.0f} s; see {config.output}"
+    )
+    place.note(outputs.sentence)
     return SOME_FAILED if failed else 0
 
 
@@ -122,11 +126,48 @@ def recorded(item: Item, result: Record, before: Sequence[Any], output: Path) ->
         content = [content_of(path) for path in item.files]
         if before != [fingerprint(path) for path in item.files]:
             raise InputError(f"{item.files[0]}: changed during the prediction; repeat the command")
-        record = {"key": item.key, **({"content": content} if content else {}), **result}
+        outputs = names_of(item, output)
+        made_of = {"content": content} if content else {}
+        record = {"key": item.key, **made_of, **({"outputs": outputs} if outputs else {}), **result}
         write_json(record_path(item, output), record)
     except (InputError, OSError) as error:
         return Skipped(item.name, str(error))
     return record
+
+
+def names_of(item: Item, output: Path) -> list[str]:
+    """Paths of the output files of an item relative to the output folder."""
+    return [path.relative_to(output).as_posix() for path in item.outputs]
+
+
+def n_images(items: Iterable[Item]) -> int:
+    """Number of images of all items."""
+    return sum(max(1, len(item.refs)) for item in items)
+
+
+def disown(todo: Sequence[Item], items: Sequence[Item], output: Path) -> None:
+    """Remove records, of these and other inputs, whose output files are about to be written.
+
+    Args:
+        todo: Items to predict.
+        items: All items of this call.
+        output: Output folder of the prediction.
+    """
+    written = {name for item in todo for name in names_of(item, output)}
+    new, own = ({absolute(record_path(item, output)) for item in some} for some in (todo, items))
+    for path in recorded_below(output / RECORDS) if todo else []:
+        if path in new or (path not in own and not written.isdisjoint(recorded_outputs(path, output))):
+            remove(path)
+
+
+def recorded_outputs(path: Path, output: Path) -> list[str]:
+    """Output files that a record lists; none if it cannot be read, and would not be used either."""
+    try:
+        record = read_json(path, inside=output)
+    except (OSError, InputError):
+        return []
+    listed = record.get("outputs") if isinstance(record, dict) else None
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
 
 
 def list_pages(
@@ -176,12 +217,14 @@ def finished_records(items: Sequence[Item], output: Path) -> dict[str, Record]:
 
 
 def finished_record(item: Item, output: Path) -> Record | None:
-    """Record of one item; None if it is missing, unreadable or outdated, or if an output file is missing."""
+    """Record of one item; None if it is missing, unreadable, outdated or incomplete, or if an output is missing."""
     try:
         record = read_json(record_path(item, output), inside=output)
     except (OSError, InputError):
         return None
-    if not isinstance(record, dict) or record.get("key") != item.key:
+    if not isinstance(record, dict) or record.get("key") != item.key or record.get("incomplete"):
+        return None
+    if record.get("outputs", []) != names_of(item, output):  # its files had other names, or are not listed
         return None
     content = record.get("content", [])
     if len(content) != len(item.files) or not all(path.is_file() for path in item.outputs):

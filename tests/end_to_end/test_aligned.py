@@ -105,17 +105,17 @@ def test_nothing_is_warped_twice_and_nothing_stays_of_images_that_are_gone(landm
             return align_folder(run, inside, out, "images", Masks(), 64, Console(quiet=True))
 
     first, failed = align()
-    assert [image.name for image in first] == ["a.png.tif", "gone.png.tif", "two.tif.tif"]
+    assert [image.name for image in first] == ["a.tif", "gone.tif", "two.tif"]
     assert [file.name for file in failed] == ["cut.png"]
-    assert tifffile.imread(out / "images" / "two.tif.tif").shape == (2, run.frame.size, run.frame.size)
-    assert tifffile.imread(out / "foreground" / "two.tif.tif").shape == (2, run.frame.size, run.frame.size)
+    assert tifffile.imread(out / "images" / "two.tif").shape == (2, run.frame.size, run.frame.size)
+    assert tifffile.imread(out / "foreground" / "two.tif").shape == (2, run.frame.size, run.frame.size)
     made = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
     (inside / "gone.png").unlink()
     Image.fromarray(phantom(rng, SHAPE)[0]).save(inside / "a.png")
     second, _ = align()
     changed = {path.name for path in (out / "images").iterdir() if path.stat().st_mtime_ns != made[path]}
-    assert changed == {"a.png.tif"}
-    assert [image.name for image in second] == ["a.png.tif", "two.tif.tif"]
+    assert changed == {"a.tif"}
+    assert [image.name for image in second] == ["a.tif", "two.tif"]
     np.testing.assert_allclose(second[1].points, first[2].points)
     refs, _ = index_images(out / "images", group_regex=r"^([a-z]+)\.(?:png|tif)$")
     assert [ref.group for ref in refs] == ["a", "two", "two"]  # the user's own names, and pages stay together
@@ -135,7 +135,7 @@ def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
                 "evaluation.replicates=20")  # fmt: skip
     assert "aligning train images" in text
     call("pulmo_jax.predict", f"run={run}", f"input={tmp_path / 'ill'}", f"output={tmp_path / 'out'}")
-    assert tifffile.imread(tmp_path / "out" / "in_images" / "two.tif_0001_score.tif").shape == SHAPE
+    assert tifffile.imread(tmp_path / "out" / "in_images" / "two_0001_score.tif").shape == SHAPE
     with (tmp_path / "out" / "in_images" / "detections.csv").open() as table:
         rows = list(csv.DictReader(table))
     assert all(row["alignment"] in ("ok", "partly low", "low") for row in rows)
@@ -144,12 +144,15 @@ def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
     for name, truth in points.items():
         best = max((row for row in rows if row["filename"] == name), key=lambda row: float(row["peak_score"]))
         assert np.hypot(float(best["y"]) - truth[7][0], float(best["x"]) - truth[7][1]) < 6
-        score = tifffile.imread(tmp_path / "out" / "in_images" / f"{Path(name).stem}.png_score.tif")
+        score = tifffile.imread(tmp_path / "out" / "in_images" / f"{Path(name).stem}_score.tif")
         assert score.shape == SHAPE
         peak = np.unravel_index(np.nanargmax(score), SHAPE)
         assert np.hypot(*(peak - truth[7])) < 6
+    for table in ("image_scores.csv", "detections.csv"):  # in the lung frame, under the names of the input
+        with (tmp_path / "out" / table).open() as file:
+            assert {row["filename"] for row in csv.DictReader(file)} <= {*points, "two.tif"}
     again = call("pulmo_jax.predict", f"run={run}", f"input={tmp_path / 'ill'}", f"output={tmp_path / 'out'}")
-    assert "7 files finished (7 of them earlier)" in again
+    assert "8 images finished (8 of them earlier)" in again
     try:
         (landmarks / "finished.json").write_text((landmarks / "finished.json").read_text() + "\n")
         text = call(

@@ -188,7 +188,7 @@ def test_a_store_trains_and_is_judged_as_its_folder(run, slices, tmp_path):
     assert figures_of(tmp_path / "run") == figures_of(run)
     tables = []
     for name, images in (("store", store), ("folder", slices)):
-        assert "48 files finished (0 of them earlier)" in predict(run, images, tmp_path / name)
+        assert "48 images finished (0 of them earlier)" in predict(run, images, tmp_path / name)
         tables.append((tmp_path / name / "predictions.csv").read_text())
         assert len(list((tmp_path / name / "overlays").rglob("*.png"))) == COUNT
     assert tables[0] == tables[1]
@@ -266,7 +266,7 @@ def test_drawn_slices_are_a_first_look(tmp_path):
     assert "drawing" not in text
     assert "resuming after step 6" in text
     images = tmp_path / "cache" / "synthetic_mri" / "no"
-    assert "60 files finished" in predict(tmp_path / "run", images, tmp_path / "out")
+    assert "60 images finished" in predict(tmp_path / "run", images, tmp_path / "out")
 
 
 # --- prediction
@@ -280,7 +280,7 @@ def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_p
     (inside / "broken.jpg").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.full((30, 20), 9, np.uint8)).save(inside / "sub" / "gray.png")
     text = predict(run, inside, out, status=3)
-    assert "2 files finished (0 of them earlier)" in text
+    assert "2 images finished (0 of them earlier)" in text
     assert "broken.jpg: cannot be read, it may be damaged or cut off" in text
     rows = read(out / "predictions.csv")
     assert list(rows[0]) == ["filename", "label", "p_no", "p_yes", "std_no", "std_yes"]
@@ -289,15 +289,15 @@ def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_p
         p = {name: float(row[f"p_{name}"]) for name in ("no", "yes")}
         assert sum(p.values()) == pytest.approx(1, abs=1e-6)
         assert row["label"] == max(p, key=p.__getitem__)
-        with Image.open(out / "overlays" / f"{row['filename']}.png") as overlay:
+        with Image.open(out / "overlays" / row["filename"]) as overlay:
             assert min(overlay.size) > 20
     summary = json.loads((out / "summary.json").read_text())
     assert [file["filename"] for file in summary["failed"]] == ["broken.jpg"]
     table = (out / "predictions.csv").read_bytes()
-    drawn = (out / "overlays" / "a.png.png").stat().st_mtime_ns
+    drawn = (out / "overlays" / "a.png").stat().st_mtime_ns
     (inside / "broken.jpg").write_bytes(whole)
-    assert "3 files finished (2 of them earlier)" in predict(run, inside, out)
-    assert (out / "overlays" / "a.png.png").stat().st_mtime_ns == drawn
+    assert "3 images finished (2 of them earlier)" in predict(run, inside, out)
+    assert (out / "overlays" / "a.png").stat().st_mtime_ns == drawn
     rows = {row.pop("filename"): row for row in read(out / "predictions.csv")}
     assert rows["broken.jpg"] == rows["a.png"]
     assert set(table.splitlines()) < set((out / "predictions.csv").read_bytes().splitlines())

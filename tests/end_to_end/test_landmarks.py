@@ -97,7 +97,7 @@ def test_prediction_writes_the_users_own_columns_in_the_images_own_pixels(run, c
     text = call(
         "pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", "output.aligned=true"
     )
-    assert "3 files finished" in text
+    assert "3 images finished" in text
     rows = {row["filename"]: row for row in read(tmp_path / "out" / "landmarks.csv")}
     assert set(rows) == {"a.png", "deep.tif", "sub/large.png"}
     points = {
@@ -110,11 +110,11 @@ def test_prediction_writes_the_users_own_columns_in_the_images_own_pixels(run, c
     np.testing.assert_allclose(points["deep.tif"], points["a.png"] - [0, 8], atol=2)
     assert all(float(rows["a.png"][f"std{k + 1}"]) > 0 for k in range(K))
     assert {rows["a.png"][f"quality{k + 1}"] for k in range(K)} <= {"ok", "low"}
-    assert tifffile.imread(tmp_path / "out" / "aligned" / "deep.tif.tif").dtype == np.uint16
-    with Image.open(tmp_path / "out" / "overlays" / "sub" / "large.png.png") as overlay:
+    assert tifffile.imread(tmp_path / "out" / "aligned" / "deep.tif").dtype == np.uint16
+    with Image.open(tmp_path / "out" / "overlays" / "sub" / "large.png") as overlay:
         assert (np.ptp(np.asarray(overlay), axis=-1) > 50).any()  # coloured marks on a gray image
     again = call("pulmo_jax.predict", f"run={run}", f"input={inside}", f"output={tmp_path / 'out'}", "aligned=true")
-    assert "3 files finished (3 of them earlier)" in again
+    assert "3 images finished (3 of them earlier)" in again
 
 
 def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run, chests, tmp_path):

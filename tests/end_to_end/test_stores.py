@@ -59,7 +59,7 @@ def test_training_from_a_store_is_training_from_its_folder(folders, tmp_path):
     np.testing.assert_array_equal(runs["folders"][1], runs["stores"][1])
     again = call("pulmo_jax.predict", f"run={tmp_path / 'stores'}", f"input={tmp_path / 'new.h5'}",
                  f"output={tmp_path / 'stores_out'}")  # fmt: skip
-    assert "3 files finished (3 of them earlier)" in again
+    assert "3 images finished (3 of them earlier)" in again
 
 
 def test_ingest_tells_what_it_did_and_what_is_wrong(folders, tmp_path):

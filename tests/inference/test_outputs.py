@@ -234,7 +234,37 @@ def overlay(path: Path, mask: np.ndarray, image=None, score=None, threshold=1.0)
     write_overlay(path, image, score, mask, threshold)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
-        return np.asarray(picture)
+        height, width = image.shape[:2]
+        return np.asarray(picture)[:height, :width]  # without the legend
+
+
+@pytest.mark.parametrize(("width", "step"), [(64, 1), (1000, 1), (3000, 2)])
+def test_legend_is_below_the_image_and_its_scale_bar_has_the_length_it_states(tmp_path, monkeypatch, width, step):
+    asked = []
+
+    def scale(columns: int) -> tuple[float, str]:
+        asked.append(columns)
+        return 40.0, "20 mm"
+
+    mask, score = np.zeros((50, width), bool), np.zeros((50, width), np.float32)
+    mask[20:30, 20:30] = True
+    image = np.full((50, width, 1), 0.4, np.float32)[::step, ::step]
+    pictures = []
+    for chosen in (scale, None):
+        write_overlay(tmp_path / "a.png", image, score, mask, 1.0, chosen)
+        with Image.open(tmp_path / "a.png") as picture:
+            pictures.append(np.asarray(picture))
+    with_bar, without = pictures
+    height, columns = image.shape[:2]
+    assert with_bar.shape == without.shape
+    assert with_bar.shape[1] >= columns
+    np.testing.assert_array_equal(with_bar[:height], without[:height])
+    assert (without[height:] == OUTLINE).all(axis=-1).any()  # the sample of an outline
+    assert not without[:height, columns:].any()
+    lines = (with_bar[height:] == 255).all(axis=-1) & ~(without[height:] == 255).all(axis=-1)
+    assert lines.sum(axis=1).max() == 40 // step
+    assert asked == [asked[0]]
+    assert asked[0] <= width
 
 
 def outlined(picture: np.ndarray) -> np.ndarray:

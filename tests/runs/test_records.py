@@ -76,11 +76,11 @@ def test_every_item_leaves_a_record_and_all_together_the_tables(go, out):
     status, text = go(Doubling({"a.png": 1, "sub/b.png": 2}))
     assert status == 0
     assert json.loads((out / "records" / "sub" / "b.png.json").read_text()) == {
-        "key": {"run": "a run", "value": 2}, "double": 4,
+        "key": {"run": "a run", "value": 2}, "double": 4, "outputs": ["sub/b.png.txt"],
     }  # fmt: skip
     assert (out / "doubles.csv").read_text() == "a.png,2\nsub/b.png,4\n"
     assert summary(out) == {"total": 6, "failed": []}
-    assert f"2 files finished (0 of them earlier), 0 failed; 0 bad ones; 0 s; see {out}" in text
+    assert f"2 images finished (0 of them earlier), 0 files failed, 0 s; see {out}\n0 bad ones\n" in text
 
 
 def test_a_second_call_does_what_is_new_and_tells_of_all(go, out):
@@ -89,7 +89,7 @@ def test_a_second_call_does_what_is_new_and_tells_of_all(go, out):
     status, text = go(again)
     assert (status, again.predicted) == (0, ["a", "c"])
     assert (out / "doubles.csv").read_text() == "a,2\nb,4\nc,6\n"  # in the order of the items
-    assert "3 files finished (1 of them earlier)" in text
+    assert "3 images finished (1 of them earlier)" in text
     whole = Doubling({"a": 1, "b": 2, "c": 3})
     go(whole, overwrite=True)
     assert whole.predicted == ["a", "b", "c"]
@@ -134,7 +134,8 @@ def test_failures_lose_nothing_else_and_are_the_status(go, out, capsys):
         "failed": [{"filename": "d", "reason": "d: cannot be read"}, {"filename": "b", "reason": "b: is bad"}],
     }
     assert capsys.readouterr().err == "failed: d: cannot be read\nfailed: b: is bad\n"
-    assert "2 files finished (0 of them earlier), 2 failed; 2 bad ones" in text
+    assert "2 images finished (0 of them earlier), 2 files failed, " in text
+    assert text.endswith("\n2 bad ones\n")
     assert not (out / "records" / "b.json").exists()
     repaired = Doubling({"a": 1, "b": 2, "c": 3})
     assert go(repaired)[0] == 0

@@ -221,7 +221,8 @@ def test_errors_are_a_line_or_two_and_nothing_is_left_behind(run, tmp_path, verb
     ("verb", "task", "key", "lines"),
     [
         ("predict", "anomalies", "aligned=true",
-         ["error: unknown key aligned; the config has: run, input, output, overwrite, plugins, sources, foreground",
+         ["error: unknown key aligned; the config has: run, input, output, overwrite, plugins, sources, foreground, "
+          "format",
           "the run is of task=anomalies; aligned is for runs of task=landmarks"]),
         ("predict", "classes", "foreground=.",
          ["error: unknown key foreground; the config has: run, input, output, overwrite, plugins, sources",

@@ -57,7 +57,7 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
     with decoding(path):
         syntax = _transfer_syntax(path)
         with path.open("rb") as file:
-            header = _header(file)
+            header = read_header(file)
             samples = _SAMPLES_OF.get(file.read(4))
         if samples is None or "SamplesPerPixel" not in header:
             raise NoImageError(path, _kind_of(header))
@@ -172,7 +172,7 @@ def _in_type(value: Any, stored: np.dtype) -> int | None:
     return wrapped - 2**bits if stored.kind == "i" and wrapped >= 2 ** (bits - 1) else wrapped
 
 
-def _header(file: BufferedReader) -> Dataset:
+def read_header(file: BufferedReader) -> Dataset:
     """The elements before the pixels; the file is left at the pixels."""
     elements = count()
 
@@ -229,7 +229,7 @@ def _check_colours(path: Path, header: Dataset) -> None:
 def _encoded(path: Path, frame: int, frames: int) -> bytes:
     """The encoded bytes of a frame."""
     with path.open("rb") as file:
-        header = _header(file)
+        header = read_header(file)
         file.seek(_PIXEL_DATA_HEAD, os.SEEK_CUR)
         offsets = [header.get(keyword) for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
         extended = (offsets[0], offsets[1]) if offsets[0] and offsets[1] else None
@@ -254,7 +254,7 @@ def _stored_type(header: Dataset) -> np.dtype:
     return np.dtype(f"{'i' if header.PixelRepresentation else 'u'}{max(1, header.BitsAllocated // 8)}")
 
 
-def _frame_value(header: Dataset, frame: int, group: str, keyword: str) -> Any:
+def frame_value(header: Dataset, frame: int, group: str, keyword: str) -> Any:
     """An attribute of a frame; enhanced objects keep it in per-frame or shared functional groups."""
     own = header.get("PerFrameFunctionalGroupsSequence") or []
     shared = header.get("SharedFunctionalGroupsSequence") or []
@@ -278,7 +278,7 @@ def _rescale(header: Dataset, frame: int) -> tuple[float, float]:
     if header.SamplesPerPixel > 1:
         return 1.0, 0.0
     keywords = ("RescaleSlope", "RescaleIntercept")
-    slope, intercept = (_frame_value(header, frame, "PixelValueTransformationSequence", k) for k in keywords)
+    slope, intercept = (frame_value(header, frame, "PixelValueTransformationSequence", k) for k in keywords)
     slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
     if slope == 0 or not np.isfinite([slope, intercept]).all():
         raise ValueError(f"rescale slope {slope} and intercept {intercept}")
@@ -314,7 +314,7 @@ def _inverted(pixels: np.ndarray, bits: int) -> np.ndarray:
 
 def _tags(header: Dataset) -> ImageTags:
     """Resolution from PixelSpacing, which is in mm, rows (y) first, and unit of the rescaled intensities."""
-    spacing, unit = _frame_value(header, 0, "PixelMeasuresSequence", "PixelSpacing"), _unit(header)
+    spacing, unit = frame_value(header, 0, "PixelMeasuresSequence", "PixelSpacing"), _unit(header)
     if not isinstance(spacing, MultiValue) or len(spacing) != 2:
         return ImageTags(unit=unit)
     y, x = (float(mm) for mm in spacing)
@@ -324,7 +324,7 @@ def _tags(header: Dataset) -> ImageTags:
 def _unit(header: Dataset) -> str:
     """HU for computed tomography, unless RescaleType states another unit; "US" means that it is unspecified."""
     keywords = ("RescaleIntercept", "RescaleType")
-    intercept, stated = (_frame_value(header, 0, "PixelValueTransformationSequence", k) for k in keywords)
+    intercept, stated = (frame_value(header, 0, "PixelValueTransformationSequence", k) for k in keywords)
     if stated:
         return "" if str(stated) == "US" else f"{stated!s:.16}"
     return "HU" if intercept is not None and header.get("Modality") == "CT" else ""

@@ -15,6 +15,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
@@ -40,8 +41,7 @@ def open_nifti(path: Path, max_bytes: int) -> ImageSource:
     """
     with ExitStack() as stack, decoding(path):
         file = stack.enter_context(path.open("rb"))
-        zipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
+        zipped = _is_zipped(file)
         header = _header(gzip.GzipFile(fileobj=file) if zipped else file)
         i, j, k, channels = _axes(path, header)
         stored = _stored_type(path, header)
@@ -67,6 +67,50 @@ def open_nifti(path: Path, max_bytes: int) -> ImageSource:
 
         reader = whole_pages(path, decode, shape, dtype, resources)
         return ImageSource(path, shape, dtype, _tags(header), reader, resources)
+
+
+def read_nifti_header(path: Path) -> Nifti1Header:
+    """Read the header of a NIfTI file, which holds the geometry of the volume.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The header, in the byte order of the file.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    with decoding(path), path.open("rb") as file:
+        return _header(gzip.GzipFile(fileobj=file) if _is_zipped(file) else file)
+
+
+def affine_mm(header: Nifti1Header) -> Float[np.ndarray, "4 4"]:
+    """Affine from voxel indices (i, j, k) to the scanner's coordinates, as nibabel chooses it, in mm.
+
+    Args:
+        header: Header of the file.
+
+    Returns:
+        The affine; the coordinates are RAS+ (right, anterior, superior) if `has_orientation`.
+    """
+    return np.diag([unit_mm(header)] * 3 + [1.0]) @ header.get_best_affine()
+
+
+def has_orientation(header: Nifti1Header) -> bool:
+    """Whether the file states the orientation of its axes, by sform or qform."""
+    return int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+
+
+def unit_mm(header: Nifti1Header) -> float:
+    """Unit of length in mm. By convention, lengths without a unit are in mm."""
+    return _UNIT_MM.get(str(header.get_xyzt_units()[0]), 1.0)
+
+
+def _is_zipped(file: BufferedIOBase) -> bool:
+    zipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return zipped
 
 
 def _header(file: BufferedIOBase) -> Nifti1Header:
@@ -109,8 +153,8 @@ def _scaled_type(stored: np.dtype) -> np.dtype:
 
 
 def _tags(header: Nifti1Header) -> ImageTags:
-    """Resolution in pixels per centimetre. By convention, lengths without a unit are in mm."""
-    mm = _UNIT_MM.get(str(header.get_xyzt_units()[0]), 1.0)
+    """Resolution in pixels per centimetre."""
+    mm = unit_mm(header)
     x, y = (float(zoom) * mm for zoom in header.get_zooms()[:2])
     known = 0 < x < np.inf and 0 < y < np.inf
     return ImageTags(resolution=(10 / x, 10 / y, 3) if known else None)

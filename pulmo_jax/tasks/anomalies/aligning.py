@@ -4,7 +4,8 @@ In the lung frame, a location is the same anatomical position in all images. In 
 contains the aligned pages of the image NAME, foreground/NAME.tif the aligned foreground (inside the image and its
 mask), and KEY.json the digests of the inputs, so that unchanged files are not aligned again, the landmarks and their
 quality. Pages with landmarks of low quality are marked in KEY.json, in the description of the TIFF file, in the records
-of a prediction and, if all their landmarks are, in the report.
+of a prediction and, if all their landmarks are, in the report. In training and evaluation NAME keeps the suffix of the
+image, because `data.group_regex` and splits see it; in prediction it does not.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,17 @@ import tifffile
 from jaxtyping import Bool, Float, Shaped
 
 from pulmo_jax.core.lung_frame import LungFrame, to_image
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, content_of, find_masks, has_content, index_images
+from pulmo_jax.data.images import (
+    ImageRef,
+    Reader,
+    Skipped,
+    by_file,
+    content_of,
+    find_masks,
+    has_content,
+    index_images,
+    stem,
+)
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.data.working_images import WorkingImages, read_working, working_image
@@ -38,6 +49,7 @@ from pulmo_jax.tasks.anomalies.config import DataConfig, EvaluateDataConfig, Tra
 from pulmo_jax.types import InputError
 
 IMAGES = ("train", "val", "test")
+PREDICTED = "images"  # key of the input of a prediction
 PAGES_PER_BATCH = 64  # pages, or those of one file
 SHOWN = 5  # names in a note
 MANY = 0.1  # fraction of low-quality images above which a warning is printed
@@ -226,7 +238,7 @@ def align_input(
         InputError: If no image can be aligned.
     """
     folder = output / "aligned"
-    done, skipped = align_folder(run, source, folder, "images", masks, max_image_mb, console, output, formats)
+    done, skipped = align_folder(run, source, folder, PREDICTED, masks, max_image_mb, console, output, formats)
     if not done:
         raise InputError(f"{skipped[0].reason}\n(none of the {len(skipped)} images can be aligned)")
     keep_only(folder / "foreground", {image.name for image in done})
@@ -271,7 +283,8 @@ def align_folder(
     truth = find_masks(masks.truth, [ref.name for ref in refs])
     files = by_file(refs)
     titles = [pages[0].name for pages in files]
-    chosen = output_names([[name] for name in titles], titles, lambda _, name: [f"{name}.tif"])
+    preferred = [[stem(name), name] if key == PREDICTED else [name] for name in titles]
+    chosen = output_names(preferred, titles, lambda _, name: [f"{name}.tif"])
     names = {title: f"{name}.tif" for title, name in zip(titles, chosen, strict=True)}
     before, digest = read_notes(folder / f"{key}.json"), run.digest
     notes: dict[str, Any] = {}
@@ -305,7 +318,7 @@ def align_folder(
 
 
 def titled(key: str) -> str:
-    return key if key == "images" else f"{key} images"
+    return key if key == PREDICTED else f"{key} images"
 
 
 def chunks(files: Sequence[tuple[ImageRef, ...]]) -> Iterator[list[tuple[ImageRef, ...]]]:

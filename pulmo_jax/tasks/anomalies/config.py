@@ -46,7 +46,8 @@ class DataConfig(Section):
     )
     normal_name: str = Field(default="normal", description="subfolder of test with the normal images")
     group_regex: Regex | None = Field(
-        default=None, description="extracts the patient ID from the file name (first group); null: each file is a group"
+        default=None,
+        description="extracts the patient ID from the file name (first group); null: DICOM patient or file",
     )
     val_fraction: Float = Field(
         default=0.2, gt=0, lt=1, description="fraction of the groups held out for validation if val is null"
@@ -154,6 +155,10 @@ class MapConfig(PredictConfig):
 
     foreground: ImageFolder | None = Field(
         default=None, description="folder of foreground masks, with the images' file names; null: as in the run"
+    )
+    format: Literal["tiff", "nifti", "dicom_seg"] = Field(
+        default="tiff",
+        description="format of the maps of volumes; dicom_seg: TIFF, and the findings of DICOM series as DICOM SEG",
     )
 
 

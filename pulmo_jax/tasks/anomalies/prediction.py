@@ -1,31 +1,33 @@
-"""Prediction for anomaly detection: score maps and findings for new images."""
+"""Prediction for anomaly detection: score maps and findings for new images.
+
+The model is two-dimensional: each slice of a volume is scored by itself. Findings are then connected across slices.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, index_images, stem
-from pulmo_jax.data.sources import open_source
-from pulmo_jax.data.transforms import preprocess
-from pulmo_jax.evaluation.detection import find_detections
+from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, index_images
+from pulmo_jax.data.volumes import Unit, find_volumes, volume_notes
 from pulmo_jax.host.reading import sha256_of
 from pulmo_jax.host.tables import csv_text
-from pulmo_jax.inference.outputs import CSV_COLUMNS, PageWriter, detection_row, open_map, overlay_step, write_overlay
-from pulmo_jax.inference.score import detail_names, naming_what_to_lower
+from pulmo_jax.inference.dicom_seg import require_highdicom
+from pulmo_jax.inference.outputs import CSV_COLUMNS
+from pulmo_jax.inference.volume_findings import COLUMNS as COLUMNS_3D
 from pulmo_jax.runs.directory import SEALED_BYTES
-from pulmo_jax.runs.naming import output_names
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.records import Item, Outputs, Record
 from pulmo_jax.tasks.anomalies.aligning import Aligned, Masks, align_input, open_frame, write_in_images
 from pulmo_jax.tasks.anomalies.config import MapConfig
-from pulmo_jax.tasks.anomalies.run import Run, missing_masks, require_fit, thresholds
-from pulmo_jax.types import Detection, ImageTags, InputError
+from pulmo_jax.tasks.anomalies.maps import Plan, is_segmented, map_unit, maps_of, plan_units
+from pulmo_jax.tasks.anomalies.run import Run, missing_masks, thresholds
+from pulmo_jax.types import InputError
+
+IMAGE_COLUMNS = (
+    "filename", "page", "volume", "slice", "image_score", "image_p_value", "image_threshold", "anomalous", "findings",
+    "reason",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,16 @@ class Context:
     """Context of an item.
 
     Attributes:
-        maps: File name of its maps.
+        plan: What is written for it.
         aligned: Its alignment, for a run on aligned images.
     """
 
-    maps: str
+    plan: Plan
     aligned: Aligned | None
 
 
-MAPS = {"score": np.dtype(np.float32), "pvalue": np.dtype(np.float32), "mask": np.dtype(np.uint8)}
-
-
 def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Skipped]]:
-    """List the files to predict; they are aligned first if the training images were.
+    """List the volumes and files to predict; they are aligned first if the training images were.
 
     Args:
         run: Opened run.
@@ -53,9 +52,10 @@ def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Sk
         place: Output folder and console.
 
     Returns:
-        One item per file, and unusable files.
+        One item per volume or file, and unusable files.
     """
     data, output = run.config.data, config.output
+    require_format(config, run)
     source, masks, aligned, unaligned = config.input, config.foreground or data.foreground, [], []
     if data.align_run is not None:
         frame = open_frame(data.align_run, config.plugins, run.scorer.how.aligned_by)
@@ -73,45 +73,79 @@ def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Sk
     for warning in [missing_masks(refs, run), *(t.warning for t in thresholds(run))]:
         if warning:
             place.note(f"warning: {warning}")
-    digest, files = fingerprint_run(run), by_file(refs)
-    names, in_frame = name_maps(files, run), {image.name: image for image in aligned}
+    units = list_units(refs, config, run, place)
+    digest, in_frame = fingerprint_run(run), {image.name: image for image in aligned}
+    plans, kinds = plan_units(units, config.format, run), list(maps_of(run))
     items = [
         Item(
-            name=pages[0].name,
-            refs=tuple(pages),
+            name=in_frame[unit.name].pages[0].name if unit.name in in_frame else unit.name,
+            refs=unit.refs,
             key=digest,
-            outputs=tuple(output / "maps" / file for file in map_files(pages, name, run)),
-            context=Context(name, in_frame.get(pages[0].name)),
+            outputs=tuple(output / "maps" / path for path in plan.paths(kinds)),
+            context=Context(plan, in_frame.get(unit.refs[0].name)),
         )
-        for pages, name in zip(files, names, strict=True)
+        for unit, plan in zip(units, plans, strict=True)
     ]
     return items, [*failed, *unaligned]
+
+
+def require_format(config: MapConfig, run: Run) -> None:
+    """Raise InputError if the format of the maps cannot be written."""
+    if config.format == "dicom_seg":
+        require_highdicom()
+    if config.format != "tiff" and run.config.data.align_run is not None:
+        raise InputError(
+            f"format={config.format}: the maps of this run are in the lung frame of data.align_run, in no place of the "
+            "input; use format=tiff"
+        )
+
+
+def list_units(refs: Sequence[ImageRef], config: MapConfig, run: Run, place: Place) -> list[Unit]:
+    """Combine the slices of each volume, and note what is not a volume; aligned images are in no place any more."""
+    files = by_file(refs)
+    if run.config.data.align_run is not None:
+        return [Unit(pages, None) for pages in files]
+    units, notes = find_volumes(files, place.formats)
+    for note in notes:
+        place.note(f"note: {note}")
+    if any(unit.volume is not None for unit in units):
+        place.note("note: the model is two-dimensional: each slice of a volume is scored by itself")
+    others = sum(not is_segmented(unit, config.format) for unit in units)
+    if config.format == "dicom_seg" and others:
+        place.note(f"note: {others} of {len(units)} inputs are no DICOM series and get no segmentation")
+    others = sum(unit.volume is None for unit in units)
+    if config.format == "nifti" and others:
+        place.note(f"note: {others} of {len(units)} inputs are no volumes; their maps are TIFF files")
+    return units
 
 
 def predict(
     run: Run, items: Sequence[Item], config: MapConfig, place: Place
 ) -> Iterator[tuple[Item, Record | Skipped]]:
-    """Predict file by file; the maps of a file are on disk before its record is returned.
+    """Predict file by file, or volume by volume; the maps are on disk before the record is returned.
 
     Args:
         run: Opened run.
-        items: Files.
+        items: Files and volumes.
         config: Config of `predict`.
         place: Output folder and console.
 
     Yields:
-        Each item with its record, or with the reason for its failure.
+        Each item with its record, or with the reason for its failure. A file of a series that fails comes before the
+        record of the series.
     """
     reader = Reader(run.config.data.max_image_mb, place.formats)
     for item in items:
         try:
-            record = map_file(item.refs, item.context.maps, run, reader, config.output)
+            record, failed = map_unit(item.context.plan, run, reader, config.output)
             if item.context.aligned is not None:
                 pages = zip(record["images"], item.context.aligned.quality, strict=True)
                 record["images"] = [image | {"alignment": quality} for image, quality in pages]
-            yield item, record
         except (InputError, OSError) as error:  # not OutputError: nothing more could be written
             yield item, Skipped(item.name, str(error))
+            continue
+        yield from ((item, file) for file in failed)
+        yield item, record
 
 
 def collect(
@@ -133,139 +167,59 @@ def collect(
         place: Output folder and console.
 
     Returns:
-        detections.csv and summary.json.
+        image_scores.csv, detections.csv, findings_3d.csv if there is a volume, and summary.json.
     """
-    rows = [row for record in records for row in record["detections"]]
-    data, tables = run.config.data, {"detections.csv": detections_csv(rows)}
+    data = run.config.data
+    written = [row for record in records for row in record["detections"]]
+    originals = {item.context.aligned.name: item.name for item in items if item.context.aligned is not None}
+    images = in_order([image for record in records for image in record["images"]], originals)
+    rows = in_order(written, originals)
+    volumes = [item.context.plan.volume for item in items if item.context.plan.volume is not None]
+    rows_3d = [row for record in records for row in record.get("findings_3d", [])]
+    threshold = run.calibrations["method"].image_threshold.value
+    tables = {"image_scores.csv": image_scores_csv(images, failed, threshold), "detections.csv": detections_csv(rows)}
+    if volumes:
+        tables["findings_3d.csv"] = csv_text(COLUMNS_3D, ([row[name] for name in COLUMNS_3D] for row in rows_3d))
     if data.align_run is not None:
         frame = open_frame(data.align_run, config.plugins, run.scorer.how.aligned_by)
         maps = {record["images"][0]["filename"]: record["maps"] for record in records}
-        write_in_images(frame, [item.context.aligned for item in items], maps, rows, config.output)
-    return Outputs(tables, summarise(run, records, rows), f"{len(rows)} findings")
+        write_in_images(frame, [item.context.aligned for item in items], maps, written, config.output)
+    summary = summarise(run, images, rows)
+    if volumes:
+        summary |= {"n_findings_3d": len(rows_3d), "volumes": volume_notes(volumes)}
+    in_volumes = f"{len(rows_3d)} findings across the slices of {len(volumes)} volumes; " if volumes else ""
+    counts = f"{summary['n_anomalous']} of {len(images)} images anomalous ({len(rows)} findings)"
+    return Outputs(tables, summary, in_volumes + counts)
 
 
-def name_maps(files: Sequence[tuple[ImageRef, ...]], run: Run) -> list[str]:
-    """Name of the maps of each file: its name without suffix, or with it if two names would coincide."""
-    inputs = [[stem(pages[0].name), pages[0].name] for pages in files]
-    return output_names(inputs, [pages[0].identity for pages in files], lambda i, name: map_files(files[i], name, run))
+def in_order(rows: Sequence[Record], originals: Mapping[str, str]) -> list[Record]:
+    """Rows in the order of the input, by the path of the file and the page; aligned images under their own names."""
+    named = [{**row, "filename": originals.get(row["filename"], row["filename"])} for row in rows]
+    return sorted(named, key=lambda row: (row["filename"].split("/"), row["page"]))
 
 
-def map_files(pages: Sequence[ImageRef], name: str, run: Run) -> list[str]:
-    """File names of the maps and overlays of a file, below maps/."""
-    overlays = [f"{name}{number(ref)}_overlay.png" for ref in pages]
-    return [*(f"{name}_{kind}.tif" for kind in maps_of(run)), *overlays]
-
-
-def number(ref: ImageRef) -> str:
-    """Page number in the name of an overlay, if the file has several pages."""
-    return f"_{ref.page:04d}" if ref.pages > 1 else ""
-
-
-def map_file(pages: Sequence[ImageRef], name: str, run: Run, reader: Reader, output: Path) -> dict[str, Any]:
-    """Score every page of a file and write maps/NAME_*.
+def image_scores_csv(images: Sequence[Record], failed: Sequence[Skipped], threshold: float) -> str:
+    """Content of image_scores.csv: one row for every image, and one for every file that failed.
 
     Args:
-        pages: Pages of the file.
-        name: File name of the maps.
-        run: Opened run.
-        reader: Reader of the images.
-        output: Output folder.
+        images: Entries of the records.
+        failed: Failed files.
+        threshold: Image threshold.
 
     Returns:
-        Record of the file.
-
-    Raises:
-        InputError: If the file does not have the bands and depth of the training images.
+        CSV text.
     """
-    first, rows, images = pages[0], [], []
-    require_fit(first, run.scorer.how)
-    with open_source(first.path, max_bytes=run.config.data.max_image_mb * 2**20, formats=reader.formats) as source:
-        tags: ImageTags = source.tags
-    size_px = len(pages) * first.shape[0] * first.shape[1]
-    with ExitStack() as stack:
-        writers = {
-            kind: stack.enter_context(open_map(output / "maps" / f"{name}_{kind}.tif", tags, size_px * dtype.itemsize))
-            for kind, dtype in maps_of(run).items()
+    rows = [
+        {
+            **image,
+            "image_threshold": threshold,
+            "anomalous": None if image["image_score"] is None else ("yes" if image["anomalous"] else "no"),
+            "reason": "" if image["image_score"] is not None else "no pixel could be scored",
         }
-        for ref in pages:
-            overlay = output / "maps" / f"{name}{number(ref)}_overlay.png"
-            with naming_what_to_lower(run.scorer.tiles, ref.shape):
-                image, found = map_page(ref, run, reader, writers, overlay)
-            images.append(image)
-            rows += [detection_row(ref.name, ref.page, detection) for detection in found]
-    return {"images": images, "detections": rows, "maps": name}
-
-
-def map_page(
-    ref: ImageRef, run: Run, reader: Reader, writers: dict[str, PageWriter], overlay: Path
-) -> tuple[dict[str, Any], list[Detection]]:
-    """Write the maps of one page.
-
-    Args:
-        ref: The page.
-        run: Opened run.
-        reader: Reader of the images.
-        writers: Writer of each kind of map.
-        overlay: Path of the overlay.
-
-    Returns:
-        Entry of the record, and the findings.
-    """
-    calibration = run.calibrations["method"]
-    score, details, thumbnail = score_page(ref, run, reader)
-    image_score = run.scorer.method.image_score(score)
-    found, mask = find_detections(score, calibration, min_area_px=run.config.calibration.min_area_px)
-    values_of: dict[str, Callable[[slice], np.ndarray]] = {
-        "score": lambda rows: score[rows],
-        "pvalue": lambda rows: calibration.pixel_p_value(score[rows]),
-        "mask": lambda rows: mask[rows] * np.uint8(255),
-        **{name: values.__getitem__ for name, values in details.items()},
-    }
-    threshold = calibration.pixel_threshold.value
-    with ThreadPoolExecutor() as threads:
-        written = [threads.submit(write_overlay, overlay, thumbnail, score, mask, threshold)]
-        written += [
-            threads.submit(write, score.shape, maps_of(run)[kind], values_of[kind]) for kind, write in writers.items()
-        ]
-    for one in written:
-        one.result()
-    scored = bool(np.isfinite(image_score))
-    return {
-        "filename": ref.name,
-        "page": ref.page,
-        "foreground": "whole image" if ref.mask is None else str(ref.mask),
-        "image_score": image_score if scored else None,
-        "image_p_value": calibration.image_p_value(image_score) if scored else None,
-        "anomalous": scored and image_score > calibration.image_threshold.value,
-        "findings": len(found),
-    }, found
-
-
-def maps_of(run: Run) -> dict[str, np.dtype]:
-    """Data types of the written maps, including those specific to the method."""
-    return MAPS | dict.fromkeys(detail_names(run.scorer.method), np.dtype(np.float32))
-
-
-def score_page(ref: ImageRef, run: Run, reader: Reader) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """Score one page; its pixels are released on return to limit memory.
-
-    Args:
-        ref: The page.
-        run: Opened run.
-        reader: Reader of the images.
-
-    Returns:
-        Score map, further maps of the method (an amplitude is in the units of the file, averaged over bands), and
-        normalised pixels for the overlay, subsampled.
-    """
-    pixels, foreground = reader.image(ref), reader.foreground(ref)
-    if ref.page == ref.pages - 1:
-        reader.close()  # releases decoded pages, which are not needed again
-    step = overlay_step(pixels.shape)
-    details = run.scorer.details(pixels, foreground)
-    if "amplitude" in details:
-        details["amplitude"] *= np.float32(np.mean(run.scorer.how.scale))
-    return run.scorer(pixels, foreground), details, preprocess(pixels[::step, ::step], None, run.scorer.how)
+        for image in images
+    ]
+    rows += [{"filename": file.name, "reason": f"failed: {file.reason}"} for file in failed]
+    return csv_text(IMAGE_COLUMNS, ([row.get(name) for name in IMAGE_COLUMNS] for row in rows))
 
 
 def fingerprint_run(run: Run) -> str:
@@ -281,10 +235,9 @@ def detections_csv(rows: Sequence[Record]) -> str:
     return csv_text(CSV_COLUMNS, ([row[name] for name in CSV_COLUMNS] for row in rows))
 
 
-def summarise(run: Run, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
+def summarise(run: Run, images: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
     """Content of summary.json: thresholds and results of all images."""
     calibration = run.calibrations["method"]
-    images = [image for record in records for image in record["images"]]
     return {
         "run": str(run.path.absolute()),
         "step": run.step,

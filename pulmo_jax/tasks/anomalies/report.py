@@ -51,7 +51,8 @@ def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
     figure = figures.score_histogram(scores, None, threshold.value, interval(threshold), "image")
     text = (
         f"Set on {len(scores)} normal validation images in {threshold.n_groups} groups. Pixel threshold "
-        f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}."
+        f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}. The model is two-dimensional: each "
+        "slice is scored by itself."
     )
     saved = figures.save(figure, out_dir / "figures", "calibration")
     return [

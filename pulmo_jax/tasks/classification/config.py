@@ -21,7 +21,7 @@ class ClassifierDataConfig(Section):
     normal_name: str | None = Field(default=None, description="the normal one of two classes; null: the first by name")
     group_regex: Regex | None = Field(
         default=None,
-        description="extracts the patient ID from the file name (first group); null: each file and its copies",
+        description="extracts the patient ID from the file name (first group); null: DICOM patient or file, and copies",
     )
     near_bits: Int = Field(
         default=6,

@@ -39,7 +39,8 @@ class LandmarkDataConfig(Section):
         default=None, description="folder for the sample data; null: $PULMO_JAX_CACHE or the user's cache folder"
     )
     group_regex: Regex | None = Field(
-        default=None, description="extracts the patient ID from the file name (first group); null: each file is a group"
+        default=None,
+        description="extracts the patient ID from the file name (first group); null: DICOM patient or file",
     )
     class_regex: Regex | None = Field(
         default=r"^(.*?)[-_ ]*\(?\d*\)?\.[^.]*$",

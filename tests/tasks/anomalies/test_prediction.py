@@ -5,32 +5,21 @@ import tracemalloc
 import numpy as np
 import pytest
 import tifffile
-from references.linear_method import LinearMethod
-from references.preprocessing import preprocessing
+from references.anomaly_run import run_on
 
 from pulmo_jax.data.images import Reader, index_images
-from pulmo_jax.evaluation.calibration import Calibrator
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.inference import outputs, score
-from pulmo_jax.inference.score import Scorer, Tiles
-from pulmo_jax.tasks.anomalies import prediction
-from pulmo_jax.tasks.anomalies.config import TrainConfig
-from pulmo_jax.tasks.anomalies.prediction import MAPS, map_file
-from pulmo_jax.tasks.anomalies.run import Run
+from pulmo_jax.tasks.anomalies import maps
+from pulmo_jax.tasks.anomalies.maps import MAPS, MapFile, Plan, map_unit
 from pulmo_jax.types import InputError, OutputError
 
 
-def run_on(folder, dtype: str, channels: int = 1) -> Run:
-    """An untrained method, whose score is the brightness of the smoothest of images: 0 to 1."""
-    method, how = LinearMethod(channels), preprocessing(8, channels, dtype=dtype, scale=(255.0,) * channels)
-    calibrator = Calibrator()
-    for i in range(20):
-        normal = np.random.default_rng(i).random((40, 50), np.float32) * np.float32(0.9)
-        calibrator = calibrator.add(normal, None, float(normal.max()), str(i))
-    calibrations = {"method": calibrator.finish(pixel_rate=0.01, image_rate=0.1)}
-    config = TrainConfig(model={}, method={}, optimizer={}, callbacks={})
-    scorer = Scorer.of(method, method.init(), how, Tiles(0.5, 64))
-    return Run(folder, config, scorer, calibrations, step=0)
+def map_file(refs, name, run, reader, output):
+    """Record of one file."""
+    record, failed = map_unit(Plan((MapFile(name, tuple(refs)),)), run, reader, output)
+    assert failed == []
+    return record
 
 
 def write_stack(folder, pages: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -52,15 +41,15 @@ def test_maps_of_a_file_are_those_of_its_pages(tmp_path):
     run = run_on(tmp_path, "uint8")
     refs, _ = index_images(tmp_path / "images", masks=tmp_path / "masks")
     record = map_file(refs, "a", run, Reader(), tmp_path / "out")
-    maps = {kind: tifffile.imread(tmp_path / "out" / "maps" / f"a_{kind}.tif") for kind in MAPS}
+    written = {kind: tifffile.imread(tmp_path / "out" / "maps" / f"a_{kind}.tif") for kind in MAPS}
     calibration = run.calibrations["method"]
     rows = 0
     for page, (pixels, foreground) in enumerate(zip(stack, inside, strict=True)):
         expected = run.scorer(pixels[..., None], foreground)
-        np.testing.assert_array_equal(maps["score"][page], expected)
-        np.testing.assert_array_equal(maps["pvalue"][page], calibration.pixel_p_value(expected))
+        np.testing.assert_array_equal(written["score"][page], expected)
+        np.testing.assert_array_equal(written["pvalue"][page], calibration.pixel_p_value(expected))
         found, mask = find_detections(expected, calibration, min_area_px=9)
-        np.testing.assert_array_equal(maps["mask"][page], mask * np.uint8(255))
+        np.testing.assert_array_equal(written["mask"][page], mask * np.uint8(255))
         assert mask.sum() == 49
         assert record["images"][page]["findings"] == len(found) == 1
         assert record["images"][page]["image_score"] == pytest.approx(250 / 255)
@@ -106,7 +95,7 @@ def test_a_writer_that_fails_is_heard_of(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(prediction, "write_overlay", full)
+    monkeypatch.setattr(maps, "write_overlay", full)
     with pytest.raises(OutputError, match="^the disk is full: "):
         map_file(refs, "a", run_on(tmp_path, "uint8"), Reader(), tmp_path / "out")
     assert list((tmp_path / "out" / "maps").iterdir()) == []
@@ -124,5 +113,5 @@ def test_no_more_is_held_than_an_image_and_its_maps(tmp_path, monkeypatch):
     map_file([ref], "a", run, Reader(), tmp_path / "out")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    maps = sum(dtype.itemsize for dtype in MAPS.values()) * 600 * 1000
-    assert pixels.nbytes + maps / 2 < peak < pixels.nbytes + maps + 2**20
+    of_maps = sum(dtype.itemsize for dtype in MAPS.values()) * 600 * 1000
+    assert pixels.nbytes + of_maps / 2 < peak < pixels.nbytes + of_maps + 2**20
