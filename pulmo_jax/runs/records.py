@@ -185,7 +185,13 @@ def list_pages(
     Returns:
         Items, whose context is that name, and unusable files.
     """
-    refs, failed = index_images(config.input, max_image_mb=max_image_mb, leave_out=config.output, formats=place.formats)
+    refs, failed = index_images(
+        config.input,
+        max_image_mb=max_image_mb,
+        leave_out=config.output,
+        formats=place.formats,
+        say=place.note,
+    )
     names = zip(refs, page_names(refs), strict=True)
     return [Item(ref.file_name, (ref,), key, tuple(outputs_of(name)), name) for ref, name in names], failed
 

@@ -279,6 +279,7 @@ def align_folder(
         require_masks=masks.required,
         leave_out=leave_out or folder,
         formats=formats,
+        say=console.print,
     )
     truth = find_masks(masks.truth, [ref.name for ref in refs])
     files = by_file(refs)

@@ -36,7 +36,7 @@ from pulmo_jax.tasks.anomalies.report import (
     validation_sections,
 )
 from pulmo_jax.tasks.anomalies.run import Run, missing_masks, thresholds
-from pulmo_jax.types import InputError
+from pulmo_jax.types import InputError, Say
 
 
 def read_test(run: Run, config: AssessConfig, place: Place) -> EvaluateDataConfig:
@@ -150,7 +150,7 @@ def test_images(
         Figures of merit and report sections.
     """
     reader = Reader(run.config.data.max_image_mb, place.formats)
-    refs, truth_of = labelled_images(run.config, run.scorer.how, data, reader)
+    refs, truth_of = labelled_images(run.config, run.scorer.how, data, reader, place.note)
     warning, began = missing_masks(refs, run), time.monotonic()
     assessment = score_all(
         run.scorer,
@@ -217,7 +217,11 @@ def findings_of(
 
 
 def labelled_images(
-    config: TrainConfig, preprocessing: Preprocessing, data: EvaluateDataConfig, reader: Reader
+    config: TrainConfig,
+    preprocessing: Preprocessing,
+    data: EvaluateDataConfig,
+    reader: Reader,
+    say: Say | None = None,
 ) -> tuple[list[ImageRef], Callable[[ImageRef], Truth]]:
     """List the test images with their ground truth.
 
@@ -226,6 +230,7 @@ def labelled_images(
         preprocessing: Preprocessing of the run.
         data: Folders of the labelled images and masks.
         reader: Reader of the images.
+        say: Takes one line about the files that hold no image, if there are any.
 
     Returns:
         Images, and a function that returns the ground truth of an image.
@@ -241,6 +246,7 @@ def labelled_images(
         max_image_mb=config.data.max_image_mb,
         require_masks=data.foreground is not None,
         formats=reader.formats,
+        say=say,
     )
     if skipped:
         raise InputError(

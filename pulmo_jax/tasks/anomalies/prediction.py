@@ -69,6 +69,7 @@ def read(run: Run, config: MapConfig, place: Place) -> tuple[list[Item], list[Sk
         require_masks=config.foreground is not None,
         leave_out=None if data.align_run else output,
         formats=place.formats,
+        say=None if data.align_run else place.note,
     )
     for warning in [missing_masks(refs, run), *(t.warning for t in thresholds(run))]:
         if warning:

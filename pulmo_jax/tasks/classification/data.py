@@ -115,7 +115,8 @@ def read_classes(
     Raises:
         InputError: If images cannot be used and data.on_error is "stop", or if the classes do not fit.
     """
-    refs, failed = index_images(root, group_regex=data.group_regex, max_image_mb=data.max_image_mb, formats=formats)
+    options = {"group_regex": data.group_regex, "max_image_mb": data.max_image_mb, "formats": formats}
+    refs, failed = index_images(root, **options, say=console.print)
     refs, failed, notes = leave_out_masks(refs, failed)
     if not refs:
         raise none_left(failed)

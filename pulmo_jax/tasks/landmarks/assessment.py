@@ -85,7 +85,11 @@ def read_test(run: LandmarkRun, config: EvaluateLandmarksConfig, place: Place) -
     own = {key: getattr(data, key) or getattr(trained, key) for key in ("group_regex", "class_regex", "units")}
     options = trained.model_copy(update=own | {"on_error": data.on_error, "normal_name": data.normal_name})
     index = index_images(
-        data.images, group_regex=options.group_regex, max_image_mb=options.max_image_mb, formats=place.formats
+        data.images,
+        group_regex=options.group_regex,
+        max_image_mb=options.max_image_mb,
+        formats=place.formats,
+        say=place.note,
     )
     table = read_landmarks(
         data.test,

@@ -92,7 +92,8 @@ def read_sets(
     """
     assert data.images is not None
     assert data.train is not None
-    index = index_images(data.images, group_regex=data.group_regex, max_image_mb=data.max_image_mb, formats=formats)
+    options = {"group_regex": data.group_regex, "max_image_mb": data.max_image_mb, "formats": formats}
+    index = index_images(data.images, **options, say=console.print)
     training = read_landmarks(data.train, data.images, on_error=data.on_error, index=index, units=data.units)
     n_points = training.points.shape[1]
     others = [
