@@ -90,7 +90,8 @@ def child(run_dir: Path, small: Path, image: Path, output: Path, cache: Path) ->
     began = time.perf_counter()
     import numpy as np
 
-    from pulmo_jax.data.images import Reader, index_images
+    from pulmo_jax.data.images import index_images
+    from pulmo_jax.data.reader import Reader
     from pulmo_jax.inference.score import Scorer
     from pulmo_jax.runs.directory import use_compile_cache
     from pulmo_jax.tasks.anomalies import prediction

@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.images import ImageRef, index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.store_writing import ingest_folder
 
 HERE = Path(__file__).parent

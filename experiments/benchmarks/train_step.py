@@ -32,8 +32,9 @@ import torch
 from flax import nnx
 from torch.nn import functional
 
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
 from pulmo_jax.data.pipeline import Augmentation, ReadPatches, iterate, training_batches
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scan import Sampling, fit_preprocessing, scan_images
 from pulmo_jax.data.scratch import DecodedReader
 from pulmo_jax.methods.autoencoder import Autoencoder

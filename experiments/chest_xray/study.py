@@ -27,7 +27,8 @@ from scipy.stats import betabinom, spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pulmo_jax.core.histogram import group_weights
-from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.images import ImageRef, index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.inference.assess import METHOD, assess, calibrate, truth_by_folder
 from pulmo_jax.inference.score import Scorer
 from pulmo_jax.reporting import figures

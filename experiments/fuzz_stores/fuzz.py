@@ -38,7 +38,8 @@ FAILED = ("silently wrong", "other exception", "unclear error", "memory", "hang"
 
 def read_store(path: Path) -> tuple[dict[str, tuple], list[str]]:
     """Shape and hash of every page that can be read, by title, and the error messages of the others."""
-    from pulmo_jax.data.images import Reader, index_images
+    from pulmo_jax.data.images import index_images
+    from pulmo_jax.data.reader import Reader
     from pulmo_jax.data.sources.store import open_store
     from pulmo_jax.data.sources.store_chunks import pixel_sha256
     from pulmo_jax.types import InputError

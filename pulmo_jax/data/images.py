@@ -1,35 +1,22 @@
-"""Image sets as lists of file headers, and a reader of their pixels and foreground masks."""
+"""Image sets as lists of file headers."""
 
-import hashlib
-import math
-import os
-import threading
-import weakref
-from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Bool, Shaped
-
 from pulmo_jax.config.expressions import ExpressionError, search
 from pulmo_jax.data.geometry import default_group
-from pulmo_jax.data.masks import Rule, find_rule
-from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, open_source, survey
+from pulmo_jax.data.mask_files import find_masks
+from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, open_source, stem, survey
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
 from pulmo_jax.data.sources.listing import Listing, describe_left_out
 from pulmo_jax.data.sources.source import NoImageError, decoding
-from pulmo_jax.data.sources.store import Store, in_store, is_store, open_store
-from pulmo_jax.host.console import complain, printable
-from pulmo_jax.types import ImageTags, InputError, Say, Source, Window
+from pulmo_jax.data.sources.store import Store, is_store, open_store
+from pulmo_jax.host.console import printable
+from pulmo_jax.types import InputError, Say
 
 MEBIBYTE = 2**20
-MASK_ENDINGS = ("_mask", "_segmentation", "_seg", "_label", "_labels", "_gt")
-OPEN_FILES_PER_THREAD = 32
-OPEN_BYTES_PER_THREAD = 16 * MEBIBYTE  # an open file may cache its last decoded page
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,55 +197,6 @@ def by_file(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
     return [tuple(pages) for pages in files.values()]
 
 
-def fingerprint(path: Path | None) -> list[int] | None:
-    """Size, times and inode of a file or of the store that contains it, to detect that it changes during a call.
-
-    Args:
-        path: The file; None for no file.
-
-    Returns:
-        Size in bytes, times of modification and status change in ns, and inode; None for no file, or a deleted one.
-    """
-    if path is None:
-        return None
-    record = in_store(path)
-    try:
-        status = (record[0] if record else path).stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def content_of(path: Path | None) -> list[Any] | None:
-    """Size and SHA-256 of the content of a file, or of the pages of an image in a store.
-
-    Args:
-        path: The file; None for no file.
-
-    Returns:
-        Size in bytes (of the store, for an image in a store) and digest; None for no file.
-    """
-    if path is None:
-        return None
-    if record := in_store(path):
-        return [record[0].stat().st_size, open_store(record[0]).content_digest(record[1])]
-    with path.open("rb", buffering=0) as file:
-        return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def has_content(path: Path | None, content: Any) -> bool:
-    """Whether a file still has the content that `content_of` returned; a file of another size is not read."""
-    if path is None or not isinstance(content, list):
-        return path is None and content is None
-    try:
-        if in_store(path) is None and path.stat().st_size != content[0]:
-            return False
-        now = content_of(path)
-    except (InputError, OSError):  # deleted or damaged meanwhile
-        return False
-    return now is not None and now[1:] == content[1:]  # a store may have grown
-
-
 def require_utf8(path: Path | str, name: str) -> None:
     """Raise InputError for a file name that is not UTF-8, because no table or report could contain it."""
     try:
@@ -296,213 +234,3 @@ def extract_group(
     if group is None:
         raise InputError(f"{name}: {key}={group_regex} does not match this name; change the expression")
     return group
-
-
-def find_masks(
-    folder: Path | None, names: Sequence[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES
-) -> dict[str, Path | None]:
-    """Find the mask of every image.
-
-    Args:
-        folder: Folder of masks; None for no masks.
-        names: Image names relative to their folder.
-        suffixes: Image suffixes (see `sources.image_suffixes`).
-
-    Returns:
-        For each image the mask with the same relative name and any image suffix in any case, else one with "_mask" or
-        another of MASK_ENDINGS appended; else the mask with the same file name in the same way, if only one image has
-        that file name; None if there is none.
-    """
-    counts = Counter(stem(name.rpartition("/")[2], suffixes) for name in names)
-
-    def mask_path(name: str) -> Path | None:
-        file_name = name.rpartition("/")[2]
-        unique = counts[stem(file_name, suffixes)] == 1
-        return find_mask(folder, name, suffixes) or (find_mask(folder, file_name, suffixes) if unique else None)
-
-    return {name: mask_path(name) for name in names}
-
-
-def find_mask(folder: Path | None, name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Path | None:
-    """Find the file with the same relative name, or with the same stem and another image suffix (see `find_masks`).
-
-    Args:
-        folder: Folder to search; None for no folder.
-        name: Image name relative to its folder.
-        suffixes: Image suffixes (see `sources.image_suffixes`).
-
-    Returns:
-        The file; None if there is none.
-
-    Raises:
-        InputError: Several files are equally close, such as x.png and x.tif.
-    """
-    if folder is None:
-        return None
-    exact = folder / name
-    if exact.is_file():
-        return exact
-    inside, _, file_name = name.rpartition("/")
-    wanted = stem(file_name, suffixes)
-    found = masks_in(folder / inside, suffixes)
-    for ending in ("", *MASK_ENDINGS):
-        candidates = found.get(wanted + ending, ())
-        if len(candidates) > 1:
-            raise InputError(
-                f"{folder / inside}: {' and '.join(path.name for path in candidates)} may both be the mask of {name}; "
-                "keep one of them"
-            )
-        if candidates:
-            return candidates[0]
-    return None
-
-
-def masks_in(folder: Path, suffixes: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
-    """The image files of a folder of masks by their name without the suffix; listed once while it does not change."""
-    try:
-        changed = folder.stat().st_mtime_ns
-    except OSError:
-        return {}
-    return _masks_in(folder, suffixes, changed)
-
-
-@lru_cache(maxsize=64)
-def _masks_in(folder: Path, suffixes: tuple[str, ...], _changed: int) -> dict[str, tuple[Path, ...]]:
-    found: dict[str, tuple[Path, ...]] = {}
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if (bare := stem(entry.name, suffixes)) != entry.name and entry.is_file():
-                found[bare] = (*found.get(bare, ()), folder / entry.name)
-    return found
-
-
-def stem(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
-    """Strip the image suffix. A DICOM name such as 1.2.840.113 has none."""
-    suffix = next((s for s in sorted(suffixes, key=len, reverse=True) if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
-
-
-class Reader:
-    """Reads windows of images and masks, and keeps a bounded number of files open per thread.
-
-    Formats that can only decode whole pages cache one page per file, so the total size of these pages is bounded too.
-    Threads may share a reader. Pickling it, for worker processes, drops its open files.
-
-    Args:
-        max_image_mb: Limit on the decoded size of a page in MiB.
-        formats: User-defined image formats, in addition to the built-in ones.
-
-    Raises:
-        InputError: A format is invalid.
-    """
-
-    def __init__(self, max_image_mb: int = 2048, formats: Sequence[Format] = ()):
-        self.max_image_mb, self.formats = max_image_mb, check_formats(formats)
-        self._sources: dict[int, OrderedDict[tuple[Path, bool], Source]] = {}  # by thread
-        self._rules: dict[tuple[Path, str], Rule] = {}  # of masks, by path and fingerprint
-        self._notes: set[str] = set()  # that were printed
-        weakref.finalize(self, _close_all, self._sources)
-
-    def __getstate__(self) -> dict:
-        return {"max_image_mb": self.max_image_mb, "formats": self.formats}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
-
-    def image(self, ref: ImageRef, window: Window | None = None) -> Shaped[np.ndarray, "h w C"]:
-        """Read an image or a window of it.
-
-        Args:
-            ref: The image.
-            window: Region to read, in pixels; None reads the whole image.
-
-        Returns:
-            Pixels (h, w, C) in the dtype of the file.
-
-        Raises:
-            InputError: The file cannot be read or has changed since it was indexed.
-        """
-        source = self._open(ref.path)
-        now, listed = (*source.shape, source.dtype.name), (ref.pages, *ref.shape, ref.dtype)
-        if now != listed:
-            raise InputError(
-                f"{ref.path}: the file changed while in use: (pages, H, W, C, dtype) is {now}, but was {listed}"
-            )
-        return source.read(ref.page, window)
-
-    def foreground(self, ref: ImageRef, window: Window | None = None) -> Bool[np.ndarray, "h w"] | None:
-        """Read the foreground mask of an image or of a window of it.
-
-        Args:
-            ref: The image.
-            window: Region to read, in pixels; None reads the whole mask.
-
-        Returns:
-            True for foreground (h, w); None if the image has no mask and is all foreground.
-
-        Raises:
-            InputError: The mask cannot be read or its size differs from that of the image.
-        """
-        if ref.mask is None:
-            return None
-        source = self._open(ref.mask, as_stored=True)
-        if source.shape[1:3] != ref.shape[:2] or source.shape[0] not in (1, ref.pages):
-            raise InputError(
-                f"{ref.mask}: the mask is {source.shape} (pages, H, W, C), its image {ref.path.name} has "
-                f"{ref.pages} pages of {ref.shape[:2]}; they must agree (a mask of one page applies to all pages)"
-            )
-        rule = self._rule(ref.mask, source)
-        return rule(source.read(min(ref.page, source.shape[0] - 1), window))
-
-    def tags(self, ref: ImageRef) -> ImageTags:
-        """Read the resolution and georeference of an image.
-
-        Args:
-            ref: The image.
-
-        Returns:
-            The tags.
-
-        Raises:
-            InputError: The file cannot be read.
-        """
-        return self._open(ref.path).tags
-
-    def _open(self, path: Path, as_stored: bool = False) -> Any:
-        cache = self._sources.setdefault(threading.get_ident(), OrderedDict())
-        key = path, as_stored
-        if key not in cache:
-            max_bytes = self.max_image_mb * MEBIBYTE
-            cache[key] = open_source(path, max_bytes=max_bytes, formats=self.formats, as_stored=as_stored)
-            while len(cache) > 1 and (
-                len(cache) > OPEN_FILES_PER_THREAD or sum(map(page_bytes, cache.values())) > OPEN_BYTES_PER_THREAD
-            ):
-                cache.popitem(last=False)[1].close()
-        cache.move_to_end(key)
-        return cache[key]
-
-    def _rule(self, path: Path, source: Any) -> Rule:
-        """The rule of a mask, found once; each kind of note is printed once."""
-        key = path, str(fingerprint(path))
-        if key not in self._rules:
-            with decoding(path):
-                self._rules[key], note = find_rule(path, source)
-            if note and note not in self._notes:
-                self._notes.add(note)
-                complain(f"note: {path}: {note}. Masks of this kind are all read so.")
-        return self._rules[key]
-
-    def close(self) -> None:
-        """Close all files. No thread may be reading; files reopen on demand."""
-        _close_all(self._sources)
-
-
-def page_bytes(source: Source) -> int:
-    """Decoded size of a page in bytes."""
-    return math.prod(source.shape[1:]) * source.dtype.itemsize
-
-
-def _close_all(sources: dict[int, OrderedDict[tuple[Path, bool], Source]]) -> None:
-    while sources:
-        for source in sources.popitem()[1].values():
-            source.close()

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.images import ImageRef, index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.transforms import as_pixels
 from pulmo_jax.types import InputError

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float64, Int, Shaped
 
 from pulmo_jax.core.histogram import ScoreHistogram
 from pulmo_jax.core.tiling import tile_starts
-from pulmo_jax.data.images import ImageRef, Reader, Skipped
+from pulmo_jax.data.images import ImageRef, Skipped
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import Preprocessing, brightness, finite
 from pulmo_jax.types import InputError
 

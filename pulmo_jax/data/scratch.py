@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from pulmo_jax.data.images import ImageRef, Reader
+from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.types import InputError, Window
 
 MAX_RESIDENT_BYTES = 8 * 2**20  # of the file in memory, before its pages are released

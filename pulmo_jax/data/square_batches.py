@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from scipy.ndimage import binary_opening
 
-from pulmo_jax.data.images import ImageRef, Reader
+from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.letterbox import fit_letterbox, into_square, to_gray
 from pulmo_jax.data.pipeline import CellBatches, MapDataset, RowShare, grain
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scratch import Scratch
 from pulmo_jax.data.transforms import finite, resize_bands
 from pulmo_jax.host.cache import cache_folder

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped
+from pulmo_jax.data.images import ImageRef, Skipped
 from pulmo_jax.data.letterbox import Letterbox, fit_letterbox, into_square
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scratch import allocate_file
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.host.cache import cache_folder

@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from pulmo_jax.core.histogram import ScoreHistogram
-from pulmo_jax.data.images import ImageRef, Reader, find_masks
+from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.mask_files import find_masks
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources import image_suffixes
 from pulmo_jax.evaluation.calibration import Calibration, Calibrator
 from pulmo_jax.evaluation.metrics import PixelMetrics

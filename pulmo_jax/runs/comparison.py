@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from pydantic import TypeAdapter, ValidationError
 
-from pulmo_jax.data.images import ImageRef, content_of
+from pulmo_jax.data.contents import content_of
+from pulmo_jax.data.images import ImageRef
 from pulmo_jax.host.console import printable
 from pulmo_jax.host.reading import read_json
 from pulmo_jax.types import InputError

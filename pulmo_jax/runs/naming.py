@@ -16,7 +16,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 
-from pulmo_jax.data.images import ImageRef, stem
+from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.sources import stem
 
 LONGEST_BYTES = 200  # of a file name, which leaves room for suffixes and temporary names within 255 bytes
 KEPT_BYTES = 120  # of a name that is shortened

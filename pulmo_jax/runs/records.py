@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pulmo_jax.data.images import ImageRef, Skipped, content_of, fingerprint, has_content, index_images
+from pulmo_jax.data.contents import content_of, fingerprint, has_content
+from pulmo_jax.data.images import ImageRef, Skipped, index_images
 from pulmo_jax.host.console import SOME_FAILED, complain, tracker
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.host.marks import absolute

@@ -14,7 +14,8 @@ import pytest
 import tifffile
 from references.image_files import noise
 
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.sources.store import Store, find_damaged, in_store
 from pulmo_jax.data.sources.store_attributes import read_attributes

@@ -29,7 +29,8 @@ from references.image_files import noise, write_all, write_dicom
 
 from pulmo_jax.data import fits_headers
 from pulmo_jax.data.arrays import read_array
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scan import Sampling, scan_images
 from pulmo_jax.data.sources import dicom, list_images, nifti, open_source, source, tiff
 from pulmo_jax.data.sources.source import decoding

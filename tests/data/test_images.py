@@ -15,7 +15,9 @@ from references.image_files import noise, write_all, write_dicom
 from pulmo_jax.config import expressions
 from pulmo_jax.config.expressions import ExpressionError
 from pulmo_jax.data import images
-from pulmo_jax.data.images import ImageRef, Reader, extract_group, find_mask, find_masks, index_images
+from pulmo_jax.data.images import ImageRef, extract_group, index_images
+from pulmo_jax.data.mask_files import find_mask, find_masks
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import same_scale
 from pulmo_jax.types import InputError, Window
 

@@ -7,8 +7,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from pulmo_jax.data.images import Reader, Skipped, index_images
+from pulmo_jax.data.images import Skipped, index_images
 from pulmo_jax.data.landmark_table import landmarks_csv, read_landmarks, without_row
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.types import InputError
 
 HEADER = "filename,x1,y1,x2,y2,x3,y3"

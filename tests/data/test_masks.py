@@ -10,7 +10,9 @@ from PIL import Image
 from references.image_files import write_dicom
 from scipy.ndimage import gaussian_filter
 
-from pulmo_jax.data.images import Reader, find_masks, index_images
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.mask_files import find_masks
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.types import InputError, Window
 
 INSIDE = np.zeros((40, 56), bool)

@@ -16,8 +16,9 @@ from pydicom.uid import ImplicitVRLittleEndian
 from references.image_files import noise, write_dicom
 
 from pulmo_jax.data.arrays import read_array
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
 from pulmo_jax.data.one_image import one_image
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scan import Sampling, scan_images
 from pulmo_jax.data.sources import open_source
 from pulmo_jax.data.sources.source import page_source

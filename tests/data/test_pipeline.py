@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from references.preprocessing import preprocessing
 
 from pulmo_jax.core.tiling import tile_starts
-from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.images import ImageRef, index_images
 from pulmo_jax.data.pipeline import (
     Augmentation,
     CellBatches,
@@ -26,6 +26,7 @@ from pulmo_jax.data.pipeline import (
     iterate,
     training_batches,
 )
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import flip_and_turn, preprocess, resize_bands
 from pulmo_jax.types import InputError
 

@@ -16,7 +16,8 @@ from references.image_files import noise
 from pulmo_jax.core.tiling import tile_starts
 from pulmo_jax.data import images
 from pulmo_jax.data import scan as scan_module
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scan import Sampling, cells_with_foreground, fit_preprocessing, foreground_pixels, scan_images
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.types import InputError

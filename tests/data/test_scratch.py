@@ -9,7 +9,8 @@ import pytest
 import tifffile
 
 from pulmo_jax.data import scratch
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scratch import DecodedReader, Scratch
 from pulmo_jax.types import InputError, Window
 

@@ -24,7 +24,8 @@ from pydicom.uid import EnhancedSRStorage, RTPlanStorage, RTStructureSetStorage
 from references.image_files import noise, write_all, write_dicom
 from references.own_format import OwnFormat, write_own
 
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, list_images, open_source, survey
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
 from pulmo_jax.data.sources.listing import describe_left_out

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
 from pulmo_jax.data.pipeline import iterate
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.square_batches import (
     Squares,
     content_window,

@@ -22,8 +22,9 @@ from references.own_format import OwnFormat, write_own
 from scipy.fft import dctn
 
 from pulmo_jax.data import near_copies, store_writing
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
 from pulmo_jax.data.near_copies import first_duplicates, merge_groups, perceptual_hash
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources import open_source, store_chunks
 from pulmo_jax.data.sources.store import Store, find_damaged
 from pulmo_jax.data.sources.store_chunks import pack, unpack

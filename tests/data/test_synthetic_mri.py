@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
 from pulmo_jax.data.near_copies import first_duplicates, perceptual_hash
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.synthetic_mri import COUNT, draw_slice, synthetic_mri, write_slices
 
 N = 60

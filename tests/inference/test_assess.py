@@ -14,7 +14,8 @@ from references.linear_method import LinearMethod
 from references.preprocessing import preprocessing
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.images import ImageRef, index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.inference.assess import (
     METHOD,
     Assessment,

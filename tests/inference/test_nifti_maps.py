@@ -6,7 +6,8 @@ import pytest
 from references.image_files import noise
 from references.volumes import oblique_affine, stacked, write_nifti, write_series
 
-from pulmo_jax.data.images import Reader, by_file, index_images
+from pulmo_jax.data.images import by_file, index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.volumes import Volume, find_volumes
 from pulmo_jax.inference import nifti_maps
 from pulmo_jax.inference.nifti_maps import open_nifti_map

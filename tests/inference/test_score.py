@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from references import child
 from references.preprocessing import preprocessing
 
-from pulmo_jax.data.images import ImageRef, Reader
+from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.pipeline import ReadPatches
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import Preprocessing, preprocess, resize_bands
 from pulmo_jax.inference import score as score_module
 from pulmo_jax.inference.score import Scorer, Tiles

@@ -41,6 +41,12 @@ def image_suffixes(formats: Sequence[Format] = ()) -> tuple[str, ...]:
     return (*IMAGE_SUFFIXES, *(suffix for f in formats for suffix in f.suffixes))
 
 
+def stem(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
+    """Strip the image suffix. A DICOM name such as 1.2.840.113 has none."""
+    suffix = next((s for s in sorted(suffixes, key=len, reverse=True) if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
 def open_source(
     path: Path | str, *, max_bytes: int = 2 * 2**30, formats: Sequence[Format] = (), as_stored: bool = False
 ) -> ImageSource:

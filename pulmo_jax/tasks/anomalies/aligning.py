@@ -21,17 +21,11 @@ import tifffile
 from jaxtyping import Bool, Float, Shaped
 
 from pulmo_jax.core.lung_frame import LungFrame, to_image
-from pulmo_jax.data.images import (
-    ImageRef,
-    Reader,
-    Skipped,
-    by_file,
-    content_of,
-    find_masks,
-    has_content,
-    index_images,
-    stem,
-)
+from pulmo_jax.data.contents import content_of, has_content
+from pulmo_jax.data.images import ImageRef, Skipped, by_file, index_images
+from pulmo_jax.data.mask_files import find_masks
+from pulmo_jax.data.reader import Reader
+from pulmo_jax.data.sources import stem
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.data.working_images import WorkingImages, read_working, working_image

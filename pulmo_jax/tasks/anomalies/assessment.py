@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, index_images
+from pulmo_jax.data.images import ImageRef, index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sample_facts import described_sample, sample_line
 from pulmo_jax.data.transforms import Preprocessing, same_scale
 from pulmo_jax.evaluation.metrics import image_metrics

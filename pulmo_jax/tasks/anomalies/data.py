@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
+from pulmo_jax.data.images import ImageRef, Skipped, index_images
 from pulmo_jax.data.pipeline import (
     Augmentation,
     CellBatches,
@@ -17,6 +17,7 @@ from pulmo_jax.data.pipeline import (
     every_patch_once,
     training_batches,
 )
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scan import Sampling, Scan, fit_preprocessing, scan_images
 from pulmo_jax.data.scratch import NO_CACHE_REMEDY, DecodedReader, Scratch
 from pulmo_jax.data.splits import split_by_group

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pulmo_jax import __version__
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, stem
-from pulmo_jax.data.sources import open_source
+from pulmo_jax.data.images import ImageRef, Skipped
+from pulmo_jax.data.reader import Reader
+from pulmo_jax.data.sources import open_source, stem
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.data.volumes import Unit, Volume
 from pulmo_jax.evaluation.detection import find_detections

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, by_file, index_images
+from pulmo_jax.data.images import ImageRef, Skipped, by_file, index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.volumes import Unit, find_volumes, volume_notes
 from pulmo_jax.host.reading import sha256_of
 from pulmo_jax.host.tables import csv_text

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from pulmo_jax.data.images import ImageRef, Reader
+from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.pipeline import ReadPatches
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.evaluation.calibration import Threshold
 from pulmo_jax.evaluation.detection import find_detections

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from pulmo_jax.config.nodes import check_node, find_target
 from pulmo_jax.data import lung_ct
-from pulmo_jax.data.images import Reader
 from pulmo_jax.data.pipeline import evenly_spaced
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.samples import fetch_lung_ct
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.cache import require_writable

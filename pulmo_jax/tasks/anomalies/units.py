@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from pulmo_jax.data.images import ImageRef, Reader
+from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sample_facts import declared_unit
 from pulmo_jax.data.transforms import Preprocessing
 

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from pulmo_jax.data.folds import Fold
-from pulmo_jax.data.images import ImageRef, Reader, Skipped, index_images
+from pulmo_jax.data.images import ImageRef, Skipped, index_images
 from pulmo_jax.data.near_copies import merge_groups, perceptual_hash, representatives
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.data.sources.store import in_store, is_store, open_store
 from pulmo_jax.data.square_batches import Squares

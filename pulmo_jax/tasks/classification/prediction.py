@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from pulmo_jax.config.verbs import PredictConfig
-from pulmo_jax.data.images import ImageRef, Reader, Skipped
+from pulmo_jax.data.images import ImageRef, Skipped
 from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.square_batches import onto_image, square_of, window_of
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.runs.place import Place

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from rich.table import Table as Grid
 
 from pulmo_jax.config.verbs import EvaluationConfig
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
 from pulmo_jax.data.landmark_table import read_landmarks, without_row
 from pulmo_jax.data.letterbox import to_bytes
 from pulmo_jax.data.pipeline import evenly_spaced
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sample_facts import described_sample, sample_line
 from pulmo_jax.evaluation import landmark_metrics as metrics
 from pulmo_jax.evaluation.landmark_metrics import Errors

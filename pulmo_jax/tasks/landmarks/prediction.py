@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pulmo_jax.data.images import ImageRef, Reader, Skipped
+from pulmo_jax.data.images import ImageRef, Skipped
 from pulmo_jax.data.landmark_table import landmarks_csv
 from pulmo_jax.data.letterbox import to_bytes
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.working_images import read_working
 from pulmo_jax.inference.lung_frames import description_of, into_frame, write_image
 from pulmo_jax.methods.located import Found

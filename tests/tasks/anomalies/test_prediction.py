@@ -7,7 +7,8 @@ import pytest
 import tifffile
 from references.anomaly_run import run_on
 
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.inference import outputs, score
 from pulmo_jax.tasks.anomalies import maps

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from pulmo_jax.data.images import Reader, index_images
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.tasks.anomalies.units import NORMALISED, Intensity, intensity_of, scale_bar
 from pulmo_jax.types import ImageTags
