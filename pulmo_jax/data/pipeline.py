@@ -44,7 +44,7 @@ class Augmentation:
 
 @runtime_checkable
 class PatchReader(Protocol):
-    """Reads windows of images and masks: `images.Reader`, or `scratch.DecodedReader` wrapping one."""
+    """Reads windows of images and masks: `reader.Reader`, or `scratch.DecodedReader` wrapping one."""
 
     def image(self, ref: ImageRef, window: Window | None = None) -> np.ndarray:
         """Pixels (h, w, C) in the dtype of the file."""

@@ -14,7 +14,7 @@ from references.image_files import noise, write_all, write_dicom
 
 from pulmo_jax.config import expressions
 from pulmo_jax.config.expressions import ExpressionError
-from pulmo_jax.data import images
+from pulmo_jax.data import reader as reading
 from pulmo_jax.data.images import ImageRef, extract_group, index_images
 from pulmo_jax.data.mask_files import find_mask, find_masks
 from pulmo_jax.data.reader import Reader
@@ -289,7 +289,7 @@ def test_files_that_changed_since_they_were_listed_are_refused(tmp_path, reader,
 def handles(monkeypatch) -> dict[str, list[Path]]:
     """What the reader opens and closes."""
     seen: dict[str, list[Path]] = {"opened": [], "closed": []}
-    original = images.open_source
+    original = reading.open_source
 
     def watched(path: Path, **options):
         source = original(path, **options)
@@ -297,12 +297,12 @@ def handles(monkeypatch) -> dict[str, list[Path]]:
         source.resources.callback(seen["closed"].append, path)
         return source
 
-    monkeypatch.setattr(images, "open_source", watched)
+    monkeypatch.setattr(reading, "open_source", watched)
     return seen
 
 
 def test_open_files_are_bounded_and_the_least_used_goes_first(tmp_path, monkeypatch, handles):
-    monkeypatch.setattr(images, "OPEN_FILES_PER_THREAD", 2)
+    monkeypatch.setattr(reading, "OPEN_FILES_PER_THREAD", 2)
     for name in "abc":
         write_tiff(tmp_path / f"{name}.tif", noise((4, 4)))
     a, b, c = index_images(tmp_path)[0]

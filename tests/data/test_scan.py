@@ -14,7 +14,7 @@ from references import image_operations
 from references.image_files import noise
 
 from pulmo_jax.core.tiling import tile_starts
-from pulmo_jax.data import images
+from pulmo_jax.data import reader as reading
 from pulmo_jax.data import scan as scan_module
 from pulmo_jax.data.images import index_images
 from pulmo_jax.data.reader import Reader
@@ -136,7 +136,7 @@ def test_unreadable_images_and_masks_are_listed_and_cells_skip_them(tmp_path, re
 
 
 def test_no_file_stays_open(tmp_path, monkeypatch):
-    opened, closed, original = [], [], images.open_source
+    opened, closed, original = [], [], reading.open_source
 
     def watched(path, **options):
         source = original(path, **options)
@@ -145,7 +145,7 @@ def test_no_file_stays_open(tmp_path, monkeypatch):
         return source
 
     refs = index_images(write(tmp_path, a=noise((8, 8)), b=noise((8, 8))))[0]
-    monkeypatch.setattr(images, "open_source", watched)
+    monkeypatch.setattr(reading, "open_source", watched)
     scan_images(refs, SAMPLING, Reader())
     assert sorted(opened) == sorted(closed) == [ref.path for ref in refs]
 
