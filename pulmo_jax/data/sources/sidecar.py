@@ -1,5 +1,6 @@
 """Missing pixels that GDAL declares in files beside an image: IMAGE.msk, a transparency mask, and IMAGE.aux.xml."""
 
+import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,12 +31,14 @@ def with_sidecars(source: ImageSource, max_bytes: int) -> ImageSource:
     """
     path = source.path
     mask_path, xml = (path.with_name(path.name + suffix) for suffix in (".msk", ".aux.xml"))
-    value = _declared_value(xml) if xml.is_file() else None
-    if value is None and not mask_path.is_file():
+    value = _declared_value(xml) if os.path.isfile(xml) else None
+    if value is None and not os.path.isfile(mask_path):
         return source
     with ExitStack() as stack:
         stack.callback(source.close)
-        mask = stack.enter_context(open_tiff(mask_path, max_bytes, as_stored=True)) if mask_path.is_file() else None
+        mask = (
+            stack.enter_context(open_tiff(mask_path, max_bytes, as_stored=True)) if os.path.isfile(mask_path) else None
+        )
         if mask is not None and mask.shape[1:3] != source.shape[1:3]:
             raise InputError(
                 f"{mask_path}: is the transparency mask of {path.name}, but has {mask.shape[1]} x {mask.shape[2]} px "
