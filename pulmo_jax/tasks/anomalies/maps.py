@@ -193,7 +193,9 @@ def _mapped(plan: Plan, run: Run, reader: Reader, output: Path) -> Iterator[tupl
     several = len({ref.path for file in plan.files for ref in file.pages}) > 1
     for file in plan.files:
         try:
-            yield from _map_file(file, plan.volume, run, reader, output, leave_empty=several)
+            results = _map_file(file, plan.volume, run, reader, output, leave_empty=several)
+            # Frames count only if all of their file can be read, because a TIFF file has either all or none of them.
+            yield from list(results) if several and file.suffix == ".tif" else results
         except (InputError, OSError) as error:  # not OutputError: nothing more could be written
             if not several:
                 raise
@@ -204,22 +206,25 @@ def _map_file(
     file: MapFile, volume: Volume | None, run: Run, reader: Reader, output: Path, leave_empty: bool
 ) -> Iterator[tuple[ImageRef, Page | Skipped]]:
     """Map the pages of one map file; a slice that cannot be read is left empty in a NIfTI file if `leave_empty`."""
-    require_fit(file.pages[0], run.scorer.how)
-    tags = tags_of(file.pages[0], run, reader)
+    leave_empty = leave_empty and file.suffix == ".nii.gz"
+    if not leave_empty:
+        require_fit(file.pages[0], run.scorer.how)  # before a map is opened
+    tags = ImageTags() if leave_empty else tags_of(file.pages[0], run, reader)
     with open_maps(file, volume, tags, run, output / "maps") as writers:
         for index, ref in enumerate(file.pages):
             try:
                 require_fit(ref, run.scorer.how)
                 with naming_what_to_lower(run.scorer.tiles, ref.shape):
                     scored = score_page(ref, run, reader)
+                scale = scale_of(reader.tags(ref) if leave_empty else tags)
             except (InputError, OSError) as error:
-                if not (leave_empty and file.suffix == ".nii.gz"):
+                if not leave_empty:
                     raise
                 write_empty(ref, run, writers)
                 yield ref, Skipped(ref.name, str(error))
                 continue
             overlay = output / "maps" / file.overlay(index)
-            yield ref, write_page(ref, scored, run, writers, overlay, INSIDE[file.suffix], scale_of(tags))
+            yield ref, write_page(ref, scored, run, writers, overlay, INSIDE[file.suffix], scale)
 
 
 @contextmanager

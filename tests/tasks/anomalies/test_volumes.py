@@ -182,6 +182,24 @@ def test_damaged_slice_loses_no_other(predict, tmp_path, monkeypatch, form):
 
 
 @pytest.mark.parametrize("form", ["tiff", "nifti"])
+@pytest.mark.parametrize("number", [0, 9])
+def test_series_with_a_slice_of_another_depth_keeps_the_others(predict, tmp_path, form, number):
+    """Also if it is the first slice, from which nothing about the others may follow."""
+    voxels, _ = voxels_with_a_blob()
+    names = write_series(tmp_path / "in", voxels, stacked(10))
+    other = pydicom.dcmread(tmp_path / "in" / names[number])
+    other.BitsAllocated, other.BitsStored, other.HighBit = 16, 16, 15
+    other.PixelData = bytes(2 * voxels[0].size)
+    other.save_as(tmp_path / "in" / names[number])
+    predict(tmp_path / "in", format=form, status=SOME_FAILED)
+    images = rows_of(tmp_path / "out" / "image_scores.csv")
+    assert [image["filename"] for image in images if image["reason"]] == [names[number]]
+    assert len([image for image in images if image["image_score"]]) == 9
+    (row,) = rows_of(tmp_path / "out" / "findings_3d.csv")
+    assert (row["first_slice"], row["last_slice"]) == ("3", "5")
+
+
+@pytest.mark.parametrize("form", ["tiff", "nifti"])
 def test_killed_prediction_of_a_volume_goes_on(predict, tmp_path, monkeypatch, form):
     voxels, _ = voxels_with_a_blob()
     write_series(tmp_path / "in" / "a", voxels, stacked(10))
