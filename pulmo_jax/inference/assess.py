@@ -155,7 +155,7 @@ def assess(
 
 def digest_of(mask: Bool[np.ndarray, "H W"] | None) -> str:
     """SHA-256 of a mask with findings; "" for none."""
-    return "" if mask is None or not mask.any() else hashlib.sha256(np.packbits(mask)).hexdigest()
+    return "" if mask is None or not mask.any() else hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
 
 
 def choose_examples(assessment: Assessment, count: int) -> dict[str, list[ImageRef]]:
