@@ -15,7 +15,8 @@ PANELS_IN_ROW = 3
 CAPTIONS = {
     "curves": (
         "ROC and precision-recall curves of {runs} runs and their trivial baselines on the same {images} images. "
-        "Curves that cross mean that the better run depends on the false-alarm rate in use."
+        "Curves that cross mean that the better run depends on the false-alarm rate in use. "
+        "Of repeated cross-validations the mean score is drawn; the areas are means over the repeats."
     ),
     "differences": (
         "Difference from {reference} for each figure of merit, with 95 % bootstrap intervals over {groups} groups. The "
@@ -110,9 +111,15 @@ def cumulative_figure(errors: Mapping[str, Float[np.ndarray, "N"]]) -> Figure:
         axes = figure.subplots()
         for i, (name, values) in enumerate(errors.items()):
             ascending = np.sort(values[np.isfinite(values)])
-            share = np.arange(1, ascending.size + 1) / max(ascending.size, 1)
+            share = np.arange(ascending.size + 1) / max(ascending.size, 1)
             label = f"{literal(name, 30)}, mean {ascending.mean():.3g}"
-            axes.step(ascending, share, where="post", color=CURVE_COLOURS[i % len(CURVE_COLOURS)], label=label)
+            axes.step(
+                np.append(ascending[:1], ascending),
+                share,
+                where="post",
+                color=CURVE_COLOURS[i % len(CURVE_COLOURS)],
+                label=label,
+            )
         axes.set(xlim=(0, None), ylim=(0, 1.01), xlabel="mean error of an image / px", ylabel="fraction of images")
         figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pulmo_jax.config.section import IMAGES, INPUT, Section
+from pulmo_jax.config.section import IMAGES, INPUT, Section, at_home
 from pulmo_jax.types import InputError
 
 WRITTEN = ("output", "cache", "compile_cache")  # keys of paths that are not read
@@ -68,6 +68,31 @@ def input_paths(config: Any, prefix: str = "") -> list[tuple[str, Path]]:
     if isinstance(config, list | tuple):
         return [found for value in config for found in input_paths(value, prefix)]
     return []
+
+
+def runs_at_home(values: Any, key: str = "") -> Any:
+    """Expand a leading `~` in runs that a `_target_` node names, such as method.base_run; other paths are typed.
+
+    Args:
+        values: Values of a config, or a part of it.
+        key: Key of the part.
+
+    Returns:
+        The values.
+
+    Raises:
+        InputError: If a home does not exist.
+    """
+    if isinstance(values, dict):
+        return {name: runs_at_home(value, str(name)) for name, value in values.items()}
+    if isinstance(values, list):
+        return [runs_at_home(value, key) for value in values]
+    if not isinstance(values, str) or not key.endswith(("_run", "_runs")):
+        return values
+    try:
+        return at_home(values)
+    except ValueError as error:
+        raise InputError(f"{key}={values}: {error}") from None
 
 
 def marks(annotation: Any) -> list[Any]:

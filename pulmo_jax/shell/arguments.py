@@ -12,7 +12,11 @@ QUOTED_OR_HOME = re.compile(  # text in quotes, or a ~ that starts a value or an
     r"""(?P<quoted>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|(?P<before>[=,\[:(]\s*)(?P<home>~[^,\[\]{}()'"]*)"""
 )
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
-FORMER_KEYS = {"output.aligned": "aligned", "callbacks.checkpoint.every": "trainer.checkpoint_every"}
+OTHER_KEYS = {  # former keys, and output.format, as `output` itself is a key
+    "output.aligned": "aligned",
+    "output.format": "format",
+    "callbacks.checkpoint.every": "trainer.checkpoint_every",
+}
 
 
 def accepted(arguments: Sequence[str], positional: str | None = None) -> list[str]:
@@ -61,7 +65,7 @@ def override(argument: str) -> str:
     text = value.strip("'\"")
     if key in FOLDERS and text.startswith("~"):  # the jobs of a sweep compose it again
         return f"{key}={quoted(expanded(text, key))}"
-    return f"{FORMER_KEYS.get(key.lstrip('+'), key)}{quoted_homes(f'={value}')}"
+    return f"{OTHER_KEYS.get(key.lstrip('+'), key)}{quoted_homes(f'={value}')}"
 
 
 def quoted(text: str) -> str:

@@ -149,8 +149,7 @@ def run_called(verb: str, task: Callable[[Any, Path], Any], examples: str) -> in
             "--experimental-rerun is not allowed, because unpickling a file may execute any code; give the keys again"
         )
     try:
-        given = [re.sub(r"^output\.(aligned|format)=", r"\1=", argument) for argument in sys.argv[1:]]
-        sys.argv[1:] = accepted(given, POSITIONAL.get(verb))
+        sys.argv[1:] = accepted(sys.argv[1:], POSITIONAL.get(verb))
         if (foreign := foreign_experiment(verb, sys.argv[1:])) is not None:
             return fail(foreign)
         command = command_line(verb, sys.argv[1:])

@@ -25,7 +25,7 @@ from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, v
 from pulmo_jax.config.verbs import CompareConfig, IngestConfig
 from pulmo_jax.host.extras import install_command
 from pulmo_jax.host.reading import read_yaml
-from pulmo_jax.runs.paths import check_paths
+from pulmo_jax.runs.paths import check_paths, runs_at_home
 from pulmo_jax.runs.task import Task, find_task, task_names
 from pulmo_jax.shell.arguments import accepted, expanded, quoted
 from pulmo_jax.types import InputError
@@ -224,26 +224,6 @@ def checked(raw: DictConfig, command: Command) -> Any:
 
         find_task(read_matched(config.runs, config.images).task, config.plugins)
     return config
-
-
-def runs_at_home(values: Any, key: str = "") -> Any:
-    """Expand a leading `~` in runs that a `_target_` node names, such as method.base_run; other paths are typed.
-
-    Args:
-        values: Values of a config, or a part of it.
-        key: Key of the part.
-
-    Returns:
-        The values.
-
-    Raises:
-        InputError: If a home does not exist.
-    """
-    if isinstance(values, dict):
-        return {name: runs_at_home(value, str(name)) for name, value in values.items()}
-    if isinstance(values, list):
-        return [runs_at_home(value, key) for value in values]
-    return expanded(values, key) if isinstance(values, str) and key.endswith(("_run", "_runs")) else values
 
 
 def check_groups(config: Any) -> None:

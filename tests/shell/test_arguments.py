@@ -18,6 +18,7 @@ from pulmo_jax.types import InputError
         (["a=1", "--cfg", "job", "~callbacks.figures"], ["--cfg", "job", "a=1", "~callbacks.figures"]),
         (["-m", "~callbacks.figures", "+b.c=2"], ["-m", "~callbacks.figures", "+b.c=2"]),
         (["output.aligned=true"], ["aligned=true"]),
+        (["output.format=nifti", "output=o"], ["format=nifti", "output=o"]),
         (["--config-dir"], ["--config-dir"]),  # Hydra says that it takes a value
         ([], []),
     ],
