@@ -145,6 +145,7 @@ def test_copies_count_once(slices, tmp_path):
     assert np.abs(np.array(found) - figures(rows)).min() > 1e-3  # what it would be if they counted again
     test = json.loads((run / "metrics.json").read_text())["test"]
     assert sum(test["images"].values()) == len(once)
+    assert test["copies"] == len(rows) - len(once)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def assess_training(
             0,
             f"trainer.split=random: copies are in training and test sets ({counts}), so the results are optimistic.",
         )
-    tested = Tested(dataset, results, predictions.as_trained).subset(np.unique(counted))
+    tested = Tested(dataset, results, predictions.as_trained).without_copies(np.unique(counted))
     options, seed = run.config.evaluation, run.config.seed
     findings = findings_of(run, tested, place.folder, options, seed, warnings, training, tables, objective)
     return replace(findings, evaluation=evaluated_images(run, tested.dataset, tested.results, None))
@@ -173,7 +173,7 @@ def assess_test_set(
         of_files = metadata_probabilities(known, labels, metadata_features(dataset), *size)
         results["file metadata"] = of_files[None]
         results["majority class"] = majority_probabilities(labels, len(dataset.refs), size[0])[None]
-    tested = Tested(dataset, results).subset(np.unique(counted))
+    tested = Tested(dataset, results).without_copies(np.unique(counted))
     findings = findings_of(run, tested, place.folder, options, seed, warnings)
     seconds *= len(tested.dataset.refs) / len(dataset.refs)  # copies were predicted, too
     return replace(findings, evaluation=evaluated_images(run, tested.dataset, tested.results, seconds))
@@ -309,7 +309,7 @@ def findings_of(
     metrics: dict[str, Any] = {
         "image": {name: {key: asdict(e) for key, e in values.items()} for name, values in estimates.items()},
         "differences": {},
-        "test": {"images": class_counts(dataset), "groups": len(set(dataset.groups))},
+        "test": {"images": class_counts(dataset), "groups": len(set(dataset.groups)), "copies": tested.copies},
         "calibration": calibration_facts(run, tested),
         "training": dict(training),
     }

@@ -86,11 +86,13 @@ class Tested:
         dataset: Labelled images.
         results: Probabilities by method, the run first, then baselines.
         as_trained: Probabilities of the run before calibration, if known.
+        copies: Number of further images that are copies of these and are not counted.
     """
 
     dataset: ClassSet
     results: dict[str, Probabilities]
     as_trained: Probabilities | None = None
+    copies: int = 0
 
     @property
     def own(self) -> Probabilities:
@@ -102,11 +104,11 @@ class Tested:
         """Probabilities of the run, mean over the repeats."""
         return mean_of(self.own)
 
-    def subset(self, rows: Int[np.ndarray, "_"]) -> "Tested":
-        """Select images."""
+    def without_copies(self, rows: Int[np.ndarray, "_"]) -> "Tested":
+        """Keep the given images, of which all others are copies."""
         results = {name: p[:, rows] for name, p in self.results.items()}
         as_trained = None if self.as_trained is None else self.as_trained[:, rows]
-        return Tested(self.dataset.subset(rows), results, as_trained)
+        return Tested(self.dataset.subset(rows), results, as_trained, len(self.dataset.refs) - len(rows))
 
 
 def mean_of(p: Probabilities) -> Float[np.ndarray, "N K"]:
