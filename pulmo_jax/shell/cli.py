@@ -7,7 +7,6 @@ Exit statuses: 0 success; 1 internal error, with a traceback; 2 invalid input or
 import gc
 import importlib
 import os
-import re
 import signal
 import socket
 import sys
