@@ -104,7 +104,7 @@ def weighted_figures(
         The function, which treats each row of weights separately.
     """
     repeats = [_repeat_figures(repeat, labels, positive) for repeat in probabilities]
-    return lambda weights: np.mean([figures(weights) for figures in repeats], axis=0)
+    return lambda weights: np.mean([figures(weights)[:, : len(FIGURES)] for figures in repeats], axis=0)
 
 
 def confusion(probabilities: Float[np.ndarray, "R N K"], labels: Int[np.ndarray, "N"]) -> Float[np.ndarray, "K K"]:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from scipy.stats import norm, rankdata
 
-from pulmo_jax.core.histogram import group_weights, percentile_interval
-from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.core.histogram import group_weights
+from pulmo_jax.evaluation.metrics import Estimate, bootstrap_estimate
 
 BLOCK = 2**21  # weights held in memory
 PERMUTATIONS = 9999
@@ -84,13 +84,13 @@ def estimate(values: Float[np.ndarray, "rows"], n_groups: int) -> Estimate:
         n_groups: Groups in the class that has the fewest.
 
     Returns:
-        The estimate; without a value if it is undefined, and without an interval for fewer than two groups.
+        The estimate; without a value if it is undefined; without an interval for fewer than two groups, or if the
+        percentiles do not hold the value.
     """
     if not np.isfinite(values[0]):
         return Estimate(None, reason="undefined for these images")
-    low, high = percentile_interval(values[1:].astype(np.float64), n_groups)
-    reason = "no interval: requires two groups of every class" if low is None else ""
-    return Estimate(float(values[0]), low, high, reason, int(np.isnan(values[1:]).sum()))
+    requirement = "no interval: requires two groups of every class"
+    return bootstrap_estimate(float(values[0]), values[1:].astype(np.float64), n_groups, requirement)
 
 
 def difference(a: Float[np.ndarray, "rows"], b: Float[np.ndarray, "more"], n_groups: int) -> Estimate:

@@ -231,7 +231,8 @@ def test_errors_are_a_line_or_two_and_nothing_is_left_behind(run, tmp_path, verb
          ["error: unknown key inptu; did you mean input? the config has: run, input, output, overwrite, plugins, "
           "sources, aligned", "the run is of task=landmarks"]),
         ("evaluate", "landmarks", "data.test_masks=.",
-         ["error: unknown key data.test_masks; data has: images, test, group_regex, class_regex, normal_name, on_error",
+         ["error: unknown key data.test_masks; data has: images, test, units, group_regex, class_regex, normal_name, "
+          "on_error",
           "the run is of task=landmarks; data.test_masks is for runs of task=anomalies"]),
     ],
 )  # fmt: skip
