@@ -1,6 +1,7 @@
 """DICOM: rescaling, inversion, frames, colours, compression, and what is refused."""
 
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pydicom.uid import (
 )
 from references.image_files import noise, write_dicom
 
-from pulmo_jax.data.sources import open_source
+from pulmo_jax.data.sources import dicom, open_source
 from pulmo_jax.types import ImageTags, InputError
 
 
@@ -156,7 +157,8 @@ def test_run_length_frames_cut_off_anywhere_are_refused_or_whole(tmp_path):
             read(tmp_path / "cut.dcm")
 
 
-def test_a_missing_decoder_names_what_to_install(tmp_path):
+def test_a_missing_decoder_names_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom, "get_decoder", lambda syntax: SimpleNamespace(is_available=False))
     frames = noise((1, 20, 30))
     write_dicom(tmp_path / "x.dcm", frames, JPEGLSLossless, PixelData=encapsulate([bytes(100)]))
     with pytest.raises(InputError, match=r"JPEG-LS.*\n.*python -m pip install -e '.*\[dicom\]'$"):

@@ -131,7 +131,7 @@ def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run
                 status=3)  # fmt: skip
     assert "broken.png" in text
     marks = {path.name: description(path) for path in (tmp_path / "out" / "aligned").iterdir()}
-    assert "quality" not in marks.pop("chest.png.tif")
+    assert "quality" not in marks.pop("chest.tif")
     assert set(marks.values()) == {"aligned by landmarks of low quality: 10 of 10"}
     rows = read(tmp_path / "out" / "landmarks.csv")
     (chest,) = (row for row in rows if row["filename"] == "chest.png")
