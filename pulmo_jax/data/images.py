@@ -7,7 +7,7 @@ from typing import Any
 
 from pulmo_jax.config.expressions import ExpressionError, search
 from pulmo_jax.data.geometry import default_group
-from pulmo_jax.data.mask_files import find_masks
+from pulmo_jax.data.mask_files import describe_masks, find_masks, split_off_masks
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, open_source, stem, survey
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
 from pulmo_jax.data.sources.listing import Listing, describe_left_out
@@ -101,6 +101,7 @@ def index_images(
     leave_out: Path | None = None,
     formats: Sequence[Format] = (),
     say: Say | None = None,
+    keep_masks: bool = False,
 ) -> tuple[list[ImageRef], list[Skipped]]:
     """Read the header of every image in a folder, a store or a single file, sorted by name.
 
@@ -113,7 +114,8 @@ def index_images(
         require_masks: Skip an image without a mask, instead of taking all of it as foreground.
         leave_out: Folder whose files are not listed, such as the results of an earlier call.
         formats: User-defined image formats, in addition to the built-in ones.
-        say: Takes one line about the files that hold no image, if there are any.
+        say: Takes one line about the files that are left out, if there are any.
+        keep_masks: Whether masks beside their images, such as x_mask.png beside x.png, are images, too.
 
     Returns:
         One reference per page, and the files that cannot be read with the reason. The caller decides whether
@@ -129,8 +131,11 @@ def index_images(
     listing = Listing([]) if store else survey(folder, formats, leave_out)
     names = stored_names(store) if store else [path.relative_to(root).as_posix() for path in listing.images]
     left_out = listing.left_out.copy()
+    if not keep_masks and (beside := split_off_masks(names, level=0)):
+        left_out[describe_masks(beside)] = len(beside)
+        names = [name for name in names if name not in beside]
     with decoding(masks or root):
-        mask_paths = find_masks(masks, names, suffixes)
+        mask_paths = find_masks(masks, names, suffixes, root)
     refs, skipped, limit = [], [], max_image_mb * MEBIBYTE
     interned: dict[Any, Any] = {}  # equal values share one object, which bounds memory for large stores
     for name in names:

@@ -215,7 +215,7 @@ def truth_by_masks(
     Raises:
         InputError: If a mask is missing.
     """
-    mask_files = find_masks(folder, sorted({ref.name for ref in refs}), image_suffixes(reader.formats))
+    mask_files = find_masks(folder, sorted({ref.name for ref in refs}), image_suffixes(reader.formats), refs[0].folder)
     masked = {ref.title: replace(ref, mask=mask_files[ref.name]) for ref in refs}
     for ref in masked.values():
         if ref.mask is None and not _is_normal(ref, normal_name):

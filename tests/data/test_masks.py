@@ -212,3 +212,31 @@ def test_names_of_masks_prefer_the_closest(tmp_path):
         find_masks(tmp_path, ["b.jpg"])
     (tmp_path / "c.png").touch()  # a folder that changes is listed again
     assert find_masks(tmp_path, ["c.tif"]) == {"c.tif": tmp_path / "c.png"}
+
+
+BESIDE = {
+    "x.png": "x_mask.png", "b (1).png": "b (1)_mask.png", "images/a.tif": "masks/a.png", "a.tif": "masks/a.tif",
+    "c/d.png": "c/d_mask_1.png", "c/images/e.jpg": "c/masks/e_mask.png", "x.PNG": "X-Seg.tif",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("image", BESIDE)
+def test_masks_beside_images_are_no_images(tmp_path, image):
+    mask, others = BESIDE[image], ["alone_mask.png", "normal/1.png", "mask/1.png"]
+    for name in (image, mask, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(GREY))
+    said = []
+    refs, skipped = index_images(tmp_path, say=said.append)
+    assert (sorted(ref.name for ref in refs), skipped) == (sorted([image, *others]), [])
+    assert said[0].startswith(f"{tmp_path}: 4 images; left out: 1 mask (")
+    assert len(index_images(tmp_path, keep_masks=True)[0]) == 5
+
+
+def test_an_image_is_not_its_own_mask(tmp_path):
+    """The masks may lie beside the images, in one folder."""
+    for name in ("a.png", "a_mask.png", "b.png"):
+        (tmp_path / name).write_bytes(picture(GREY))
+    names = ["a.png", "b.png"]
+    assert find_masks(tmp_path, names, images=tmp_path) == {"a.png": tmp_path / "a_mask.png", "b.png": None}
+    assert find_masks(tmp_path, names) == {name: tmp_path / name for name in names}

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 
 from pulmo_jax.data.folds import Fold
 from pulmo_jax.data.images import ImageRef, Skipped, index_images
+from pulmo_jax.data.mask_files import masks_note, split_off_masks
 from pulmo_jax.data.near_copies import merge_groups, perceptual_hash, representatives
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources.formats import Format
@@ -21,7 +22,7 @@ from pulmo_jax.data.square_batches import Squares
 from pulmo_jax.data.store_writing import file_sha256, label_of
 from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.tasks.classification.config import ClassifierDataConfig
-from pulmo_jax.tasks.classification.folders import check_folders, masks_note, split_off_masks
+from pulmo_jax.tasks.classification.folders import check_folders
 from pulmo_jax.types import InputError
 
 SHOWN = 3  # names in a message
@@ -117,7 +118,7 @@ def read_classes(
         InputError: If images cannot be used and data.on_error is "stop", or if the classes do not fit.
     """
     options = {"group_regex": data.group_regex, "max_image_mb": data.max_image_mb, "formats": formats}
-    refs, failed = index_images(root, **options, say=console.print)
+    refs, failed = index_images(root, **options, say=console.print, keep_masks=True)
     refs, failed, notes = leave_out_masks(refs, failed)
     if not refs:
         raise none_left(failed)

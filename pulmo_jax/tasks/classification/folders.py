@@ -4,96 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from pulmo_jax.data.mask_files import IMAGE_FOLDERS, MASK_FOLDER
 from pulmo_jax.data.sources.store import is_store
 from pulmo_jax.types import InputError
 
-MASK_WORD = r"(?:masks?|seg|segs|segmentations?|labels?|gt|ground[ _-]?truths?|annotations?)"
-MASK_FILE = re.compile(rf"(.+?)[ ._-]{MASK_WORD}(?:[ _-]?\d+)?", re.IGNORECASE)  # x_mask, x-seg, x_mask_1
-MASK_FOLDER = re.compile(rf"(?:.*[ ._-])?{MASK_WORD}", re.IGNORECASE)  # masks, binary_masks
 SPLIT_FOLDER = re.compile(r"(?:train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?|dev)(?:[ ._-]?(?:set|data|images))?")
-IMAGE_FOLDERS = {"images", "image", "imgs", "img"}
 MOST_LEVELS = 8  # of folders within a folder, in a message
 SHOWN = 6  # folders in a message
-
-
-def split_off_masks(names: Sequence[str]) -> dict[str, str]:
-    """Find the masks among the files of class folders.
-
-    A file is a mask if its name or a folder below its class says so, and the image that it belongs to exists: x.png
-    beside x_mask.png, or CLASS/images/x.png or CLASS/x.png beside CLASS/masks/x.png.
-
-    Args:
-        names: Paths relative to the root, separated by "/".
-
-    Returns:
-        Name of the image of each mask.
-    """
-    keys = {name: key_of(name) for name in names}
-    plain = {keys[name]: name for name in names if not mask_like(name)}
-    beside: dict[tuple[int, tuple[str, ...]], str] = {}  # by path without one of its folders below the class
-    for key, name in plain.items():
-        for level in range(1, len(key) - 1):
-            beside.setdefault((level, without(key, level)), name)
-    masks = {}
-    for name in names:
-        if image := image_of_mask(name, plain, beside):
-            masks[name] = image
-    return masks
-
-
-def image_of_mask(
-    name: str, plain: Mapping[tuple[str, ...], str], beside: Mapping[tuple[int, tuple[str, ...]], str]
-) -> str | None:
-    """Image to which a mask belongs.
-
-    Args:
-        name: Path of the file.
-        plain: Names of the files that do not look like masks, by `key_of`.
-        beside: The same, by level and path without the folder of that level.
-
-    Returns:
-        Name of the image; None if the file is no mask.
-    """
-    *folders, stem = key_of(name)
-    named = MASK_FILE.fullmatch(stem)
-    stems = [stem, named[1]] if named else [stem]
-    if named and (image := plain.get((*folders, named[1]))):
-        return image
-    for level in range(1, len(folders)):
-        if MASK_FOLDER.fullmatch(folders[level]):
-            for part in stems:
-                key = without((*folders, part), level)
-                if image := plain.get(key) or beside.get((level, key)):
-                    return image
-    return None
-
-
-def key_of(name: str) -> tuple[str, ...]:
-    """Folders and stem of a path in lower case, by which masks are matched with their images."""
-    path = PurePosixPath(name.casefold())
-    return (*path.parts[:-1], path.stem)
-
-
-def mask_like(name: str) -> bool:
-    """Whether the name or a folder below the class says mask."""
-    *folders, stem = key_of(name)
-    return bool(MASK_FILE.fullmatch(stem) or any(MASK_FOLDER.fullmatch(folder) for folder in folders[1:]))
-
-
-def without(key: tuple[str, ...], level: int) -> tuple[str, ...]:
-    """Path without its folder at a level."""
-    return key[:level] + key[level + 1 :]
-
-
-def masks_note(masks: Mapping[str, str]) -> list[str]:
-    """Note on the masks that are not used as images, if any."""
-    if not masks:
-        return []
-    mask, image = min(masks.items())
-    shown = f"{PurePosixPath(mask).name} beside {PurePosixPath(image).name}"
-    if PurePosixPath(mask).parent != PurePosixPath(image).parent:
-        shown = f"{mask} for {image}"
-    return [f"left out: {len(masks)} {'masks' if len(masks) > 1 else 'mask'} ({shown})"]
 
 
 def check_folders(root: Path, names: Sequence[str], key: str, classes: Sequence[str] | None = None) -> None:

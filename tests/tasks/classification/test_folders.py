@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pulmo_jax.data.mask_files import split_off_masks
 from pulmo_jax.data.store_writing import ingest_folder
 from pulmo_jax.host.console import Console
 from pulmo_jax.tasks.classification.config import ClassifierDataConfig
 from pulmo_jax.tasks.classification.data import class_counts, read_classes
-from pulmo_jax.tasks.classification.folders import check_folders, split_off_masks
+from pulmo_jax.tasks.classification.folders import check_folders
 from pulmo_jax.types import InputError
 
 
