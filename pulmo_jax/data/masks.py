@@ -6,8 +6,9 @@ kept:
 - one band: a pixel is inside unless it is 0 (so class numbers, 255 and True are inside);
 - palette: inside unless its index is 0, or its colour is black if the palette is grey;
 - colour or several bands: inside unless all bands are 0;
-- opacity: fully or mostly transparent pixels are outside; if all colours are equal, opacity alone is the mask;
-- JPEG, and grey pictures of a mask with soft edges: inside from half of the full range;
+- opacity: pixels that are less than half as opaque as the most opaque one are outside; if all colours are equal,
+  opacity alone is the mask;
+- JPEG, and pictures of a mask with soft edges or traces of compression: inside from half of the highest value;
 - pixels that are NaN or have the declared no-data value are outside.
 
 A mask whose background cannot be told is refused.
@@ -25,8 +26,10 @@ from pulmo_jax.types import InputError, Window
 
 BLOCK_BYTES = 16 * 2**20  # of samples, examined at once
 MAX_VALUES = 256  # distinct values that are counted; class and instance numbers have fewer than 2**16
-SOFT_VALUES = 16  # more distinct values than this, of which the highest is the most frequent, are soft edges
-MAX_UNCLEAR = 0.25  # fraction of the non-zero samples of a JPEG mask that may be neither dark nor bright
+SOFT_VALUES = 16  # a picture of a mask with soft edges has more distinct values than this
+MIN_BRIGHT_VALUES = 3  # of these, so many lie in the upper quarter below the highest
+MAX_UNCLEAR = 0.25  # fraction of the bright and unclear pixels of a picture of a mask that may be unclear
+MIN_FULL = 0.25  # or at least this fraction of the non-zero pixels has the highest value
 
 Rule = Callable[[Shaped[np.ndarray, "h w C"]], Bool[np.ndarray, "h w"]]
 
@@ -54,9 +57,7 @@ def find_rule(path: Path, source: ImageSource) -> tuple[Rule, str]:
     if encoding.missing is not None and encoding.missing != 0:
         value, unmasked = encoding.missing, inside
         inside = lambda samples: unmasked(samples) & ~has_value(samples, value).any(axis=-1)  # noqa: E731
-        if not any(inside(block).any() for block in _blocks(source)) and any(
-            unmasked(b).any() for b in _blocks(source)
-        ):
+        if not _any(inside, source) and _any(unmasked, source):
             raise InputError(
                 f"{path}: its only value other than 0 is {value:g}, which its GDAL_NODATA tag declares to be missing; "
                 "remove the tag if these pixels are inside the mask, or set them to 0"
@@ -92,56 +93,78 @@ def _palette_rule(path: Path, source: ImageSource, encoding: Encoding) -> Rule:
 
 
 def _value_rule(path: Path, source: ImageSource, encoding: Encoding) -> tuple[Rule, str]:
-    """The rule for samples that are values."""
-    bands = source.shape[3]
-    if encoding.alpha:
-        return _opacity_rule(path, source, bands - 1, encoding)
-    if bands > 1:
-        return _colour_rule(path, source, bands, encoding)
-    values, counts = _distinct(source)
-    nonzero = values[(values != 0) & ~_is_nan(values)]
+    """The rule for samples that are values: of one band, of colours, or of both with opacity."""
+    bands = source.shape[3] - encoding.alpha
+    strength = _strength(bands)
+    values, counts = _distinct(source, strength, encoding.missing)
+    if encoding.alpha and (of_opacity := _opacity_rule(path, source, bands, values)) is not None:
+        return of_opacity
+    inside, note = _strength_rule(path, source, strength, values, counts, encoding)
+    if bands > 1 and not note and values.size and values[0] != 0 and not _is_constant(source, slice(0, bands)):
+        raise InputError(
+            f"{path}: no pixel is black, and there are several colours; which is the background is not clear. Save the "
+            "mask with 0 for the background"
+        )
+    return inside, note
+
+
+def _strength(bands: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The largest value of a pixel in any of the first bands; NaN counts as 0."""
+    return lambda samples: np.nan_to_num(samples[..., :bands], copy=True).max(axis=-1)
+
+
+def _strength_rule(
+    path: Path,
+    source: ImageSource,
+    strength: Callable[[np.ndarray], np.ndarray],
+    values: np.ndarray,
+    counts: np.ndarray,
+    encoding: Encoding,
+) -> tuple[Rule, str]:
+    """Inside unless the strength is 0, or less than half of the largest one in a picture of a mask."""
+    nonzero = values[values != 0]
+    half = values.max() / 2 if values.size else 0
+    above_half: Rule = lambda samples: strength(samples) > half  # noqa: E731
     if encoding.lossy:
-        _require_clear(path, values, counts)
-        return _brighter(source), "it is a JPEG: pixels from half of the full range are inside"
-    if len(nonzero) > SOFT_VALUES and _ends_dominate(source, values, counts):
-        return _brighter(source), "it has soft edges: pixels from half of the full range are inside"
+        _require_clear(path, values, counts, float(np.iinfo(source.dtype).max))
+        return above_half, "it is a JPEG: pixels from half of the full range are inside"
+    if _is_picture(values, counts):
+        return above_half, "it has soft edges: pixels from half of the full range are inside"
     if source.dtype.kind == "f" and len(nonzero) > SOFT_VALUES and (nonzero % 1 != 0).mean() > 0.5:
         raise InputError(
             f"{path}: holds more than {SOFT_VALUES} fractional values between {nonzero.min():.3g} and "
             f"{nonzero.max():.3g}, a map and not a mask; apply a threshold and save it with 0 for outside"
         )
-    if len(nonzero) > 1 and len(nonzero) == len(values):
+    if source.shape[3] == 1 and len(nonzero) > 1 and len(nonzero) == len(values):
         raise InputError(
             f"{path}: no pixel is 0, and the values are {_listed(nonzero)}; which is the background is not clear. Save "
             "the mask with 0 for the background"
         )
-    return (lambda samples: ((samples != 0) & ~_is_nan(samples))[..., 0]), ""
+    return (lambda samples: strength(samples) != 0), ""
 
 
-def _colour_rule(path: Path, source: ImageSource, bands: int, encoding: Encoding) -> tuple[Rule, str]:
-    """Inside unless all bands are 0, or dark in a JPEG."""
-    brighter = _brighter(source)
-    inside: Rule = brighter if encoding.lossy else lambda samples: ((samples != 0) & ~_is_nan(samples)).any(axis=-1)
-    if all(inside(block).all() for block in _blocks(source)) and not _is_constant(source, slice(0, bands)):
-        raise InputError(
-            f"{path}: no pixel is black, and there are several colours; which is the background is not clear. Save the "
-            "mask with 0 for the background"
-        )
-    return inside, "it is a JPEG: pixels from half of the full range are inside" if encoding.lossy else ""
+def _opacity_rule(path: Path, source: ImageSource, bands: int, values: np.ndarray) -> tuple[Rule, str] | None:
+    """Transparent pixels are outside; None if all are equally opaque, so that opacity says nothing."""
+    opacity, _ = _distinct(source, lambda samples: samples[..., bands], None)
+    if len(opacity) == 1 and opacity[0] > 0:
+        return None
+    half = opacity.max() / 2  # of what is drawn, which may be half transparent
+    if half == 0:
+        if len(values) > 1:
+            raise InputError(
+                f"{path}: all its pixels are transparent, and its colours mark a part; which is the mask is not clear. "
+                "Save the mask without an alpha channel"
+            )
+        return (lambda samples: np.zeros(samples.shape[:-1], bool)), ""
+    if _is_constant(source, slice(0, bands)):
+        return (lambda samples: samples[..., bands] > half), "its colour is constant: its opacity is the mask"
+    strength = _strength(bands)
+    return (lambda samples: (strength(samples) != 0) & (samples[..., bands] > half)), ""
 
 
-def _opacity_rule(path: Path, source: ImageSource, bands: int, encoding: Encoding) -> tuple[Rule, str]:
-    """Transparent pixels are outside; if all colours are equal, opacity alone is the mask."""
-    half = _half(source)
-    if _is_constant(source, slice(0, bands)) and not _is_constant(source, slice(bands, bands + 1)):
-        return (lambda samples: samples[..., bands] >= half), "its colour is constant: its opacity is the mask"
-    dark = half if encoding.lossy else 1
-    return (lambda samples: (samples[..., :bands] >= dark).any(axis=-1) & (samples[..., bands] >= half)), ""
-
-
-def _require_clear(path: Path, values: np.ndarray, counts: np.ndarray) -> None:
+def _require_clear(path: Path, values: np.ndarray, counts: np.ndarray, full: float) -> None:
     """Refuse a JPEG that is not a picture of a mask: compression changes class numbers."""
-    share = values / np.iinfo(values.dtype).max
+    share = values / full
     bright, unclear = counts[share >= 0.75].sum(), counts[(share > 0.25) & (share < 0.75)].sum()
     if (share.max() > 0 and unclear > MAX_UNCLEAR * (bright + unclear)) or 0 < share.max() < 0.25:
         raise InputError(
@@ -150,41 +173,48 @@ def _require_clear(path: Path, values: np.ndarray, counts: np.ndarray) -> None:
         )
 
 
-def _ends_dominate(source: ImageSource, values: np.ndarray, counts: np.ndarray) -> bool:
-    """Whether the highest value of the range is the most frequent one other than 0."""
-    if source.dtype.kind == "f":
+def _is_picture(values: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether values are those of a picture of a mask with soft edges or traces of compression.
+
+    Such a picture has many values, several of them near the highest, and most pixels near 0 or the highest. Class and
+    instance numbers are spread evenly, or have one value far above the others.
+    """
+    nonzero = values > 0
+    values, counts = values[nonzero], counts[nonzero]
+    if values.dtype.kind == "f" or len(values) <= SOFT_VALUES:
         return False
-    nonzero = values != 0
-    most = values[nonzero][counts[nonzero].argmax()]
-    return bool(most == np.iinfo(source.dtype).max)
+    share = values / values.max()
+    bright, unclear = counts[share >= 0.75].sum(), counts[(share > 0.25) & (share < 0.75)].sum()
+    several_bright = ((share >= 0.75) & (share < 1)).sum() >= MIN_BRIGHT_VALUES
+    bimodal = unclear <= MAX_UNCLEAR * (bright + unclear)
+    return bool(several_bright and (bimodal or counts[-1] >= MIN_FULL * counts.sum()))
 
 
-def _brighter(source: ImageSource) -> Rule:
-    half = _half(source)
-    return lambda samples: np.asarray((samples >= half).any(axis=-1))
+def _distinct(
+    source: ImageSource, strength: Callable[[np.ndarray], np.ndarray], missing: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values of a mask without those of missing pixels, and how often they occur.
 
-
-def _half(source: ImageSource) -> float:
-    """Half of the full range."""
-    return 0.5 if source.dtype.kind == "f" else np.iinfo(source.dtype).max // 2 + 1
-
-
-def _distinct(source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values, of at most MAX_VALUES and those of one block, and how often they occur."""
-    if source.dtype in (np.uint8, np.uint16):
-        histogram = sum(
-            np.bincount(block.ravel(), minlength=np.iinfo(source.dtype).max + 1) for block in _blocks(source)
-        )
-        values = np.flatnonzero(histogram)
-        return values.astype(source.dtype), np.asarray(histogram)[values]
+    Of floats and long integers, after one block only as many as tell that there are too many.
+    """
     values, counts = np.empty(0, source.dtype), np.empty(0, np.int64)
     for block in _blocks(source):
-        found, times = np.unique(block, return_counts=True)
+        found, times = _count(strength(block))
         values, where = np.unique(np.concatenate([values, found]), return_inverse=True)
         counts = np.bincount(where, np.concatenate([counts, times]), len(values)).astype(np.int64)
-        if len(values) > MAX_VALUES and (values == 0).any():
+        if source.dtype.itemsize > 2 and len(values) > MAX_VALUES and (values == 0).any():
             break
-    return values, counts
+    kept = ~has_value(values, missing) if missing else np.ones(len(values), bool)
+    return values[kept], counts[kept]
+
+
+def _count(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values and how often they occur; without sorting, if there can be few."""
+    if values.dtype not in (np.uint8, np.uint16):
+        return np.unique(values, return_counts=True)
+    counts = np.bincount(values.ravel(), minlength=1)
+    found = np.flatnonzero(counts)
+    return found.astype(values.dtype), counts[found]
 
 
 def _any(rule: Rule, source: ImageSource) -> bool:
@@ -200,10 +230,6 @@ def _is_constant(source: ImageSource, bands: slice) -> bool:
         if (pixels != first).any():
             return False
     return True
-
-
-def _is_nan(values: np.ndarray) -> np.ndarray:
-    return np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
 
 
 def _listed(values: np.ndarray) -> str:
