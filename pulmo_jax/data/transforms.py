@@ -112,36 +112,28 @@ def as_pixels(image: Any) -> Shaped[np.ndarray, "H W C"]:
     return with_nan(pixels, missing, float_dtype(pixels.dtype))
 
 
-def fitting(image: Any, preprocessing: Preprocessing) -> Shaped[np.ndarray, "H W C"]:
+def fitting(image: Any, preprocessing: Preprocessing, scale: str = "") -> Shaped[np.ndarray, "H W C"]:
     """Convert an array to pixels, and check that they are like the training images.
 
     Args:
         image: Array (H, W), if the training images have one band, or (H, W, C).
         preprocessing: Preprocessing of the run.
+        scale: The dtype whose range the intensities have (see `ImageRef.scale`); "" for that of the array.
 
     Returns:
         Pixels (H, W, C).
 
     Raises:
-        InputError: Bands or scale are others. Floats fit a run on integers if all of them are NaN, infinite or integers
-            in its range, as pixels of files that declare missing ones are.
+        InputError: Bands or scale are others.
     """
-    pixels, trained = as_pixels(image), np.dtype(preprocessing.dtype)
-    bands = pixels.shape[2]
-    if bands == preprocessing.channels and (same_scale(pixels.dtype.name, trained.name) or _are(trained, pixels)):
+    pixels = as_pixels(image)
+    bands, scale = pixels.shape[2], scale or np.asarray(image).dtype.name
+    if bands == preprocessing.channels and same_scale(scale, preprocessing.dtype):
         return pixels
     raise InputError(
-        f"the image has {bands} bands of {pixels.dtype}, but the run was trained on {preprocessing.channels} of "
-        f"{trained}; give the values of the file, not scaled ones"
+        f"the image has {bands} bands of {scale}, but the run was trained on {preprocessing.channels} of "
+        f"{preprocessing.dtype}; give the values of the files, as a masked array if pixels are missing"
     )
-
-
-def _are(integers: np.dtype, pixels: np.ndarray) -> bool:
-    """Whether all finite values of float pixels are integers in the range of a dtype."""
-    if integers.kind not in "iu" or pixels.dtype.kind != "f":
-        return False
-    values, limits = pixels[np.isfinite(pixels)], np.iinfo(integers)
-    return bool(((values == np.rint(values)) & (values >= limits.min) & (values <= limits.max)).all())
 
 
 def same_scale(a: str, b: str) -> bool:

@@ -90,7 +90,7 @@ def calibrate(
     calibrators = dict.fromkeys((METHOD, *BASELINES), start)
     for ref in track(refs, len(refs)):
         pixels, foreground = reader.image(ref), reader.foreground(ref)
-        for name, (scores, image_score) in all_scores(scorer, pixels, foreground).items():
+        for name, (scores, image_score) in all_scores(scorer, pixels, foreground, ref.scale).items():
             calibrators[name] = calibrators[name].add(scores, None, image_score, ref.group)
     return {name: calibrator.finish(pixel_rate, image_rate) for name, calibrator in calibrators.items()}
 
@@ -132,7 +132,7 @@ def assess(
     with_masks, hits, lesions = False, 0, 0
     for ref in track(refs, len(refs)):
         pixels, foreground, truth = reader.image(ref), reader.foreground(ref), get_truth(ref)
-        all_maps = all_scores(scorer, pixels, foreground)
+        all_maps = all_scores(scorer, pixels, foreground, ref.scale)
         scores, _ = all_maps[METHOD]
         if not np.isfinite(scores).any():
             unscored.append(ref.title)
@@ -178,7 +178,7 @@ def choose_examples(assessment: Assessment, count: int) -> dict[str, list[ImageR
 
 
 def all_scores(
-    scorer: Scorer, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None
+    scorer: Scorer, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, scale: str = ""
 ) -> dict[str, tuple[Float[np.ndarray, "H W"], float]]:
     """Score an image with the method and all baselines.
 
@@ -186,11 +186,12 @@ def all_scores(
         scorer: Scorer of the run.
         pixels: Image (H, W, C).
         foreground: Foreground (H, W); None: all pixels.
+        scale: The dtype whose range the intensities have; "" for that of `pixels`.
 
     Returns:
         Score map and image score by score name.
     """
-    scores = scorer(pixels, foreground)
+    scores = scorer(pixels, foreground, scale)
     result = {METHOD: (scores, scorer.method.image_score(scores))}
     for name, baseline in BASELINES.items():
         scores = baseline(pixels, foreground, scorer.how)

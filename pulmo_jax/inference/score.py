@@ -52,7 +52,7 @@ class Tiles:
         return max(1, round(tile * (1 - self.overlap)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scorer:
     """A trained method with everything needed to score an image: `scorer(pixels, foreground)` returns the score map.
 
@@ -107,13 +107,14 @@ class Scorer:
         )
 
     def __call__(
-        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None
+        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None, scale: str = ""
     ) -> Float[np.ndarray, "H W"]:
         """Compute the score map of an image.
 
         Args:
             pixels: Pixels (H, W, C), or (H, W) of one band, in the units of the training images.
             foreground: Pixels to score; None: all.
+            scale: The dtype whose range the intensities have (see `ImageRef.scale`); "" for that of `pixels`.
 
         Returns:
             Score of every pixel, float32; NaN outside the foreground and where the image is not finite.
@@ -121,18 +122,19 @@ class Scorer:
         Raises:
             InputError: If the pixels differ from the training images in bands or scale, or memory is insufficient.
         """
-        pixels = fitting(pixels, self.how)
+        pixels = fitting(pixels, self.how, scale)
         with naming_what_to_lower(self.tiles, pixels.shape):
             return gathered(self.strips(pixels, foreground), np.empty(pixels.shape[:2], np.float32))
 
     def reconstruction(
-        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None
+        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None, scale: str = ""
     ) -> Float[np.ndarray, "H W C"]:
         """Reconstruct an image as a normal image.
 
         Args:
             pixels: Pixels (H, W, C), or (H, W) of one band, in the units of the training images.
             foreground: Foreground; None: all pixels.
+            scale: The dtype whose range the intensities have (see `ImageRef.scale`); "" for that of `pixels`.
 
         Returns:
             Reconstruction in normalised units.
@@ -140,18 +142,19 @@ class Scorer:
         Raises:
             InputError: If the pixels differ from the training images in bands or scale, or memory is insufficient.
         """
-        pixels = fitting(pixels, self.how)
+        pixels = fitting(pixels, self.how, scale)
         with naming_what_to_lower(self.tiles, pixels.shape):
             return gathered(self._maps(self.reconstruct, pixels, foreground), np.empty(pixels.shape, np.float32))
 
     def details(
-        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None
+        self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None, scale: str = ""
     ) -> dict[str, Float[np.ndarray, "H W"]]:
         """Compute the further maps of the method.
 
         Args:
             pixels: Pixels (H, W, C), or (H, W) of one band, in the units of the training images.
             foreground: Pixels to score; None: all.
+            scale: The dtype whose range the intensities have (see `ImageRef.scale`); "" for that of `pixels`.
 
         Returns:
             Maps by name; NaN where there is no score.
@@ -162,7 +165,7 @@ class Scorer:
         names = detail_names(self.method)
         if not names or self.detail_maps is None:
             return {}
-        pixels = fitting(pixels, self.how)
+        pixels = fitting(pixels, self.how, scale)
         with naming_what_to_lower(self.tiles, pixels.shape):
             strips = self._maps(self.detail_maps, pixels, foreground)
             maps = gathered(strips, np.empty((*pixels.shape[:2], len(names)), np.float32))

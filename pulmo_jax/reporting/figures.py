@@ -139,7 +139,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.plot(step, value, color="0.3", lw=0.8, marker="." if step.size == 1 else None)
             axes.set_ylabel(name.replace("_", "\n"))
             if name == "gradient_norm" and (value > 0).all():
-                log_axis(axes.yaxis, value.min(), value.max(), small=True)
+                log_axis(axes.yaxis, float(value.min()), float(value.max()), small=True)
             else:
                 axes.yaxis.set_major_locator(MaxNLocator(3))
         panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -189,7 +189,7 @@ def _losses(axes: Axes, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndar
         axes.plot(val[0][best], val[1][best], "o", ms=8, mfc="none", mec="black", mew=0.8, label=label)
     values = np.concatenate([train[1], val[1]])
     if (values > 0).all():
-        log_axis(axes.yaxis, values.min(), values.max())
+        log_axis(axes.yaxis, float(values.min()), float(values.max()))
     axes.set_ylabel("loss")
     axes.legend()
 
@@ -323,7 +323,7 @@ def score_histogram(
         note = " (first bin includes all lower scores)" if lower else ""
         axes.set(xlabel=f"{name} score{note}", ylabel=f"fraction of {name}s per bin", xlim=(edges[0], edges[-1]))
         if edges[0] > 0:
-            log_axis(axes.xaxis, edges[0], edges[-1])
+            log_axis(axes.xaxis, float(edges[0]), float(edges[-1]))
         if max(weight.sum() for _, weight in classes.values()) > MANY_SCORES:
             axes.set_yscale("log")
         figure.legend(loc="outside upper center", ncols=2)
@@ -344,7 +344,7 @@ def _score_dots(
     _mark_threshold(axes, threshold, interval)
     values = np.concatenate([*classes.values(), [threshold, *(interval or ())]])
     if values.min() > 0:
-        log_axis(axes.xaxis, values.min(), values.max())
+        log_axis(axes.xaxis, float(values.min()), float(values.max()))
     axes.margins(x=0.04)
     rows = [f"{label}\n{scores.size} {name}{'s' * (scores.size != 1)}" for label, scores in classes.items()]
     axes.set_yticks(range(len(rows)), rows)
@@ -447,13 +447,12 @@ def distance_law(
         levels = (np.arange(distance.size) + 0.5) / distance.size
         shown = np.unique(np.geomspace(1, distance.size, 400).round().astype(int))  # denser in the upper tail
         expected = stats.chi2.isf(1 - levels[-shown], dimensions)
-        both = (expected.min() / dimensions, expected.max() / dimensions)
+        both = (float(expected.min() / dimensions), float(expected.max() / dimensions))
         left.plot(both, both, color="0.4", lw=0.8, ls="--", label="Gaussian")
         left.plot(expected / dimensions, distance[-shown] / dimensions, color=BLUE, label="held-out normal windows")
+        lowest, highest = (float(distance[i] / dimensions) for i in (0, -1))
         log_axis(left.xaxis, *both)
-        log_axis(
-            left.yaxis, max(min(both[0], distance[0] / dimensions), 1e-300), max(both[1], distance[-1] / dimensions)
-        )
+        log_axis(left.yaxis, max(min(both[0], lowest), 1e-300), max(both[1], highest))
         left.set(box_aspect=1)
         left.set(xlabel="chi-squared quantile / dimensions", ylabel="squared distance / dimensions")
         left.legend()

@@ -212,8 +212,10 @@ def test_list_images(tmp_path):
         "a.csv": ".csv", "b.CSV": ".csv", "read.me": ".me", "LICENSE": "files without a suffix", "e.gz": ".gz",
         "sub/1.2.840": "files without a suffix", "empty": "files without a suffix",
     }  # fmt: skip
-    for name in (*listed, *others, ".git/x.png", "__MACOSX/x.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    hidden = dict.fromkeys((".git/x.png", "__MACOSX/x.png", "sub/.ipynb_checkpoints/y.png"), "by-products")
+    others |= hidden | {"z.tif.part": "by-products"}
+    for name in (*listed, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(listed[name].getvalue() if name in listed else b"text, no picture")
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "A.TIF.ovr").write_bytes(slide.getvalue())
@@ -227,7 +229,7 @@ def test_list_images(tmp_path):
     assert sorted(found) == sorted([*listed, *dicom, "v.nii.gz"])
     assert listing.left_out == Counter(others.values())
     assert list_images(tmp_path) == listing.images
-    assert describe_left_out(listing.left_out) == ("8 by-products, 3 files without a suffix, 2 .csv, 1 .gz, 1 .me")
+    assert describe_left_out(listing.left_out) == ("12 by-products, 3 files without a suffix, 2 .csv, 1 .gz, 1 .me")
 
 
 def test_dicom_without_pixels_is_left_out_of_a_folder_and_named_by_itself(tmp_path):

@@ -205,7 +205,7 @@ def test_image_without_foreground_is_listed_and_left_out(scorer, labelled, tmp_p
 def test_all_scores_are_maps_of_one_domain(scorer):
     pixels, inside = noise(0)[..., None].astype(np.float32), rectangle(3, 3, 10, 10)
     pixels[5, 5] = np.nan
-    found = all_scores(scorer, pixels, inside)
+    found = all_scores(scorer, pixels, inside, "uint16")
     assert list(found) == [METHOD, *BASELINES]
     inside[5, 5] = False
     for scores, image_score in found.values():

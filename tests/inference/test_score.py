@@ -134,14 +134,37 @@ def test_maps_of_details_are_those_of_the_method_where_there_is_a_score(one_scor
 def test_missing_pixels_have_no_score_and_cost_their_neighbours_nothing(one_scorer):
     pixels = image((20, 25), np.float32)
     pixels[3, 4, 0], pixels[10:13, 5:9, 1], pixels[19, 24] = np.nan, np.inf, -np.inf
-    np.testing.assert_allclose(one_scorer(pixels), expected_scores(pixels), atol=1e-4)
-    assert np.isnan(one_scorer(np.full((9, 9, 2), np.nan, np.float32))).all()
+    np.testing.assert_allclose(one_scorer(pixels, scale="uint8"), expected_scores(pixels), atol=1e-4)
+    assert np.isnan(one_scorer(np.full((9, 9, 2), np.nan, np.float32), scale="uint8")).all()
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [image((9, 9), np.float32), image((9, 9)) / 255, image((9, 9), np.uint16), image((9, 9))[..., :1],
+     image((9, 9))[..., 0], np.ma.array(image((9, 9), np.float32)), image((9, 9)) > 9],
+)  # fmt: skip
+def test_another_scale_or_number_of_bands_is_refused(one_scorer, pixels):
+    for call in (one_scorer, one_scorer.reconstruction, one_scorer.details):
+        with pytest.raises(
+            InputError, match=r"the image has \d bands of \w+, but the run was trained on 2 of uint8; give"
+        ):
+            call(pixels)
+
+
+def test_one_band_may_have_no_axis_and_masked_pixels_are_missing():
+    one = scorer(how=preprocessing(SIZE, dtype="uint8"))
+    pixels = image((20, 25))[..., 0]
+    np.testing.assert_array_equal(one(pixels), one(pixels[..., None]))
+    hidden = pixels > 128
+    scores = one(np.ma.array(pixels, mask=hidden))
+    np.testing.assert_array_equal(np.isnan(scores), hidden)
+    np.testing.assert_array_equal(scores[~hidden], one(pixels)[~hidden])
 
 
 def test_outside_of_the_foreground_there_is_no_score(one_scorer):
     pixels, foreground = image((20, 25), np.float32), image((20, 25), seed=1)[..., 0] > 128
     pixels[2, 2], foreground[2, 2] = np.nan, True
-    np.testing.assert_allclose(one_scorer(pixels, foreground), expected_scores(pixels, foreground), atol=1e-4)
+    np.testing.assert_allclose(one_scorer(pixels, foreground, "uint8"), expected_scores(pixels, foreground), atol=1e-4)
 
 
 def test_what_lies_outside_of_the_foreground_does_not_matter():
@@ -227,8 +250,8 @@ def test_the_network_sees_in_prediction_what_it_saw_in_training(shape):
 
     score = scorer()
     spied = replace(score, residual=spy, reconstruct=spy)
-    spied(pixels, mask)
-    spied.reconstruction(pixels, mask)
+    spied(pixels, mask, "uint8")
+    spied.reconstruction(pixels, mask, "uint8")
     assert len(seen) == (1 if shape == (1, 1) else 2)  # without a pixel to score nothing is computed
     for tile in np.concatenate(seen):
         np.testing.assert_allclose(tile, trained_on, rtol=ROUNDING)
@@ -247,7 +270,7 @@ def test_the_height_of_the_strips_does_not_change_the_score(monkeypatch, method,
     score = scorer(autoencoder() if method == "autoencoder" else Pointwise())
     columns = score._grid(shape).regular[1] + 1
     for mask in (None, foreground):
-        whole = score(pixels, mask)
+        whole = score(pixels, mask, "uint8")
         for tile_rows in (1, 3):
             monkeypatch.setattr(score_module, "STRIP_PX", tile_rows * SIZE**2 * columns)
             strips = list(score.strips(pixels, mask))

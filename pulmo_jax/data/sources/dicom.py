@@ -61,7 +61,7 @@ def open_dicom(path: Path, max_bytes: int) -> ImageSource:
             samples = _SAMPLES_OF.get(file.read(4))
         if samples is None or "SamplesPerPixel" not in header:
             raise NoImageError(path, _kind_of(header))
-        _check_transfer_syntax(path, syntax)
+        _check_decoder(path, syntax)
         _check_colours(path, header)
         frames = int(header.get("NumberOfFrames") or 1)
         shape = (frames, int(header.Rows), int(header.Columns), int(header.SamplesPerPixel))
@@ -104,6 +104,10 @@ def _transfer_syntax(path: Path) -> UID:
             f"{path}: its meta header names no transfer syntax (0002,0010), so its pixels cannot be decoded; write it, "
             "for example with dcmconv"
         )
+    if (
+        meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian
+    ):  # the header is in the deflated stream, of unknown size
+        raise InputError(f"{path}: is a deflated DICOM file; save it uncompressed, for example with dcmconv +te")
     return meta.TransferSyntaxUID
 
 
@@ -203,9 +207,7 @@ def _check_run_lengths(data: bytes, size: int) -> None:
             raise ValueError(f"a segment of {len(planes)} pixels in a plane of {size}")
 
 
-def _check_transfer_syntax(path: Path, syntax: UID) -> None:
-    if syntax == DeflatedExplicitVRLittleEndian:  # its header is part of the deflated stream, of unknown size
-        raise InputError(f"{path}: is a deflated DICOM file; save it uncompressed, for example with dcmconv +te")
+def _check_decoder(path: Path, syntax: UID) -> None:
     if not get_decoder(syntax).is_available:
         raise InputError(
             f"{path}: is compressed with {syntax.name}, for which no decoder is installed.\n"

@@ -17,9 +17,10 @@ _UNSUPPORTED_SUFFIXES = (".gif", ".webp", ".bmp", ".jp2", ".heic", ".avif")
 _BY_PRODUCT_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "dicomdir")
 _BY_PRODUCT_SUFFIXES = (
     ".aux.xml", ".aux", ".ovr", ".msk", ".rrd", ".tfw", ".tifw", ".tfwx", ".jgw", ".jpgw", ".pgw", ".pngw", ".wld",
-    ".prj", ".cpg", ".vrt", ".xmp", ".thm", ".md5", ".sha256", ".lock",
+    ".prj", ".cpg", ".vrt", ".xmp", ".thm", ".md5", ".sha256", ".lock", ".part", ".crdownload", ".tmp",
 )  # fmt: skip
-BY_PRODUCTS = "by-products"
+BY_PRODUCTS, NO_SUFFIX, NO_FILES = "by-products", "files without a suffix", "links, pipes or devices"
+SINGULAR = {BY_PRODUCTS: "by-product", NO_SUFFIX: "file without a suffix", NO_FILES: "link, pipe or device"}
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def list_files(
         InputError: A subfolder cannot be listed.
     """
     images, left_out = [], Counter()
-    for path in _all_files(folder, leave_out and leave_out.resolve()):
-        kind = kind_of_other(path, suffixes, is_image)
+    for path, hidden in _all_files(folder, leave_out and leave_out.resolve()):
+        kind = BY_PRODUCTS if hidden else kind_of_other(path, suffixes, is_image)
         if kind is None:
             images.append(path)
         else:
@@ -85,7 +86,7 @@ def kind_of_other(path: Path, suffixes: tuple[str, ...], is_image: Callable[[Pat
     by_suffix = name.endswith((*suffixes, *_UNSUPPORTED_SUFFIXES))
     try:
         if not path.is_file():
-            return None if by_suffix and path.is_symlink() and not path.exists() else "links, pipes or devices"
+            return None if by_suffix and path.is_symlink() and not path.exists() else NO_FILES
         if by_suffix or is_image(path):
             return None
     except OSError:  # listed, so that opening it reports the problem
@@ -96,7 +97,7 @@ def kind_of_other(path: Path, suffixes: tuple[str, ...], is_image: Callable[[Pat
 def suffix_of(name: str) -> str:
     """The suffix of a name that is not an image, for a count by kind."""
     suffix = os.path.splitext(name)[1]
-    return suffix if 1 < len(suffix) <= 12 and not suffix[1:].isdigit() else "files without a suffix"
+    return suffix if 1 < len(suffix) <= 12 and not suffix[1:].isdigit() else NO_SUFFIX
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
@@ -113,8 +114,11 @@ def describe_left_out(left_out: Counter[str]) -> str:
     )
 
 
-def _all_files(folder: Path, left_out: Path | None) -> Iterator[Path]:
-    """All files below a folder, except in hidden folders. Links are followed, except to a folder that contains them."""
+def _all_files(folder: Path, left_out: Path | None) -> Iterator[tuple[Path, bool]]:
+    """All files below a folder, and whether they are in a hidden folder.
+
+    Links are followed, except to a folder that contains them.
+    """
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # a folder deleted meanwhile has no files
@@ -131,5 +135,5 @@ def _all_files(folder: Path, left_out: Path | None) -> Iterator[Path]:
         if left_out is not None and left_out == current.resolve():
             subfolders.clear()
             continue
-        subfolders[:] = [sub for sub in subfolders if not sub.startswith(".") and sub.lower() != "__macosx"]
-        yield from (current / file for file in files)
+        hidden = any(part.startswith(".") or part.lower() == "__macosx" for part in current.relative_to(folder).parts)
+        yield from ((current / file, hidden) for file in files)

@@ -364,7 +364,8 @@ def score_page(ref: ImageRef, run: Run, reader: Reader) -> Scored:
     if ref.page == ref.pages - 1:
         reader.close()  # releases decoded pages, which are not needed again
     step = overlay_step(pixels.shape)
-    details = run.scorer.details(pixels, foreground)
+    details = run.scorer.details(pixels, foreground, ref.scale)
     if "amplitude" in details:
         details["amplitude"] *= np.float32(np.mean(run.scorer.how.scale))
-    return Scored(run.scorer(pixels, foreground), details, preprocess(pixels[::step, ::step], None, run.scorer.how))
+    score = run.scorer(pixels, foreground, ref.scale)
+    return Scored(score, details, preprocess(pixels[::step, ::step], None, run.scorer.how))

@@ -338,12 +338,12 @@ def example_views(
 def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
     """Score an image again and collect the arrays of its figure."""
     pixels, foreground = reader.image(ref), reader.foreground(ref)
-    scores, calibration = run.scorer(pixels, foreground), run.calibrations[METHOD]
+    scores, calibration = run.scorer(pixels, foreground, ref.scale), run.calibrations[METHOD]
     _, detected = find_detections(scores, calibration, min_area_px=run.config.calibration.min_area_px)
     return Example(
         title=ref.title,
         image=preprocess(pixels, None, run.scorer.how),
-        reconstruction=run.scorer.reconstruction(pixels, foreground),
+        reconstruction=run.scorer.reconstruction(pixels, foreground, ref.scale),
         score=scores,
         truth=truth.mask,
         detected=detected,

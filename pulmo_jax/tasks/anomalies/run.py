@@ -68,24 +68,30 @@ class Run:
         inside = one_foreground(foreground, ref, data.max_image_mb, formats)
         if data.align_run is not None:
             pixels, inside = into_lung_frame(self.config, self.scorer.how, ref, pixels, inside)
-        require_fit(ref, self.scorer.how)
-        return self.map_pixels(ref.title, pixels, inside)
+        if isinstance(image, Path | str):
+            require_fit(ref, self.scorer.how)
+        return self.map_pixels(ref.title, pixels, inside, ref.scale)
 
     def map_pixels(
-        self, title: str, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None
+        self,
+        title: str,
+        pixels: Shaped[np.ndarray, "H W C"],
+        foreground: Bool[np.ndarray, "H W"] | None,
+        scale: str = "",
     ) -> AnomalyResult:
-        """Score pixels that have been checked against the run.
+        """Score the pixels of an image.
 
         Args:
             title: Name of the image.
             pixels: Pixels in the units of the training images.
             foreground: Pixels to score; None: all.
+            scale: The dtype whose range the intensities have; "" for that of `pixels`.
 
         Returns:
             Maps and findings.
         """
         calibration, method = self.calibrations["method"], self.scorer.method
-        score = self.scorer(pixels, foreground)
+        score = self.scorer(pixels, foreground, scale)
         findings, mask = find_detections(score, calibration, min_area_px=self.config.calibration.min_area_px)
         image_score = float(method.image_score(score))
         scored = bool(np.isfinite(image_score))
