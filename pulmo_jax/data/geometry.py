@@ -6,7 +6,9 @@ coordinates (x to the right, y to anterior, z to superior), both in mm.
 
 import gzip
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ def read_geometry(path: Path, pages: int, formats: Sequence[Format] = ()) -> Geo
     """
     kind = kind_of(path, formats)
     if kind == "DICOM":
-        with decoding(path):
+        with decoding(path), _tolerating_invalid_values():
             return _dicom_geometry(path, _dicom_header(path), pages)
     return _nifti_geometry(read_nifti_header(path), pages) if kind == "NIfTI" else None
 
@@ -87,12 +89,20 @@ def default_group(path: Path, name: str, formats: Sequence[Format] = ()) -> str:
     """
     if kind_of(path, formats) != "DICOM":
         return name
-    with decoding(path):
+    with decoding(path), _tolerating_invalid_values():
         header = _dicom_header(path)
         for kind, keyword in (("patient", "PatientID"), ("series", "SeriesInstanceUID")):
             if value := str(header.get(keyword) or "").strip():
                 return f"{kind}_{digest(value)}"
     return name
+
+
+@contextmanager
+def _tolerating_invalid_values() -> Iterator[None]:
+    """Ignore the warnings of pydicom about values that break a rule of DICOM, such as too long an identifier."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def kind_of(path: Path, formats: Sequence[Format] = ()) -> str:

@@ -16,6 +16,8 @@ from pulmo_jax.data.sources import open_source, stem
 from pulmo_jax.data.transforms import preprocess
 from pulmo_jax.data.volumes import Unit, Volume
 from pulmo_jax.evaluation.detection import find_detections
+from pulmo_jax.host.marks import absolute
+from pulmo_jax.host.outputs import recorded_below, remove
 from pulmo_jax.inference.dicom_seg import write_segmentation
 from pulmo_jax.inference.nifti_maps import open_nifti_map
 from pulmo_jax.inference.outputs import PageWriter, ScaleBar, detection_row, open_map, overlay_step, write_overlay
@@ -149,7 +151,8 @@ def by_source(refs: Sequence[ImageRef]) -> list[tuple[ImageRef, ...]]:
 def map_unit(plan: Plan, run: Run, reader: Reader, output: Path) -> tuple[dict[str, Any], list[Skipped]]:
     """Score every page of a unit, write its maps, and connect its findings across slices.
 
-    If one file of a series fails, the others are mapped: its slice stays empty, and findings do not cross it.
+    If one file of a series fails, the others are mapped: its slice stays empty, and findings do not cross it. If all
+    fail, the series has no maps.
 
     Args:
         plan: What to write.
@@ -178,8 +181,8 @@ def map_unit(plan: Plan, run: Run, reader: Reader, output: Path) -> tuple[dict[s
             connected = connected.add(index[ref.identity], result.score, result.mask)
         if plan.segmentation and result.found:
             masks[index[ref.identity]] = result.mask
-    if not images:
-        raise InputError(failed[0].reason)
+    if volume is not None and not images:
+        raise none_mapped(volume, failed, plan.paths(list(maps_of(run))), output)
     record: dict[str, Any] = {"images": images, "detections": rows, "maps": plan.files[0].name}
     if volume is not None and connected is not None:
         record["findings_3d"] = volume_findings(connected, volume, run.calibrations["method"])
@@ -197,7 +200,7 @@ def _mapped(plan: Plan, run: Run, reader: Reader, output: Path) -> Iterator[tupl
             # Frames count only if all of their file can be read, because a TIFF file has either all or none of them.
             yield from list(results) if several and file.suffix == ".tif" else results
         except (InputError, OSError) as error:  # not OutputError: nothing more could be written
-            if not several:
+            if not several or file.suffix == ".nii.gz":  # the only file of its unit
                 raise
             yield file.pages[0], Skipped(file.pages[0].name, str(error))
 
@@ -210,6 +213,7 @@ def _map_file(
     if not leave_empty:
         require_fit(file.pages[0], run.scorer.how)  # before a map is opened
     tags = ImageTags() if leave_empty else tags_of(file.pages[0], run, reader)
+    failed = []
     with open_maps(file, volume, tags, run, output / "maps") as writers:
         for index, ref in enumerate(file.pages):
             try:
@@ -221,10 +225,33 @@ def _map_file(
                 if not leave_empty:
                     raise
                 write_empty(ref, run, writers)
-                yield ref, Skipped(ref.name, str(error))
+                failed.append(Skipped(ref.name, str(error)))
+                yield ref, failed[-1]
                 continue
             overlay = output / "maps" / file.overlay(index)
             yield ref, write_page(ref, scored, run, writers, overlay, INSIDE[file.suffix], scale)
+        if volume is not None and len(failed) == len(file.pages):
+            # Before the maps appear under their names: a mask of zeros would mean no findings.
+            raise none_mapped(volume, failed, file.paths(list(maps_of(run))), output)
+
+
+def none_mapped(volume: Volume, failed: Sequence[Skipped], names: Sequence[str], output: Path) -> InputError:
+    """Remove the maps that an earlier call has left for a series whose slices all fail now.
+
+    Args:
+        volume: The series.
+        failed: Its slices.
+        names: Paths of its maps, below maps/.
+        output: Output folder.
+
+    Returns:
+        The error to raise; its message has the number of slices and the first reason.
+    """
+    maps = {absolute(output / "maps" / name) for name in names}
+    for path in recorded_below(output / "maps"):
+        if path in maps:
+            remove(path)
+    return InputError(f"{volume.name}: all of its {len(failed)} slices failed, so it has no maps: {failed[0].reason}")
 
 
 @contextmanager

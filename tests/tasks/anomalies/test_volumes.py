@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import nibabel
 import numpy as np
@@ -10,11 +11,13 @@ import pydicom
 import pytest
 import tifffile
 from PIL import Image
+from pydicom.uid import generate_uid
 from references.anomaly_run import run_on, write_sealed
 from references.volumes import oblique_affine, stacked, write_frames, write_nifti, write_series
 from scipy import ndimage
 
 from pulmo_jax.host.console import SOME_FAILED, Console
+from pulmo_jax.host.extras import install_command
 from pulmo_jax.host.outputs import output_folder
 from pulmo_jax.inference import dicom_seg
 from pulmo_jax.runs.place import Place
@@ -199,6 +202,28 @@ def test_series_with_a_slice_of_another_depth_keeps_the_others(predict, tmp_path
     assert (row["first_slice"], row["last_slice"]) == ("3", "5")
 
 
+@pytest.mark.parametrize("form", ["tiff", "nifti", "dicom_seg"])
+def test_series_whose_slices_all_fail_leaves_no_maps(predict, tmp_path, capsys, form):
+    """A mask of zeros, or one of an earlier call, would mean no findings."""
+    if form == "dicom_seg":
+        pytest.importorskip("highdicom", reason="needs the extra dicom_seg")
+    voxels, _ = voxels_with_a_blob()
+    uids = {"SeriesInstanceUID": generate_uid(), "StudyInstanceUID": generate_uid()}
+    names = write_series(tmp_path / "in", voxels, stacked(10), **uids)
+    predict(tmp_path / "in", format=form)
+    assert list((tmp_path / "out" / "maps").iterdir())
+    write_series(tmp_path / "in", voxels.astype(np.uint16), stacked(10), names, RescaleIntercept=-1024, **uids)
+    text = predict(tmp_path / "in", format=form, status=SOME_FAILED)
+    assert "0 images finished (0 of them earlier), 1 files failed" in text
+    told = capsys.readouterr().err
+    assert told.count("failed: series_") == 1
+    assert f"all of its 10 slices failed, so it has no maps: {tmp_path / 'in' / names[0]}: 1 bands of int32" in told
+    assert [path for path in (tmp_path / "out" / "maps").rglob("*") if path.is_file()] == []
+    (row,) = rows_of(tmp_path / "out" / "image_scores.csv")
+    assert row["filename"].startswith("series_")
+    assert "all of its 10 slices failed" in row["reason"]
+
+
 @pytest.mark.parametrize("form", ["tiff", "nifti"])
 def test_killed_prediction_of_a_volume_goes_on(predict, tmp_path, monkeypatch, form):
     voxels, _ = voxels_with_a_blob()
@@ -276,13 +301,13 @@ def test_segmentation_needs_its_extra(predict, tmp_path, monkeypatch):
     voxels, _ = voxels_with_a_blob()
     write_series(tmp_path / "in", voxels, stacked(10))
     monkeypatch.setattr(dicom_seg.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'pulmo-jax\[dicom_seg\]'"):
+    with pytest.raises(InputError, match=re.escape(install_command("dicom_seg"))):
         predict(tmp_path / "in", format="dicom_seg")
 
 
 @pytest.mark.parametrize("blob", [True, False])
 def test_segmentation_of_a_series_is_its_mask(predict, tmp_path, blob):
-    highdicom = pytest.importorskip("highdicom", reason="pip install 'pulmo-jax[dicom_seg]'")
+    highdicom = pytest.importorskip("highdicom", reason="needs the extra dicom_seg")
     voxels, box = voxels_with_a_blob()
     voxels, box = (voxels, box) if blob else (np.minimum(voxels, 190), np.zeros_like(box))
     names = write_series(tmp_path / "in", voxels, stacked(10))
@@ -301,7 +326,7 @@ def test_segmentation_of_a_series_is_its_mask(predict, tmp_path, blob):
 
 
 def test_segmentation_of_frames_is_their_mask(predict, tmp_path):
-    highdicom = pytest.importorskip("highdicom", reason="pip install 'pulmo-jax[dicom_seg]'")
+    highdicom = pytest.importorskip("highdicom", reason="needs the extra dicom_seg")
     voxels, box = voxels_with_a_blob()
     order = np.random.default_rng(1).permutation(10)
     (tmp_path / "in").mkdir()
@@ -315,14 +340,65 @@ def test_segmentation_of_frames_is_their_mask(predict, tmp_path):
     np.testing.assert_array_equal(pixels[..., 0] > 0, box[order])
 
 
-def test_series_without_what_a_segmentation_needs_is_told(predict, tmp_path, capsys):
-    pytest.importorskip("highdicom", reason="pip install 'pulmo-jax[dicom_seg]'")
+@pytest.mark.parametrize(
+    ("keyword", "empty", "reason"),
+    [
+        ("FrameOfReferenceUID", False, "highdicom cannot make a segmentation of it"),
+        ("SliceThickness", False, "its slices have no SliceThickness (0018,0050)"),
+        ("SliceThickness", True, "its slices have no SliceThickness (0018,0050)"),
+    ],
+)
+def test_series_without_what_a_segmentation_needs_is_told(predict, tmp_path, capsys, keyword, empty, reason):
+    pytest.importorskip("highdicom", reason="needs the extra dicom_seg")
     voxels, _ = voxels_with_a_blob()
     for name in write_series(tmp_path / "in", voxels, stacked(10)):
         slice_of = pydicom.dcmread(tmp_path / "in" / name)
-        del slice_of.FrameOfReferenceUID
+        delattr(slice_of, keyword)
+        if empty:
+            setattr(slice_of, keyword, None)
         slice_of.save_as(tmp_path / "in" / name)
     predict(tmp_path / "in", format="dicom_seg", status=SOME_FAILED)
     told = capsys.readouterr().err
-    assert "highdicom cannot make a segmentation of it" in told
+    assert reason in told
     assert "use format=nifti or tiff" in told
+    assert not list((tmp_path / "out" / "maps").glob("*_seg.dcm"))
+
+
+def test_segmentation_of_a_series_without_type_2_attributes(predict, tmp_path):
+    """De-identified: absent attributes are empty in the segmentation, and the series is unchanged."""
+    highdicom = pytest.importorskip("highdicom", reason="needs the extra dicom_seg")
+    voxels, box = voxels_with_a_blob()
+    for name in write_series(tmp_path / "in", voxels, stacked(10)):
+        header = pydicom.dcmread(tmp_path / "in" / name)
+        for keyword in (set(dicom_seg.TYPE_2) | {"SeriesNumber", "InstanceNumber"}) & set(header.dir()):
+            delattr(header, keyword)
+        header.save_as(tmp_path / "in" / name)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    predict(tmp_path / "in", format="dicom_seg")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+    (path,) = (tmp_path / "out" / "maps").glob("series_*_seg.dcm")
+    segmentation = highdicom.seg.segread(path)
+    of_series = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
+    assert [str(segmentation[keyword].value or "") for keyword in of_series] == [""] * len(of_series)
+    assert segmentation.pixel_array.sum() == box.sum()
+
+
+@pytest.mark.filterwarnings("default")  # as outside of the tests: shown, and not an error
+@pytest.mark.parametrize(
+    ("element", "told"),
+    [
+        ({"PatientName": "anonymous"}, ""),
+        ({"StudyInstanceUID": "1.2.a.b", "PatientID": "7" * 65}, "The value length (65) exceeds the maximum length"),
+    ],
+)
+def test_invalid_values_of_a_series_are_told_in_one_line(predict, tmp_path, capsys, recwarn, element, told):
+    pytest.importorskip("highdicom", reason="needs the extra dicom_seg")
+    voxels, _ = voxels_with_a_blob()
+    write_series(tmp_path / "in", voxels, stacked(10), **element)
+    recwarn.clear()  # those of writing it
+    predict(tmp_path / "in", format="dicom_seg")
+    assert [str(warning.message) for warning in recwarn] == []
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(told)
+    assert told in "".join(lines)
+    assert all(line.startswith("warning: series_") and "repeats invalid values of the series" in line for line in lines)
