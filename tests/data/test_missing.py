@@ -111,9 +111,13 @@ def test_alpha_of_a_tiff(tmp_path, kind, bands):
     options = {"photometric": "rgb" if bands == 3 else "minisblack", "planarconfig": "contig", "extrasamples": [kind]}
     tifffile.imwrite(tmp_path / "x.tif", pixels, **options)
     found, source = read(tmp_path / "x.tif")
-    assert (found.dtype, source.stored_dtype) == (np.float32, np.uint8)
+    assert (found.dtype, source.stored_dtype, found.shape) == (np.float32, np.uint8, (40, 50, bands))
     np.testing.assert_array_equal(holes(found), HOLE)
-    np.testing.assert_array_equal(found[~HOLE], pixels[~HOLE])
+    np.testing.assert_array_equal(found[~HOLE], pixels[~HOLE][:, :bands])
+    tifffile.imwrite(tmp_path / "y.tif", np.zeros_like(pixels), **options)  # a tile beyond the edge of a mosaic
+    found, _ = read(tmp_path / "y.tif")
+    assert found.shape == (40, 50, bands)
+    assert np.isnan(found).all()
 
 
 @pytest.mark.parametrize("channel", ["sparse", "zero"])

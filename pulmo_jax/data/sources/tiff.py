@@ -9,6 +9,7 @@ import logging
 import re
 import struct
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -77,7 +78,10 @@ def open_tiff(path: Path, max_bytes: int, as_stored: bool = False) -> ImageSourc
             Missing(value, opacity_band(page, partial(samples, i)), numbers.get(i))
             for i, (page, value) in enumerate(zip(pages, values, strict=True))
         ]
+        opacity = next((page.alpha for page in missing if page.alpha is not None), None)
+        missing = [replace(page, alpha=opacity) for page in missing]
         dtype = float_dtype(stored) if any(missing) else stored
+        shape = (*shape[:3], channels - (opacity is not None))
         check_page_size(path, shape, dtype, max_bytes)
         reader = pixel_reader(samples, pages, missing, stored, dtype)
         kept = stored if any(missing) else None

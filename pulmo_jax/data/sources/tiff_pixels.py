@@ -1,9 +1,9 @@
 """Pixels of a TIFF page: reading a window decodes only the strips or tiles ("segments") that it overlaps.
 
-The bit depth is kept. Bands, CMYK and an alpha channel are kept as channels. Palette images become RGB, white-is-zero
-images are inverted, and 1-bit images become 0 and 1. Pixels that the file declares to be missing, by a no-data value,
-an alpha channel or a transparency mask, become NaN (see `missing`). So do segments of a sparse file that were never
-written.
+The bit depth is kept. Bands and CMYK are kept as channels, an alpha channel is not. Palette images become RGB,
+white-is-zero images are inverted, and 1-bit images become 0 and 1. Pixels that the file declares to be missing, by a
+no-data value, an alpha channel or a transparency mask, become NaN (see `missing`). So do segments of a sparse file that
+were never written.
 """
 
 from collections.abc import Callable
@@ -166,6 +166,7 @@ def pixel_reader(
             unknown |= missing_pixels(values, declared.value)
         if declared.alpha is not None:
             unknown |= values[..., declared.alpha] == 0
+            pixels = np.delete(pixels, declared.alpha, axis=-1)
         if declared.mask is not None:
             unknown |= samples(declared.mask, window)[..., 0] == 0
         return with_nan(pixels, unknown, dtype)
@@ -175,6 +176,8 @@ def pixel_reader(
 
 def opacity_band(page: TiffPage, read_rows: Callable[[Window], np.ndarray]) -> int | None:
     """Find the band that holds opacity (see `missing.is_opacity`), from a few rows unless they are all 0.
+
+    A band that is 0 everywhere is opacity if all of the page is 0, as tiles beyond the edge of a mosaic are.
 
     Args:
         page: The page.
@@ -189,12 +192,16 @@ def opacity_band(page: TiffPage, read_rows: Callable[[Window], np.ndarray]) -> i
         return None
     height, width = page.imagelength, page.imagewidth
     tops = np.unique(np.linspace(0, max(0, height - _OPACITY_ROWS), _OPACITY_BLOCKS).astype(int)).tolist()
+    used = False
     for starts in (tops, range(0, height, _OPACITY_ROWS)):
-        windows = (Window(y, 0, min(_OPACITY_ROWS, height - y), width) for y in starts)
-        band = [read_rows(window)[..., tagged[0]].ravel() for window in windows]
+        band = []
+        for y in starts:
+            samples = read_rows(Window(y, 0, min(_OPACITY_ROWS, height - y), width))
+            band.append(samples[..., tagged[0]].ravel())
+            used |= bool(samples.any())
         if (verdict := is_opacity(np.concatenate(band))) is not None:
             return tagged[0] if verdict else None
-    return None
+    return None if used else tagged[0]
 
 
 def _stored_samples(file: RawIOBase, tif: TiffFile, page: TiffPage, window: Window) -> np.ndarray:
