@@ -334,6 +334,7 @@ def findings_of(
         tables=tables or {},
         sample=sample_line(described_sample(dataset.refs[0].folder), described_sample(run.config.data.root)),
         warnings=warnings,
+        printed=dataset.notes,
         objective=objective,
     )
 

@@ -29,9 +29,8 @@ def tables(tmp_path):
 
     def read(points, units):
         shares = 100 * (points + 0.5) / (HEIGHT, WIDTH)
-        texts = [
-            f"{v:.5f}" if units == "percent" else repr(float(v)) for v in (points, shares)[units == "percent"].ravel()
-        ]
+        percent = units == "percent"
+        texts = [f"{v:.5f}" if percent else repr(v) for v in (shares if percent else points).ravel().tolist()]
         values = np.array(texts).reshape(N, -1, 2)[..., ::-1].reshape(N, -1)
         rows = [f"{i:02d}.png,{','.join(row)}" for i, row in enumerate(values)]
         path = tmp_path / "table.csv"
