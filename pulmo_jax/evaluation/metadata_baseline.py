@@ -34,10 +34,10 @@ def metadata_probabilities(
 
 
 def majority_probabilities(labels: Int[np.ndarray, "N"], count: int, n_classes: int) -> Float[np.ndarray, "M K"]:
-    """Class probabilities equal to the class frequencies of the training images.
+    """Class probabilities equal to the class frequencies of some images.
 
     Args:
-        labels: Class of each training image.
+        labels: Class of each of these images.
         count: Number of images to be classified.
         n_classes: Number of classes K.
 

@@ -137,13 +137,15 @@ def auroc_p_value(a: Scored, b: Scored, groups: Sequence[str]) -> float | None:
         groups: Group of each image.
 
     Returns:
-        The p-value, 1 for equal scores; None if either method has no scores, images lack scores, or a class has fewer
-        than two groups.
+        The p-value, 1 for equal scores; None if either method has no scores or a constant one, images lack scores, or
+        a class has fewer than two groups.
 
     Reference:
         Obuchowski, Biometrics 53, 567 (1997), Equations 3 to 5; DeLong et al., Biometrics 44, 837 (1988).
     """
     if a.scores is None or b.scores is None or a.positive is None:
+        return None
+    if is_constant(a.scores) or is_constant(b.scores):
         return None
     positive, names = a.positive, np.array(groups, str)
     if np.isnan(a.scores).any() or np.isnan(b.scores).any() or not 0 < positive.sum() < positive.size:
@@ -156,6 +158,11 @@ def auroc_p_value(a: Scored, b: Scored, groups: Sequence[str]) -> float | None:
     if variance <= 0:
         return 1.0 if abs(delta) < 1e-12 else 0.0
     return float(2 * norm.sf(abs(delta) / np.sqrt(variance)))
+
+
+def is_constant(scores: Float[np.ndarray, "R N"]) -> bool:
+    """Whether every repeat gives all images the same score, which ranks none."""
+    return bool((scores == scores[:, :1]).all())
 
 
 def placements(scores: Float[np.ndarray, "R N"], positive: Bool[np.ndarray, "N"]) -> Float64[np.ndarray, "N"]:

@@ -19,6 +19,7 @@ from pulmo_jax.types import InputError
 STORED = "evaluated_images.json"
 FORMAT = 1
 SHOWN = 3  # images in a message
+POINT_PX = 0.05  # largest difference in a coordinate of the same point: that of a table in px with one decimal
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class EvaluatedImage:
         label: Class.
         truth: SHA-256 of further ground truth, such as a mask or landmarks; "" if there is none.
         group: Group, such as the patient.
+        points: True landmarks (y, x), px; None where unknown; empty for other tasks and in files of older versions.
     """
 
     name: str
@@ -38,6 +40,7 @@ class EvaluatedImage:
     label: str
     truth: str
     group: str
+    points: tuple[tuple[float | None, float | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,20 @@ def common_rows(
 
 def agree(a: EvaluatedImage, b: EvaluatedImage | None) -> bool:
     """Whether two images have the same content and ground truth."""
-    return b is not None and (a.content, a.label, a.truth) == (b.content, b.label, b.truth)
+    return b is not None and (a.content, a.label) == (b.content, b.label) and same_truth(a, b)
+
+
+def same_truth(a: EvaluatedImage, b: EvaluatedImage) -> bool:
+    """Whether two images have the same ground truth; landmarks that agree within `POINT_PX` are the same.
+
+    A table in percent of the image and one in px hold the same points up to rounding.
+    """
+    if a.truth == b.truth:
+        return True
+    if not a.points or len(a.points) != len(b.points):
+        return False
+    first, second = (np.array(image.points, np.float64) for image in (a, b))
+    return np.allclose(first, second, rtol=1e-6, atol=POINT_PX, equal_nan=True)
 
 
 def differences(first: Mapping[str, EvaluatedImage], other: Mapping[str, EvaluatedImage]) -> list[str]:
@@ -231,7 +247,7 @@ def differences(first: Mapping[str, EvaluatedImage], other: Mapping[str, Evaluat
         "additional": [name for name in other if name not in first],
         "of other content": [name for name in both if first[name].content != other[name].content],
         "of another class": [name for name in both if first[name].label != other[name].label],
-        "of other ground truth": [name for name in both if first[name].truth != other[name].truth],
+        "of other ground truth": [name for name in both if not same_truth(first[name], other[name])],
     }
     return [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names]
 

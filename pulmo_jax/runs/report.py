@@ -36,7 +36,8 @@ class Findings:
         shown: Tables for the console.
         tables: Further text files by name.
         citations: Citations of the data.
-        warnings: Warnings, also printed.
+        warnings: Warnings for the report, also printed.
+        printed: Those of the warnings that were printed before, as when the images were read; not printed again.
         objective: Objective of a sweep, which is minimised.
         sample: First line of a report on sample data; see `data.sample_facts.sample_line`.
         evaluation: Results by image, for later comparisons; None if there were no labelled images.
@@ -51,6 +52,7 @@ class Findings:
     tables: Mapping[str, str] = field(default_factory=dict)
     citations: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    printed: Sequence[str] = ()
     objective: float = math.nan
     sample: str = ""
     evaluation: Evaluation | None = None
@@ -97,7 +99,8 @@ def write_findings(findings: Findings, folder: Path, console: Console) -> None:
     for table in findings.shown:
         console.print(table)
     for warning in findings.warnings:
-        console.print(f"warning: {warning}")
+        if warning not in findings.printed:
+            console.print(f"warning: {warning}")
     write_report(
         folder / "report.html",
         title=findings.title,

@@ -127,7 +127,9 @@ def test_copies_count_once(slices, tmp_path):
     for path in [*(slices / "no").iterdir()][:3]:
         for i in range(4):
             shutil.copy(path, folder / "no" / f"{path.stem} copy {i}{path.suffix}")
+    shutil.copy(path, folder / "no" / f"{path.stem}_mask{path.suffix}")
     text = train(folder, run, *NET)
+    assert text.count("left out: 1 mask") == 1
     rows = read(run / "out_of_fold.csv")
     assert len(rows) == COUNT + 12
     once = [row for row in rows if not row["copy_of"]]

@@ -162,6 +162,10 @@ def test_what_cannot_be_computed_is_said():
     assert auroc_p_value(ranked(a, positive), ranked(b, positive), ["one"] * 40) is None
     missing = replace(ranked(a, positive), scores=np.where(np.arange(40) == 3, np.nan, a)[None])
     assert auroc_p_value(missing, ranked(b, positive), groups) is None
+    perfect, constant = ranked(1.0 * positive, positive), ranked(np.full(40, 0.4), positive)
+    assert auroc_p_value(perfect, constant, groups) is None
+    assert auroc_p_value(constant, perfect, groups) is None
+    assert auroc_p_value(constant, constant, groups) is None
     assert error_p_value(a, b, ["one"] * 40, 0) is None
     assert error_p_value(a * np.nan, b, groups, 0) is None
     assert estimate(np.array([np.nan, 1.0]), 5).reason == "undefined for these images"

@@ -182,6 +182,8 @@ def test_class_figures_are_those_of_scikit_learn(tmp_path):
     assert gaps["accuracy"]["value"] == pytest.approx(np.mean((b > 0.5) == truth) - np.mean((a > 0.5) == truth))
     assert gaps["log_loss"]["value"] == pytest.approx(log_loss(truth, b) - log_loss(truth, a))
     assert "majority class" in metrics["figures"]
+    assert metrics["p_values"]["b"] is not None
+    assert metrics["p_values"]["majority class"] is None
 
 
 def test_three_classes_have_no_single_curve_and_no_p_value(tmp_path):

@@ -29,6 +29,17 @@ def test_own_data_have_no_such_line(tmp_path, capsys):
     assert "ample" not in capsys.readouterr().out
 
 
+def test_a_note_that_was_printed_before_is_only_in_the_report(tmp_path, capsys):
+    write_findings(replace(FINDINGS, warnings=["left out: 1 mask", "Few."], printed=["left out: 1 mask"]), tmp_path,
+                   make_console())  # fmt: skip
+    said = capsys.readouterr().out
+    assert "warning: Few." in said
+    assert "left out" not in said
+    page = (tmp_path / "report.html").read_text()
+    assert "left out: 1 mask" in page
+    assert "Few." in page
+
+
 @pytest.mark.parametrize("text", ["", "# A", "# A\n\ntext\n"])
 def test_markdown_without_a_line_stays_as_it_is(text):
     assert with_sample_line(text, "") == text

@@ -17,6 +17,7 @@ from pulmo_jax.data import lung_ct
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.samples import fetch_lung_ct
+from pulmo_jax.data.split_folders import check_one_part
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
@@ -132,9 +133,11 @@ def read(config: TrainConfig, place: Place) -> AnomalyData:
         Data of the training.
 
     Raises:
-        InputError: If images, the landmark run or the base run cannot be used.
+        InputError: If images, the landmark run or the base run cannot be used, or data.train holds a whole split.
     """
     base, frame, data = open_base(config), "", config.data
+    assert data.train is not None  # set by `prepare`
+    check_one_part(data.train, data.normal_name)
     if data.align_run is not None:
         landmarks = open_frame(data.align_run, config.plugins)
         frame = landmarks.digest

@@ -216,7 +216,10 @@ def method_name(run: ClassifierRun) -> str:
 
 
 def baselines(dataset: ClassSet, plan: Plan, leaky: bool) -> dict[str, Probabilities]:
-    """Baselines on the same folds: a classifier of file metadata, and the class frequencies.
+    """Baselines: a classifier of file metadata on the same folds, and the class frequencies of all images of the run.
+
+    The frequencies of each fold's training images would differ by fold and rank the pooled images, below chance in
+    part: a fold with many images of a class leaves few of them for training.
 
     Args:
         dataset: Images of the run.
@@ -231,13 +234,14 @@ def baselines(dataset: ClassSet, plan: Plan, leaky: bool) -> dict[str, Probabili
     first = plan.members[which[0]].repeat
     shape = (plan.members[which[-1]].repeat - first + 1, len(dataset.refs), k)
     metadata, majority = np.full(shape, np.nan), np.full(shape, np.nan)
+    frequencies = majority_probabilities(dataset.labels, len(dataset.refs), k)
     for i in which:
         rows, repeat = plan.folds[i], plan.members[i].repeat - first
         known = np.concatenate([rows.training, rows.validation])
         labels, asked = dataset.labels[known], features[rows.test]
         seed = plan.members[i].seed
         metadata[repeat, rows.test] = metadata_probabilities(features[known], labels, asked, k, seed)
-        majority[repeat, rows.test] = majority_probabilities(labels, len(rows.test), k)
+        majority[repeat, rows.test] = frequencies[rows.test]
     return {"file metadata": metadata, "majority class": majority}
 
 
@@ -330,6 +334,7 @@ def findings_of(
         tables=tables or {},
         sample=sample_line(described_sample(dataset.refs[0].folder), described_sample(run.config.data.root)),
         warnings=warnings,
+        printed=dataset.notes,
         objective=objective,
     )
 

@@ -1,14 +1,13 @@
 """Class folders as they are downloaded: masks beside images, folders of a split, and folders within a folder."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from pulmo_jax.data.mask_files import IMAGE_FOLDERS, MASK_FOLDER
 from pulmo_jax.data.sources.store import is_store
+from pulmo_jax.data.split_folders import part_of
 from pulmo_jax.types import InputError
 
-SPLIT_FOLDER = re.compile(r"(?:train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?|dev)(?:[ ._-]?(?:set|data|images))?")
 MOST_LEVELS = 8  # of folders within a folder, in a message
 SHOWN = 6  # folders in a message
 
@@ -67,10 +66,10 @@ def misread(root: str | None, tree: Mapping[str, set[str]], key: str) -> str:
         below = {folder.removeprefix(inner).removeprefix("/"): tree[folder] for folder in tree if inside(folder, inner)}
         reason = misread(root and f"{root}/{inner}", below, key)
         return reason or f"its classes are in the subfolder {inner} ({listed(tree[inner])}): set {give(inner)}"
-    parts = [top for top in tops if SPLIT_FOLDER.fullmatch(top.casefold())]
+    parts = [top for top in tops if part_of(top)]
     filled = [top for top in parts if tree[top]]
     if len(parts) > 1 and filled:
-        first = next((top for top in filled if top.casefold().startswith("train")), filled[0])
+        first = next((top for top in filled if part_of(top) == "train"), filled[0])
         other = next(top for top in (*filled, *parts) if top != first)
         tested = "a store of the other" if root is None else f"{root}/{other}"
         same = "hold the same subfolders" if tree[first] == tree[other] else "hold subfolders"

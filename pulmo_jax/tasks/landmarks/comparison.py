@@ -36,10 +36,12 @@ def images_of(labelled: Labelled) -> list[EvaluatedImage]:
         labelled: Labelled images.
 
     Returns:
-        Names, contents, classes and digests of the true landmarks.
+        Names, contents, classes, and the true landmarks with their digests.
     """
     truths = [hashlib.sha256(points.astype(np.float64).tobytes()).hexdigest() for points in labelled.points]
-    rows = zip(labelled.titles, contents_of(labelled.refs), labelled.classes, truths, labelled.groups, strict=True)
+    points = [tuple(map(tuple, json_values(values.astype(np.float64)))) for values in labelled.points]
+    contents = contents_of(labelled.refs)
+    rows = zip(labelled.titles, contents, labelled.classes, truths, labelled.groups, points, strict=True)
     return [EvaluatedImage(*row) for row in rows]
 
 

@@ -183,6 +183,17 @@ def test_loss_that_overflows_names_the_step_and_the_files_and_keeps_the_checkpoi
     assert [row["step"] for row in rows] == list(range(1, failed_at))
 
 
+def test_a_folder_that_holds_a_split_is_refused_before_anything_is_learnt(go, images, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(InputError) as error:
+        go(run, f"data.train={images}", "data.val=null")
+    assert str(error.value) == (
+        f"data.train={images}: its subfolders train, val are parts of a split, and the images of all of them would be "
+        f"learnt as normal; give data.train={images}/train data.val={images}/val"
+    )
+    assert not (run / "checkpoints").exists()
+
+
 def test_batch_beyond_the_memory_names_the_setting(go, tmp_path):
     with pytest.raises(InputError, match=r"a step of 99999992 patches needs .* GiB .*trainer.batch_size"):
         go(tmp_path / "run", "trainer.batch_size=99999992")
