@@ -268,3 +268,10 @@ def test_a_missing_transfer_syntax_is_named(tmp_path):
     data.save_as(tmp_path / "x.dcm", enforce_file_format=False)
     with pytest.raises(InputError, match=r"x\.dcm: its meta header names no transfer syntax"):
         open_source(tmp_path / "x.dcm")
+
+
+def test_a_file_without_preamble_is_named(tmp_path):
+    write_dicom(tmp_path / "x.dcm", noise((20, 30)))
+    (tmp_path / "x.IMA").write_bytes((tmp_path / "x.dcm").read_bytes()[132:])
+    with pytest.raises(InputError, match=r"x\.IMA: seems to be a DICOM file without its preamble"):
+        open_source(tmp_path / "x.IMA")

@@ -26,6 +26,7 @@ _AS_STORED = (open_tiff, open_png, open_jpeg)
 _BUILT_IN = ("TIFF", "PNG", "JPEG", "DICOM", "NIfTI")
 _HEAD_BYTES = 352  # up to the magic number of NIfTI, the last one in any format
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, either byte order
+_DICOM_ELEMENTS = (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0")  # that such a file can start with
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -79,6 +80,8 @@ def open_source(
         opener = _opener(_unzipped_head(path) if head.startswith(_GZIP_MAGIC) else head)
         if opener is None:
             problem = "is empty (0 bytes)" if not head else "unknown image format"
+            if head[:4] in _DICOM_ELEMENTS:
+                problem = "seems to be a DICOM file without its preamble (write it, for example with dcmconv)"
             raise InputError(
                 f"{path}: {problem}; supported formats are {_supported(formats)}: convert the file or move it away"
             )

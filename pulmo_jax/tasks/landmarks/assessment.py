@@ -172,6 +172,7 @@ def assess_landmarks(
         sample=sample_line(described_sample(labelled.refs[0].folder), described_sample(run.config.data.images)),
         citations=citation_of(run.path),
         warnings=warnings,
+        printed=list(notes),
         objective=objective,
         evaluation=None if chosen_on else evaluated_images(run, tested, seconds),
     )
