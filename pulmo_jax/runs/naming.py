@@ -40,10 +40,13 @@ def output_names(
     choices = [(*names, digested(names[-1], text)) for names, text in zip(inputs, identities, strict=True)]
     level = [next(i for i, name in enumerate(names) if i == len(names) - 1 or is_short(name)) for names in choices]
     while True:
-        clashing = find_clashes([list(files_of(i, folded(choices[i][level[i]]))) for i in range(len(inputs))])
+        names = [choice[k] for choice, k in zip(choices, level, strict=True)]
+        clashing = find_clashes(
+            [sorted({*files_of(i, caseless(name)), *files_of(i, folded(name))}) for i, name in enumerate(names)]
+        )
         moved = [i for i in clashing if level[i] < len(choices[i]) - 1]
         if not moved:
-            return [names[k] for names, k in zip(choices, level, strict=True)]
+            return names
         for i in moved:
             level[i] += 1
 
@@ -80,10 +83,14 @@ def find_clashes(files: Sequence[Sequence[str]]) -> set[int]:
     }  # fmt: skip
 
 
+def caseless(name: str) -> str:
+    """What is left of a name on a file system without case and normalisation."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
 def folded(name: str) -> str:
-    """What is left of a name on a file system without case, normalisation, and dots and spaces at the end of a name."""
-    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-    return "/".join(part.rstrip(". ") for part in text.split("/"))
+    """The same without dots and spaces at the end of a name, which some file systems drop."""
+    return "/".join(part.rstrip(". ") for part in caseless(name).split("/"))
 
 
 def is_short(name: str) -> bool:

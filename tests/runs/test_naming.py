@@ -45,6 +45,12 @@ def test_pages_do_not_take_the_files_of_another_image():
     assert maps(names, pages=[3, 1])[0] == ["a.tif", "a_0001.tif"]
 
 
+def test_a_dot_at_the_end_of_a_name_is_not_lost_before_a_number():
+    chosen, files = maps(names := ["a.", "a._0001"], pages=[2, 1])
+    first, second = (set(files(i, name)) for i, name in enumerate(chosen))
+    assert first.isdisjoint(second), names
+
+
 def test_file_is_no_folder_of_another_image():
     chosen = output_names([["x"], ["x.json/y"]], ["x", "x.json/y"], lambda _, name: [f"{name}.json"])
     assert chosen == [digested("x", "x"), digested("x.json/y", "x.json/y")]
