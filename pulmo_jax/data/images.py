@@ -1,5 +1,6 @@
 """Image sets as lists of file headers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pulmo_jax.data.geometry import default_group
 from pulmo_jax.data.mask_files import describe_masks, find_masks, split_off_masks
 from pulmo_jax.data.sources import IMAGE_SUFFIXES, image_suffixes, open_source, stem, survey
 from pulmo_jax.data.sources.formats import Format, check_formats, find_format
-from pulmo_jax.data.sources.listing import Listing, describe_left_out
+from pulmo_jax.data.sources.listing import describe_left_out
 from pulmo_jax.data.sources.source import NoImageError, decoding
 from pulmo_jax.data.sources.store import Store, is_store, open_store
 from pulmo_jax.host.console import printable
@@ -128,12 +129,13 @@ def index_images(
     suffixes = image_suffixes(formats)
     store = open_store(folder) if find_format(folder, formats) is None and is_store(folder) else None
     root = folder if folder.is_dir() or store else folder.parent
-    listing = Listing([]) if store else survey(folder, formats, leave_out)
-    names = stored_names(store) if store else [path.relative_to(root).as_posix() for path in listing.images]
-    left_out = listing.left_out.copy()
-    if not keep_masks and (beside := split_off_masks(names, level=0)):
-        left_out[describe_masks(beside)] = len(beside)
-        names = [name for name in names if name not in beside]
+    if store:
+        names, left_out = stored_names(store), Counter[str]()
+    else:
+        listing = survey(folder, formats, leave_out)
+        names, left_out = [path.relative_to(root).as_posix() for path in listing.images], listing.left_out
+    if not keep_masks:
+        names = without_masks(names, left_out)
     with decoding(masks or root):
         mask_paths = find_masks(masks, names, suffixes, root)
     refs, skipped, limit = [], [], max_image_mb * MEBIBYTE
@@ -165,6 +167,22 @@ def index_images(
     if not refs and not skipped:
         raise InputError(f"{folder}: holds no images, only {describe_left_out(left_out)}; give another folder")
     return refs, skipped
+
+
+def without_masks(names: list[str], left_out: Counter[str]) -> list[str]:
+    """Leave out the masks that lie beside their images.
+
+    Args:
+        names: Names of the image files of a folder.
+        left_out: Number of files that are left out, by kind; the masks are added.
+
+    Returns:
+        The other names.
+    """
+    masks = split_off_masks(names, level=0)
+    if masks:
+        left_out[describe_masks(masks)] = len(masks)
+    return [name for name in names if name not in masks]
 
 
 def read_header(

@@ -11,6 +11,7 @@ from pulmo_jax.data.sources import IMAGE_SUFFIXES, stem
 from pulmo_jax.types import InputError
 
 MASK_WORD = r"(?:masks?|seg|segs|segmentations?|labels?|gt|ground[ _-]?truths?|annotations?)"
+MENTIONS_MASK = re.compile(MASK_WORD, re.IGNORECASE)
 MASK_FILE = re.compile(rf"(.+?)[ ._-]{MASK_WORD}(?:[ _-]?\d+)?", re.IGNORECASE)  # x_mask, x-seg, x_mask_1
 MASK_FOLDER = re.compile(rf"(?:.*[ ._-])?{MASK_WORD}", re.IGNORECASE)  # masks, binary_masks
 IMAGE_FOLDERS = {"images", "image", "imgs", "img"}
@@ -121,6 +122,8 @@ def split_off_masks(names: Sequence[str], level: int = 1) -> dict[str, str]:
     Returns:
         Name of the image of each mask.
     """
+    if not any(MENTIONS_MASK.search(name) for name in names):  # large sets without masks are not parsed
+        return {}
     keys = {name: key_of(name) for name in names}
     plain = {keys[name]: name for name in names if not mask_like(name, level)}
     beside: dict[tuple[int, tuple[str, ...]], str] = {}  # by path without one of its folders below the class

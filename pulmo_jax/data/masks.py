@@ -8,7 +8,7 @@ kept:
 - colour or several bands: inside unless all bands are 0;
 - opacity: pixels that are less than half as opaque as the most opaque one are outside; if all colours are equal,
   opacity alone is the mask;
-- JPEG, and pictures of a mask with soft edges or traces of compression: inside from half of the highest value;
+- JPEG, and pictures of a mask with soft edges or traces of compression: inside above half of the highest value;
 - pixels that are NaN or have the declared no-data value are outside.
 
 A mask whose background cannot be told is refused.
@@ -125,11 +125,11 @@ def _strength_rule(
     nonzero = values[values != 0]
     half = values.max() / 2 if values.size else 0
     above_half: Rule = lambda samples: strength(samples) > half  # noqa: E731
-    if encoding.lossy:
+    if encoding.lossy and values.size:
         _require_clear(path, values, counts, float(np.iinfo(source.dtype).max))
-        return above_half, "it is a JPEG: pixels from half of the full range are inside"
+        return above_half, "it is a JPEG: pixels above half of the highest value are inside"
     if _is_picture(values, counts):
-        return above_half, "it has soft edges: pixels from half of the full range are inside"
+        return above_half, "it has soft edges: pixels above half of the highest value are inside"
     if source.dtype.kind == "f" and len(nonzero) > SOFT_VALUES and (nonzero % 1 != 0).mean() > 0.5:
         raise InputError(
             f"{path}: holds more than {SOFT_VALUES} fractional values between {nonzero.min():.3g} and "

@@ -131,7 +131,7 @@ class Reader:
                 self._rules[key], note = find_rule(path, source)
             if note and note not in self._notes:
                 self._notes.add(note)
-                complain(f"note: {path}: {note}. Masks of this kind are all read so.")
+                complain(f"note: {path}: {note}. All masks of this kind are read in this way.")
         return self._rules[key]
 
     def close(self) -> None:

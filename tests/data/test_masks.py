@@ -229,7 +229,7 @@ def test_a_kind_of_mask_is_noted_once(tmp_path, capsys):
     reader.close()
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 1
-    assert "0.jpg: it is a JPEG: pixels from half of the full range are inside" in notes[0]
+    assert "0.jpg: it is a JPEG: pixels above half of the highest value are inside" in notes[0]
 
 
 @pytest.mark.parametrize(
