@@ -154,8 +154,8 @@ class Detection:
 class PointSource:
     """A point source detected in an image stack, with coordinates in the derotated frame.
 
-    Fields ending in `_std` are one standard deviation. Position errors are those of the likelihood, multiplied by the
-    ratio of the empirical to the likelihood error of the flux.
+    Fields ending in `_std` are one standard deviation. Those of the position are empirical (see
+    `flux_debiased_std_empirical`).
 
     Attributes:
         label: Rank by detection order, from 1.
@@ -168,12 +168,17 @@ class PointSource:
         position_angle_deg: Position angle in degrees, from north through east.
         position_angle_deg_std: Error of the position angle.
         snr: Signal-to-noise ratio at the pixel of detection, with brighter sources removed.
-        snr_calibrated: The same divided by the standard deviation of the empirical null at that separation.
+        snr_debiased: Flux over its standard deviation, with the source excluded from the noise model.
+        snr_calibrated: Gaussian significance of `snr_debiased` in the empirical null at that separation (Student's t).
         flux: Flux b / a of a single pass in units of the normalised PSF; biased low by self-subtraction.
         flux_std: Error of the flux.
         flux_debiased: Flux corrected for self-subtraction (Flasseur et al. 2018, Algorithm 3).
-        flux_debiased_std: Error from the likelihood.
-        flux_debiased_std_empirical: Error from the scatter at blank positions at the same separation.
+        flux_debiased_std: Error from the likelihood, with that of the noise model propagated.
+        flux_debiased_std_empirical: The same times the standard deviation of the null SNR at that separation.
+        flux_corrected: `flux_debiased` corrected for selection: near the threshold, sources are detected if the noise
+            makes them brighter.
+        flux_corrected_std: Error of the corrected flux.
+        near_threshold: Whether the significance is so low that selection biases the flux.
         false_alarm_probability: Probability that noise alone has a peak this high anywhere in the search field.
     """
 
@@ -187,10 +192,14 @@ class PointSource:
     position_angle_deg: float
     position_angle_deg_std: float
     snr: float
+    snr_debiased: float
     snr_calibrated: float
     flux: float
     flux_std: float
     flux_debiased: float
     flux_debiased_std: float
     flux_debiased_std_empirical: float
+    flux_corrected: float
+    flux_corrected_std: float
+    near_threshold: bool
     false_alarm_probability: float

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy.stats import norm
+from scipy.stats import t as student
 
 from pulmo_jax.types import InputError
 
 CLIP = 5.0  # robust standard deviations beyond which a null value is considered the residual of a source
 MAD_TO_STD = 1.4826
 MIN_VALUES = 12  # smallest number of values of a map
+FALSE_ALARM_FLOOR = 1e-6  # lowest probability of a false alarm that is quoted: no null field samples the tail beyond it
+MANY = 1e9  # degrees of freedom that are indistinguishable from infinitely many
+LEAST_TAIL = 1e-290  # lowest tail probability that float64 inverts
 MIN_INDEPENDENT = 10  # independent values of an annulus, below which its spread is too uncertain to divide by
 
 
@@ -105,6 +109,52 @@ def spread_of(values: Float[np.ndarray, "N"], area: float) -> tuple[float, float
     std = float(values.std() * np.sqrt(n / (n - 1)))
     error = 1.96 / np.sqrt(2 * n)  # of the logarithm of a standard deviation
     return float(values.mean()), std, float(std * np.exp(-error)), float(std * np.exp(error)), n
+
+
+def significance(
+    ratio: Float[np.ndarray, "*shape"] | float, n: Float[np.ndarray, "*shape"] | float
+) -> Float[np.ndarray, "*shape"]:
+    """Convert an SNR over an estimated standard deviation to the Gaussian significance of equal probability.
+
+    The standard deviation comes from n independent values. The ratio, divided by sqrt(1 + 1/n) for the error of their
+    mean, therefore follows Student's t with n - 1 degrees of freedom, whose tail is heavier than the Gaussian one.
+    Where the tail probability underflows, Wallace's approximation replaces the exact conversion.
+
+    Args:
+        ratio: SNR divided by the empirical standard deviation.
+        n: Number of independent values, above 1.
+
+    Returns:
+        The value that a Gaussian of unit variance exceeds with the same probability: 5 means 5 sigma at every
+        separation.
+
+    Reference:
+        Mawet et al. 2014, ApJ 792, 97; Wallace 1959, Ann. Math. Stat. 30, 1124.
+
+    Example:
+        >>> round(float(significance(5.0, 1e9)), 3), round(float(significance(5.0, 12.0)), 3)
+        (5.0, 3.428)
+    """
+    value, degrees = np.asarray(ratio) / np.sqrt(1 + 1 / np.asarray(n)), np.minimum(np.asarray(n) - 1.0, MANY)
+    size = abs(value)
+    tail = student.sf(size, degrees)
+    wallace = (8 * degrees + 1) / (8 * degrees + 3) * np.sqrt(degrees * np.log1p(size**2 / degrees))
+    return np.sign(value) * np.where(tail > LEAST_TAIL, norm.isf(np.maximum(tail, LEAST_TAIL)), wallace)
+
+
+def ratio_at(
+    significance_: Float[np.ndarray, "*shape"] | float, n: Float[np.ndarray, "*shape"] | float
+) -> Float[np.ndarray, "*shape"]:
+    """Invert `significance`: the SNR over its empirical standard deviation that has a given significance.
+
+    Args:
+        significance_: Gaussian significance, at most 37.
+        n: Number of independent values behind the standard deviation.
+
+    Returns:
+        The ratio.
+    """
+    return student.isf(norm.sf(significance_), np.asarray(n) - 1.0) * np.sqrt(1 + 1 / np.asarray(n))
 
 
 def null_values(

@@ -1,4 +1,4 @@
-"""Detection of point sources in a rotating stack: iterative detection, fit and removal of the brightest source.
+"""Detection of point sources in a rotating stack: iterative detection, fit and removal of the most significant source.
 
 A stack has one channel for each wavelength; angular differential imaging has a single one (`methods.paco.channels`).
 """
@@ -8,26 +8,29 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from pulmo_jax.evaluation.null_field import NullProfile, separation_map
-from pulmo_jax.inference.blank_positions import blank_places, blank_terms, error_factor
-from pulmo_jax.inference.search_noise import Noise, correlation_of, noise_of
-from pulmo_jax.inference.source_properties import Candidate, SourceSpectrum, describe, probability_of
+from pulmo_jax.inference.candidates import (
+    Candidate,
+    fit_candidates,
+    peaks,
+    refit_gain,
+    significance_of,
+    strongest,
+)
+from pulmo_jax.inference.search_noise import Noise, correlation_of, noise_of, theoretical
+from pulmo_jax.inference.source_properties import SourceSpectrum, describe
 from pulmo_jax.methods.paco import LikelihoodMaps, Observation, Settings
 from pulmo_jax.methods.paco.channels import Channels, as_channels, channel_maps
-from pulmo_jax.methods.paco.joint import SourceFit, fit_source, launch_fit, read_fit
+from pulmo_jax.methods.paco.joint import SourceFit, fit_sources
 from pulmo_jax.methods.paco.maps import footprint
-from pulmo_jax.methods.paco.removal import subtract, without, without_sources
+from pulmo_jax.methods.paco.removal import without_sources
 from pulmo_jax.methods.paco.spectral import Combination, as_spectra, combine_maps
 from pulmo_jax.types import PointSource, ProgressTracker, Say
 
-__all__ = [
-    "NORTH_DEG", "Candidate", "Noise", "Search", "SourceSpectrum", "error_factor", "find_sources", "highest",
-    "probability_of", "subtract", "without", "without_sources",
-]  # fmt: skip
-
 REFINEMENTS = 2  # rounds of fits of every source with all others removed
+APART = 4.0  # FWHM between the separations of sources that do not affect each other
 NORTH_DEG = 90.0  # direction of north, +y, in the derotated map, degrees from the x axis toward y
 
 
@@ -42,7 +45,8 @@ class Search:
         residual: The stack without the sources.
         null: Source-free noise maps: maps of the residual with reversed angles, computed in the same way.
         profile: Standard deviation of the null SNR by separation.
-        snr_calibrated: SNR divided by that standard deviation.
+        noise: The noise that significance refers to.
+        snr_calibrated: Gaussian significance of the SNR in the empirical null at its separation (Student's t).
         n_patch: Number of pixels of a patch.
         caveats: Limitations of the results.
         combination: Combination of the channels.
@@ -56,6 +60,7 @@ class Search:
     residual: Channels
     null: LikelihoodMaps
     profile: NullProfile
+    noise: Noise
     snr_calibrated: Float[np.ndarray, "H W"]
     n_patch: int
     caveats: tuple[str, ...]
@@ -64,38 +69,64 @@ class Search:
     spectra: list[SourceSpectrum]
 
 
-class Rule(NamedTuple):
+class Residual(NamedTuple):
+    """The stack without the known sources.
+
+    Attributes:
+        channels: The observation.
+        maps: Its maps, channels combined.
+        template: Index of the spectrum with the highest SNR at every pixel; -1 where there is none.
+        noise: Its noise, from maps with reversed angles.
+    """
+
+    channels: Channels
+    maps: LikelihoodMaps
+    template: Int[np.ndarray, "H W"]
+    noise: Noise
+
+
+class Criterion(NamedTuple):
     """Criterion for peaks to be sources.
 
     Attributes:
-        threshold: Minimum SNR of a source, in units of `spread`.
-        spread: Standard deviation of the null SNR at every pixel; 1 for the theoretical SNR.
+        threshold: Minimum significance.
+        calibrated: Whether the significance is that in the empirical null, or the theoretical SNR.
         max_sources: Maximum number of sources.
     """
 
     threshold: float
-    spread: Float[np.ndarray, "H W"]
+    calibrated: bool
     max_sources: int
+
+    def noise(self, residual: Residual) -> Noise:
+        """Noise that the significance refers to."""
+        return residual.noise if self.calibrated else theoretical(residual.noise)
 
 
 def find_sources(
     observation: Observation | Channels,
     settings: Settings,
     threshold: float = 5.0,
-    calibrated: bool = False,
+    calibrated: bool = True,
     max_sources: int = 20,
     north_deg: float = NORTH_DEG,
     say: Say = lambda text: None,
     track: ProgressTracker = lambda items, total: items,
     spectra: Float[np.ndarray, "M L"] | None = None,
 ) -> Search:
-    """Detect, characterise and remove sources, brightest first.
+    """Detect, characterise and remove sources, the most significant first.
+
+    In each round, the local maxima of the SNR map are refitted with a noise model that excludes them (see
+    `inference.candidates`). The most significant one is a source if it reaches the threshold. It is removed from the
+    stack, and the maps and the null are computed again. Sources that do not reach the threshold in the final null are
+    discarded.
 
     Args:
         observation: Rotating stack of one or more channels.
         settings: Settings of the noise model and the maps.
-        threshold: Minimum SNR of a source.
-        calibrated: Whether the threshold applies to the SNR divided by the spread of the empirical null.
+        threshold: Minimum significance of a source.
+        calibrated: Whether the threshold applies to the significance in the empirical null (Student's t), or to the
+            theoretical SNR.
         max_sources: Maximum number of sources.
         north_deg: Direction of north in the derotated map, degrees from the x axis toward y.
         say: Called with a line of text before each stage.
@@ -110,126 +141,128 @@ def find_sources(
     Raises:
         InputError: If a spectrum does not fit the channels, or no patch fits into the frames.
     """
-    channels = as_channels(observation)
+    channels, criterion = as_channels(observation), Criterion(threshold, calibrated, max_sources)
     spectra = as_spectra(spectra, len(channels.kept))[:, channels.kept]
-    each = channel_maps(channels, settings, track=track)
-    say("null map with reversed angles")
-    nulls = channel_maps(channels, settings, reversed_angles=True, track=track)
-    combination = Combination(*correlation_of(nulls, channels), spectra)
-    noise = noise_of(nulls, channels, combination)
-    separation = separation_map(channels.shape, channels.centre)
-    spread = noise.profile.std_at(separation) if calibrated else np.ones(channels.shape)
-    rule = Rule(threshold, spread, max_sources)
-    maps, template = combine_maps(each, separation, combination)
-    found = search_peaks(channels, settings, (maps, template), combination, rule, say, track)
-    found = refine(channels, settings, found)
-    residual = without_sources(channels, [candidate.fit for candidate in found])
-    if found:
-        say("null map without the sources")
-        noise = noise_of(channel_maps(residual, settings, reversed_angles=True, track=track), channels, combination)
-    described = describe_all(found, residual, settings, noise, combination, north_deg)
-    caveats = (*channels.caveats, *(caveat for caveat in maps.caveats if caveat not in channels.caveats))
-    if len(found) == max_sources:
+
+    def survey(known: Sequence[Candidate], combination: Combination | None = None) -> tuple[Residual, Combination]:
+        residual = without_sources(channels, [candidate.fit for candidate in known])
+        each = channel_maps(residual, settings, track=track)
+        say("null map with reversed angles" + " without the sources" * bool(known))
+        nulls = channel_maps(residual, settings, reversed_angles=True, track=track)
+        using = combination or Combination(*correlation_of(nulls, channels), spectra)
+        maps, template = combine_maps(each, separation_map(channels.shape, channels.centre), using)
+        return Residual(residual, maps, template, noise_of(nulls, channels, using)), using
+
+    first, combination = survey([])
+    current, found, fitted = first, list[Candidate](), dict[tuple[int, int], Candidate]()
+    while len(found) < max_sources:
+        best = next_source(current, settings, combination, criterion, found, fitted)
+        if best is None:
+            break
+        found = refine(channels, settings, [*found, best], 1)
+        say(f"a source near (y, x) = ({best.fit.place[0]:.1f}, {best.fit.place[1]:.1f})")
+        fitted = far_from(best, fitted, channels)
+        current, _ = survey(found, combination)
+    reached_limit = len(found) == max_sources > 0
+    if len(found) > 1:
+        found = refine(channels, settings, found, REFINEMENTS - 1)
+        current, _ = survey(found, combination)
+    gain = refit_gain(current.channels, settings, combination, current.noise) if found else 1.0
+    while found:
+        noise = replace(criterion.noise(current), refit_gain=gain)
+        values = [significance_of(one, channels, combination, noise) for one in found]
+        if min(values) >= threshold:
+            break
+        found = refine(channels, settings, [one for k, one in enumerate(found) if k != int(np.argmin(values))], 1)
+        current, _ = survey(found, combination)
+    noise = replace(current.noise, refit_gain=gain)
+    described = [
+        describe(number + 1, candidate, current.channels, noise, combination, north_deg, threshold)
+        for number, candidate in enumerate(found)
+    ]
+    caveats = (*channels.caveats, *(caveat for caveat in first.maps.caveats if caveat not in channels.caveats))
+    if reached_limit:
         caveats += (f"the search stopped at {max_sources} sources; there may be more",)
+    separation = separation_map(channels.shape, channels.centre)
     return Search(
-        maps=maps,
+        maps=first.maps,
         sources=[source for source, _ in described],
         fits=[candidate.fit for candidate in found],
-        residual=residual,
+        residual=current.channels,
         null=noise.null,
         profile=noise.profile,
-        snr_calibrated=maps.snr / noise.profile.std_at(separation),
+        noise=noise,
+        snr_calibrated=noise.significance(first.maps.snr, separation),
         n_patch=max(len(footprint(each.psf, settings.patch_radius_px)) for each in channels.each),
         caveats=caveats,
         combination=combination,
-        template=template,
+        template=first.template,
         spectra=[spectrum for _, spectrum in described],
     )
 
 
-def search_peaks(
-    channels: Channels,
+def next_source(
+    residual: Residual,
     settings: Settings,
-    maps: tuple[LikelihoodMaps, Int[np.ndarray, "H W"]],
     combination: Combination,
-    rule: Rule,
-    say: Say,
-    track: ProgressTracker,
-) -> list[Candidate]:
-    """Detect sources iteratively: fit a source to the highest SNR peak, remove it, and compute the maps again.
+    criterion: Criterion,
+    found: Sequence[Candidate],
+    fitted: dict[tuple[int, int], Candidate],
+) -> Candidate | None:
+    """Find the most significant source of a residual stack.
 
     Args:
-        channels: The observation.
+        residual: The stack without the known sources.
         settings: Settings of the noise model and the maps.
-        maps: Maps of the observation, channels combined, and the index of the best spectrum at every pixel.
         combination: Combination of the channels.
-        rule: Criterion for sources.
-        say: Called with a line of text for every source.
-        track: Shows progress over an iterable of known length.
+        criterion: Criterion for sources.
+        found: Known sources.
+        fitted: Candidates fitted in earlier rounds that no known source affects; extended by this round's.
 
     Returns:
-        Sources in the order of detection.
+        The source; None if no candidate reaches the threshold.
     """
-    separation = separation_map(channels.shape, channels.centre)
-    (current, template), residual = maps, channels
-    found: list[Candidate] = []
-    free = np.ones(channels.shape, bool)
-    while len(found) < rule.max_sources:
-        if (pixel := highest(current.snr / rule.spread, free, rule.threshold)) is None:
-            break
-        say(f"a source near (y, x) = {pixel}, SNR {current.snr[pixel]:.1f}")
-        fit = fit_source(residual, settings, np.array(pixel, float))
-        snr, flux, flux_std = (float(values[pixel]) for values in (current.snr, current.flux, current.flux_std))
-        found.append(Candidate(pixel, snr, flux, flux_std, int(template[pixel]), fit))
-        free &= separation_map(channels.shape, (float(pixel[0]), float(pixel[1]))) > channels.fwhm_px
-        residual = without_sources(channels, [candidate.fit for candidate in found])
-        current, template = combine_maps(channel_maps(residual, settings, track=track), separation, combination)
-    return found
+    channels, noise = residual.channels, criterion.noise(residual)
+    significance = noise.significance(residual.maps.snr, separation_map(channels.shape, channels.centre))
+    pixels = peaks(significance, channels, found, criterion.threshold)
+    new = [pixel for pixel in pixels if pixel not in fitted]
+    fitted |= {one.pixel: one for one in fit_candidates(channels, settings, residual.maps, residual.template, new)}
+    best, value = strongest([fitted[pixel] for pixel in pixels], channels, combination, noise, found)
+    return best if value >= criterion.threshold else None
 
 
-def highest(snr: Float[np.ndarray, "H W"], free: Bool[np.ndarray, "H W"], threshold: float) -> tuple[int, int] | None:
-    """Pixel with the highest value among the free ones; None if the value is below the threshold."""
-    values = np.where(free & np.isfinite(snr), snr, -np.inf)
-    y, x = np.unravel_index(values.argmax(), values.shape)
-    return (int(y), int(x)) if values[y, x] >= threshold else None
+def far_from(
+    source: Candidate, fitted: dict[tuple[int, int], Candidate], channels: Channels
+) -> dict[tuple[int, int], Candidate]:
+    """Keep the candidates whose separation differs from that of a source by more than APART FWHM.
+
+    Their patches and those of the source never overlap, so that its removal does not change them.
+    """
+
+    def separation(candidate: Candidate) -> float:
+        return float(np.linalg.norm(candidate.fit.place - np.array(channels.centre)))
+
+    limit = APART * channels.fwhm_px
+    return {pixel: one for pixel, one in fitted.items() if abs(separation(one) - separation(source)) > limit}
 
 
-def refine(channels: Channels, settings: Settings, found: Sequence[Candidate]) -> list[Candidate]:
-    """Fit every source again with all others removed, in REFINEMENTS rounds; a single source is unchanged.
-
-    The fits of a round are dispatched together and read together.
+def refine(channels: Channels, settings: Settings, found: Sequence[Candidate], rounds: int) -> list[Candidate]:
+    """Fit every source again with all others removed; a single source is unchanged.
 
     Args:
         channels: The observation.
         settings: Settings of the noise model and the maps.
         found: Sources.
+        rounds: Number of rounds.
 
     Returns:
         Sources with new fits.
     """
     found = list(found)
-    for _ in range(REFINEMENTS * (len(found) > 1)):
-        started = []
+    for _ in range(rounds * (len(found) > 1)):
+        fits = []
         for number, candidate in enumerate(found):
             others = [other.fit for k, other in enumerate(found) if k != number]
-            started.append(launch_fit(without_sources(channels, others), settings, candidate.fit.place))
-        fits = [read_fit(channels, fit) for fit in started]
+            fits += fit_sources(without_sources(channels, others), settings, candidate.fit.place[None])
         found = [replace(candidate, fit=fit) for candidate, fit in zip(found, fits, strict=True)]
     return found
-
-
-def describe_all(
-    found: Sequence[Candidate],
-    residual: Channels,
-    settings: Settings,
-    noise: Noise,
-    combination: Combination,
-    north_deg: float,
-) -> list[tuple[PointSource, SourceSpectrum]]:
-    """Characterise every source with the scatter of the flux at blank positions (see `describe`)."""
-    places = [candidate.fit.place for candidate in found]
-    blanks = blank_terms(residual, settings, [blank_places(residual, place, places) for place in places])
-    return [
-        describe(number + 1, candidate, residual, terms, noise, combination, north_deg)
-        for number, (candidate, terms) in enumerate(zip(found, blanks, strict=True))
-    ]

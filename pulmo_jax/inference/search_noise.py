@@ -1,17 +1,21 @@
 """Noise of a search, from maps with reversed angles: its correlation between channels, its spread, false alarms."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 
 from pulmo_jax.evaluation.null_field import (
+    FALSE_ALARM_FLOOR,
+    MANY,
     NullProfile,
     correlation_area,
     field_false_alarm,
     null_profile,
+    ratio_at,
     separation_map,
+    significance,
 )
 from pulmo_jax.methods.paco import LikelihoodMaps
 from pulmo_jax.methods.paco.channels import Channels
@@ -27,17 +31,43 @@ class Noise:
         profile: Standard deviation of the null SNR of a single spectrum, by separation.
         field: Null SNR of that spectrum divided by its standard deviation: a field of unit variance.
         trials: Number of spectra that were tried.
+        refit_gain: Ratio of debiased SNR to SNR of the map for peaks of the noise (see `candidates.refit_gain`).
     """
 
     null: LikelihoodMaps
     profile: NullProfile
     field: Float[np.ndarray, "H W"]
     trials: int
+    refit_gain: float = 1.0
 
-    def false_alarm(self, snr: float) -> float:
-        """Probability that noise alone has a calibrated peak of at least this SNR anywhere, with any of the spectra."""
-        single = np.minimum(field_false_alarm(snr, self.field), 1 - 1e-16)
-        return float(-np.expm1(self.trials * np.log1p(-single)))
+    def significance(
+        self, snr: Float[np.ndarray, "*shape"] | float, separation_px: Float[np.ndarray, "*shape"] | float
+    ) -> Float[np.ndarray, "*shape"]:
+        """Gaussian significance of an SNR in the empirical null of its separation (see `null_field.significance`)."""
+        n = np.interp(separation_px, self.profile.separation_px, self.profile.n)
+        return significance(snr / self.profile.std_at(separation_px), n)
+
+    def factor(self, separation_px: float) -> float:
+        """Ratio of empirical to formal standard deviation, with the error of its mean (Mawet et al. 2014)."""
+        n = np.interp(separation_px, self.profile.separation_px, self.profile.n)
+        return float(self.profile.std_at(separation_px) * np.sqrt(1 + 1 / n))
+
+    def ratio_at(self, significance: float, separation_px: float) -> float:
+        """SNR that has a given significance at a separation (the inverse of `significance`)."""
+        n = np.interp(separation_px, self.profile.separation_px, self.profile.n)
+        return float(ratio_at(significance, n) * self.profile.std_at(separation_px))
+
+    def false_alarm(self, value: float) -> float:
+        """Probability that noise alone has a peak of at least this significance anywhere, with any of the spectra.
+
+        Args:
+            value: Significance of the peak.
+
+        Returns:
+            The probability, at least FALSE_ALARM_FLOOR.
+        """
+        single = np.minimum(field_false_alarm(value, self.field), 1 - 1e-16)
+        return max(float(-np.expm1(self.trials * np.log1p(-single))), FALSE_ALARM_FLOOR)
 
 
 def correlation_of(
@@ -84,3 +114,10 @@ def noise_of(nulls: Sequence[LikelihoodMaps], channels: Channels, combination: C
     widest = int(np.argmax([profile.std.mean() for profile in profiles]))
     std = profiles[widest].std_at(separation)
     return Noise(together, profiles[widest], alone[widest] / std, n_spectra)
+
+
+def theoretical(noise: Noise) -> Noise:
+    """Noise of unit variance, as the likelihood assumes it: the significance of an SNR is the SNR itself."""
+    profile = noise.profile
+    ones, many = np.ones_like(profile.std), np.full_like(profile.std, MANY)
+    return replace(noise, profile=replace(profile, std=ones, low=ones, high=ones, n=many))

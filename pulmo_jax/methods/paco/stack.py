@@ -45,6 +45,7 @@ class Patch(NamedTuple):
         shape: Height and width of the frames, px.
         weights_error: Relative tolerance of the frame weights in robust mode; None in the other modes.
         step_bytes: Working memory of one step, bytes.
+        n_distinct: Upper bound on the different patches along a track (see `tracks.distinct_pixels`), at most T.
     """
 
     shrinkage: ShrinkageName
@@ -53,6 +54,7 @@ class Patch(NamedTuple):
     shape: tuple[int, int]
     weights_error: float | None = None
     step_bytes: int = 2**23
+    n_distinct: int = 2**31
 
     @property
     def extent_px(self) -> int:

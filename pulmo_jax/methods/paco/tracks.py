@@ -4,7 +4,7 @@ The noise is learnt from the stack plus a multiple of the source. The same funct
 measure throughput), remove one (F18, Algorithm 3) and fit its position (`source_fit`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,9 +18,12 @@ from pulmo_jax.methods.paco.batching import map_channels, map_in_batches, map_so
 from pulmo_jax.methods.paco.stack import Patch, Stack, prepare
 
 __all__ = [
-    "Noise", "Patch", "Stack", "Trail", "inject", "inject_channels", "learn", "own_patches", "positions", "prepare",
-    "template", "terms", "trail_of",
+    "Noise", "Patch", "Stack", "Trail", "distinct_pixels", "inject", "inject_channels", "learn", "own_patches",
+    "passing_source", "positions", "prepare", "template", "terms", "trail_of",
 ]  # fmt: skip
+
+
+DISTINCT_STEP = 8
 
 
 class Trail(NamedTuple):
@@ -29,10 +32,15 @@ class Trail(NamedTuple):
     Attributes:
         pixel: Pixel (row, column) nearest to the track in each frame; an arbitrary valid one if no patch fits there.
         usable: Whether a patch can be centred on the track in that frame.
+        distinct: The D different ones among these pixels, padded by repetition; close to the star the track stays on
+            a pixel for many frames, and their patch is learnt once.
+        index: Index of each frame's pixel among the distinct ones.
     """
 
     pixel: Int[Array, "T 2"]
     usable: Bool[Array, "T"]
+    distinct: Int[Array, "D 2"]
+    index: Int[Array, "T"]
 
 
 class Noise(NamedTuple):
@@ -60,7 +68,46 @@ def trail_of(stack: Stack, place: Float[Array, "2"], patch: Patch) -> Trail:
     usable = inside & stack.whole[pixel[:, 0] * patch.shape[1] + pixel[:, 1]]
     # Frames without a patch use an arbitrary valid one, and are masked by `usable`.
     instead = jnp.stack(jnp.divmod(jnp.argmax(stack.whole), patch.shape[1])).astype(jnp.int32)
-    return Trail(jnp.where(usable[:, None], pixel, instead), usable)
+    pixel = jnp.where(usable[:, None], pixel, instead)
+    distinct, index = without_repetition(pixel[:, 0] * patch.shape[1] + pixel[:, 1], patch.n_distinct)
+    return Trail(pixel, usable, jnp.stack(jnp.divmod(distinct, patch.shape[1]), -1), index)
+
+
+def without_repetition(values: Int[Array, "T"], most: int) -> tuple[Int[Array, "D"], Int[Array, "T"]]:
+    """Find the different ones among integers, in the order of their first occurrence.
+
+    Args:
+        values: T integers.
+        most: Upper bound on the number of different ones.
+
+    Returns:
+        min(most, T) values, padded with the first one, and the index of each integer among them. Were there more
+        different ones, the index of the others would be invalid, which `learn` turns into NaN.
+    """
+    first = jnp.argmax(values[:, None] == values, axis=1)
+    is_first = first == jnp.arange(len(values))
+    rank = jnp.cumsum(is_first) - 1
+    n = min(most, len(values))
+    distinct = jnp.full(n, values[0]).at[jnp.where(is_first, rank, n)].set(values, mode="drop")
+    return distinct, rank[first]
+
+
+def distinct_pixels(angles_deg: Float[np.ndarray, "T"], separation_px: float) -> int:
+    """Bound the number of different pixels that are nearest to a track.
+
+    Along a part of the arc on which a coordinate is monotone, the track crosses at most one more boundary between
+    pixels than the coordinate changes in px. An arc of up to 180 degrees has at most two such parts per coordinate.
+
+    Args:
+        angles_deg: Angle of each frame, degrees.
+        separation_px: Distance of the source from the centre of rotation, px.
+
+    Returns:
+        The bound, at most T; a multiple of DISTINCT_STEP below it, because each value is compiled once.
+    """
+    arc = np.deg2rad(geometry.rotation_deg(angles_deg))
+    crossed = np.sqrt(2) * separation_px * arc + 4 * np.ceil(arc / np.pi) + 1
+    return int(min(len(angles_deg), DISTINCT_STEP * np.ceil(crossed / DISTINCT_STEP)))  # an infinite bound is T
 
 
 def learn(stack: Stack, trail: Trail, place: Float[Array, "2"], flux: Float[Array, ""], patch: Patch) -> Noise:
@@ -76,31 +123,53 @@ def learn(stack: Stack, trail: Trail, place: Float[Array, "2"], flux: Float[Arra
     Returns:
         Mean and Cholesky factor for each frame's patch.
     """
-    offsets = np.array(patch.offsets)
-    flat = patches.flat_offsets(offsets, patch.shape[1])
+    flat = patches.flat_offsets(np.array(patch.offsets), patch.shape[1])
     shrinkage = covariance.shrinkage_factor(patch.shrinkage, patch.rho)
-    pixel, shift = geometry.nearest(positions(stack, place), patch.extent_px)
-    stamps, corner = psf.shift(stack.stamp, shift), pixel - len(stack.stamp) // 2
+    source_at = passing_source(stack, place, patch)
 
-    def learn_patch(frame_and_centre: tuple[Array, Array]) -> Noise:
-        frame, centre = frame_and_centre
-        y, x = (centre + offsets).T
+    def learn_patch(centre: Array) -> tuple[Array, Array, Array]:
         location = centre[0] * patch.shape[1] + centre[1]
         usable = stack.usable[location + flat]
-        source = psf.render(stamps, corner, y[:, None], x[:, None]).T  # (T, P)
-        samples = patches.extract(stack.deviations, location, flat) + flux * jnp.where(usable, source, 0)
+        samples = patches.extract(stack.deviations, location, flat) + flux * jnp.where(usable, source_at(centre), 0)
         if patch.weights_error is not None:
             fit = robust.scale_mixture(samples, stack.n[location], shrinkage, patch.weights_error)
-            return Noise(fit.statistics.mean, fit.statistics.factor.lower / jnp.sqrt(fit.weights[frame]))
+            return fit.statistics.mean, fit.statistics.factor.lower, fit.weights
         mean = samples.mean(0)
         s = covariance.sample_covariance(samples - mean)
         rho = shrinkage(s, samples - mean, stack.n[location])
-        return Noise(mean, covariance.factorise(covariance.shrink(s, rho), jnp.diag(s) > 0).lower)
+        lower = covariance.factorise(covariance.shrink(s, rho), jnp.diag(s) > 0).lower
+        return mean, lower, jnp.ones((), lower.dtype)
 
-    n_frames = len(trail.pixel)
-    return map_in_batches(
-        learn_patch, (jnp.arange(n_frames), trail.pixel), min(n_frames, patches_at_once(stack.deviations, patch))
-    )
+    n_distinct = len(trail.distinct)
+    found = map_in_batches(learn_patch, trail.distinct, min(n_distinct, patches_at_once(stack.deviations, patch)))
+    mean, lower = (part.at[trail.index].get(mode="fill", fill_value=jnp.nan) for part in found[:2])
+    if patch.weights_error is not None:
+        lower /= jnp.sqrt(found[2][trail.index, jnp.arange(len(trail.index))])[:, None, None]
+    return Noise(mean, lower)
+
+
+def passing_source(
+    stack: Stack, place: Float[Array, "2"], patch: Patch
+) -> Callable[[Int[Array, "2"]], Float[Array, "T P"]]:
+    """Return a function of a pixel: the source of flux 1 on the patch centred there, in every frame.
+
+    Args:
+        stack: Arrays of the observation.
+        place: Position (y, x) of the source in the derotated map, px.
+        patch: Static settings.
+
+    Returns:
+        The function.
+    """
+    offsets = np.array(patch.offsets)
+    pixel, shift = geometry.nearest(positions(stack, place), patch.extent_px)
+    stamps, corner = psf.shift(stack.stamp, shift), pixel - len(stack.stamp) // 2
+
+    def source_at(centre: Array) -> Array:
+        y, x = (centre + offsets).T
+        return psf.render(stamps, corner, y[:, None], x[:, None]).T
+
+    return source_at
 
 
 def own_patches(stack: Stack, trail: Trail, patch: Patch) -> tuple[Float[Array, "T P"], Bool[Array, "T P"]]:
@@ -124,26 +193,30 @@ def terms(
     learnt_flux: Float[Array, ""],
     seen_flux: Float[Array, ""],
     patch: Patch,
+    at: Float[Array, "2"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Compute likelihood terms a and b of a source at `place` (F18 eq. 14), with a source there added to the data.
+    """Compute likelihood terms a and b (F18 eq. 14) with a source added to the data.
 
     Equal fluxes simulate an injection; (-flux, 0) is one iteration of Algorithm 3.
 
     Args:
         stack: Arrays of the observation.
-        place: Position (y, x) in the derotated map, px.
+        place: Position (y, x) of the source in the derotated map, px.
         learnt_flux: Flux added to the frames from which the noise is learnt, in units of the deviations.
         seen_flux: Flux added to the frames in which the source is detected, in the same units.
         patch: Static settings.
+        at: Position (y, x) of the terms, px; that of the source by default.
 
     Returns:
         a and b, summed over the frames; 0 if no frame has a patch.
     """
-    trail = trail_of(stack, place, patch)
+    at = place if at is None else at
+    trail = trail_of(stack, at, patch)
     noise = learn(stack, trail, place, learnt_flux, patch)
     data, usable = own_patches(stack, trail, patch)
-    h = jnp.where(usable, template(stack, trail, place, patch), 0)
-    a, b = jax.vmap(likelihood.terms)(h, data + seen_flux * h - noise.mean, noise.lower)
+    source = jnp.where(usable, template(stack, trail, place, patch), 0)
+    h = jnp.where(usable, template(stack, trail, at, patch), 0)
+    a, b = jax.vmap(likelihood.terms)(h, data + seen_flux * source - noise.mean, noise.lower)
     return jnp.where(trail.usable, a, 0).sum(), jnp.where(trail.usable, b, 0).sum()
 
 
@@ -163,7 +236,7 @@ def inject(
         a and b of each source; 0 if no frame has a patch.
     """
     with jax.default_matmul_precision("highest"):
-        return inject_all(stack, patch, places, fluxes)
+        return inject_all(stack, patch, places, fluxes, places)
 
 
 @partial(jax.jit, static_argnames=("patches_",))
@@ -172,30 +245,32 @@ def inject_channels(
     patches_: tuple[Patch, ...],
     places: Float[Array, "L N 2"],
     fluxes: Float[Array, "L N"],
+    at: Float[Array, "L N 2"],
 ) -> tuple[Float[Array, "L N"], Float[Array, "L N"]]:
-    """Run `inject` in every channel, in one program.
+    """Compute the likelihood terms near N sources, each injected separately, in every channel, in one program.
 
     Args:
         stacks: Arrays of each of the L channels.
         patches_: Static settings of each channel.
-        places: Positions (y, x) in each channel's derotated map, px.
+        places: Positions (y, x) of the sources in each channel's derotated map, px.
         fluxes: Fluxes, in units of each channel's deviations.
+        at: Position (y, x) of the terms of each source, within the PSF's stamp, px.
 
     Returns:
         a and b of each source in each channel.
     """
     with jax.default_matmul_precision("highest"):
-        found = map_channels(inject_all, stacks, patches_, places, fluxes)
+        found = map_channels(inject_all, stacks, patches_, places, fluxes, at)
     a, b = zip(*found, strict=True)
     return jnp.stack(a), jnp.stack(b)
 
 
 def inject_all(
-    stack: Stack, patch: Patch, places: Float[Array, "N 2"], fluxes: Float[Array, "N"]
+    stack: Stack, patch: Patch, places: Float[Array, "N 2"], fluxes: Float[Array, "N"], at: Float[Array, "N 2"]
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Uncompiled body of `inject`, for use in larger programs."""
 
-    def inject_one(patch: Patch, place: Array, flux: Array) -> tuple[Array, Array]:
-        return terms(stack, place, flux, flux, patch)
+    def inject_one(patch: Patch, place: Array, flux: Array, at: Array) -> tuple[Array, Array]:
+        return terms(stack, place, flux, flux, patch, at)
 
-    return map_sources(inject_one, stack.deviations, patch, places, fluxes)
+    return map_sources(inject_one, stack.deviations, patch, places, fluxes, at)

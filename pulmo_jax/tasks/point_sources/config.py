@@ -138,10 +138,11 @@ class PacoConfig(Section):
 class SearchConfig(Section):
     """Selection of the detected sources."""
 
-    threshold: Float = Field(default=5.0, gt=0, description="detection threshold in SNR")
+    threshold: Float = Field(default=5.0, gt=0, description="detection threshold, standard deviations of a Gaussian")
     snr: Literal["theoretical", "calibrated"] = Field(
-        default="theoretical",
-        description="b/sqrt(a), or b/sqrt(a) divided by the empirical noise at the same separation",
+        default="calibrated",
+        description="quantity compared with the threshold: the significance in the empirical noise at the same "
+        "separation (Student's t), or the theoretical SNR b/sqrt(a)",
     )
     max_sources: Int = Field(default=20, ge=0, description="maximum number of sources")
 

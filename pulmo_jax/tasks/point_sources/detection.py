@@ -13,9 +13,9 @@ from jaxtyping import Float
 
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.sources.missing import float_dtype, with_nan
-from pulmo_jax.evaluation.contrast import Contrast, contrast_curve
 from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.host.files import write_json, write_text
+from pulmo_jax.inference.contrast import Contrast, contrast_curve
 from pulmo_jax.inference.point_sources import Search, find_sources
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.methods.paco.spectral import as_spectra
@@ -113,14 +113,13 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
     if not config.contrast.rings:
         return result, search
     contrast = contrast_curve(
-        search.residual,
+        search,
         settings,
         config.search.threshold,
+        config.search.snr == "calibrated",
         config.contrast.directions,
         config.contrast.rings,
-        search.profile if config.search.snr == "calibrated" else None,
-        track=tracker(place.console, "injecting, round by round"),
-        using=search.combination,
+        tracker(place.console, "injecting, round by round"),
     )
     return replace(result, contrast=contrast), search
 

@@ -11,9 +11,9 @@ import rich.table
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import SpectralStack
 from pulmo_jax.data.sample_facts import STACK, sample_line
-from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.evaluation.null_field import null_values
 from pulmo_jax.host.console import Console
+from pulmo_jax.inference.contrast import Contrast
 from pulmo_jax.inference.point_sources import Search
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.reporting import figures

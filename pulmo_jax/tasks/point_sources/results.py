@@ -9,7 +9,7 @@ import numpy as np
 from pulmo_jax import __version__
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.observing_date import observed_mjd
-from pulmo_jax.evaluation.contrast import Contrast, throughput_map
+from pulmo_jax.inference.contrast import Contrast, throughput_map
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum

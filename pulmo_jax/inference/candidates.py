@@ -1,0 +1,224 @@
+"""Candidate sources: local maxima of the SNR map, each refitted with a noise model that excludes it, and judged.
+
+A source is part of the stack from which its noise is learnt. Far from the star it leaves a patch after a few frames,
+and the SNR of the map grows with its flux. Close to the star it does not: the SNR has a maximum of a few units and then
+falls with the flux, so that the brightest sources are missed. Algorithm 3 of F18 learns the noise without the source.
+Its flux f has the standard deviation s = 1 / (throughput sqrt(a)) (see `source_fit.Fit`), and f / s grows with the flux
+without limit; for a faint source it equals the SNR of the map, so that it has the null distribution of the map.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.ndimage import maximum_filter
+
+from pulmo_jax.core.geometry import rotation_deg
+from pulmo_jax.evaluation.null_field import separation_map
+from pulmo_jax.inference.search_noise import Noise
+from pulmo_jax.methods.paco import LikelihoodMaps, Settings
+from pulmo_jax.methods.paco.channels import Channels
+from pulmo_jax.methods.paco.joint import SourceFit, fit_sources
+from pulmo_jax.methods.paco.spectral import Combination, Combined, combine
+
+CLOSE = 3.0  # FWHM that a source moves, and its separation, below which it may hide in its own noise model
+LOW_CLOSE = 1.0  # lowest significance of a candidate there; injections of any flux from the limit exceed it
+MOST_CLOSE = 12  # highest candidates there
+LOW_NULL = 2.0  # lowest significance of the peaks of the null that are fitted
+MOST_NULL_PEAKS = 8  # highest peaks of the null that are fitted
+MIN_PEAKS = 3  # smallest number of peaks of the null that measure their gain
+MOST_CANDIDATES = 32  # highest peaks that are fitted in a round
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A peak of the SNR map and the source fitted to it.
+
+    Attributes:
+        pixel: Row and column of the peak.
+        snr: SNR there, with brighter sources removed.
+        flux: Flux b / a of the map there.
+        flux_std: Standard deviation of that flux.
+        template: Index of the spectrum with the highest SNR.
+        fit: Position and unbiased fluxes.
+    """
+
+    pixel: tuple[int, int]
+    snr: float
+    flux: float
+    flux_std: float
+    template: int
+    fit: SourceFit
+
+
+def peaks(
+    significance: Float[np.ndarray, "H W"], channels: Channels, taken: Sequence[Candidate], threshold: float
+) -> list[tuple[int, int]]:
+    """Select the local maxima that may be sources.
+
+    Args:
+        significance: Significance of the SNR at every pixel; NaN where there is none.
+        channels: The observation.
+        taken: Known sources; peaks within one FWHM of one are its residuals.
+        threshold: Lowest significance of a source.
+
+    Returns:
+        At most MOST_CANDIDATES pixels (row, column).
+    """
+    values = np.where(np.isfinite(significance), significance, -np.inf)
+    lowest = np.where(is_close(channels), min(LOW_CLOSE, threshold), threshold)
+    chosen = (values == maximum_filter(values, 3, mode="constant", cval=-np.inf)) & (values >= lowest)
+    for known in taken:
+        y, x = known.fit.place
+        chosen &= separation_map(channels.shape, (float(y), float(x))) > channels.fwhm_px
+    close = is_close(channels)
+    ranked = sorted(map(tuple, np.argwhere(chosen).tolist()), key=lambda pixel: -values[pixel])
+    near, far = ([pixel for pixel in ranked if close[pixel] == side] for side in (True, False))
+    return [*far[: MOST_CANDIDATES - MOST_CLOSE], *near[:MOST_CLOSE]]
+
+
+def is_close(channels: Channels) -> Bool[np.ndarray, "H W"]:
+    """Pixels at which a source stays in a few patches: its separation or its path is shorter than CLOSE FWHM."""
+    return is_close_at(separation_map(channels.shape, channels.centre), channels)
+
+
+def is_close_at(separation_px: Float[np.ndarray, "*shape"], channels: Channels) -> Bool[np.ndarray, "*shape"]:
+    """Whether sources at given separations (px) are close to the star (see `is_close`)."""
+    arc = max(np.deg2rad(rotation_deg(one.angles_deg)) for one in channels.each)
+    return separation_px * min(1.0, float(arc)) <= CLOSE * channels.fwhm_px
+
+
+def fit_candidates(
+    channels: Channels,
+    settings: Settings,
+    maps: LikelihoodMaps,
+    template: Int[np.ndarray, "H W"],
+    pixels: Sequence[tuple[int, int]],
+) -> list[Candidate]:
+    """Fit a source to every peak, in one program.
+
+    Args:
+        channels: The observation, without the known sources.
+        settings: Settings of the noise model and the maps.
+        maps: Its maps, channels combined.
+        template: Index of the best spectrum at every pixel.
+        pixels: The peaks.
+
+    Returns:
+        A candidate for each peak.
+    """
+    if not pixels:
+        return []
+    fits = fit_sources(channels, settings, np.array(pixels, float))
+    return [
+        Candidate(
+            pixel,
+            float(maps.snr[pixel]),
+            float(maps.flux[pixel]),
+            float(maps.flux_std[pixel]),
+            int(template[pixel]),
+            fit,
+        )
+        for pixel, fit in zip(pixels, fits, strict=True)
+    ]
+
+
+def debiased(fit: SourceFit, channels: Channels, combination: Combination) -> Combined:
+    """Combine the unbiased fluxes of the channels, each with its standard deviation at a fixed position.
+
+    Args:
+        fit: A source.
+        channels: The observation.
+        combination: Combination of the channels; the spectrum with the highest SNR is chosen.
+
+    Returns:
+        The terms a, b and the spectrum: flux b / a of standard deviation 1 / sqrt(a).
+    """
+    units = np.array([one.unit for one in channels.each])
+    root_a = np.array([float(one.throughput) * np.sqrt(float(one.a)) for one in fit.each]) / units
+    a = np.where(np.isfinite(root_a) & (root_a > 0) & np.isfinite(fit.flux), root_a**2, np.nan)
+    separation = np.array(np.hypot(*(fit.place - np.array(channels.centre))))
+    return combine(a, a * fit.flux, separation, combination)
+
+
+def significance_of(candidate: Candidate, channels: Channels, combination: Combination, noise: Noise) -> float:
+    """Significance of a candidate in the null distribution at its separation.
+
+    It is that of its SNR in the map, or of its debiased SNR divided by the gain of noise peaks, whichever is higher.
+
+    Args:
+        candidate: A fitted peak.
+        channels: The observation.
+        combination: Combination of the channels.
+        noise: Noise of the search.
+
+    Returns:
+        The significance; -inf without a positive flux.
+    """
+    separation = float(np.hypot(*(candidate.fit.place - np.array(channels.centre))))
+    snr = debiased_snr(candidate.fit, channels, combination)
+    if not snr > 0:
+        return -np.inf
+    return float(noise.significance(max(candidate.snr, snr / noise.refit_gain), separation))
+
+
+def debiased_snr(fit: SourceFit, channels: Channels, combination: Combination) -> float:
+    """Combined debiased flux of a source over its standard deviation; NaN without one."""
+    total = debiased(fit, channels, combination)
+    return float(total.b / np.sqrt(total.a))
+
+
+def refit_gain(channels: Channels, settings: Settings, combination: Combination, noise: Noise) -> float:
+    """Measure by how much the debiased SNR of noise peaks exceeds their SNR in the map.
+
+    A fit moves to the maximum between the pixels, and a noise model without a peak of the noise is a little quieter
+    than one with it. The peaks of the null map are fitted as those of the map, with reversed angles.
+
+    Args:
+        channels: The observation, without the known sources.
+        settings: Settings of the noise model and the maps.
+        combination: Combination of the channels.
+        noise: Its noise.
+
+    Returns:
+        Median ratio over the peaks near the star, at least 1; 1 for fewer than MIN_PEAKS.
+    """
+    mirrored = channels.but_with([replace(one, angles_deg=-one.angles_deg) for one in channels.each])
+    values = noise.significance(noise.null.snr, separation_map(channels.shape, channels.centre))
+    pixels = peaks(np.where(is_close(channels), values, np.nan), mirrored, [], LOW_NULL)[:MOST_NULL_PEAKS]
+    if len(pixels) < MIN_PEAKS:
+        return 1.0
+    fits = fit_sources(mirrored, settings, np.array(pixels, float))
+    snr = np.array([debiased_snr(fit, mirrored, combination) for fit in fits])
+    ratios = snr / np.array([noise.null.snr[pixel] for pixel in pixels])
+    ratios = ratios[np.isfinite(ratios)]
+    return max(1.0, float(np.median(ratios))) if len(ratios) >= MIN_PEAKS else 1.0
+
+
+def strongest(
+    candidates: Sequence[Candidate],
+    channels: Channels,
+    combination: Combination,
+    noise: Noise,
+    taken: Sequence[Candidate],
+) -> tuple[Candidate | None, float]:
+    """Select the candidate of the highest significance that is not the residual of a known source.
+
+    Args:
+        candidates: Fitted peaks.
+        channels: The observation.
+        combination: Combination of the channels.
+        noise: Noise of the search.
+        taken: Known sources.
+
+    Returns:
+        The candidate and its significance; None and -inf without candidates.
+    """
+    best, highest = None, -np.inf
+    for candidate in candidates:
+        apart = [np.linalg.norm(candidate.fit.place - known.fit.place) > channels.fwhm_px for known in taken]
+        value = significance_of(candidate, channels, combination, noise) if all(apart) else -np.inf
+        if value > highest:
+            best, highest = candidate, value
+    return best, highest
