@@ -1,5 +1,6 @@
 """Typed config of `detect`: sources in a rotating image stack."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -15,8 +16,16 @@ def _is_file(path: PathLike) -> PathLike:
     return path
 
 
+def _is_star_flux(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if not (number or value is None or value == "psf"):
+        raise ValueError("must be a number greater than 0, psf, or null")
+    return value
+
+
 DataFile = Annotated[PathLike, AfterValidator(_is_file)]
 Spectrum = Annotated[DataFile | None, BeforeValidator(lambda value: None if value == "flat" else value)]
+StarFlux = Annotated[float | str | None, BeforeValidator(_is_star_flux)]
 Triple = tuple[Float, Float, Float]
 
 
@@ -75,8 +84,15 @@ class StackConfig(Section):
         description="normalisation of the PSF: unit flux within one FWHM or an aperture, unit peak, or none",
     )
     psf_aperture_px: Float | None = Field(default=None, gt=0, description="aperture radius for psf_flux=aperture")
-    star_flux: Float | None = Field(
-        default=None, gt=0, description="flux of the star in units of the normalised PSF, for contrasts; null: unknown"
+    star_flux: StarFlux = Field(
+        default=None,
+        description="flux of the star in units of the normalised PSF, for contrasts and magnitudes; psf: the flux of "
+        "data.psf times data.exposure_ratio; null: unknown",
+    )
+    exposure_ratio: Float = Field(
+        default=1.0,
+        gt=0,
+        description="for star_flux=psf: (exposure x filter transmission) of a frame of the cube / the same of data.psf",
     )
     max_image_mb: Int = Field(
         default=32768, ge=1, description="largest accepted array of a file, MiB; it must also fit into the free memory"
@@ -99,6 +115,11 @@ class StackConfig(Section):
             raise ValueError("data.spectrum needs data.wavelengths: one channel has no spectrum")
         if (self.psf_flux == "aperture") != (self.psf_aperture_px is not None):
             raise ValueError("data.psf_flux=aperture and data.psf_aperture_px=RADIUS belong together")
+        if self.exposure_ratio != 1 and self.star_flux != "psf":
+            raise ValueError(
+                f"data.exposure_ratio={self.exposure_ratio:g} and data.star_flux=psf belong together; a star_flux in "
+                "numbers is that of the star in a frame of the cube"
+            )
         return self
 
 
@@ -151,6 +172,11 @@ class ContrastConfig(Section):
 
     rings: Int = Field(default=12, ge=0, description="maximum number of separations; 0: no contrast curve")
     directions: Int = Field(default=8, ge=2, description="number of injections at each separation")
+    unit: Literal["auto", "psf", "contrast", "magnitudes"] = Field(
+        default="auto",
+        description="unit of fluxes in figures: psf (flux of the normalised PSF), contrast, or magnitudes (maps and "
+        "spectra then in contrast); auto: contrast if data.star_flux is given, else psf",
+    )
 
 
 def _is_detect_run(path: PathLike) -> PathLike:
@@ -238,6 +264,13 @@ class DetectConfig(Section):
     def _one_job(self) -> "DetectConfig":
         if self.epochs.runs and self.data.cube is not None:
             raise ValueError("data.cube and epochs.runs exclude each other: search the stack first, then combine runs")
+        if self.contrast.unit in ("contrast", "magnitudes") and self.data.star_flux is None and not self.epochs.runs:
+            raise ValueError(
+                f"contrast.unit={self.contrast.unit} needs data.star_flux: the flux of the star in a frame of the cube "
+                "without coronagraph, measured as that of the PSF (data.psf_flux). If data.psf is an image of this "
+                "star, give data.star_flux=psf and data.exposure_ratio=(exposure x transmission of a frame) / (those "
+                "of the PSF image)"
+            )
         return self
 
 

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from pulmo_jax import __version__
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.observing_date import observed_mjd
 from pulmo_jax.evaluation.contrast import Contrast, throughput_map
+from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum
 from pulmo_jax.tasks.point_sources.config import StackConfig
 from pulmo_jax.tasks.point_sources.report import Result, line_of
+from pulmo_jax.tasks.point_sources.units import FLUX_UNIT, RELATIVE, unit_code
 from pulmo_jax.types import PointSource
 
 
@@ -100,6 +103,8 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
         cards["NSPECTRA"] = (len(search.combination.spectra), "number of trial spectra, mean 1")
     if unit:
         cards["BUNIT"] = (unit, "psf: flux of the normalised PSF")
+    if (star := result.fluxes.star_mean) is not None:
+        cards["STARFLUX"] = (star, "flux of the star, unit of the flux map")
     if scale is not None:
         cards["PIXSCALE"] = (scale, "[arcsec/px]")
     if result.config.data.cube is not None and (mjd := observed_mjd(result.config.data.cube)) is not None:
@@ -107,45 +112,66 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
     return cards
 
 
-def detections_csv(sources: list[PointSource], data: StackConfig) -> str:
-    """detections.csv, with separations in arcsec and contrasts if pixel scale and stellar flux are known."""
-    names = [field.name for field in fields(PointSource)]
+def detections_csv(sources: list[PointSource], data: StackConfig, star_flux: float | None) -> str:
+    """detections.csv, with separations in arcsec, contrasts and magnitudes where they are known.
+
+    Args:
+        sources: Detected sources.
+        data: Keys of the stack.
+        star_flux: Flux of the star in units of the normalised PSF, if known.
+
+    Returns:
+        Content of the file.
+    """
+    names = [field.name for field in fields(PointSource)] + [FLUX_UNIT]
     scaled = ["separation_arcsec", "separation_arcsec_std"] if data.pixel_scale else []
-    contrasts = ["contrast", "contrast_std"] if data.star_flux else []
     rows = []
     for source in sources:
-        row = asdict(source)
+        row = asdict(source) | {FLUX_UNIT: unit_code(data)}
         if data.pixel_scale:
             row["separation_arcsec"] = source.separation_px * data.pixel_scale
             row["separation_arcsec_std"] = source.separation_px_std * data.pixel_scale
-        if data.star_flux:
-            row["contrast"] = source.flux_debiased / data.star_flux
-            row["contrast_std"] = source.flux_debiased_std_empirical / data.star_flux
+        if star_flux is not None:
+            relative = relative_photometry(source.flux_debiased, source.flux_debiased_std_empirical, star_flux)
+            row |= {name: float(value) for name, value in relative.items()}
         rows.append(row)
-    return as_csv([*names, *scaled, *contrasts], rows)
+    return as_csv([*names, *scaled, *(RELATIVE if star_flux is not None else ())], rows)
 
 
-def spectra_csv(spectra: list[SourceSpectrum]) -> str:
-    """spectra.csv: flux of every source in every channel."""
-    rows = [
-        {"label": s.label, "channel": k, "wavelength": s.wavelengths[k], "flux": s.flux[k], "flux_std": s.flux_std[k]}
-        | {"flux_std_empirical": s.flux_std_empirical[k], "template": s.template}
-        | {"template_probability": s.template_probability}
-        for s in spectra
-        for k in range(len(s.flux))
-    ]
-    names = ["label", "channel", "wavelength", "flux", "flux_std", "flux_std_empirical"]
-    names += ["template", "template_probability"]
-    return as_csv(names, rows)
+def spectra_csv(spectra: list[SourceSpectrum], data: StackConfig, star_flux: Float[np.ndarray, "L"] | None) -> str:
+    """spectra.csv: flux of every source in every channel.
+
+    Args:
+        spectra: Spectra of the sources.
+        data: Keys of the stack.
+        star_flux: Flux of the star in each channel, in units of the normalised PSF, if known.
+
+    Returns:
+        Content of the file.
+    """
+    rows = []
+    for s in spectra:
+        relative = {} if star_flux is None else relative_photometry(s.flux, s.flux_std_empirical, star_flux)
+        for k in range(len(s.flux)):
+            row = {"label": s.label, "channel": k, "wavelength": s.wavelengths[k], "flux": s.flux[k]}
+            row |= {
+                "flux_std": s.flux_std[k],
+                "flux_std_empirical": s.flux_std_empirical[k],
+                FLUX_UNIT: unit_code(data),
+            }
+            row |= {"template": s.template, "template_probability": s.template_probability}
+            rows.append(row | {name: values[k] for name, values in relative.items()})
+    names = ["label", "channel", "wavelength", "flux", "flux_std", "flux_std_empirical", FLUX_UNIT]
+    return as_csv([*names, "template", "template_probability", *(RELATIVE if star_flux is not None else ())], rows)
 
 
-def contrast_csv(contrast: Contrast, data: StackConfig) -> str:
+def contrast_csv(contrast: Contrast, data: StackConfig, star_flux: float | None) -> str:
     columns = {field.name: getattr(contrast, field.name) for field in fields(Contrast)}
     if data.pixel_scale:
         columns = {"separation_arcsec": contrast.separation_px * data.pixel_scale} | columns
-    if data.star_flux:
-        columns["contrast"] = contrast.limit / data.star_flux
-        columns["contrast_corrected"] = contrast.limit_corrected / data.star_flux
+    if star_flux is not None:
+        columns["contrast"] = contrast.limit / star_flux
+        columns["contrast_corrected"] = contrast.limit_corrected / star_flux
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return as_csv(list(columns), rows)
 
@@ -164,6 +190,8 @@ def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
         "shrinkage_median": float(np.nanmedian(search.maps.shrinkage)),
         "singular_locations": int(search.maps.singular.sum()),
         "psf_fwhm_px": result.channels.fwhm_px,
+        "flux_unit": unit_code(result.config.data),
+        "star_flux": result.fluxes.star_mean,
         "psf_error": search.maps.psf_error,
         "snr_error": search.maps.snr_error if np.isfinite(search.maps.snr_error) else None,
         "wavelengths": result.channels.wavelengths.tolist() if len(result.stack.wavelengths) > 1 else None,

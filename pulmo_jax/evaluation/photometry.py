@@ -1,0 +1,86 @@
+"""Photometry of point sources relative to their star: contrast, magnitude differences, and their errors.
+
+A source of flux f adds f times the normalised PSF to a frame. Its flux is thus in units of the PSF as normalised, which
+are pixel values of the frames, summed over an aperture or of the peak pixel. Divided by the flux of the star, measured
+in the same way, it is the contrast; magnitudes follow from the contrast.
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+from pulmo_jax.data.psf import FluxKind
+
+MAGNITUDES_PER_E_FOLD = 2.5 / np.log(10)
+Values = Float[np.ndarray, "*shape"] | float
+
+
+def delta_magnitude(contrast: Values) -> Float[np.ndarray, "*shape"]:
+    """Magnitude difference between a source and its star, positive for a source fainter than the star.
+
+    Args:
+        contrast: Flux of the source divided by the flux of the star.
+
+    Returns:
+        -2.5 log10(contrast), mag; NaN where the contrast is not positive.
+    """
+    values = np.asarray(contrast, float)
+    return -2.5 * np.log10(values, where=values > 0, out=np.full(values.shape, np.nan))
+
+
+def delta_magnitude_std(contrast: Values, contrast_std: Values) -> Float[np.ndarray, "*shape"]:
+    """Standard deviation of a magnitude difference, to first order in the relative error of the flux.
+
+    The error of a magnitude is asymmetric. At a flux of five standard deviations this one is 0.217 mag, where one
+    standard deviation more and less in flux are 0.198 and 0.242 mag.
+
+    Args:
+        contrast: Flux of the source divided by the flux of the star.
+        contrast_std: Standard deviation of the contrast.
+
+    Returns:
+        2.5 / ln(10) * contrast_std / contrast, mag; NaN where the contrast is not positive.
+    """
+    values, errors = np.broadcast_arrays(np.asarray(contrast, float), np.asarray(contrast_std, float))
+    relative = np.divide(errors, values, where=values > 0, out=np.full(values.shape, np.nan))
+    return MAGNITUDES_PER_E_FOLD * relative
+
+
+def relative_photometry(flux: Values, flux_std: Values, star_flux: Values) -> dict[str, Float[np.ndarray, "*shape"]]:
+    """Contrast and magnitude difference of a source with their errors.
+
+    Args:
+        flux: Flux of the source, in units of the normalised PSF.
+        flux_std: Standard deviation of the flux, same unit.
+        star_flux: Flux of the star, same unit. Its error is neglected.
+
+    Returns:
+        `contrast`, `contrast_std`, `delta_mag` and `delta_mag_std`; the magnitudes are NaN where the flux is not
+        positive.
+    """
+    contrast, contrast_std = np.asarray(flux, float) / star_flux, np.asarray(flux_std, float) / star_flux
+    return {
+        "contrast": contrast,
+        "contrast_std": contrast_std,
+        "delta_mag": delta_magnitude(contrast),
+        "delta_mag_std": delta_magnitude_std(contrast, contrast_std),
+    }
+
+
+def flux_unit(kind: FluxKind, aperture_px: float | None = None) -> str:
+    """Name the unit of fluxes for a normalisation of the PSF.
+
+    Args:
+        kind: Normalisation of the PSF.
+        aperture_px: Radius of the aperture, px, for the normalisation "aperture".
+
+    Returns:
+        The unit, for a sentence such as "Fluxes are in units of ...".
+    """
+    names = {
+        "fwhm": "the PSF with unit flux within one FWHM: pixel values of the cube, summed over a disc of diameter FWHM",
+        "aperture": "the PSF with unit flux in the aperture: pixel values of the cube, summed over a disc of radius "
+        f"{aperture_px or float('nan'):g} px",
+        "peak": "the PSF with unit peak: pixel values of the cube at the peak of the source",
+        "none": "the PSF image as given: a source of flux 1 is as bright as that image",
+    }
+    return names[kind]
