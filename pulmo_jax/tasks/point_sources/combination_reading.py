@@ -1,7 +1,7 @@
 """Reading of finished runs of `detect` as epochs in common units."""
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pulmo_jax.host.reading import open_regular, read_yaml
 from pulmo_jax.methods.paco.epochs import EpochMap
 from pulmo_jax.tasks.point_sources.combination_report import Epoch
 from pulmo_jax.tasks.point_sources.config import DetectConfig, EpochsConfig, StackConfig
+from pulmo_jax.tasks.point_sources.units import CONTRAST, unit_code
 from pulmo_jax.types import InputError
 
 LAST = "report.html"  # written last by detect, so it marks a finished run
@@ -35,6 +36,7 @@ class OpenedRun:
         fwhm_px: FWHM of the PSF.
         scale: Pixel scale, arcsec per pixel, if known.
         mjd: Modified Julian date, if known.
+        star_flux: Flux of the star in units of the normalised PSF, if known.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class OpenedRun:
     fwhm_px: float
     scale: float | None
     mjd: float | None
+    star_flux: float | None
 
 
 def open_epochs(config: DetectConfig) -> list[Epoch]:
@@ -63,8 +66,13 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
     dates = dates_of(runs, options)
     scales = scales_of(runs, options)
     check_alike(runs)
-    flux_units = [run.data.star_flux for run in runs]
+    flux_units = [run.star_flux for run in runs]
     known = all(unit is not None for unit in flux_units)
+    if config.contrast.unit in ("contrast", "magnitudes") and not known:
+        raise InputError(
+            f"contrast.unit={config.contrast.unit}: {runs[0].path} was made without data.star_flux, the flux of the "
+            "star; run detect again with it for every epoch"
+        )
     order = range(len(runs)) if dates is None else np.argsort(dates)
     epochs = []
     for i in order:
@@ -81,6 +89,7 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
                 map=as_epoch(run, scales[i], days, unit, calibrated, ""),
                 null=as_epoch(run, scales[i], days, unit, calibrated, "_null"),
                 synthetic=run.data.cube is None,
+                flux_unit=CONTRAST if known else unit_code(run.data),
             )
         )
     return epochs
@@ -115,7 +124,11 @@ def open_run(i: int, path: Path, max_bytes: int) -> OpenedRun:
         raise InputError(f"{path / 'a.fits'}: the star is at {centre} px, its FWHM {fwhm} px; run detect again")
     scale, mjd = data.pixel_scale, header.get("MJD-OBS")
     mjd = mjd if isinstance(mjd, float) and isfinite(mjd) else None
-    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd)
+    star = header.get("STARFLUX") if data.star_flux == "psf" else data.star_flux
+    if data.star_flux == "psf" and not (isinstance(star, float) and 0 < star < inf):
+        raise InputError(f"{path / 'a.fits'}: its header has no flux of the star (STARFLUX); run detect again")
+    star = None if star is None else float(star)
+    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd, star)
 
 
 def read_map(path: Path, name: str, max_bytes: int) -> Float[np.ndarray, "H W"]:

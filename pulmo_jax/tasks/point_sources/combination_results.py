@@ -8,10 +8,12 @@ import numpy as np
 
 from pulmo_jax import __version__
 from pulmo_jax.core.kepler import Orbit, period_days
+from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.inference.epochs import Track
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult
+from pulmo_jax.tasks.point_sources.units import FLUX_UNIT
 
 FULL_TURN = 360.0
 PERCENTILES = (16, 50, 84)
@@ -65,10 +67,14 @@ def detection_row(label: int, track: Track, result: CombinedResult) -> dict[str,
         "snr_combined": track.snr_combined,
         "flux_combined": track.flux,
         "flux_combined_std": track.flux_std,
+        FLUX_UNIT: result.flux_unit,
         "epochs": int((track.a > 0).sum()),
         "false_alarm_probability": result.combined.false_alarm(track.criterion),
         "false_alarm_gumbel": result.combined.extrapolated(track.criterion),
     }
+    if result.relative:
+        relative = relative_photometry(track.flux, track.flux_std, 1.0)
+        row |= {name: float(value) for name, value in relative.items()}
     for i in range(len(result.epochs)):
         flux = float(track.b[i] / track.a[i]) if track.a[i] > 0 else float("nan")
         row |= {f"y_{i + 1}": float(track.places[i, 0]), f"x_{i + 1}": float(track.places[i, 1])}

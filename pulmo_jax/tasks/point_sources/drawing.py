@@ -28,7 +28,6 @@ TICKS_IN = 0.4  # space for tick labels beside an image
 LABEL_PT, BESIDE_PT = 6.5, (9.0, 15.0)  # font size of source numbers, and their distances from the source
 COMPASS_PT, COMPASS_LABEL_PT, COMPASS_MARGIN_PT = 15.0, 21.0, 6.0  # arrows, distance of the letters, from the edge
 NORTH_UP_DEG = 0.05  # largest rotation at which the axes of a map are labelled as right ascension and declination
-MAX_TICKS = 7
 Number = float | int
 
 
@@ -81,7 +80,7 @@ def image_panels(n_panels: int, aspect: float, rest_in: float) -> tuple[Figure, 
     return figure, list(figure.subplots(n_rows, n_columns, squeeze=False).flat), panel_in
 
 
-def label_map_axes(panels: Sequence[Axes], sky: Sky) -> None:
+def label_map_axes(panels: Sequence[Axes], sky: Sky, most_ticks: int = 7) -> None:
     """Label the axes of maps: offsets from the star in arcsec where the pixel scale is known, otherwise pixels.
 
     The offsets are right ascension (times cos declination, increasing to the left) and declination if north is up, and
@@ -90,6 +89,7 @@ def label_map_axes(panels: Sequence[Axes], sky: Sky) -> None:
     Args:
         panels: Panels with the limits of their images, px.
         sky: Orientation and scale of the maps.
+        most_ticks: Largest number of ticks on the longer axis, approximately.
     """
     x_name, y_name, x_sign = ("ΔRA", "ΔDec", -1) if sky.north_up else ("Δx", "Δy", 1)
     for axes in panels:
@@ -102,7 +102,7 @@ def label_map_axes(panels: Sequence[Axes], sky: Sky) -> None:
             for axis, limits, middle, sign in zip(
                 (axes.xaxis, axes.yaxis), ends, sky.centre[::-1], (x_sign, 1), strict=True
             ):
-                n = max(2, round(MAX_TICKS * abs(limits[1] - limits[0]) / longest))
+                n = max(2, round(most_ticks * abs(limits[1] - limits[0]) / longest))
                 _offset_ticks(axis, limits, middle, sign / sky.pixel_scale, n)
         first = cast(SubplotSpec, axes.get_subplotspec()).is_first_col()
         axes.tick_params(labelleft=first)

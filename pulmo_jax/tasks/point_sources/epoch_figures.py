@@ -1,6 +1,7 @@
 """Figures of combined epochs: maps, SNR by epoch, tracks on the sky, and the noise.
 
-Maps have y upwards, the sky has north up and east to the left.
+Maps are drawn as they are stored, with y upwards; a compass shows north and east. Tracks are drawn with north up and
+east to the left.
 """
 
 import math
@@ -26,11 +27,20 @@ from pulmo_jax.reporting.figures import (
     literal,
     style,
 )
+from pulmo_jax.tasks.point_sources.drawing import (
+    BACKGROUND,
+    Number,
+    Sky,
+    add_compass,
+    label_map_axes,
+    write_labels,
+)
 
-BACKGROUND = "0.85"  # colour of NaN
 MAX_COLUMNS = 5
 SNR_LIMIT = 5.0
 SHOWN_SAMPLES = 60
+PANEL_PT = 120.0  # approximate side of a map, to place the numbers
+EPOCH_TICKS = 4
 WHITE = [patheffects.withStroke(linewidth=2.2, foreground="white")]
 MARK: dict[str, Any] = {"marker": "o", "ms": 9, "mfc": "none", "mec": "black", "mew": 0.9, "ls": "none"}
 STAR: dict[str, Any] = {"marker": "+", "ms": 6, "mec": "black", "mew": 1.0, "ls": "none"}
@@ -40,7 +50,7 @@ def combined_maps(
     criterion: Float[np.ndarray, "H W"],
     snr_combined: Float[np.ndarray, "H W"],
     threshold: float,
-    centre: tuple[float, float],
+    sky: Sky,
     places: Float[np.ndarray, "N 2"],
     names: tuple[str, str],
 ) -> Figure:
@@ -50,8 +60,8 @@ def combined_maps(
         criterion: Map of the criterion.
         snr_combined: Map of the SNR for a constant flux.
         threshold: Threshold of the criterion.
-        centre: Position (y, x) of the star, px.
-        places: Positions (y, x) of the sources, px.
+        sky: Position of the star, pixel scale, and direction of north.
+        places: Positions (y, x) of the sources, px, in the order of their numbers.
         names: Labels of the two maps.
 
     Returns:
@@ -74,24 +84,36 @@ def combined_maps(
         )
         figure.colorbar(image, ax=right, location="bottom", label=names[1], shrink=0.85)
         for axes in (left, right):
-            axes.autoscale(False)
-            _mark(axes, [(centre[1], centre[0])], STAR)
-            _mark(axes, [(x, y) for y, x in places], MARK)
-            axes.set(xlabel="x (px)", ylabel="y (px)" if axes is left else "")
+            _mark_map(axes, sky, places)
+        label_map_axes([left, right], sky)
+        add_compass(left, sky, [sky.centre, *((y, x) for y, x in places)])
     return figure
 
 
-def _mark(axes: Axes, points: Sequence[tuple[float, float]], look: dict[str, Any]) -> None:
+def _mark_map(axes: Axes, sky: Sky, places: Float[np.ndarray, "N 2"]) -> None:
+    """Mark the star, and the sources with their numbers."""
+    axes.autoscale(False)
+    _mark(axes, [(sky.centre[1], sky.centre[0])], STAR)
+    found = [(x, y) for y, x in places]
+    _mark(axes, found, MARK)
+    labels = [str(i + 1) for i in range(len(found))]
+    write_labels(axes, found, labels, [(sky.centre[1], sky.centre[0])], (PANEL_PT, PANEL_PT))
+
+
+def _mark(axes: Axes, points: Sequence[tuple[Number, Number]], look: dict[str, Any]) -> None:
     axes.plot(*np.reshape(points, (-1, 2)).T, **look, path_effects=WHITE)
 
 
-def snr_by_epoch(snr: Float[np.ndarray, "N E"], labels: Sequence[str], combined: Sequence[float]) -> Figure:
+def snr_by_epoch(
+    snr: Float[np.ndarray, "N E"], labels: Sequence[str], combined: Sequence[float], name: str = "SNR"
+) -> Figure:
     """Draw the SNR in each epoch along each track, and the combined SNR.
 
     Args:
         snr: SNR of N tracks in E epochs.
         labels: Names of the epochs.
         combined: Combined SNR of each track.
+        name: Kind of the SNR.
 
     Returns:
         The figure.
@@ -114,7 +136,7 @@ def snr_by_epoch(snr: Float[np.ndarray, "N E"], labels: Sequence[str], combined:
             )  # fmt: skip
         axes.axhline(0, color="0.6", lw=0.6)
         axes.set_xticks(range(n_epochs), [literal(label) for label in labels], rotation=30, ha="right")
-        axes.set(ylabel="SNR", xlim=(-0.6, n_epochs - 0.4))
+        axes.set(ylabel=name, xlim=(-0.6, n_epochs - 0.4))
         axes.margins(y=0.15)
     return figure
 
@@ -122,16 +144,18 @@ def snr_by_epoch(snr: Float[np.ndarray, "N E"], labels: Sequence[str], combined:
 def epoch_maps(
     snr: Sequence[Float[np.ndarray, "H W"]],
     labels: Sequence[str],
-    centres: Sequence[tuple[float, float]],
+    skies: Sequence[Sky],
     places: Float[np.ndarray, "N E 2"],
+    name: str = "SNR of one epoch",
 ) -> Figure:
     """Draw the SNR map of each epoch with the positions of the tracks.
 
     Args:
         snr: SNR maps.
         labels: Names of the epochs.
-        centres: Position (y, x) of the star in each map, px.
+        skies: Position of the star, pixel scale and direction of north of each map.
         places: Position (y, x) of N tracks in E epochs, px.
+        name: Label of the colour bar: the kind of the SNR.
 
     Returns:
         The figure.
@@ -139,8 +163,9 @@ def epoch_maps(
     columns = min(MAX_COLUMNS, len(snr))
     rows = -(-len(snr) // columns)
     side = min(2.2, TEXT_WIDTH_IN / columns)
+    turned = len({sky.north_deg for sky in skies}) > 1  # otherwise one compass is enough
     with style():
-        figure = Figure(figsize=(max(columns * side, 2.6), rows * side * 1.12 + 0.6), layout="constrained")
+        figure = Figure(figsize=(max(columns * side, 2.6), rows * side * 1.12 + 0.8), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False)
         shown = colormaps["RdBu_r"].with_extremes(bad=BACKGROUND)
         image = None
@@ -149,13 +174,15 @@ def epoch_maps(
                 axes.set_visible(False)
                 continue
             image = axes.imshow(snr[i], origin="lower", vmin=-SNR_LIMIT, vmax=SNR_LIMIT, cmap=shown)
-            axes.autoscale(False)
-            _mark(axes, [(centres[i][1], centres[i][0])], STAR)
-            _mark(axes, [(x, y) for y, x in places[:, i]], MARK)
+            _mark_map(axes, skies[i], places[:, i])
             axes.set_title(literal(labels[i]))
-            axes.tick_params(labelleft=i % columns == 0)
+            label_map_axes([axes], skies[i], EPOCH_TICKS)
+            if i + columns < len(snr):
+                axes.set_xlabel("")
+            if turned or i == 0:
+                add_compass(axes, skies[i], [skies[i].centre, *((y, x) for y, x in places[:, i])])
         if image is not None:
-            figure.colorbar(image, ax=panels, location="bottom", label="SNR of one epoch", shrink=0.5, extend="both")
+            figure.colorbar(image, ax=panels, location="bottom", label=name, shrink=0.5, extend="both")
     return figure
 
 
@@ -197,7 +224,7 @@ def tracks_on_sky(
         spread = float(np.percentile(np.hypot(*samples.reshape(-1, 2).T), 90)) if samples.size else reach
         reach = float(np.clip(spread, reach, 2 * reach))
         axes.set(xlim=(reach, -reach), ylim=(-reach, reach), aspect="equal")
-        axes.set(xlabel=f"east ({unit})", ylabel=f"north ({unit})")
+        axes.set(xlabel=f"ΔRA ({unit})", ylabel=f"ΔDec ({unit})")
         lines = [Line2D([], [], color=BLUE, label="best orbit")]
         lines += [Line2D([], [], color="0.6", lw=0.6, label="posterior samples")] if len(samples) else []
         places, _ = axes.get_legend_handles_labels()

@@ -11,6 +11,7 @@ from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.tasks.point_sources.config import DetectConfig, StackConfig
 from pulmo_jax.types import PointSource
 
+CONTRAST = "contrast"  # unit of fluxes that are divided by that of the star
 FLUX_UNIT = "flux_unit"  # column of the tables that states the unit of their fluxes
 RELATIVE = ("contrast", "contrast_std", "delta_mag", "delta_mag_std")  # their columns if the star's flux is known
 
