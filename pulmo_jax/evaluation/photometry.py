@@ -24,7 +24,9 @@ def delta_magnitude(contrast: Values) -> Float[np.ndarray, "*shape"]:
         -2.5 log10(contrast), mag; NaN where the contrast is not positive.
     """
     values = np.asarray(contrast, float)
-    return -2.5 * np.log10(values, where=values > 0, out=np.full(values.shape, np.nan))
+    logarithm = np.full(values.shape, np.nan)
+    np.log10(values, where=values > 0, out=logarithm)
+    return np.asarray(-2.5 * logarithm)
 
 
 def delta_magnitude_std(contrast: Values, contrast_std: Values) -> Float[np.ndarray, "*shape"]:
@@ -41,8 +43,9 @@ def delta_magnitude_std(contrast: Values, contrast_std: Values) -> Float[np.ndar
         2.5 / ln(10) * contrast_std / contrast, mag; NaN where the contrast is not positive.
     """
     values, errors = np.broadcast_arrays(np.asarray(contrast, float), np.asarray(contrast_std, float))
-    relative = np.divide(errors, values, where=values > 0, out=np.full(values.shape, np.nan))
-    return MAGNITUDES_PER_E_FOLD * relative
+    relative = np.full(values.shape, np.nan)
+    np.divide(errors, values, where=values > 0, out=relative)
+    return np.asarray(MAGNITUDES_PER_E_FOLD * relative)
 
 
 def relative_photometry(flux: Values, flux_std: Values, star_flux: Values) -> dict[str, Float[np.ndarray, "*shape"]]:
@@ -57,7 +60,7 @@ def relative_photometry(flux: Values, flux_std: Values, star_flux: Values) -> di
         `contrast`, `contrast_std`, `delta_mag` and `delta_mag_std`; the magnitudes are NaN where the flux is not
         positive.
     """
-    contrast, contrast_std = np.asarray(flux, float) / star_flux, np.asarray(flux_std, float) / star_flux
+    contrast, contrast_std = (np.asarray(np.asarray(value, float) / star_flux) for value in (flux, flux_std))
     return {
         "contrast": contrast,
         "contrast_std": contrast_std,

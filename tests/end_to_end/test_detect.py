@@ -368,9 +368,10 @@ def test_planted_planet_is_found(limits):
 
 
 def test_tables_hold_finite_numbers_in_the_columns_that_are_promised(limits):
-    more = ["separation_arcsec", "separation_arcsec_std", "contrast", "contrast_std"]
+    more = ["separation_arcsec", "separation_arcsec_std", "contrast", "contrast_std", "delta_mag", "delta_mag_std"]
     [source] = limits.rows()
-    assert list(source) == [field.name for field in fields(PointSource)] + more
+    assert list(source) == [*(field.name for field in fields(PointSource)), "flux_unit", *more]
+    assert source.pop("flux_unit") == "psf_fwhm"
     assert np.isfinite([float(value) for value in source.values()]).all()
     rings = limits.rows("contrast")
     names = [field.name for field in fields(Contrast)]

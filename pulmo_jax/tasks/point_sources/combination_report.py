@@ -24,7 +24,7 @@ from pulmo_jax.reporting.tables import Table
 from pulmo_jax.runs.report import figure_sections
 from pulmo_jax.tasks.point_sources import epoch_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
-from pulmo_jax.tasks.point_sources.cells import measured
+from pulmo_jax.tasks.point_sources.cells import MAS_PER_ARCSEC, measured
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.tasks.point_sources.drawing import THEORETICAL, Sky
 from pulmo_jax.tasks.point_sources.units import CONTRAST
@@ -161,8 +161,9 @@ def epoch_section(result: CombinedResult, out_dir: Path) -> Section:
     tracks = combined.found or [combined.best]
     labels = [epoch.label for epoch in result.epochs]
     kind = kind_of_snr(result)
+    names = [f"source {i + 1}" for i in range(len(combined.found))] or ["highest track"]
     bars = epoch_figures.snr_by_epoch(
-        np.array([t.snr for t in tracks]), labels, [float(np.sqrt(t.criterion)) for t in tracks], kind
+        np.array([t.snr for t in tracks]), labels, [float(np.sqrt(t.criterion)) for t in tracks], names, kind
     )
     maps = epoch_figures.epoch_maps(
         [snr_of(epoch.map) for epoch in result.epochs],
@@ -312,16 +313,16 @@ def ranges(nulls: Sequence[FieldThreshold]) -> str:
 
 
 def source_table(result: CombinedResult) -> Table:
-    unit = "arcsec" if result.in_arcsec else "px"
+    unit, scale = ("mas", MAS_PER_ARCSEC) if result.in_arcsec else ("px", 1.0)
     columns = ["", f"north, east ({unit})", "criterion", "SNR, constant flux"]
     columns += ["contrast", "Δmag"] if result.relative else ["flux (PSF units)"]
     columns += ["false alarm", "Gumbel"]
     rows = []
     for i, found in enumerate(result.combined.found):
-        (north, east), (north_std, east_std) = found.sky[0], found.start_std
+        north, east = (measured(*pair) for pair in zip(found.sky[0] * scale, found.start_std * scale, strict=True))
         rows.append([
             str(i + 1),
-            f"{north:.3f} ± {north_std:.3f}, {east:.3f} ± {east_std:.3f}",
+            f"{north}, {east}",
             f"{found.criterion:.1f}",
             f"{found.snr_combined:.1f}",
             *flux_cells(found, result.relative),
@@ -345,9 +346,13 @@ def flux_cells(track: Track, relative: bool) -> list[str]:
 
 
 def for_console(table: Table) -> rich.table.Table:
-    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    """Table for the terminal, which has no room for the contrast beside the magnitude difference."""
+    kept = [i for i, name in enumerate(table.columns) if name != "contrast"]
+    grid = rich.table.Table(title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    for i in kept:
+        grid.add_column(table.columns[i], no_wrap=True)
     for row in table.rows:
-        grid.add_row(*row)
+        grid.add_row(*(row[i] for i in kept))
     return grid
 
 

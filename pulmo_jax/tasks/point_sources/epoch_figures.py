@@ -19,11 +19,10 @@ from pulmo_jax.evaluation.field_threshold import FieldThreshold
 from pulmo_jax.reporting.figures import (
     BLUE,
     COLUMN_WIDTH_IN,
-    GREEN,
+    CURVE_COLOURS,
     ORANGE,
     SKY,
     TEXT_WIDTH_IN,
-    VERMILLION,
     literal,
     style,
 )
@@ -41,6 +40,8 @@ SNR_LIMIT = 5.0
 SHOWN_SAMPLES = 60
 PANEL_PT = 120.0  # approximate side of a map, to place the numbers
 EPOCH_TICKS = 4
+LEGEND_IN = 0.8
+MARKERS = ("o", "s", "^", "D", "v")  # as many as colours less one, so that both together rarely repeat
 WHITE = [patheffects.withStroke(linewidth=2.2, foreground="white")]
 MARK: dict[str, Any] = {"marker": "o", "ms": 9, "mfc": "none", "mec": "black", "mew": 0.9, "ls": "none"}
 STAR: dict[str, Any] = {"marker": "+", "ms": 6, "mec": "black", "mew": 1.0, "ls": "none"}
@@ -105,7 +106,11 @@ def _mark(axes: Axes, points: Sequence[tuple[Number, Number]], look: dict[str, A
 
 
 def snr_by_epoch(
-    snr: Float[np.ndarray, "N E"], labels: Sequence[str], combined: Sequence[float], name: str = "SNR"
+    snr: Float[np.ndarray, "N E"],
+    labels: Sequence[str],
+    combined: Sequence[float],
+    tracks: Sequence[str],
+    name: str = "SNR",
 ) -> Figure:
     """Draw the SNR in each epoch along each track, and the combined SNR.
 
@@ -113,31 +118,32 @@ def snr_by_epoch(
         snr: SNR of N tracks in E epochs.
         labels: Names of the epochs.
         combined: Combined SNR of each track.
+        tracks: Names of the tracks.
         name: Kind of the SNR.
 
     Returns:
         The figure.
     """
     n_tracks, n_epochs = snr.shape
+    width = max(COLUMN_WIDTH_IN, 0.5 * n_epochs + 1.5) + LEGEND_IN
+    apart = min(0.12, 0.8 / n_tracks)
     with style():
-        figure = Figure(figsize=(max(COLUMN_WIDTH_IN, 0.5 * n_epochs + 1.5), 2.4), layout="constrained")
+        figure = Figure(figsize=(width, max(2.4, 0.16 * n_tracks + 1.0)), layout="constrained")
         axes = figure.subplots()
-        colours = (BLUE, VERMILLION, GREEN, "0.3")
         for i, (values, together) in enumerate(zip(snr, combined, strict=True)):
-            at = np.arange(n_epochs) + 0.12 * (i - (n_tracks - 1) / 2)
-            colour = colours[i % len(colours)]
+            at = np.arange(n_epochs) + apart * (i - (n_tracks - 1) / 2)
+            colour, marker = CURVE_COLOURS[i % len(CURVE_COLOURS)], MARKERS[i % len(MARKERS)]
             axes.errorbar(
-                at, values, np.where(np.isfinite(values), 1.0, np.nan), fmt="o", color=colour, lw=0.8, capsize=2
-            )
-            axes.axhline(together, color=colour, ls="--", lw=0.9)
-            axes.annotate(
-                "all epochs", (1, together), xycoords=("axes fraction", "data"), xytext=(0, 2), fontsize=6.5,
-                textcoords="offset points", ha="right", va="bottom", color=colour,
+                at, values, np.where(np.isfinite(values), 1.0, np.nan), fmt=marker, color=colour, lw=0.8, capsize=2,
+                label=tracks[i],
             )  # fmt: skip
+            axes.axhline(together, color=colour, ls="--", lw=0.9)
+        axes.plot([], [], color="black", ls="--", lw=0.9, label="all epochs")
         axes.axhline(0, color="0.6", lw=0.6)
         axes.set_xticks(range(n_epochs), [literal(label) for label in labels], rotation=30, ha="right")
         axes.set(ylabel=name, xlim=(-0.6, n_epochs - 0.4))
         axes.margins(y=0.15)
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 

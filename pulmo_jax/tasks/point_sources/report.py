@@ -39,6 +39,8 @@ SPECTRAL_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 202
 detection and characterization in direct imaging with integral field spectrographs. A&A 637, A9."""
 
 UNLIKE = 1e-2  # probability below which a source is reported to have another spectrum than assumed
+ON_SKY = ("separation (px)", "separation (mas)", "PA (deg)")
+TRUTH = "truth (y, x; flux)"  # column of a synthetic stack
 WIDE = ("likelihood error", "one pass", "contrast")  # columns that the terminal has no room for
 TAIL = 1e-6  # smaller probabilities depend on the tail of the normal distribution alone
 
@@ -319,7 +321,7 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
     columns = ["", "y, x (px)", f"separation ({'mas' if data.pixel_scale else 'px'})", "PA (deg)", "theoretical SNR"]
     columns += ["calibrated SNR", "flux (PSF units)", "likelihood error", "one pass"]
     columns += ["contrast", "Δmag"] if star is not None else []
-    columns += ["false alarm", *(["truth (y, x; flux)"] if result.truth else [])]
+    columns += ["false alarm", *([TRUTH] if result.truth else [])]
     rows = [source_row(source, result, star) for source in sources]
     missed = [
         t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.channels.fwhm_px for s in sources)
@@ -377,8 +379,10 @@ def nearest_known(source: PointSource, result: Result) -> tuple[float, float, fl
 
 def for_console(table: Table) -> rich.table.Table:
     """Table for the terminal: without the columns of `WIDE`, and with one kind of position."""
-    in_mas = "separation (mas)" in table.columns
-    left_out = {*WIDE, *(("y, x (px)",) if in_mas else ("separation (px)", "PA (deg)"))}
+    if TRUTH in table.columns:  # in px and PSF units
+        left_out = {*WIDE, *ON_SKY, "Δmag"}
+    else:
+        left_out = {*WIDE, *(("y, x (px)",) if "separation (mas)" in table.columns else ON_SKY)}
     kept = [i for i, name in enumerate(table.columns) if name not in left_out]
     grid = rich.table.Table(box=rich.box.SIMPLE, title=table.title, caption=" ".join(table.notes))
     for i in kept:

@@ -45,7 +45,7 @@ def spectra(
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         for axes in panels[max(0, len(shown) - n_columns) : len(shown)]:
-            axes.set_xlabel("wavelength (unit of data.wavelengths)" if n_columns < COLUMNS else "wavelength")
+            axes.set_xlabel("wavelength (unit as given)")
         for axes in panels[::n_columns]:
             axes.set_ylabel("flux (PSF units)" if star_flux is None else "contrast (source / star)")
         handles = [
@@ -72,4 +72,5 @@ def draw(
     sound = np.isfinite(flux)
     axes.plot(at[sound], flux[sound], "o", color=BLUE, ms=3)
     axes.axhline(0, color="0.6", lw=0.6, zorder=0)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)
     axes.set_title(f"source {spectrum.label}", loc="left")

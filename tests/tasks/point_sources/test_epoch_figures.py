@@ -36,7 +36,10 @@ def test_combined_maps_mark_what_was_found(n_found, tmp_path):
 def test_every_epoch_has_its_point_and_its_map(n_epochs, tmp_path):
     labels = [f"MJD {i} $x" for i in range(n_epochs)]
     snr = np.where(np.arange(n_epochs) == 1, np.nan, 3.0)[None]
-    bars = epoch_figures.snr_by_epoch(snr, labels, [6.0])
+    bars = epoch_figures.snr_by_epoch(snr, labels, [6.0], ["source 1"], "calibrated SNR")
+    named = [text.get_text() for text in bars.axes[0].get_legend().get_texts()]
+    assert set(named) == {"source 1", "all epochs"}
+    assert bars.axes[0].get_ylabel() == "calibrated SNR"
     assert [t.get_text() for t in bars.axes[0].get_xticklabels()] == [figures.literal(label) for label in labels]
     skies = [Sky((15.0, 15.0), 0.01, 90.0 + 10 * i) for i in range(n_epochs)]
     drawn = epoch_figures.epoch_maps(

@@ -17,8 +17,8 @@ from references.pictures import ink
 from scipy import stats
 
 from pulmo_jax.reporting import figures
-from pulmo_jax.tasks.point_sources import figures as adi_figures
 from pulmo_jax.tasks.point_sources import drawing, null_figures
+from pulmo_jax.tasks.point_sources import figures as adi_figures
 from pulmo_jax.tasks.point_sources.drawing import Sky
 from pulmo_jax.types import PointSource
 
@@ -241,7 +241,10 @@ def test_both_snrs_of_the_null_are_named_with_spread_and_tail():
     assert_words_apart(figure)
     counts, quantiles = figure.axes
     labels = [text.get_text() for text in counts.get_legend().get_texts()]
-    for values, name in ((null, r"theoretical SNR $b/\sqrt{a}$"), (calibrated, "calibrated (empirical null, Student t)")):
+    for values, name in (
+        (null, r"theoretical SNR $b/\sqrt{a}$"),
+        (calibrated, "calibrated (empirical null, Student t)"),
+    ):
         said = f"{name}: sd {values.std(ddof=1):.2f}, P(> 3) = {np.mean(values > 3):.2g}"
         assert said in labels
         drawn = next(patch for patch in counts.patches if patch.get_label() == said)
