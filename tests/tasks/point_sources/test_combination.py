@@ -15,7 +15,11 @@ from pulmo_jax import detect
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.observing_date import observed_mjd
 from pulmo_jax.data.synthetic import rotating_stack
+from pulmo_jax.inference.epoch_tracks import Track
+from pulmo_jax.inference.epochs import Combined, Plan
 from pulmo_jax.tasks.point_sources.combination_reading import MAPS, open_epochs
+from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, source_table
+from pulmo_jax.tasks.point_sources.combination_results import detection_row
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import InputError
 
@@ -140,8 +144,53 @@ def test_contrasts_where_every_run_knows_its_star(tmp_path):
     runs = [write_run(tmp_path / f"run{i}", *made[i], mjd=MJD + i, data={"star_flux": 100.0 * (i + 1)}) for i in (0, 1)]
     for i, found in enumerate(open_epochs(configured(runs))):
         np.testing.assert_allclose(found.map.b / found.map.a, made[i][0].b / made[i][0].a / (100.0 * (i + 1)))
+        assert found.flux_unit == "contrast"
     other = write_run(tmp_path / "other", *made[1], mjd=MJD + 9)
     assert "data.star_flux" in refusal([*runs, other])
+    (plain,) = open_epochs(configured([other]))
+    assert plain.flux_unit == "psf_fwhm"
+    message = refusal([other], contrast={"unit": "magnitudes"})
+    assert "contrast.unit=magnitudes" in message
+    assert str(other) in message
+
+
+def test_flux_of_the_star_from_the_psf_image_is_read_from_the_header(tmp_path):
+    maps, nulls = make_epoch(0, 0.0)
+    cards = {"CENTERY": SIZE // 2, "CENTERX": SIZE // 2, "PSFFWHM": FWHM_PX, "STARFLUX": 250.0}
+    run = write_run(tmp_path / "run", maps, nulls, data={"star_flux": "psf"}, header=cards)
+    (found,) = open_epochs(configured([run]))
+    np.testing.assert_allclose(found.map.b / found.map.a, maps.b / maps.a / 250)
+    for i, star in enumerate((None, -1.0, "bright")):
+        changed = {name: value for name, value in cards.items() if name != "STARFLUX"}
+        changed |= {} if star is None else {"STARFLUX": star}
+        wrong = write_run(tmp_path / f"wrong{i}", maps, nulls, data={"star_flux": "psf"}, header=changed)
+        assert "STARFLUX" in refusal([wrong])
+
+
+@pytest.mark.parametrize(("star", "columns"), [(None, ["flux (PSF units)"]), (100.0, ["contrast", "Δmag"])])
+def test_fluxes_of_all_epochs_have_a_unit(tmp_path, star, columns):
+    """The table of a combination: PSF units or contrast with magnitudes, and separations in mas."""
+    data = {} if star is None else {"star_flux": star}
+    epochs = open_epochs(configured([write_run(tmp_path / "run", *make_epoch(0, 0.0), data=data)]))
+    track = Track(
+        30.0, 5.0, 2e-4, 4e-5, np.array([[0.3, -0.2]]), np.array([[20.0, 21.0]]), np.array([1.0]), np.array([5.0]),
+        np.array([0.002, 0.004]),
+    )  # fmt: skip
+    empty = np.zeros((SIZE, SIZE))
+    combined = Combined(empty, empty, 25.0, (), [track], track, np.zeros(0), 1)
+    made = CombinedResult(configured([tmp_path / "run"]), epochs, combined, Plan(), ())
+    table = source_table(made)
+    [row] = table.rows
+    named = dict(zip(table.columns, row, strict=True))
+    assert set(columns) < set(table.columns)
+    assert named["north, east (mas)"] == "300.0 ± 2.0, -200.0 ± 4.0"
+    assert named[columns[0]] == "(2.00 ± 0.40)e-04"
+    written = detection_row(1, track, made)
+    assert written["flux_unit"] == ("psf_fwhm" if star is None else "contrast")
+    if star is not None:
+        assert named["Δmag"] == "9.25 ± 0.22"
+        assert written["delta_mag"] == pytest.approx(-2.5 * np.log10(2e-4))
+        assert written["delta_mag_std"] == pytest.approx(1.0857362 * 0.2)
 
 
 def test_maps_of_other_sizes_and_scales_are_one_sky(runs, tmp_path):
