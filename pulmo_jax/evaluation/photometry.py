@@ -69,7 +69,7 @@ def relative_photometry(flux: Values, flux_std: Values, star_flux: Values) -> di
     }
 
 
-def flux_unit(kind: FluxKind, aperture_px: float | None = None) -> str:
+def flux_definition(kind: FluxKind, aperture_px: float | None = None) -> str:
     """Name the unit of fluxes for a normalisation of the PSF.
 
     Args:
@@ -77,13 +77,13 @@ def flux_unit(kind: FluxKind, aperture_px: float | None = None) -> str:
         aperture_px: Radius of the aperture, px, for the normalisation "aperture".
 
     Returns:
-        The unit, for a sentence such as "Fluxes are in units of ...".
+        The unit, for a sentence such as "PSF units: ...".
     """
+    sums = "a flux is the sum of pixel values of the cube over a disc of"
     names = {
-        "fwhm": "the PSF with unit flux within one FWHM: pixel values of the cube, summed over a disc of diameter FWHM",
-        "aperture": "the PSF with unit flux in the aperture: pixel values of the cube, summed over a disc of radius "
-        f"{aperture_px or float('nan'):g} px",
-        "peak": "the PSF with unit peak: pixel values of the cube at the peak of the source",
-        "none": "the PSF image as given: a source of flux 1 is as bright as that image",
+        "fwhm": f"the PSF has unit flux within one FWHM, so {sums} diameter FWHM",
+        "aperture": f"the PSF has unit flux in the aperture, so {sums} radius {aperture_px or float('nan'):g} px",
+        "peak": "the PSF has unit peak, so a flux is the pixel value of the cube at the peak of the source",
+        "none": "the PSF is the image as given, so a source of flux 1 is as bright as that image",
     }
     return names[kind]

@@ -9,7 +9,7 @@ from pulmo_jax.data.synthetic import synthetic_psf
 from pulmo_jax.evaluation.photometry import (
     delta_magnitude,
     delta_magnitude_std,
-    flux_unit,
+    flux_definition,
     relative_photometry,
 )
 
@@ -56,7 +56,7 @@ def test_unit_is_what_a_source_of_flux_one_measures(kind):
     """The sentence of the unit holds for the normalised PSF: its sum in the disc, its peak, or the image itself."""
     image = 7.0 * synthetic_psf()
     psf = prepare_psf(image, kind, 3.0 if kind == "aperture" else None)
-    said = flux_unit(kind, psf.aperture_px)
+    said = flux_definition(kind, psf.aperture_px)
     if kind == "none":
         assert "as given" in said
         np.testing.assert_allclose(psf.stamp, image)

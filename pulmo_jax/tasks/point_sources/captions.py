@@ -3,7 +3,7 @@
 CAPTIONS = {
     "detection_maps": (
         "Theoretical SNR (left), calibrated SNR (middle) and one-pass flux (right) of a point source at every pixel of "
-        "the field, from {frames} frames in {channels} channel(s). {axes}. Circles with numbers: sources with a {snr} "
+        "the field, from {frames} frames in {channels}. {axes}. Circles with numbers: sources with a {snr} "
         "SNR of at least {threshold:g} (n = {sources}), numbered as in the table; green squares, if shown: injected "
         "sources; plus sign: star; grey: no value; pointed ends of a colour bar: values beyond its range. Look for "
         "compact positive peaks well above the rest of the field; arcs and spokes around the star are residual "

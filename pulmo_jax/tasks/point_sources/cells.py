@@ -34,3 +34,8 @@ def separation(px: float, px_std: float, pixel_scale: float | None) -> str:
     """A separation with its error, in mas if the pixel scale (arcsec per pixel) is known, otherwise in px."""
     factor = 1.0 if pixel_scale is None else pixel_scale * MAS_PER_ARCSEC
     return measured(px * factor, px_std * factor)
+
+
+def in_px_and_mas(px: float, pixel_scale: float | None) -> str:
+    """A length in px, and in mas if the pixel scale (arcsec per pixel) is known."""
+    return f"{px:.2f} px" + ("" if pixel_scale is None else f" = {px * pixel_scale * MAS_PER_ARCSEC:.1f} mas")

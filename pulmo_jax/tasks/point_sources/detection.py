@@ -23,6 +23,7 @@ from pulmo_jax.reporting.notebook import figure_html
 from pulmo_jax.reporting.provenance import provenance
 from pulmo_jax.runs.directory import save_config
 from pulmo_jax.runs.place import Place
+from pulmo_jax.tasks.point_sources.cells import in_px_and_mas
 from pulmo_jax.tasks.point_sources.combination import combine_runs
 from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig
 from pulmo_jax.tasks.point_sources.drawing import Sky
@@ -166,7 +167,8 @@ def describe(result: Result, place: Place) -> None:
     channels = f"{len(result.channels.each)} channels of " if len(stack.wavelengths) > 1 else ""
     place.note(
         f"{source}: {channels}{len(reference.deviations)} frames of {height} x {width} px, field rotation "
-        f"{rotation_deg(reference.angles_deg):.1f} degrees; PSF FWHM {reference.psf.fwhm_px:.2f} px"
+        f"{rotation_deg(reference.angles_deg):.1f} degrees; PSF FWHM "
+        f"{in_px_and_mas(reference.psf.fwhm_px, result.config.data.pixel_scale)}"
     )
     for caveat in (*stack.caveats, *result.channels.caveats):
         place.note(f"note: {caveat}")

@@ -25,7 +25,7 @@ from pulmo_jax.runs.report import figure_sections
 from pulmo_jax.tasks.point_sources import figures as adi_figures
 from pulmo_jax.tasks.point_sources import null_figures, spectral_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
-from pulmo_jax.tasks.point_sources.cells import measured, separation
+from pulmo_jax.tasks.point_sources.cells import MAS_PER_ARCSEC, in_px_and_mas, measured, separation
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.tasks.point_sources.drawing import Sky
 from pulmo_jax.tasks.point_sources.units import FluxScale, flux_caveats, flux_scale
@@ -134,7 +134,8 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         "(Algorithm 3), with the scatter at blank positions of the same separation as its error; the error of the "
         "likelihood alone, which is too small, and the flux of one pass, which is biased low, are given for "
         "comparison. False-alarm probability: of a peak at least as high anywhere in the field, from the calibrated "
-        f"SNR. PSF units: fluxes are in units of {fluxes.definition}."
+        "SNR. The errors of separation and PA are those of the fit; the uncertainties of the pixel scale, of true "
+        "north and of the position of the star are not included."
     )
     if fluxes.star_mean is not None:
         text += (
@@ -143,13 +144,13 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         )
     counts = {
         "frames": len(result.channels.reference.deviations),
-        "channels": len(result.channels.each),
+        "channels": counted(len(result.channels.each), "channel"),
         "snr": kind,
         "threshold": config.search.threshold,
         "sources": len(search.sources),
     }
     saved = figures.save(figure, out_dir / "figures", "detection_maps")
-    return Section("Sources", text, [captioned(saved, CAPTIONS, axes=axes_of(result), **counts)], [table])
+    return Section("Sources", text, [captioned(saved, CAPTIONS, axes=axes_caption(result), **counts)], [table])
 
 
 def star_source(result: Result) -> str:
@@ -160,7 +161,7 @@ def star_source(result: Result) -> str:
     return "data.star_flux"
 
 
-def axes_of(result: Result) -> str:
+def axes_caption(result: Result) -> str:
     """Caption of the axes of maps."""
     sky, north = result.sky, "arrows: north (N) and east (E)"
     if sky.pixel_scale is None:
@@ -330,6 +331,7 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
     if not sources and not missed:
         notes = ["No peak exceeds the threshold."]
     if sources:
+        notes.append(f"PSF units: {result.fluxes.definition}.")
         notes.append(
             f"PA: position angle from north through east; north is {data.north_deg:g} degrees from the x axis toward y "
             "(data.north_deg)."
@@ -394,10 +396,15 @@ def for_console(table: Table) -> rich.table.Table:
 
 def summary(result: Result, search: Search) -> dict[str, str]:
     config, (height, width) = result.config, result.channels.shape
+    (y, x), scale = result.channels.centre, config.data.pixel_scale
     return {
         "stack": str(config.data.cube or f"synthetic, seed {config.seed}"),
         "frames": f"{len(result.channels.reference.deviations)} of {height} x {width} px",
         **({"channels": str(len(result.channels.each))} if result.spectral else {}),
+        "field rotation": f"{rotation_deg(result.channels.reference.angles_deg):.1f} degrees",
+        "PSF FWHM": in_px_and_mas(result.channels.reference.psf.fwhm_px, scale),
+        "pixel scale": "unknown (data.pixel_scale)" if scale is None else f"{scale * MAS_PER_ARCSEC:.5g} mas/px",
+        "star": f"(y, x) = ({y:.2f}, {x:.2f}) px",
         "method": f"PACO, {config.method.mode}, shrinkage {config.method.shrinkage}",
         "sources": str(len(search.sources)),
         "highest theoretical SNR": f"{np.nanmax(search.maps.snr):.2f}",

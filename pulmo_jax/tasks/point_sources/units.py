@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pulmo_jax.evaluation.photometry import flux_unit
+from pulmo_jax.evaluation.photometry import flux_definition
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.tasks.point_sources.config import DetectConfig, StackConfig
 from pulmo_jax.types import PointSource
@@ -60,7 +60,7 @@ def flux_scale(config: DetectConfig, channels: Channels) -> FluxScale:
     data, shown = config.data, config.contrast.unit
     star = star_flux(data, channels)
     relative = star is not None and shown != "psf"
-    return FluxScale(flux_unit(data.psf_flux, data.psf_aperture_px), star, relative, shown == "magnitudes")
+    return FluxScale(flux_definition(data.psf_flux, data.psf_aperture_px), star, relative, shown == "magnitudes")
 
 
 def star_flux(data: StackConfig, channels: Channels) -> Float[np.ndarray, "L"] | None:

@@ -134,6 +134,7 @@ def test_source_is_told_with_all_of_its_errors():
         assert words in text
     assert {"separation (px)", "theoretical SNR", "calibrated SNR", "flux (PSF units)"} < set(table.columns)
     assert not {"contrast", "Δmag", "truth (y, x; flux)"} & set(table.columns)
+    assert table.notes[0].startswith("PSF units: the PSF has unit flux within one FWHM")
     assert "north is 90 degrees from the x axis" in table.notes[-1]
 
 
@@ -222,7 +223,7 @@ def test_caption_of_the_maps_explains_their_axes(changes, words, tmp_path, undra
     section = adi_report.source_section(made, search(made), source_table([], made), tmp_path)
     assert words in section.figures[0].caption
     assert "north (N) and east (E)" in section.figures[0].caption
-    assert "within one FWHM" in section.text  # the unit of the fluxes
+    assert "true north" in section.text
 
 
 def test_tables_for_the_terminal_fit_120_columns():
@@ -243,7 +244,7 @@ def test_truth_stands_beside_what_was_found_and_what_was_missed_below():
     table = source_table([source(), source(2, 35.0, 5.0)], result())
     assert table.columns[-1] == "truth (y, x; flux)"
     assert [row[-1] for row in table.rows] == ["28.00, 30.00; 100", "none (false alarm)"]
-    assert table.notes[:-1] == ["Not detected: the source of flux 50 at (y, x) = (10.0, 20.0)."]
+    assert table.notes[:-2] == ["Not detected: the source of flux 50 at (y, x) = (10.0, 20.0)."]
 
 
 def test_nothing_found_is_said():
@@ -273,6 +274,12 @@ def test_summary_names_stack_frames_and_method(tmp_path):
     assert told["frames"] == f"{FRAMES} of {HEIGHT} x {WIDTH} px"
     assert told["method"] == "PACO, exact, shrinkage paco"
     assert told["sources"] == "1"
+    assert told["field rotation"] == "60.0 degrees"
+    assert told["star"] == "(y, x) = (19.50, 22.00) px"
+    assert "mas" not in told["PSF FWHM"]
+    scaled = summary(result(pixel_scale=0.01225), found)
+    assert scaled["pixel scale"] == "12.25 mas/px"
+    assert scaled["PSF FWHM"].endswith(f" px = {12.25 * made.channels.fwhm_px:.1f} mas")
     assert told["highest theoretical SNR"] == f"{np.nanmax(found.maps.snr):.2f}"
     assert told["highest calibrated SNR"] == f"{np.nanmax(found.snr_calibrated):.2f}"
     for name in ("c", "a", "p"):
