@@ -112,7 +112,7 @@ def label_map_axes(panels: Sequence[Axes], sky: Sky, most_ticks: int = 7) -> Non
 def _offset_ticks(axis: Axis, limits: tuple[float, float], middle: Number, px_per_arcsec: float, n: int) -> None:
     """Set ticks at round offsets from the star; a negative scale is an axis that increases to the left."""
     low, high = sorted((end - middle) / px_per_arcsec for end in limits)
-    offsets = MaxNLocator(n, steps=[1, 2, 5, 10]).tick_values(low, high).round(9) + 0.0
+    offsets = np.round(MaxNLocator(n, steps=[1, 2, 5, 10]).tick_values(low, high), 9) + 0.0  # no -0
     offsets = offsets[(offsets >= low) & (offsets <= high)]
     labels = [f"{offset:g}".replace("-", "−") for offset in offsets]
     axis.set_ticks(list(middle + offsets * px_per_arcsec), labels=labels)
@@ -132,7 +132,7 @@ def add_compass(axes: Axes, sky: Sky, marks: Sequence[tuple[Number, Number]]) ->
     reach = np.concatenate([np.zeros((1, 2)), COMPASS_LABEL_PT * ways])
     inward = np.where(corner == 0, COMPASS_MARGIN_PT - reach.min(0), -COMPASS_MARGIN_PT - reach.max(0))
     in_points = Affine2D().scale(1 / 72) + cast(Figure, axes.figure).dpi_scale_trans
-    place = in_points + ScaledTranslation(*corner, axes.transAxes)
+    place = in_points + ScaledTranslation(corner[0], corner[1], axes.transAxes)
     white = [patheffects.withStroke(linewidth=2.2, foreground="white")]
     arrow: dict[str, Any] = {"arrowstyle": "-|>,head_width=0.15,head_length=0.3", "lw": 0.9, "color": "black"}
     for letter, way in zip("NE", ways, strict=True):
@@ -159,6 +159,7 @@ def _emptiest_corner(axes: Axes, marks: Sequence[tuple[Number, Number]]) -> tupl
 
 
 def show_image(axes: Axes, values: np.ndarray, scale: ScalarMappable, **options: Any) -> ScalarMappable:
+    options = {"interpolation": "nearest"} | options  # the default smooths enlarged maps
     image = axes.imshow(values, norm=cast(Normalize, scale.norm), cmap=scale.cmap, **options)
     axes.autoscale(False)
     return image

@@ -74,14 +74,24 @@ def combined_maps(
         grey = {"bad": BACKGROUND}
         top = max(threshold, float(np.nanmax(criterion, initial=0)))
         image = left.imshow(
-            criterion, origin="lower", vmin=0, vmax=top, cmap=colormaps["viridis"].with_extremes(**grey)
+            criterion,
+            origin="lower",
+            interpolation="nearest",
+            vmin=0,
+            vmax=top,
+            cmap=colormaps["viridis"].with_extremes(**grey),
         )
         bar = figure.colorbar(image, ax=left, location="bottom", label=names[0], shrink=0.85)
         bar.ax.axvline(threshold, color="white", lw=1.5)
         bar.ax.plot(threshold, 1.0, "v", color="black", ms=4, clip_on=False, transform=bar.ax.get_xaxis_transform())
         limit = max(SNR_LIMIT, math.ceil(float(np.nanmax(abs(snr_combined), initial=0))))
         image = right.imshow(
-            snr_combined, origin="lower", vmin=-limit, vmax=limit, cmap=colormaps["RdBu_r"].with_extremes(**grey)
+            snr_combined,
+            origin="lower",
+            interpolation="nearest",
+            vmin=-limit,
+            vmax=limit,
+            cmap=colormaps["RdBu_r"].with_extremes(**grey),
         )
         figure.colorbar(image, ax=right, location="bottom", label=names[1], shrink=0.85)
         for axes in (left, right):
@@ -179,7 +189,9 @@ def epoch_maps(
             if i >= len(snr):
                 axes.set_visible(False)
                 continue
-            image = axes.imshow(snr[i], origin="lower", vmin=-SNR_LIMIT, vmax=SNR_LIMIT, cmap=shown)
+            image = axes.imshow(
+                snr[i], origin="lower", interpolation="nearest", vmin=-SNR_LIMIT, vmax=SNR_LIMIT, cmap=shown
+            )
             _mark_map(axes, skies[i], places[:, i])
             axes.set_title(literal(labels[i]))
             label_map_axes([axes], skies[i], EPOCH_TICKS)
