@@ -132,7 +132,7 @@ def add_compass(axes: Axes, sky: Sky, marks: Sequence[tuple[Number, Number]]) ->
     reach = np.concatenate([np.zeros((1, 2)), COMPASS_LABEL_PT * ways])
     inward = np.where(corner == 0, COMPASS_MARGIN_PT - reach.min(0), -COMPASS_MARGIN_PT - reach.max(0))
     in_points = Affine2D().scale(1 / 72) + cast(Figure, axes.figure).dpi_scale_trans
-    place = in_points + ScaledTranslation(corner[0], corner[1], axes.transAxes)
+    place = in_points + ScaledTranslation(corner[0], corner[1], cast(Any, axes.transAxes))
     white = [patheffects.withStroke(linewidth=2.2, foreground="white")]
     arrow: dict[str, Any] = {"arrowstyle": "-|>,head_width=0.15,head_length=0.3", "lw": 0.9, "color": "black"}
     for letter, way in zip("NE", ways, strict=True):

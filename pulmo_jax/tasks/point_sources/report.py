@@ -39,6 +39,7 @@ SPECTRAL_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 202
 detection and characterization in direct imaging with integral field spectrographs. A&A 637, A9."""
 
 UNLIKE = 1e-2  # probability below which a source is reported to have another spectrum than assumed
+PHOTOMETRY = ("flux (PSF units)", "likelihood error", "one pass", "contrast", "Δmag")
 ON_SKY = ("separation (px)", "separation (mas)", "PA (deg)")
 TRUTH = "truth (y, x; flux)"  # column of a synthetic stack
 WIDE = ("likelihood error", "one pass", "contrast")  # columns that the terminal has no room for
@@ -150,7 +151,7 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         "sources": len(search.sources),
     }
     saved = figures.save(figure, out_dir / "figures", "detection_maps")
-    return Section("Sources", text, [captioned(saved, CAPTIONS, axes=axes_caption(result), **counts)], [table])
+    return Section("Sources", text, [captioned(saved, CAPTIONS, axes=axes_caption(result), **counts)], on_page(table))
 
 
 def star_source(result: Result) -> str:
@@ -377,6 +378,18 @@ def nearest_known(source: PointSource, result: Result) -> tuple[float, float, fl
 
     nearest = min(result.truth, key=distance, default=None)
     return nearest if nearest is not None and distance(nearest) <= result.channels.fwhm_px else None
+
+
+def on_page(table: Table) -> list[Table]:
+    """Tables for the report, which has no room for all columns: positions and significance, and photometry."""
+    if not table.rows:
+        return [table]
+    flux = [i for i, name in enumerate(table.columns) if i == 0 or name in PHOTOMETRY]
+    rest = [i for i, name in enumerate(table.columns) if name not in PHOTOMETRY]
+    parts = [
+        ([table.columns[i] for i in kept], [[row[i] for i in kept] for row in table.rows]) for kept in (rest, flux)
+    ]
+    return [Table(table.title, *parts[0], []), Table("Photometry", *parts[1], table.notes)]
 
 
 def for_console(table: Table) -> rich.table.Table:

@@ -226,6 +226,22 @@ def test_caption_of_the_maps_explains_their_axes(changes, words, tmp_path, undra
     assert "true north" in section.text
 
 
+def test_page_has_every_cell_in_one_of_two_tables():
+    made = result(star_flux=1e6)
+    whole = source_table([source(), source(2, 35.0, 5.0)], made)
+    places, photometry = adi_report.on_page(whole)
+    assert (places.title, photometry.title) == ("2 sources", "Photometry")
+    assert sorted([*places.columns, *photometry.columns[1:]]) == sorted(whole.columns)
+    assert photometry.columns == ["", *adi_report.PHOTOMETRY]
+    for number, row in enumerate(whole.rows):
+        cells = dict(zip(whole.columns, row, strict=True))
+        for part in (places, photometry):
+            assert part.rows[number] == [cells[name] for name in part.columns]
+    assert places.notes + photometry.notes == whole.notes
+    nothing = source_table([], made)
+    assert adi_report.on_page(nothing) == [nothing]
+
+
 def test_tables_for_the_terminal_fit_120_columns():
     named = {"separation (mas)": False, "y, x (px)": True, "flux (PSF units)": True}
     for made, has in (
