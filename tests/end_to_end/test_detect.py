@@ -508,7 +508,7 @@ def test_no_limits_and_no_search(job, files):
     names = {path.name for path in run.path.rglob("*")}
     assert not names & {"contrast.csv", "throughput.fits", "contrast_curve.png"}
     assert (run.path / "detections.csv").read_text().splitlines() == [
-        ",".join(field.name for field in fields(PointSource))
+        ",".join([*(field.name for field in fields(PointSource)), "flux_unit"])
     ]
     assert run.metrics()["sources"] == 0
 
