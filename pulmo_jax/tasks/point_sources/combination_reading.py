@@ -10,6 +10,8 @@ from astropy.io import fits
 from jaxtyping import Float
 
 from pulmo_jax.data.arrays import read_array
+from pulmo_jax.data.instruments import Observed
+from pulmo_jax.data.observation_header import Header, Position
 from pulmo_jax.evaluation.null_field import null_profile, separation_map
 from pulmo_jax.host.reading import open_regular, read_yaml
 from pulmo_jax.methods.paco.epochs import EpochMap
@@ -35,6 +37,7 @@ class OpenedRun:
         fwhm_px: FWHM of the PSF.
         scale: Pixel scale, arcsec per pixel, if known.
         mjd: Modified Julian date, if known.
+        observed: What the header says about the observation.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class OpenedRun:
     fwhm_px: float
     scale: float | None
     mjd: float | None
+    observed: Observed
 
 
 def open_epochs(config: DetectConfig) -> list[Epoch]:
@@ -81,6 +85,7 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
                 map=as_epoch(run, scales[i], days, unit, calibrated, ""),
                 null=as_epoch(run, scales[i], days, unit, calibrated, "_null"),
                 synthetic=run.data.cube is None,
+                observed=run.observed,
             )
         )
     return epochs
@@ -115,7 +120,26 @@ def open_run(i: int, path: Path, max_bytes: int) -> OpenedRun:
         raise InputError(f"{path / 'a.fits'}: the star is at {centre} px, its FWHM {fwhm} px; run detect again")
     scale, mjd = data.pixel_scale, header.get("MJD-OBS")
     mjd = mjd if isinstance(mjd, float) and isfinite(mjd) else None
-    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd)
+    seen = of_map(header)
+    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd, seen)
+
+
+def of_map(cards: fits.Header) -> Observed:
+    """What the header of a map says about the observation; the position is the reference point of its axes."""
+    header = Header({card.keyword: card.value for card in cards.cards})
+    ra, dec, equinox = (header.number(keyword) for keyword in ("CRVAL1", "CRVAL2", "EQUINOX"))
+    position = None
+    if header.text("CTYPE1") == "RA---TAN" and ra is not None and dec is not None:
+        position = Position(ra, dec, header.text("RADESYS") or "ICRS", equinox or 2000.0)
+    return Observed(
+        target=header.text("OBJECT"),
+        telescope=header.text("TELESCOP"),
+        instrument=header.text("INSTRUME"),
+        filter=header.text("FILTER"),
+        date=header.text("DATE-OBS"),
+        exposure_s=header.number("EXPTIME"),
+        position=position,
+    )
 
 
 def read_map(path: Path, name: str, max_bytes: int) -> Float[np.ndarray, "H W"]:

@@ -12,6 +12,7 @@ import rich.table
 from jaxtyping import Float
 
 from pulmo_jax.core.kepler import Orbit, period_days, sky_position
+from pulmo_jax.data.instruments import NOT_OBSERVED, Observed
 from pulmo_jax.data.sample_facts import STACK, sample_line
 from pulmo_jax.evaluation.field_threshold import FieldThreshold
 from pulmo_jax.host.console import Console
@@ -48,6 +49,7 @@ class Epoch:
         map: Maps of the epoch.
         null: Null maps of the epoch.
         synthetic: Whether the stack is synthetic.
+        observed: What the headers of its maps say about the observation.
     """
 
     label: str
@@ -57,6 +59,7 @@ class Epoch:
     map: EpochMap
     null: EpochMap
     synthetic: bool = False
+    observed: Observed = NOT_OBSERVED
 
 
 @dataclass(frozen=True, eq=False)

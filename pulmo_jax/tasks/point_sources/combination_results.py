@@ -1,5 +1,6 @@
 """Output files of a combination of epochs: FITS maps, tables of sources and orbits, and metrics."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from pulmo_jax.core.kepler import Orbit, period_days
 from pulmo_jax.inference.epochs import Track
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
+from pulmo_jax.inference.sky_axes import sky_axes
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult
+from pulmo_jax.tasks.point_sources.results import observation_cards
 
 FULL_TURN = 360.0
 PERCENTILES = (16, 50, 84)
@@ -27,7 +30,8 @@ def write_maps(result: CombinedResult, out_dir: Path) -> None:
     parameters = flatten(result.config.model_dump(mode="json"))
     for name, meaning in meanings.items():
         header: dict[str, Any] = {
-            "OBJECT": (name, meaning),
+            "EXTNAME": (name, meaning),
+            "BUNIT": ("", "dimensionless"),
             "CREATOR": (f"pulmo_jax {__version__}", "Dallant et al. 2023, A&A 679, A38"),
             "CENTERY": (first.map.centre[0], "[px] star, from 0"),
             "CENTERX": (first.map.centre[1], "[px] star, from 0"),
@@ -35,8 +39,12 @@ def write_maps(result: CombinedResult, out_dir: Path) -> None:
             "ORBITS": (result.config.epochs.orbits, "best orbit through each pixel at the first date"),
             "THRESHLD": (combined.threshold, "threshold of the criterion"),
         }
+        dated = result.config.epochs.dates is None  # else the headers' dates are not those used
+        header |= observation_cards(first.observed if dated else replace(first.observed, date=None))
         if first.mjd is not None:
             header["MJD-OBS"] = (first.mjd, "date of the positions in this map")
+        scale = first.map.scale if result.in_arcsec else None
+        header |= sky_axes(first.map.centre, scale, float(np.rad2deg(first.map.north)), first.observed.position)
         write_fits(out_dir / f"{name}.fits", getattr(combined, name), header, parameters)
 
 

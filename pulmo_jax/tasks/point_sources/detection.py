@@ -77,7 +77,8 @@ def read(config: DetectConfig, place: Place) -> Result:
         InputError: If the files cannot be used.
     """
     synthetic = synthetic_stack(config) if config.data.cube is None else None
-    stack = synthetic.stack if synthetic else load(config.data)
+    data, stack = (config.data, synthetic.stack) if synthetic else load(config.data)
+    config = config.model_copy(update={"data": data})
     truth = (synthetic.planets, None, synthetic.spectrum) if synthetic else ((), None, None)
     result = Result(config, stack, observe(stack, config.data), *truth)
     describe(result, place)
@@ -223,7 +224,7 @@ def detect_arrays(
             result, search = search_stack(read(config, place), place)
         maps = likelihood_maps(result, search)
     caveats = (*result.stack.caveats, *search.caveats)
-    scale = config.data.pixel_scale
+    scale = result.config.data.pixel_scale
     return Detections(tuple(search.sources), maps, result.contrast, caveats, result.channels.centre, scale)
 
 
