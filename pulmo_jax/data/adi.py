@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from pulmo_jax.data.arrays import MAX_BYTES, read_array
 from pulmo_jax.data.columns import ANGLES, WAVELENGTHS
+from pulmo_jax.data.file_parts import same_file
 from pulmo_jax.data.header_angles import FrameAngles, frame_angles
 from pulmo_jax.data.instruments import NOT_OBSERVED, Observed, instrument_of, observed
 from pulmo_jax.data.observation_header import Header, read_header
@@ -115,6 +116,7 @@ def load_channels(
             f"{spectrum}: data.spectrum needs data.wavelengths, or wavelengths in the header of {cube}: one channel "
             "has no spectrum"
         )
+    _check_psf_is_another(psf, cube, array.shape, max_bytes)
     channels = _frames(cube, array)[None] if values is None else _channels(cube, named, len(values), array)
     angles_deg, given = _angles(angles, cube, header, channels.shape[1:], max_bytes)
     caveats += _radians(angles or cube, angles_deg)
@@ -323,6 +325,12 @@ def _stamps(
         )
     cut = [_fitting_stamp(path, image, cube_shape) for image in images]
     return np.repeat(np.stack([stamp for stamp, _ in cut]), n // len(images), axis=0), caveats + cut[0][1]
+
+
+def _check_psf_is_another(psf: Path, cube: Path, shape: tuple[int, ...], max_bytes: int) -> None:
+    """Refuse a PSF that is the same image of the same file as the cube."""
+    if same_file(psf, cube) and read_array(psf, (2, 3, 4), description=_PSF, max_bytes=max_bytes).shape == shape:
+        raise InputError(f"{psf}: is {cube} itself; data.psf must be an image of the star alone: name its extension")
 
 
 def _psf_file(path: Path, max_bytes: int) -> np.ndarray:

@@ -40,7 +40,11 @@ def split_part(path: Path) -> FilePart:
     return FilePart(path)
 
 
-def same_part(one: Path, other: Path) -> bool:
-    """Whether two paths name the same part of the same file."""
-    a, b = split_part(one), split_part(other)
-    return a.file.samefile(b.file) and (a.extension, a.column) == (b.extension, b.column)
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths name the same existing file, or parts of it."""
+    return split_part(one).file.samefile(split_part(other).file)
+
+
+def is_part(path: Path) -> bool:
+    """Whether a path names an extension or a column of a file."""
+    return split_part(path).file != path

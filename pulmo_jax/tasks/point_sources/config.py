@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 from pulmo_jax.config.section import Bool, Float, Int, Node, Pair, PathLike, Section
-from pulmo_jax.data.file_parts import same_part, split_part
+from pulmo_jax.data.file_parts import is_part, same_file, split_part
 
 
 def _is_file(path: PathLike) -> PathLike:
@@ -113,9 +113,11 @@ class StackConfig(Section):
         if any(given.values()) and not (given["cube"] and given["psf"]):
             missing = ", ".join(f"data.{key}" for key, there in given.items() if not there)
             raise ValueError(f"{missing} must be given too: a stack is a cube, its angles and a PSF")
-        if self.cube is not None and self.psf is not None and same_part(self.cube, self.psf):
+        files = [path for path in (self.cube, self.psf) if path is not None and not is_part(path)]
+        if len(files) > 1 and same_file(*files):
             raise ValueError(
-                f"data.cube and data.psf are both {self.cube}; data.psf must be an image of the star alone"
+                f"data.cube and data.psf are both {self.cube}; data.psf must be an image of the star alone, or its "
+                "extension, FILE[EXT]"
             )
         if self.wavelengths is not None and self.cube is None:
             raise ValueError("data.wavelengths belongs to a data.cube; a synthetic stack has data.synthetic.channels")

@@ -77,11 +77,11 @@ FLUX_MEANINGS = {
     "peak": "peak of the PSF in the cube's values",
     "none": "in units of data.psf",
 }
-COUNTS = "adu"
+COUNTS = "count"  # of a cube whose header has no unit, or one that the FITS standard does not have
 
 
 def flux_unit(data: StackConfig, seen: Observed) -> str:
-    """Unit of fluxes: that of the cube, or adu if its header has none; dimensionless if the PSF is not normalised."""
+    """Unit of fluxes: that of the cube, or else counts; dimensionless if the PSF is not normalised."""
     return "" if data.psf_flux == "none" else seen.unit or COUNTS
 
 

@@ -13,7 +13,7 @@ from references.pictures import ink
 
 from pulmo_jax import detect
 from pulmo_jax.config.section import validate
-from pulmo_jax.data.observing_date import observed_mjd
+from pulmo_jax.data.observation_header import mjd_of, read_header
 from pulmo_jax.data.synthetic import rotating_stack
 from pulmo_jax.tasks.point_sources.combination_reading import MAPS, open_epochs
 from pulmo_jax.tasks.point_sources.config import DetectConfig
@@ -234,10 +234,10 @@ def test_dates_of_headers(tmp_path):
         ({}, None),
     ):
         fits.writeto(path, np.zeros((2, 3, 3)), fits.Header(cards), overwrite=True)
-        assert observed_mjd(path) == (None if expected is None else pytest.approx(expected))
+        assert mjd_of(read_header(path)) == (None if expected is None else pytest.approx(expected))
     (tmp_path / "cube.npy").write_bytes(b"\x93NUMPY")
-    assert observed_mjd(tmp_path / "cube.npy") is None
-    assert observed_mjd(tmp_path / "nowhere.fits") is None
+    assert mjd_of(read_header(tmp_path / "cube.npy")) is None
+    assert mjd_of(read_header(tmp_path / "nowhere.fits")) is None
 
 
 @pytest.mark.slow
