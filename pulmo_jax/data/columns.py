@@ -48,5 +48,5 @@ def choose_column(path: Path, columns: Sequence[str], known: Sequence[str], want
         f"{path}: the table has {len(columns)} numeric columns ({listed}), and {problem}; choose one: "
         f"'{path}[col NAME]'"
         if columns
-        else f"{path}: the table has no numeric column; save the required one as numbers"
+        else f"{path}: the table has 0 numeric columns; save the required one as numbers"
     )

@@ -97,7 +97,9 @@ def _column(path: Path, lines: list[list[str]], known: Sequence[str], wanted: st
     """The chosen column (N, 1) of a table with a header line."""
     names, rows = lines[0], lines[1:]
     if not rows:
-        raise InputError(f"{path}: has no numbers below its first line ({', '.join(names)[:100]})")
+        raise InputError(
+            f"{path}: is not a table of numbers: it has none below its first line, {' '.join(names)[:100]!r}"
+        )
     if odd := next((row for row in rows if len(row) != len(names)), None):
         raise InputError(
             f"{path}: its header line has {len(names)} columns ({', '.join(names)[:100]}), but a line below has "

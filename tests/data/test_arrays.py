@@ -234,10 +234,10 @@ def test_the_table_with_the_column_among_several(tmp_path):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ("pa\n", "has no numbers below its first line (pa)"),
+        ("pa\n", "is not a table of numbers: it has none below its first line, 'pa'"),
         ("frame,pa\n1,2\n3\n", "header line has 2 columns (frame, pa), but a line below has 1 (3)"),
         ("pa,pa\n1,2\n", "two columns have the same name (pa, pa)"),
-        ("frame pa\na 1\nb x\n", "the table has no numeric column"),
+        ("frame pa\na 1\nb x\n", "the table has 0 numeric columns"),
         ("frame,time\n1,2\n", "none has a name that identifies it"),
     ],
 )
