@@ -101,16 +101,8 @@ def load_channels(
     """
     header, named = read_header(cube, max_bytes), wavelengths or cube
     values = None if wavelengths is None else _wavelengths(wavelengths, max_bytes)
-    array, caveats = _cube(cube, max_bytes), []
-    declared = _declared_wavelengths(header, array, values)
-    if values is None and declared is not None:
-        values = declared
-        caveats.append(f"{cube}: the wavelengths are those of its header, {_span(values)}")
-    elif values is not None and declared is not None and not np.allclose(_shape(values), _shape(declared), rtol=2e-3):
-        caveats.append(
-            f"{wavelengths}: the wavelengths, {_span(values)}, are not those of the header of {cube}, "
-            f"{_span(declared)}; data.wavelengths is used"
-        )
+    array = _cube(cube, max_bytes)
+    values, caveats = _with_header(named, cube, values, _declared_wavelengths(header, array, values))
     if values is None and spectrum is not None:
         raise InputError(
             f"{spectrum}: data.spectrum needs data.wavelengths, or wavelengths in the header of {cube}: one channel "
@@ -119,15 +111,9 @@ def load_channels(
     _check_psf_is_another(psf, cube, array.shape, max_bytes)
     channels = _frames(cube, array)[None] if values is None else _channels(cube, named, len(values), array)
     angles_deg, given = _angles(angles, cube, header, channels.shape[1:], max_bytes)
-    caveats += _radians(angles or cube, angles_deg)
-    if values is None:
-        stamp, more = _stamp(psf, channels.shape[1:], max_bytes)
-        caveats = [*more, *caveats]
-        return SpectralStack(
-            channels, angles_deg, stamp[None], np.ones(1), None, tuple(caveats), observed(header), given
-        )
+    values = np.ones(1) if values is None else values
     stamps, more = _stamps(psf, channels.shape[1:], values, max_bytes)
-    caveats = [*more, *caveats]
+    caveats = [*more, *caveats, *_radians(angles or cube, angles_deg)]
     spectra = None if spectrum is None else load_spectra(spectrum, len(values), max_bytes)
     order = np.argsort(values)
     if (order != np.arange(len(order))).any():
@@ -204,6 +190,22 @@ def _declared_wavelengths(header: Header, array: np.ndarray, given: np.ndarray |
     values = instrument_of(header).wavelengths(header, len(array))
     usable = values is not None and np.isfinite(values).all() and (values > 0).all() and len(set(values)) == len(values)
     return values if usable else None
+
+
+def _with_header(
+    named: Path, cube: Path, given: np.ndarray | None, declared: np.ndarray | None
+) -> tuple[np.ndarray | None, list[str]]:
+    """Wavelengths as given, or else of the header, and a caveat if they are the header's or contradict it."""
+    if declared is None:
+        return given, []
+    if given is None:
+        return declared, [f"{cube}: the wavelengths are those of its header, {_span(declared)}"]
+    if np.allclose(_shape(given), _shape(declared), rtol=2e-3):
+        return given, []
+    return given, [
+        f"{named}: the wavelengths, {_span(given)}, are not those of the header of {cube}, {_span(declared)}; "
+        "data.wavelengths is used"
+    ]
 
 
 def _shape(wavelengths: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Shaped
 from numpy.lib import format as npy
 
-from pulmo_jax.data.file_parts import FilePart, split_part
-from pulmo_jax.data.fits_arrays import read_fits
+from pulmo_jax.data.file_parts import split_part
+from pulmo_jax.data.fits_arrays import Request, read_fits
 from pulmo_jax.data.fits_headers import check_fits, copy_declared
 from pulmo_jax.data.sources.source import check_free_memory, check_is_file, decoding
 from pulmo_jax.data.sources.tiff import open_tiff
@@ -88,40 +88,34 @@ def read_array(
         check_free_memory(path, needed, _REMEDY)
 
     part = split_part(path)
+    wanted, names = f"{description}, {_axes(dims)}-dimensional", columns if 1 in dims else None
+    request = Request(path, part, wanted, lambda shape: fitting_shape(shape, dims) is not None, check, names)
     with decoding(path), opened(path, description, max_bytes) as (file, size):
-        array = _read(part, path, file, size, dims, description, check, columns, max_bytes)
+        array = _read(file, size, request, description, max_bytes)
         return np.ascontiguousarray(array.reshape(fitting_shape(array.shape, dims)), _native(array.dtype))
 
 
-def _read(
-    part: FilePart,
-    path: Path,
-    file: BufferedIOBase,
-    size: int,
-    dims: tuple[int, ...],
-    description: str,
-    check: Check,
-    columns: Sequence[str],
-    max_bytes: int,
-) -> np.ndarray:
+def _read(file: BufferedIOBase, size: int, request: Request, description: str, max_bytes: int) -> np.ndarray:
     """The array in a file, by the format of its content."""
+    path, part, check = request.path, request.part, request.check
     head = file.read(16)
     file.seek(0)
     if head.startswith(b"SIMPLE  ="):
         check_fits(path, file, size)
         file.seek(0)
-        wanted = f"{description}, {_axes(dims)}-dimensional"
-        names = columns if 1 in dims else None
-        return read_fits(part, path, file, size, lambda s: fitting_shape(s, dims) is not None, wanted, check, names)
+        return read_fits(file, size, request)
     if part.extension is not None:
         raise InputError(f"{path}: {part.file} is not a FITS file, so it has no extension [{part.extension}]")
+    binary = head.startswith((*_TIFF_MAGIC, npy.MAGIC_PREFIX, b"PK"))
+    if binary and part.column is not None:
+        raise InputError(f"{path}: {part.file} is not a table, so it has no column {part.column!r}")
     if head.startswith(_TIFF_MAGIC):
         return _read_tiff(path, file, check, max_bytes)
     if head.startswith(npy.MAGIC_PREFIX):
         return _read_npy(path, file, size, check)
     if head.startswith(b"PK"):
         raise InputError(f"{path}: is an archive (.npz or .zip); save {description} alone as .npy")
-    return read_text(path, file, description, check, columns, part.column)
+    return read_text(path, file, description, check, request.columns or (), part.column)
 
 
 def fitting_shape(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from io import BufferedIOBase
 from math import prod
 from pathlib import Path
@@ -20,56 +21,60 @@ _VARIABLE_LENGTH = re.compile(r"\d*[PQ]")  # TFORM of arrays which may all refer
 _LISTED = 12  # HDUs in an error message
 SCIENCE = "SCI"  # EXTNAME of the data where a file also has their errors and flags
 
-# (path, shape) to whether an image of this shape is asked for; (shape, dtype, bytes, bytes needed) validates.
-Fitting = Callable[[tuple[int, ...]], bool]
-Check = Callable[..., None]
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a file.
+
+    Attributes:
+        path: The path as given, for error messages.
+        part: The file, and the extension and column if the user names them.
+        wanted: Description of what is asked for.
+        fitting: Whether an image of a shape is asked for.
+        check: Validates (shape, dtype, bytes in the file or None, bytes needed) before an array is read.
+        columns: Column names that identify the quantity; None if no column is asked for.
+    """
+
+    path: Path
+    part: FilePart
+    wanted: str
+    fitting: Callable[[tuple[int, ...]], bool]
+    check: Callable[..., None]
+    columns: Sequence[str] | None
 
 
-def read_fits(
-    part: FilePart,
-    path: Path,
-    file: BufferedIOBase,
-    size: int,
-    fitting: Fitting,
-    wanted: str,
-    check: Check,
-    columns: Sequence[str] | None,
-) -> np.ndarray:
+def read_fits(file: BufferedIOBase, size: int, request: Request) -> np.ndarray:
     """Read an image or a column.
 
     Without a named extension: the only image with fitting axes, or of several the only one called SCI; without any,
     the column of the tables that `choose_column` chooses.
 
     Args:
-        part: Extension and column, if the user names them.
-        path: The path as given, for error messages.
         file: The file, at its start, with valid headers.
         size: Its length in bytes.
-        fitting: Whether an image of this shape is asked for.
-        wanted: Description of what is asked for.
-        check: Validates shape, type and memory before an array is read.
-        columns: Column names that identify the quantity; None if no column is asked for.
+        request: What is asked for.
 
     Returns:
-        The array, in native byte order and as stored.
+        The array as stored, in native byte order.
 
     Raises:
         InputError: If nothing fits, or several do; the message lists the HDUs and how to name one.
     """
+    part = request.part
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AstropyWarning)  # about truncated files, which `check` detects
         with fits.open(file) as opened:
             hdus: list[Any] = list(opened)
-            chosen = hdus if part.extension is None else [_named(hdus, part, path)]
-            images = [hdu for hdu in chosen if hdu.is_image and hdu.shape and fitting(hdu.shape)]
+            chosen = hdus if part.extension is None else [_named(hdus, request)]
+            images = [hdu for hdu in chosen if hdu.is_image and hdu.shape and request.fitting(hdu.shape)]
             tables = [hdu for hdu in chosen if hdu.header.get("XTENSION") in ("BINTABLE", "TABLE") and not hdu.is_image]
             if part.column is None and images:
-                return _image(_only(images, hdus, part, path, wanted), size, check)
-            if columns is not None and tables:
-                return _column(tables, hdus, part, path, columns, size, check)
+                return _image(_only(images, hdus, request), size, request)
+            if request.columns is not None and tables:
+                return _column(tables, hdus, size, request, request.columns)
             shapes = [str(tuple(hdu.shape)) for hdu in chosen if hdu.is_image and hdu.shape]
             content = f"images of shape {', '.join(shapes[:_LISTED])}" if shapes else "no image"
-            raise InputError(f"{path}: holds {content}; give {wanted}{_hint(hdus, part)}")
+            raise InputError(f"{request.path}: holds {content}; give {request.wanted}{_hint(hdus, part)}")
 
 
 def listing(hdus: Sequence[Any]) -> str:
@@ -89,9 +94,9 @@ def _hint(hdus: Sequence[Any], part: FilePart) -> str:
     return f". The file has {listing(hdus)}" if len(hdus) > 1 or part.extension is not None else ""
 
 
-def _named(hdus: Sequence[Any], part: FilePart, path: Path) -> Any:
+def _named(hdus: Sequence[Any], request: Request) -> Any:
     """The HDU with a number, or with an EXTNAME and possibly an EXTVER."""
-    extension = part.extension or ""
+    extension = request.part.extension or ""
     name, _, version = (text.strip() for text in extension.partition(","))
     if name.isdigit():
         found = [hdu for number, hdu in enumerate(hdus) if number == int(name)]
@@ -99,28 +104,28 @@ def _named(hdus: Sequence[Any], part: FilePart, path: Path) -> Any:
         found = [hdu for hdu in hdus if hdu.name.upper() == name.upper() and version in ("", str(hdu.ver))]
     if len(found) != 1:
         problem = f"{len(found)} extensions called" if found else "no extension"
-        raise InputError(f"{path}: has {problem} {extension!r}; the file has {listing(hdus)}")
+        raise InputError(f"{request.path}: has {problem} {extension!r}; the file has {listing(hdus)}")
     return found[0]
 
 
-def _only(images: Sequence[Any], hdus: Sequence[Any], part: FilePart, path: Path, wanted: str) -> Any:
+def _only(images: Sequence[Any], hdus: Sequence[Any], request: Request) -> Any:
     science = [hdu for hdu in images if hdu.name.upper() == SCIENCE]
     if len(images) == 1 or len(science) == 1:
         return (science or images)[0]
     raise InputError(
-        f"{path}: {len(images)} images could be {wanted}: {listing(hdus)}. Name one by its number or EXTNAME: "
-        f"'{part.file}[{hdus.index(images[-1])}]'"
+        f"{request.path}: {len(images)} images could be {request.wanted}: {listing(hdus)}. Name one by its number or "
+        f"EXTNAME: '{request.part.file}[{hdus.index(images[-1])}]'"
     )
 
 
-def _image(hdu: Any, size: int, check: Check) -> np.ndarray:
+def _image(hdu: Any, size: int, request: Request) -> np.ndarray:
     bits = hdu.header["BITPIX"]
     dtype = np.dtype({8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}[bits])
     packed = isinstance(hdu, fits.CompImageHDU)
     scaled = bits > 0 and any(key in hdu.header for key in ("BSCALE", "BZERO", "BLANK"))
     decoded = (4 if bits <= 16 else 8) if scaled else dtype.itemsize  # astropy scales to float32 or float64
     needed = prod(hdu.shape) * decoded * (2 if packed or scaled else 1)
-    check(hdu.shape, dtype, None if packed else size - hdu.fileinfo()["datLoc"], needed)
+    request.check(hdu.shape, dtype, None if packed else size - hdu.fileinfo()["datLoc"], needed)
     return np.array(hdu.data, hdu.data.dtype.newbyteorder("="))  # copied, because the file is memory-mapped
 
 
@@ -147,15 +152,10 @@ def numeric_columns(path: Path, table: Any, size: int) -> list[str]:
 
 
 def _column(
-    tables: Sequence[Any],
-    hdus: Sequence[Any],
-    part: FilePart,
-    path: Path,
-    known: Sequence[str],
-    size: int,
-    check: Check,
+    tables: Sequence[Any], hdus: Sequence[Any], size: int, request: Request, known: Sequence[str]
 ) -> np.ndarray:
     """A column of the only table, or of the only one that has a column with a known name."""
+    path, part = request.path, request.part
     names = [numeric_columns(path, table, size) for table in tables]
     fitting = [i for i in range(len(tables)) if part.column is None and any(plain_name(n) in known for n in names[i])]
     if len(tables) > 1 and len(fitting) != 1:
@@ -165,5 +165,5 @@ def _column(
         )
     number = fitting[0] if len(tables) > 1 else 0
     column = np.array(tables[number].data[choose_column(path, names[number], known, part.column)])
-    check(column.shape, column.dtype, None)
+    request.check(column.shape, column.dtype, None)
     return column

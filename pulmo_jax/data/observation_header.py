@@ -136,6 +136,7 @@ class Position:
     equinox: float = 2000.0
 
 
+FRAMES = ("ICRS", "FK5", "FK4", "FK4-NO-E")
 POSITION_KEYWORDS = (
     ("ESO INS4 DROT2 RA", "ESO INS4 DROT2 DEC"),
     ("OBJCTRA", "OBJCTDEC"),
@@ -160,9 +161,10 @@ def position_of(header: Header) -> Position | None:
         packed = ra_keyword.startswith("ESO")
         ra, dec = _angle_deg(header, ra_keyword, packed, 15.0), _angle_deg(header, dec_keyword, packed, 1.0)
         if ra is not None and dec is not None and 0 <= ra <= 360 and -90 <= dec <= 90:
-            frame = header.text("RADESYS") or header.text("RADECSYS")
-            equinox = header.number("EQUINOX") or 2000.0
-            return Position(ra, dec, frame or ("FK5" if header.number("EQUINOX") else "ICRS"), equinox)
+            frame, equinox = header.text("RADESYS") or header.text("RADECSYS"), header.number("EQUINOX")
+            if frame not in FRAMES:  # section 8.3 of the FITS standard
+                frame = "ICRS" if equinox is None else "FK5" if equinox >= 1984 else "FK4"
+            return Position(ra, dec, frame, 2000.0 if equinox is None else equinox)
     return None
 
 

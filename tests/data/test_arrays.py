@@ -161,6 +161,7 @@ def test_an_extension_of_another_shape_or_format(tmp_path):
     assert "images of shape (4, 5, 6); give an array, 2-dimensional" in refusal(Path(f"{path}[1]"), (2,))
     np.save(tmp_path / "x.npy", numbers((4, 5, 6)))
     assert "x.npy is not a FITS file, so it has no extension [1]" in refusal(tmp_path / "x.npy[1]", (3,))
+    assert "x.npy is not a table, so it has no column 'pa'" in refusal(tmp_path / "x.npy[col pa]", (3,))
 
 
 def test_a_file_whose_name_ends_in_brackets(tmp_path):

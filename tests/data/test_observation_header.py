@@ -62,6 +62,8 @@ def test_frame_and_equinox():
     assert position_of(Header(at | {"EQUINOX": 2000.0})) == Position(1.0, 2.0, "FK5", 2000.0)
     assert position_of(Header(at | {"EQUINOX": 2015.5, "RADECSYS": "FK5"})) == Position(1.0, 2.0, "FK5", 2015.5)
     assert position_of(Header(at | {"RADESYS": "ICRS"})) == Position(1.0, 2.0, "ICRS", 2000.0)
+    assert position_of(Header(at | {"RADESYS": "unavailable"})) == Position(1.0, 2.0, "ICRS", 2000.0)
+    assert position_of(Header(at | {"EQUINOX": 1950.0})) == Position(1.0, 2.0, "FK4", 1950.0)
 
 
 @pytest.mark.parametrize(
