@@ -19,6 +19,8 @@ from pulmo_jax.data.fits_arrays import SCIENCE, numeric_columns
 from pulmo_jax.data.fits_headers import check_fits
 from pulmo_jax.types import InputError
 
+SECONDS_PER_DAY = 86400
+MJD_RANGE = (-678575.0, 2973483.0)  # the years 1 to 9999
 Values = Mapping[str, Any]  # of a header, by keyword
 
 
@@ -194,21 +196,31 @@ def _unpacked(number: float) -> float:
 def mjd_of(header: Header) -> float | None:
     """Modified Julian date from MJD-OBS, MJD or DATE-OBS, or None."""
     for keyword in ("MJD-OBS", "MJD"):
-        if (value := header.number(keyword)) is not None:
+        if (value := header.number(keyword)) is not None and MJD_RANGE[0] < value < MJD_RANGE[1]:
             return value
-    if (date := date_of(header)) is None:
-        return None
-    try:
-        return float(np.asarray(Time(date, scale="utc").mjd))
-    except ValueError:
-        return None
+    return _mjd(_date(header))
 
 
 def date_of(header: Header) -> str | None:
-    """DATE-OBS, with the time of UTC or UT appended if it has none, or None."""
-    date = header.text("DATE-OBS")
-    time = header.text("UTC") or header.text("UT")
+    """Date and time of `mjd_of`: DATE-OBS, or where it differs by more than a second, the date of MJD-OBS."""
+    mjd, text = mjd_of(header), _date(header)
+    named = _mjd(text)
+    if mjd is None or (named is not None and abs(named - mjd) * SECONDS_PER_DAY < 1):
+        return text if named is not None else None
+    return str(Time(mjd, format="mjd", scale="utc", precision=3).isot)
+
+
+def _date(header: Header) -> str | None:
+    """DATE-OBS, with the time of UTC or UT appended if it has none."""
+    date, time = header.text("DATE-OBS"), header.text("UTC") or header.text("UT")
     return f"{date}T{time}" if date and "T" not in date and time and ":" in time else date
+
+
+def _mjd(date: str | None) -> float | None:
+    try:
+        return None if date is None else float(np.asarray(Time(date, format="isot", scale="utc").mjd))
+    except ValueError:
+        return None
 
 
 def target_of(header: Header) -> str | None:

@@ -7,9 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from astropy.io import fits
+from astropy.wcs import WCS
 
 from pulmo_jax.data.instruments import Observed, observed
-from pulmo_jax.data.observation_header import Header, Position, position_of, read_header, unit_of, wavelengths_of
+from pulmo_jax.data.observation_header import (
+    Header,
+    Position,
+    date_of,
+    mjd_of,
+    position_of,
+    read_header,
+    unit_of,
+    wavelengths_of,
+)
 
 CUBE = np.zeros((3, 4, 5), "f4")
 
@@ -142,6 +152,32 @@ def test_what_is_observed(tmp_path):
         unit="adu",
         pixel_scale=0.02,
     )
+
+
+@pytest.mark.parametrize(
+    ("cards", "date", "mjd"),
+    [
+        ({"DATE-OBS": "2020-01-02T12:00:00.1"}, "2020-01-02T12:00:00.1", 58850.5),
+        ({"DATE-OBS": "2020-01-02T12:00:00.1", "MJD-OBS": 58850.5}, "2020-01-02T12:00:00.1", 58850.5),
+        ({"DATE-OBS": "2020-01-02", "MJD-OBS": 58850.5}, "2020-01-02T12:00:00.000", 58850.5),
+        ({"DATE-OBS": "02/01/20", "MJD-OBS": 58850.5}, "2020-01-02T12:00:00.000", 58850.5),
+        ({"MJD": 58850.5}, "2020-01-02T12:00:00.000", 58850.5),
+        ({"DATE-OBS": "2020-01-02"}, "2020-01-02", 58850.0),
+        ({"DATE-OBS": "2020-13-45"}, None, None),
+        ({"DATE-OBS": "yesterday"}, None, None),
+        ({"MJD-OBS": 1e300}, None, None),
+        ({}, None, None),
+    ],
+    ids=str,
+)
+def test_dates_agree_with_each_other(cards, date, mjd):
+    """astropy.wcs warns of a DATE-OBS that MJD-OBS contradicts."""
+    header = Header(cards)
+    assert date_of(header) == date
+    assert mjd_of(header) == (None if mjd is None else pytest.approx(mjd, abs=2e-6))
+    if date is not None:
+        pair = {"CTYPE1": "EAST", "CTYPE2": "NORTH", "DATE-OBS": date, "MJD-OBS": mjd_of(header)}
+        WCS(fits.Header(pair))
 
 
 def test_cards_that_cannot_be_parsed_are_left_out(tmp_path):

@@ -9,11 +9,12 @@ import numpy as np
 
 from pulmo_jax import __version__
 from pulmo_jax.core.kepler import Orbit, period_days
+from pulmo_jax.data.observation_header import Header, date_of
 from pulmo_jax.inference.epochs import Track
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.sky_axes import sky_axes
-from pulmo_jax.tasks.point_sources.combination_report import CombinedResult
+from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, Epoch
 from pulmo_jax.tasks.point_sources.results import observation_cards
 
 FULL_TURN = 360.0
@@ -39,13 +40,18 @@ def write_maps(result: CombinedResult, out_dir: Path) -> None:
             "ORBITS": (result.config.epochs.orbits, "best orbit through each pixel at the first date"),
             "THRESHLD": (combined.threshold, "threshold of the criterion"),
         }
-        dated = result.config.epochs.dates is None  # else the headers' dates are not those used
-        header |= observation_cards(first.observed if dated else replace(first.observed, date=None))
+        header |= observation_cards(replace(first.observed, mjd=first.mjd, date=date_used(first)))
         if first.mjd is not None:
             header["MJD-OBS"] = (first.mjd, "date of the positions in this map")
         scale = first.map.scale if result.in_arcsec else None
         header |= sky_axes(first.map.centre, scale, float(np.rad2deg(first.map.north)), first.observed.position)
         write_fits(out_dir / f"{name}.fits", getattr(combined, name), header, parameters)
+
+
+def date_used(epoch: Epoch) -> str | None:
+    """Date of an epoch: that of its header, unless the user gave another."""
+    given = {"MJD-OBS": epoch.mjd, "DATE-OBS": epoch.observed.date}
+    return date_of(Header({keyword: value for keyword, value in given.items() if value is not None}))
 
 
 def detections_csv(result: CombinedResult) -> str:
