@@ -17,8 +17,10 @@ from pulmo_jax.data.arrays import MAX_BYTES, opened
 from pulmo_jax.data.file_parts import split_part
 from pulmo_jax.data.fits_arrays import SCIENCE, numeric_columns
 from pulmo_jax.data.fits_headers import check_fits
+from pulmo_jax.data.sources.source import decoding
 from pulmo_jax.types import InputError
 
+MAX_TABLE_BYTES = 16 * 2**20  # of a table of the frames
 SECONDS_PER_DAY = 86400
 MJD_RANGE = (-678575.0, 2973483.0)  # the years 1 to 9999
 Values = Mapping[str, Any]  # of a header, by keyword
@@ -76,7 +78,7 @@ def read_header(path: Path, max_bytes: int = MAX_BYTES) -> Header:
     """
     part = split_part(path)
     try:
-        with opened(path, "a cube", max_bytes) as (file, size), warnings.catch_warnings():
+        with decoding(path), opened(path, "a cube", max_bytes) as (file, size), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if file.read(9) != b"SIMPLE  =":
                 return Header()
@@ -85,7 +87,7 @@ def read_header(path: Path, max_bytes: int = MAX_BYTES) -> Header:
             file.seek(0)
             with fits.open(file) as hdus:
                 return _header(list(hdus), part.extension, path, size)
-    except (OSError, ValueError, TypeError, KeyError, InputError):
+    except (OSError, InputError):  # the cube itself is read elsewhere, and refused with a message
         return Header()
 
 
@@ -99,7 +101,7 @@ def _header(hdus: list[Any], extension: str | None, path: Path, size: int) -> He
     tables = [
         Table(f"[{i}] {hdu.name}".strip(), int(hdu.header["NAXIS2"]), _columns(path, hdu, size))
         for i, hdu in enumerate(hdus)
-        if hdu.header.get("XTENSION") in ("BINTABLE", "TABLE") and not hdu.is_image
+        if hdu.header.get("XTENSION") in ("BINTABLE", "TABLE") and not hdu.is_image and hdu.size <= MAX_TABLE_BYTES
     ]
     return Header(values, tuple(tables))
 

@@ -9,6 +9,7 @@ import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
 
+from pulmo_jax.data import observation_header
 from pulmo_jax.data.instruments import Observed, observed
 from pulmo_jax.data.observation_header import (
     Header,
@@ -111,6 +112,7 @@ def test_the_extension_of_the_cube_overrides_the_primary_header(tmp_path):
     assert (header.text("OBJECT"), header.text("FILTER"), header.number("ESO DET DIT")) == ("HD 1", "H", 2.0)
     assert read_header(tmp_path / "x.fits[1]").text("FILTER") == "none"
     assert read_header(tmp_path / "x.fits[sci]").text("FILTER") == "H"
+    assert read_header(tmp_path / "x.fits[9]") == Header()
     (tmp_path / "x.fits.gz").write_bytes(gzip.compress((tmp_path / "x.fits").read_bytes()))
     assert read_header(tmp_path / "x.fits.gz") == header
 
@@ -123,6 +125,13 @@ def test_tables_of_the_file(tmp_path):
     (table,) = read_header(tmp_path / "x.fits").tables
     assert (table.name, table.rows, list(table.columns)) == ("[1] FRAMES", 2, ["PARANG"])
     np.testing.assert_array_equal(table.columns["PARANG"], [1.0, 2.0])
+
+
+def test_large_tables_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(observation_header, "MAX_TABLE_BYTES", 100)
+    tables = [fits.BinTableHDU.from_columns([fits.Column("PA", "D", array=np.zeros(n))]) for n in (12, 13)]
+    fits.HDUList([fits.PrimaryHDU(CUBE), *tables]).writeto(tmp_path / "x.fits")
+    assert [table.rows for table in read_header(tmp_path / "x.fits").tables] == [12]
 
 
 def test_files_without_a_header(tmp_path):

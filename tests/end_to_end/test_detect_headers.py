@@ -132,6 +132,7 @@ def test_offsets_from_the_star_without_its_position(planted, tmp_path, monkeypat
         ({"cube": "stack.fits[SCIENCE]", "psf": "stack.fits[PSF]"}, r"no extension 'SCIENCE'; the file has \[0\] PRIM"),
         ({"cube": "stack.fits", "psf": "stack.fits[PSF]", "angles": "stack.fits[4][col PA]"}, "columns are: PARANG"),
         ({"cube": "stack.fits", "psf": "stack.fits[7]"}, "no extension '7'"),
+        ({"cube": "stack.fits[9]", "psf": "stack.fits[PSF]"}, "no extension '9'"),
         ({"cube": "nowhere.fits[1]", "psf": "stack.fits[PSF]"}, "does not exist; give a file, or FILE"),
         ({"cube": "stack.fits", "psf": "stack.fits[PSF]", "star_ra_deg": 3.0}, "belong together"),
     ],
