@@ -7,6 +7,11 @@ import numpy as np
 from jaxtyping import Float
 
 from pulmo_jax.data.arrays import MAX_BYTES, read_array
+from pulmo_jax.data.columns import ANGLES, WAVELENGTHS
+from pulmo_jax.data.file_parts import same_file
+from pulmo_jax.data.header_angles import FrameAngles, frame_angles
+from pulmo_jax.data.instruments import NOT_OBSERVED, Observed, instrument_of, observed
+from pulmo_jax.data.observation_header import Header, read_header
 from pulmo_jax.types import InputError
 
 _CUBE = "an image cube (T, H, W)"
@@ -47,6 +52,8 @@ class SpectralStack:
         wavelengths: Ascending, in any unit (L,).
         spectra: Template spectra of the sources to detect (M, L), in any unit; None means flat.
         caveats: One sentence for each value that was changed or looks unusual.
+        observed: What the header of the cube says about the observation.
+        header_angles: Angles that the file of the cube gives, with their offsets; None if it gives none.
     """
 
     cube: Float[np.ndarray, "L T H W"]
@@ -55,6 +62,8 @@ class SpectralStack:
     wavelengths: Float[np.ndarray, "L"]
     spectra: Float[np.ndarray, "M L"] | None = None
     caveats: tuple[str, ...] = ()
+    observed: Observed = NOT_OBSERVED
+    header_angles: FrameAngles | None = None
 
     @classmethod
     def of_one(cls, stack: RotatingStack) -> "SpectralStack":
@@ -64,7 +73,7 @@ class SpectralStack:
 
 def load_channels(
     cube: Path,
-    angles: Path,
+    angles: Path | None,
     psf: Path,
     wavelengths: Path | None = None,
     spectrum: Path | None = None,
@@ -76,9 +85,11 @@ def load_channels(
 
     Args:
         cube: File with the cube (L, T, H, W), in any format of `read_array`.
-        angles: File with the T rotation angles in degrees.
+        angles: File with the T rotation angles in degrees; None: from the file of the cube (`frame_angles`), without
+            the offsets that the stack's `header_angles` gives.
         psf: File with one PSF (S, S) or one per channel (L, S, S).
-        wavelengths: File with the L wavelengths; without it the cube is read as a single channel by `load_stack`.
+        wavelengths: File with the L wavelengths; None: from the header of the cube, or without any there the cube is a
+            single channel, as for `load_stack`.
         spectrum: File with template spectra (L,) or (M, L).
         max_bytes: Limit on the size of each array in memory.
 
@@ -88,20 +99,28 @@ def load_channels(
     Raises:
         InputError: A file cannot be used or does not match the others; the message names it.
     """
-    if wavelengths is None:
-        return SpectralStack.of_one(load_stack(cube, angles, psf, max_bytes))
-    values = _wavelengths(wavelengths, max_bytes)
-    channels = _channels(cube, wavelengths, len(values), max_bytes)
-    angles_deg = _angles_deg(angles, cube, channels.shape[1:], max_bytes)
-    stamps, caveats = _stamps(psf, channels.shape[1:], values, max_bytes)
-    caveats += _radians(angles, angles_deg)
+    header, named = read_header(cube, max_bytes), wavelengths or cube
+    values = None if wavelengths is None else _wavelengths(wavelengths, max_bytes)
+    array = _cube(cube, max_bytes)
+    values, caveats = _with_header(named, cube, values, _declared_wavelengths(header, array, values))
+    if values is None and spectrum is not None:
+        raise InputError(
+            f"{spectrum}: data.spectrum needs data.wavelengths, or wavelengths in the header of {cube}: one channel "
+            "has no spectrum"
+        )
+    _check_psf_is_another(psf, cube, array.shape, max_bytes)
+    channels = _frames(cube, array)[None] if values is None else _channels(cube, named, len(values), array)
+    angles_deg, given = _angles(angles, cube, header, channels.shape[1:], max_bytes)
+    values = np.ones(1) if values is None else values
+    stamps, more = _stamps(psf, channels.shape[1:], values, max_bytes)
+    caveats = [*more, *caveats, *_radians(angles or cube, angles_deg)]
     spectra = None if spectrum is None else load_spectra(spectrum, len(values), max_bytes)
     order = np.argsort(values)
     if (order != np.arange(len(order))).any():
-        caveats.append(f"{wavelengths}: the channels were sorted by wavelength")
+        caveats.append(f"{named}: the channels were sorted by wavelength")
         channels, values, stamps = channels[order], values[order], stamps[order]
         spectra = None if spectra is None else spectra[:, order]
-    return SpectralStack(channels, angles_deg, stamps, values, spectra, tuple(caveats))
+    return SpectralStack(channels, angles_deg, stamps, values, spectra, tuple(caveats), observed(header), given)
 
 
 def load_spectra(path: Path, n_channels: int, max_bytes: int = MAX_BYTES) -> Float[np.ndarray, "M L"]:
@@ -141,16 +160,15 @@ def load_stack(cube: Path, angles: Path, psf: Path, max_bytes: int = MAX_BYTES) 
     Raises:
         InputError: A file cannot be used or does not match the others; the message names it.
     """
-    frames = _frames(cube, max_bytes)
+    frames = _frames(cube, _cube(cube, max_bytes))
     angles_deg = _angles_deg(angles, cube, frames.shape, max_bytes)
     stamp, caveats = _stamp(psf, frames.shape, max_bytes)
     return RotatingStack(frames, angles_deg, stamp, (*caveats, *_radians(angles, angles_deg)))
 
 
 def _wavelengths(path: Path, max_bytes: int) -> np.ndarray:
-    values = read_array(path, (1,), description=_WAVELENGTHS, max_bytes=min(max_bytes, _MAX_LIST_BYTES)).astype(
-        np.float64
-    )
+    limit = min(max_bytes, _MAX_LIST_BYTES)
+    values = read_array(path, (1,), description=_WAVELENGTHS, max_bytes=limit, columns=WAVELENGTHS).astype(np.float64)
     if (bad := np.flatnonzero(~(np.isfinite(values) & (values > 0)))).size:
         raise InputError(
             f"{path}: {bad.size} of {len(values)} wavelengths are not positive and finite; the first is "
@@ -165,9 +183,42 @@ def _wavelengths(path: Path, max_bytes: int) -> np.ndarray:
     return values
 
 
-def _channels(path: Path, wavelengths: Path, n: int, max_bytes: int) -> np.ndarray:
+def _declared_wavelengths(header: Header, array: np.ndarray, given: np.ndarray | None) -> np.ndarray | None:
+    """Wavelengths of the header, one per channel of a cube (L, T, H, W), or None."""
+    if array.ndim != 4 or 1 in (array.shape[0], array.shape[-1]) or (given is not None and len(given) != len(array)):
+        return None
+    values = instrument_of(header).wavelengths(header, len(array))
+    usable = values is not None and np.isfinite(values).all() and (values > 0).all() and len(set(values)) == len(values)
+    return values if usable else None
+
+
+def _with_header(
+    named: Path, cube: Path, given: np.ndarray | None, declared: np.ndarray | None
+) -> tuple[np.ndarray | None, list[str]]:
+    """Wavelengths as given, or else of the header, and a caveat if they are the header's or contradict it."""
+    if declared is None:
+        return given, []
+    if given is None:
+        return declared, [f"{cube}: the wavelengths are those of its header, {_span(declared)}"]
+    if np.allclose(_shape(given), _shape(declared), rtol=2e-3):
+        return given, []
+    return given, [
+        f"{named}: the wavelengths, {_span(given)}, are not those of the header of {cube}, {_span(declared)}; "
+        "data.wavelengths is used"
+    ]
+
+
+def _shape(wavelengths: np.ndarray) -> np.ndarray:
+    """Wavelengths relative to their mean, which do not depend on the unit."""
+    return wavelengths / wavelengths.mean()
+
+
+def _span(wavelengths: np.ndarray) -> str:
+    return f"{wavelengths.min():g} to {wavelengths.max():g}"
+
+
+def _channels(path: Path, wavelengths: Path, n: int, array: np.ndarray) -> np.ndarray:
     """The cube (L, T, H, W) in floating point."""
-    array = read_array(path, (3, 4), description=_CUBE, max_bytes=max_bytes)
     if array.ndim == 4 and array.shape[-1] == 1 != array.shape[0]:
         array = array[..., 0]
     channels = array[None] if array.ndim == 3 else array
@@ -192,26 +243,49 @@ def _radians(path: Path, angles_deg: np.ndarray) -> list[str]:
     return []
 
 
-def _frames(path: Path, max_bytes: int) -> np.ndarray:
-    array = read_array(path, (3, 4), description=_CUBE, max_bytes=max_bytes)
+def _cube(path: Path, max_bytes: int) -> np.ndarray:
+    return read_array(path, (3, 4), description=_CUBE, max_bytes=max_bytes)
+
+
+def _frames(path: Path, array: np.ndarray) -> np.ndarray:
+    """The frames (T, H, W) of a single channel in floating point."""
     if array.ndim == 4 and 1 not in (array.shape[0], array.shape[-1]):
         raise InputError(
             f"{path}: has shape {array.shape}; give {_CUBE}. A multi-wavelength cube (L, T, H, W) also requires "
-            "data.wavelengths=FILE."
+            "data.wavelengths=FILE, because its header has no wavelengths."
         )
     if array.ndim == 4:
         array = array[0] if array.shape[0] == 1 else array[..., 0]
     return array.astype(np.result_type(array.dtype, np.float32), copy=False)
 
 
+def _angles(
+    path: Path | None, cube: Path, header: Header, shape: tuple[int, ...], max_bytes: int
+) -> tuple[np.ndarray, FrameAngles | None]:
+    """The angles of the file, or else of the header, and those of the header if it has any."""
+    if path is None:
+        given = frame_angles(cube, header, shape[0])
+        return _finite(cube, given.angles_deg), given
+    angles = _angles_deg(path, cube, shape, max_bytes)
+    try:
+        return angles, frame_angles(cube, header, shape[0])
+    except InputError:
+        return angles, None
+
+
 def _angles_deg(path: Path, cube: Path, shape: tuple[int, ...], max_bytes: int) -> np.ndarray:
-    angles = read_array(path, (1,), description=_ANGLES, max_bytes=min(max_bytes, _MAX_LIST_BYTES)).astype(np.float64)
+    limit = min(max_bytes, _MAX_LIST_BYTES)
+    angles = read_array(path, (1,), description=_ANGLES, max_bytes=limit, columns=ANGLES).astype(np.float64)
     if len(angles) != shape[0]:
         hint = f"Give {_ANGLES}."
         if len(angles) in shape:
             axis = shape.index(len(angles))
             hint = f"Axis {axis} of the cube has that length: its axes may be in another order; save it as (T, H, W)."
         raise InputError(f"{path}: has {len(angles)} angles, but {cube} has {shape[0]} frames (shape {shape}). {hint}")
+    return _finite(path, angles)
+
+
+def _finite(path: Path, angles: np.ndarray) -> np.ndarray:
     if (bad := np.flatnonzero(~np.isfinite(angles))).size:
         raise InputError(
             f"{path}: {bad.size} of {len(angles)} angles are not finite; the first is {angles[bad[0]]}, of frame "
@@ -253,6 +327,12 @@ def _stamps(
         )
     cut = [_fitting_stamp(path, image, cube_shape) for image in images]
     return np.repeat(np.stack([stamp for stamp, _ in cut]), n // len(images), axis=0), caveats + cut[0][1]
+
+
+def _check_psf_is_another(psf: Path, cube: Path, shape: tuple[int, ...], max_bytes: int) -> None:
+    """Refuse a PSF that is the same image of the same file as the cube."""
+    if same_file(psf, cube) and read_array(psf, (2, 3, 4), description=_PSF, max_bytes=max_bytes).shape == shape:
+        raise InputError(f"{psf}: is {cube} itself; data.psf must be an image of the star alone: name its extension")
 
 
 def _psf_file(path: Path, max_bytes: int) -> np.ndarray:

@@ -69,21 +69,23 @@ def relative_photometry(flux: Values, flux_std: Values, star_flux: Values) -> di
     }
 
 
-def flux_definition(kind: FluxKind, aperture_px: float | None = None) -> str:
+def flux_definition(kind: FluxKind, aperture_px: float | None = None, cube_unit: str | None = None) -> str:
     """Name the unit of fluxes for a normalisation of the PSF.
 
     Args:
         kind: Normalisation of the PSF.
         aperture_px: Radius of the aperture, px, for the normalisation "aperture".
+        cube_unit: Unit of the pixel values of the cube, if known.
 
     Returns:
         The unit, for a sentence such as "PSF units: ...".
     """
-    sums = "a flux is the sum of pixel values of the cube over a disc of"
+    cube = f"the cube ({cube_unit})" if cube_unit else "the cube"
+    sums = f"a flux is the sum of pixel values of {cube} over a disc of"
     names = {
         "fwhm": f"the PSF has unit flux within one FWHM, so {sums} diameter FWHM",
         "aperture": f"the PSF has unit flux in the aperture, so {sums} radius {aperture_px or float('nan'):g} px",
-        "peak": "the PSF has unit peak, so a flux is the pixel value of the cube at the peak of the source",
+        "peak": f"the PSF has unit peak, so a flux is the pixel value of {cube} at the peak of the source",
         "none": "the PSF is the image as given, so a source of flux 1 is as bright as that image",
     }
     return names[kind]

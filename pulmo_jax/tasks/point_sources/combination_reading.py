@@ -10,6 +10,8 @@ from astropy.io import fits
 from jaxtyping import Float
 
 from pulmo_jax.data.arrays import read_array
+from pulmo_jax.data.instruments import Observed
+from pulmo_jax.data.observation_header import Header, Position
 from pulmo_jax.evaluation.null_field import null_profile, separation_map
 from pulmo_jax.host.reading import open_regular, read_yaml
 from pulmo_jax.methods.paco.epochs import EpochMap
@@ -37,6 +39,7 @@ class OpenedRun:
         scale: Pixel scale, arcsec per pixel, if known.
         mjd: Modified Julian date, if known.
         star_flux: Flux of the star in units of the normalised PSF, if known.
+        observed: What the header says about the observation.
     """
 
     path: Path
@@ -47,6 +50,7 @@ class OpenedRun:
     scale: float | None
     mjd: float | None
     star_flux: float | None
+    observed: Observed
 
 
 def open_epochs(config: DetectConfig) -> list[Epoch]:
@@ -90,6 +94,7 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
                 null=as_epoch(run, scales[i], days, unit, calibrated, "_null"),
                 synthetic=run.data.cube is None,
                 flux_unit=CONTRAST if known else unit_code(run.data),
+                observed=run.observed,
             )
         )
     return epochs
@@ -128,7 +133,26 @@ def open_run(i: int, path: Path, max_bytes: int) -> OpenedRun:
     if data.star_flux == "psf" and not (isinstance(star, float) and 0 < star < inf):
         raise InputError(f"{path / 'a.fits'}: its header has no flux of the star (STARFLUX); run detect again")
     star = None if star is None else float(star)
-    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd, star)
+    seen = of_map(header)
+    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd, star, seen)
+
+
+def of_map(cards: fits.Header) -> Observed:
+    """What the header of a map says about the observation; the position is the reference point of its axes."""
+    header = Header({card.keyword: card.value for card in cards.cards})
+    ra, dec, equinox = (header.number(keyword) for keyword in ("CRVAL1", "CRVAL2", "EQUINOX"))
+    position = None
+    if header.text("CTYPE1") == "RA---TAN" and ra is not None and dec is not None:
+        position = Position(ra, dec, header.text("RADESYS") or "ICRS", equinox or 2000.0)
+    return Observed(
+        target=header.text("OBJECT"),
+        telescope=header.text("TELESCOP"),
+        instrument=header.text("INSTRUME"),
+        filter=header.text("FILTER"),
+        date=header.text("DATE-OBS"),
+        exposure_s=header.number("EXPTIME"),
+        position=position,
+    )
 
 
 def read_map(path: Path, name: str, max_bytes: int) -> Float[np.ndarray, "H W"]:

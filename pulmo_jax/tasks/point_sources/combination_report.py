@@ -12,6 +12,7 @@ import rich.table
 from jaxtyping import Float
 
 from pulmo_jax.core.kepler import Orbit, period_days, sky_position
+from pulmo_jax.data.instruments import NOT_OBSERVED, Observed
 from pulmo_jax.data.sample_facts import STACK, sample_line
 from pulmo_jax.evaluation.field_threshold import FieldThreshold
 from pulmo_jax.evaluation.photometry import relative_photometry
@@ -57,6 +58,7 @@ class Epoch:
         null: Null maps of the epoch.
         synthetic: Whether the stack is synthetic.
         flux_unit: Unit of the fluxes of all epochs: `units.CONTRAST`, or that of `units.unit_code`.
+        observed: What the headers of its maps say about the observation.
     """
 
     label: str
@@ -67,6 +69,7 @@ class Epoch:
     null: EpochMap
     synthetic: bool = False
     flux_unit: str = "psf"
+    observed: Observed = NOT_OBSERVED
 
     def sky(self, in_arcsec: bool) -> Sky:
         """Orientation of the map, and its scale if it is known."""
@@ -118,7 +121,7 @@ def write_combined_report(result: CombinedResult, out_dir: Path, console: Consol
     console.print(for_console(table))
     write_report(
         out_dir / "report.html",
-        title=f"{result.config.name}: {len(result.epochs)} epochs combined",
+        title=f"{result.epochs[0].observed.target or result.config.name}: {len(result.epochs)} epochs combined",
         summary=summary(result),
         sections=[
             source_section(result, table, out_dir),

@@ -8,11 +8,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 from pulmo_jax.config.section import Bool, Float, Int, Node, Pair, PathLike, Section
+from pulmo_jax.data.file_parts import is_part, same_file, split_part
 
 
 def _is_file(path: PathLike) -> PathLike:
-    if not path.is_file():
-        raise ValueError(f"{'is a folder' if path.is_dir() else 'does not exist'}; give a file")
+    if not split_part(path).file.is_file():
+        raise ValueError(f"{'is a folder' if path.is_dir() else 'does not exist'}; give a file, or FILE[EXTENSION]")
     return path
 
 
@@ -55,16 +56,21 @@ class StackConfig(Section):
 
     cube: DataFile | None = Field(
         default=None,
-        description="image stack (T,H,W) or (L,T,H,W), FITS, TIFF or .npy; null: synthetic, with known planets",
+        description="image stack (T,H,W) or (L,T,H,W), FITS (also FILE[EXT]), TIFF or .npy; null: synthetic, with "
+        "known planets",
     )
     angles: DataFile | None = Field(
-        default=None, description="parallactic angle of each frame, degrees: FITS, text or .npy"
+        default=None,
+        description="parallactic angle of each frame, degrees: FITS image or table, text, CSV or .npy; null: from the "
+        "file of the cube",
     )
     psf: DataFile | None = Field(
         default=None, description="PSF image (off-axis, unsaturated star), (H,W) or (L,H,W): FITS, TIFF or .npy"
     )
     wavelengths: DataFile | None = Field(
-        default=None, description="wavelength of each channel of an (L,T,H,W) stack, any unit: FITS, text or .npy"
+        default=None,
+        description="wavelength of each channel of an (L,T,H,W) stack, any unit: FITS, text, CSV or .npy; null: from "
+        "the header of the cube",
     )
     spectrum: Spectrum = Field(
         default=None,
@@ -75,9 +81,27 @@ class StackConfig(Section):
         default=False,
         description="scale the frames to align the speckles; no benefit here, because statistics are per channel",
     )
-    pixel_scale: Float | None = Field(default=None, gt=0, description="pixel scale, arcsec per pixel; null: unknown")
+    pixel_scale: Float | None = Field(
+        default=None, gt=0, description="pixel scale, arcsec per pixel; null: from the header of the cube, or unknown"
+    )
     centre: Pair | None = Field(default=None, description="centre of rotation [y,x], px from 0; null: [H//2,W//2]")
     angle_sign: Literal[1, -1] = Field(default=1, description="-1 if the field rotates the other way")
+    pupil_offset_deg: Float | None = Field(
+        default=None,
+        description="offset of the pupil on the detector, added to every angle; null: 0, or the instrument's if the "
+        "angles are from the header",
+    )
+    true_north_deg: Float | None = Field(
+        default=None,
+        description="correction for true north, added to every angle; null: 0, or the instrument's if the angles are "
+        "from the header",
+    )
+    star_ra_deg: Float | None = Field(
+        default=None, ge=0, le=360, description="right ascension of the star (ICRS), degrees; null: from the header"
+    )
+    star_dec_deg: Float | None = Field(
+        default=None, ge=-90, le=90, description="declination of the star (ICRS), degrees; null: from the header"
+    )
     north_deg: Float = Field(default=90.0, description="angle of north in the derotated map, from the x axis toward y")
     psf_flux: Literal["fwhm", "aperture", "peak", "none"] = Field(
         default="fwhm",
@@ -102,17 +126,19 @@ class StackConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "StackConfig":
         given = {key: getattr(self, key) is not None for key in ("cube", "angles", "psf")}
-        if any(given.values()) and not all(given.values()):
+        if any(given.values()) and not (given["cube"] and given["psf"]):
             missing = ", ".join(f"data.{key}" for key, there in given.items() if not there)
             raise ValueError(f"{missing} must be given too: a stack is a cube, its angles and a PSF")
-        if self.cube is not None and self.psf is not None and self.cube.samefile(self.psf):
+        files = [path for path in (self.cube, self.psf) if path is not None and not is_part(path)]
+        if len(files) > 1 and same_file(*files):
             raise ValueError(
-                f"data.cube and data.psf are both {self.cube}; data.psf must be an image of the star alone"
+                f"data.cube and data.psf are both {self.cube}; data.psf must be an image of the star alone, or its "
+                "extension, FILE[EXT]"
             )
         if self.wavelengths is not None and self.cube is None:
             raise ValueError("data.wavelengths belongs to a data.cube; a synthetic stack has data.synthetic.channels")
-        if self.spectrum is not None and self.wavelengths is None and self.cube is not None:
-            raise ValueError("data.spectrum needs data.wavelengths: one channel has no spectrum")
+        if (self.star_ra_deg is None) != (self.star_dec_deg is None):
+            raise ValueError("data.star_ra_deg and data.star_dec_deg belong together")
         if (self.psf_flux == "aperture") != (self.psf_aperture_px is not None):
             raise ValueError("data.psf_flux=aperture and data.psf_aperture_px=RADIUS belong together")
         if self.exposure_ratio != 1 and self.star_flux != "psf":

@@ -80,7 +80,8 @@ def read(config: DetectConfig, place: Place) -> Result:
         InputError: If the files cannot be used.
     """
     synthetic = synthetic_stack(config) if config.data.cube is None else None
-    stack = synthetic.stack if synthetic else load(config.data)
+    data, stack = (config.data, synthetic.stack) if synthetic else load(config.data)
+    config = config.model_copy(update={"data": data})
     truth = (synthetic.planets, None, synthetic.spectrum) if synthetic else ((), None, None)
     result = Result(config, stack, observe(stack, config.data), *truth)
     describe(result, place)
@@ -245,8 +246,8 @@ def detect_arrays(
         result.contrast,
         caveats,
         result.channels.centre,
-        config.data.pixel_scale,
-        config.data.north_deg,
+        result.config.data.pixel_scale,
+        result.config.data.north_deg,
         result.fluxes.star_mean,
     )
 

@@ -11,6 +11,7 @@ import rich.table
 
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import SpectralStack
+from pulmo_jax.data.instruments import Observed
 from pulmo_jax.data.sample_facts import STACK, sample_line
 from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.evaluation.null_field import null_values, separation_map
@@ -72,7 +73,7 @@ class Result:
 
     @property
     def fluxes(self) -> FluxScale:
-        return flux_scale(self.config, self.channels)
+        return flux_scale(self.config, self.channels, self.stack.observed.unit)
 
     @property
     def sky(self) -> Sky:
@@ -96,7 +97,7 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
     console.print(for_console(table))
     write_report(
         out_dir / "report.html",
-        title=f"{result.config.name}: point sources",
+        title=f"{result.stack.observed.target or result.config.name}: point sources",
         summary=summary(result, search),
         sections=[
             source_section(result, search, table, out_dir),
@@ -407,10 +408,17 @@ def for_console(table: Table) -> rich.table.Table:
     return grid
 
 
+def observed_facts(seen: Observed) -> dict[str, str]:
+    """What the header of the cube says about the observation, for the summary."""
+    with_what = ", ".join(part for part in (seen.telescope, seen.instrument, seen.filter) if part)
+    facts = {"object": seen.target, "observed with": with_what, "observed on": seen.date}
+    return {name: value for name, value in facts.items() if value}
+
+
 def summary(result: Result, search: Search) -> dict[str, str]:
     config, (height, width) = result.config, result.channels.shape
     (y, x), scale = result.channels.centre, config.data.pixel_scale
-    return {
+    return observed_facts(result.stack.observed) | {
         "stack": str(config.data.cube or f"synthetic, seed {config.seed}"),
         "frames": f"{len(result.channels.reference.deviations)} of {height} x {width} px",
         **({"channels": str(len(result.channels.each))} if result.spectral else {}),

@@ -47,12 +47,13 @@ class FluxScale(NamedTuple):
         return "contrast (source / star)" if self.relative else "flux (PSF units)"
 
 
-def flux_scale(config: DetectConfig, channels: Channels) -> FluxScale:
+def flux_scale(config: DetectConfig, channels: Channels, cube_unit: str | None = None) -> FluxScale:
     """Unit of the fluxes, and the flux of the star, of a search.
 
     Args:
         config: Config of `detect`.
         channels: The observation, with its normalised PSFs.
+        cube_unit: Unit of the pixel values of the cube, if its header has one.
 
     Returns:
         The unit.
@@ -60,7 +61,9 @@ def flux_scale(config: DetectConfig, channels: Channels) -> FluxScale:
     data, shown = config.data, config.contrast.unit
     star = star_flux(data, channels)
     relative = star is not None and shown != "psf"
-    return FluxScale(flux_definition(data.psf_flux, data.psf_aperture_px), star, relative, shown == "magnitudes")
+    return FluxScale(
+        flux_definition(data.psf_flux, data.psf_aperture_px, cube_unit), star, relative, shown == "magnitudes"
+    )
 
 
 def star_flux(data: StackConfig, channels: Channels) -> Float[np.ndarray, "L"] | None:

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from astropy import units
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
+from astropy.nddata import CCDData
+from astropy.wcs import WCS
 from omegaconf import OmegaConf
 from references.epoch_maps import FWHM_PX, epoch, place_of, position
 from references.pictures import ink
 
 from pulmo_jax import detect
 from pulmo_jax.config.section import validate
-from pulmo_jax.data.observing_date import observed_mjd
+from pulmo_jax.data.observation_header import mjd_of, read_header
 from pulmo_jax.data.synthetic import rotating_stack
 from pulmo_jax.inference.epoch_tracks import Track
 from pulmo_jax.inference.epochs import Combined, Plan
@@ -95,6 +99,38 @@ def test_fixed_place_writes_everything(runs, tmp_path, capsys):
     assert not (out / "orbits.csv").exists()
     assert fits.getheader(out / "criterion.fits")["MJD-OBS"] == MJD
     capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("star", [None, (86.8212, -51.0665)])
+def test_maps_have_the_axes_and_the_names_of_the_first_epoch(tmp_path, capsys, star):
+    """North of the first epoch is 30 degrees from the x axis; its star is off the centre of the second."""
+    cards = {"PSFFWHM": FWHM_PX, "MJD-OBS": MJD, "DATE-OBS": "2009-06-18T00:00:00", "OBJECT": "bet Pic"}
+    if star is not None:
+        cards |= {"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CRVAL1": star[0], "CRVAL2": star[1], "EQUINOX": 2000.0}
+    runs = []
+    for i in range(2):
+        maps, nulls = make_epoch(i, 0.0, snr=12.0)
+        header = cards | {"CENTERY": maps.centre[0], "CENTERX": maps.centre[1], "MJD-OBS": MJD + i}
+        runs.append(write_run(tmp_path / f"run{i}", maps, nulls, data={"north_deg": 30.0}, header=header))
+    detect.detect(configured(runs, str(tmp_path / "cache")), tmp_path / "out")
+    capsys.readouterr()
+    (source, *_) = rows(tmp_path / "out" / "detections.csv")
+    for name in ("criterion", "snr_combined"):
+        path = tmp_path / "out" / f"{name}.fits"
+        with fits.open(path, checksum=True) as hdus:
+            hdus.verify("exception")
+            header = hdus[0].header
+        assert (header["EXTNAME"], header["OBJECT"], header["DATE-OBS"]) == (name, "bet Pic", cards["DATE-OBS"])
+        assert CCDData.read(path).unit == units.dimensionless_unscaled
+        east, north = (float(source[f"{way}_arcsec"]) for way in ("east", "north"))
+        wcs, place = WCS(header), (float(source["x"]), float(source["y"]))
+        if star is None:
+            np.testing.assert_allclose(wcs.wcs_pix2world([place], 0)[0], (east, north), atol=1e-6)
+            continue
+        at = SkyCoord(*wcs.pixel_to_world_values(*place), unit="deg")
+        offsets = SkyCoord(*star, unit="deg").spherical_offsets_to(at)
+        np.testing.assert_allclose([o.to_value(units.arcsec) for o in offsets], (east, north), atol=1e-6)
 
 
 def read(run):
@@ -283,10 +319,10 @@ def test_dates_of_headers(tmp_path):
         ({}, None),
     ):
         fits.writeto(path, np.zeros((2, 3, 3)), fits.Header(cards), overwrite=True)
-        assert observed_mjd(path) == (None if expected is None else pytest.approx(expected))
+        assert mjd_of(read_header(path)) == (None if expected is None else pytest.approx(expected))
     (tmp_path / "cube.npy").write_bytes(b"\x93NUMPY")
-    assert observed_mjd(tmp_path / "cube.npy") is None
-    assert observed_mjd(tmp_path / "nowhere.fits") is None
+    assert mjd_of(read_header(tmp_path / "cube.npy")) is None
+    assert mjd_of(read_header(tmp_path / "nowhere.fits")) is None
 
 
 @pytest.mark.slow

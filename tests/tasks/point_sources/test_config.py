@@ -180,7 +180,7 @@ def test_file_that_is_not_there_or_is_a_folder_is_named(files, tmp_path, key):
     [
         (("cube",), ("angles", "psf")),
         (("angles",), ("cube", "psf")),
-        (("cube", "psf"), ("angles",)),
+        (("psf",), ("cube", "angles")),
         (("angles", "psf"), ("cube",)),
     ],
 )

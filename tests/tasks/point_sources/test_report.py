@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.geometry import frame_position
 from pulmo_jax.data.adi import SpectralStack
+from pulmo_jax.data.instruments import Observed
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import parallactic_angles, synthetic_psf
 from pulmo_jax.evaluation.contrast import Contrast
@@ -302,6 +303,22 @@ def test_summary_names_stack_frames_and_method(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     files: dict[str, Any] = {key: str(tmp_path / key[0]) for key in ("cube", "angles", "psf")}
     assert summary(result(**files), found)["stack"] == str(tmp_path / "c")
+
+
+def test_object_instrument_and_unit_of_the_header_are_told(tmp_path, undrawn):
+    made = result(truth=())
+    seen = Observed("* bet Pic", "ESO-VLT-U4", "NACO", "L_prime", "2013-02-01T00:41:05", unit="adu")
+    made = replace(made, stack=replace(made.stack, observed=seen))
+    text, console = written(made, search(made, source()), tmp_path)
+    for words in (
+        "* bet Pic: point sources",
+        "ESO-VLT-U4, NACO, L_prime",
+        "2013-02-01T00:41:05",
+        "the cube (adu) over",
+    ):
+        assert words in text
+    assert "the cube (adu) over" in " ".join(console.split())
+    assert not {"object", "observed with", "observed on"} & set(summary(result(), search(made)))
 
 
 def test_page_holds_numbers_caveats_and_figures(tmp_path):
