@@ -93,7 +93,7 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
                 map=as_epoch(run, scales[i], days, unit, calibrated, ""),
                 null=as_epoch(run, scales[i], days, unit, calibrated, "_null"),
                 synthetic=run.data.cube is None,
-                flux_unit=CONTRAST if known else unit_code(run.data),
+                flux_code=CONTRAST if known else unit_code(run.data),
                 observed=run.observed,
             )
         )

@@ -57,7 +57,7 @@ class Epoch:
         map: Maps of the epoch.
         null: Null maps of the epoch.
         synthetic: Whether the stack is synthetic.
-        flux_unit: Unit of the fluxes of all epochs: `units.CONTRAST`, or that of `units.unit_code`.
+        flux_code: Unit of the fluxes of all epochs: `units.CONTRAST`, or that of `units.unit_code`.
         observed: What the headers of its maps say about the observation.
     """
 
@@ -68,7 +68,7 @@ class Epoch:
     map: EpochMap
     null: EpochMap
     synthetic: bool = False
-    flux_unit: str = "psf"
+    flux_code: str = "psf"
     observed: Observed = NOT_OBSERVED
 
     def sky(self, in_arcsec: bool) -> Sky:
@@ -95,13 +95,13 @@ class CombinedResult:
     caveats: tuple[str, ...]
 
     @property
-    def flux_unit(self) -> str:
-        return self.epochs[0].flux_unit
+    def flux_code(self) -> str:
+        return self.epochs[0].flux_code
 
     @property
     def relative(self) -> bool:
         """Whether fluxes are in units of the star, because every run has its flux."""
-        return self.flux_unit == CONTRAST
+        return self.flux_code == CONTRAST
 
     @property
     def in_arcsec(self) -> bool:

@@ -138,7 +138,7 @@ def write(result: Result, search: Search, place: Place, seconds: float) -> None:
     write_maps(result, search, folder)
     write_text(folder / "detections.csv", detections_csv(search.sources, config.data, star_mean))
     if len(result.channels.each) > 1:
-        write_text(folder / "spectra.csv", spectra_csv(search.spectra, config.data, result.fluxes.star))
+        write_text(folder / "spectra.csv", spectra_csv(search.spectra, result))
     if result.contrast is not None:
         write_text(folder / "contrast.csv", contrast_csv(result.contrast, config.data, star_mean))
     write_json(folder / "metrics.json", summarise(result, search, seconds))

@@ -193,7 +193,7 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
     if not search.spectra:
         return Section("Spectra", text)
     star = result.fluxes.star if result.fluxes.relative else None
-    figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result), star)
+    figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result), star_flux=star)
     text += (
         "The figure shows the debiased flux of every source in every channel, "
         f"{'divided by that of the star' if star is not None else 'in units of the PSF of the channel'}. Thick "

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from astropy.units import Unit
-from jaxtyping import Float
 
 from pulmo_jax import __version__
 from pulmo_jax.core.geometry import rotation_deg
@@ -191,17 +190,9 @@ def detections_csv(sources: list[PointSource], data: StackConfig, star_flux: flo
     return as_csv([*names, *scaled, *(RELATIVE if star_flux is not None else ())], rows)
 
 
-def spectra_csv(spectra: list[SourceSpectrum], data: StackConfig, star_flux: Float[np.ndarray, "L"] | None) -> str:
-    """spectra.csv: flux of every source in every channel.
-
-    Args:
-        spectra: Spectra of the sources.
-        data: Keys of the stack.
-        star_flux: Flux of the star in each channel, in units of the normalised PSF, if known.
-
-    Returns:
-        Content of the file.
-    """
+def spectra_csv(spectra: list[SourceSpectrum], result: Result) -> str:
+    """spectra.csv: flux of every source in every channel, with contrasts and magnitudes if the star's flux is known."""
+    data, star_flux = result.config.data, result.fluxes.star
     rows = []
     for s in spectra:
         relative = {} if star_flux is None else relative_photometry(s.flux, s.flux_std_empirical, star_flux)

@@ -180,11 +180,11 @@ def test_contrasts_where_every_run_knows_its_star(tmp_path):
     runs = [write_run(tmp_path / f"run{i}", *made[i], mjd=MJD + i, data={"star_flux": 100.0 * (i + 1)}) for i in (0, 1)]
     for i, found in enumerate(open_epochs(configured(runs))):
         np.testing.assert_allclose(found.map.b / found.map.a, made[i][0].b / made[i][0].a / (100.0 * (i + 1)))
-        assert found.flux_unit == "contrast"
+        assert found.flux_code == "contrast"
     other = write_run(tmp_path / "other", *made[1], mjd=MJD + 9)
     assert "data.star_flux" in refusal([*runs, other])
     (plain,) = open_epochs(configured([other]))
-    assert plain.flux_unit == "psf_fwhm"
+    assert plain.flux_code == "psf_fwhm"
     message = refusal([other], contrast={"unit": "magnitudes"})
     assert "contrast.unit=magnitudes" in message
     assert str(other) in message
