@@ -8,19 +8,17 @@ from jaxtyping import Float
 
 from pulmo_jax.data.arrays import MAX_BYTES, read_array
 from pulmo_jax.data.columns import ANGLES, WAVELENGTHS
-from pulmo_jax.data.file_parts import same_file
 from pulmo_jax.data.header_angles import FrameAngles, frame_angles
 from pulmo_jax.data.instruments import NOT_OBSERVED, Observed, instrument_of, observed
 from pulmo_jax.data.observation_header import Header, read_header
+from pulmo_jax.data.psf_files import check_psf_is_another, read_stamp, read_stamps
 from pulmo_jax.types import InputError
 
 _CUBE = "an image cube (T, H, W)"
 _ANGLES = "parallactic angles in degrees, one per frame"
-_PSF = "an off-axis PSF (S, S)"
 _WAVELENGTHS = "wavelengths, one per channel"
 _SPECTRUM = "one spectrum (L,) or several (M, L), one value per channel"
 _MAX_LIST_BYTES = 16 * 2**20  # angles and wavelengths: two million values
-_BROADBAND_RATIO = 1.05  # largest over smallest wavelength above which a single PSF deserves a warning
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,11 @@ def load_channels(
             f"{spectrum}: data.spectrum needs data.wavelengths, or wavelengths in the header of {cube}: one channel "
             "has no spectrum"
         )
-    _check_psf_is_another(psf, cube, array.shape, max_bytes)
+    check_psf_is_another(psf, cube, array.shape, max_bytes)
     channels = _frames(cube, array)[None] if values is None else _channels(cube, named, len(values), array)
     angles_deg, given = _angles(angles, cube, header, channels.shape[1:], max_bytes)
     values = np.ones(1) if values is None else values
-    stamps, more = _stamps(psf, channels.shape[1:], values, max_bytes)
+    stamps, more = read_stamps(psf, channels.shape[1:], values, max_bytes)
     caveats = [*more, *caveats, *_radians(angles or cube, angles_deg)]
     spectra = None if spectrum is None else load_spectra(spectrum, len(values), max_bytes)
     order = np.argsort(values)
@@ -162,7 +160,7 @@ def load_stack(cube: Path, angles: Path, psf: Path, max_bytes: int = MAX_BYTES) 
     """
     frames = _frames(cube, _cube(cube, max_bytes))
     angles_deg = _angles_deg(angles, cube, frames.shape, max_bytes)
-    stamp, caveats = _stamp(psf, frames.shape, max_bytes)
+    stamp, caveats = read_stamp(psf, frames.shape, max_bytes)
     return RotatingStack(frames, angles_deg, stamp, (*caveats, *_radians(angles, angles_deg)))
 
 
@@ -292,78 +290,3 @@ def _finite(path: Path, angles: np.ndarray) -> np.ndarray:
             f"{bad[0]} (counted from 0). Remove these frames from the cube and from the angles."
         )
     return angles
-
-
-def _stamp(path: Path, cube_shape: tuple[int, ...], max_bytes: int) -> tuple[np.ndarray, list[str]]:
-    """The PSF (S, S) and the caveats about it."""
-    array, caveats = _psf_file(path, max_bytes), []
-    if array.ndim == 3:
-        if len(array) > 1:
-            caveats.append(f"{path}: {len(array)} PSF images were averaged without recentring")
-        array = array.mean(axis=0)
-    stamp, cut = _fitting_stamp(path, array, cube_shape)
-    return stamp, caveats + cut
-
-
-def _stamps(
-    path: Path, cube_shape: tuple[int, ...], wavelengths: np.ndarray, max_bytes: int
-) -> tuple[np.ndarray, list[str]]:
-    """The PSFs (L, S, S) and the caveats about them."""
-    n = len(wavelengths)
-    if n == 1:
-        stamp, caveats = _stamp(path, cube_shape, max_bytes)
-        return stamp[None], caveats
-    array, caveats = _psf_file(path, max_bytes), []
-    images = array[None] if array.ndim == 2 else array
-    if len(images) not in (1, n):
-        raise InputError(
-            f"{path}: has {len(images)} PSF images (shape {array.shape}), but the cube has {n} channels; give one per "
-            "channel, (L, S, S), or one for all, (S, S)"
-        )
-    if len(images) == 1 and wavelengths.max() > _BROADBAND_RATIO * wavelengths.min():
-        caveats.append(
-            f"{path}: one PSF is used for all {n} channels, although diffraction widens it by a factor of "
-            f"{wavelengths.max() / wavelengths.min():.2f} from the first to the last; give one per channel"
-        )
-    cut = [_fitting_stamp(path, image, cube_shape) for image in images]
-    return np.repeat(np.stack([stamp for stamp, _ in cut]), n // len(images), axis=0), caveats + cut[0][1]
-
-
-def _check_psf_is_another(psf: Path, cube: Path, shape: tuple[int, ...], max_bytes: int) -> None:
-    """Refuse a PSF that is the same image of the same file as the cube."""
-    if same_file(psf, cube) and read_array(psf, (2, 3, 4), description=_PSF, max_bytes=max_bytes).shape == shape:
-        raise InputError(f"{psf}: is {cube} itself; data.psf must be an image of the star alone: name its extension")
-
-
-def _psf_file(path: Path, max_bytes: int) -> np.ndarray:
-    array = read_array(path, (2, 3), description=_PSF, max_bytes=max_bytes).astype(np.float64)
-    if not np.isfinite(array).all():
-        bad = np.sum(~np.isfinite(array))
-        raise InputError(f"{path}: {bad} of {array.size} pixels of the PSF are not finite; replace them")
-    return array
-
-
-def _fitting_stamp(path: Path, array: np.ndarray, cube_shape: tuple[int, ...]) -> tuple[np.ndarray, list[str]]:
-    """The PSF cropped to a square no larger than the frames, with a caveat if it was cropped."""
-    caveats = []
-    if array.max() <= 0 or array.sum() <= 0:
-        raise InputError(
-            f"{path}: the PSF has no positive flux (sum {array.sum():.3g}, maximum {array.max():.3g}); "
-            "give an off-axis image of the star"
-        )
-    smaller = min(cube_shape[1:])
-    if max(array.shape) > smaller or array.shape[0] != array.shape[1]:
-        original, frame = "{} x {} px".format(*array.shape), "{} x {} px".format(*cube_shape[1:])
-        side = min(*array.shape, smaller)
-        array = _cut_square(array, side if side % 2 else max(side - 1, 1))
-        caveats.append(
-            f"{path}: the PSF of {original} was cropped to {len(array)} x {len(array)} px (frames are {frame})"
-        )
-    return array, caveats
-
-
-def _cut_square(image: np.ndarray, side: int) -> np.ndarray:
-    """A square of this side around the maximum, shifted where necessary to stay inside the image."""
-    peak = np.unravel_index(image.argmax(), image.shape)
-    start = [int(np.clip(p - side // 2, 0, size - side)) for p, size in zip(peak, image.shape, strict=True)]
-    return image[start[0] : start[0] + side, start[1] : start[1] + side].copy()

@@ -16,7 +16,7 @@ from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.sky_axes import sky_axes
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, Epoch
-from pulmo_jax.tasks.point_sources.results import observation_cards
+from pulmo_jax.tasks.point_sources.map_headers import observation_cards
 from pulmo_jax.tasks.point_sources.units import FLUX_UNIT
 
 FULL_TURN = 360.0
