@@ -43,6 +43,7 @@ from pulmo_jax.models.identity import Identity
 from pulmo_jax.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEXT_WIDTH_IN, VERMILLION, style
 from pulmo_jax.tasks.landmarks.figures import ellipses
 from pulmo_jax.tasks.point_sources import figures as point_source_figures
+from pulmo_jax.tasks.point_sources.drawing import Sky
 
 TESTS = Path(__file__).parents[1] / "tests"
 FOLDER, DPI = Path(__file__).parent / "img", 130
@@ -382,8 +383,9 @@ def point_sources() -> Figure:
     """The default synthetic stack: what was injected, and what was found."""
     made, search = _default_search()
     return point_source_figures.detection_maps(
-        search.maps.snr, search.maps.flux, search.sources, search.residual.centre, None, truth=made.planets
-    )
+        search.maps.snr, search.maps.flux, search.sources, Sky(search.residual.centre), made.planets,
+        search.snr_calibrated,
+    )  # fmt: skip
 
 
 def contrast() -> Figure:

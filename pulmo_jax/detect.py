@@ -11,6 +11,7 @@ figures/ into runs/NAME/TIME, or into hydra.run.dir=DIR; with several wavelength
 
   python -m pulmo_jax.detect +experiment=adi                            a synthetic stack with three known planets
   python -m pulmo_jax.detect +experiment=adi data.cube=C.fits data.angles=A.fits data.psf=P.fits data.pixel_scale=0.027
+  python -m pulmo_jax.detect +experiment=adi data.cube='S.fits[SCI]' data.psf='S.fits[PSF]'   angles and scale in S.fits
   python -m pulmo_jax.detect +experiment=adi data.cube=C.fits ... data.wavelengths=W.fits data.spectrum=S.txt
   python -m pulmo_jax.detect +experiment=adi method.mode=fast method.shrinkage=cv search.snr=calibrated
   python -m pulmo_jax.detect +experiment=adi method.mode=robust         local weights of the frames

@@ -25,6 +25,7 @@ from pulmo_jax.config.verbs import EvaluateConfig
 from pulmo_jax.data.synthetic import rotating_stack
 from pulmo_jax.runs.report import Findings, with_figures
 from pulmo_jax.runs.task import find_task, task_names
+from pulmo_jax.shell.arguments import override
 from pulmo_jax.shell.composing import OF_RUN, VERBS, Command, command_line, defaults_of, package_configs
 from pulmo_jax.training.callbacks import Callback, Event
 from pulmo_jax.training.state import TrainState
@@ -139,9 +140,9 @@ def commands() -> list[str]:
     return sorted(found)
 
 
-def first_value(override: str) -> str:
+def first_value(argument: str) -> str:
     """Of a sweep or an ellipsis the first value: what is asked here is whether the key exists."""
-    key, _, value = override.partition("=")
+    key, _, value = argument.partition("=")
     if re.match(r"(tag|interval|choice)\(", value):
         return f"{key}=1"
     if value.startswith("[") or value.startswith("'"):
@@ -155,7 +156,9 @@ def test_commands_name_verbs_experiments_and_keys_that_exist(command):
     assert importlib.util.find_spec(f"pulmo_jax.{verb}")
     if "--config-dir" in arguments or verb not in VERBS:  # the plugin's own test; a module that is no verb
         return
-    overrides = [first_value(a) for a in arguments if "=" in a and not a.startswith(("-", "hydra", "install="))]
+    overrides = [
+        override(first_value(a)) for a in arguments if "=" in a and not a.startswith(("-", "hydra", "install="))
+    ]
     errors = [composing_error(command, overrides) for command in possible(verb, overrides)]
     assert None in errors, errors
 

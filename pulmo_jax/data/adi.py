@@ -7,15 +7,18 @@ import numpy as np
 from jaxtyping import Float
 
 from pulmo_jax.data.arrays import MAX_BYTES, read_array
+from pulmo_jax.data.columns import ANGLES, WAVELENGTHS
+from pulmo_jax.data.header_angles import FrameAngles, frame_angles
+from pulmo_jax.data.instruments import NOT_OBSERVED, Observed, instrument_of, observed
+from pulmo_jax.data.observation_header import Header, read_header
+from pulmo_jax.data.psf_files import check_psf_is_another, read_stamp, read_stamps
 from pulmo_jax.types import InputError
 
 _CUBE = "an image cube (T, H, W)"
 _ANGLES = "parallactic angles in degrees, one per frame"
-_PSF = "an off-axis PSF (S, S)"
 _WAVELENGTHS = "wavelengths, one per channel"
 _SPECTRUM = "one spectrum (L,) or several (M, L), one value per channel"
 _MAX_LIST_BYTES = 16 * 2**20  # angles and wavelengths: two million values
-_BROADBAND_RATIO = 1.05  # largest over smallest wavelength above which a single PSF deserves a warning
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class SpectralStack:
         wavelengths: Ascending, in any unit (L,).
         spectra: Template spectra of the sources to detect (M, L), in any unit; None means flat.
         caveats: One sentence for each value that was changed or looks unusual.
+        observed: What the header of the cube says about the observation.
+        header_angles: Angles that the file of the cube gives, with their offsets; None if it gives none.
     """
 
     cube: Float[np.ndarray, "L T H W"]
@@ -55,6 +60,8 @@ class SpectralStack:
     wavelengths: Float[np.ndarray, "L"]
     spectra: Float[np.ndarray, "M L"] | None = None
     caveats: tuple[str, ...] = ()
+    observed: Observed = NOT_OBSERVED
+    header_angles: FrameAngles | None = None
 
     @classmethod
     def of_one(cls, stack: RotatingStack) -> "SpectralStack":
@@ -64,7 +71,7 @@ class SpectralStack:
 
 def load_channels(
     cube: Path,
-    angles: Path,
+    angles: Path | None,
     psf: Path,
     wavelengths: Path | None = None,
     spectrum: Path | None = None,
@@ -76,9 +83,11 @@ def load_channels(
 
     Args:
         cube: File with the cube (L, T, H, W), in any format of `read_array`.
-        angles: File with the T rotation angles in degrees.
+        angles: File with the T rotation angles in degrees; None: from the file of the cube (`frame_angles`), without
+            the offsets that the stack's `header_angles` gives.
         psf: File with one PSF (S, S) or one per channel (L, S, S).
-        wavelengths: File with the L wavelengths; without it the cube is read as a single channel by `load_stack`.
+        wavelengths: File with the L wavelengths; None: from the header of the cube, or without any there the cube is a
+            single channel, as for `load_stack`.
         spectrum: File with template spectra (L,) or (M, L).
         max_bytes: Limit on the size of each array in memory.
 
@@ -88,20 +97,28 @@ def load_channels(
     Raises:
         InputError: A file cannot be used or does not match the others; the message names it.
     """
-    if wavelengths is None:
-        return SpectralStack.of_one(load_stack(cube, angles, psf, max_bytes))
-    values = _wavelengths(wavelengths, max_bytes)
-    channels = _channels(cube, wavelengths, len(values), max_bytes)
-    angles_deg = _angles_deg(angles, cube, channels.shape[1:], max_bytes)
-    stamps, caveats = _stamps(psf, channels.shape[1:], values, max_bytes)
-    caveats += _radians(angles, angles_deg)
+    header, named = read_header(cube, max_bytes), wavelengths or cube
+    values = None if wavelengths is None else _wavelengths(wavelengths, max_bytes)
+    array = _cube(cube, max_bytes)
+    values, caveats = _with_header(named, cube, values, _declared_wavelengths(header, array, values))
+    if values is None and spectrum is not None:
+        raise InputError(
+            f"{spectrum}: data.spectrum needs data.wavelengths, or wavelengths in the header of {cube}: one channel "
+            "has no spectrum"
+        )
+    check_psf_is_another(psf, cube, array.shape, max_bytes)
+    channels = _frames(cube, array)[None] if values is None else _channels(cube, named, len(values), array)
+    angles_deg, given = _angles(angles, cube, header, channels.shape[1:], max_bytes)
+    values = np.ones(1) if values is None else values
+    stamps, more = read_stamps(psf, channels.shape[1:], values, max_bytes)
+    caveats = [*more, *caveats, *_radians(angles or cube, angles_deg)]
     spectra = None if spectrum is None else load_spectra(spectrum, len(values), max_bytes)
     order = np.argsort(values)
     if (order != np.arange(len(order))).any():
-        caveats.append(f"{wavelengths}: the channels were sorted by wavelength")
+        caveats.append(f"{named}: the channels were sorted by wavelength")
         channels, values, stamps = channels[order], values[order], stamps[order]
         spectra = None if spectra is None else spectra[:, order]
-    return SpectralStack(channels, angles_deg, stamps, values, spectra, tuple(caveats))
+    return SpectralStack(channels, angles_deg, stamps, values, spectra, tuple(caveats), observed(header), given)
 
 
 def load_spectra(path: Path, n_channels: int, max_bytes: int = MAX_BYTES) -> Float[np.ndarray, "M L"]:
@@ -141,16 +158,15 @@ def load_stack(cube: Path, angles: Path, psf: Path, max_bytes: int = MAX_BYTES) 
     Raises:
         InputError: A file cannot be used or does not match the others; the message names it.
     """
-    frames = _frames(cube, max_bytes)
+    frames = _frames(cube, _cube(cube, max_bytes))
     angles_deg = _angles_deg(angles, cube, frames.shape, max_bytes)
-    stamp, caveats = _stamp(psf, frames.shape, max_bytes)
+    stamp, caveats = read_stamp(psf, frames.shape, max_bytes)
     return RotatingStack(frames, angles_deg, stamp, (*caveats, *_radians(angles, angles_deg)))
 
 
 def _wavelengths(path: Path, max_bytes: int) -> np.ndarray:
-    values = read_array(path, (1,), description=_WAVELENGTHS, max_bytes=min(max_bytes, _MAX_LIST_BYTES)).astype(
-        np.float64
-    )
+    limit = min(max_bytes, _MAX_LIST_BYTES)
+    values = read_array(path, (1,), description=_WAVELENGTHS, max_bytes=limit, columns=WAVELENGTHS).astype(np.float64)
     if (bad := np.flatnonzero(~(np.isfinite(values) & (values > 0)))).size:
         raise InputError(
             f"{path}: {bad.size} of {len(values)} wavelengths are not positive and finite; the first is "
@@ -165,9 +181,42 @@ def _wavelengths(path: Path, max_bytes: int) -> np.ndarray:
     return values
 
 
-def _channels(path: Path, wavelengths: Path, n: int, max_bytes: int) -> np.ndarray:
+def _declared_wavelengths(header: Header, array: np.ndarray, given: np.ndarray | None) -> np.ndarray | None:
+    """Wavelengths of the header, one per channel of a cube (L, T, H, W), or None."""
+    if array.ndim != 4 or 1 in (array.shape[0], array.shape[-1]) or (given is not None and len(given) != len(array)):
+        return None
+    values = instrument_of(header).wavelengths(header, len(array))
+    usable = values is not None and np.isfinite(values).all() and (values > 0).all() and len(set(values)) == len(values)
+    return values if usable else None
+
+
+def _with_header(
+    named: Path, cube: Path, given: np.ndarray | None, declared: np.ndarray | None
+) -> tuple[np.ndarray | None, list[str]]:
+    """Wavelengths as given, or else of the header, and a caveat if they are the header's or contradict it."""
+    if declared is None:
+        return given, []
+    if given is None:
+        return declared, [f"{cube}: the wavelengths are those of its header, {_span(declared)}"]
+    if np.allclose(_shape(given), _shape(declared), rtol=2e-3):
+        return given, []
+    return given, [
+        f"{named}: the wavelengths, {_span(given)}, are not those of the header of {cube}, {_span(declared)}; "
+        "data.wavelengths is used"
+    ]
+
+
+def _shape(wavelengths: np.ndarray) -> np.ndarray:
+    """Wavelengths relative to their mean, which do not depend on the unit."""
+    return wavelengths / wavelengths.mean()
+
+
+def _span(wavelengths: np.ndarray) -> str:
+    return f"{wavelengths.min():g} to {wavelengths.max():g}"
+
+
+def _channels(path: Path, wavelengths: Path, n: int, array: np.ndarray) -> np.ndarray:
     """The cube (L, T, H, W) in floating point."""
-    array = read_array(path, (3, 4), description=_CUBE, max_bytes=max_bytes)
     if array.ndim == 4 and array.shape[-1] == 1 != array.shape[0]:
         array = array[..., 0]
     channels = array[None] if array.ndim == 3 else array
@@ -192,98 +241,52 @@ def _radians(path: Path, angles_deg: np.ndarray) -> list[str]:
     return []
 
 
-def _frames(path: Path, max_bytes: int) -> np.ndarray:
-    array = read_array(path, (3, 4), description=_CUBE, max_bytes=max_bytes)
+def _cube(path: Path, max_bytes: int) -> np.ndarray:
+    return read_array(path, (3, 4), description=_CUBE, max_bytes=max_bytes)
+
+
+def _frames(path: Path, array: np.ndarray) -> np.ndarray:
+    """The frames (T, H, W) of a single channel in floating point."""
     if array.ndim == 4 and 1 not in (array.shape[0], array.shape[-1]):
         raise InputError(
             f"{path}: has shape {array.shape}; give {_CUBE}. A multi-wavelength cube (L, T, H, W) also requires "
-            "data.wavelengths=FILE."
+            "data.wavelengths=FILE, because its header has no wavelengths."
         )
     if array.ndim == 4:
         array = array[0] if array.shape[0] == 1 else array[..., 0]
     return array.astype(np.result_type(array.dtype, np.float32), copy=False)
 
 
+def _angles(
+    path: Path | None, cube: Path, header: Header, shape: tuple[int, ...], max_bytes: int
+) -> tuple[np.ndarray, FrameAngles | None]:
+    """The angles of the file, or else of the header, and those of the header if it has any."""
+    if path is None:
+        given = frame_angles(cube, header, shape[0])
+        return _finite(cube, given.angles_deg), given
+    angles = _angles_deg(path, cube, shape, max_bytes)
+    try:
+        return angles, frame_angles(cube, header, shape[0])
+    except InputError:
+        return angles, None
+
+
 def _angles_deg(path: Path, cube: Path, shape: tuple[int, ...], max_bytes: int) -> np.ndarray:
-    angles = read_array(path, (1,), description=_ANGLES, max_bytes=min(max_bytes, _MAX_LIST_BYTES)).astype(np.float64)
+    limit = min(max_bytes, _MAX_LIST_BYTES)
+    angles = read_array(path, (1,), description=_ANGLES, max_bytes=limit, columns=ANGLES).astype(np.float64)
     if len(angles) != shape[0]:
         hint = f"Give {_ANGLES}."
         if len(angles) in shape:
             axis = shape.index(len(angles))
             hint = f"Axis {axis} of the cube has that length: its axes may be in another order; save it as (T, H, W)."
         raise InputError(f"{path}: has {len(angles)} angles, but {cube} has {shape[0]} frames (shape {shape}). {hint}")
+    return _finite(path, angles)
+
+
+def _finite(path: Path, angles: np.ndarray) -> np.ndarray:
     if (bad := np.flatnonzero(~np.isfinite(angles))).size:
         raise InputError(
             f"{path}: {bad.size} of {len(angles)} angles are not finite; the first is {angles[bad[0]]}, of frame "
             f"{bad[0]} (counted from 0). Remove these frames from the cube and from the angles."
         )
     return angles
-
-
-def _stamp(path: Path, cube_shape: tuple[int, ...], max_bytes: int) -> tuple[np.ndarray, list[str]]:
-    """The PSF (S, S) and the caveats about it."""
-    array, caveats = _psf_file(path, max_bytes), []
-    if array.ndim == 3:
-        if len(array) > 1:
-            caveats.append(f"{path}: {len(array)} PSF images were averaged without recentring")
-        array = array.mean(axis=0)
-    stamp, cut = _fitting_stamp(path, array, cube_shape)
-    return stamp, caveats + cut
-
-
-def _stamps(
-    path: Path, cube_shape: tuple[int, ...], wavelengths: np.ndarray, max_bytes: int
-) -> tuple[np.ndarray, list[str]]:
-    """The PSFs (L, S, S) and the caveats about them."""
-    n = len(wavelengths)
-    if n == 1:
-        stamp, caveats = _stamp(path, cube_shape, max_bytes)
-        return stamp[None], caveats
-    array, caveats = _psf_file(path, max_bytes), []
-    images = array[None] if array.ndim == 2 else array
-    if len(images) not in (1, n):
-        raise InputError(
-            f"{path}: has {len(images)} PSF images (shape {array.shape}), but the cube has {n} channels; give one per "
-            "channel, (L, S, S), or one for all, (S, S)"
-        )
-    if len(images) == 1 and wavelengths.max() > _BROADBAND_RATIO * wavelengths.min():
-        caveats.append(
-            f"{path}: one PSF is used for all {n} channels, although diffraction widens it by a factor of "
-            f"{wavelengths.max() / wavelengths.min():.2f} from the first to the last; give one per channel"
-        )
-    cut = [_fitting_stamp(path, image, cube_shape) for image in images]
-    return np.repeat(np.stack([stamp for stamp, _ in cut]), n // len(images), axis=0), caveats + cut[0][1]
-
-
-def _psf_file(path: Path, max_bytes: int) -> np.ndarray:
-    array = read_array(path, (2, 3), description=_PSF, max_bytes=max_bytes).astype(np.float64)
-    if not np.isfinite(array).all():
-        bad = np.sum(~np.isfinite(array))
-        raise InputError(f"{path}: {bad} of {array.size} pixels of the PSF are not finite; replace them")
-    return array
-
-
-def _fitting_stamp(path: Path, array: np.ndarray, cube_shape: tuple[int, ...]) -> tuple[np.ndarray, list[str]]:
-    """The PSF cropped to a square no larger than the frames, with a caveat if it was cropped."""
-    caveats = []
-    if array.max() <= 0 or array.sum() <= 0:
-        raise InputError(
-            f"{path}: the PSF has no positive flux (sum {array.sum():.3g}, maximum {array.max():.3g}); "
-            "give an off-axis image of the star"
-        )
-    smaller = min(cube_shape[1:])
-    if max(array.shape) > smaller or array.shape[0] != array.shape[1]:
-        original, frame = "{} x {} px".format(*array.shape), "{} x {} px".format(*cube_shape[1:])
-        side = min(*array.shape, smaller)
-        array = _cut_square(array, side if side % 2 else max(side - 1, 1))
-        caveats.append(
-            f"{path}: the PSF of {original} was cropped to {len(array)} x {len(array)} px (frames are {frame})"
-        )
-    return array, caveats
-
-
-def _cut_square(image: np.ndarray, side: int) -> np.ndarray:
-    """A square of this side around the maximum, shifted where necessary to stay inside the image."""
-    peak = np.unravel_index(image.argmax(), image.shape)
-    start = [int(np.clip(p - side // 2, 0, size - side)) for p, size in zip(peak, image.shape, strict=True)]
-    return image[start[0] : start[0] + side, start[1] : start[1] + side].copy()

@@ -5,24 +5,22 @@ Unlike the image sources, which read pages and windows, this module reads a whol
 
 import gzip
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedIOBase, BytesIO
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from astropy.io import fits
-from astropy.utils.exceptions import AstropyWarning
 from jaxtyping import Shaped
 from numpy.lib import format as npy
 
+from pulmo_jax.data.file_parts import split_part
+from pulmo_jax.data.fits_arrays import Request, read_fits
 from pulmo_jax.data.fits_headers import check_fits, copy_declared
 from pulmo_jax.data.sources.source import check_free_memory, check_is_file, decoding
 from pulmo_jax.data.sources.tiff import open_tiff
+from pulmo_jax.data.text_arrays import read_text
 from pulmo_jax.types import InputError
 
 MAX_BYTES = 32 * 2**30
@@ -31,8 +29,6 @@ _MAX_GZIP_RATIO = 1040  # deflate expands to at most 1032 times its size
 _COPIES_OF_UNZIPPED = 3  # the unzipped file, the bytes that astropy reads from it, and the array in native byte order
 _MAX_NPY_HEADER_BYTES = 10_000  # as in numpy, which reads the header before it checks its length
 _REMEDY = "save a part of it"
-_MAX_TEXT_BYTES = 16 * 2**20  # parsing takes about ten times as much memory
-_VARIABLE_LENGTH = re.compile(r"\d*[PQ]")  # TFORM of arrays which may all refer to the same bytes
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Validates a header before memory is allocated: (shape, dtype, bytes of data in the file; None if compressed).
 # and the bytes of memory that reading takes, if these are more than the array itself.
@@ -40,24 +36,31 @@ Check = Callable[..., None]
 
 
 def read_array(
-    path: Path, dims: tuple[int, ...], *, description: str = "an array", max_bytes: int = MAX_BYTES
+    path: Path,
+    dims: tuple[int, ...],
+    *,
+    description: str = "an array",
+    max_bytes: int = MAX_BYTES,
+    columns: Sequence[str] = (),
 ) -> Shaped[np.ndarray, "..."]:
     """Read the numeric array in a file.
 
     The content determines the format, not the file name:
 
-    - FITS, also gzipped: the first image with an allowed number of axes, scaled by BSCALE and BZERO; without such an
-      image, the only numeric column of a table.
+    - FITS, also gzipped: the only image with an allowed number of axes, or of several the only one with EXTNAME SCI,
+      scaled by BSCALE and BZERO; without such an image, a column of a table. `path` may name the extension and the
+      column, FILE[EXT][col NAME].
     - TIFF: all pages; the bands of a page form an axis before its rows.
     - .npy.
-    - Text: numbers separated by white space or commas, comments after #.
+    - Text: numbers separated by white space or commas, comments after #; with a header line, one column.
 
     Args:
-        path: The file.
+        path: The file, or a part of it (`split_part`).
         dims: Allowed numbers of axes. Leading and trailing axes of length 1 are dropped to reach one of them.
         description: Name of the array in error messages.
         max_bytes: Limit on the size in memory. The header must also declare no more than the free memory; both are
             checked before memory is allocated.
+        columns: Names of columns that hold this array, as of `plain_name`.
 
     Returns:
         The array in native byte order. Integers stay integers, float32 and float64 are kept, float16 becomes float32
@@ -84,22 +87,35 @@ def read_array(
             )
         check_free_memory(path, needed, _REMEDY)
 
-    with decoding(path), _opened(path, description, max_bytes) as (file, size):
-        head = file.read(16)
-        file.seek(0)
-        if head.startswith(_TIFF_MAGIC):
-            array = _read_tiff(path, file, check, max_bytes)
-        elif head.startswith(b"SIMPLE  ="):
-            check_fits(path, file, size)
-            file.seek(0)
-            array = _read_fits(path, file, size, dims, description, check)
-        elif head.startswith(npy.MAGIC_PREFIX):
-            array = _read_npy(path, file, size, check)
-        elif head.startswith(b"PK"):
-            raise InputError(f"{path}: is an archive (.npz or .zip); save {description} alone as .npy")
-        else:
-            array = _read_text(path, file, size, description, check)
+    part = split_part(path)
+    wanted, names = f"{description}, {_axes(dims)}-dimensional", columns if 1 in dims else None
+    request = Request(path, part, wanted, lambda shape: fitting_shape(shape, dims) is not None, check, names)
+    with decoding(path), opened(path, description, max_bytes) as (file, size):
+        array = _read(file, size, request, description, max_bytes)
         return np.ascontiguousarray(array.reshape(fitting_shape(array.shape, dims)), _native(array.dtype))
+
+
+def _read(file: BufferedIOBase, size: int, request: Request, description: str, max_bytes: int) -> np.ndarray:
+    """The array in a file, by the format of its content."""
+    path, part, check = request.path, request.part, request.check
+    head = file.read(16)
+    file.seek(0)
+    if head.startswith(b"SIMPLE  ="):
+        check_fits(path, file, size)
+        file.seek(0)
+        return read_fits(file, size, request)
+    if part.extension is not None:
+        raise InputError(f"{path}: {part.file} is not a FITS file, so it has no extension [{part.extension}]")
+    binary = head.startswith((*_TIFF_MAGIC, npy.MAGIC_PREFIX, b"PK"))
+    if binary and part.column is not None:
+        raise InputError(f"{path}: {part.file} is not a table, so it has no column {part.column!r}")
+    if head.startswith(_TIFF_MAGIC):
+        return _read_tiff(path, file, check, max_bytes)
+    if head.startswith(npy.MAGIC_PREFIX):
+        return _read_npy(path, file, size, check)
+    if head.startswith(b"PK"):
+        raise InputError(f"{path}: is an archive (.npz or .zip); save {description} alone as .npy")
+    return read_text(path, file, description, check, request.columns or (), part.column)
 
 
 def fitting_shape(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -147,13 +163,22 @@ def _native(dtype: np.dtype) -> np.dtype:
 
 
 @contextmanager
-def _opened(path: Path, description: str, max_bytes: int) -> Iterator[tuple[BufferedIOBase, int]]:
-    """The file and its size in bytes; of a gzipped file, the stream and the largest size that it can unzip to.
+def opened(path: Path, description: str, max_bytes: int) -> Iterator[tuple[BufferedIOBase, int]]:
+    """Open a file, or the file of a part (`split_part`).
 
     Of a gzipped FITS file, the HDUs are unzipped into memory, because astropy seeks in it.
+
+    Args:
+        path: The file.
+        description: Name of its content in error messages.
+        max_bytes: Limit on the size of the unzipped HDUs.
+
+    Yields:
+        The file and its size in bytes; of a gzipped file, the stream and the largest size that it can unzip to.
     """
-    check_is_file(path, f"a FITS, TIFF, .npy or text file with {description}")
-    with path.open("rb") as file:
+    source = split_part(path).file
+    check_is_file(source, f"a FITS, TIFF, .npy or text file with {description}")
+    with source.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         zipped = file.read(2) == _GZIP_MAGIC
         file.seek(0)
@@ -203,82 +228,3 @@ def _read_npy(path: Path, file: BufferedIOBase, size: int, check: Check) -> np.n
     if isinstance(file, gzip.GzipFile) and file.read(1):  # reading to the end also verifies the checksum
         raise InputError(f"{path}: damaged: unzips to more than its header declares; save it again")
     return array
-
-
-def _read_text(path: Path, file: BufferedIOBase, size: int, description: str, check: Check) -> np.ndarray:
-    """(lines, numbers per line) in float64."""
-    content = file.read(_MAX_TEXT_BYTES + 1)
-    if not content:
-        raise InputError(f"{path}: is empty (0 bytes); it should hold {description}")
-    too_long = len(content) > _MAX_TEXT_BYTES
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        text = "" if too_long and error.start > len(content) - 4 else "\0"  # cut within a character, or not text
-    if "\0" in text:
-        raise InputError(f"{path}: unknown file format; supported formats are FITS, TIFF, .npy and text")
-    if too_long:
-        raise InputError(
-            f"{path}: is a text file of more than {_MAX_TEXT_BYTES / 2**20:.0f} MB, the limit; save it as .npy or FITS"
-        )
-    lines = [line for line in (line.partition("#")[0].strip() for line in text.splitlines()) if line]
-    if not lines:
-        raise InputError(f"{path}: is a text file without numbers; it should hold {description}")
-    delimiter = "," if any("," in line for line in lines) else None
-    try:
-        rows = np.loadtxt(lines, delimiter=delimiter, comments=None, ndmin=2)
-    except ValueError as exc:
-        raise InputError(f"{path}: is not a table of numbers ({exc}); start comment lines with #") from exc
-    check(rows.shape, rows.dtype, None)
-    return rows
-
-
-def _read_fits(
-    path: Path, file: BufferedIOBase, size: int, dims: tuple[int, ...], description: str, check: Check
-) -> np.ndarray:
-    shapes, table = [], None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AstropyWarning)  # about truncated files, which `check` detects
-        with fits.open(file) as hdus:
-            hdu: Any
-            for hdu in hdus:
-                if hdu.is_image and hdu.shape:
-                    if fitting_shape(hdu.shape, dims) is not None:
-                        return _image(hdu, size, check)
-                    shapes.append(str(tuple(hdu.shape)))
-                elif table is None and hdu.header.get("XTENSION") in ("BINTABLE", "TABLE"):
-                    table = hdu
-            if table is not None and 1 in dims:
-                return _only_column(path, table, size, check)
-    content = f"images of shape {', '.join(shapes)}" if shapes else "no image"
-    raise InputError(f"{path}: holds {content}; give {description}, {_axes(dims)}-dimensional")
-
-
-def _image(hdu: Any, size: int, check: Check) -> np.ndarray:
-    bits = hdu.header["BITPIX"]
-    dtype = np.dtype({8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}[bits])
-    packed = isinstance(hdu, fits.CompImageHDU)
-    scaled = bits > 0 and any(key in hdu.header for key in ("BSCALE", "BZERO", "BLANK"))
-    decoded = (4 if bits <= 16 else 8) if scaled else dtype.itemsize  # astropy scales to float32 or float64
-    needed = prod(hdu.shape) * decoded * (2 if packed or scaled else 1)
-    check(hdu.shape, dtype, None if packed else size - hdu.fileinfo()["datLoc"], needed)
-    return hdu.data.astype(_native(hdu.data.dtype))  # copied, because the file is memory-mapped
-
-
-def _only_column(path: Path, table: Any, size: int, check: Check) -> np.ndarray:
-    """The only numeric column of a table."""
-    if (stored := table.header["NAXIS1"] * table.header["NAXIS2"]) > size - table.fileinfo()["datLoc"]:
-        raise InputError(
-            f"{path}: damaged or cut off: its table needs {stored} bytes, more than the file has; copy it again"
-        )
-    plain = [column.name for column in table.columns if not _VARIABLE_LENGTH.match(column.format)]
-    numeric = [name for name in plain if table.data[name].dtype.kind in "iuf"]
-    if len(numeric) != 1:
-        names = ", ".join(numeric) or "none"
-        raise InputError(
-            f"{path}: the table has {len(numeric)} numeric columns ({names}), but exactly one is allowed; "
-            "save the required column alone"
-        )
-    column = np.array(table.data[numeric[0]])
-    check(column.shape, column.dtype, None)
-    return column

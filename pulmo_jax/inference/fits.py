@@ -19,7 +19,7 @@ _COMMENT = 72  # characters of a COMMENT card
 def write_fits(
     path: Path, image: Float[np.ndarray, "H W"], header: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> None:
-    """Write an image as FITS atomically, replacing an existing file.
+    """Write an image as FITS atomically, with CHECKSUM and DATASUM, replacing an existing file.
 
     Parameters become cards `HIERARCH PJ name = value`. A value that a card cannot represent (text that is too long or
     not ASCII, more digits than astropy writes, NaN) becomes COMMENT cards `name = value` with a Python literal; a card
@@ -37,6 +37,8 @@ def write_fits(
         _append(hdu.header, _cards(keyword, keyword, _rounded(plain(value)), comment))
     for name, value in parameters.items():
         _append(hdu.header, _cards(f"HIERARCH PJ {name}", name, plain(value)))
+    hdu.add_datasum(when="of the data")  # astropy's own comments are times, which a header gives in DATE
+    hdu.add_checksum(when="of the HDU", override_datasum=True)
     atomically(path, lambda target: hdu.writeto(target))
 
 

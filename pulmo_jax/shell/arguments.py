@@ -11,6 +11,7 @@ VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
 QUOTED_OR_HOME = re.compile(  # text in quotes, or a ~ that starts a value or an item
     r"""(?P<quoted>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|(?P<before>[=,\[:(]\s*)(?P<home>~[^,\[\]{}()'"]*)"""
 )
+FILE_PART = re.compile(r"""[^'"\[\]{},()]+(\[[^'"\[\]{}]+\]){1,2}""")  # FILE[EXT][col NAME], in which [ is no list
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 OTHER_KEYS = {  # former keys, and output.format, as `output` itself is a key
     "output.aligned": "aligned",
@@ -58,13 +59,15 @@ def expanded(path: str, key: str) -> str:
 
 
 def override(argument: str) -> str:
-    """An override in Hydra's syntax: `~` quoted, and a key of an older version renamed."""
+    """An override in Hydra's syntax: `~` and FILE[EXT] quoted, and a key of an older version renamed."""
     key, given, value = argument.partition("=")
     if not given:
         return argument
     text = value.strip("'\"")
     if key in FOLDERS and text.startswith("~"):  # the jobs of a sweep compose it again
         return f"{key}={quoted(expanded(text, key))}"
+    if FILE_PART.fullmatch(value):
+        return f"{key}={quoted(value)}"
     return f"{OTHER_KEYS.get(key.lstrip('+'), key)}{quoted_homes(f'={value}')}"
 
 

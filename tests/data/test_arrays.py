@@ -9,6 +9,7 @@ import tifffile
 from astropy.io import fits
 
 from pulmo_jax.data.arrays import fitting_shape, read_array
+from pulmo_jax.data.columns import ANGLES
 from pulmo_jax.types import InputError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "adi_betapic"
@@ -107,13 +108,70 @@ def test_not_a_number_is_returned_as_it_is(tmp_path):
         np.testing.assert_array_equal(read_array(write(tmp_path / name, array), (3,)), array)
 
 
-def test_fits_finds_the_first_image_with_the_axes_that_are_asked_for(tmp_path):
+def test_the_only_image_with_the_axes_asked_for_is_read(tmp_path):
     cube, angles = numbers((4, 5, 6)), numbers((4,))
-    hdus = [fits.PrimaryHDU(), fits.ImageHDU(cube), fits.ImageHDU(cube + 1), fits.ImageHDU(angles)]
+    hdus = [fits.PrimaryHDU(), fits.ImageHDU(cube), fits.ImageHDU(angles)]
     fits.HDUList(hdus).writeto(tmp_path / "x.fits")
     np.testing.assert_array_equal(read_array(tmp_path / "x.fits", (3,)), cube)
     np.testing.assert_array_equal(read_array(tmp_path / "x.fits", (1,)), angles)
-    assert "images of shape (4, 5, 6), (4, 5, 6), (4,); give an array, 2-dim" in refusal(tmp_path / "x.fits", (2,))
+    message = refusal(tmp_path / "x.fits", (2,))
+    assert "images of shape (4, 5, 6), (4,); give an array, 2-dimensional" in message
+    assert "[0] PRIMARY: no data; [1]: image (4, 5, 6); [2]: image (4,)" in message
+
+
+def several(path: Path, *names: str) -> tuple[Path, np.ndarray]:
+    """A file of images of one shape, image k with the values of the first plus k."""
+    cube = numbers((4, 5, 6))
+    images = [fits.ImageHDU(cube + k, name=name) for k, name in enumerate(names)]
+    fits.HDUList([fits.PrimaryHDU(), *images]).writeto(path)
+    return path, cube
+
+
+def test_several_fitting_images_are_ambiguous(tmp_path):
+    path, _ = several(tmp_path / "x.fits", "A", "B")
+    message = refusal(path, (3,), description="an image cube")
+    assert "2 images could be an image cube, 3-dimensional: [0] PRIMARY: no data; [1] A: image (4, 5, 6); " in message
+    assert f"Name one by its number or EXTNAME: '{path}[2]'" in message
+
+
+def test_the_science_extension_is_read_beside_errors_and_flags(tmp_path):
+    path, cube = several(tmp_path / "x.fits", "ERR", "SCI", "DQ")
+    np.testing.assert_array_equal(read_array(path, (3,)), cube + 1)
+    path, _ = several(tmp_path / "y.fits", "SCI", "SCI")
+    assert "2 images could be" in refusal(path, (3,))
+
+
+@pytest.mark.parametrize(("name", "offset"), [("1", 0), ("[2]", 1), ("B", 1), ("b", 1), (" B , 1 ", 1), ("A,1", 0)])
+def test_an_extension_by_number_or_name(tmp_path, name, offset):
+    path, cube = several(tmp_path / "x.fits", "A", "B")
+    np.testing.assert_array_equal(read_array(Path(f"{path}[{name.strip('[]')}]"), (3,)), cube + offset)
+
+
+@pytest.mark.parametrize(("name", "words"), [("3", "no extension '3'"), ("C", "no extension 'C'"), ("A,2", "'A,2'")])
+def test_an_extension_that_is_not_there(tmp_path, name, words):
+    path, _ = several(tmp_path / "x.fits", "A", "B")
+    message = refusal(Path(f"{path}[{name}]"), (3,))
+    assert words in message
+    assert "the file has [0] PRIMARY: no data; [1] A: image (4, 5, 6); [2] B: image (4, 5, 6)" in message
+
+
+def test_an_extension_of_another_shape_or_format(tmp_path):
+    path, _ = several(tmp_path / "x.fits", "A", "B")
+    assert "holds no image; give an array, 3-dimensional" in refusal(Path(f"{path}[0]"), (3,))
+    assert "images of shape (4, 5, 6); give an array, 2-dimensional" in refusal(Path(f"{path}[1]"), (2,))
+    np.save(tmp_path / "x.npy", numbers((4, 5, 6)))
+    assert "x.npy is not a FITS file, so it has no extension [1]" in refusal(tmp_path / "x.npy[1]", (3,))
+    assert "x.npy is not a table, so it has no column 'pa'" in refusal(tmp_path / "x.npy[col pa]", (3,))
+
+
+def test_a_file_whose_name_ends_in_brackets(tmp_path):
+    cube = numbers((4, 5, 6))
+    for name, offset in (("x.fits", 0), ("x.fits[0]", 5)):
+        fits.PrimaryHDU(cube + offset).writeto(tmp_path / "y")
+        (tmp_path / "y").rename(tmp_path / name)
+    np.testing.assert_array_equal(read_array(tmp_path / "x.fits[0]", (3,)), cube + 5)
+    np.testing.assert_array_equal(read_array(tmp_path / "x.fits[0][0]", (3,)), cube + 5)
+    assert "there is no such file" in refusal(tmp_path / "z.fits[0]", (3,))
 
 
 def test_tile_compressed_fits(tmp_path):
@@ -131,10 +189,67 @@ def test_fits_table_with_one_numeric_column(tmp_path, name):
     assert "no image" in refusal(tmp_path / name, (3,))
 
 
+def table(*names: str, rows: int = 6, extname: str = "") -> fits.BinTableHDU:
+    """A table whose column k is 0, 1, 2, ... plus 100 k."""
+    columns = [fits.Column(name, "D", array=np.arange(rows) + 100.0 * k) for k, name in enumerate(names)]
+    return fits.BinTableHDU.from_columns(columns, name=extname)
+
+
 def test_fits_table_with_two_numeric_columns_is_refused(tmp_path):
-    columns = [fits.Column(name, "D", array=numbers((6,))) for name in ("time", "angle")]
-    fits.BinTableHDU.from_columns(columns).writeto(tmp_path / "x.fits")
-    assert "2 numeric columns (time, angle)" in refusal(tmp_path / "x.fits", (1,))
+    table("time", "angle").writeto(tmp_path / "x.fits")
+    message = refusal(tmp_path / "x.fits", (1,))
+    assert "2 numeric columns (time, angle), and none has a name that identifies it" in message
+    assert "x.fits[col NAME]'" in message
+
+
+@pytest.mark.parametrize("name", ["PARANG", "angle", "pa", "Derot Angle", "derot_angle_deg", "Parallactic angle (deg)"])
+def test_a_column_is_found_by_its_name(tmp_path, name):
+    table("time", name, "PARANG START").writeto(tmp_path / "x.fits")
+    np.testing.assert_array_equal(read_array(tmp_path / "x.fits", (1,), columns=ANGLES), np.arange(6) + 100)
+    (tmp_path / "x.csv").write_text(f"time,{name},PARANG START\n" + "".join(f"{k},{k + 100},7\n" for k in range(6)))
+    np.testing.assert_array_equal(read_array(tmp_path / "x.csv", (1,), columns=ANGLES), np.arange(6) + 100)
+
+
+def test_two_columns_that_may_be_meant(tmp_path):
+    table("parang", "derot", "time").writeto(tmp_path / "x.fits")
+    (tmp_path / "x.csv").write_text("parang;derot;file\n1;101;a.fits\n2;102;b.fits\n")
+    for path, expected in ((tmp_path / "x.fits", np.arange(6) + 100), (tmp_path / "x.csv", [101, 102])):
+        assert "2 of them (parang, derot) fit; choose one" in refusal(path, (1,), columns=ANGLES)
+        np.testing.assert_array_equal(read_array(Path(f"{path}[col derot]"), (1,), columns=ANGLES), expected)
+        assert "has no numeric column 'file'; its numeric columns are: parang, derot" in refusal(
+            Path(f"{path}[col file]"), (1,), columns=ANGLES
+        )
+
+
+def test_the_table_with_the_column_among_several(tmp_path):
+    hdus = [fits.PrimaryHDU(), table("x", "y", extname="SPOTS"), table("time", "PARANG", extname="FRAMES")]
+    fits.HDUList(hdus).writeto(tmp_path / "x.fits")
+    np.testing.assert_array_equal(read_array(tmp_path / "x.fits", (1,), columns=ANGLES), np.arange(6) + 100)
+    assert "2 tables could hold the column: [0] PRIMARY: no data; [1] SPOTS: table of 6 rows" in refusal(
+        tmp_path / "x.fits", (1,)
+    )
+    found = read_array(tmp_path / "x.fits[SPOTS][col y]", (1,), columns=ANGLES)
+    np.testing.assert_array_equal(found, np.arange(6) + 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("pa\n", "is not a table of numbers: it has none below its first line, 'pa'"),
+        ("frame,pa\n1,2\n3\n", "header line has 2 columns (frame, pa), but a line below has 1 (3)"),
+        ("pa,pa\n1,2\n", "two columns have the same name (pa, pa)"),
+        ("frame pa\na 1\nb x\n", "the table has 0 numeric columns"),
+        ("frame,time\n1,2\n", "none has a name that identifies it"),
+    ],
+)
+def test_header_lines_that_do_not_fit(tmp_path, content, found):
+    (tmp_path / "x.csv").write_text(content)
+    assert found in refusal(tmp_path / "x.csv", (1,), columns=ANGLES)
+
+
+def test_a_column_of_a_text_without_header_line(tmp_path):
+    (tmp_path / "x.csv").write_text("1\n2\n")
+    assert "has no header line, so it has no column 'pa'" in refusal(tmp_path / "x.csv[col pa]", (1,))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +260,10 @@ def test_fits_table_with_two_numeric_columns_is_refused(tmp_path):
         "1, 2.5, -30",
         "# angle, deg\n1  # first\n\n2.5\r\n-30\n",
         "\ufeff1\n2.5\n-30",
+        "angle\n1\n2.5\n-30\n",
+        "file\tparallactic angle\na.fits\t1\nb 1.fits\t2.5\nc\t-30",
+        '"file","pa"\n"a, b",1\nb,2.5\nc,-30',
+        "# of the night\nname value\na 1\nb 2.5\nc -30",
     ],
 )
 @pytest.mark.parametrize("zipped", [False, True])
@@ -239,7 +358,7 @@ def test_no_values(tmp_path, name):
         (b"# nothing\n\n", "without numbers"),
         (b"\x00\x01\x02", "unknown file format"),
         (b"\xff\xfe\xfa", "unknown file format"),
-        (b"angle\n1\n2\n", "could not convert string 'angle'"),
+        (b"1\nangle\n2\n", "could not convert string 'angle'"),
         (b"1,,2", "could not convert string ''"),
         (b"1 2\n3\n", "number of columns changed"),
         (b"1 2\n3 4\n", "(2, 2)"),

@@ -27,6 +27,7 @@ from pulmo_jax.data.synthetic import rotating_stack
 from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.host.marks import MARK
 from pulmo_jax.shell import cli
+from pulmo_jax.tasks.point_sources import cells
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import PointSource
 
@@ -72,9 +73,9 @@ class Run:
             return list(csv.DictReader(file))
 
     def only(self) -> dict[str, float]:
-        """The one source that there is."""
+        """The numbers of the one source that there is."""
         [row] = self.rows()
-        return {key: float(value) for key, value in row.items()}
+        return {key: float(value) for key, value in row.items() if key != "flux_unit"}
 
     def metrics(self) -> dict[str, Any]:
         return json.loads((self.path / "metrics.json").read_text())
@@ -235,8 +236,9 @@ def test_header_says_what_the_map_is(sweep, name):
         hdu: Any = hdus[0]
         assert len(hdus) == 1
         header = hdu.header
-    units = {"flux": "psf", "flux_std": "psf", "a": "psf-2", "b": "psf-1", "a_null": "psf-2", "b_null": "psf-1"}
-    assert (header["OBJECT"], header.get("BUNIT", "")) == (name, units.get(name, ""))
+    powers = {"flux": "", "flux_std": "", "a": "-2", "b": "-1", "a_null": "-2", "b_null": "-1"}
+    assert (header["EXTNAME"], header["BUNIT"]) == (name, f"count{powers[name]}" if name in powers else "")
+    assert "OBJECT" not in header
     assert (header["CENTERY"], header["CENTERX"]) == CENTRE
     assert (header["CRPIX2"], header["CRPIX1"]) == (CENTRE[0] + 1, CENTRE[1] + 1)
     assert (header["NFRAMES"], header["NDROPPED"], header["NMASKED"]) == (FRAMES, 0, 0)
@@ -244,7 +246,7 @@ def test_header_says_what_the_map_is(sweep, name):
     assert header["PSFNORM"] == "fwhm"
     assert header["PSFFLUX"] == pytest.approx(1)
     assert header["BITPIX"] == -32
-    assert "CDELT1" not in header
+    assert "CTYPE1" not in header
 
 
 # --- from files
@@ -368,9 +370,10 @@ def test_planted_planet_is_found(limits):
 
 
 def test_tables_hold_finite_numbers_in_the_columns_that_are_promised(limits):
-    more = ["separation_arcsec", "separation_arcsec_std", "contrast", "contrast_std"]
+    more = ["separation_arcsec", "separation_arcsec_std", "contrast", "contrast_std", "delta_mag", "delta_mag_std"]
     [source] = limits.rows()
-    assert list(source) == [field.name for field in fields(PointSource)] + more
+    assert list(source) == [*(field.name for field in fields(PointSource)), "flux_unit", *more]
+    assert source.pop("flux_unit") == "psf_fwhm"
     assert np.isfinite([float(value) for value in source.values()]).all()
     rings = limits.rows("contrast")
     names = [field.name for field in fields(Contrast)]
@@ -396,7 +399,7 @@ def test_throughput_map_is_the_curve_at_every_separation(limits):
     known = np.isfinite(image)
     np.testing.assert_array_equal(known, np.isfinite(limits.map("snr")))
     np.testing.assert_allclose(image[known], expected[known], rtol=1e-5)
-    assert limits.header("throughput")["OBJECT"] == "throughput"
+    assert limits.header("throughput")["EXTNAME"] == "throughput"
     assert read_back(limits.header("throughput"))["data.star_flux"] == STAR_FLUX
 
 
@@ -406,6 +409,11 @@ def test_scale_and_star_give_arcsec_and_contrasts(limits):
     assert source["separation_arcsec_std"] == pytest.approx(SCALE * source["separation_px_std"], rel=1e-6)
     assert source["contrast"] == pytest.approx(source["flux_debiased"] / STAR_FLUX, rel=1e-6)
     assert source["contrast_std"] == pytest.approx(source["flux_debiased_std_empirical"] / STAR_FLUX, rel=1e-6)
+    assert source["delta_mag"] == pytest.approx(-2.5 * np.log10(source["contrast"]), rel=1e-6)
+    relative = source["contrast_std"] / source["contrast"]
+    assert source["delta_mag_std"] == pytest.approx(2.5 / np.log(10) * relative, rel=1e-6)
+    assert limits.metrics()["star_flux"] == limits.header()["STARFLUX"] == STAR_FLUX
+    assert limits.metrics()["flux_unit"] == "psf_fwhm"
     for ring in limits.rows("contrast"):
         assert float(ring["separation_arcsec"]) == pytest.approx(SCALE * float(ring["separation_px"]), rel=1e-6)
         for one, other in (("contrast", "limit"), ("contrast_corrected", "limit_corrected")):
@@ -414,9 +422,24 @@ def test_scale_and_star_give_arcsec_and_contrasts(limits):
     header = limits.header()
     assert header["PIXSCALE"] == SCALE
     page = (limits.path / "report.html").read_text()
-    assert f"{source['separation_px']:.2f} px = {source['separation_arcsec']:.3f}″" in page
+    mas = [1000 * source[f"separation_arcsec{kind}"] for kind in ("", "_std")]
+    assert cells.measured(*mas) in page
+    assert "contrast" in page
+    assert "ΔRA = Δα cos δ" in page
     assert "Limits" in page
     assert (limits.path / "figures" / "contrast_curve.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_contrast_from_the_psf_image_does_not_depend_on_its_normalisation(job, files):
+    """With star_flux=psf a contrast is the flux over that of the image, in frames of 50 times its exposure."""
+    how: dict[str, Any] = {"data.star_flux": "psf", "data.exposure_ratio": 50.0}
+    for kind in ("fwhm", "peak", "none"):
+        run = job(files | how | {"data.psf_flux": kind}, kind)
+        source = run.only()
+        assert run.metrics()["star_flux"] == pytest.approx(50 * run.header()["PSFFLUX"], rel=1e-6)
+        assert source["contrast"] == pytest.approx(PLANET[2] / (50 * PSF_TIMES), rel=0.1)
+        assert source["delta_mag"] == pytest.approx(-2.5 * np.log10(source["contrast"]), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -486,7 +509,7 @@ def test_no_limits_and_no_search(job, files):
     names = {path.name for path in run.path.rglob("*")}
     assert not names & {"contrast.csv", "throughput.fits", "contrast_curve.png"}
     assert (run.path / "detections.csv").read_text().splitlines() == [
-        ",".join(field.name for field in fields(PointSource))
+        ",".join([*(field.name for field in fields(PointSource)), "flux_unit"])
     ]
     assert run.metrics()["sources"] == 0
 

@@ -132,15 +132,20 @@ def test_a_cube_of_several_wavelengths_needs_them(made, tmp_path):
         run(tmp_path / "run", **given)
 
 
+def test_a_spectrum_needs_wavelengths(made, tmp_path):
+    given = files(tmp_path, made, spectrum=np.ones(len(made.stack.wavelengths)))
+    del given["wavelengths"]
+    with pytest.raises(InputError, match="data.spectrum needs data.wavelengths, or wavelengths in the header"):
+        run(tmp_path / "run", **given)
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         ({"wavelengths": __file__}, "data.wavelengths belongs to a data.cube"),
-        ({"cube": __file__, "angles": __file__, "psf": str(Path(__file__).parents[1] / "conftest.py"),
-          "spectrum": __file__}, "data.spectrum needs data.wavelengths"),
         ({"synthetic": {"channels": 0}}, "data.synthetic.channels"),
     ],
-    ids=["wavelengths alone", "spectrum alone", "no channels"],
+    ids=["wavelengths alone", "no channels"],
 )  # fmt: skip
 def test_keys_that_do_not_belong_together(data, words):
     with pytest.raises(InputError, match=words):

@@ -51,6 +51,23 @@ def test_a_tilde_that_starts_a_value_reaches_the_config(value, parsed):
     assert OverridesParser.create().parse_override(argument).value() == parsed
 
 
+@pytest.mark.parametrize(
+    ("value", "parsed"),
+    [
+        ("cube.fits[1]", "cube.fits[1]"),
+        ("/data 1/cube.fits[SCI,2]", "/data 1/cube.fits[SCI,2]"),
+        ("t.fits[1][col DEROT ANGLE]", "t.fits[1][col DEROT ANGLE]"),
+        ("~/a.csv[col pa]", "~/a.csv[col pa]"),
+        ("'cube.fits[1]'", "cube.fits[1]"),
+        ("[1,2]", [1, 2]),
+        ("[[1,2,3]]", [[1, 2, 3]]),
+    ],
+)
+def test_the_extension_of_a_file_needs_no_quotes(value, parsed):
+    [argument] = accepted([f"data.cube={value}"])
+    assert OverridesParser.create().parse_override(argument).value() == parsed
+
+
 def test_a_sweep_over_homes_keeps_its_values():
     override = OverridesParser.create().parse_override(accepted(["key=~/a,~/b"])[0])
     assert list(override.sweep_string_iterator()) == ["'~/a'", "'~/b'"]

@@ -2,26 +2,31 @@
 
 CAPTIONS = {
     "detection_maps": (
-        "SNR (left) and flux (right) of a point source at every pixel of the field, from {frames} frames in {channels} "
-        "channel(s). Circles with numbers: sources above the threshold of {threshold:g} (n = {sources}); green "
-        "squares, if shown: injected sources; cross: star; grey: no value. Look for compact positive peaks well above "
-        "the rest of the field; arcs and spokes around the star are residual starlight."
+        "Theoretical SNR (left), calibrated SNR (middle) and one-pass flux (right) of a point source at every pixel of "
+        "the field, from {frames} frames in {channels}. {axes}. Circles with numbers: sources with a {snr} "
+        "SNR of at least {threshold:g} (n = {sources}), numbered as in the table; green squares, if shown: injected "
+        "sources; plus sign: star; grey: no value; pointed ends of a colour bar: values beyond its range. Look for "
+        "compact positive peaks well above the rest of the field; arcs and spokes around the star are residual "
+        "starlight."
     ),
     "spectra": (
-        "Flux of each detected source (n = {sources}) in {channels} channels, in units of the PSF. Dots: flux; thick "
-        "bars: error from the likelihood; thin bars: empirical error from blank positions at the same separation. Look "
-        "for a smooth spectrum: a companion is present in most channels, a residual speckle in few."
+        "{flux} of each detected source (n = {sources}) in {channels} channels. Dots: debiased flux; thick bars: error "
+        "from the likelihood; thin bars: empirical error from blank positions at the same separation; dashed, if "
+        "shown: injected spectrum. Look for a smooth spectrum: a companion is present in most channels, a residual "
+        "speckle in few."
     ),
     "null_distribution": (
         "SNR in the null map of this stack ({positions:,} positions, about {independent} independent), which contains "
-        "noise and no source. Left: histogram; right: quantiles. Solid: standard normal distribution; dashed: normal "
-        "distribution of the measured mean and standard deviation; grey band: 95 % of independent values. Look at the "
-        "upper tail: points above the line and outside the band mean more false alarms than in theory."
+        "noise and no source. Left: histogram; right: quantiles. Blue: theoretical SNR; vermillion: calibrated SNR, of "
+        "unit spread by construction; solid black: standard normal distribution; dashed: normal distribution of the "
+        "measured mean and standard deviation of the theoretical SNR; grey band: 95 % of independent values. Look at "
+        "the upper tail: points above the line and outside the band mean more false alarms than in theory."
     ),
     "null_by_radius": (
-        "Standard deviation of the SNR in the null map of this stack by separation from the star ({rings} rings). "
-        "Dots: measured; band: 95 % interval; dashed: 1, as theory predicts. Larger values, typically close to the "
-        "star, mean that the SNR overstates the significance there."
+        "Standard deviation of the theoretical SNR in the null map of this stack by separation from the star ({rings} "
+        "rings). Dots: measured; band: 95 % interval; dashed: 1, as theory predicts. Larger values, typically close to "
+        "the star, mean that the theoretical SNR overstates the significance there. The calibrated SNR is relative to "
+        "this curve."
     ),
     "contrast_curve": (
         "Above: detection limit by separation ({separations} separations, {directions} directions each); solid: "
@@ -30,9 +35,9 @@ CAPTIONS = {
         "Sources above the solid curve are detectable; look for separations with a low throughput."
     ),
     "frames": (
-        "Frames {shown} of the {frames} frames used, with their field rotation, on one asinh colour scale. Cross: "
-        "star; circle: position of source 1 in that frame, where one was detected. Look for frames unlike the others, "
-        "a star off the centre, and missing pixels."
+        "Frames {shown} of the {frames} frames used, with their field rotation, on one asinh colour scale, in pixel "
+        "values of the cube. Plus sign: star; circle: position of source 1 in that frame, where one was detected. Look "
+        "for frames unlike the others, a star off the centre, and missing pixels."
     ),
     "combined_maps": (
         "Combined criterion of {epochs} epochs (left) and SNR for a constant flux (right), by position at the first "

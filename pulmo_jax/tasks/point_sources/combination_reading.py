@@ -1,7 +1,7 @@
 """Reading of finished runs of `detect` as epochs in common units."""
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ from astropy.io import fits
 from jaxtyping import Float
 
 from pulmo_jax.data.arrays import read_array
+from pulmo_jax.data.instruments import Observed
+from pulmo_jax.data.observation_header import Header, Position
 from pulmo_jax.evaluation.null_field import null_profile, separation_map
 from pulmo_jax.host.reading import open_regular, read_yaml
 from pulmo_jax.methods.paco.epochs import EpochMap
 from pulmo_jax.tasks.point_sources.combination_report import Epoch
 from pulmo_jax.tasks.point_sources.config import DetectConfig, EpochsConfig, StackConfig
+from pulmo_jax.tasks.point_sources.units import CONTRAST, unit_code
 from pulmo_jax.types import InputError
 
 LAST = "report.html"  # written last by detect, so it marks a finished run
@@ -35,6 +38,8 @@ class OpenedRun:
         fwhm_px: FWHM of the PSF.
         scale: Pixel scale, arcsec per pixel, if known.
         mjd: Modified Julian date, if known.
+        star_flux: Flux of the star in units of the normalised PSF, if known.
+        observed: What the header says about the observation.
     """
 
     path: Path
@@ -44,6 +49,8 @@ class OpenedRun:
     fwhm_px: float
     scale: float | None
     mjd: float | None
+    star_flux: float | None
+    observed: Observed
 
 
 def open_epochs(config: DetectConfig) -> list[Epoch]:
@@ -63,8 +70,13 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
     dates = dates_of(runs, options)
     scales = scales_of(runs, options)
     check_alike(runs)
-    flux_units = [run.data.star_flux for run in runs]
+    flux_units = [run.star_flux for run in runs]
     known = all(unit is not None for unit in flux_units)
+    if config.contrast.unit in ("contrast", "magnitudes") and not known:
+        raise InputError(
+            f"contrast.unit={config.contrast.unit}: {runs[0].path} was made without data.star_flux, the flux of the "
+            "star; run detect again with it for every epoch"
+        )
     order = range(len(runs)) if dates is None else np.argsort(dates)
     epochs = []
     for i in order:
@@ -81,6 +93,8 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
                 map=as_epoch(run, scales[i], days, unit, calibrated, ""),
                 null=as_epoch(run, scales[i], days, unit, calibrated, "_null"),
                 synthetic=run.data.cube is None,
+                flux_code=CONTRAST if known else unit_code(run.data),
+                observed=run.observed,
             )
         )
     return epochs
@@ -115,7 +129,30 @@ def open_run(i: int, path: Path, max_bytes: int) -> OpenedRun:
         raise InputError(f"{path / 'a.fits'}: the star is at {centre} px, its FWHM {fwhm} px; run detect again")
     scale, mjd = data.pixel_scale, header.get("MJD-OBS")
     mjd = mjd if isinstance(mjd, float) and isfinite(mjd) else None
-    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd)
+    star = header.get("STARFLUX") if data.star_flux == "psf" else data.star_flux
+    if data.star_flux == "psf" and not (isinstance(star, float) and 0 < star < inf):
+        raise InputError(f"{path / 'a.fits'}: its header has no flux of the star (STARFLUX); run detect again")
+    star = None if star is None else float(star)
+    seen = of_map(header)
+    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd, star, seen)
+
+
+def of_map(cards: fits.Header) -> Observed:
+    """What the header of a map says about the observation; the position is the reference point of its axes."""
+    header = Header({card.keyword: card.value for card in cards.cards})
+    ra, dec, equinox = (header.number(keyword) for keyword in ("CRVAL1", "CRVAL2", "EQUINOX"))
+    position = None
+    if header.text("CTYPE1") == "RA---TAN" and ra is not None and dec is not None:
+        position = Position(ra, dec, header.text("RADESYS") or "ICRS", equinox or 2000.0)
+    return Observed(
+        target=header.text("OBJECT"),
+        telescope=header.text("TELESCOP"),
+        instrument=header.text("INSTRUME"),
+        filter=header.text("FILTER"),
+        date=header.text("DATE-OBS"),
+        exposure_s=header.number("EXPTIME"),
+        position=position,
+    )
 
 
 def read_map(path: Path, name: str, max_bytes: int) -> Float[np.ndarray, "H W"]:

@@ -12,8 +12,10 @@ import rich.table
 from jaxtyping import Float
 
 from pulmo_jax.core.kepler import Orbit, period_days, sky_position
+from pulmo_jax.data.instruments import NOT_OBSERVED, Observed
 from pulmo_jax.data.sample_facts import STACK, sample_line
 from pulmo_jax.evaluation.field_threshold import FieldThreshold
+from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.host.console import Console
 from pulmo_jax.inference.epochs import Combined, Plan, Track
 from pulmo_jax.methods.paco.epochs import EpochMap, Star
@@ -23,7 +25,10 @@ from pulmo_jax.reporting.tables import Table
 from pulmo_jax.runs.report import figure_sections
 from pulmo_jax.tasks.point_sources import epoch_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
+from pulmo_jax.tasks.point_sources.cells import MAS_PER_ARCSEC, measured
 from pulmo_jax.tasks.point_sources.config import DetectConfig
+from pulmo_jax.tasks.point_sources.drawing import THEORETICAL, Sky
+from pulmo_jax.tasks.point_sources.units import CONTRAST
 
 CITATIONS = [
     """Dallant, J., Langlois, M., Flasseur, O., Thiébaut, É. 2023. PACOME: Optimal multi-epoch combination of direct
@@ -31,6 +36,10 @@ imaging observations for joint exoplanet detection and orbit estimation. A&A 679
     """Blunt, S., et al. 2017. Orbits for the Impatient: A Bayesian Rejection-sampling Method for Quickly Fitting the
 Orbits of Long-period Exoplanets. AJ 153, 229.""",
 ]
+FLUX_TEXT = {
+    True: "Contrast: one-pass flux over all epochs, divided by the flux of the star at each epoch.",
+    False: "PSF units: the one-pass flux over all epochs is in units of the normalised PSF of the runs.",
+}
 PATH_POINTS = 200
 SHOWN_ORBITS = 60
 DAYS_PER_YEAR = 365.25
@@ -48,6 +57,8 @@ class Epoch:
         map: Maps of the epoch.
         null: Null maps of the epoch.
         synthetic: Whether the stack is synthetic.
+        flux_code: Unit of the fluxes of all epochs: `units.CONTRAST`, or that of `units.unit_code`.
+        observed: What the headers of its maps say about the observation.
     """
 
     label: str
@@ -57,6 +68,12 @@ class Epoch:
     map: EpochMap
     null: EpochMap
     synthetic: bool = False
+    flux_code: str = "psf"
+    observed: Observed = NOT_OBSERVED
+
+    def sky(self, in_arcsec: bool) -> Sky:
+        """Orientation of the map, and its scale if it is known."""
+        return Sky(self.map.centre, self.map.scale if in_arcsec else None, float(np.rad2deg(self.map.north)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +95,15 @@ class CombinedResult:
     caveats: tuple[str, ...]
 
     @property
+    def flux_code(self) -> str:
+        return self.epochs[0].flux_code
+
+    @property
+    def relative(self) -> bool:
+        """Whether fluxes are in units of the star, because every run has its flux."""
+        return self.flux_code == CONTRAST
+
+    @property
     def in_arcsec(self) -> bool:
         """Whether positions are in arcsec; otherwise in px, because no run has a pixel scale."""
         return self.epochs[0].map.scale != 1.0
@@ -95,7 +121,7 @@ def write_combined_report(result: CombinedResult, out_dir: Path, console: Consol
     console.print(for_console(table))
     write_report(
         out_dir / "report.html",
-        title=f"{result.config.name}: {len(result.epochs)} epochs combined",
+        title=f"{result.epochs[0].observed.target or result.config.name}: {len(result.epochs)} epochs combined",
         summary=summary(result),
         sections=[
             source_section(result, table, out_dir),
@@ -112,11 +138,11 @@ def write_combined_report(result: CombinedResult, out_dir: Path, console: Consol
 
 def source_section(result: CombinedResult, table: Table, out_dir: Path) -> Section:
     combined, free = result.combined, result.plan.flux == "free"
-    name = "criterion: sum of max(b,0)²/a" if free else "criterion: max(sum b,0)²/sum a"
+    name, kind = "criterion: sum of max(b,0)²/a" if free else "criterion: max(sum b,0)²/sum a", kind_of_snr(result)
     places = np.reshape([found.places[0] for found in combined.found], (-1, 2))
     figure = epoch_figures.combined_maps(
-        combined.criterion, combined.snr_combined, combined.threshold, result.epochs[0].map.centre, places,
-        (name, "SNR of a constant flux"),
+        combined.criterion, combined.snr_combined, combined.threshold, result.epochs[0].sky(result.in_arcsec), places,
+        (name, f"{kind} of a constant flux"),
     )  # fmt: skip
     moving = "the best orbit through it" if result.plan.star else "the same position at every epoch"
     flux = "a free flux at every epoch" if free else "one flux at all epochs"
@@ -125,7 +151,8 @@ def source_section(result: CombinedResult, table: Table, out_dir: Path) -> Secti
         f"represents a source at that position at the first date ({result.epochs[0].label}), with {moving}. The table "
         f"lists the sources above the threshold {combined.threshold:.1f} (the mark on the scale), the highest first; "
         "pixels within one FWHM of a source are excluded in every epoch before the next source is searched. False "
-        "alarm: the probability that noise alone reaches this criterion anywhere in the field."
+        "alarm: the probability that noise alone reaches this criterion anywhere in the field. "
+        f"{FLUX_TEXT[result.relative]}"
     )
     saved = figures.save(figure, out_dir / "figures", "combined_maps")
     counts = {"epochs": len(result.epochs), "sources": len(combined.found)}
@@ -136,14 +163,17 @@ def epoch_section(result: CombinedResult, out_dir: Path) -> Section:
     combined, folder = result.combined, out_dir / "figures"
     tracks = combined.found or [combined.best]
     labels = [epoch.label for epoch in result.epochs]
+    kind = kind_of_snr(result)
+    names = [f"source {i + 1}" for i in range(len(combined.found))] or ["highest track"]
     bars = epoch_figures.snr_by_epoch(
-        np.array([t.snr for t in tracks]), labels, [float(np.sqrt(t.criterion)) for t in tracks]
+        np.array([t.snr for t in tracks]), labels, [float(np.sqrt(t.criterion)) for t in tracks], names, kind
     )
     maps = epoch_figures.epoch_maps(
         [snr_of(epoch.map) for epoch in result.epochs],
         labels,
-        [epoch.map.centre for epoch in result.epochs],
+        [epoch.sky(result.in_arcsec) for epoch in result.epochs],
         np.array([t.places for t in tracks]),
+        f"{kind} of one epoch",
     )
     which = "each source" if combined.found else "the highest track, below the threshold"
     text = (
@@ -154,6 +184,12 @@ def epoch_section(result: CombinedResult, out_dir: Path) -> Section:
     saved = [figures.save(bars, folder, "snr_by_epoch"), figures.save(maps, folder, "epoch_maps")]
     counts = {"epochs": len(result.epochs), "tracks": len(tracks)}
     return Section("Epoch by epoch", text, [captioned(path, CAPTIONS, **counts) for path in saved])
+
+
+def kind_of_snr(result: CombinedResult) -> str:
+    """Name of the SNR of an epoch in figures."""
+    calibrated = result.config.search.snr == "calibrated"
+    return "calibrated SNR (empirical null)" if calibrated else THEORETICAL
 
 
 def snr_of(epoch: EpochMap) -> Float[np.ndarray, "H W"]:
@@ -280,25 +316,19 @@ def ranges(nulls: Sequence[FieldThreshold]) -> str:
 
 
 def source_table(result: CombinedResult) -> Table:
-    unit = "arcsec" if result.in_arcsec else "px"
-    columns = [
-        "",
-        f"north, east ({unit})",
-        "criterion",
-        "SNR, constant flux",
-        "flux",
-        "false alarm",
-        "Gumbel",
-    ]
+    unit, scale = ("mas", MAS_PER_ARCSEC) if result.in_arcsec else ("px", 1.0)
+    columns = ["", f"north, east ({unit})", "criterion", "SNR, constant flux"]
+    columns += ["contrast", "Δmag"] if result.relative else ["flux (PSF units)"]
+    columns += ["false alarm", "Gumbel"]
     rows = []
     for i, found in enumerate(result.combined.found):
-        (north, east), (north_std, east_std) = found.sky[0], found.start_std
+        north, east = (measured(*pair) for pair in zip(found.sky[0] * scale, found.start_std * scale, strict=True))
         rows.append([
             str(i + 1),
-            f"{north:.3f} ± {north_std:.3f}, {east:.3f} ± {east_std:.3f}",
+            f"{north}, {east}",
             f"{found.criterion:.1f}",
             f"{found.snr_combined:.1f}",
-            f"{found.flux:.3g} ± {found.flux_std:.2g}",
+            *flux_cells(found, result.relative),
             f"≤ {result.combined.false_alarm(found.criterion):.2g}" if result.combined.nulls else "-",
             f"{result.combined.extrapolated(found.criterion):.1g}" if result.combined.nulls else "-",
         ])  # fmt: skip
@@ -309,10 +339,23 @@ def source_table(result: CombinedResult) -> Table:
     return Table(f"{len(rows)} source{'s' * (len(rows) != 1)}", columns, rows, notes)
 
 
+def flux_cells(track: Track, relative: bool) -> list[str]:
+    """Flux of a source with its error; in units of the star, also as a magnitude difference."""
+    flux = measured(track.flux, track.flux_std)
+    if not relative:
+        return [flux]
+    magnitudes = relative_photometry(track.flux, track.flux_std, 1.0)
+    return [flux, measured(float(magnitudes["delta_mag"]), float(magnitudes["delta_mag_std"]))]
+
+
 def for_console(table: Table) -> rich.table.Table:
-    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    """Table for the terminal, which has no room for the contrast beside the magnitude difference."""
+    kept = [i for i, name in enumerate(table.columns) if name != "contrast"]
+    grid = rich.table.Table(title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    for i in kept:
+        grid.add_column(table.columns[i], no_wrap=True)
     for row in table.rows:
-        grid.add_row(*row)
+        grid.add_row(*(row[i] for i in kept))
     return grid
 
 

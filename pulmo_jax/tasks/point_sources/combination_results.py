@@ -1,5 +1,6 @@
 """Output files of a combination of epochs: FITS maps, tables of sources and orbits, and metrics."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,15 @@ import numpy as np
 
 from pulmo_jax import __version__
 from pulmo_jax.core.kepler import Orbit, period_days
+from pulmo_jax.data.observation_header import Header, date_of
+from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.inference.epochs import Track
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
-from pulmo_jax.tasks.point_sources.combination_report import CombinedResult
+from pulmo_jax.inference.sky_axes import sky_axes
+from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, Epoch
+from pulmo_jax.tasks.point_sources.map_headers import observation_cards
+from pulmo_jax.tasks.point_sources.units import FLUX_UNIT
 
 FULL_TURN = 360.0
 PERCENTILES = (16, 50, 84)
@@ -27,7 +33,8 @@ def write_maps(result: CombinedResult, out_dir: Path) -> None:
     parameters = flatten(result.config.model_dump(mode="json"))
     for name, meaning in meanings.items():
         header: dict[str, Any] = {
-            "OBJECT": (name, meaning),
+            "EXTNAME": (name, meaning),
+            "BUNIT": ("", "dimensionless"),
             "CREATOR": (f"pulmo_jax {__version__}", "Dallant et al. 2023, A&A 679, A38"),
             "CENTERY": (first.map.centre[0], "[px] star, from 0"),
             "CENTERX": (first.map.centre[1], "[px] star, from 0"),
@@ -35,9 +42,18 @@ def write_maps(result: CombinedResult, out_dir: Path) -> None:
             "ORBITS": (result.config.epochs.orbits, "best orbit through each pixel at the first date"),
             "THRESHLD": (combined.threshold, "threshold of the criterion"),
         }
+        header |= observation_cards(replace(first.observed, mjd=first.mjd, date=date_used(first)))
         if first.mjd is not None:
             header["MJD-OBS"] = (first.mjd, "date of the positions in this map")
+        scale = first.map.scale if result.in_arcsec else None
+        header |= sky_axes(first.map.centre, scale, float(np.rad2deg(first.map.north)), first.observed.position)
         write_fits(out_dir / f"{name}.fits", getattr(combined, name), header, parameters)
+
+
+def date_used(epoch: Epoch) -> str | None:
+    """Date of an epoch: that of its header, unless the user gave another."""
+    given = {"MJD-OBS": epoch.mjd, "DATE-OBS": epoch.observed.date}
+    return date_of(Header({keyword: value for keyword, value in given.items() if value is not None}))
 
 
 def detections_csv(result: CombinedResult) -> str:
@@ -65,10 +81,14 @@ def detection_row(label: int, track: Track, result: CombinedResult) -> dict[str,
         "snr_combined": track.snr_combined,
         "flux_combined": track.flux,
         "flux_combined_std": track.flux_std,
+        FLUX_UNIT: result.flux_code,
         "epochs": int((track.a > 0).sum()),
         "false_alarm_probability": result.combined.false_alarm(track.criterion),
         "false_alarm_gumbel": result.combined.extrapolated(track.criterion),
     }
+    if result.relative:
+        relative = relative_photometry(track.flux, track.flux_std, 1.0)
+        row |= {name: float(value) for name, value in relative.items()}
     for i in range(len(result.epochs)):
         flux = float(track.b[i] / track.a[i]) if track.a[i] > 0 else float("nan")
         row |= {f"y_{i + 1}": float(track.places[i, 0]), f"x_{i + 1}": float(track.places[i, 1])}

@@ -1,5 +1,6 @@
 """Typed config of `detect`: sources in a rotating image stack."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -7,16 +8,25 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 from pulmo_jax.config.section import Bool, Float, Int, Node, Pair, PathLike, Section
+from pulmo_jax.data.file_parts import is_part, same_file, split_part
 
 
 def _is_file(path: PathLike) -> PathLike:
-    if not path.is_file():
-        raise ValueError(f"{'is a folder' if path.is_dir() else 'does not exist'}; give a file")
+    if not split_part(path).file.is_file():
+        raise ValueError(f"{'is a folder' if path.is_dir() else 'does not exist'}; give a file, or FILE[EXTENSION]")
     return path
+
+
+def _is_star_flux(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if not (number or value is None or value == "psf"):
+        raise ValueError("must be a number greater than 0, psf, or null")
+    return value
 
 
 DataFile = Annotated[PathLike, AfterValidator(_is_file)]
 Spectrum = Annotated[DataFile | None, BeforeValidator(lambda value: None if value == "flat" else value)]
+StarFlux = Annotated[float | str | None, BeforeValidator(_is_star_flux)]
 Triple = tuple[Float, Float, Float]
 
 
@@ -46,16 +56,21 @@ class StackConfig(Section):
 
     cube: DataFile | None = Field(
         default=None,
-        description="image stack (T,H,W) or (L,T,H,W), FITS, TIFF or .npy; null: synthetic, with known planets",
+        description="image stack (T,H,W) or (L,T,H,W), FITS (also FILE[EXT]), TIFF or .npy; null: synthetic, with "
+        "known planets",
     )
     angles: DataFile | None = Field(
-        default=None, description="parallactic angle of each frame, degrees: FITS, text or .npy"
+        default=None,
+        description="parallactic angle of each frame, degrees: FITS image or table, text, CSV or .npy; null: from the "
+        "file of the cube",
     )
     psf: DataFile | None = Field(
         default=None, description="PSF image (off-axis, unsaturated star), (H,W) or (L,H,W): FITS, TIFF or .npy"
     )
     wavelengths: DataFile | None = Field(
-        default=None, description="wavelength of each channel of an (L,T,H,W) stack, any unit: FITS, text or .npy"
+        default=None,
+        description="wavelength of each channel of an (L,T,H,W) stack, any unit: FITS, text, CSV or .npy; null: from "
+        "the header of the cube",
     )
     spectrum: Spectrum = Field(
         default=None,
@@ -66,17 +81,42 @@ class StackConfig(Section):
         default=False,
         description="scale the frames to align the speckles; no benefit here, because statistics are per channel",
     )
-    pixel_scale: Float | None = Field(default=None, gt=0, description="pixel scale, arcsec per pixel; null: unknown")
+    pixel_scale: Float | None = Field(
+        default=None, gt=0, description="pixel scale, arcsec per pixel; null: from the header of the cube, or unknown"
+    )
     centre: Pair | None = Field(default=None, description="centre of rotation [y,x], px from 0; null: [H//2,W//2]")
     angle_sign: Literal[1, -1] = Field(default=1, description="-1 if the field rotates the other way")
+    pupil_offset_deg: Float | None = Field(
+        default=None,
+        description="offset of the pupil on the detector, added to every angle; null: 0, or the instrument's if the "
+        "angles are from the header",
+    )
+    true_north_deg: Float | None = Field(
+        default=None,
+        description="correction for true north, added to every angle; null: 0, or the instrument's if the angles are "
+        "from the header",
+    )
+    star_ra_deg: Float | None = Field(
+        default=None, ge=0, le=360, description="right ascension of the star (ICRS), degrees; null: from the header"
+    )
+    star_dec_deg: Float | None = Field(
+        default=None, ge=-90, le=90, description="declination of the star (ICRS), degrees; null: from the header"
+    )
     north_deg: Float = Field(default=90.0, description="angle of north in the derotated map, from the x axis toward y")
     psf_flux: Literal["fwhm", "aperture", "peak", "none"] = Field(
         default="fwhm",
         description="normalisation of the PSF: unit flux within one FWHM or an aperture, unit peak, or none",
     )
     psf_aperture_px: Float | None = Field(default=None, gt=0, description="aperture radius for psf_flux=aperture")
-    star_flux: Float | None = Field(
-        default=None, gt=0, description="flux of the star in units of the normalised PSF, for contrasts; null: unknown"
+    star_flux: StarFlux = Field(
+        default=None,
+        description="flux of the star in units of the normalised PSF, for contrasts and magnitudes; psf: the flux of "
+        "data.psf times data.exposure_ratio; null: unknown",
+    )
+    exposure_ratio: Float = Field(
+        default=1.0,
+        gt=0,
+        description="for star_flux=psf: (exposure x filter transmission) of a frame of the cube / the same of data.psf",
     )
     max_image_mb: Int = Field(
         default=32768, ge=1, description="largest accepted array of a file, MiB; it must also fit into the free memory"
@@ -86,19 +126,26 @@ class StackConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "StackConfig":
         given = {key: getattr(self, key) is not None for key in ("cube", "angles", "psf")}
-        if any(given.values()) and not all(given.values()):
+        if any(given.values()) and not (given["cube"] and given["psf"]):
             missing = ", ".join(f"data.{key}" for key, there in given.items() if not there)
             raise ValueError(f"{missing} must be given too: a stack is a cube, its angles and a PSF")
-        if self.cube is not None and self.psf is not None and self.cube.samefile(self.psf):
+        files = [path for path in (self.cube, self.psf) if path is not None and not is_part(path)]
+        if len(files) > 1 and same_file(*files):
             raise ValueError(
-                f"data.cube and data.psf are both {self.cube}; data.psf must be an image of the star alone"
+                f"data.cube and data.psf are both {self.cube}; data.psf must be an image of the star alone, or its "
+                "extension, FILE[EXT]"
             )
         if self.wavelengths is not None and self.cube is None:
             raise ValueError("data.wavelengths belongs to a data.cube; a synthetic stack has data.synthetic.channels")
-        if self.spectrum is not None and self.wavelengths is None and self.cube is not None:
-            raise ValueError("data.spectrum needs data.wavelengths: one channel has no spectrum")
+        if (self.star_ra_deg is None) != (self.star_dec_deg is None):
+            raise ValueError("data.star_ra_deg and data.star_dec_deg belong together")
         if (self.psf_flux == "aperture") != (self.psf_aperture_px is not None):
             raise ValueError("data.psf_flux=aperture and data.psf_aperture_px=RADIUS belong together")
+        if self.exposure_ratio != 1 and self.star_flux != "psf":
+            raise ValueError(
+                f"data.exposure_ratio={self.exposure_ratio:g} and data.star_flux=psf belong together; a star_flux in "
+                "numbers is that of the star in a frame of the cube"
+            )
         return self
 
 
@@ -152,6 +199,11 @@ class ContrastConfig(Section):
 
     rings: Int = Field(default=12, ge=0, description="maximum number of separations; 0: no contrast curve")
     directions: Int = Field(default=8, ge=2, description="number of injections at each separation")
+    unit: Literal["auto", "psf", "contrast", "magnitudes"] = Field(
+        default="auto",
+        description="unit of fluxes in figures: psf (flux of the normalised PSF), contrast, or magnitudes (maps and "
+        "spectra then in contrast); auto: contrast if data.star_flux is given, else psf",
+    )
 
 
 def _is_detect_run(path: PathLike) -> PathLike:
@@ -239,6 +291,13 @@ class DetectConfig(Section):
     def _one_job(self) -> "DetectConfig":
         if self.epochs.runs and self.data.cube is not None:
             raise ValueError("data.cube and epochs.runs exclude each other: search the stack first, then combine runs")
+        if self.contrast.unit in ("contrast", "magnitudes") and self.data.star_flux is None and not self.epochs.runs:
+            raise ValueError(
+                f"contrast.unit={self.contrast.unit} needs data.star_flux: the flux of the star in a frame of the cube "
+                "without coronagraph, measured as that of the PSF (data.psf_flux). If data.psf is an image of this "
+                "star, give data.star_flux=psf and data.exposure_ratio=(exposure x transmission of a frame) / (those "
+                "of the PSF image)"
+            )
         return self
 
 

@@ -16,16 +16,18 @@ from pulmo_jax.data.sources.missing import float_dtype, with_nan
 from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.inference.contrast import Contrast, contrast_curve
-from pulmo_jax.inference.point_sources import Search, find_sources
+from pulmo_jax.inference.point_sources import NORTH_DEG, Search, find_sources
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.methods.paco.spectral import as_spectra
 from pulmo_jax.reporting.notebook import figure_html
 from pulmo_jax.reporting.provenance import provenance
 from pulmo_jax.runs.directory import save_config
 from pulmo_jax.runs.place import Place
+from pulmo_jax.tasks.point_sources.cells import in_px_and_mas
 from pulmo_jax.tasks.point_sources.combination import combine_runs
 from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig
-from pulmo_jax.tasks.point_sources.figures import detection_maps
+from pulmo_jax.tasks.point_sources.drawing import Sky
+from pulmo_jax.tasks.point_sources.figures import ONE_PASS_CONTRAST, detection_maps
 from pulmo_jax.tasks.point_sources.reading import load, naming, observe, synthetic_stack
 from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.tasks.point_sources.results import (
@@ -36,6 +38,7 @@ from pulmo_jax.tasks.point_sources.results import (
     summarise,
     write_maps,
 )
+from pulmo_jax.tasks.point_sources.units import flux_caveats
 from pulmo_jax.types import PointSource
 
 
@@ -77,7 +80,8 @@ def read(config: DetectConfig, place: Place) -> Result:
         InputError: If the files cannot be used.
     """
     synthetic = synthetic_stack(config) if config.data.cube is None else None
-    stack = synthetic.stack if synthetic else load(config.data)
+    data, stack = (config.data, synthetic.stack) if synthetic else load(config.data)
+    config = config.model_copy(update={"data": data})
     truth = (synthetic.planets, None, synthetic.spectrum) if synthetic else ((), None, None)
     result = Result(config, stack, observe(stack, config.data), *truth)
     describe(result, place)
@@ -126,14 +130,16 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
 
 def write(result: Result, search: Search, place: Place, seconds: float) -> None:
     """Write maps, tables and metrics, then the report."""
-    config, folder = result.config, place.folder
+    config, folder, star_mean = result.config, place.folder, result.fluxes.star_mean
+    for caveat in flux_caveats(search.sources, result.fluxes):
+        place.note(f"note: {caveat}")
     place.clear()
     write_maps(result, search, folder)
-    write_text(folder / "detections.csv", detections_csv(search.sources, config.data))
+    write_text(folder / "detections.csv", detections_csv(search.sources, config.data, star_mean))
     if len(result.channels.each) > 1:
-        write_text(folder / "spectra.csv", spectra_csv(search.spectra))
+        write_text(folder / "spectra.csv", spectra_csv(search.spectra, result))
     if result.contrast is not None:
-        write_text(folder / "contrast.csv", contrast_csv(result.contrast, config.data))
+        write_text(folder / "contrast.csv", contrast_csv(result.contrast, config.data, star_mean))
     write_json(folder / "metrics.json", summarise(result, search, seconds))
     write_json(folder / "run.json", provenance())
     save_config(config, folder / "config.yaml")
@@ -161,7 +167,8 @@ def describe(result: Result, place: Place) -> None:
     channels = f"{len(result.channels.each)} channels of " if len(stack.wavelengths) > 1 else ""
     place.note(
         f"{source}: {channels}{len(reference.deviations)} frames of {height} x {width} px, field rotation "
-        f"{rotation_deg(reference.angles_deg):.1f} degrees; PSF FWHM {reference.psf.fwhm_px:.2f} px"
+        f"{rotation_deg(reference.angles_deg):.1f} degrees; PSF FWHM "
+        f"{in_px_and_mas(reference.psf.fwhm_px, result.config.data.pixel_scale)}"
     )
     for caveat in (*stack.caveats, *result.channels.caveats):
         place.note(f"note: {caveat}")
@@ -179,6 +186,8 @@ class Detections:
         caveats: Warnings.
         centre: Position (y, x) of the star, px.
         pixel_scale: Pixel scale, arcsec per pixel, if known.
+        north_deg: Direction of north in the maps, degrees from the x axis toward y.
+        star_flux: Flux of the star in units of the PSF, if known: flux / star_flux is the contrast.
     """
 
     sources: tuple[PointSource, ...]
@@ -187,14 +196,22 @@ class Detections:
     caveats: tuple[str, ...]
     centre: tuple[float, float]
     pixel_scale: float | None
+    north_deg: float = NORTH_DEG
+    star_flux: float | None = None
 
     def figure(self) -> Any:
         """Figure of the SNR and flux maps with the sources."""
-        return detection_maps(self.maps["snr"], self.maps["flux"], list(self.sources), self.centre, self.pixel_scale)
+        sky = Sky(self.centre, self.pixel_scale, self.north_deg)
+        maps, calibrated = self.maps, self.maps["snr_calibrated"]
+        if self.star_flux is None:
+            return detection_maps(maps["snr"], maps["flux"], self.sources, sky, (), calibrated)
+        return detection_maps(
+            maps["snr"], maps["flux"] / self.star_flux, self.sources, sky, (), calibrated, ONE_PASS_CONTRAST
+        )
 
     def _repr_html_(self) -> str:
         highest = np.nanmax(self.maps["snr"])
-        caption = f"{counted(len(self.sources), 'source')} (circles); the highest SNR is {highest:.3g}."
+        caption = f"{counted(len(self.sources), 'source')} (circles); the highest theoretical SNR is {highest:.3g}."
         return figure_html(self.figure(), caption)
 
 
@@ -222,8 +239,16 @@ def detect_arrays(
             result, search = search_stack(read(config, place), place)
         maps = likelihood_maps(result, search)
     caveats = (*result.stack.caveats, *search.caveats)
-    scale = config.data.pixel_scale
-    return Detections(tuple(search.sources), maps, result.contrast, caveats, result.channels.centre, scale)
+    return Detections(
+        tuple(search.sources),
+        maps,
+        result.contrast,
+        caveats,
+        result.channels.centre,
+        result.config.data.pixel_scale,
+        result.config.data.north_deg,
+        result.fluxes.star_mean,
+    )
 
 
 def as_file(value: Any, path: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Figures of combined epochs: maps, SNR by epoch, tracks on the sky, and the noise.
 
-Maps have y upwards, the sky has north up and east to the left.
+Maps are drawn as they are stored, with y upwards; a compass shows north and east. Tracks are drawn with north up and
+east to the left.
 """
 
 import math
@@ -18,19 +19,29 @@ from pulmo_jax.evaluation.field_threshold import FieldThreshold
 from pulmo_jax.reporting.figures import (
     BLUE,
     COLUMN_WIDTH_IN,
-    GREEN,
+    CURVE_COLOURS,
     ORANGE,
     SKY,
     TEXT_WIDTH_IN,
-    VERMILLION,
     literal,
     style,
 )
+from pulmo_jax.tasks.point_sources.drawing import (
+    BACKGROUND,
+    Number,
+    Sky,
+    add_compass,
+    label_map_axes,
+    write_labels,
+)
 
-BACKGROUND = "0.85"  # colour of NaN
 MAX_COLUMNS = 5
 SNR_LIMIT = 5.0
 SHOWN_SAMPLES = 60
+PANEL_PT = 120.0  # approximate side of a map, to place the numbers
+EPOCH_TICKS = 4
+LEGEND_IN = 0.8
+MARKERS = ("o", "s", "^", "D", "v")  # as many as colours less one, so that both together rarely repeat
 WHITE = [patheffects.withStroke(linewidth=2.2, foreground="white")]
 MARK: dict[str, Any] = {"marker": "o", "ms": 9, "mfc": "none", "mec": "black", "mew": 0.9, "ls": "none"}
 STAR: dict[str, Any] = {"marker": "+", "ms": 6, "mec": "black", "mew": 1.0, "ls": "none"}
@@ -40,7 +51,7 @@ def combined_maps(
     criterion: Float[np.ndarray, "H W"],
     snr_combined: Float[np.ndarray, "H W"],
     threshold: float,
-    centre: tuple[float, float],
+    sky: Sky,
     places: Float[np.ndarray, "N 2"],
     names: tuple[str, str],
 ) -> Figure:
@@ -50,8 +61,8 @@ def combined_maps(
         criterion: Map of the criterion.
         snr_combined: Map of the SNR for a constant flux.
         threshold: Threshold of the criterion.
-        centre: Position (y, x) of the star, px.
-        places: Positions (y, x) of the sources, px.
+        sky: Position of the star, pixel scale, and direction of north.
+        places: Positions (y, x) of the sources, px, in the order of their numbers.
         names: Labels of the two maps.
 
     Returns:
@@ -63,75 +74,104 @@ def combined_maps(
         grey = {"bad": BACKGROUND}
         top = max(threshold, float(np.nanmax(criterion, initial=0)))
         image = left.imshow(
-            criterion, origin="lower", vmin=0, vmax=top, cmap=colormaps["viridis"].with_extremes(**grey)
+            criterion,
+            origin="lower",
+            interpolation="nearest",
+            vmin=0,
+            vmax=top,
+            cmap=colormaps["viridis"].with_extremes(**grey),
         )
         bar = figure.colorbar(image, ax=left, location="bottom", label=names[0], shrink=0.85)
         bar.ax.axvline(threshold, color="white", lw=1.5)
         bar.ax.plot(threshold, 1.0, "v", color="black", ms=4, clip_on=False, transform=bar.ax.get_xaxis_transform())
         limit = max(SNR_LIMIT, math.ceil(float(np.nanmax(abs(snr_combined), initial=0))))
         image = right.imshow(
-            snr_combined, origin="lower", vmin=-limit, vmax=limit, cmap=colormaps["RdBu_r"].with_extremes(**grey)
+            snr_combined,
+            origin="lower",
+            interpolation="nearest",
+            vmin=-limit,
+            vmax=limit,
+            cmap=colormaps["RdBu_r"].with_extremes(**grey),
         )
         figure.colorbar(image, ax=right, location="bottom", label=names[1], shrink=0.85)
         for axes in (left, right):
-            axes.autoscale(False)
-            _mark(axes, [(centre[1], centre[0])], STAR)
-            _mark(axes, [(x, y) for y, x in places], MARK)
-            axes.set(xlabel="x (px)", ylabel="y (px)" if axes is left else "")
+            _mark_map(axes, sky, places)
+        label_map_axes([left, right], sky)
+        add_compass(left, sky, [sky.centre, *((y, x) for y, x in places)])
     return figure
 
 
-def _mark(axes: Axes, points: Sequence[tuple[float, float]], look: dict[str, Any]) -> None:
+def _mark_map(axes: Axes, sky: Sky, places: Float[np.ndarray, "N 2"]) -> None:
+    """Mark the star, and the sources with their numbers."""
+    axes.autoscale(False)
+    _mark(axes, [(sky.centre[1], sky.centre[0])], STAR)
+    found = [(x, y) for y, x in places]
+    _mark(axes, found, MARK)
+    labels = [str(i + 1) for i in range(len(found))]
+    write_labels(axes, found, labels, [(sky.centre[1], sky.centre[0])], (PANEL_PT, PANEL_PT))
+
+
+def _mark(axes: Axes, points: Sequence[tuple[Number, Number]], look: dict[str, Any]) -> None:
     axes.plot(*np.reshape(points, (-1, 2)).T, **look, path_effects=WHITE)
 
 
-def snr_by_epoch(snr: Float[np.ndarray, "N E"], labels: Sequence[str], combined: Sequence[float]) -> Figure:
+def snr_by_epoch(
+    snr: Float[np.ndarray, "N E"],
+    labels: Sequence[str],
+    combined: Sequence[float],
+    tracks: Sequence[str],
+    name: str = "SNR",
+) -> Figure:
     """Draw the SNR in each epoch along each track, and the combined SNR.
 
     Args:
         snr: SNR of N tracks in E epochs.
         labels: Names of the epochs.
         combined: Combined SNR of each track.
+        tracks: Names of the tracks.
+        name: Kind of the SNR.
 
     Returns:
         The figure.
     """
     n_tracks, n_epochs = snr.shape
+    width = max(COLUMN_WIDTH_IN, 0.5 * n_epochs + 1.5) + LEGEND_IN
+    apart = min(0.12, 0.8 / n_tracks)
     with style():
-        figure = Figure(figsize=(max(COLUMN_WIDTH_IN, 0.5 * n_epochs + 1.5), 2.4), layout="constrained")
+        figure = Figure(figsize=(width, max(2.4, 0.16 * n_tracks + 1.0)), layout="constrained")
         axes = figure.subplots()
-        colours = (BLUE, VERMILLION, GREEN, "0.3")
         for i, (values, together) in enumerate(zip(snr, combined, strict=True)):
-            at = np.arange(n_epochs) + 0.12 * (i - (n_tracks - 1) / 2)
-            colour = colours[i % len(colours)]
+            at = np.arange(n_epochs) + apart * (i - (n_tracks - 1) / 2)
+            colour, marker = CURVE_COLOURS[i % len(CURVE_COLOURS)], MARKERS[i % len(MARKERS)]
             axes.errorbar(
-                at, values, np.where(np.isfinite(values), 1.0, np.nan), fmt="o", color=colour, lw=0.8, capsize=2
-            )
-            axes.axhline(together, color=colour, ls="--", lw=0.9)
-            axes.annotate(
-                "all epochs", (1, together), xycoords=("axes fraction", "data"), xytext=(0, 2), fontsize=6.5,
-                textcoords="offset points", ha="right", va="bottom", color=colour,
+                at, values, np.where(np.isfinite(values), 1.0, np.nan), fmt=marker, color=colour, lw=0.8, capsize=2,
+                label=tracks[i],
             )  # fmt: skip
+            axes.axhline(together, color=colour, ls="--", lw=0.9)
+        axes.plot([], [], color="black", ls="--", lw=0.9, label="all epochs")
         axes.axhline(0, color="0.6", lw=0.6)
         axes.set_xticks(range(n_epochs), [literal(label) for label in labels], rotation=30, ha="right")
-        axes.set(ylabel="SNR", xlim=(-0.6, n_epochs - 0.4))
+        axes.set(ylabel=name, xlim=(-0.6, n_epochs - 0.4))
         axes.margins(y=0.15)
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 
 def epoch_maps(
     snr: Sequence[Float[np.ndarray, "H W"]],
     labels: Sequence[str],
-    centres: Sequence[tuple[float, float]],
+    skies: Sequence[Sky],
     places: Float[np.ndarray, "N E 2"],
+    name: str = "SNR of one epoch",
 ) -> Figure:
     """Draw the SNR map of each epoch with the positions of the tracks.
 
     Args:
         snr: SNR maps.
         labels: Names of the epochs.
-        centres: Position (y, x) of the star in each map, px.
+        skies: Position of the star, pixel scale and direction of north of each map.
         places: Position (y, x) of N tracks in E epochs, px.
+        name: Label of the colour bar: the kind of the SNR.
 
     Returns:
         The figure.
@@ -139,8 +179,9 @@ def epoch_maps(
     columns = min(MAX_COLUMNS, len(snr))
     rows = -(-len(snr) // columns)
     side = min(2.2, TEXT_WIDTH_IN / columns)
+    turned = len({sky.north_deg for sky in skies}) > 1  # otherwise one compass is enough
     with style():
-        figure = Figure(figsize=(max(columns * side, 2.6), rows * side * 1.12 + 0.6), layout="constrained")
+        figure = Figure(figsize=(max(columns * side, 2.6), rows * side * 1.12 + 0.8), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False)
         shown = colormaps["RdBu_r"].with_extremes(bad=BACKGROUND)
         image = None
@@ -148,14 +189,18 @@ def epoch_maps(
             if i >= len(snr):
                 axes.set_visible(False)
                 continue
-            image = axes.imshow(snr[i], origin="lower", vmin=-SNR_LIMIT, vmax=SNR_LIMIT, cmap=shown)
-            axes.autoscale(False)
-            _mark(axes, [(centres[i][1], centres[i][0])], STAR)
-            _mark(axes, [(x, y) for y, x in places[:, i]], MARK)
+            image = axes.imshow(
+                snr[i], origin="lower", interpolation="nearest", vmin=-SNR_LIMIT, vmax=SNR_LIMIT, cmap=shown
+            )
+            _mark_map(axes, skies[i], places[:, i])
             axes.set_title(literal(labels[i]))
-            axes.tick_params(labelleft=i % columns == 0)
+            label_map_axes([axes], skies[i], EPOCH_TICKS)
+            if i + columns < len(snr):
+                axes.set_xlabel("")
+            if turned or i == 0:
+                add_compass(axes, skies[i], [skies[i].centre, *((y, x) for y, x in places[:, i])])
         if image is not None:
-            figure.colorbar(image, ax=panels, location="bottom", label="SNR of one epoch", shrink=0.5, extend="both")
+            figure.colorbar(image, ax=panels, location="bottom", label=name, shrink=0.5, extend="both")
     return figure
 
 
@@ -197,7 +242,7 @@ def tracks_on_sky(
         spread = float(np.percentile(np.hypot(*samples.reshape(-1, 2).T), 90)) if samples.size else reach
         reach = float(np.clip(spread, reach, 2 * reach))
         axes.set(xlim=(reach, -reach), ylim=(-reach, reach), aspect="equal")
-        axes.set(xlabel=f"east ({unit})", ylabel=f"north ({unit})")
+        axes.set(xlabel=f"ΔRA ({unit})", ylabel=f"ΔDec ({unit})")
         lines = [Line2D([], [], color=BLUE, label="best orbit")]
         lines += [Line2D([], [], color="0.6", lw=0.6, label="posterior samples")] if len(samples) else []
         places, _ = axes.get_legend_handles_labels()

@@ -1,6 +1,7 @@
 """Figures of a search for point sources: maps, detection limits, frames, patch statistics, likelihood.
 
-Maps are drawn with y upwards. NaN is light grey in images, and omitted from curves and statistics.
+Maps are drawn as they are stored, with y upwards; a compass shows north and east. NaN is light grey in images, and
+omitted from curves and statistics.
 """
 
 import math
@@ -22,13 +23,16 @@ from scipy import stats
 from pulmo_jax.reporting.figures import BLUE, COLUMN_WIDTH_IN, GREEN, TEXT_WIDTH_IN, VERMILLION, literal, style
 from pulmo_jax.tasks.point_sources.drawing import (
     BACKGROUND,
+    CALIBRATED,
+    THEORETICAL,
     TICKS_IN,
     Number,
+    Sky,
     add_arcsec_axis,
     add_colour_bar,
-    add_scale_bar,
+    add_compass,
     image_panels,
-    label_rows,
+    label_map_axes,
     percentile,
     show_image,
     signed_scale,
@@ -39,6 +43,7 @@ from pulmo_jax.types import PointSource
 CYAN = "#00E5FF"
 SNR_LIMITS = (5.0, 6.0)  # range of the colour limit of SNR maps, so that an SNR of 5 has nearly full colour
 ROBUST_PERCENT = 99.5
+ONE_PASS_FLUX, ONE_PASS_CONTRAST = "one-pass flux\n(PSF units)", "one-pass contrast\n(source / star)"
 DETECTION: dict[str, Any] = {"marker": "o", "ms": 9, "mfc": "none", "mec": "black", "mew": 0.9, "ls": "none"}
 INJECTED: dict[str, Any] = {"marker": "s", "ms": 12, "mfc": "none", "mec": GREEN, "mew": 1.2, "ls": "none"}
 STAR: dict[str, Any] = {"marker": "+", "ms": 6, "mec": "black", "mew": 1.0, "ls": "none"}
@@ -50,39 +55,40 @@ def detection_maps(
     snr: Float[np.ndarray, "H W"],
     flux: Float[np.ndarray, "H W"],
     sources: Sequence[PointSource],
-    centre: tuple[Number, Number],
-    pixel_scale: Number | None,
+    sky: Sky,
     truth: Sequence[tuple[Number, Number, Number]] = (),
     snr_calibrated: Float[np.ndarray, "H W"] | None = None,
+    flux_name: str = ONE_PASS_FLUX,
 ) -> Figure:
     """Draw the maps of SNR and flux with detected and injected sources.
 
     Args:
-        snr: SNR map.
-        flux: Flux map, PSF units.
+        snr: Map of the theoretical SNR b / sqrt(a).
+        flux: Flux map, in the unit that `flux_name` states.
         sources: Detected sources.
-        centre: Position (y, x) of the star, px.
-        pixel_scale: Pixel scale, arcsec per pixel, if known.
+        sky: Position of the star, pixel scale, and direction of north.
         truth: Injected sources (y, x, flux).
-        snr_calibrated: Map of calibrated SNR, drawn on the scale of the SNR map.
+        snr_calibrated: Map of the calibrated SNR, drawn on the scale of the SNR map.
+        flux_name: Label of the flux map, with the unit.
 
     Returns:
         The figure.
     """
     height, width = snr.shape
     snr_limit = _snr_limit([snr] if snr_calibrated is None else [snr, snr_calibrated])
-    maps = [("SNR", snr, snr_limit), ("flux", flux, _flux_limit(flux))]
+    maps = [(THEORETICAL.replace("SNR ", "SNR\n"), snr, snr_limit)]
     if snr_calibrated is not None:
-        maps.append(("calibrated SNR", snr_calibrated, snr_limit))
+        maps.append((CALIBRATED.replace("calibrated ", "calibrated SNR\n"), snr_calibrated, snr_limit))
+    maps.append((flux_name, flux, _flux_limit(flux)))
+    marks = [sky.centre, *((s.y, s.x) for s in sources), *((y, x) for y, x, _ in truth)]
     with style():
-        figure, panels, panel_in = image_panels(len(maps), height / width, 1.2)
+        figure, panels, panel_in = image_panels(len(maps), height / width, 1.3)
         for axes, (name, values, limit) in zip(panels, maps, strict=True):
             image = show_image(axes, values, signed_scale(limit), origin="lower")
             add_colour_bar(figure, axes, image, name, signed=True)
-            axes.set_xlabel("x (px)")
-            _mark(axes, sources, centre, truth, (panel_in - TICKS_IN) * 72)
-        label_rows(panels)
-        add_scale_bar(panels[0], pixel_scale, [(s.y, s.x) for s in sources] + [(y, x) for y, x, _ in truth])
+            _mark(axes, sources, sky.centre, truth, (panel_in - TICKS_IN) * 72)
+        label_map_axes(panels, sky)
+        add_compass(panels[0], sky, marks)
         looks = {"detection": DETECTION, "injected source": INJECTED, "star": STAR}
         shown = {"star"} | ({"detection"} if sources else set()) | ({"injected source"} if truth else set())
         handles = [Line2D([], [], label=name, **look) for name, look in looks.items() if name in shown]
@@ -361,11 +367,10 @@ def frames_strip(
             show_image(axes, cube[i], scale, origin="lower")
             axes.plot(centre[1], centre[0], **STAR_ON_DARK, path_effects=black)
             axes.set_title(f"frame {i}\n{angles_deg[i]:.1f}°".replace("-", "−"))
-            axes.set_xlabel("x (px)")
         if positions is not None:
             for axes, (y, x) in zip(panels, positions, strict=True):
                 axes.plot(x, y, **SOURCE_ON_DARK, path_effects=black)
-        label_rows(panels)
+        label_map_axes(panels, Sky(centre))  # in px: bad pixels are looked up there, and north rotates
         scale.set_array(cube[shown].ravel())
         add_colour_bar(figure, panels, scale, "pixel value (asinh scale)")
     return figure

@@ -1,5 +1,6 @@
 """Report of a search for point sources: tables and figures."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ import rich.table
 
 from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import SpectralStack
+from pulmo_jax.data.instruments import Observed
 from pulmo_jax.data.sample_facts import STACK, sample_line
-from pulmo_jax.evaluation.null_field import null_values
+from pulmo_jax.evaluation.null_field import null_values, separation_map
+from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.host.console import Console
 from pulmo_jax.inference.contrast import Contrast
 from pulmo_jax.inference.point_sources import Search
@@ -23,7 +26,10 @@ from pulmo_jax.runs.report import figure_sections
 from pulmo_jax.tasks.point_sources import figures as adi_figures
 from pulmo_jax.tasks.point_sources import null_figures, spectral_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
+from pulmo_jax.tasks.point_sources.cells import MAS_PER_ARCSEC, in_px_and_mas, measured, separation
 from pulmo_jax.tasks.point_sources.config import DetectConfig
+from pulmo_jax.tasks.point_sources.drawing import Sky
+from pulmo_jax.tasks.point_sources.units import FluxScale, flux_caveats, flux_scale
 from pulmo_jax.types import PointSource
 
 CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2018. Exoplanet detection in angular differential
@@ -34,6 +40,10 @@ SPECTRAL_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 202
 detection and characterization in direct imaging with integral field spectrographs. A&A 637, A9."""
 
 UNLIKE = 1e-2  # probability below which a source is reported to have another spectrum than assumed
+PHOTOMETRY = ("flux (PSF units)", "likelihood error", "one pass", "contrast", "Δmag")
+ON_SKY = ("separation (px)", "separation (mas)", "PA (deg)")
+TRUTH = "truth (y, x; flux)"  # column of a synthetic stack
+WIDE = ("likelihood error", "one pass", "contrast")  # columns that the terminal has no room for
 TAIL = 1e-6  # smaller probabilities depend on the tail of the normal distribution alone
 
 
@@ -61,6 +71,14 @@ class Result:
     def spectral(self) -> bool:
         return len(self.channels.each) > 1
 
+    @property
+    def fluxes(self) -> FluxScale:
+        return flux_scale(self.config, self.channels, self.stack.observed.unit)
+
+    @property
+    def sky(self) -> Sky:
+        return Sky(self.channels.centre, self.config.data.pixel_scale, self.config.data.north_deg)
+
 
 def line_of(result: Result) -> str:
     """First line of the report if the stack is synthetic, otherwise empty."""
@@ -79,7 +97,7 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
     console.print(for_console(table))
     write_report(
         out_dir / "report.html",
-        title=f"{result.config.name}: point sources",
+        title=f"{result.stack.observed.target or result.config.name}: point sources",
         summary=summary(result, search),
         sections=[
             source_section(result, search, table, out_dir),
@@ -94,38 +112,65 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
             *([ROBUST_CITATION] if result.config.method.mode == "robust" else []),
             *([SPECTRAL_CITATION] if result.spectral else []),
         ],
-        warnings=[*result.stack.caveats, *search.caveats],
+        warnings=[*result.stack.caveats, *search.caveats, *flux_caveats(search.sources, result.fluxes)],
         sample=line_of(result),
     )
 
 
 def source_section(result: Result, search: Search, table: Table, out_dir: Path) -> Section:
-    config = result.config
-    calibrated = search.snr_calibrated if config.search.snr == "calibrated" else None
+    config, fluxes = result.config, result.fluxes
     figure = adi_figures.detection_maps(
         search.maps.snr,
-        search.maps.flux,
+        search.maps.flux / fluxes.divisor,
         search.sources,
-        result.channels.centre,
-        config.data.pixel_scale,
-        truth=result.truth,
-        snr_calibrated=calibrated,
+        result.sky,
+        result.truth,
+        search.snr_calibrated,
+        adi_figures.ONE_PASS_CONTRAST if fluxes.relative else adi_figures.ONE_PASS_FLUX,
     )
-    kind = "calibrated SNR" if calibrated is not None else "SNR"
+    kind = "calibrated" if config.search.snr == "calibrated" else "theoretical"
     text = (
-        f"Peaks with a {kind} of at least {config.search.threshold:g}; each source is subtracted before the next is "
-        "searched. The one-pass flux is biased low, because the source contributes to its own noise statistics; the "
-        "debiased flux (Algorithm 3) is not. Its first error is that of the likelihood, the second the scatter at "
-        "blank positions at the same separation; quote the second. False-alarm probability: of a peak at least as "
-        "high anywhere in the field, from the calibrated SNR."
+        f"Peaks with a {kind} SNR of at least {config.search.threshold:g}; each source is subtracted before the next "
+        "is searched. Theoretical SNR: b / sqrt(a), standard normal if the noise were as modelled. Calibrated SNR: "
+        "relative to the empirical null of this stack at the same separation. Flux: corrected for self-subtraction "
+        "(Algorithm 3), with the scatter at blank positions of the same separation as its error; the error of the "
+        "likelihood alone, which is too small, and the flux of one pass, which is biased low, are given for "
+        "comparison. False-alarm probability: of a peak at least as high anywhere in the field, from the calibrated "
+        "SNR. The errors of separation and PA are those of the fit; the uncertainties of the pixel scale, of true "
+        "north and of the position of the star are not included."
     )
+    if fluxes.star_mean is not None:
+        text += (
+            f" Star: {fluxes.star_mean:.5g} PSF units ({star_source(result)}); its error is not included in those of "
+            "the contrast and of the magnitude difference, which are symmetric (first order)."
+        )
     counts = {
         "frames": len(result.channels.reference.deviations),
-        "channels": len(result.channels.each),
+        "channels": counted(len(result.channels.each), "channel"),
+        "snr": kind,
+        "threshold": config.search.threshold,
         "sources": len(search.sources),
     }
     saved = figures.save(figure, out_dir / "figures", "detection_maps")
-    return Section("Sources", text, [captioned(saved, CAPTIONS, threshold=config.search.threshold, **counts)], [table])
+    return Section("Sources", text, [captioned(saved, CAPTIONS, axes=axes_caption(result), **counts)], on_page(table))
+
+
+def star_source(result: Result) -> str:
+    data = result.config.data
+    mean = ", mean of the channels" if result.spectral else ""
+    if data.star_flux == "psf":
+        return f"flux of the PSF image times data.exposure_ratio = {data.exposure_ratio:g}{mean}"
+    return "data.star_flux"
+
+
+def axes_caption(result: Result) -> str:
+    """Caption of the axes of maps."""
+    sky, north = result.sky, "arrows: north (N) and east (E)"
+    if sky.pixel_scale is None:
+        return f"Axes: pixels from 0; {north}"
+    if sky.north_up:
+        return f"Axes: offset from the star, ΔRA = Δα cos δ and ΔDec; {north}"
+    return f"Axes: offset from the star along the pixel axes of the map, which is not rotated to north; {north}"
 
 
 def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
@@ -147,9 +192,11 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
         )
     if not search.spectra:
         return Section("Spectra", text)
-    figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result))
+    star = result.fluxes.star if result.fluxes.relative else None
+    figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result), star_flux=star)
     text += (
-        "The figure shows the debiased flux of every source in every channel, in units of the channel's PSF. Thick "
+        "The figure shows the debiased flux of every source in every channel, "
+        f"{'divided by that of the star' if star is not None else 'in units of the PSF of the channel'}. Thick "
         "bars: error of the likelihood; thin bars: scatter at blank positions at the same separation."
     )
     if unlike := [str(s.label) for s in search.spectra if s.template_probability < UNLIKE]:
@@ -158,7 +205,7 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
             "of the combined flux, or search again with another data.spectrum."
         )
     saved = figures.save(figure, out_dir / "figures", "spectra")
-    counts = {"sources": len(search.spectra), "channels": len(result.channels.each)}
+    counts = {"sources": len(search.spectra), "channels": len(result.channels.each), "flux": result.fluxes.name}
     return Section("Spectra", text, [captioned(saved, CAPTIONS, **counts)], [])
 
 
@@ -172,15 +219,20 @@ def known_spectra(sources: Sequence[PointSource], result: Result) -> list[np.nda
 def null_section(result: Result, search: Search, out_dir: Path) -> Section:
     observation, null, profile = result.channels, search.null.snr, search.profile
     values, n_independent = null_values(null, observation.centre, observation.fwhm_px)
+    calibrated, _ = null_values(calibrated_null(result, search), observation.centre, observation.fwhm_px)
     folder = out_dir / "figures"
     radial = null_figures.null_by_radius(
         profile.separation_px, profile.std, profile.low, profile.high, result.config.data.pixel_scale
     )
     text = (
         "The null map is computed with reversed angles after subtraction of the sources: it contains the noise of the "
-        f"stack and no source. Its standard deviation is {values.std():.2f}; theory predicts 1. Below 1 the SNR is "
-        "conservative (with little field rotation, noise is subtracted too), above 1 it overstates the significance. "
-        f"The highest value is {values.max():.2f}, of about {n_independent} independent values."
+        f"stack and no source. The standard deviation of its theoretical SNR is {values.std():.2f}, where theory "
+        "predicts 1. Below 1 this SNR is conservative (with little field rotation, noise is subtracted too), above 1 "
+        "it overstates the significance. The calibrated SNR has a standard deviation of "
+        f"{calibrated.std():.2f}, near 1 by construction, because the same null calibrates it. P(> 3) is "
+        f"{np.mean(values > 3):.2g} for the theoretical and {np.mean(calibrated > 3):.2g} for the calibrated SNR, "
+        f"nominally 0.00135; the highest values are {values.max():.2f} and {calibrated.max():.2f}, of about "
+        f"{n_independent} independent ones."
     )
     if (n_spectra := len(search.combination.spectra)) > 1:
         text += (
@@ -188,7 +240,7 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
             "smaller than that of a single spectrum, which calibrates the SNR and is shown by separation."
         )
     distribution = figures.save(
-        null_figures.null_distribution(values, None, "", n_independent), folder, "null_distribution"
+        null_figures.null_distribution(values, None, "", n_independent, calibrated), folder, "null_distribution"
     )
     by_radius = figures.save(radial, folder, "null_by_radius")
     saved = [
@@ -196,6 +248,12 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
         captioned(by_radius, CAPTIONS, rings=len(profile.separation_px)),
     ]
     return Section("Noise", text, saved, [])
+
+
+def calibrated_null(result: Result, search: Search) -> np.ndarray:
+    """Calibrated SNR of the null map."""
+    separation = separation_map(result.channels.shape, result.channels.centre)
+    return search.null.snr / search.profile.std_at(separation)
 
 
 def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir: Path) -> Section:
@@ -261,35 +319,48 @@ def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
 
 
 def source_table(sources: Sequence[PointSource], result: Result) -> Table:
-    scale = result.config.data.pixel_scale
-    columns = ["", "y, x (px)", "separation", "angle (deg)", "SNR", "calibrated", "flux", "one pass", "false alarm"]
-    rows = []
-    for s in sources:
-        arcsec = f" = {s.separation_px * scale:.3f}″" if scale else ""
-        rows.append([
-            str(s.label),
-            f"{s.y:.2f} ± {s.y_std:.2f}, {s.x:.2f} ± {s.x_std:.2f}",
-            f"{s.separation_px:.2f} px{arcsec}",
-            f"{s.position_angle_deg:.1f} ± {s.position_angle_deg_std:.1f}",
-            f"{s.snr:.1f}",
-            f"{s.snr_calibrated:.1f}",
-            f"{s.flux_debiased:.4g} ± {s.flux_debiased_std:.2g} ± {s.flux_debiased_std_empirical:.2g}",
-            f"{s.flux:.4g}",
-            "< 1e-6" if s.false_alarm_probability < TAIL else f"{s.false_alarm_probability:.1g}",
-        ])  # fmt: skip
-    if result.truth:
-        columns.append("truth")
-        rows = [[*row, known(s, result)] for row, s in zip(rows, sources, strict=True)]
+    """Table of the sources, with contrasts and magnitudes if the flux of the star is known."""
+    data, star = result.config.data, result.fluxes.star_mean
+    columns = ["", "y, x (px)", f"separation ({'mas' if data.pixel_scale else 'px'})", "PA (deg)", "theoretical SNR"]
+    columns += ["calibrated SNR", "flux (PSF units)", "likelihood error", "one pass"]
+    columns += ["contrast", "Δmag"] if star is not None else []
+    columns += ["false alarm", *([TRUTH] if result.truth else [])]
+    rows = [source_row(source, result, star) for source in sources]
     missed = [
         t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.channels.fwhm_px for s in sources)
     ]
     notes = [f"Not detected: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
-    return Table(
-        counted(len(sources), "source"),
-        columns,
-        rows,
-        notes if sources or missed else ["No peak exceeds the threshold."],
-    )
+    if not sources and not missed:
+        notes = ["No peak exceeds the threshold."]
+    if sources:
+        notes.append(f"PSF units: {result.fluxes.definition}.")
+        notes.append(
+            f"PA: position angle from north through east; north is {data.north_deg:g} degrees from the x axis toward y "
+            "(data.north_deg)."
+        )
+    return Table(counted(len(sources), "source"), columns, rows, notes)
+
+
+def source_row(source: PointSource, result: Result, star: float | None) -> list[str]:
+    """Cells of `source_table`."""
+    s, rare = source, source.false_alarm_probability < TAIL
+    row = [
+        str(s.label),
+        f"{s.y:.2f} ± {s.y_std:.2f}, {s.x:.2f} ± {s.x_std:.2f}",
+        separation(s.separation_px, s.separation_px_std, result.config.data.pixel_scale),
+        measured(s.position_angle_deg, s.position_angle_deg_std),
+        f"{s.snr:.1f}",
+        f"{s.snr_calibrated:.1f}",
+        measured(s.flux_debiased, s.flux_debiased_std_empirical),
+        f"{s.flux_debiased_std:.2g}",
+        f"{s.flux:.3g}",
+    ]
+    if star is not None:
+        flux = relative_photometry(s.flux_debiased, s.flux_debiased_std_empirical, star)
+        for name in ("contrast", "delta_mag"):
+            row.append(measured(float(flux[name]), float(flux[f"{name}_std"])))
+    row.append("< 1e-6" if rare else f"{s.false_alarm_probability:.1g}")
+    return [*row, known(s, result)] if result.truth else row
 
 
 def counted(n: int, thing: str) -> str:
@@ -310,24 +381,53 @@ def nearest_known(source: PointSource, result: Result) -> tuple[float, float, fl
     return nearest if nearest is not None and distance(nearest) <= result.channels.fwhm_px else None
 
 
+def on_page(table: Table) -> list[Table]:
+    """Tables for the report, which has no room for all columns: positions and significance, and photometry."""
+    if not table.rows:
+        return [table]
+    flux = [i for i, name in enumerate(table.columns) if i == 0 or name in PHOTOMETRY]
+    rest = [i for i, name in enumerate(table.columns) if name not in PHOTOMETRY]
+    parts = [
+        ([table.columns[i] for i in kept], [[row[i] for i in kept] for row in table.rows]) for kept in (rest, flux)
+    ]
+    return [Table(table.title, *parts[0], []), Table("Photometry", *parts[1], table.notes)]
+
+
 def for_console(table: Table) -> rich.table.Table:
-    """Table for the terminal, without the wide columns."""
-    kept = [i for i, name in enumerate(table.columns) if name not in ("separation", "angle (deg)", "one pass")]
+    """Table for the terminal: without the columns of `WIDE`, and with one kind of position."""
+    if TRUTH in table.columns:  # in px and PSF units
+        left_out = {*WIDE, *ON_SKY, "Δmag"}
+    else:
+        left_out = {*WIDE, *(("y, x (px)",) if "separation (mas)" in table.columns else ON_SKY)}
+    kept = [i for i, name in enumerate(table.columns) if name not in left_out]
     grid = rich.table.Table(box=rich.box.SIMPLE, title=table.title, caption=" ".join(table.notes))
     for i in kept:
-        grid.add_column(table.columns[i], no_wrap=True)
+        grid.add_column(re.sub(r" (?=SNR|\(|alarm)", "\n", table.columns[i], count=1), no_wrap=True)
     for row in table.rows:
         grid.add_row(*(row[i] for i in kept))
     return grid
 
 
+def observed_facts(seen: Observed) -> dict[str, str]:
+    """What the header of the cube says about the observation, for the summary."""
+    with_what = ", ".join(part for part in (seen.telescope, seen.instrument, seen.filter) if part)
+    facts = {"object": seen.target, "observed with": with_what, "observed on": seen.date}
+    return {name: value for name, value in facts.items() if value}
+
+
 def summary(result: Result, search: Search) -> dict[str, str]:
     config, (height, width) = result.config, result.channels.shape
-    return {
+    (y, x), scale = result.channels.centre, config.data.pixel_scale
+    return observed_facts(result.stack.observed) | {
         "stack": str(config.data.cube or f"synthetic, seed {config.seed}"),
         "frames": f"{len(result.channels.reference.deviations)} of {height} x {width} px",
         **({"channels": str(len(result.channels.each))} if result.spectral else {}),
+        "field rotation": f"{rotation_deg(result.channels.reference.angles_deg):.1f} degrees",
+        "PSF FWHM": in_px_and_mas(result.channels.reference.psf.fwhm_px, scale),
+        "pixel scale": "unknown (data.pixel_scale)" if scale is None else f"{scale * MAS_PER_ARCSEC:.5g} mas/px",
+        "star": f"(y, x) = ({y:.2f}, {x:.2f}) px",
         "method": f"PACO, {config.method.mode}, shrinkage {config.method.shrinkage}",
         "sources": str(len(search.sources)),
-        "highest SNR": f"{np.nanmax(search.maps.snr):.2f}",
+        "highest theoretical SNR": f"{np.nanmax(search.maps.snr):.2f}",
+        "highest calibrated SNR": f"{np.nanmax(search.snr_calibrated):.2f}",
     }

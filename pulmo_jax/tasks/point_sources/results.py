@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from pulmo_jax import __version__
 from pulmo_jax.core.geometry import rotation_deg
-from pulmo_jax.data.observing_date import observed_mjd
+from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.inference.contrast import Contrast, throughput_map
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum
 from pulmo_jax.tasks.point_sources.config import StackConfig
+from pulmo_jax.tasks.point_sources.map_headers import header
 from pulmo_jax.tasks.point_sources.report import Result, line_of
+from pulmo_jax.tasks.point_sources.units import FLUX_UNIT, RELATIVE, unit_code
 from pulmo_jax.types import PointSource
 
 
@@ -54,98 +55,58 @@ def write_maps(result: Result, search: Search, out_dir: Path) -> None:
         write_fits(out_dir / f"{name}.fits", image, header(result, search, name), parameters)
 
 
-MEANINGS = {
-    "snr": ("b / sqrt(a)", ""),
-    "flux": ("b / a, one pass", "psf"),
-    "flux_std": ("1 / sqrt(a)", "psf"),
-    "a": ("sum of h' C^-1 h over the frames", "psf-2"),
-    "b": ("sum of h' C^-1 (r - m) over the frames", "psf-1"),
-    "snr_calibrated": ("snr / empirical noise at its separation", ""),
-    "snr_null": ("snr with reversed angles, sources subtracted", ""),
-    "a_null": ("a with reversed angles, sources subtracted", "psf-2"),
-    "b_null": ("b with reversed angles, sources subtracted", "psf-1"),
-    "throughput": ("fraction of an injected flux that is recovered", ""),
-    "template": ("index of the best-fitting spectrum, from 0", ""),
-}
+def detections_csv(sources: list[PointSource], data: StackConfig, star_flux: float | None) -> str:
+    """detections.csv, with separations in arcsec, contrasts and magnitudes where they are known.
 
+    Args:
+        sources: Detected sources.
+        data: Keys of the stack.
+        star_flux: Flux of the star in units of the normalised PSF, if known.
 
-def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, str]]:
-    """FITS cards that describe a map and the observation."""
-    observation, maps, scale = result.channels.reference, search.maps, result.config.data.pixel_scale
-    centre, wavelengths = result.channels.centre, result.channels.wavelengths
-    meaning, unit = MEANINGS[name]
-    cards: dict[str, tuple[Any, str]] = {
-        "OBJECT": (name, meaning),
-        "CREATOR": (f"pulmo_jax {__version__}", "Flasseur et al. 2018, A&A 618, A138"),
-        "CENTERY": (centre[0], "[px] centre of rotation, from 0"),
-        "CENTERX": (centre[1], "[px] centre of rotation, from 0"),
-        "CRPIX1": (centre[1] + 1, "[px] the same, from 1"),
-        "CRPIX2": (centre[0] + 1, "[px] the same, from 1"),
-        "NFRAMES": (len(observation.deviations), "frames used"),
-        "NDROPPED": (int((~observation.kept).sum()), "excluded frames"),
-        "NMASKED": (int((~observation.usable).sum()), "excluded pixels"),
-        "ROTATION": (rotation_deg(observation.angles_deg), "[deg] field rotation"),
-        "NPATCH": (search.n_patch, "pixels per patch"),
-        "RHOMED": (float(np.nanmedian(maps.shrinkage)), "median weight of the diagonal"),
-        "NSINGULR": (int(maps.singular.sum()), "locations with a singular covariance"),
-        "PSFFWHM": (result.channels.fwhm_px, "[px] FWHM of the PSF"),
-        "PSFNORM": (observation.psf.flux_kind, "normalisation of the PSF"),
-        "PSFFLUX": (observation.psf.flux, "divisor of the PSF"),
-        "PSFERR": (maps.psf_error, "largest relative error of the PSF expansion"),
-        "SNRERR": (maps.snr_error, "bound on the resulting error of the SNR"),
-    }
-    if len(wavelengths) > 1:
-        cards["NCHANNEL"] = (len(wavelengths), "wavelengths; frame data: middle one")
-        cards["WAVEMIN"], cards["WAVEMAX"] = (wavelengths[0], "the first"), (wavelengths[-1], "the last")
-        cards["NSPECTRA"] = (len(search.combination.spectra), "number of trial spectra, mean 1")
-    if unit:
-        cards["BUNIT"] = (unit, "psf: flux of the normalised PSF")
-    if scale is not None:
-        cards["PIXSCALE"] = (scale, "[arcsec/px]")
-    if result.config.data.cube is not None and (mjd := observed_mjd(result.config.data.cube)) is not None:
-        cards["MJD-OBS"] = (mjd, "from the header of the cube")
-    return cards
-
-
-def detections_csv(sources: list[PointSource], data: StackConfig) -> str:
-    """detections.csv, with separations in arcsec and contrasts if pixel scale and stellar flux are known."""
-    names = [field.name for field in fields(PointSource)]
+    Returns:
+        Content of the file.
+    """
+    names = [field.name for field in fields(PointSource)] + [FLUX_UNIT]
     scaled = ["separation_arcsec", "separation_arcsec_std"] if data.pixel_scale else []
-    contrasts = ["contrast", "contrast_std"] if data.star_flux else []
     rows = []
     for source in sources:
-        row = asdict(source)
+        row = asdict(source) | {FLUX_UNIT: unit_code(data)}
         if data.pixel_scale:
             row["separation_arcsec"] = source.separation_px * data.pixel_scale
             row["separation_arcsec_std"] = source.separation_px_std * data.pixel_scale
-        if data.star_flux:
-            row["contrast"] = source.flux_debiased / data.star_flux
-            row["contrast_std"] = source.flux_debiased_std_empirical / data.star_flux
+        if star_flux is not None:
+            relative = relative_photometry(source.flux_debiased, source.flux_debiased_std_empirical, star_flux)
+            row |= {name: float(value) for name, value in relative.items()}
         rows.append(row)
-    return as_csv([*names, *scaled, *contrasts], rows)
+    return as_csv([*names, *scaled, *(RELATIVE if star_flux is not None else ())], rows)
 
 
-def spectra_csv(spectra: list[SourceSpectrum]) -> str:
-    """spectra.csv: flux of every source in every channel."""
-    rows = [
-        {"label": s.label, "channel": k, "wavelength": s.wavelengths[k], "flux": s.flux[k], "flux_std": s.flux_std[k]}
-        | {"flux_std_empirical": s.flux_std_empirical[k], "template": s.template}
-        | {"template_probability": s.template_probability}
-        for s in spectra
-        for k in range(len(s.flux))
-    ]
-    names = ["label", "channel", "wavelength", "flux", "flux_std", "flux_std_empirical"]
-    names += ["template", "template_probability"]
-    return as_csv(names, rows)
+def spectra_csv(spectra: list[SourceSpectrum], result: Result) -> str:
+    """spectra.csv: flux of every source in every channel, with contrasts and magnitudes if the star's flux is known."""
+    data, star_flux = result.config.data, result.fluxes.star
+    rows = []
+    for s in spectra:
+        relative = {} if star_flux is None else relative_photometry(s.flux, s.flux_std_empirical, star_flux)
+        for k in range(len(s.flux)):
+            row = {"label": s.label, "channel": k, "wavelength": s.wavelengths[k], "flux": s.flux[k]}
+            row |= {
+                "flux_std": s.flux_std[k],
+                "flux_std_empirical": s.flux_std_empirical[k],
+                FLUX_UNIT: unit_code(data),
+            }
+            row |= {"template": s.template, "template_probability": s.template_probability}
+            rows.append(row | {name: values[k] for name, values in relative.items()})
+    names = ["label", "channel", "wavelength", "flux", "flux_std", "flux_std_empirical", FLUX_UNIT]
+    return as_csv([*names, "template", "template_probability", *(RELATIVE if star_flux is not None else ())], rows)
 
 
-def contrast_csv(contrast: Contrast, data: StackConfig) -> str:
+def contrast_csv(contrast: Contrast, data: StackConfig, star_flux: float | None) -> str:
     columns = {field.name: getattr(contrast, field.name) for field in fields(Contrast)}
     if data.pixel_scale:
         columns = {"separation_arcsec": contrast.separation_px * data.pixel_scale} | columns
-    if data.star_flux:
-        columns["contrast"] = contrast.limit / data.star_flux
-        columns["contrast_corrected"] = contrast.limit_corrected / data.star_flux
+    if star_flux is not None:
+        columns["contrast"] = contrast.limit / star_flux
+        columns["contrast_corrected"] = contrast.limit_corrected / star_flux
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return as_csv(list(columns), rows)
 
@@ -164,6 +125,8 @@ def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
         "shrinkage_median": float(np.nanmedian(search.maps.shrinkage)),
         "singular_locations": int(search.maps.singular.sum()),
         "psf_fwhm_px": result.channels.fwhm_px,
+        "flux_unit": unit_code(result.config.data),
+        "star_flux": result.fluxes.star_mean,
         "psf_error": search.maps.psf_error,
         "snr_error": search.maps.snr_error if np.isfinite(search.maps.snr_error) else None,
         "wavelengths": result.channels.wavelengths.tolist() if len(result.stack.wavelengths) > 1 else None,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,12 +18,17 @@ MOST = 12  # maximum number of sources shown
 TRUTH: dict[str, Any] = {"color": VERMILLION, "lw": 1.0, "ls": "--"}
 
 
-def spectra(spectra: Sequence[SourceSpectrum], truth: Sequence[np.ndarray | None] = ()) -> Figure:
+def spectra(
+    spectra: Sequence[SourceSpectrum],
+    truth: Sequence[np.ndarray | None] = (),
+    star_flux: Float[np.ndarray, "L"] | None = None,
+) -> Figure:
     """Draw flux against wavelength for the first 12 sources.
 
     Args:
         spectra: Spectra; thick bars show the error of the likelihood, thin bars the empirical error.
-        truth: True flux of each source in each channel, if known.
+        truth: True flux of each source in each channel, if known, in units of the PSF.
+        star_flux: Flux of the star in each channel in units of the PSF, to draw contrasts; None: fluxes are drawn.
 
     Returns:
         The figure.
@@ -35,13 +41,13 @@ def spectra(spectra: Sequence[SourceSpectrum], truth: Sequence[np.ndarray | None
         figure = Figure(figsize=(width, PANEL_HEIGHT_IN * n_rows + 0.4), layout="constrained")
         panels = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
         for axes, spectrum, known in zip(panels, shown, [*truth, *[None] * len(shown)], strict=False):
-            draw(axes, spectrum, known)
+            draw(axes, spectrum, known, 1.0 if star_flux is None else star_flux)
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         for axes in panels[max(0, len(shown) - n_columns) : len(shown)]:
-            axes.set_xlabel("wavelength (in the stack's unit)")
+            axes.set_xlabel("wavelength (unit as given)")
         for axes in panels[::n_columns]:
-            axes.set_ylabel("flux (psf)")
+            axes.set_ylabel("flux (PSF units)" if star_flux is None else "contrast (source / star)")
         handles = [
             Line2D([], [], color=SKY, lw=4.0, label="error of the likelihood"),
             Line2D([], [], color=BLUE, lw=0.8, marker="o", ms=3, label="flux, with its empirical error"),
@@ -52,16 +58,19 @@ def spectra(spectra: Sequence[SourceSpectrum], truth: Sequence[np.ndarray | None
     return figure
 
 
-def draw(axes: Axes, spectrum: SourceSpectrum, known: np.ndarray | None) -> None:
-    """Draw the spectrum of one source; non-finite values are omitted."""
-    at, flux = spectrum.wavelengths, spectrum.flux
+def draw(
+    axes: Axes, spectrum: SourceSpectrum, known: np.ndarray | None, unit: Float[np.ndarray, "L"] | float = 1.0
+) -> None:
+    """Draw the spectrum of one source, divided by `unit`; non-finite values are omitted."""
+    at, flux = spectrum.wavelengths, spectrum.flux / unit
     if known is not None:
-        axes.plot(at, known, **TRUTH)
-    looks = ((spectrum.flux_std, SKY, 4.0), (spectrum.flux_std_empirical, BLUE, 0.8))
+        axes.plot(at, known / unit, **TRUTH)
+    looks = ((spectrum.flux_std / unit, SKY, 4.0), (spectrum.flux_std_empirical / unit, BLUE, 0.8))
     for error, colour, line in looks:
         sound = np.isfinite(flux) & np.isfinite(error)
         axes.errorbar(at[sound], flux[sound], error[sound], fmt="none", ecolor=colour, elinewidth=line, capsize=0)
     sound = np.isfinite(flux)
     axes.plot(at[sound], flux[sound], "o", color=BLUE, ms=3)
     axes.axhline(0, color="0.6", lw=0.6, zorder=0)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)
     axes.set_title(f"source {spectrum.label}", loc="left")

@@ -6,16 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from astropy import units
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
+from astropy.nddata import CCDData
+from astropy.wcs import WCS
 from omegaconf import OmegaConf
 from references.epoch_maps import FWHM_PX, epoch, place_of, position
 from references.pictures import ink
 
 from pulmo_jax import detect
 from pulmo_jax.config.section import validate
-from pulmo_jax.data.observing_date import observed_mjd
+from pulmo_jax.data.observation_header import mjd_of, read_header
 from pulmo_jax.data.synthetic import rotating_stack
+from pulmo_jax.inference.epoch_tracks import Track
+from pulmo_jax.inference.epochs import Combined, Plan
 from pulmo_jax.tasks.point_sources.combination_reading import MAPS, open_epochs
+from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, source_table
+from pulmo_jax.tasks.point_sources.combination_results import detection_row
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.types import InputError
 
@@ -93,6 +101,38 @@ def test_fixed_place_writes_everything(runs, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("star", [None, (86.8212, -51.0665)])
+def test_maps_have_the_axes_and_the_names_of_the_first_epoch(tmp_path, capsys, star):
+    """North of the first epoch is 30 degrees from the x axis; its star is off the centre of the second."""
+    cards = {"PSFFWHM": FWHM_PX, "MJD-OBS": MJD, "DATE-OBS": "2009-06-18T00:00:00", "OBJECT": "bet Pic"}
+    if star is not None:
+        cards |= {"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CRVAL1": star[0], "CRVAL2": star[1], "EQUINOX": 2000.0}
+    runs = []
+    for i in range(2):
+        maps, nulls = make_epoch(i, 0.0, snr=12.0)
+        header = cards | {"CENTERY": maps.centre[0], "CENTERX": maps.centre[1], "MJD-OBS": MJD + i}
+        runs.append(write_run(tmp_path / f"run{i}", maps, nulls, data={"north_deg": 30.0}, header=header))
+    detect.detect(configured(runs, str(tmp_path / "cache")), tmp_path / "out")
+    capsys.readouterr()
+    (source, *_) = rows(tmp_path / "out" / "detections.csv")
+    for name in ("criterion", "snr_combined"):
+        path = tmp_path / "out" / f"{name}.fits"
+        with fits.open(path, checksum=True) as hdus:
+            hdus.verify("exception")
+            header = hdus[0].header
+        assert (header["EXTNAME"], header["OBJECT"], header["DATE-OBS"]) == (name, "bet Pic", cards["DATE-OBS"])
+        assert CCDData.read(path).unit == units.dimensionless_unscaled
+        east, north = (float(source[f"{way}_arcsec"]) for way in ("east", "north"))
+        wcs, place = WCS(header), (float(source["x"]), float(source["y"]))
+        if star is None:
+            np.testing.assert_allclose(wcs.wcs_pix2world([place], 0)[0], (east, north), atol=1e-6)
+            continue
+        at = SkyCoord(*wcs.pixel_to_world_values(*place), unit="deg")
+        offsets = SkyCoord(*star, unit="deg").spherical_offsets_to(at)
+        np.testing.assert_allclose([o.to_value(units.arcsec) for o in offsets], (east, north), atol=1e-6)
+
+
 def read(run):
     return [np.asarray(fits.getdata(run / f"{name}.fits"), float) for name in ("a", "b")]
 
@@ -140,8 +180,53 @@ def test_contrasts_where_every_run_knows_its_star(tmp_path):
     runs = [write_run(tmp_path / f"run{i}", *made[i], mjd=MJD + i, data={"star_flux": 100.0 * (i + 1)}) for i in (0, 1)]
     for i, found in enumerate(open_epochs(configured(runs))):
         np.testing.assert_allclose(found.map.b / found.map.a, made[i][0].b / made[i][0].a / (100.0 * (i + 1)))
+        assert found.flux_code == "contrast"
     other = write_run(tmp_path / "other", *made[1], mjd=MJD + 9)
     assert "data.star_flux" in refusal([*runs, other])
+    (plain,) = open_epochs(configured([other]))
+    assert plain.flux_code == "psf_fwhm"
+    message = refusal([other], contrast={"unit": "magnitudes"})
+    assert "contrast.unit=magnitudes" in message
+    assert str(other) in message
+
+
+def test_flux_of_the_star_from_the_psf_image_is_read_from_the_header(tmp_path):
+    maps, nulls = make_epoch(0, 0.0)
+    cards = {"CENTERY": SIZE // 2, "CENTERX": SIZE // 2, "PSFFWHM": FWHM_PX, "STARFLUX": 250.0}
+    run = write_run(tmp_path / "run", maps, nulls, data={"star_flux": "psf"}, header=cards)
+    (found,) = open_epochs(configured([run]))
+    np.testing.assert_allclose(found.map.b / found.map.a, maps.b / maps.a / 250)
+    for i, star in enumerate((None, -1.0, "bright")):
+        changed = {name: value for name, value in cards.items() if name != "STARFLUX"}
+        changed |= {} if star is None else {"STARFLUX": star}
+        wrong = write_run(tmp_path / f"wrong{i}", maps, nulls, data={"star_flux": "psf"}, header=changed)
+        assert "STARFLUX" in refusal([wrong])
+
+
+@pytest.mark.parametrize(("star", "columns"), [(None, ["flux (PSF units)"]), (100.0, ["contrast", "Δmag"])])
+def test_fluxes_of_all_epochs_have_a_unit(tmp_path, star, columns):
+    """The table of a combination: PSF units or contrast with magnitudes, and separations in mas."""
+    data = {} if star is None else {"star_flux": star}
+    epochs = open_epochs(configured([write_run(tmp_path / "run", *make_epoch(0, 0.0), data=data)]))
+    track = Track(
+        30.0, 5.0, 2e-4, 4e-5, np.array([[0.3, -0.2]]), np.array([[20.0, 21.0]]), np.array([1.0]), np.array([5.0]),
+        np.array([0.002, 0.004]),
+    )  # fmt: skip
+    empty = np.zeros((SIZE, SIZE))
+    combined = Combined(empty, empty, 25.0, (), [track], track, np.zeros(0), 1)
+    made = CombinedResult(configured([tmp_path / "run"]), epochs, combined, Plan(), ())
+    table = source_table(made)
+    [row] = table.rows
+    named = dict(zip(table.columns, row, strict=True))
+    assert set(columns) < set(table.columns)
+    assert named["north, east (mas)"] == "300.0 ± 2.0, -200.0 ± 4.0"
+    assert named[columns[0]] == "(2.00 ± 0.40)e-04"
+    written = detection_row(1, track, made)
+    assert written["flux_unit"] == ("psf_fwhm" if star is None else "contrast")
+    if star is not None:
+        assert named["Δmag"] == "9.25 ± 0.22"
+        assert written["delta_mag"] == pytest.approx(-2.5 * np.log10(2e-4))
+        assert written["delta_mag_std"] == pytest.approx(1.0857362 * 0.2)
 
 
 def test_maps_of_other_sizes_and_scales_are_one_sky(runs, tmp_path):
@@ -234,10 +319,10 @@ def test_dates_of_headers(tmp_path):
         ({}, None),
     ):
         fits.writeto(path, np.zeros((2, 3, 3)), fits.Header(cards), overwrite=True)
-        assert observed_mjd(path) == (None if expected is None else pytest.approx(expected))
+        assert mjd_of(read_header(path)) == (None if expected is None else pytest.approx(expected))
     (tmp_path / "cube.npy").write_bytes(b"\x93NUMPY")
-    assert observed_mjd(tmp_path / "cube.npy") is None
-    assert observed_mjd(tmp_path / "nowhere.fits") is None
+    assert mjd_of(read_header(tmp_path / "cube.npy")) is None
+    assert mjd_of(read_header(tmp_path / "nowhere.fits")) is None
 
 
 @pytest.mark.slow

@@ -127,7 +127,11 @@ def test_choices_and_north_are_those_of_the_functions():
         ({"data.angle_sign": 0}, ["data.angle_sign=0"]),
         ({"data.pixel_scale": 0}, ["data.pixel_scale=0", "greater than 0"]),
         ({"data.pixel_scale": "27 mas"}, ["data.pixel_scale='27 mas'", "number"]),
-        ({"data.star_flux": -1.0}, ["data.star_flux=-1.0", "greater than 0"]),
+        ({"data.star_flux": -1.0}, ["data.star_flux=-1.0", "greater than 0", "psf"]),
+        ({"data.star_flux": "image"}, ["data.star_flux='image'", "greater than 0", "psf"]),
+        ({"data.star_flux": True}, ["data.star_flux=True", "greater than 0", "psf"]),
+        ({"data.exposure_ratio": 0.0}, ["data.exposure_ratio=0", "greater than 0"]),
+        ({"contrast.unit": "mag"}, ["contrast.unit='mag'", "psf", "contrast", "magnitudes"]),
         ({"data.centre": 25}, ["data.centre=25"]),
         ({"data.centre": [25]}, ["data.centre"]),
         ({"data.centre": [1, 2, 3]}, ["data.centre=[1, 2, 3]"]),
@@ -176,7 +180,7 @@ def test_file_that_is_not_there_or_is_a_folder_is_named(files, tmp_path, key):
     [
         (("cube",), ("angles", "psf")),
         (("angles",), ("cube", "psf")),
-        (("cube", "psf"), ("angles",)),
+        (("psf",), ("cube", "angles")),
         (("angles", "psf"), ("cube",)),
     ],
 )
@@ -202,6 +206,8 @@ def test_files_may_be_called_by_numbers(tmp_path, monkeypatch):
         ({"data.psf_flux": "peak", "data.psf_aperture_px": 3.0}, "data.psf_flux=aperture"),
         ({"method.shrinkage": "fixed"}, "method.rho"),
         ({"method.rho": 0.5}, "method.shrinkage=fixed"),
+        ({"data.exposure_ratio": 2.0}, "data.star_flux=psf"),
+        ({"data.exposure_ratio": 2.0, "data.star_flux": 5.0}, "data.star_flux=psf"),
     ],
     ids=str,
 )
@@ -211,10 +217,20 @@ def test_values_that_belong_together_are_named(changes, key):
     assert "belong together" in message
 
 
+@pytest.mark.parametrize("unit", ["contrast", "magnitudes"])
+def test_contrast_without_the_flux_of_the_star_tells_how_to_get_it(unit):
+    message = refusal({"contrast.unit": unit})
+    for words in (f"contrast.unit={unit} needs data.star_flux", "data.star_flux=psf", "data.exposure_ratio"):
+        assert words in message
+    validate(DetectConfig, nested({"contrast.unit": unit, "data.star_flux": 10.0}))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"data.psf_flux": "aperture", "data.psf_aperture_px": 3},
+        {"data.star_flux": "psf", "data.exposure_ratio": 0.02},
+        {"contrast.unit": "psf"},
         {"method.shrinkage": "fixed", "method.rho": 0},
         {"method.shrinkage": "fixed", "method.rho": 1},
         {"search.max_sources": 0},

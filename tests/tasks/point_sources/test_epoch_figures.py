@@ -7,6 +7,7 @@ from references.pictures import ink
 from pulmo_jax.evaluation.field_threshold import field_threshold
 from pulmo_jax.reporting import figures
 from pulmo_jax.tasks.point_sources import epoch_figures
+from pulmo_jax.tasks.point_sources.drawing import Sky
 
 RNG = np.random.default_rng(0)
 CIRCLE = np.stack([np.cos(np.linspace(0, 6.3, 50)), np.sin(np.linspace(0, 6.3, 50))], -1)
@@ -21,10 +22,13 @@ def masked(size=30):
 @pytest.mark.parametrize("n_found", [0, 1, 3])
 def test_combined_maps_mark_what_was_found(n_found, tmp_path):
     places = RNG.uniform(5, 25, (n_found, 2))
-    drawn = epoch_figures.combined_maps(masked() ** 2, masked(), 25.0, (15.0, 15.0), places, ("criterion", "SNR"))
+    sky = Sky((15.0, 15.0), 0.01)
+    drawn = epoch_figures.combined_maps(masked() ** 2, masked(), 25.0, sky, places, ("criterion", "SNR"))
     left = drawn.axes[0]
     assert left.images[0].get_clim()[1] >= 25
     np.testing.assert_array_equal(np.asarray(left.lines[-1].get_xydata()), places[:, ::-1])
+    assert {t.get_text() for t in left.texts} == {"N", "E", "", *(str(i + 1) for i in range(n_found))}
+    assert (left.get_xlabel(), left.get_ylabel()) == ("ΔRA (arcsec)", "ΔDec (arcsec)")
     assert ink(figures.save(drawn, tmp_path, "maps")) > 0.1
 
 
@@ -32,10 +36,17 @@ def test_combined_maps_mark_what_was_found(n_found, tmp_path):
 def test_every_epoch_has_its_point_and_its_map(n_epochs, tmp_path):
     labels = [f"MJD {i} $x" for i in range(n_epochs)]
     snr = np.where(np.arange(n_epochs) == 1, np.nan, 3.0)[None]
-    bars = epoch_figures.snr_by_epoch(snr, labels, [6.0])
+    bars = epoch_figures.snr_by_epoch(snr, labels, [6.0], ["source 1"], "calibrated SNR")
+    named = [text.get_text() for text in bars.axes[0].get_legend().get_texts()]
+    assert set(named) == {"source 1", "all epochs"}
+    assert bars.axes[0].get_ylabel() == "calibrated SNR"
     assert [t.get_text() for t in bars.axes[0].get_xticklabels()] == [figures.literal(label) for label in labels]
-    centres, places = [(15.0, 15.0)] * n_epochs, np.full((1, n_epochs, 2), 9.0)
-    drawn = epoch_figures.epoch_maps([masked() for _ in labels], labels, centres, places)
+    skies = [Sky((15.0, 15.0), 0.01, 90.0 + 10 * i) for i in range(n_epochs)]
+    drawn = epoch_figures.epoch_maps(
+        [masked() for _ in labels], labels, skies, np.full((1, n_epochs, 2), 9.0), "calibrated SNR"
+    )
+    assert sum(text.get_text() == "N" for axes in drawn.axes for text in axes.texts) == n_epochs  # each is turned
+    assert any(axes.get_xlabel() == "calibrated SNR" for axes in drawn.axes)
     assert sum(bool(axes.images) for axes in drawn.axes) >= n_epochs
     for name, figure in (("bars", bars), ("maps", drawn)):
         assert ink(figures.save(figure, tmp_path, name)) > 0.01

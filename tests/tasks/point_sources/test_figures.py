@@ -17,8 +17,9 @@ from references.pictures import ink
 from scipy import stats
 
 from pulmo_jax.reporting import figures
+from pulmo_jax.tasks.point_sources import drawing, null_figures
 from pulmo_jax.tasks.point_sources import figures as adi_figures
-from pulmo_jax.tasks.point_sources import null_figures
+from pulmo_jax.tasks.point_sources.drawing import Sky
 from pulmo_jax.types import PointSource
 
 SCALE = 0.02719
@@ -79,13 +80,16 @@ def assert_words_apart(figure):
         assert min(inner) < 1, f"{text} lies on {other_text}"
 
 
+SKY = Sky(CENTRE, SCALE)
+
+
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_maps_show_their_values_with_sources_truth_and_star(calibrated):
     snr, flux = maps()
     sources = [source(), source(2, 45.0, 15.5)]
-    figure = adi_figures.detection_maps(snr, flux, sources, CENTRE, SCALE, TRUTH, snr / 2 if calibrated else None)
-    panels = [axes for axes in figure.axes if axes.get_xlabel() == "x (px)"]
-    for axes, values in zip(panels, [snr, flux, snr / 2][: 2 + calibrated], strict=True):
+    figure = adi_figures.detection_maps(snr, flux, sources, SKY, TRUTH, snr / 2 if calibrated else None)
+    panels = [axes for axes in figure.axes if axes.get_xlabel() == "ΔRA (arcsec)"]
+    for axes, values in zip(panels, [snr, *([snr / 2] if calibrated else []), flux], strict=True):
         drawn = axes.images[0].get_array()
         np.testing.assert_array_equal(drawn.filled(np.nan), values)
         assert drawn.mask[:4].all()
@@ -95,8 +99,10 @@ def test_maps_show_their_values_with_sources_truth_and_star(calibrated):
         assert points(axes, "s") == [(60.5, 20.0), (12.0, 40.0)]
         assert points(axes, "+") == [(35.5, 30.0)]
         assert {text.get_text() for text in axes.texts} >= {"1", "2"}
-    assert "arcsec" in texts(figure)
     assert "injected" in texts(figure)
+    assert "one-pass flux\n(PSF units)" in texts(figure)
+    assert "theoretical SNR\n$b/\\sqrt{a}$" in texts(figure)
+    assert ("calibrated SNR\n(empirical null, Student t)" in texts(figure)) == calibrated
     assert_words_apart(figure)
 
 
@@ -104,7 +110,7 @@ def test_five_is_in_full_colour_and_a_bright_source_changes_little():
     snr, flux = maps()
     for peak, limit in ((0.0, 5.0), (100.0, 6.0)):
         snr[20:24, 20:24] = peak
-        image = adi_figures.detection_maps(snr, flux, [], CENTRE, None).axes[0].images[0]
+        image = adi_figures.detection_maps(snr, flux, [], Sky(CENTRE)).axes[0].images[0]
         assert image.get_clim() == (-limit, limit)
         red, green, blue, _ = image.to_rgba(np.array([[5.0]]))[0, 0]
         assert (red - green, red - blue) > (0.4, 0.4)
@@ -113,28 +119,79 @@ def test_five_is_in_full_colour_and_a_bright_source_changes_little():
 def test_colours_of_the_flux_end_at_a_rounded_robust_limit():
     snr, flux = maps()
     flux[30, 30] = 1e9
-    image = adi_figures.detection_maps(snr, flux, [], CENTRE, None).axes[1].images[0]
+    image = adi_figures.detection_maps(snr, flux, [], Sky(CENTRE)).axes[1].images[0]
     percentile = np.nanpercentile(np.abs(flux), adi_figures.ROBUST_PERCENT)
     assert percentile <= image.get_clim()[1] < 1.1 * percentile
 
 
-@pytest.mark.parametrize(("pixel_scale", "unit"), [(None, "px"), (SCALE, "arcsec")])
+def compass(axes):
+    """Unit vectors (x, y) on the drawn page toward the letters, from the foot of the arrows."""
+    axes.figure.draw_without_rendering()
+    arrows = [text for text in axes.texts if text.arrow_patch is not None]
+    ways = {}
+    for letter, arrow in zip("NE", arrows, strict=True):
+        tip, foot = (arrow.xycoords.transform(at) for at in (arrow.xy, arrow.get_position()))
+        ways[letter] = (tip - foot) / np.hypot(*(tip - foot))
+        named = next(text for text in axes.texts if text.get_text() == letter)
+        away = named.xycoords.transform(named.xy) - foot
+        np.testing.assert_allclose(away / np.hypot(*away), ways[letter], atol=1e-6)
+    return ways
+
+
+@pytest.mark.parametrize("north_deg", [90.0, 0.0, 194.84, -30.0])
+def test_compass_agrees_with_the_position_angles_of_the_table(north_deg):
+    """A source toward north has position angle 0, one toward east 90 degrees, as in `source_properties.describe`."""
+    axes = adi_figures.detection_maps(*maps(), [], Sky(CENTRE, SCALE, north_deg)).axes[0]
+    for letter, (x, y) in compass(axes).items():
+        angle = np.rad2deg(np.arctan2(y, x)) - north_deg
+        assert np.cos(np.deg2rad(angle - {"N": 0, "E": 90}[letter])) == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.parametrize("size", [(61, 72), (300, 60), (40, 320)])
-def test_scale_bar_is_as_long_as_it_says(pixel_scale, unit, size):
-    figure = adi_figures.detection_maps(*maps(*size), [], (size[0] / 2, size[1] / 2), pixel_scale)
+@pytest.mark.parametrize(
+    ("sky", "names"),
+    [
+        (Sky(CENTRE), ("x (px)", "y (px)")),
+        (Sky((20.0, 40.0), SCALE), ("ΔRA (arcsec)", "ΔDec (arcsec)")),
+        (Sky((150.2, 30.0), 0.0075, 194.84), ("Δx (arcsec)", "Δy (arcsec)")),
+    ],
+)
+def test_axes_are_offsets_from_the_star_where_the_scale_is_known(sky, names, size):
+    figure = adi_figures.detection_maps(*maps(*size), [], sky)
     assert_words_apart(figure)
     axes = figure.axes[0]
-    (text,) = axes.texts
-    (bar,) = [drawn for drawn in axes.lines if len(drawn.get_xdata()) == 2]
-    length, named = text.get_text().split()
-    assert named == unit
-    assert float(length) == pytest.approx(np.ptp(bar.get_xdata()) * size[1] * (pixel_scale or 1))
-    assert 0.1 < np.ptp(bar.get_xdata()) < 0.3
+    assert (axes.get_xlabel(), axes.get_ylabel()) == names
+    assert axes.get_aspect() == 1
+    if sky.pixel_scale is None:
+        return
+    sign = -1 if sky.north_up else 1
+    for axis, middle, way in ((axes.xaxis, sky.centre[1], sign), (axes.yaxis, sky.centre[0], 1)):
+        named = [float(text.get_text().replace("−", "-")) for text in axis.get_ticklabels()]
+        assert len(named) >= 2
+        np.testing.assert_allclose((axis.get_ticklocs() - middle) * sky.pixel_scale * way, named, atol=1e-9)
+
+
+def test_compass_keeps_clear_of_star_and_sources():
+    sources = [source(1, 2.0, 3.0), source(2, 3.0, 69.0), source(3, 58.0, 2.0)]  # all corners but the upper right
+    axes = adi_figures.detection_maps(*maps(), sources, SKY).axes[0]
+    axes.figure.draw_without_rendering()
+    letters = [text.xycoords.transform(text.xy) for text in axes.texts if text.get_text() in ("N", "E")]
+    at = axes.transAxes.inverted().transform(letters)
+    assert len(letters) == 2
+    assert (at > 0.5).all()
+    assert (at < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(7.46e-5, r"$7.46\times 10^{-5}$"), (-1700.0, "−1700"), (0.0123, "0.0123"), (0.0, "0")]
+)
+def test_numbers_of_colour_bars_have_powers_of_ten(value, text):
+    assert drawing.number(value) == text
 
 
 def test_maps_without_any_value_or_source():
     empty = np.full((20, 21), np.nan, np.float32)
-    figure = adi_figures.detection_maps(empty, empty, [], (10, 10), None)
+    figure = adi_figures.detection_maps(empty, empty, [], Sky((10, 10)))
     assert_words_apart(figure)
     assert figure.axes[0].images[0].get_clim() == (-5, 5)
     assert "detection" not in texts(figure)
@@ -144,7 +201,7 @@ def test_maps_without_any_value_or_source():
 def test_labels_of_close_sources_stand_apart():
     sources = [source(8 + i, 30.0 + 4 * (i // 3), 50.0 + 6 * (i % 3)) for i in range(6)]
     sources += [source(77, 0.5, 0.0), source(101, 60.0, 71.0)]
-    figure = adi_figures.detection_maps(*maps(), sources, CENTRE, SCALE, TRUTH)
+    figure = adi_figures.detection_maps(*maps(), sources, SKY, TRUTH)
     assert_words_apart(figure)
     for axes in figure.axes[:2]:
         places = axes.transData.transform(points(axes, "o"))
@@ -172,14 +229,33 @@ def test_null_is_counted_whole_beside_the_normal():
         fitted.get_ydata(), 2999 * 0.25 * stats.norm.pdf(fitted.get_xdata(), finite.mean(), finite.std(ddof=1))
     )
     assert f"mean {finite.mean():.2f}, std {finite.std(ddof=1):.2f}" in texts(figure)
-    assert f"P(> 3) = {np.mean(finite > 3):.2g} (nominal 0.00135)" in texts(figure)
+    assert f"sd {finite.std(ddof=1):.2f}, P(> 3) = {np.mean(finite > 3):.2g}" in texts(figure)
+    assert "standard normal: P(> 3) = 0.00135" in texts(figure)
     assert figure.get_suptitle().replace(r"\$", "$") == "angles of a$1$.fits reversed"
+
+
+def test_both_snrs_of_the_null_are_named_with_spread_and_tail():
+    null = np.random.default_rng(1).normal(0, 0.7, 4000)
+    calibrated = null / null.std()
+    figure = null_figures.null_distribution(null, None, "", 300, calibrated)
+    assert_words_apart(figure)
+    counts, quantiles = figure.axes
+    labels = [text.get_text() for text in counts.get_legend().get_texts()]
+    for values, name in (
+        (null, r"theoretical SNR $b/\sqrt{a}$"),
+        (calibrated, "calibrated (empirical null, Student t)"),
+    ):
+        said = f"{name}: sd {values.std(ddof=1):.2f}, P(> 3) = {np.mean(values > 3):.2g}"
+        assert said in labels
+        drawn = next(patch for patch in counts.patches if patch.get_label() == said)
+        assert drawn.get_data().values.sum() == 4000
+        assert line(quantiles, name).get_ydata().max() == values.max()
 
 
 def test_quantiles_of_the_null_against_those_of_the_normal():
     null = np.random.default_rng(1).normal(size=7)
     axes = null_figures.null_distribution(null, None).axes[1]
-    drawn = line(axes, "null")
+    drawn = line(axes, "theoretical SNR")
     np.testing.assert_allclose(drawn.get_xdata(), stats.norm.ppf((np.arange(7) + 0.5) / 7))
     np.testing.assert_array_equal(drawn.get_ydata(), np.sort(null))
     identity = line(axes, "standard normal").get_xydata()
@@ -189,7 +265,7 @@ def test_quantiles_of_the_null_against_those_of_the_normal():
 
 def test_many_quantiles_are_thinned_but_for_the_tails():
     null = np.random.default_rng(1).normal(size=100_000)
-    y = line(null_figures.null_distribution(null, None).axes[1], "null").get_ydata()
+    y = line(null_figures.null_distribution(null, None).axes[1], "theoretical SNR").get_ydata()
     assert y.size <= null_figures.MAX_QUANTILES
     np.testing.assert_array_equal(y[:100], np.sort(null)[:100])
     np.testing.assert_array_equal(y[-100:], np.sort(null)[-100:])
@@ -219,10 +295,10 @@ def test_null_by_radius_draws_std_and_interval():
     figure = null_figures.null_by_radius(RADIUS, std, std - 0.1, std + 0.2, SCALE)
     assert_words_apart(figure)
     axes = figure.axes[0]
-    np.testing.assert_array_equal(line(axes, "null").get_xydata(), np.stack([RADIUS, std], 1))
+    np.testing.assert_array_equal(line(axes, "theoretical SNR").get_xydata(), np.stack([RADIUS, std], 1))
     band = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])
     assert (band[:, 1].min(), band[:, 1].max()) == (pytest.approx(0.7), pytest.approx(1.3))
-    assert list(line(axes, "theory").get_ydata()) == [1, 1]
+    assert list(line(axes, "1: as theory predicts").get_ydata()) == [1, 1]
     (above,) = axes.child_axes
     np.testing.assert_allclose(above.get_xlim(), np.array(axes.get_xlim()) * SCALE)
 
@@ -428,14 +504,14 @@ def test_positions_are_one_for_each_frame_shown():
 
 def test_settings_of_matplotlib_stay_as_they_were():
     before = dict(matplotlib.rcParams)
-    adi_figures.detection_maps(*maps(), [source()], CENTRE, SCALE)
+    adi_figures.detection_maps(*maps(), [source()], SKY)
     contrast([source()])
     assert dict(matplotlib.rcParams) == before
 
 
 def test_figures_are_written_for_paper_and_screen(tmp_path):
     for name, figure in (
-        ("maps", adi_figures.detection_maps(*maps(), [source()], CENTRE, SCALE)),
+        ("maps", adi_figures.detection_maps(*maps(), [source()], SKY)),
         ("limits", contrast()),
     ):
         path = figures.save(figure, tmp_path, name)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.geometry import frame_position
 from pulmo_jax.data.adi import SpectralStack
+from pulmo_jax.data.instruments import Observed
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import parallactic_angles, synthetic_psf
 from pulmo_jax.evaluation.contrast import Contrast
@@ -129,24 +130,138 @@ def test_source_is_told_with_all_of_its_errors():
     [row] = table.rows
     assert len(row) == len(table.columns)
     text = " | ".join(row)
-    for words in ("28.10 ± 0.11, 29.90 ± 0.12", "11.63 px", "317.4 ± 0.6", "9.4 | 12.3", "44.4",
-                  "99.9 ± 4.4 ± 8.8", "< 1e-6"):  # fmt: skip
+    for words in ("28.10 ± 0.11, 29.90 ± 0.12", "11.63 ± 0.13", "317.40 ± 0.60", "9.4 | 12.3",
+                  "99.9 ± 8.8 | 4.4 | 44.4", "< 1e-6"):  # fmt: skip
         assert words in text
-    assert "″" not in text
-    assert "truth" not in table.columns
-    assert table.notes == []
+    assert {"separation (px)", "theoretical SNR", "calibrated SNR", "flux (PSF units)"} < set(table.columns)
+    assert not {"contrast", "Δmag", "truth (y, x; flux)"} & set(table.columns)
+    assert table.notes[0].startswith("PSF units: the PSF has unit flux within one FWHM")
+    assert "north is 90 degrees from the x axis" in table.notes[-1]
 
 
-def test_separation_is_in_arcsec_where_the_scale_is_known():
-    [row] = source_table([source()], result(truth=(), pixel_scale=0.1)).rows
-    assert "11.63 px = 1.163″" in row
+def test_separation_is_in_mas_where_the_scale_is_known():
+    table = source_table([source()], result(truth=(), pixel_scale=0.1))
+    assert table.rows[0][table.columns.index("separation (mas)")] == "1163 ± 13"
+
+
+# --- units
+
+
+def cells(made: Result, *sources: PointSource) -> list[dict[str, str]]:
+    table = source_table(sources, made)
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def test_star_gives_contrast_and_magnitude_with_errors():
+    made = result(truth=(), star_flux=1e6)
+    bright, negative = cells(made, source(), source(2, flux_debiased=-5.0))
+    assert bright["contrast"] == "(9.99 ± 0.88)e-05"
+    assert bright["Δmag"] == "10.001 ± 0.096"
+    assert negative["contrast"] == "(-5.0 ± 8.8)e-06"
+    assert negative["Δmag"] == "-"
+
+
+def test_star_flux_of_the_psf_image_is_its_divisor_times_the_exposure_ratio():
+    stamp = 5000.0 * synthetic_psf()
+    made = result(truth=(), star_flux="psf", exposure_ratio=20.0)
+    psf = prepare_psf(stamp, flux="fwhm")
+    made = replace(made, channels=replace(made.channels, each=(replace(made.channels.each[0], psf=psf),)))
+    star = made.fluxes.star_mean
+    assert star == pytest.approx(20 * psf.flux)
+    # A source as bright as the image, in frames of 20 times its exposure, has a contrast of 1 / 20.
+    assert cells(made, source(flux_debiased=psf.flux))[0]["Δmag"].startswith("3.25")
+
+
+def test_each_channel_has_the_flux_of_its_own_psf():
+    made = result(channels=3, star_flux="psf")
+    each = tuple(
+        replace(one, psf=replace(one.psf, flux=flux))
+        for one, flux in zip(made.channels.each, (10.0, 20.0, 60.0), strict=True)
+    )
+    made = replace(made, channels=replace(made.channels, each=each))
+    assert made.fluxes.star is not None
+    np.testing.assert_allclose(made.fluxes.star, [10, 20, 60])
+    assert made.fluxes.star_mean == pytest.approx(30)
+
+
+@pytest.mark.parametrize(
+    ("unit", "star", "name", "divisor", "magnitudes"),
+    [
+        ("auto", None, "flux (PSF units)", 1.0, False),
+        ("auto", 1e6, "contrast (source / star)", 1e6, False),
+        ("psf", 1e6, "flux (PSF units)", 1.0, False),
+        ("contrast", 1e6, "contrast (source / star)", 1e6, False),
+        ("magnitudes", 1e6, "contrast (source / star)", 1e6, True),
+    ],
+)
+def test_unit_of_the_figures_is_the_one_asked_for(unit, star, name, divisor, magnitudes):
+    made = result(star_flux=star)
+    config = validate(DetectConfig, {"data": {"star_flux": star}, "contrast": {"unit": unit}})
+    fluxes = replace(made, config=config).fluxes
+    assert (fluxes.name, fluxes.divisor, fluxes.magnitudes) == (name, divisor, magnitudes)
+
+
+def test_source_brighter_than_its_star_is_doubted(tmp_path, undrawn):
+    made = result(truth=(), star_flux=80.0)
+    text, _ = written(made, search(made, source()), tmp_path)
+    assert "source 1 is brighter than the star (80 PSF units): check data.star_flux" in text
+    made = result(truth=(), star_flux=1e6)
+    text, _ = written(made, search(made, source()), tmp_path)
+    assert "brighter than the star" not in text
+    assert "Star: 1e+06 PSF units (data.star_flux)" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "Axes: pixels from 0"),
+        ({"pixel_scale": 0.05}, "ΔRA = Δα cos δ"),
+        ({"pixel_scale": 0.05, "north_deg": 10.0}, "along the pixel axes of the map"),
+    ],
+)
+def test_caption_of_the_maps_explains_their_axes(changes, words, tmp_path, undrawn):
+    made = result(**changes)
+    section = adi_report.source_section(made, search(made), source_table([], made), tmp_path)
+    assert words in section.figures[0].caption
+    assert "north (N) and east (E)" in section.figures[0].caption
+    assert "true north" in section.text
+
+
+def test_page_has_every_cell_in_one_of_two_tables():
+    made = result(star_flux=1e6)
+    whole = source_table([source(), source(2, 35.0, 5.0)], made)
+    places, photometry = adi_report.on_page(whole)
+    assert (places.title, photometry.title) == ("2 sources", "Photometry")
+    assert sorted([*places.columns, *photometry.columns[1:]]) == sorted(whole.columns)
+    assert photometry.columns == ["", *adi_report.PHOTOMETRY]
+    for number, row in enumerate(whole.rows):
+        cells = dict(zip(whole.columns, row, strict=True))
+        for part in (places, photometry):
+            assert part.rows[number] == [cells[name] for name in part.columns]
+    assert places.notes + photometry.notes == whole.notes
+    nothing = source_table([], made)
+    assert adi_report.on_page(nothing) == [nothing]
+
+
+def test_tables_for_the_terminal_fit_120_columns():
+    named = {"separation (mas)": False, "y, x (px)": True, "flux (PSF units)": True}
+    for made, has in (
+        (result(star_flux=1e6), named),
+        (result(truth=(), star_flux=1e6, pixel_scale=0.05), {"separation (mas)": True, "y, x (px)": False}),
+    ):
+        output = io.StringIO()
+        table = source_table([source(), source(2, 35.0, 5.0)], made)
+        Console(file=output, width=120).print(adi_report.for_console(table))
+        assert "…" not in output.getvalue()
+        for name, there in has.items():
+            assert (name.rpartition(" (")[0] in output.getvalue()) == there
 
 
 def test_truth_stands_beside_what_was_found_and_what_was_missed_below():
     table = source_table([source(), source(2, 35.0, 5.0)], result())
-    assert table.columns[-1] == "truth"
+    assert table.columns[-1] == "truth (y, x; flux)"
     assert [row[-1] for row in table.rows] == ["28.00, 30.00; 100", "none (false alarm)"]
-    assert table.notes == ["Not detected: the source of flux 50 at (y, x) = (10.0, 20.0)."]
+    assert table.notes[:-2] == ["Not detected: the source of flux 50 at (y, x) = (10.0, 20.0)."]
 
 
 def test_nothing_found_is_said():
@@ -176,11 +291,34 @@ def test_summary_names_stack_frames_and_method(tmp_path):
     assert told["frames"] == f"{FRAMES} of {HEIGHT} x {WIDTH} px"
     assert told["method"] == "PACO, exact, shrinkage paco"
     assert told["sources"] == "1"
-    assert told["highest SNR"] == f"{np.nanmax(found.maps.snr):.2f}"
+    assert told["field rotation"] == "60.0 degrees"
+    assert told["star"] == "(y, x) = (19.50, 22.00) px"
+    assert "mas" not in told["PSF FWHM"]
+    scaled = summary(result(pixel_scale=0.01225), found)
+    assert scaled["pixel scale"] == "12.25 mas/px"
+    assert scaled["PSF FWHM"].endswith(f" px = {12.25 * made.channels.fwhm_px:.1f} mas")
+    assert told["highest theoretical SNR"] == f"{np.nanmax(found.maps.snr):.2f}"
+    assert told["highest calibrated SNR"] == f"{np.nanmax(found.snr_calibrated):.2f}"
     for name in ("c", "a", "p"):
         (tmp_path / name).write_bytes(b"x")
     files: dict[str, Any] = {key: str(tmp_path / key[0]) for key in ("cube", "angles", "psf")}
     assert summary(result(**files), found)["stack"] == str(tmp_path / "c")
+
+
+def test_object_instrument_and_unit_of_the_header_are_told(tmp_path, undrawn):
+    made = result(truth=())
+    seen = Observed("* bet Pic", "ESO-VLT-U4", "NACO", "L_prime", "2013-02-01T00:41:05", unit="adu")
+    made = replace(made, stack=replace(made.stack, observed=seen))
+    text, console = written(made, search(made, source()), tmp_path)
+    for words in (
+        "* bet Pic: point sources",
+        "ESO-VLT-U4, NACO, L_prime",
+        "2013-02-01T00:41:05",
+        "the cube (adu) over",
+    ):
+        assert words in text
+    assert "the cube (adu) over" in " ".join(console.split())
+    assert not {"object", "observed with", "observed on"} & set(summary(result(), search(made)))
 
 
 def test_page_holds_numbers_caveats_and_figures(tmp_path):
@@ -188,13 +326,13 @@ def test_page_holds_numbers_caveats_and_figures(tmp_path):
     text, console = written(made, search(made, source(), caveats=("12 frames are few",)), tmp_path)
     for words in (
         "11 of 12", "60.0 degrees", "median 0.125, 0.125 to 0.500", "4.6", "5.0e-04", "2.0e-03", "12 frames are few",
-        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "flux in 8 directions", "99.9 ± 4.4 ± 8.8",
+        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "flux in 8 directions", "99.9 ± 8.8", "ΔRA",
     ):  # fmt: skip
         assert words in text
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
         "detection_maps", "null_distribution", "null_by_radius", "contrast_curve", "frames",
     }  # fmt: skip
-    assert "99.9 ± 4.4 ± 8.8" in console
+    assert "99.9 ± 8.8" in console
     assert "Not detected: the source of flux 50" in console
 
 
@@ -207,8 +345,9 @@ def test_null_is_judged_outside_of_one_fwhm(tmp_path, undrawn):
     snr = np.where(outside, found.null.snr, 77.0)
     values = snr[outside & np.isfinite(snr)]
     section = adi_report.null_section(made, replace(found, null=replace(found.null, snr=snr)), tmp_path)
-    assert f"standard deviation is {values.std():.2f}" in section.text
-    assert f"highest value is {values.max():.2f}" in section.text
+    assert f"standard deviation of its theoretical SNR is {values.std():.2f}" in section.text
+    assert f"the highest values are {values.max():.2f} and" in section.text
+    assert f"P(> 3) is {np.mean(values > 3):.2g} for the theoretical" in section.text
 
 
 def test_no_ring_is_said_and_no_curve_is_left_out(tmp_path, undrawn):
@@ -222,21 +361,23 @@ def test_no_ring_is_said_and_no_curve_is_left_out(tmp_path, undrawn):
     assert not (tmp_path / "figures" / "contrast_curve.png").exists()
 
 
-def test_calibrated_snr_is_shown_where_it_decides(tmp_path, undrawn):
+@pytest.mark.parametrize("kind", ["theoretical", "calibrated"])
+def test_both_snrs_are_drawn_and_the_one_that_decides_is_named(kind, tmp_path, undrawn):
     made = result()
-    made = replace(made, config=validate(DetectConfig, {"search": {"snr": "calibrated", "threshold": 4}}))
+    made = replace(made, config=validate(DetectConfig, {"search": {"snr": kind, "threshold": 4}}))
     found = search(made, source())
     shown = []
     original = adi_report.adi_figures.detection_maps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             adi_report.adi_figures, "detection_maps",
-            lambda *arguments, **named: shown.append(named["snr_calibrated"]) or original(*arguments, **named),
+            lambda *arguments: shown.append((arguments[0], arguments[5])) or original(*arguments),
         )  # fmt: skip
         section = adi_report.source_section(made, found, source_table([], made), tmp_path)
-    np.testing.assert_array_equal(shown[0], found.snr_calibrated)
-    assert "at least 4" in section.text
-    assert "calibrated SNR of at least" in section.text
+    np.testing.assert_array_equal(shown[0][0], found.maps.snr)
+    np.testing.assert_array_equal(shown[0][1], found.snr_calibrated)
+    assert f"Peaks with a {kind} SNR of at least 4;" in section.text
+    assert f"a {kind} SNR of at least 4" in section.figures[0].caption
 
 
 def test_circle_follows_the_source_through_the_frames(tmp_path, monkeypatch, undrawn):
