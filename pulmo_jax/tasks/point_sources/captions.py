@@ -11,7 +11,7 @@ CAPTIONS = {
     ),
     "spectra": (
         "{flux} of each detected source (n = {sources}) in {channels} channels. Dots: debiased flux; thick bars: error "
-        "from the likelihood; thin bars: empirical error from blank positions at the same separation; dashed, if "
+        "from the likelihood; thin bars: the same times the spread of the null at that separation; dashed, if "
         "shown: injected spectrum. Look for a smooth spectrum: a companion is present in most channels, a residual "
         "speckle in few."
     ),
@@ -29,10 +29,11 @@ CAPTIONS = {
         "this curve."
     ),
     "contrast_curve": (
-        "Above: detection limit by separation ({separations} separations, {directions} directions each); solid: "
-        "divided by the throughput, dashed: without this correction; dots: detected sources (n = {sources}) with their "
-        "errors. Below: throughput, that is the fraction of an injected flux that is recovered, with its scatter. "
-        "Sources above the solid curve are detectable; look for separations with a low throughput."
+        "Above: fluxes at which injected sources are detected ({separations} separations, {directions} directions "
+        "each), in half of the directions (light, solid limit) and in 95 % of them (dark, dashed limit); dotted: limit "
+        "of a source that is not part of its noise statistics; dots: detected sources (n = {sources}) with their "
+        "errors. Below: fraction of an injected flux that a single pass recovers, with its scatter. White areas above "
+        "a limit or gaps in it are fluxes that are missed; look for separations with a low throughput."
     ),
     "frames": (
         "Frames {shown} of the {frames} frames used, with their field rotation, on one asinh colour scale, in pixel "

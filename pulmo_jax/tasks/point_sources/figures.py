@@ -17,10 +17,9 @@ from matplotlib.colors import AsinhNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
-from matplotlib.ticker import LogLocator, NullFormatter
 from scipy import stats
 
-from pulmo_jax.reporting.figures import BLUE, COLUMN_WIDTH_IN, GREEN, TEXT_WIDTH_IN, VERMILLION, literal, style
+from pulmo_jax.reporting.figures import BLUE, COLUMN_WIDTH_IN, GREEN, VERMILLION, style
 from pulmo_jax.tasks.point_sources.drawing import (
     BACKGROUND,
     CALIBRATED,
@@ -28,7 +27,6 @@ from pulmo_jax.tasks.point_sources.drawing import (
     TICKS_IN,
     Number,
     Sky,
-    add_arcsec_axis,
     add_colour_bar,
     add_compass,
     image_panels,
@@ -126,101 +124,6 @@ def _mark(
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     size_pt = (width_pt, width_pt * (top - bottom) / (right - left))
     write_labels(axes, found, [str(s.label) for s in sources], injected + star, size_pt)
-
-
-def contrast_curve(
-    separation_px: Float[np.ndarray, "R"],
-    limit: Float[np.ndarray, "R"],
-    limit_corrected: Float[np.ndarray, "R"],
-    throughput: Float[np.ndarray, "R"],
-    throughput_std: Float[np.ndarray, "R"],
-    sources: Sequence[PointSource],
-    pixel_scale: Number | None,
-    unit: str,
-    threshold: Number = 5,
-) -> Figure:
-    """Draw detection limits and detected sources by separation, and the throughput.
-
-    Args:
-        separation_px: Separations, px.
-        limit: Detection limits without correction, threshold / sqrt(a).
-        limit_corrected: Detection limits corrected for the throughput.
-        throughput: Fraction of an injected flux that is recovered.
-        throughput_std: Its standard deviation between positions.
-        sources: Detected sources.
-        pixel_scale: Pixel scale, arcsec per pixel, if known.
-        unit: Unit of all fluxes.
-        threshold: Threshold in SNR.
-
-    Returns:
-        The figure.
-    """
-    with style():
-        figure = Figure(figsize=(TEXT_WIDTH_IN * 0.7, 4.4), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
-        sigma = f"{threshold:g}σ"
-        upper.plot(separation_px, limit, color=BLUE, ls="--", label=f"{sigma} limit, uncorrected")
-        upper.plot(separation_px, limit_corrected, color=BLUE, label=f"{sigma} limit, divided by the throughput")
-        _limit_axes(upper, separation_px, [limit, limit_corrected], sources)
-        _plot_fluxes(upper, sources)
-        upper.set_ylabel(f"flux ({literal(unit)})")
-        add_arcsec_axis(upper, pixel_scale)
-        _plot_throughput(lower, separation_px, throughput, throughput_std)
-        figure.align_ylabels([upper, lower])
-        figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def _limit_axes(
-    axes: Axes, separation_px: np.ndarray, curves: Sequence[np.ndarray], sources: Sequence[PointSource]
-) -> None:
-    """Logarithmic flux axis over all positive values; error bars may extend down to a third of the flux."""
-    fluxes, errors = np.array([(s.flux_debiased, _longest_bar(s)) for s in sources]).reshape(-1, 2).T
-    values = np.concatenate([*curves, fluxes + errors, np.maximum(fluxes - errors, fluxes / 3)])
-    values = values[np.isfinite(values) & (values > 0)]
-    axes.set_yscale("log")
-    if values.size:
-        low, high = values.min() / 1.5, values.max() * 1.5
-        axes.set_ylim(low, high)
-        if high / low < 30:  # few powers of ten are visible
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-    farthest = np.nanmax([*separation_px, *(s.separation_px for s in sources), 1.0])
-    axes.set_xlim(0, 1.04 * farthest)
-
-
-def _longest_bar(source: PointSource) -> float:
-    errors = [source.flux_debiased_std, source.flux_debiased_std_empirical]
-    return max((error for error in errors if math.isfinite(error)), default=0.0)
-
-
-def _plot_fluxes(axes: Axes, sources: Sequence[PointSource]) -> None:
-    """Fluxes of the sources; thick bars: error of the likelihood, thin bars: scatter at blank positions."""
-    positive = [s for s in sources if s.flux_debiased > 0]
-    others = [s.separation_px for s in sources if not s.flux_debiased > 0]
-    if positive:
-        x, flux = [s.separation_px for s in positive], [s.flux_debiased for s in positive]
-        likely, blank = [s.flux_debiased_std for s in positive], [s.flux_debiased_std_empirical for s in positive]
-        bar: dict[str, Any] = {"fmt": "none", "ecolor": VERMILLION, "zorder": 3}
-        axes.plot(x, flux, "o", color=VERMILLION, ms=4.5, mec="white", mew=0.5, zorder=4, label="detection")
-        axes.errorbar(x, flux, yerr=likely, elinewidth=2.4, label="flux std, likelihood", **bar)
-        axes.errorbar(x, flux, yerr=blank, elinewidth=0.8, capsize=2, label="flux std, blank positions", **bar)
-        places = list(zip(x, flux, strict=True))
-        write_labels(axes, places, [str(s.label) for s in positive], [], (300.0, 130.0))
-    if others:
-        edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 4}
-        label = "detection, flux not positive"
-        axes.plot(others, [0] * len(others), "v", color=VERMILLION, mfc="white", label=label, **edge)
-
-
-def _plot_throughput(axes: Axes, separation_px: np.ndarray, throughput: np.ndarray, std: np.ndarray) -> None:
-    label = "scatter of the throughput (1 std)"
-    axes.plot(separation_px, throughput, color=GREEN, label="throughput")
-    axes.fill_between(separation_px, throughput - std, throughput + std, color=GREEN, alpha=0.2, lw=0, label=label)
-    axes.axhline(1, color="black", lw=0.8, ls=":")
-    highest = (throughput + std)[np.isfinite(throughput + std)].max(initial=1)
-    axes.set(xlabel="separation (px)", ylabel="throughput", ylim=(0, 1.08 * highest))
 
 
 def patch_statistics(

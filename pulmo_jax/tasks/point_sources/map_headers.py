@@ -21,7 +21,7 @@ MEANINGS = {  # definition, and the power of the unit of flux
     "flux_std": ("1 / sqrt(a)", 1),
     "a": ("sum of h' C^-1 h over the frames", -2),
     "b": ("sum of h' C^-1 (r - m) over the frames", -1),
-    "snr_calibrated": ("snr / empirical noise at its separation", 0),
+    "snr_calibrated": ("Gaussian significance of snr (Student t)", 0),
     "snr_null": ("snr with reversed angles, sources subtracted", 0),
     "a_null": ("a with reversed angles, sources subtracted", -2),
     "b_null": ("b with reversed angles, sources subtracted", -1),

@@ -13,18 +13,18 @@ from pulmo_jax.core.geometry import rotation_deg
 from pulmo_jax.data.adi import SpectralStack
 from pulmo_jax.data.instruments import Observed
 from pulmo_jax.data.sample_facts import STACK, sample_line
-from pulmo_jax.evaluation.null_field import null_values, separation_map
+from pulmo_jax.evaluation.null_field import FALSE_ALARM_FLOOR, null_values, separation_map
 from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.host.console import Console
-from pulmo_jax.inference.contrast import Contrast
+from pulmo_jax.inference.contrast import MULTIPLES, Contrast
 from pulmo_jax.inference.point_sources import Search
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned, write_report
 from pulmo_jax.reporting.tables import Table
 from pulmo_jax.runs.report import figure_sections
+from pulmo_jax.tasks.point_sources import contrast_figure, null_figures, spectral_figures
 from pulmo_jax.tasks.point_sources import figures as adi_figures
-from pulmo_jax.tasks.point_sources import null_figures, spectral_figures
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.cells import MAS_PER_ARCSEC, in_px_and_mas, measured, separation
 from pulmo_jax.tasks.point_sources.config import DetectConfig
@@ -44,7 +44,6 @@ PHOTOMETRY = ("flux (PSF units)", "likelihood error", "one pass", "contrast", "�
 ON_SKY = ("separation (px)", "separation (mas)", "PA (deg)")
 TRUTH = "truth (y, x; flux)"  # column of a synthetic stack
 WIDE = ("likelihood error", "one pass", "contrast")  # columns that the terminal has no room for
-TAIL = 1e-6  # smaller probabilities depend on the tail of the normal distribution alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +132,7 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
         f"Peaks with a {kind} SNR of at least {config.search.threshold:g}; each source is subtracted before the next "
         "is searched. Theoretical SNR: b / sqrt(a), standard normal if the noise were as modelled. Calibrated SNR: "
         "relative to the empirical null of this stack at the same separation. Flux: corrected for self-subtraction "
-        "(Algorithm 3), with the scatter at blank positions of the same separation as its error; the error of the "
+        "(Algorithm 3); its error is that of the likelihood times the spread of the null; the error of the "
         "likelihood alone, which is too small, and the flux of one pass, which is biased low, are given for "
         "comparison. False-alarm probability: of a peak at least as high anywhere in the field, from the calibrated "
         "SNR. The errors of separation and PA are those of the fit; the uncertainties of the pixel scale, of true "
@@ -197,7 +196,7 @@ def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
     text += (
         "The figure shows the debiased flux of every source in every channel, "
         f"{'divided by that of the star' if star is not None else 'in units of the PSF of the channel'}. Thick "
-        "bars: error of the likelihood; thin bars: scatter at blank positions at the same separation."
+        "bars: error of the likelihood; thin bars: the same times the spread of the null at that separation."
     )
     if unlike := [str(s.label) for s in search.spectra if s.template_probability < UNLIKE]:
         text += (
@@ -253,33 +252,39 @@ def null_section(result: Result, search: Search, out_dir: Path) -> Section:
 def calibrated_null(result: Result, search: Search) -> np.ndarray:
     """Calibrated SNR of the null map."""
     separation = separation_map(result.channels.shape, result.channels.centre)
-    return search.null.snr / search.profile.std_at(separation)
+    return search.noise.significance(search.null.snr, separation)
 
 
 def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir: Path) -> Section:
     if not len(contrast.separation_px):
         return Section("Limits", "The field is too small for a contrast curve.")
-    unit = {"none": "units of the PSF given", "peak": "PSF peaks", "fwhm": "flux in one FWHM"}
-    figure = adi_figures.contrast_curve(
-        contrast.separation_px,
-        contrast.limit,
-        contrast.limit_corrected,
-        contrast.throughput,
-        contrast.throughput_std,
-        search.sources,
-        result.config.data.pixel_scale,
-        unit.get(result.config.data.psf_flux, "flux in the aperture"),
-        threshold=result.config.search.threshold,
+    figure = contrast_figure.contrast_curve(
+        contrast, search.sources, result.fluxes, result.config.data.pixel_scale, result.config.search.threshold
     )
     text = (
-        "Flux at which a source is detected with a probability of 50 %, from injections of that flux in "
-        f"{int(contrast.n.max())} directions at each separation. Uncorrected: the threshold divided by sqrt(a), valid "
-        "for a source that does not contribute to the noise statistics. A gap means that no flux suffices: "
-        "self-subtraction there increases as fast as the flux."
+        f"Fluxes of sources that this search detects, from injections in {int(contrast.n.max())} directions at each "
+        "separation into the stack without its sources: the criterion of the search is applied to each. The range "
+        f"starts at the limit and ends at the highest flux tested, {MULTIPLES[-1]:g} times the limit, or below the "
+        "first flux that is not detected in as many directions. Where no flux is detected, there is no limit. Dotted: "
+        "the threshold divided by sqrt(a), valid for a source that does not contribute to its own noise statistics. "
+        + threshold_text(result, search)
     )
     saved = figures.save(figure, out_dir / "figures", "contrast_curve")
     counts = {"separations": len(contrast.separation_px), "directions": int(contrast.n.max())}
     return Section("Limits", text, [captioned(saved, CAPTIONS, sources=len(search.sources), **counts)], [])
+
+
+def threshold_text(result: Result, search: Search) -> str:
+    """What the threshold of the search is compared with."""
+    threshold = f"{result.config.search.threshold:g}"
+    if result.config.search.snr == "theoretical":
+        return f"The threshold of {threshold} applies to the theoretical SNR, b / sqrt(a)."
+    n = search.profile.n
+    return (
+        f"The threshold of {threshold} applies to the calibrated SNR: the Gaussian significance of the SNR divided by "
+        "its standard deviation in the null, which is known from "
+        f"{n.min():.0f} (near the star) to {n.max():.0f} independent values (Student's t, Mawet et al. 2014)."
+    )
 
 
 def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
@@ -332,6 +337,12 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
     notes = [f"Not detected: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
     if not sources and not missed:
         notes = ["No peak exceeds the threshold."]
+    notes += [
+        f"Source {s.label} is near the threshold, so that its flux is biased high: corrected for selection, it is "
+        f"{measured(s.flux_corrected, s.flux_corrected_std)}."
+        for s in sources
+        if s.near_threshold
+    ]
     if sources:
         notes.append(f"PSF units: {result.fluxes.definition}.")
         notes.append(
@@ -343,7 +354,7 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
 
 def source_row(source: PointSource, result: Result, star: float | None) -> list[str]:
     """Cells of `source_table`."""
-    s, rare = source, source.false_alarm_probability < TAIL
+    s, rare = source, source.false_alarm_probability <= FALSE_ALARM_FLOOR
     row = [
         str(s.label),
         f"{s.y:.2f} ± {s.y_std:.2f}, {s.x:.2f} ± {s.x_std:.2f}",
@@ -359,7 +370,7 @@ def source_row(source: PointSource, result: Result, star: float | None) -> list[
         flux = relative_photometry(s.flux_debiased, s.flux_debiased_std_empirical, star)
         for name in ("contrast", "delta_mag"):
             row.append(measured(float(flux[name]), float(flux[f"{name}_std"])))
-    row.append("< 1e-6" if rare else f"{s.false_alarm_probability:.1g}")
+    row.append(f"< {FALSE_ALARM_FLOOR:g}".replace("e-0", "e-") if rare else f"{s.false_alarm_probability:.1g}")
     return [*row, known(s, result)] if result.truth else row
 
 

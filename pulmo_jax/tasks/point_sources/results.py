@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pulmo_jax.core.geometry import rotation_deg
-from pulmo_jax.evaluation.photometry import relative_photometry
+from pulmo_jax.evaluation.photometry import delta_magnitude, relative_photometry
 from pulmo_jax.inference.contrast import Contrast, throughput_map
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
@@ -101,12 +101,24 @@ def spectra_csv(spectra: list[SourceSpectrum], result: Result) -> str:
 
 
 def contrast_csv(contrast: Contrast, data: StackConfig, star_flux: float | None) -> str:
-    columns = {field.name: getattr(contrast, field.name) for field in fields(Contrast)}
+    """contrast.csv: detected fluxes by separation, with contrasts and magnitudes if the star's flux is known.
+
+    Args:
+        contrast: Fluxes that are detected.
+        data: Keys of the stack.
+        star_flux: Flux of the star in units of the normalised PSF, if known.
+
+    Returns:
+        Content of the file. `limit_corrected` is `half_low` by its earlier name.
+    """
+    columns: dict[str, Any] = {field.name: getattr(contrast, field.name) for field in fields(Contrast)}
+    columns |= {"limit_corrected": contrast.half_low, FLUX_UNIT: [unit_code(data)] * len(contrast.n)}
     if data.pixel_scale:
         columns = {"separation_arcsec": contrast.separation_px * data.pixel_scale} | columns
     if star_flux is not None:
-        columns["contrast"] = contrast.limit / star_flux
-        columns["contrast_corrected"] = contrast.limit_corrected / star_flux
+        limits = {"": contrast.limit, "_half": contrast.half_low, "_95": contrast.most_low}
+        columns |= {f"contrast{name}": flux / star_flux for name, flux in limits.items()}
+        columns |= {f"delta_mag{name}": delta_magnitude(flux / star_flux) for name, flux in limits.items()}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return as_csv(list(columns), rows)
 
@@ -139,7 +151,9 @@ def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
         "null_by_separation": {
             "separation_px": profile.separation_px.tolist(),
             "std": profile.std.tolist(),
+            "independent": profile.n.tolist(),
         },
+        "refit_gain": search.noise.refit_gain,
         "caveats": [*result.stack.caveats, *search.caveats],
         "seconds": seconds,
         **({"sample": sample} if (sample := line_of(result)) else {}),
