@@ -26,6 +26,7 @@ from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.point_sources.combination import combine_runs
 from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig
 from pulmo_jax.tasks.point_sources.figures import detection_maps
+from pulmo_jax.tasks.point_sources.geometry_check import geometry_caveats
 from pulmo_jax.tasks.point_sources.reading import load, naming, observe, synthetic_stack
 from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.tasks.point_sources.results import (
@@ -79,7 +80,9 @@ def read(config: DetectConfig, place: Place) -> Result:
     synthetic = synthetic_stack(config) if config.data.cube is None else None
     stack = synthetic.stack if synthetic else load(config.data)
     truth = (synthetic.planets, None, synthetic.spectrum) if synthetic else ((), None, None)
-    result = Result(config, stack, observe(stack, config.data), *truth)
+    channels = observe(stack, config.data)
+    stack = replace(stack, caveats=(*stack.caveats, *geometry_caveats(stack, channels, config.data)))
+    result = Result(config, stack, channels, *truth)
     describe(result, place)
     return result
 
