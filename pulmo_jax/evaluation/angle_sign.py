@@ -111,7 +111,9 @@ def _weighted(frames: np.ndarray, fwhm_px: float) -> tuple[np.ndarray, np.ndarra
     return (narrow - wide) / std**2, (1 / std**2)[None]
 
 
-def _derotated(images: np.ndarray, counts: np.ndarray, angles_deg: np.ndarray, centre: tuple[float, float]) -> np.ndarray:
+def _derotated(
+    images: np.ndarray, counts: np.ndarray, angles_deg: np.ndarray, centre: tuple[float, float]
+) -> np.ndarray:
     """Sum of images, each derotated by its angle and weighted by its number of frames; a single image is for all."""
     y, x = np.indices(images.shape[1:])
     dy, dx = y - centre[0], x - centre[1]

@@ -56,9 +56,7 @@ def centre_caveat(found: HaloCentre, centre: tuple[float, float]) -> list[str]:
     ]
 
 
-def centre_of(
-    frames: Float[np.ndarray, "T H W"], centre: tuple[float, float], fwhm_px: float
-) -> HaloCentre | None:
+def centre_of(frames: Float[np.ndarray, "T H W"], centre: tuple[float, float], fwhm_px: float) -> HaloCentre | None:
     """Centre of symmetry of the mean frame, searched from a given centre.
 
     Args:
