@@ -12,7 +12,7 @@ into output=DIR, and prints the command that searches the prepared stack.
 
   python -m pulmo_jax.prepare cube=C.fits angles=A.fits psf=P.fits output=DIR
   python -m pulmo_jax.prepare cube=C.fits angles=A.fits psf=P.fits output=DIR recentre.method=cross_correlation
-  python -m pulmo_jax.prepare cube=C.fits ... recentre.method=satellite_spots recentre.spots=[[9,9],[9,90],[90,9],[90,90]]
+  python -m pulmo_jax.prepare ... recentre.method=satellite_spots recentre.spots=[[9,9],[9,60],[60,9],[60,60]]
   python -m pulmo_jax.prepare cube=C.fits ... recentre.method=peak centre=[101,98] crop_px=101 psf_crop_px=25
   python -m pulmo_jax.prepare cube=C.fits ... wavelengths=W.fits selection.sigma=4 bad_pixels.mask=M.fits
 """

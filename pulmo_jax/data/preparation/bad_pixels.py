@@ -25,8 +25,10 @@ NYQUIST_FWHM_PX = 2.0  # sharpest PSF of a camera that samples it
 PASSES = 4  # a hit on several pixels is peeled from its brightest pixel
 BACKGROUND_PX, NOISE_PX = 5, 15  # boxes of the spatial median and of the spatial noise
 NOISY, STILL = 3.0, 0.1  # standard deviation over time relative to the neighbourhood
-KERNEL_FWHM = 0.2  # standard deviation of the interpolation kernel, relative to the FWHM
-LEAST_SUPPORT = 0.1  # share of good pixels, weighted by the kernel, that a replaced pixel needs: 3 x 3 px can be filled
+KERNEL_PX = 0.75  # standard deviation of the interpolation kernel
+LEAST_SUPPORT = (
+    0.05  # share of good pixels, weighted by the kernel, that a replaced pixel needs: 3 x 3 px can be filled
+)
 STRIP_BYTES = 2**26
 NEIGHBOURS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32)
 
@@ -104,7 +106,7 @@ def learn_normal(
     changing = deviation[~bad].max(initial=0) > 0
     bad |= changing & ((deviation > NOISY * typical) | (deviation < STILL * typical))
     noise = np.maximum(noise, median_filter(noise, BACKGROUND_PX))
-    return Normal(fill_image(median, bad, fwhm_px), np.maximum(noise, _tiny(noise)), bad)
+    return Normal(fill_image(median, bad), np.maximum(noise, _tiny(noise)), bad)
 
 
 def find_hits(
@@ -123,11 +125,11 @@ def find_hits(
     """
     hits = ~np.isfinite(frames) & ~normal.permanent
     residual = np.where(hits | normal.permanent, np.nan, frames - normal.median)
-    for number in range(PASSES):
-        ratio = sharpness(residual, fwhm_px) / normal.noise
-        if number == 0:
-            louder = np.maximum(1, MAD_TO_STD * np.median(np.abs(ratio[:, ~normal.permanent]), axis=1))
-        new = ratio > sigma * louder[:, None, None]
+    values, allowed = _with_neighbours(residual, fwhm_px)
+    usual = ((values - allowed) / normal.noise)[:, ~normal.permanent]
+    louder = np.maximum(1, MAD_TO_STD * np.median(np.abs(usual), axis=1))[:, None, None]
+    for _ in range(PASSES):
+        new = sharpness(residual, fwhm_px) > sigma * louder * normal.noise
         residual[new] = np.nan
         hits |= new
         if not new.any():
@@ -136,7 +138,7 @@ def find_hits(
 
 
 def replace_bad(
-    frames: Float[np.ndarray, "B H W"], bad: Bool[np.ndarray, "B H W"], normal: Normal, fwhm_px: float
+    frames: Float[np.ndarray, "B H W"], bad: Bool[np.ndarray, "B H W"], normal: Normal
 ) -> Float[np.ndarray, "B H W"]:
     """Replace bad pixels by the median over time plus the deviation that their neighbours show in the same frame.
 
@@ -148,12 +150,11 @@ def replace_bad(
         frames: Some of the frames (B, H, W).
         bad: Pixels to replace.
         normal: Normal state of the channel.
-        fwhm_px: Full width at half maximum of the PSF, px.
 
     Returns:
         The frames, of the same type.
     """
-    deviation = _interpolated(frames - normal.median, bad, fwhm_px)
+    deviation = _interpolated(frames - normal.median, bad)
     return np.where(bad, normal.median + deviation, frames).astype(frames.dtype)
 
 
@@ -180,27 +181,23 @@ def _over_time(frames: np.ndarray, fwhm_px: float) -> tuple[np.ndarray, np.ndarr
     return median, noise, spread
 
 
-def fill_image(
-    image: Float[np.ndarray, "H W"], bad: Bool[np.ndarray, "H W"], fwhm_px: float
-) -> Float[np.ndarray, "H W"]:
+def fill_image(image: Float[np.ndarray, "H W"], bad: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
     """Replace the bad pixels of an image by a weighted mean of their good neighbours.
 
     Args:
         image: Image (H, W).
         bad: Pixels to replace.
-        fwhm_px: Full width at half maximum of the PSF, px.
 
     Returns:
         The image; NaN where too few neighbours are good.
     """
-    return np.where(bad, _interpolated(image[None], bad[None], fwhm_px)[0], image)
+    return np.where(bad, _interpolated(image[None], bad[None])[0], image)
 
 
-def _interpolated(images: np.ndarray, bad: np.ndarray, fwhm_px: float) -> np.ndarray:
+def _interpolated(images: np.ndarray, bad: np.ndarray) -> np.ndarray:
     """Weighted mean of the good neighbours of each pixel; NaN where they have less than LEAST_SUPPORT."""
-    sigma = KERNEL_FWHM * max(fwhm_px, NYQUIST_FWHM_PX)
     good = ~bad & np.isfinite(images)
-    widths = (0, sigma, sigma)
+    widths = (0, KERNEL_PX, KERNEL_PX)
     weight = gaussian_filter(good.astype(np.float32), widths)
     values = gaussian_filter(np.where(good, images, 0).astype(float), widths)
     return np.where(weight >= LEAST_SUPPORT, values / np.maximum(weight, LEAST_SUPPORT), np.nan)
@@ -208,4 +205,4 @@ def _interpolated(images: np.ndarray, bad: np.ndarray, fwhm_px: float) -> np.nda
 
 def _tiny(values: np.ndarray) -> float:
     """Smallest noise that is told from 0: rounding of the largest value."""
-    return max(float(np.max(values, initial=0)) * 1e-6, np.finfo(np.float32).tiny)
+    return max(float(np.max(values, initial=0)) * 1e-6, float(np.finfo(np.float32).tiny))

@@ -1,6 +1,6 @@
 """Shifts of the frames of a stack relative to each other, by cross-correlation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from pulmo_jax.types import InputError
 UPSAMPLING = 50  # shifts are measured to 0.02 px
 ROUNDS = 2  # the taper pulls a shift towards 0, so what is left is measured again after shifting
 TAPER = 0.3  # share of the cut-out that fades to 0
+PLAIN: Any = None  # correlation of the images, not of their phases alone
 FLATTENING_PX = 6.0  # scale on which the halo is divided by its local strength
 
 
@@ -82,7 +83,7 @@ def register(frames: Float[np.ndarray, "B H W"], target: Target) -> Float[np.nda
         for _ in range(ROUNDS):
             moved = shift_frames(frame[None], shifts[k : k + 1])[0][target.rows, target.columns]
             found = phase_cross_correlation(
-                target.image, _levelled(moved) * target.weight, upsample_factor=UPSAMPLING, normalization=None
+                target.image, _levelled(moved) * target.weight, upsample_factor=UPSAMPLING, normalization=PLAIN
             )
             shifts[k] += found[0]
     return shifts

@@ -1,5 +1,7 @@
 """Sub-pixel shifts of frames by splines of degree 5."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
@@ -34,7 +36,7 @@ def _shifted(frame: np.ndarray, offset: np.ndarray) -> np.ndarray:
         return ndimage.shift(frame, offset, order=DEGREE, mode="constant", cval=np.nan)
     if unknown.all():
         return frame
-    nearest = ndimage.distance_transform_edt(unknown, return_distances=False, return_indices=True)
+    nearest: Any = ndimage.distance_transform_edt(unknown, return_distances=False, return_indices=True)
     moved = ndimage.shift(frame[tuple(nearest)], offset, order=DEGREE, mode="constant", cval=np.nan)
     moved[ndimage.shift(unknown.astype(np.float32), offset, order=1, mode="nearest") > UNKNOWN_SHARE] = np.nan
     return moved

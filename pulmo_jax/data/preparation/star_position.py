@@ -1,5 +1,7 @@
 """Position of the star in a frame: from its own peak, or from the satellite spots that a coronagraph's pupil makes."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 from scipy.optimize import least_squares
@@ -11,7 +13,9 @@ FWHM_OF_SIGMA = 2 * np.sqrt(2 * np.log(2))
 SATURATION_SHARE, SATURATION_AREA = 0.005, 0.03  # plateau: pixels so close to the maximum, and its area in FWHM^2
 LEAST_PLATEAU_PX = 4
 DOMINANCE = 2.0  # of a star's peak over everything else within the search radius
+SYMMETRY_PX = 2.0  # largest distance of the crossing of two diagonals from the middle of each
 WIDTH_RATIO = 2.0  # largest ratio of the fitted width and that of the PSF
+TOLERANCES: dict[str, Any] = {"xtol": 1e-5, "ftol": 1e-7, "max_nfev": 60}
 INSTEAD = "use recentre.method=satellite_spots or cross_correlation"
 
 
@@ -90,7 +94,7 @@ def spot_position(
         return (spot + base + slope_y * y + slope_x * x - (part - level) / height).ravel()
 
     first = [1, y[peak], x[peak], narrow, 0, narrow, 0, 0, 0]
-    fit = least_squares(residual, first, x_scale=[1, 1, 1, narrow, narrow, narrow, 1, 0.1, 0.1])
+    fit = least_squares(residual, first, x_scale=[1, 1, 1, narrow, narrow, narrow, 1, 0.1, 0.1], **TOLERANCES)
     amplitude, cy, cx, l_yy, _, l_xx = fit.x[:6]
     width = FWHM_OF_SIGMA / np.sqrt(max(abs(l_yy * l_xx), 1e-12))
     noise = 1.4826 * np.median(np.abs(fit.fun - np.median(fit.fun)))
@@ -113,7 +117,7 @@ def crossing(spots: Float[np.ndarray, "4 2"]) -> tuple[float, float]:
         The crossing (y, x), px.
 
     Raises:
-        InputError: If the spots are no quadrangle.
+        InputError: If the spots are no quadrangle, or not symmetric about the crossing.
     """
     around = spots - spots.mean(axis=0)
     a, b, c, d = spots[np.argsort(np.arctan2(*around.T))]
@@ -122,6 +126,12 @@ def crossing(spots: Float[np.ndarray, "4 2"]) -> tuple[float, float]:
     if abs(np.linalg.det(directions)) < 0.1 * np.prod(lengths) or lengths.min() == 0:
         raise InputError("recentre.spots: the four spots are no quadrangle about the star, whose diagonals cross at it")
     y, x = a + np.linalg.solve(directions, b - a)[0] * (c - a)
+    asymmetry = max(float(np.hypot(*(np.array([y, x]) - (p + q) / 2))) for p, q in ((a, c), (b, d)))
+    if asymmetry > SYMMETRY_PX:
+        raise InputError(
+            f"the diagonals of the four spots do not halve each other ({asymmetry:.1f} px off): something else was "
+            "taken for a spot; check recentre.spots and recentre.radius_px"
+        )
     return float(y), float(x)
 
 

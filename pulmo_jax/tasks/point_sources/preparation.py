@@ -89,7 +89,7 @@ def compute(config: PrepareConfig, place: Place) -> Prepared:
         )
     fwhm_px = stack.fwhm_px(channels // 2) or UNKNOWN_FWHM_PX
     halo = centre_of(after[channels // 2][None], centre, fwhm_px)
-    caveats = caveats_of(halo, centre, shifts, np.isnan(cube[:, kept]).any(axis=(0, 1)), repaired)
+    caveats = caveats_of(halo, centre, shifts, unknown_pixels(cube, kept), repaired)
     for caveat in caveats:
         place.note(f"note: {caveat}")
     return Prepared(stack, cube, centre, kept, shifts, scores, reasons, region, repaired.replaced,
@@ -114,7 +114,7 @@ def repair(stack: RawStack, config: PrepareConfig, place: Place) -> Repaired:
             normal = learn_normal(cube, fwhm_px, sigma, declared)
             permanent[channel] = normal.permanent
         hits = find_hits(cube[part], normal, fwhm_px, sigma)
-        cube[part] = replace_bad(cube[part], hits | normal.permanent, normal, fwhm_px)
+        cube[part] = replace_bad(cube[part], hits | normal.permanent, normal)
         replaced[channel] += hits.sum(axis=0)
         per_frame[channel, part] = hits.sum(axis=(1, 2))
     replaced[permanent] = frames
@@ -194,6 +194,15 @@ def select(
     )
 
 
+def unknown_pixels(cube: Float[np.ndarray, "L T h w"], kept: Bool[np.ndarray, "T"]) -> Bool[np.ndarray, "h w"]:
+    """Pixels that are NaN in at least one kept frame of a channel."""
+    unknown = np.zeros(cube.shape[2:], bool)
+    for channel in cube:
+        for frame in np.flatnonzero(kept):
+            unknown |= np.isnan(channel[frame])
+    return unknown
+
+
 def caveats_of(
     halo: HaloCentre | None,
     centre: tuple[float, float],
@@ -209,8 +218,8 @@ def caveats_of(
                        f"channel {channel}: {reason}")  # fmt: skip
     if unknown.any():
         caveats.append(
-            f"{int(unknown.sum())} of {unknown.size} pixels are unknown in at least one kept frame, at shifted edges or "
-            "in large defects; detect excludes them"
+            f"{int(unknown.sum())} of {unknown.size} pixels are unknown in at least one kept frame, at shifted edges "
+            "or in large defects; detect excludes them"
         )
     share = repaired.permanent.mean()
     if share > 0.02:

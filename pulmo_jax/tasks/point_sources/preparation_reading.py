@@ -4,13 +4,14 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from astropy.io import fits
 from jaxtyping import Bool, Float
 
 from pulmo_jax.data.arrays import read_array
-from pulmo_jax.data.preparation.bad_pixels import NYQUIST_FWHM_PX, fill_image
+from pulmo_jax.data.preparation.bad_pixels import fill_image
 from pulmo_jax.data.psf import Psf, prepare_psf
 from pulmo_jax.tasks.point_sources.config import PrepareConfig
 from pulmo_jax.types import InputError
@@ -87,7 +88,7 @@ def read_cube(path: Path, spectral: bool, limit: int) -> Float[np.ndarray, "L T 
     cube = array[None] if array.ndim == 3 else array
     if cube.shape[1] < 2:
         raise InputError(f"{path}: has {cube.shape[1]} frame; a stack has at least 2")
-    return np.require(cube.astype(np.result_type(cube.dtype, np.float32), copy=False), requirements="CW")
+    return np.require(cube, np.result_type(cube.dtype, np.float32), ["C", "W"])
 
 
 def read_list(path: Path, description: str) -> Float[np.ndarray, "n"]:
@@ -139,7 +140,7 @@ def read_psfs(path: Path, channels: int, side: int | None, limit: int) -> tuple[
 
 def square_about_peak(image: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "S S"]:
     """Largest odd square about the maximum that lies inside the image; NaN are replaced from their neighbours."""
-    filled = np.nan_to_num(fill_image(image, ~np.isfinite(image), NYQUIST_FWHM_PX))
+    filled = np.nan_to_num(fill_image(image, ~np.isfinite(image)))
     y, x = np.unravel_index(filled.argmax(), filled.shape)
     half = min(y, x, filled.shape[0] - 1 - y, filled.shape[1] - 1 - x)
     if half < 2:
@@ -160,8 +161,9 @@ def copied_header(path: Path) -> fits.Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with fits.open(path) as units:
-                images = [unit for unit in units if unit.is_image and len(unit.shape) >= 3]
-                for unit in [*images[:1], units[0]]:
+                every: list[Any] = list(units)
+                images = [unit for unit in every if unit.is_image and len(unit.shape) >= 3]
+                for unit in [*images[:1], every[0]]:
                     found.extend(unit.header.copy(strip=True), unique=True)
     except (OSError, ValueError, TypeError, fits.VerifyError):  # no FITS file
         return fits.Header()
