@@ -141,10 +141,13 @@ def _linearise(image: np.ndarray, centre: np.ndarray, inner_px: float, outer_px:
         return None
     count = np.maximum(np.bincount(ring), 1)
     radius, profile = (np.bincount(ring, part)[full] / count[full] for part in (r, values))
+    contrast = float(np.ptp(profile))
+    if not 0 < contrast < np.inf:
+        return None
     residual = values - np.interp(r, radius, profile)
     slope = np.interp(r, radius, np.gradient(profile, radius))
     scale = np.sqrt(np.bincount(ring, residual**2) / count)[ring]
-    scale = np.maximum(scale, 1e-6 * max(float(scale.max()), np.finfo(float).tiny))
+    scale = np.maximum(scale, 1e-6 * contrast)
     weight = 1 / (scale * np.maximum(scale, np.abs(residual) / HUBER))
     by_y, by_x = -slope / r * dy, -slope / r * dx
     sector = np.minimum((np.arctan2(dy, dx) + np.pi) / (2 * np.pi) * SECTORS, SECTORS - 1).astype(int)

@@ -20,7 +20,7 @@ from pulmo_jax.tasks.point_sources.preparation_results import Prepared, command,
 from pulmo_jax.tasks.point_sources.preparation_shifts import UNKNOWN_FWHM_PX, Shifts, batches, find_shifts
 from pulmo_jax.types import InputError
 
-FEWEST_SCORED = 10  # frames below which robust statistics exclude none
+FEWEST_SCORED = 20  # frames below which robust statistics exclude none
 INNER_FWHM = 2.0  # inner radius of the scored annulus
 
 
