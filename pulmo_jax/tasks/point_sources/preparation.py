@@ -75,6 +75,7 @@ def compute(config: PrepareConfig, place: Place) -> Prepared:
     stack = read_stack(config)
     channels, frames, height, width = stack.cube.shape
     place.note(f"{config.cube}: {channels} channel(s) of {frames} frames of {height} x {width} px")
+    crop(stack.cube, star_expected(config, (height, width)), config.crop_px)  # refuses before the work, not after it
     before = np.stack([median_frame(channel) for channel in stack.cube])
     repaired = repair(stack, config, place)
     shifts = find_shifts(stack, config, place)
@@ -94,6 +95,13 @@ def compute(config: PrepareConfig, place: Place) -> Prepared:
         place.note(f"note: {caveat}")
     return Prepared(stack, cube, centre, kept, shifts, scores, reasons, region, repaired.replaced,
                     repaired.per_frame, repaired.permanent, before, after, halo, tuple(caveats))  # fmt: skip
+
+
+def star_expected(config: PrepareConfig, shape: tuple[int, int]) -> tuple[float, float]:
+    """Position of the star after the shifts (y, x), px."""
+    if config.recentre.method == "none" and config.centre is not None:
+        return config.centre
+    return float(shape[0] // 2), float(shape[1] // 2)
 
 
 def repair(stack: RawStack, config: PrepareConfig, place: Place) -> Repaired:
@@ -152,7 +160,7 @@ def crop(
         return cube, centre
     low = [round(c) - side // 2 for c in centre]
     if min(low) < 0 or low[0] + side > cube.shape[2] or low[1] + side > cube.shape[3]:
-        most = min(min(2 * round(c), 2 * (n - round(c)) - 1) for c, n in zip(centre, cube.shape[2:], strict=True))
+        most = min(min(2 * round(c) + 1, 2 * (n - round(c))) for c, n in zip(centre, cube.shape[2:], strict=True))
         raise InputError(f"crop_px={side}: frames about the star at {centre} can have a side of at most {most} px")
     view = cube[:, :, low[0] : low[0] + side, low[1] : low[1] + side]
     return view, (centre[0] - low[0], centre[1] - low[1])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import AsinhNorm, Normalize
@@ -27,6 +28,7 @@ from pulmo_jax.tasks.point_sources.preparation_results import Prepared, command
 CITATION = """van Dokkum, P. G. 2001. Cosmic-ray rejection by Laplacian edge detection. PASP 113, 1420."""
 REGISTRATION_CITATION = """Guizar-Sicairos, M., Thurman, S. T., Fienup, J. R. 2008. Efficient subpixel image
 registration algorithms. Optics Letters 33, 156."""
+Position = tuple[float | int, float | int]
 LISTED = 20  # frames left out in the table
 LOOKS = {True: {"color": BLUE, "marker": "o"}, False: {"color": VERMILLION, "marker": "X"}}  # kept or left out
 
@@ -39,14 +41,15 @@ def write_preparation_report(prepared: Prepared, config: PrepareConfig, folder: 
         config: Config of `prepare`.
         folder: Output folder.
     """
-    frames = len(prepared.kept)
+    frames, middle, (height, width) = len(prepared.kept), len(prepared.before) // 2, prepared.before.shape[1:]
+    star = config.centre or (height // 2, width // 2)
     values = {"frames": frames, "kept": int(prepared.kept.sum()), "permanent": int(prepared.permanent.sum()),
               "hits": int(prepared.per_frame.sum()), "method": config.recentre.method}  # fmt: skip
     drawn = {
-        "prepared_frames": median_frames(prepared, config),
+        "prepared_frames": median_frames(prepared.before[middle], prepared.after[middle], star, prepared.centre),
         "bad_pixels": bad_pixel_map(prepared),
         "shifts": shifts_over_time(prepared),
-        "frame_scores": frame_scores(prepared, config),
+        "frame_scores": frame_scores(prepared),
     }
     saved = {name: captioned(figures.save(figure, folder / "figures", name), CAPTIONS, **values)
              for name, figure in drawn.items()}  # fmt: skip
@@ -110,24 +113,32 @@ def left_out(prepared: Prepared) -> Table:
     return Table("Frames left out", ["frame", "reason"], rows, notes if len(numbers) else ["None."])
 
 
-def median_frames(prepared: Prepared, config: PrepareConfig) -> Figure:
-    """Median frame of the middle channel before and after the preparation, on one colour scale."""
-    channel = len(prepared.before) // 2
-    images = {"input": prepared.before[channel], "prepared": prepared.after[channel]}
-    height, width = prepared.before.shape[1:]
-    marks = {"input": config.centre or (height // 2, width // 2), "prepared": prepared.centre}
-    joined = np.concatenate([image.ravel() for image in images.values()])
+def median_frames(
+    before: Float[np.ndarray, "H W"], after: Float[np.ndarray, "h w"], star_before: Position, star_after: Position
+) -> Figure:
+    """Draw the median frame before and after the preparation, on one asinh colour scale.
+
+    Args:
+        before: Median frame of the input.
+        after: Median frame of the prepared stack.
+        star_before: Position of the star (y, x) in the input, px.
+        star_after: Position of the star in the prepared stack, px.
+
+    Returns:
+        The figure.
+    """
+    joined = np.concatenate([before.ravel(), after.ravel()])
     low, high = percentile(joined, 0.5), percentile(joined, 99.8)
     linear = max(percentile(np.abs(joined), 50), 1e-6 * max(abs(high), 1e-30))
-    scale = ScalarMappable(
-        AsinhNorm(linear, low, max(high, low + linear)), colormaps["magma"].with_extremes(bad=BACKGROUND)
-    )
+    colours = colormaps["magma"].with_extremes(bad=BACKGROUND)
+    scale = ScalarMappable(AsinhNorm(linear, low, max(high, low + linear)), colours)
     with style():
-        figure, panels, _ = image_panels(2, height / width, 1.2)
-        for axes, (name, image) in zip(panels, images.items(), strict=True):
+        figure, panels, _ = image_panels(2, before.shape[0] / before.shape[1], 1.2)
+        drawn = (("input", before, star_before), ("prepared", after, star_after))
+        for axes, (name, image, star) in zip(panels, drawn, strict=True):
             shown = show_image(axes, image, scale, origin="lower")
-            axes.plot(marks[name][1], marks[name][0], "+", color="white", ms=7, mew=1)
-            add_colour_bar(figure, axes, shown, "counts")
+            axes.plot(star[1], star[0], "+", color="white", ms=7, mew=1)
+            add_colour_bar(figure, axes, shown, "unit of the cube")
             axes.set(title=name, xlabel="x (px)")
         label_rows(panels)
     return figure
@@ -163,7 +174,7 @@ def shifts_over_time(prepared: Prepared) -> Figure:
     return figure
 
 
-def frame_scores(prepared: Prepared, config: PrepareConfig) -> Figure:
+def frame_scores(prepared: Prepared) -> Figure:
     """Scores of all frames."""
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN, 2.4), layout="constrained")

@@ -184,7 +184,7 @@ def test_channels_are_prepared_each_with_its_own_psf(tmp_path, capsys):
         ({"recentre": {"method": "satellite_spots"}}, "belong together"),
         ({"recentre": {"method": "satellite_spots", "spots": [[1.0, 2.0]]}}, "give the four spots"),
         ({"recentre": {"method": "peak"}}, "use recentre.method=satellite_spots or cross_correlation"),
-        ({"crop_px": 120}, "can have a side of at most 99 px"),
+        ({"crop_px": 120}, "can have a side of at most 100 px"),
         ({"centre": [120.0, 3.0]}, r"centre=\[120.0, 3.0\]: lies outside the frames of 100 x 100 px"),
         ({"selection": {"annulus": [200.0, 300.0]}}, "has no pixels"),
         ({"bad_pixels": {"mask": "psf.fits"}}, "give bad pixels"),
