@@ -25,9 +25,9 @@ from scipy.ndimage import gaussian_filter
 from pulmo_jax.core.histogram import ScoreHistogram
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.preparation.bad_pixels import find_hits, learn_normal, replace_bad
-from pulmo_jax.data.preparation.frame_selection import median_frame
 from pulmo_jax.data.preparation.registration import make_target, register
 from pulmo_jax.data.preparation.shifting import shift_frames
+from pulmo_jax.data.preparation.time_median import median_frame
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.psf import shift as moved
 from pulmo_jax.data.splits import split_by_group

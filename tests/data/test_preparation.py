@@ -5,10 +5,11 @@ import pytest
 from scipy.special import j1
 
 from pulmo_jax.data.preparation.bad_pixels import fill_image, find_hits, learn_normal, replace_bad, sharpness
-from pulmo_jax.data.preparation.frame_selection import Scores, annulus, median_frame, outliers, score_frames
+from pulmo_jax.data.preparation.frame_selection import Scores, annulus, outliers, score_frames
 from pulmo_jax.data.preparation.registration import make_target, register
 from pulmo_jax.data.preparation.shifting import shift_frames
 from pulmo_jax.data.preparation.star_position import crossing, peak_position, spot_position
+from pulmo_jax.data.preparation.time_median import median_frame
 from pulmo_jax.data.psf import shift
 from pulmo_jax.data.synthetic import rotating_stack
 from pulmo_jax.types import InputError
@@ -253,3 +254,13 @@ def test_a_star_far_from_its_usual_place_is_an_outlier():
 def test_equal_frames_are_all_kept():
     same = Scores(np.ones(12), np.ones(12), np.zeros(12))
     assert not any(mask.any() for mask in outliers(same, np.zeros((12, 2)), 5.0).values())
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_the_median_of_known_values(count):
+    values = np.random.default_rng(0).standard_normal((count, 9, 7))
+    np.testing.assert_array_equal(median_frame(values), np.median(values, axis=0))
+    values[1, 2:5], values[2, 3], values[:, 8, 6], values[0, 0, 0] = np.nan, np.nan, np.nan, np.inf
+    known = np.where(np.isfinite(values), values, np.nan)
+    expected = np.array([[np.nan if np.isnan(v).all() else np.nanmedian(v) for v in row] for row in known.T]).T
+    np.testing.assert_allclose(median_frame(values), expected)

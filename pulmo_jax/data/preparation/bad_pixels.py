@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.ndimage import convolve, gaussian_filter, median_filter
 
+from pulmo_jax.data.preparation.time_median import known_median, strips
+
 MAD_TO_STD = 1.4826
 WIDTH_MARGIN = 0.8  # of the FWHM, so that a PSF that is somewhat sharper than a Gaussian is no bad pixel
 NYQUIST_FWHM_PX = 2.0  # sharpest PSF of a camera that samples it
@@ -29,7 +31,6 @@ KERNEL_PX = 0.75  # standard deviation of the interpolation kernel
 LEAST_SUPPORT = (
     0.05  # share of good pixels, weighted by the kernel, that a replaced pixel needs: 3 x 3 px can be filled
 )
-STRIP_BYTES = 2**26
 NEIGHBOURS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32)
 
 
@@ -160,23 +161,20 @@ def replace_bad(
 
 def _over_time(frames: np.ndarray, fwhm_px: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Median, noise of the sharpness, and standard deviation of each pixel over time, in strips of rows."""
-    count, height, width = frames.shape
-    rows = max(1, STRIP_BYTES // (8 * count * width))
+    count, height = frames.shape[:2]
     parts = []
-    for start in range(0, height, rows):
-        low, high = max(start - 1, 0), min(start + rows + 1, height)
-        strip = frames[:, low:high].astype(float)
-        with np.errstate(all="ignore"):
-            known = np.isfinite(strip)
-            enough = known.sum(axis=0) * 2 > count
-            strip[:, ~enough] = 0
-            median = np.nanmedian(np.where(known | ~enough, strip, np.nan), axis=0)
-        deviation = np.where(known, strip - median, 0)
+    for rows in strips(frames):
+        low, high = max(rows.start - 1, 0), min(rows.stop + 1, height)  # with the neighbours of the strip
+        strip = frames[:, low:high]
+        known = np.isfinite(strip)
+        enough = known.sum(axis=0) * 2 > count
+        median = known_median(np.where(known & enough, strip, np.nan))
+        deviation = np.where(known & enough, strip - median, 0)
         values, allowed = _with_neighbours(deviation, fwhm_px)
         noise = MAD_TO_STD * np.median(np.abs(values - allowed), axis=0)
         spread = MAD_TO_STD * np.median(np.abs(deviation), axis=0)
-        keep = slice(start - low, start - low + min(rows, height - start))
-        parts.append([part[keep] for part in (np.where(enough, median, np.nan), noise, spread)])
+        keep = slice(rows.start - low, rows.stop - low)
+        parts.append([part[keep] for part in (median, noise, spread)])
     median, noise, spread = (np.concatenate(part) for part in zip(*parts, strict=True))
     return median, noise, spread
 

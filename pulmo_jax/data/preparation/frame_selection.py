@@ -1,13 +1,11 @@
 """Selection of frames: those whose correlation, flux or spread lies far from that of the others."""
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 MAD_TO_STD = 1.4826
-STRIP_BYTES = 2**26
 LEAST_SHIFT_PX = 1.0  # offsets of the star that are never an outlier
 LARGEST_CORRELATION = 1 - 1e-9
 TINY = 1e-100
@@ -25,22 +23,6 @@ class Scores(NamedTuple):
     correlation: Float[np.ndarray, "T"]
     flux: Float[np.ndarray, "T"]
     spread: Float[np.ndarray, "T"]
-
-
-def median_frame(frames: Float[np.ndarray, "T H W"]) -> Float[np.ndarray, "H W"]:
-    """Median over time, in strips of rows that bound the memory.
-
-    Args:
-        frames: Frames; NaN are left out (T, H, W).
-
-    Returns:
-        The median; NaN where nothing is known.
-    """
-    rows = max(1, STRIP_BYTES // (frames.itemsize * len(frames) * frames.shape[2]))
-    strips = [frames[:, start : start + rows] for start in range(0, frames.shape[1], rows)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # pixels that are NaN in every frame
-        return np.concatenate([np.nanmedian(strip, axis=0) for strip in strips])
 
 
 def annulus(

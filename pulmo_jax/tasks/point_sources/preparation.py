@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pulmo_jax.data.preparation.bad_pixels import NYQUIST_FWHM_PX, find_hits, learn_normal, replace_bad
-from pulmo_jax.data.preparation.frame_selection import Scores, annulus, median_frame, outliers, score_frames
+from pulmo_jax.data.preparation.frame_selection import Scores, annulus, outliers, score_frames
 from pulmo_jax.data.preparation.shifting import shift_frames
+from pulmo_jax.data.preparation.time_median import median_frame
 from pulmo_jax.evaluation.halo_centre import HaloCentre
 from pulmo_jax.host.console import tracker
 from pulmo_jax.runs.place import Place

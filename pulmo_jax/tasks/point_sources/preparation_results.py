@@ -73,8 +73,7 @@ def write_prepared(prepared: Prepared, config: PrepareConfig, folder: Path, seco
         seconds: Time of the computation, s.
     """
     stack, kept = prepared.stack, prepared.kept
-    cube = prepared.cube if kept.all() else prepared.cube[:, kept]
-    write_array(folder / "cube.fits", cube if stack.wavelengths is not None else cube[0], cube_header(prepared, config))
+    atomically(folder / "cube.fits", lambda target: stream_cube(target, prepared, cube_header(prepared, config)))
     if stack.angles_deg is not None:
         write_array(folder / "angles.fits", stack.angles_deg[kept], fits.Header({"BUNIT": "deg"}))
     if stack.wavelengths is not None:
@@ -94,6 +93,20 @@ def write_array(path: Path, array: np.ndarray, header: fits.Header) -> None:
     """Write an array as a FITS file with checksums."""
     hdu = fits.PrimaryHDU(np.ascontiguousarray(array), header)
     atomically(path, lambda target: hdu.writeto(target, output_verify="silentfix", checksum=True))
+
+
+def stream_cube(path: Path, prepared: Prepared, header: fits.Header) -> None:
+    """Write the kept frames one by one, without a copy of the cube; the first axis is left out without wavelengths."""
+    cube, kept = prepared.cube, np.flatnonzero(prepared.kept)
+    channels = () if prepared.stack.wavelengths is None else (len(cube),)
+    axes = {f"NAXIS{k + 1}": n for k, n in enumerate((*channels, len(kept), *cube.shape[2:])[::-1])}
+    whole = fits.Header({"SIMPLE": True, "BITPIX": -8 * cube.itemsize, "NAXIS": len(axes)} | axes)
+    whole.extend(header, unique=True)
+    stream = fits.StreamingHDU(str(path), whole)
+    for channel in cube:
+        for number in kept:
+            stream.write(np.ascontiguousarray(channel[number]))
+    stream.close()
 
 
 def cube_header(prepared: Prepared, config: PrepareConfig) -> fits.Header:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from pulmo_jax.data.preparation.frame_selection import median_frame
 from pulmo_jax.data.preparation.registration import make_target, register
 from pulmo_jax.data.preparation.shifting import shift_frames
 from pulmo_jax.data.preparation.star_position import crossing, peak_position, spot_position
+from pulmo_jax.data.preparation.time_median import median_frame
 from pulmo_jax.host.console import tracker
 from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.point_sources.config import PrepareConfig
@@ -17,7 +17,7 @@ from pulmo_jax.tasks.point_sources.geometry_check import centre_caveat, centre_o
 from pulmo_jax.tasks.point_sources.preparation_reading import RawStack
 from pulmo_jax.types import InputError
 
-BATCH_BYTES = 2**25
+BATCH_BYTES = 2**23
 PEAK_RADIUS_PX, SPOT_RADIUS_PX = 10, 6
 UNKNOWN_FWHM_PX = 4.0  # if no PSF is given
 FAILED_SHARE = 0.5  # share of frames without a star above which the method is refused
