@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from pulmo_jax.core.geometry import FULL_TURN
@@ -39,10 +39,11 @@ class SignEvidence:
 
 
 def sign_evidence(
-    deviations: Float[np.ndarray, "T H W"],
+    frames: Float[np.ndarray, "frames H W"],
     angles_deg: Float[np.ndarray, "T"],
     centre: tuple[float, float],
     fwhm_px: float,
+    kept: Bool[np.ndarray, "frames"] | None = None,
 ) -> SignEvidence | None:
     """Compare the derotated mean of a stack for both signs of its angles.
 
@@ -52,23 +53,25 @@ def sign_evidence(
     median and the median absolute deviation in rings about the star.
 
     Args:
-        deviations: Frames minus their mean over time; 0 at unusable pixels (T, H, W).
-        angles_deg: Rotation angle of each frame, degrees (T,).
+        frames: Frames; pixels that are not finite in a kept frame are left out.
+        angles_deg: Rotation angle of each kept frame, degrees (T,).
         centre: Position (y, x) of the star, px.
         fwhm_px: Full width at half maximum of the PSF, px.
+        kept: The T frames that are used; None: all.
 
     Returns:
         The highest SNR with each sign; None if the frames are too small.
     """
-    height, width = deviations.shape[1:]
+    height, width = frames.shape[1:]
+    numbers = np.arange(len(frames)) if kept is None else np.flatnonzero(kept)
     reach = min(centre[0], centre[1], height - 1 - centre[0], width - 1 - centre[1], LARGEST_RADIUS_PX)
     if reach < (INNERMOST_FWHM + 2) * fwhm_px:
         return None
     low = [max(int(np.floor(c - reach)), 0) for c in centre]
     rows, columns = (slice(a, a + int(2 * reach) + 2) for a in low)
-    frames, counts, angles = _grouped(deviations[:, rows, columns], angles_deg, reach, fwhm_px)
+    means, counts, angles = _grouped(frames[:, rows, columns], numbers, angles_deg, reach, fwhm_px)
     middle = (centre[0] - low[0], centre[1] - low[1])
-    signal, weight = _weighted(frames, fwhm_px)
+    signal, weight = _weighted(means, fwhm_px)
     best = []
     for sign in (1, -1):
         total, variance = (_derotated(part, counts, sign * angles, middle) for part in (signal, weight))
@@ -79,7 +82,7 @@ def sign_evidence(
 
 
 def _grouped(
-    frames: np.ndarray, angles_deg: np.ndarray, reach: float, fwhm_px: float
+    frames: np.ndarray, numbers: np.ndarray, angles_deg: np.ndarray, reach: float, fwhm_px: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean frames of groups of similar angles, the number of frames in each, and their mean angles."""
     angles = _unwrapped(angles_deg)
@@ -87,10 +90,13 @@ def _grouped(
     n = min(len(angles), int(np.clip(needed, FEWEST_GROUPS, MOST_GROUPS)))
     group = np.minimum((angles - angles.min()) / max(np.ptp(angles), 1e-12) * n, n - 1).astype(int)
     members = [np.flatnonzero(group == k) for k in np.unique(group)]
-    means = np.stack([frames[chosen].mean(axis=0) for chosen in members]).astype(np.float32)
     counts = np.array([len(chosen) for chosen in members])
-    means -= np.average(means, axis=0, weights=counts).astype(np.float32)
-    return means, counts, np.array([angles[chosen].mean() for chosen in members])
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite pixels
+        means = np.stack([frames[numbers[chosen]].mean(axis=0, dtype=float) for chosen in members])
+    means = np.where(np.isfinite(means).all(axis=0), means, 0)
+    means -= np.average(means, axis=0, weights=counts)
+    means /= max(float(np.abs(means).max()), np.finfo(float).tiny)  # squares must not leave the range of float32
+    return means.astype(np.float32), counts, np.array([angles[chosen].mean() for chosen in members])
 
 
 def _unwrapped(angles_deg: np.ndarray) -> np.ndarray:

@@ -53,6 +53,28 @@ def test_the_place_is_that_of_a_source_moved_by_hand():
     assert np.hypot(found.place[0] - 40 - 25 * np.sin(theta), found.place[1] - 40 - 25 * np.cos(theta)) < 1.5
 
 
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_the_unit_and_a_bright_background_do_not_matter(factor):
+    stack = rotating_stack(1, planets=((70.0, 32.0, 250.0),)).stack
+    cube = factor * (stack.cube.astype(float) + 1e6)
+    cube[3, 5, 5], cube[4, 5, 5], cube[7, 80, 80] = np.inf, -np.inf, np.nan
+    found = sign_evidence(cube, -stack.angles_deg, (50.0, 50.0), FWHM_PX)
+    same = evidence(stack, sign=-1)
+    assert found is not None
+    assert found.contradicts
+    assert found.reversed == pytest.approx(same.reversed, rel=0.02)
+
+
+def test_frames_that_are_not_kept_do_not_count():
+    stack = rotating_stack(1, planets=((70.0, 32.0, 250.0),)).stack
+    kept = np.arange(60) % 7 != 3
+    cube = np.where(kept[:, None, None], stack.cube, np.nan)
+    found = sign_evidence(cube, -stack.angles_deg[kept], (50.0, 50.0), FWHM_PX, kept)
+    assert found == sign_evidence(stack.cube[kept], -stack.angles_deg[kept], (50.0, 50.0), FWHM_PX)
+    assert found is not None
+    assert found.contradicts
+
+
 def test_small_frames_cannot_tell():
     assert sign_evidence(np.zeros((5, 20, 20), np.float32), np.arange(5.0), (10.0, 10.0), FWHM_PX) is None
 

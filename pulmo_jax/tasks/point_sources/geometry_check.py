@@ -33,7 +33,7 @@ def geometry_caveats(stack: SpectralStack, channels: Channels, data: StackConfig
     height, width = stack.cube.shape[2:]
     centre = data.centre or (float(height // 2), float(width // 2))
     found = centre_of(stack.cube[number], centre, fwhm_px)
-    sign = sign_evidence(np.asarray(one.deviations), one.angles_deg, one.centre, one.psf.fwhm_px)
+    sign = sign_evidence(stack.cube[number], one.angles_deg, centre, fwhm_px, one.kept)
     caveats = [] if found is None else centre_caveat(found, centre)
     if sign is not None and sign.contradicts:
         caveats.append(

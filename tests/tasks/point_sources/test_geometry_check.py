@@ -53,6 +53,10 @@ def test_unknown_pixels_and_frames_do_not_matter():
     cube = stack.cube.copy()
     cube[:, 30:34, 60:64] = cube[7] = np.nan
     assert caveats(SpectralStack.of_one(replace(stack, cube=cube))) == []
+    bright = rotating_stack(1, planets=((72.0, 35.0, 400.0),)).stack
+    cube = bright.cube.copy()
+    cube[:, 30:34, 60:64] = cube[7] = np.nan
+    assert len(caveats(SpectralStack.of_one(replace(bright, cube=cube)), angle_sign=-1)) == 1
 
 
 def test_detect_prints_and_reports_the_warning(tmp_path, capsys):
