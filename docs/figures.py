@@ -20,17 +20,22 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from pulmo_jax.evaluation.contrast import contrast_curve
 from scipy.ndimage import gaussian_filter
 
 from pulmo_jax.core.histogram import ScoreHistogram
 from pulmo_jax.data.images import ImageRef
+from pulmo_jax.data.preparation.bad_pixels import find_hits, learn_normal, replace_bad
+from pulmo_jax.data.preparation.registration import make_target, register
+from pulmo_jax.data.preparation.shifting import shift_frames
+from pulmo_jax.data.preparation.time_median import median_frame
 from pulmo_jax.data.psf import prepare_psf
+from pulmo_jax.data.psf import shift as moved
 from pulmo_jax.data.splits import split_by_group
 from pulmo_jax.data.synthetic import rotating_stack
 from pulmo_jax.data.synthetic_mri import draw_slice
 from pulmo_jax.evaluation.calibration import Calibration, Calibrator
 from pulmo_jax.evaluation.class_calibration import fit_scaling
-from pulmo_jax.evaluation.contrast import contrast_curve
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.evaluation.landmark_quality import threshold
 from pulmo_jax.evaluation.metrics import image_metrics
@@ -43,6 +48,7 @@ from pulmo_jax.models.identity import Identity
 from pulmo_jax.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEXT_WIDTH_IN, VERMILLION, style
 from pulmo_jax.tasks.landmarks.figures import ellipses
 from pulmo_jax.tasks.point_sources import figures as point_source_figures
+from pulmo_jax.tasks.point_sources import preparation_report
 from pulmo_jax.tasks.point_sources.drawing import Sky
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -398,6 +404,20 @@ def contrast() -> Figure:
     )  # fmt: skip
 
 
+def prepare() -> Figure:
+    """Median frame of a synthetic stack with dither and bad pixels, and of the same stack prepared."""
+    rng, made = np.random.default_rng(0), rotating_stack(0, frames=30, size=140).stack.cube
+    cube = np.stack([moved(frame.astype(float), *rng.uniform(-3, 3, 2)) for frame in made])[:, 20:120, 20:120]
+    cube[:, rng.random((100, 100)) < 0.004] += 150
+    cube[rng.random(cube.shape) < 0.001] += 400
+    before, fwhm_px = median_frame(cube), 4.6
+    normal = learn_normal(cube, fwhm_px, 6.0)
+    cube = replace_bad(cube, find_hits(cube, normal, fwhm_px, 6.0) | normal.permanent, normal)
+    shifts = register(cube, make_target(median_frame(cube), (50.0, 50.0), 50))
+    after = median_frame(shift_frames(cube, shifts - np.median(shifts, axis=0)))
+    return preparation_report.median_frames(before, after, (50, 50), (50, 50))
+
+
 def _default_search() -> tuple[Any, Any]:
     made = rotating_stack(seed=0)
     seen = observe(made.stack.cube, made.stack.angles_deg, prepare_psf(made.stack.psf))
@@ -405,7 +425,7 @@ def _default_search() -> tuple[Any, Any]:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    of.__name__: of for of in (task, run, method, calibration, p_value, group, point_sources, contrast)
+    of.__name__: of for of in (task, run, method, calibration, p_value, group, point_sources, contrast, prepare)
 }
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class TaskConfig(Protocol):
     """Interface of config.py: typed configs of the verbs. The module must not import JAX."""
 
     SECTIONS: Mapping[str, type[Section]]
-    """The typed config of each verb that the task has: train, predict, evaluate, detect."""
+    """The typed config of each verb that the task has: train, predict, evaluate, detect, prepare."""
 
     CHOICES: Mapping[str, Sequence[str]]
     """The choices of config groups that are for this task, where not all are."""
@@ -300,6 +300,15 @@ class Detection(Protocol):
         ...
 
 
+@runtime_checkable
+class Preparation(Protocol):
+    """Interface of preparation.py, which a task may lack: makes raw data ready for `detect`."""
+
+    def prepare(self, config: Any, place: "Place") -> None:
+        """Read, correct and write the data, with tables and report."""
+        ...
+
+
 class Task:
     """A task, whose modules are imported on first use.
 
@@ -351,6 +360,11 @@ class Task:
     def detection(self) -> Detection:
         """Module detection.py of the task."""
         return cast(Detection, self._part("detection"))
+
+    @property
+    def preparation(self) -> Preparation:
+        """Module preparation.py of the task."""
+        return cast(Preparation, self._part("preparation"))
 
     def open_run(self, path: Path, plugins: tuple[str, ...] = ()) -> OpenRun:
         """Load a finished run for inference (`Runs.open_run`).

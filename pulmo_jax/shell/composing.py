@@ -32,9 +32,10 @@ from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
-VERBS = ("train", "predict", "evaluate", "detect", "compare", "ingest")
+VERBS = ("train", "predict", "evaluate", "detect", "compare", "ingest", "prepare")
 WITHOUT_TASK = {"ingest": IngestConfig, "compare": CompareConfig}
-DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources"}  # if no experiment names a task
+DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources", "prepare": "point_sources"}  # without an experiment
+PRIMARY_OF_TASK = ("train", "detect")  # verbs whose primary config is that of the task
 GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # config groups of nodes
 OF_RUN = ("predict", "evaluate")  # verbs that take their task from a run
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
@@ -51,7 +52,7 @@ class Command:
     """A verb and its task.
 
     Attributes:
-        verb: train, predict, evaluate, detect, compare or ingest.
+        verb: train, predict, evaluate, detect, compare, ingest or prepare.
         task: The task; None for compare and ingest.
         arguments: Arguments of the command line before composition.
     """
@@ -68,7 +69,7 @@ class Command:
     @property
     def primary(self) -> str:
         """Name of the primary config: that of the task if an experiment selects the task, otherwise of the verb."""
-        return self.task.name if self.task is not None and self.verb in DEFAULT_TASKS else self.verb
+        return self.task.name if self.task is not None and self.verb in PRIMARY_OF_TASK else self.verb
 
 
 def command_of(verb: str, raw: DictConfig) -> Command:

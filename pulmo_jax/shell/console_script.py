@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "compute figures of merit on labelled images",
     "detect": "detect point sources in a rotating image stack",
     "compare": "compare runs that were evaluated on the same images",
+    "prepare": "repair, recentre and select the frames of a rotating image stack",
     "ingest": "convert a folder of images to a store",
     "samples": "download the sample CT scan",
 }

@@ -10,6 +10,7 @@ from pulmo_jax.runs.task import (
     Assessment,
     Detection,
     Prediction,
+    Preparation,
     Runs,
     Task,
     TaskConfig,
@@ -45,9 +46,9 @@ def package(tmp_path, monkeypatch):
 def test_every_task_of_this_package_answers_the_protocols():
     """Whatever a verb that the task has calls is there, with the Protocol's parameters."""
     parts = {"train": ["training", "runs"], "predict": ["prediction"], "evaluate": ["assessment"],
-             "detect": ["detection"]}  # fmt: skip
+             "detect": ["detection"], "prepare": ["preparation"]}  # fmt: skip
     protocols = {"training": Training, "runs": Runs, "prediction": Prediction, "assessment": Assessment,
-                 "detection": Detection}  # fmt: skip
+                 "detection": Detection, "preparation": Preparation}  # fmt: skip
     assert task_names() == ["anomalies", "classification", "landmarks", "point_sources"]
     for name in task_names():
         task = find_task(name)
@@ -67,7 +68,7 @@ def test_every_task_of_this_package_answers_the_protocols():
 
 
 def test_a_task_without_a_verb_says_which_it_has():
-    with pytest.raises(InputError, match=r"^task=point_sources: has no train; it has detect$"):
+    with pytest.raises(InputError, match=r"^task=point_sources: has no train; it has detect, prepare$"):
         find_task("point_sources").section("train")
     with pytest.raises(InputError, match=r"^task=landmarks: has no detect; it has train, predict, evaluate$"):
         find_task("landmarks").section("detect")

@@ -64,4 +64,24 @@ CAPTIONS = {
         "follows from them, and the detected sources or, without any, the highest peak of the search (dashed). A "
         "source should lie clearly to the right of both histograms."
     ),
+    "prepared_frames": (
+        "Median over the {frames} frames of the middle channel, of the input (left) and of the prepared stack (right), "
+        "on one asinh colour scale. Cross: position of the star. Look for a star off the cross, for remaining single "
+        "bright or dark pixels, and for grey, unknown pixels."
+    ),
+    "bad_pixels": (
+        "Left: number of frames in which each pixel of the middle channel was replaced ({permanent} pixels in all "
+        "frames, counted over the channels). Right: pixels replaced in single frames ({hits} altogether), by frame; "
+        "blue: kept; red crosses: left out. Look for replaced pixels that follow a structure of the image, such as the "
+        "star's core: then raise bad_pixels.sigma."
+    ),
+    "shifts": (
+        "Shift of each of the {frames} frames of the middle channel ({method}). Blue: kept; red crosses: left out. "
+        "Look for jumps, which the telescope rarely makes, and for a scatter that exceeds the pointing jitter."
+    ),
+    "frame_scores": (
+        "Correlation with the median frame, flux and spread of the {frames} frames ({kept} kept). Blue: kept; red "
+        "crosses: left out; dotted: median. Look for good frames that are left out, and for bad ones that are kept: "
+        "then change selection.sigma."
+    ),
 }

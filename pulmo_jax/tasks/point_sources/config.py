@@ -1,4 +1,4 @@
-"""Typed config of `detect`: sources in a rotating image stack."""
+"""Typed configs of `detect` and `prepare`: sources in a rotating image stack, and the stack itself."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -301,5 +301,94 @@ class DetectConfig(Section):
         return self
 
 
-SECTIONS: Mapping[str, type[Section]] = {"detect": DetectConfig}
+class BadPixelsConfig(Section):
+    """Bad pixels, which are replaced from other frames and from their neighbours."""
+
+    enabled: Bool = Field(default=True, description="find and replace bad pixels")
+    sigma: Float = Field(
+        default=6.0, gt=0, description="threshold in standard deviations; only structures sharper than the PSF count"
+    )
+    mask: DataFile | None = Field(
+        default=None, description="known bad pixels, (H,W), not 0 where bad: FITS, TIFF or .npy"
+    )
+
+
+class RecentreConfig(Section):
+    """Shifts of the frames, by splines of degree 5, that bring the star to [H//2,W//2]."""
+
+    method: Literal["none", "peak", "cross_correlation", "satellite_spots"] = Field(
+        default="none",
+        description="none: frames stay; peak: an unsaturated star; cross_correlation: with the mean frame, where the "
+        "star is at centre, or, if null, in the middle of frame or halo; satellite_spots: crossing of their diagonals",
+    )
+    spots: tuple[Pair, ...] | None = Field(
+        default=None, description="[[y,x],...] of the four satellite spots, px from 0, at the shortest wavelength"
+    )
+    radius_px: Int | None = Field(
+        default=None,
+        ge=2,
+        description="search radius of star or spots, or half the side of the correlated square; null: 10, 6 and all",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RecentreConfig":
+        if (self.method == "satellite_spots") != (self.spots is not None):
+            raise ValueError("recentre.method=satellite_spots and recentre.spots=[[Y,X],...] belong together")
+        if self.spots is not None and len(self.spots) != 4:
+            raise ValueError(f"recentre.spots has {len(self.spots)} positions; give the four spots about the star")
+        return self
+
+
+class SelectionConfig(Section):
+    """Frames that are left out, because they are unlike the others."""
+
+    enabled: Bool = Field(default=True, description="leave out frames with outlying scores; false: scores alone")
+    sigma: Float = Field(
+        default=5.0, gt=0, description="threshold in robust standard deviations of correlation, flux, spread and shift"
+    )
+    annulus: Pair | None = Field(
+        default=None, description="inner and outer radius of the scored annulus, px; null: 2 FWHM to the nearest edge"
+    )
+
+
+class PrepareConfig(Section):
+    """python -m pulmo_jax.prepare"""
+
+    cube: DataFile = Field(description="image stack (T,H,W) or (L,T,H,W): FITS, TIFF or .npy")
+    angles: DataFile | None = Field(
+        default=None, description="parallactic angle of each frame, degrees; those of the kept frames are written"
+    )
+    psf: DataFile | None = Field(
+        default=None, description="PSF image, or one per channel; exposures of one channel are recentred and averaged"
+    )
+    wavelengths: DataFile | None = Field(default=None, description="wavelength of each channel of an (L,T,H,W) stack")
+    output: PathLike = Field(description="folder for the prepared stack, its report and tables")
+    task: Literal["point_sources"] = Field(default="point_sources", description="name of the task")
+    plugins: tuple[str, ...] = Field(default=(), description="your package with the task")
+    centre: Pair | None = Field(
+        default=None, description="position of the star [y,x], px from 0, approximate if recentring; null: [H//2,W//2]"
+    )
+    crop_px: Int | None = Field(default=None, ge=16, description="side of the prepared frames, px; null: as they are")
+    psf_crop_px: Int | None = Field(
+        default=None, ge=5, description="side of the prepared PSF, px, made odd; null: as large as possible"
+    )
+    pixel_scale: Float | None = Field(default=None, gt=0, description="pixel scale, arcsec per pixel; null: unknown")
+    bad_pixels: BadPixelsConfig = BadPixelsConfig()
+    recentre: RecentreConfig = RecentreConfig()
+    selection: SelectionConfig = SelectionConfig()
+    max_image_mb: Int = Field(
+        default=32768, ge=1, description="largest accepted array of a file, MiB; it must also fit into the free memory"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PrepareConfig":
+        for key in ("angles", "psf", "wavelengths"):
+            if (path := getattr(self, key)) is not None and path.samefile(self.cube):
+                raise ValueError(f"cube and {key} are both {path}; they must be different files")
+        if self.psf_crop_px is not None and self.psf is None:
+            raise ValueError("psf_crop_px needs psf=FILE")
+        return self
+
+
+SECTIONS: Mapping[str, type[Section]] = {"detect": DetectConfig, "prepare": PrepareConfig}
 CHOICES: Mapping[str, Sequence[str]] = {}

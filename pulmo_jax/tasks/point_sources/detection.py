@@ -28,6 +28,7 @@ from pulmo_jax.tasks.point_sources.combination import combine_runs
 from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig
 from pulmo_jax.tasks.point_sources.drawing import Sky
 from pulmo_jax.tasks.point_sources.figures import ONE_PASS_CONTRAST, detection_maps
+from pulmo_jax.tasks.point_sources.geometry_check import geometry_caveats
 from pulmo_jax.tasks.point_sources.reading import load, naming, observe, synthetic_stack
 from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.tasks.point_sources.results import (
@@ -83,7 +84,9 @@ def read(config: DetectConfig, place: Place) -> Result:
     data, stack = (config.data, synthetic.stack) if synthetic else load(config.data)
     config = config.model_copy(update={"data": data})
     truth = (synthetic.planets, None, synthetic.spectrum) if synthetic else ((), None, None)
-    result = Result(config, stack, observe(stack, config.data), *truth)
+    channels = observe(stack, config.data)
+    stack = replace(stack, caveats=(*stack.caveats, *geometry_caveats(stack, channels, config.data)))
+    result = Result(config, stack, channels, *truth)
     describe(result, place)
     return result
 

@@ -1,0 +1,1 @@
+"""Preparation of rotating image stacks: bad pixels, recentring, frame selection."""
