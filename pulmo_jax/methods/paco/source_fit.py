@@ -443,8 +443,11 @@ def source_covariance(seen: Whitened, flux: Float[Array, ""]) -> Float[Array, "3
 
 
 def secant(
-    flux: Float[Array, ""], answer: Float[Array, ""], flux_before: Float[Array, ""], answer_before: Float[Array, ""]
-) -> Float[Array, ""]:
+    flux: Float[Array, "*L"],
+    answer: Float[Array, "*L"],
+    flux_before: Float[Array, "*L"],
+    answer_before: Float[Array, "*L"],
+) -> Float[Array, "*L"]:
     """Compute the fixed point of the line through the last two iterations of the flux.
 
     Args:
