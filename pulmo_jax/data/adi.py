@@ -49,6 +49,7 @@ class SpectralStack:
         psf: Off-axis PSF of each channel (L, S, S), neither centred nor normalised.
         wavelengths: Ascending, in any unit (L,).
         spectra: Template spectra of the sources to detect (M, L), in any unit; None means flat.
+        spectrum_names: Name of each of them; empty if they have none.
         caveats: One sentence for each value that was changed or looks unusual.
         observed: What the header of the cube says about the observation.
         header_angles: Angles that the file of the cube gives, with their offsets; None if it gives none.
@@ -62,6 +63,7 @@ class SpectralStack:
     caveats: tuple[str, ...] = ()
     observed: Observed = NOT_OBSERVED
     header_angles: FrameAngles | None = None
+    spectrum_names: tuple[str, ...] = ()
 
     @classmethod
     def of_one(cls, stack: RotatingStack) -> "SpectralStack":

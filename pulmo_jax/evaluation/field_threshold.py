@@ -6,8 +6,10 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import binom, gumbel_r
 
+from pulmo_jax.evaluation.null_field import FALSE_ALARM_FLOOR
 from pulmo_jax.types import InputError
 
+SCALE_ERROR = 1.05  # standard error of a Gumbel scale from the standard deviation of n maxima, times sqrt(n)
 CONFIDENCE = 0.95  # of intervals
 EULER = 0.5772156649015329  # mean of the standard Gumbel distribution
 
@@ -44,6 +46,15 @@ class FieldThreshold:
         """
         return float((1 + np.sum(self.maxima >= value)) / (1 + len(self.maxima)))
 
+    @property
+    def floor(self) -> float:
+        """Lowest probability that the extrapolation supports.
+
+        A relative error e of the scale changes a probability p by the factor p^-e. At the floor one standard error of
+        the scale is a factor of 10; it is never below FALSE_ALARM_FLOOR.
+        """
+        return max(FALSE_ALARM_FLOOR, float(10 ** (-np.sqrt(len(self.maxima)) / SCALE_ERROR)))
+
     def extrapolated(self, value: float) -> float:
         """False-alarm probability under a Gumbel distribution with the mean and standard deviation of the maxima.
 
@@ -53,10 +64,10 @@ class FieldThreshold:
             value: Maximum of the field.
 
         Returns:
-            The probability.
+            The probability, at least `floor`.
         """
         scale = max(float(self.maxima.std(ddof=1)) * np.sqrt(6) / np.pi, 1e-12)
-        return float(gumbel_r.sf(value, loc=self.maxima.mean() - EULER * scale, scale=scale))
+        return max(self.floor, float(gumbel_r.sf(value, loc=self.maxima.mean() - EULER * scale, scale=scale)))
 
 
 def field_threshold(maxima: Float[np.ndarray, "n"], level: float) -> FieldThreshold:

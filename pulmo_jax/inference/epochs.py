@@ -56,8 +56,13 @@ class Combined:
         return max((null.false_alarm(value) for null in self.nulls), default=float("nan"))
 
     def extrapolated(self, value: float) -> float:
-        """The probability of `false_alarm`, extrapolated by a Gumbel distribution."""
+        """The probability of `false_alarm`, extrapolated by a Gumbel distribution; at least `floor`."""
         return max((null.extrapolated(value) for null in self.nulls), default=float("nan"))
+
+    @property
+    def floor(self) -> float:
+        """Lowest probability that the extrapolation supports; NaN for one epoch."""
+        return max((null.floor for null in self.nulls), default=float("nan"))
 
 
 def combine(

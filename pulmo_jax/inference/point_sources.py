@@ -21,6 +21,7 @@ from pulmo_jax.inference.candidates import (
 )
 from pulmo_jax.inference.search_noise import Noise, correlation_of, noise_of, theoretical
 from pulmo_jax.inference.source_properties import SourceSpectrum, describe
+from pulmo_jax.inference.spectral_trials import trials_threshold, with_spread
 from pulmo_jax.methods.paco import LikelihoodMaps, Observation, Settings
 from pulmo_jax.methods.paco.channels import Channels, as_channels, channel_maps
 from pulmo_jax.methods.paco.joint import SourceFit, fit_sources
@@ -124,7 +125,8 @@ def find_sources(
     Args:
         observation: Rotating stack of one or more channels.
         settings: Settings of the noise model and the maps.
-        threshold: Minimum significance of a source.
+        threshold: Minimum significance of a source with a single spectrum; with several it is raised (see
+            `trials_threshold`) so that the false-alarm probability stays the same.
         calibrated: Whether the threshold applies to the significance in the empirical null (Student's t), or to the
             theoretical SNR.
         max_sources: Maximum number of sources.
@@ -141,7 +143,7 @@ def find_sources(
     Raises:
         InputError: If a spectrum does not fit the channels, or no patch fits into the frames.
     """
-    channels, criterion = as_channels(observation), Criterion(threshold, calibrated, max_sources)
+    channels = as_channels(observation)
     spectra = as_spectra(spectra, len(channels.kept))[:, channels.kept]
 
     def survey(known: Sequence[Candidate], combination: Combination | None = None) -> tuple[Residual, Combination]:
@@ -149,11 +151,13 @@ def find_sources(
         each = channel_maps(residual, settings, track=track)
         say("null map with reversed angles" + " without the sources" * bool(known))
         nulls = channel_maps(residual, settings, reversed_angles=True, track=track)
-        using = combination or Combination(*correlation_of(nulls, channels), spectra)
+        using = combination or with_spread(nulls, channels, Combination(*correlation_of(nulls, channels), spectra))
         maps, template = combine_maps(each, separation_map(channels.shape, channels.centre), using)
         return Residual(residual, maps, template, noise_of(nulls, channels, using)), using
 
     first, combination = survey([])
+    threshold = trials_threshold(threshold, first.noise.trials)
+    criterion = Criterion(threshold, calibrated, max_sources)
     current, found, fitted = first, list[Candidate](), dict[tuple[int, int], Candidate]()
     while len(found) < max_sources:
         best = next_source(current, settings, combination, criterion, found, fitted)

@@ -17,6 +17,7 @@ from pulmo_jax.evaluation.null_field import (
     separation_map,
     significance,
 )
+from pulmo_jax.inference.spectral_trials import effective_trials, snr_of_each
 from pulmo_jax.methods.paco import LikelihoodMaps
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.methods.paco.spectral import Combination, combine_maps, correlation_by_separation
@@ -30,14 +31,14 @@ class Noise:
         null: Maps with reversed angles, of the best spectrum at every pixel.
         profile: Standard deviation of the null SNR of a single spectrum, by separation.
         field: Null SNR of that spectrum divided by its standard deviation: a field of unit variance.
-        trials: Number of spectra that were tried.
+        trials: Effective number of spectra that were tried (see `effective_trials`).
         refit_gain: Ratio of debiased SNR to SNR of the map for peaks of the noise (see `candidates.refit_gain`).
     """
 
     null: LikelihoodMaps
     profile: NullProfile
     field: Float[np.ndarray, "H W"]
-    trials: int
+    trials: float
     refit_gain: float = 1.0
 
     def significance(
@@ -105,15 +106,14 @@ def noise_of(nulls: Sequence[LikelihoodMaps], channels: Channels, combination: C
     Returns:
         The noise.
     """
-    n_spectra, separation = len(combination.spectra), separation_map(channels.shape, channels.centre)
+    separation = separation_map(channels.shape, channels.centre)
     together, _ = combine_maps(nulls, separation, combination)
-    alone = [together.snr]
-    if n_spectra > 1:
-        alone = [combine_maps(nulls, separation, combination.only(k))[0].snr for k in range(n_spectra)]
+    each = snr_of_each(nulls, channels, combination)
+    alone = each[np.isfinite(each).any((1, 2))]
     profiles = [null_profile(snr, channels.centre, channels.fwhm_px) for snr in alone]
     widest = int(np.argmax([profile.std.mean() for profile in profiles]))
     std = profiles[widest].std_at(separation)
-    return Noise(together, profiles[widest], alone[widest] / std, n_spectra)
+    return Noise(together, profiles[widest], alone[widest] / std, effective_trials(alone))
 
 
 def theoretical(noise: Noise) -> Noise:

@@ -18,13 +18,13 @@ import pytest
 import tifffile
 from astropy.io import fits
 from omegaconf import OmegaConf
+from pulmo_jax.evaluation.contrast import Contrast
 from references import child
 
 from pulmo_jax import detect
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.psf import shift
 from pulmo_jax.data.synthetic import rotating_stack
-from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.host.marks import MARK
 from pulmo_jax.shell import cli
 from pulmo_jax.tasks.point_sources import cells

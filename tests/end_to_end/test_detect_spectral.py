@@ -12,8 +12,10 @@ from references.pages import first_line, require_captions
 
 from pulmo_jax import detect
 from pulmo_jax.config.section import validate
+from pulmo_jax.data.spectral_library import spectral_library
 from pulmo_jax.data.synthetic import spectral_stack
 from pulmo_jax.tasks.point_sources.config import DetectConfig
+from pulmo_jax.tasks.point_sources.reading import load
 from pulmo_jax.types import InputError
 
 pytestmark = pytest.mark.slow  # its parts have quick tests of their own
@@ -74,7 +76,15 @@ def test_outputs_of_several_wavelengths(synthetic):
     r = np.array(metrics["spectral_correlation"]["correlation"])
     assert r.shape[1:] == (2, 2)
     header = fits.getheader(synthetic / "snr.fits")
-    assert (header["NCHANNEL"], header["WAVEMIN"], header["WAVEMAX"], header["NSPECTRA"]) == (2, 1.0, 1.3, 1)
+    names = spectral_library(np.array([1.0, 1.3])).names
+    n = len(names)
+    assert (header["NCHANNEL"], header["WAVEMIN"], header["WAVEMAX"], header["NSPECTRA"]) == (2, 1.0, 1.3, n)
+    assert header["NTRIALS"] == pytest.approx(metrics["effective_trials"])
+    assert 1 <= header["NTRIALS"] <= n == metrics["spectra_tried"]
+    assert metrics["threshold"] > 5
+    named = fits.getheader(synthetic / "template.fits")
+    assert tuple(named[f"SPEC{number}"] for number in range(n)) == names == tuple(metrics["spectra"])
+    assert all(row["spectrum"] == names[int(row["template"])] for row in rows(synthetic, "spectra"))
     assert (header["CENTERY"], header["CENTERX"]) == (23, 23)
     for name in ("figures/spectra.png", "contrast.csv", "throughput.fits", "snr_null.fits"):
         assert (synthetic / name).stat().st_size > 0
@@ -83,7 +93,6 @@ def test_outputs_of_several_wavelengths(synthetic):
     assert first_line(synthetic / "report.html").startswith("Sample data: a synthetic image stack")
     for words in ("combine 2 channels", "A&amp;A 637, A9"):
         assert words in page
-    assert not (synthetic / "template.fits").exists()
 
 
 @pytest.mark.slow
@@ -152,5 +161,20 @@ def test_keys_that_do_not_belong_together(data, words):
         validate(DetectConfig, {"data": data})
 
 
-def test_flat_is_the_default_spectrum():
-    assert validate(DetectConfig, {"data": {"spectrum": "flat"}}) == validate(DetectConfig, {})
+@pytest.mark.parametrize("given", [None, "library", "flat"])
+def test_spectra_are_named(given):
+    assert validate(DetectConfig, {"data": {"spectrum": given}}).data.spectrum == given
+    with pytest.raises(InputError, match=r"data\.spectrum='nothing': does not exist; give a file"):
+        validate(DetectConfig, {"data": {"spectrum": "nothing"}})
+
+
+def test_stack_gets_the_library_a_flat_spectrum_or_those_of_a_file(made, tmp_path):
+    given = files(tmp_path, made, spectrum=np.ones((1, 2)))
+    spectrum = given.pop("spectrum")
+    named = {}
+    for kind, changes in (("library", {}), ("flat", {"spectrum": "flat"}), ("file", {"spectrum": spectrum})):
+        stack = load(validate(DetectConfig, {"data": given | changes}).data)
+        named[kind] = stack.spectrum_names
+        assert (stack.spectra is None) == (kind == "flat")
+    assert named == {"library": spectral_library(made.stack.wavelengths).names, "flat": ("flat",), "file": ()}
+    assert len(named["library"]) > 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import gumbel_r
 
-from pulmo_jax.evaluation.field_threshold import field_threshold
+from pulmo_jax.evaluation.field_threshold import SCALE_ERROR, field_threshold
 from pulmo_jax.types import InputError
 
 
@@ -40,3 +40,18 @@ def test_false_alarms_and_intervals_are_as_often_as_promised():
 def test_extrapolation_is_gumbels():
     found = field_threshold(np.random.default_rng(0).gumbel(20, 2, 20000), 0.05)
     assert found.extrapolated(40.0) == pytest.approx(gumbel_r.sf(40, 20, 2), rel=0.2)
+
+
+@pytest.mark.parametrize(("n", "floor"), [(9, 10 ** (-3 / 1.05)), (39, 10 ** (-np.sqrt(39) / 1.05)), (200, 1e-6)])
+def test_extrapolation_has_a_bound_that_the_fields_support(n, floor):
+    found = field_threshold(np.random.default_rng(0).gumbel(20, 2, n), 0.05)
+    assert found.floor == pytest.approx(floor)
+    assert found.extrapolated(1e4) == found.floor
+    assert found.extrapolated(20.0) > found.floor
+
+
+def test_scale_from_few_fields_is_as_uncertain_as_the_bound_supposes():
+    """The standard error of a Gumbel scale from the standard deviation of n maxima."""
+    maxima = np.random.default_rng(1).gumbel(0, 1, (4000, 200))
+    scale = maxima.std(1, ddof=1) * np.sqrt(6) / np.pi
+    assert scale.std() * np.sqrt(200) == pytest.approx(SCALE_ERROR, rel=0.06)

@@ -195,3 +195,23 @@ def test_maps_without_a_value_are_no_error():
     values, _ = search(ready, tracks(ready, jnp.asarray([[3.0, 2.0]]), STILL, None), "free")
     assert float(values[0]) == 0
     assert FWHM_PX == 4.6
+
+
+def test_information_stays_positive_where_it_falls_steeply():
+    """As close to a coronagraph's centre: the spline of a undershoots, and b^2 / a would exceed every source."""
+    size, centre = 32, (16, 16)
+    y, x = np.mgrid[:size, :size]
+    r = np.hypot(y - centre[0], x - centre[1])
+    a = 3e-4 + np.exp(-((r / 0.9) ** 2))
+    b = np.random.default_rng(0).standard_normal((size, size)) * np.sqrt(a)
+    maps = EpochMap(a, b, centre, np.pi / 2, 1.0)
+    epochs = prepare([maps])
+    offsets = np.stack(np.meshgrid(np.arange(-6, 6, 0.1), np.arange(-6, 6, 0.1), indexing="ij"), -1).reshape(-1, 1, 2)
+    between = jax.vmap(lambda at: sample(epochs, at))(jnp.asarray(offsets))
+    looked_up = look_up(epochs, jnp.asarray(offsets))
+    for terms in (between, looked_up):
+        assert float(terms[..., 0].min()) >= a.min()
+        assert float(criterion(terms).max()) < 5 * float((b**2 / a).max())
+    pixels = jnp.asarray(np.stack([y - 16.0, x - 16.0], -1).reshape(-1, 1, 2))
+    at_pixels = jax.vmap(lambda at: sample(epochs, at))(pixels)[:, 0, 0]
+    np.testing.assert_allclose(at_pixels.reshape(size, size)[1:-1, 1:-1], a[1:-1, 1:-1], rtol=1e-6)

@@ -23,6 +23,7 @@ from scipy.ndimage import distance_transform_edt
 from pulmo_jax.core import spline
 
 FINE = 4
+AT_PIXELS = np.array([[1, 4, 1, 0], [0, 1, 4, 1]]) / 6  # values at two pixels from four spline coefficients
 
 Flux = Literal["free", "constant"]
 
@@ -92,7 +93,9 @@ def prepare(maps: Sequence[EpochMap]) -> Epochs:
     known = np.stack([np.isfinite(ab).all(0) & (ab[0] > 0) for ab in padded])
     filled = np.stack([_fill(ab, ok) for ab, ok in zip(padded, known, strict=True)])
     rows, columns = (jnp.asarray(_finer(n), float) for n in side)
-    coefficients, fine = _interpolate(jnp.asarray(filled, float), rows, columns, jnp.asarray(_finer_known(known)))
+    lowest = jnp.asarray(_finer_lowest(filled[:, 0]), float)
+    known_finer = jnp.asarray(_finer_known(known))
+    coefficients, fine = _interpolate(jnp.asarray(filled, float), rows, columns, known_finer, lowest)
     north, scale, days = np.array([[epoch.north, epoch.scale, epoch.days] for epoch in maps], float).T
     centre = np.array([epoch.centre for epoch in maps], float)
     return Epochs(coefficients, fine, jnp.asarray(known), *map(jnp.asarray, (centre, north, scale, days)))
@@ -104,10 +107,16 @@ def _interpolate(
     rows: Float[Array, "fineH H"],
     columns: Float[Array, "fineW W"],
     known: Bool[Array, "E fineH fineW"],
+    lowest: Float[Array, "E fineH fineW"],
 ) -> tuple[Float[Array, "E 2 H W"], Float[Array, "E fineH fineW 2"]]:
-    """Compute spline coefficients, and their values on the finer grid."""
+    """Compute spline coefficients, and their values on the finer grid; a is at least `lowest`.
+
+    Where a changes by a factor of 100 between pixels, as close to the star, its spline undershoots. An a near 0 would
+    give a criterion b^2 / a that exceeds those of all sources.
+    """
     coefficients = spline.coefficients(maps)
     fine = jnp.moveaxis(rows @ coefficients @ columns.T, 1, -1)
+    fine = fine.at[..., 0].max(lowest)
     return coefficients, jnp.where(known[..., None], fine, 0)
 
 
@@ -142,6 +151,14 @@ def _finer_known(known: Bool[np.ndarray, "E H W"]) -> Bool[np.ndarray, "E fineH 
         place = np.arange((known.shape[axis] - 1) * FINE + 1)
         known = np.take(known, place // FINE, axis) & np.take(known, -(-place // FINE), axis)
     return known
+
+
+def _finer_lowest(a: Float[np.ndarray, "E H W"]) -> Float[np.ndarray, "E fineH fineW"]:
+    """Lowest a of the pixels around each position of the finer grid."""
+    for axis in (1, 2):
+        place = np.arange((a.shape[axis] - 1) * FINE + 1)
+        a = np.minimum(np.take(a, place // FINE, axis), np.take(a, -(-place // FINE), axis))
+    return a
 
 
 def pixel(epochs: Epochs, north: Float[Array, "E"], sky: Float[Array, "*batch E 2"]) -> Float[Array, "*batch E 2"]:
@@ -244,8 +261,10 @@ def _sample_one(
         _mirrored(at - 1 + jnp.arange(4), n) for at, n in zip(jnp.where(inside, whole, 0), known.shape, strict=True)
     )
     along_y, along_x = (jnp.stack(spline.weights(part)) for part in place - whole)
-    values = jnp.einsum("kij,i,j->k", coefficients[:, rows[:, None], columns[None]], along_y, along_x)
-    return jnp.where(inside, values, 0)
+    block = coefficients[:, rows[:, None], columns[None]]
+    a, b = jnp.einsum("kij,i,j->k", block, along_y, along_x)
+    pixels = AT_PIXELS @ block[0] @ AT_PIXELS.T  # a of the four pixels around the position, its lower bound
+    return jnp.where(inside, jnp.stack([jnp.maximum(a, pixels.min()), b]), 0)
 
 
 def criterion(terms: Float[Array, "*batch E 2"], flux: Flux = "free") -> Float[Array, "*batch"]:

@@ -198,7 +198,7 @@ def climb(
     start: Float[Array, "2"],
     fluxes: Float[Array, "L"],
     move: bool | Bool[Array, ""],
-) -> Fit:
+) -> Climb:
     """Find the position that maximises the joint likelihood of all channels within 1 px of `start`, and the fluxes.
 
     Each iteration learns the noise from the stack minus the current source model, estimates the flux b / a in the

@@ -44,11 +44,16 @@ class Combination(NamedTuple):
         separation_px: Separations from the star at which R is known, px.
         correlation: R at these separations, positive definite; interpolated linearly, constant outside their range.
         spectra: M candidate spectra, each of mean 1.
+        spread_px: Separations from the star at which `spread` is known, px.
+        spread: Standard deviation of the null SNR of each spectrum relative to that of the first one, by which its SNR
+            is divided; None for 1.
     """
 
     separation_px: Float[np.ndarray, "K"]
     correlation: Float[np.ndarray, "K L L"]
     spectra: Float[np.ndarray, "M L"]
+    spread_px: Float[np.ndarray, "J"] | None = None
+    spread: Float[np.ndarray, "M J"] | None = None
 
     def at(self, separation_px: float) -> Float[np.ndarray, "L L"]:
         """Interpolate R at a separation, px; a weighted mean of positive definite matrices is positive definite."""
@@ -57,9 +62,16 @@ class Combination(NamedTuple):
         high, share = min(low + 1, len(self.correlation) - 1), place - low
         return (1 - share) * self.correlation[low] + share * self.correlation[high]
 
+    def spread_at(self, separation_px: float) -> Float[np.ndarray, "M"]:
+        """Interpolate the relative spread of every spectrum at a separation, px."""
+        if self.spread is None or self.spread_px is None:
+            return np.ones(len(self.spectra))
+        return np.array([np.interp(separation_px, self.spread_px, row) for row in self.spread])
+
     def only(self, template: int) -> "Combination":
         """Return a copy with the spectrum of index `template` only."""
-        return self._replace(spectra=self.spectra[template : template + 1])
+        one = slice(template, template + 1)
+        return self._replace(spectra=self.spectra[one], spread=None if self.spread is None else self.spread[one])
 
 
 def independent(spectra: Float[np.ndarray, "M L"]) -> Combination:
@@ -115,9 +127,7 @@ def combine(
     separation_px: Float[np.ndarray, "*shape"],
     using: Combination,
 ) -> Combined:
-    """Combine channels at every position (F20), with R at its separation rounded to pixels.
-
-    A channel is excluded where its a is NaN or not positive; the others are combined by their submatrix of R.
+    """Combine channels at every position (F20) for the spectrum with the highest SNR there (see `combine_each`).
 
     Args:
         a: Term a of each channel.
@@ -128,49 +138,78 @@ def combine(
     Returns:
         The combined terms.
     """
+    terms = combine_each(a, b, separation_px, using)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        snr = np.where(terms[0] > 0, terms[1] / np.sqrt(terms[0]), -np.inf)
+    best = (snr >= snr.max(0) - TIE).argmax(0)  # the first one of a tie
+    known = snr.max(0) > -np.inf
+    chosen = np.where(known, np.take_along_axis(terms, best[None, None], axis=1)[:, 0], np.nan)
+    return Combined(chosen[0], chosen[1], np.where(known, best, -1))
+
+
+def combine_each(
+    a: Float[np.ndarray, "L *shape"],
+    b: Float[np.ndarray, "L *shape"],
+    separation_px: Float[np.ndarray, "*shape"],
+    using: Combination,
+) -> Float[np.ndarray, "2 M *shape"]:
+    """Combine channels at every position for each of the spectra (F20), with R at its separation rounded to pixels.
+
+    A channel is excluded where its a is NaN or not positive; the others are combined by their submatrix of R. Positions
+    with the same R and the same channels are computed together, for all spectra at once.
+
+    Args:
+        a: Term a of each channel.
+        b: Term b of each channel.
+        separation_px: Separation from the centre, px.
+        using: Noise correlation and candidate spectra.
+
+    Returns:
+        Terms a and b of each spectrum; NaN where it has no signal in any valid channel.
+    """
     shape, n = a.shape[1:], int(np.prod(a.shape[1:]))
     flat_a, flat_b = (values.reshape(len(values), n) for values in (a, b))
     ring = np.round(separation_px).reshape(1, n)
     kinds, which = np.unique(
         np.concatenate([ring, np.isfinite(flat_a) & (flat_a > 0)]), axis=1, return_inverse=True
     )  # groups of positions with the same R and the same valid channels
-    sums, template = np.full((2, n), np.nan), np.full(n, -1)
+    terms = np.full((2, len(using.spectra), n), np.nan)
     for number, kind in enumerate(kinds.T):
         seen = kind[1:] > 0
         if not seen.any():
             continue
         at = np.flatnonzero(which.ravel() == number)
         r, spectra = using.at(kind[0])[np.ix_(seen, seen)], using.spectra[:, seen]
-        sums[:, at], template[at] = combine_seen(flat_a[np.ix_(seen, at)], flat_b[np.ix_(seen, at)], r, spectra)
-    return Combined(sums[0].reshape(shape), sums[1].reshape(shape), template.reshape(shape))
+        found = combine_seen(flat_a[np.ix_(seen, at)], flat_b[np.ix_(seen, at)], r, spectra)
+        terms[:, :, at] = found / using.spread_at(kind[0])[:, None] ** 2
+    return terms.reshape(2, len(using.spectra), *shape)
 
 
 def combine_seen(
-    a: Float[np.ndarray, "L N"], b: Float[np.ndarray, "L N"], r: Float[np.ndarray, "L L"], spectra: np.ndarray
-) -> tuple[Float[np.ndarray, "2 N"], Int[np.ndarray, "N"]]:
+    a: Float[np.ndarray, "L N"],
+    b: Float[np.ndarray, "L N"],
+    r: Float[np.ndarray, "L L"],
+    spectra: Float[np.ndarray, "M L"],
+) -> Float[np.ndarray, "2 M N"]:
     """Combine channels that all have a value.
 
     Args:
         a: Term a of each channel at N positions.
         b: Term b of each channel.
         r: Correlation R of the channels.
-        spectra: Candidate spectra (M, L).
+        spectra: Candidate spectra.
 
     Returns:
-        a and b of the spectrum with the highest SNR, and its index; NaN and -1 if all spectra are 0 in these channels.
+        Terms a and b of each spectrum; NaN for a spectrum that is 0 in these channels.
     """
-    lower, root = np.linalg.cholesky(r), np.sqrt(a)
-    s = solve_triangular(lower, b / root, lower=True)
-    sums, highest, best = np.full((2, a.shape[1]), np.nan), np.full(a.shape[1], -np.inf), np.full(a.shape[1], -1)
-    for number, spectrum in enumerate(spectra):
-        if not spectrum.any():
-            continue  # no signal in the valid channels
-        u = solve_triangular(lower, root * spectrum[:, None], lower=True)
-        terms = np.stack([(u * u).sum(0), (u * s).sum(0)])
-        snr = terms[1] / np.sqrt(terms[0])
-        better = snr > highest + TIE
-        sums[:, better], highest[better], best[better] = terms[:, better], snr[better], number
-    return sums, best
+    root, (n_spectra, n_channels) = np.sqrt(a), spectra.shape
+    whiten = solve_triangular(np.linalg.cholesky(r), np.eye(len(r)), lower=True)  # L^-1, of a small triangular matrix
+    s = whiten @ (b / root)
+    u = (whiten * spectra[:, None]).reshape(-1, n_channels) @ root  # L^-1 (sqrt(a) g) of all spectra g in one product
+    u = u.reshape(n_spectra, n_channels, -1)
+    terms = np.stack([(u * u).sum(1), (u * s).sum(1)])
+    terms[:, ~spectra.any(1)] = np.nan
+    return terms
 
 
 def combine_maps(

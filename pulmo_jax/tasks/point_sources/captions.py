@@ -10,10 +10,10 @@ CAPTIONS = {
         "starlight."
     ),
     "spectra": (
-        "{flux} of each detected source (n = {sources}) in {channels} channels. Dots: debiased flux; thick bars: error "
-        "from the likelihood; thin bars: the same times the spread of the null at that separation; dashed, if "
-        "shown: injected spectrum. Look for a smooth spectrum: a companion is present in most channels, a residual "
-        "speckle in few."
+        "{flux} of each detected source (n = {sources}) in {channels} channels. Title: the spectrum that the source "
+        "was detected with. Dots: debiased flux; thick bars: error from the likelihood; thin bars: the same times the "
+        "spread of the null at that separation; dashed, if shown: injected spectrum. Look for a smooth spectrum: a "
+        "companion is present in most channels, a residual speckle in few."
     ),
     "null_distribution": (
         "SNR in the null map of this stack ({positions:,} positions, about {independent} independent), which contains "

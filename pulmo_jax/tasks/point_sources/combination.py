@@ -1,6 +1,7 @@
 """Combination of finished runs of `detect`: one search in the maps of all epochs, at fixed positions or along orbits.
 
-Only a.fits and b.fits are used, and a_null.fits and b_null.fits for the noise; the detections of the runs are ignored.
+The search uses a.fits and b.fits, and a_null.fits and b_null.fits for the noise, but not the detections of the runs.
+The debiased fluxes of its sources come from the stacks of the runs, which are read again.
 """
 
 import time
@@ -18,6 +19,7 @@ from pulmo_jax.tasks.point_sources.combination_reading import LAST, caveats_of, 
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, write_combined_report
 from pulmo_jax.tasks.point_sources.combination_results import detections_csv, orbits_csv, summarise, write_maps
 from pulmo_jax.tasks.point_sources.config import DetectConfig
+from pulmo_jax.tasks.point_sources.epoch_refit import debiased_fluxes
 
 
 def combine_runs(config: DetectConfig, place: Place) -> int:
@@ -48,7 +50,12 @@ def combine_runs(config: DetectConfig, place: Place) -> int:
             plan,
             say=console.print,
         )
-        result = CombinedResult(config, epochs, combined, plan, (*caveats, *combined.caveats))
+    fluxes, without_flux = debiased_fluxes(epochs, combined.found, console.print)
+    for caveat in without_flux:
+        console.print(f"note: {caveat}")
+    caveats = (*caveats, *combined.caveats, *without_flux)
+    with jax.enable_x64(True):
+        result = CombinedResult(config, epochs, combined, plan, caveats, tuple(fluxes))
         place.clear()
         write_maps(result, out_dir)
         write_text(out_dir / "detections.csv", detections_csv(result))

@@ -40,6 +40,7 @@ class OpenedRun:
         mjd: Modified Julian date, if known.
         star_flux: Flux of the star in units of the normalised PSF, if known.
         observed: What the header says about the observation.
+        synthetic: Whether its stack is synthetic.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class OpenedRun:
     mjd: float | None
     star_flux: float | None
     observed: Observed
+    synthetic: bool
 
 
 def open_epochs(config: DetectConfig) -> list[Epoch]:
@@ -92,9 +94,10 @@ def open_epochs(config: DetectConfig) -> list[Epoch]:
                 fwhm_px=run.fwhm_px,
                 map=as_epoch(run, scales[i], days, unit, calibrated, ""),
                 null=as_epoch(run, scales[i], days, unit, calibrated, "_null"),
-                synthetic=run.data.cube is None,
+                synthetic=run.synthetic,
                 flux_code=CONTRAST if known else unit_code(run.data),
                 observed=run.observed,
+                flux_unit=unit,
             )
         )
     return epochs
@@ -112,7 +115,7 @@ def open_run(i: int, path: Path, max_bytes: int) -> OpenedRun:
         raise InputError(
             f"{where}: no {missing[0]} there; the run was made with an earlier version of pulmo_jax, run detect again"
         )
-    data = stack_config(path)
+    data, synthetic = stack_config(path)
     maps = {name: read_map(path, name, max_bytes) for name in MAPS}
     for name, image in maps.items():
         if image.shape != maps["a"].shape:
@@ -134,7 +137,9 @@ def open_run(i: int, path: Path, max_bytes: int) -> OpenedRun:
         raise InputError(f"{path / 'a.fits'}: its header has no flux of the star (STARFLUX); run detect again")
     star = None if star is None else float(star)
     seen = of_map(header)
-    return OpenedRun(path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd, star, seen)
+    return OpenedRun(
+        path, data, maps, centre, fwhm, None if scale is None else float(scale), mjd, star, seen, synthetic
+    )
 
 
 def of_map(cards: fits.Header) -> Observed:
@@ -162,20 +167,24 @@ def read_map(path: Path, name: str, max_bytes: int) -> Float[np.ndarray, "H W"]:
     return read_array(file, (2,), max_bytes=max_bytes, description=f"the map {name}").astype(float)
 
 
-def stack_config(path: Path) -> StackConfig:
-    """Keys of a run that define units and orientation of its maps; its input files need not exist any more."""
+def stack_config(path: Path) -> tuple[StackConfig, bool]:
+    """Keys of a run that define units and orientation of its maps, and whether its stack is synthetic.
+
+    The input files need not exist any more.
+    """
     try:
         values: Any = read_yaml(path / "config.yaml", inside=path)
         data = StackConfig.model_validate({key: values["data"][key] for key in SKY_KEYS})
         numbers = [getattr(data, key) for key in SKY_KEYS if isinstance(getattr(data, key), float)]
         if not all(map(isfinite, numbers)):
             raise ValueError("a number is not finite")
+        synthetic = values["data"].get("cube") is None
     except Exception as error:
         first = str(error).partition("\n")[0][:300]
         raise InputError(
             f"{path / 'config.yaml'}: is not a valid config of detect ({first}); run detect again"
         ) from None
-    return data
+    return data, synthetic
 
 
 def dates_of(runs: list[OpenedRun], options: EpochsConfig) -> list[float] | None:

@@ -17,6 +17,7 @@ from pulmo_jax.data.sample_facts import STACK, sample_line
 from pulmo_jax.evaluation.field_threshold import FieldThreshold
 from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.host.console import Console
+from pulmo_jax.inference.epoch_flux import Flux
 from pulmo_jax.inference.epochs import Combined, Plan, Track
 from pulmo_jax.methods.paco.epochs import EpochMap, Star
 from pulmo_jax.reporting import figures
@@ -28,6 +29,7 @@ from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.cells import MAS_PER_ARCSEC, measured
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.tasks.point_sources.drawing import THEORETICAL, Sky
+from pulmo_jax.tasks.point_sources.source_flux import SourceFlux, flux_section, flux_text
 from pulmo_jax.tasks.point_sources.units import CONTRAST
 
 CITATIONS = [
@@ -59,6 +61,7 @@ class Epoch:
         synthetic: Whether the stack is synthetic.
         flux_code: Unit of the fluxes of all epochs: `units.CONTRAST`, or that of `units.unit_code`.
         observed: What the headers of its maps say about the observation.
+        flux_unit: Divisor of the fluxes of the run in the combination: the star's flux if all runs have one, or 1.
     """
 
     label: str
@@ -70,6 +73,7 @@ class Epoch:
     synthetic: bool = False
     flux_code: str = "psf"
     observed: Observed = NOT_OBSERVED
+    flux_unit: float = 1.0
 
     def sky(self, in_arcsec: bool) -> Sky:
         """Orientation of the map, and its scale if it is known."""
@@ -86,6 +90,7 @@ class CombinedResult:
         combined: Result of the search.
         plan: Settings of the search.
         caveats: Warnings.
+        fluxes: Debiased flux of each source.
     """
 
     config: DetectConfig
@@ -93,6 +98,7 @@ class CombinedResult:
     combined: Combined
     plan: Plan
     caveats: tuple[str, ...]
+    fluxes: tuple[SourceFlux, ...] = ()
 
     @property
     def flux_code(self) -> str:
@@ -117,7 +123,7 @@ def write_combined_report(result: CombinedResult, out_dir: Path, console: Consol
         out_dir: Output folder.
         console: For the table.
     """
-    table = source_table(result)
+    table, combined, labels = source_table(result), result.combined, [epoch.label for epoch in result.epochs]
     console.print(for_console(table))
     write_report(
         out_dir / "report.html",
@@ -126,6 +132,7 @@ def write_combined_report(result: CombinedResult, out_dir: Path, console: Consol
         sections=[
             source_section(result, table, out_dir),
             epoch_section(result, out_dir),
+            *([flux_section(result.fluxes, labels, fluxes_of_maps(combined.found))] if result.fluxes else []),
             *orbit_sections(result, out_dir),
             noise_section(result, out_dir),
             *figure_sections(result.combined, result, result.config, out_dir),
@@ -184,6 +191,12 @@ def epoch_section(result: CombinedResult, out_dir: Path) -> Section:
     saved = [figures.save(bars, folder, "snr_by_epoch"), figures.save(maps, folder, "epoch_maps")]
     counts = {"epochs": len(result.epochs), "tracks": len(tracks)}
     return Section("Epoch by epoch", text, [captioned(path, CAPTIONS, **counts) for path in saved])
+
+
+def fluxes_of_maps(tracks: Sequence[Track]) -> Float[np.ndarray, "N E"]:
+    """Self-subtracted flux b / a of each source in each epoch; NaN where the map has no value."""
+    a, b = np.array([track.a for track in tracks]), np.array([track.b for track in tracks])
+    return np.where(a > 0, b / np.where(a > 0, a, 1), np.nan)
 
 
 def kind_of_snr(result: CombinedResult) -> str:
@@ -293,7 +306,8 @@ def noise_section(result: CombinedResult, out_dir: Path) -> Section:
         "removed. Each threshold is exceeded in a fraction of at most "
         f"{null.level:.3g} of its fields: {ranges(combined.nulls)}; the higher threshold is used. With 95 % "
         f"confidence, noise exceeds the highest field in less than {null.certified:.2g} of all cases; smaller "
-        "probabilities are extrapolated with a Gumbel distribution."
+        "probabilities are extrapolated with a Gumbel distribution, not below "
+        f"{combined.floor:.1g}."
     )
     if len(combined.coverage):
         low, middle = np.percentile(combined.coverage, [10, 50])
@@ -319,7 +333,7 @@ def source_table(result: CombinedResult) -> Table:
     unit, scale = ("mas", MAS_PER_ARCSEC) if result.in_arcsec else ("px", 1.0)
     columns = ["", f"north, east ({unit})", "criterion", "SNR, constant flux"]
     columns += ["contrast", "Δmag"] if result.relative else ["flux (PSF units)"]
-    columns += ["false alarm", "Gumbel"]
+    columns += ["self-subtracted", "false alarm", "Gumbel"]
     rows = []
     for i, found in enumerate(result.combined.found):
         north, east = (measured(*pair) for pair in zip(found.sky[0] * scale, found.start_std * scale, strict=True))
@@ -328,9 +342,10 @@ def source_table(result: CombinedResult) -> Table:
             f"{north}, {east}",
             f"{found.criterion:.1f}",
             f"{found.snr_combined:.1f}",
-            *flux_cells(found, result.relative),
+            *flux_cells(result.fluxes[i].joint.flux, result.relative),
+            f"{found.flux:.3g}",
             f"≤ {result.combined.false_alarm(found.criterion):.2g}" if result.combined.nulls else "-",
-            f"{result.combined.extrapolated(found.criterion):.1g}" if result.combined.nulls else "-",
+            bounded(result.combined.extrapolated(found.criterion), result.combined.floor),
         ])  # fmt: skip
     best = result.combined.best
     notes = [] if rows else [
@@ -339,13 +354,20 @@ def source_table(result: CombinedResult) -> Table:
     return Table(f"{len(rows)} source{'s' * (len(rows) != 1)}", columns, rows, notes)
 
 
-def flux_cells(track: Track, relative: bool) -> list[str]:
-    """Flux of a source with its error; in units of the star, also as a magnitude difference."""
-    flux = measured(track.flux, track.flux_std)
+def flux_cells(flux: Flux, relative: bool) -> list[str]:
+    """Debiased flux of a source with its error; in units of the star, also as a magnitude difference."""
     if not relative:
-        return [flux]
-    magnitudes = relative_photometry(track.flux, track.flux_std, 1.0)
-    return [flux, measured(float(magnitudes["delta_mag"]), float(magnitudes["delta_mag_std"]))]
+        return [flux_text(flux)]
+    magnitudes = relative_photometry(flux.value, flux.std_empirical, 1.0)
+    magnitude = measured(float(magnitudes["delta_mag"]), float(magnitudes["delta_mag_std"]))
+    return [flux_text(flux), magnitude if np.isfinite(flux.value) else "-"]
+
+
+def bounded(probability: float, floor: float) -> str:
+    """A probability, or its bound if it is not above the lowest one that the method supports; "-" if unknown."""
+    if not np.isfinite(probability):
+        return "-"
+    return f"{probability:.1g}" if probability > floor else f"< {floor:.1g}"
 
 
 def for_console(table: Table) -> rich.table.Table:

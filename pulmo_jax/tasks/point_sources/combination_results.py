@@ -17,6 +17,7 @@ from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.sky_axes import sky_axes
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, Epoch
 from pulmo_jax.tasks.point_sources.map_headers import observation_cards
+from pulmo_jax.tasks.point_sources.source_flux import SourceFlux, unknown_flux
 from pulmo_jax.tasks.point_sources.units import FLUX_UNIT
 
 FULL_TURN = 360.0
@@ -58,12 +59,14 @@ def date_used(epoch: Epoch) -> str | None:
 
 def detections_csv(result: CombinedResult) -> str:
     """detections.csv: position at the first date, and SNR and flux in each epoch, of every source."""
-    rows = [detection_row(label + 1, found, result) for label, found in enumerate(result.combined.found)]
-    columns = list(detection_row(1, result.combined.best, result))
+    sources = zip(result.combined.found, result.fluxes, strict=True)
+    rows = [detection_row(number + 1, found, flux, result) for number, (found, flux) in enumerate(sources)]
+    columns = list(detection_row(1, result.combined.best, unknown_flux(len(result.epochs)), result))
     return as_csv(columns, rows)
 
 
-def detection_row(label: int, track: Track, result: CombinedResult) -> dict[str, Any]:
+def detection_row(label: int, track: Track, flux: SourceFlux, result: CombinedResult) -> dict[str, Any]:
+    """Row of detections.csv."""
     north, east = track.sky[0]
     separation = float(np.hypot(north, east))
     unit = "arcsec" if result.in_arcsec else "px"
@@ -79,20 +82,29 @@ def detection_row(label: int, track: Track, result: CombinedResult) -> dict[str,
         "position_angle_deg": float(np.mod(np.rad2deg(np.arctan2(east, north)), FULL_TURN)),
         "criterion": track.criterion,
         "snr_combined": track.snr_combined,
-        "flux_combined": track.flux,
-        "flux_combined_std": track.flux_std,
+        "flux_debiased": flux.joint.flux.value,
+        "flux_debiased_std": flux.joint.flux.std,
+        "flux_debiased_std_empirical": flux.joint.flux.std_empirical,
+        "flux_epochs": flux.joint.epochs,
+        "constancy_chi2": flux.joint.chi2,
+        "constancy_probability": flux.joint.probability,
+        "flux_self_subtracted": track.flux,
+        "flux_self_subtracted_std": track.flux_std,
         FLUX_UNIT: result.flux_code,
         "epochs": int((track.a > 0).sum()),
         "false_alarm_probability": result.combined.false_alarm(track.criterion),
         "false_alarm_gumbel": result.combined.extrapolated(track.criterion),
     }
     if result.relative:
-        relative = relative_photometry(track.flux, track.flux_std, 1.0)
+        total = flux.joint.flux
+        relative = relative_photometry(total.value, total.std_empirical, 1.0)
         row |= {name: float(value) for name, value in relative.items()}
-    for i in range(len(result.epochs)):
-        flux = float(track.b[i] / track.a[i]) if track.a[i] > 0 else float("nan")
+    for i, one in enumerate(flux.each):
+        biased = float(track.b[i] / track.a[i]) if track.a[i] > 0 else float("nan")
         row |= {f"y_{i + 1}": float(track.places[i, 0]), f"x_{i + 1}": float(track.places[i, 1])}
-        row |= {f"snr_{i + 1}": float(track.snr[i]), f"flux_{i + 1}": flux}
+        row |= {f"snr_{i + 1}": float(track.snr[i]), f"flux_debiased_{i + 1}": one.value}
+        row |= {f"flux_debiased_std_{i + 1}": one.std, f"flux_debiased_std_empirical_{i + 1}": one.std_empirical}
+        row |= {f"flux_self_subtracted_{i + 1}": biased}
     return row
 
 
@@ -144,6 +156,7 @@ def summarise(result: CombinedResult, seconds: float) -> dict[str, Any]:
         "epochs": [{"run": str(e.path), "mjd": e.mjd} for e in result.epochs],
         "false_alarm_probability": finite(combined.false_alarm(combined.best.criterion)),
         "false_alarm_gumbel": finite(combined.extrapolated(combined.best.criterion)),
+        "false_alarm_gumbel_floor": finite(combined.floor),
         "threshold": combined.threshold,
         "tracks_tried": combined.n_tracks,
     }

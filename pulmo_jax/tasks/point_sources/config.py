@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
-from pulmo_jax.config.section import Bool, Float, Int, Node, Pair, PathLike, Section
+from pulmo_jax.config.section import Bool, Float, Int, Node, Pair, PathLike, Section, at_home
 from pulmo_jax.data.file_parts import is_part, same_file, split_part
 
 
@@ -24,8 +25,16 @@ def _is_star_flux(value: object) -> object:
     return value
 
 
+def _name_or_file(value: Any) -> str | Path:
+    if value in ("library", "flat"):
+        return value
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("give library, flat or a file")
+    return _is_file(at_home(Path(value)))
+
+
 DataFile = Annotated[PathLike, AfterValidator(_is_file)]
-Spectrum = Annotated[DataFile | None, BeforeValidator(lambda value: None if value == "flat" else value)]
+Spectrum = Annotated[str | Path, BeforeValidator(_name_or_file)]
 StarFlux = Annotated[float | str | None, BeforeValidator(_is_star_flux)]
 Triple = tuple[Float, Float, Float]
 
@@ -72,10 +81,16 @@ class StackConfig(Section):
         description="wavelength of each channel of an (L,T,H,W) stack, any unit: FITS, text, CSV or .npy; null: from "
         "the header of the cube",
     )
-    spectrum: Spectrum = Field(
+    wavelength_unit: Literal["um", "nm", "m", "angstrom"] | None = Field(
+        default=None, description="unit of the wavelengths; null: from the FITS header or their magnitude"
+    )
+    spectrum: Spectrum | None = Field(
         default=None,
         description="spectrum of the sources, (L,), or candidate spectra, (M,L), in units of the normalised PSF; "
-        "null or flat: equal flux in all channels",
+        "null or library: flat, blackbodies, L-, T- and Y-like, each channel alone; flat: equal flux in all channels",
+    )
+    star_temperature_k: Float | None = Field(
+        default=None, gt=0, description="temperature of the star for the library's contrasts, K; null: infinite"
     )
     spectral_scaling: Bool = Field(
         default=False,
@@ -154,7 +169,8 @@ class PacoConfig(Section):
 
     mode: Mode = Field(
         default="exact",
-        description="exact: sub-pixel PSF in each frame; fast: interpolated maps; robust: exact, weighted frames",
+        description="exact: sub-pixel PSF in each frame; fast: interpolated maps; robust: exact, weighted frames, "
+        "for bad frames in noise that is white in time; it loses 1 to 4 % of the SNR in clean stacks",
     )
     shrinkage: ShrinkageName = Field(default="paco", description="estimator of the weight of the diagonal (shrinkage)")
     rho: Float | None = Field(default=None, ge=0, le=1, description="weight of the diagonal for shrinkage=fixed")

@@ -29,6 +29,7 @@ from pulmo_jax.tasks.point_sources.config import DetectConfig, PacoConfig
 from pulmo_jax.tasks.point_sources.drawing import Sky
 from pulmo_jax.tasks.point_sources.figures import ONE_PASS_CONTRAST, detection_maps
 from pulmo_jax.tasks.point_sources.geometry_check import geometry_caveats
+from pulmo_jax.tasks.point_sources.inputs import input_digests
 from pulmo_jax.tasks.point_sources.reading import load, naming, observe, synthetic_stack
 from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.tasks.point_sources.results import (
@@ -102,7 +103,7 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
         The observation with detection limits, and the result of the search.
     """
     config, settings = result.config, settings_of(result.config.method)
-    with naming(config.data.spectrum):
+    with naming(config.data.spectrum if isinstance(config.data.spectrum, Path) else None):
         spectra = as_spectra(result.stack.spectra, len(result.channels.each))
     search = find_sources(
         result.channels,
@@ -145,6 +146,7 @@ def write(result: Result, search: Search, place: Place, seconds: float) -> None:
         write_text(folder / "contrast.csv", contrast_csv(result.contrast, config.data, star_mean))
     write_json(folder / "metrics.json", summarise(result, search, seconds))
     write_json(folder / "run.json", provenance())
+    write_json(folder / "inputs.json", input_digests(config.data))
     save_config(config, folder / "config.yaml")
     write_adi_report(result, search, folder, place.console)
 

@@ -59,6 +59,9 @@ def header(result: Result, search: Search, name: str) -> dict[str, tuple[Any, st
     cards |= observation_cards(result.stack.observed)
     cards |= sky_axes(result.channels.centre, data.pixel_scale, data.north_deg, star_of(data, result.stack.observed))
     cards |= search_cards(result, search)
+    if name == "template":
+        spectra = range(len(search.combination.spectra))
+        cards |= {f"SPEC{number}": (result.name_of_spectrum(number), "spectrum of this index") for number in spectra}
     if (star := result.fluxes.star_mean) is not None:
         cards["STARFLUX"] = (star, "flux of the star; flux / STARFLUX is the contrast")
     if data.pixel_scale is not None:
@@ -116,4 +119,5 @@ def search_cards(result: Result, search: Search) -> dict[str, tuple[Any, str]]:
         cards["NCHANNEL"] = (len(wavelengths), "wavelengths; frame data: middle one")
         cards["WAVEMIN"], cards["WAVEMAX"] = (wavelengths[0], "the first"), (wavelengths[-1], "the last")
         cards["NSPECTRA"] = (len(search.combination.spectra), "number of trial spectra, mean 1")
+        cards["NTRIALS"] = (search.noise.trials, "effective number of independent spectra")
     return cards

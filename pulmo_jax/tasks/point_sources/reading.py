@@ -11,6 +11,7 @@ from jaxtyping import Float
 from pulmo_jax.data.adi import SpectralStack, load_channels, load_spectra
 from pulmo_jax.data.header_angles import FrameAngles
 from pulmo_jax.data.psf import prepare_psf
+from pulmo_jax.data.spectral_library import fits_unit, spectral_library
 from pulmo_jax.data.synthetic import SyntheticSpectralStack, spectral_stack
 from pulmo_jax.methods.paco.channels import Channels, observe_channels
 from pulmo_jax.tasks.point_sources.config import DetectConfig, StackConfig
@@ -64,9 +65,10 @@ def load(data: StackConfig) -> tuple[StackConfig, SpectralStack]:
     """
     if data.cube is None or data.psf is None:
         raise AssertionError("the config guarantees both or none")
-    stack = load_channels(data.cube, data.angles, data.psf, data.wavelengths, data.spectrum, data.max_image_mb * 2**20)
+    spectrum = data.spectrum if isinstance(data.spectrum, Path) else None
+    stack = load_channels(data.cube, data.angles, data.psf, data.wavelengths, spectrum, data.max_image_mb * 2**20)
     completed, notes = with_header(data, stack)
-    return completed, replace(stack, caveats=(*stack.caveats, *notes))
+    return completed, with_library(replace(stack, caveats=(*stack.caveats, *notes)), data)
 
 
 def with_header(data: StackConfig, stack: SpectralStack) -> tuple[StackConfig, list[str]]:
@@ -128,17 +130,35 @@ def compared_angles(data: StackConfig, angles_deg: Float[np.ndarray, "T"], given
 
 
 def synthetic_stack(config: DetectConfig) -> SyntheticSpectralStack:
+    """Simulate the stack; its candidate spectra are those of the config."""
     options, spectrum = config.data.synthetic, config.data.spectrum
     made = spectral_stack(
         config.seed, options.channels, options.frames, options.size, options.rotation_deg, options.planets
     )
-    return (
-        made
-        if spectrum is None
-        else replace(
-            made,
-            stack=replace(
-                made.stack, spectra=load_spectra(spectrum, options.channels, config.data.max_image_mb * 2**20)
-            ),
-        )
-    )
+    stack = made.stack
+    if isinstance(spectrum, Path):
+        stack = replace(stack, spectra=load_spectra(spectrum, options.channels, config.data.max_image_mb * 2**20))
+    return replace(made, stack=with_library(stack, config.data))
+
+
+def with_library(stack: SpectralStack, data: StackConfig) -> SpectralStack:
+    """Add the library of spectra, unless the config gives a file or a flat spectrum.
+
+    Args:
+        stack: The stack.
+        data: Keys of the stack.
+
+    Returns:
+        The stack with spectra and their names.
+
+    Raises:
+        InputError: If the wavelengths have no unit of length.
+    """
+    if isinstance(data.spectrum, Path):
+        return stack
+    if data.spectrum == "flat" or len(stack.wavelengths) == 1:
+        return replace(stack, spectrum_names=("flat",))
+    unit = data.wavelength_unit or (None if data.wavelengths is None else fits_unit(data.wavelengths))
+    library = spectral_library(stack.wavelengths, unit, data.star_temperature_k)
+    caveats = (*stack.caveats, *library.caveats)
+    return replace(stack, spectra=library.spectra, spectrum_names=library.names, caveats=caveats)

@@ -17,7 +17,8 @@ from pulmo_jax.evaluation.null_field import FALSE_ALARM_FLOOR, null_values, sepa
 from pulmo_jax.evaluation.photometry import relative_photometry
 from pulmo_jax.host.console import Console
 from pulmo_jax.inference.contrast import MULTIPLES, Contrast
-from pulmo_jax.inference.point_sources import Search
+from pulmo_jax.inference.point_sources import Search, SourceSpectrum
+from pulmo_jax.inference.spectral_trials import trials_threshold
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned, write_report
@@ -78,6 +79,11 @@ class Result:
     def sky(self) -> Sky:
         return Sky(self.channels.centre, self.config.data.pixel_scale, self.config.data.north_deg)
 
+    def name_of_spectrum(self, number: int) -> str:
+        """Name of a candidate spectrum; its index, from 0, if it comes from a file."""
+        names = self.stack.spectrum_names
+        return names[number] if names else str(number)
+
 
 def line_of(result: Result) -> str:
     """First line of the report if the stack is synthetic, otherwise empty."""
@@ -92,7 +98,7 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
         out_dir: Output folder.
         console: For the table.
     """
-    table = source_table(search.sources, result)
+    table = source_table(search.sources, result, search.spectra if result.spectral else ())
     console.print(for_console(table))
     write_report(
         out_dir / "report.html",
@@ -175,24 +181,31 @@ def axes_caption(result: Result) -> str:
 def spectra_section(result: Result, search: Search, out_dir: Path) -> Section:
     using, n_spectra = search.combination, len(search.combination.spectra)
     neighbours = [float(np.median(np.diag(r, 1))) for r in using.correlation]
-    looked_for = "flat" if n_spectra == 1 and np.ptp(using.spectra) == 0 else "given"
+    looked_for = "a flat spectrum" if n_spectra == 1 and np.ptp(using.spectra) == 0 else "a given spectrum"
+    if n_spectra > 1:
+        looked_for = f"one of {n_spectra} spectra"
     text = (
-        f"Maps, SNR and flux combine {len(result.channels.each)} channels for a source with a {looked_for} spectrum; "
-        "the flux is the mean over the channels, if the source has this spectrum. The correlation of the noise between "
+        f"Maps, SNR and flux combine {len(result.channels.each)} channels for a source with {looked_for}; the flux is "
+        "the mean over the channels, if the source has this spectrum. The correlation of the noise between "
         "neighbouring channels, "
         f"{neighbours[0]:.2f} at {using.separation_px[0]:.0f} px from the centre and {neighbours[-1]:.2f} at "
         f"{using.separation_px[-1]:.0f} px, is taken into account. "
     )
     if n_spectra > 1:
+        threshold = result.config.search.threshold
         text += (
-            f"At every pixel the one of {n_spectra} spectra with the highest SNR is used. The null map is computed in "
-            f"the same way, and false-alarm probabilities assume {n_spectra} trials, which is an upper limit. "
-            "Detection limits are those for the first spectrum. "
+            "At every pixel the spectrum with the highest SNR is used, relative to the spread of the null of each "
+            f"spectrum: {', '.join(result.name_of_spectrum(k) for k in range(n_spectra))}. They count as "
+            f"{search.noise.trials:.1f} independent trials, so the threshold is raised from {threshold:g} to "
+            f"{trials_threshold(threshold, search.noise.trials):.2f}, which keeps the rate of false "
+            "alarms, and the false-alarm probabilities include the trials. Detection limits are those for the first "
+            "spectrum. "
         )
     if not search.spectra:
         return Section("Spectra", text)
     star = result.fluxes.star if result.fluxes.relative else None
-    figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result), star_flux=star)
+    names = [result.name_of_spectrum(s.template) for s in search.spectra]
+    figure = spectral_figures.spectra(search.spectra, known_spectra(search.sources, result), star, names)
     text += (
         "The figure shows the debiased flux of every source in every channel, "
         f"{'divided by that of the star' if star is not None else 'in units of the PSF of the channel'}. Thick "
@@ -323,7 +336,16 @@ def stack_section(result: Result, search: Search, out_dir: Path) -> Section:
     return Section("The stack", text, [captioned(saved, CAPTIONS, shown=numbers, frames=len(angles))], [table])
 
 
-def source_table(sources: Sequence[PointSource], result: Result) -> Table:
+def unlike_note(spectrum: SourceSpectrum, result: Result) -> str:
+    """Note on a source whose fluxes do not have the spectrum that its flux assumes."""
+    name = result.name_of_spectrum(spectrum.template)
+    return (
+        f"The flux of source {spectrum.label} assumes the spectrum '{name}', which its fluxes in the "
+        f"channels exclude (probability {spectrum.template_probability:.0e}): use spectra.csv."
+    )
+
+
+def source_table(sources: Sequence[PointSource], result: Result, spectra: Sequence[SourceSpectrum] = ()) -> Table:
     """Table of the sources, with contrasts and magnitudes if the flux of the star is known."""
     data, star = result.config.data, result.fluxes.star_mean
     columns = ["", "y, x (px)", f"separation ({'mas' if data.pixel_scale else 'px'})", "PA (deg)", "theoretical SNR"]
@@ -335,6 +357,7 @@ def source_table(sources: Sequence[PointSource], result: Result) -> Table:
         t for t in result.truth if all(np.hypot(t[0] - s.y, t[1] - s.x) > result.channels.fwhm_px for s in sources)
     ]
     notes = [f"Not detected: the source of flux {flux:g} at (y, x) = ({y:.1f}, {x:.1f})." for y, x, flux in missed]
+    notes += [unlike_note(s, result) for s in spectra if s.template_probability < UNLIKE]
     if not sources and not missed:
         notes = ["No peak exceeds the threshold."]
     notes += [

@@ -12,6 +12,7 @@ from pulmo_jax.inference.contrast import Contrast, throughput_map
 from pulmo_jax.inference.fits import flatten, write_fits
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum
+from pulmo_jax.inference.spectral_trials import trials_threshold
 from pulmo_jax.tasks.point_sources.config import StackConfig
 from pulmo_jax.tasks.point_sources.map_headers import header
 from pulmo_jax.tasks.point_sources.report import Result, line_of
@@ -82,7 +83,7 @@ def detections_csv(sources: list[PointSource], data: StackConfig, star_flux: flo
 
 
 def spectra_csv(spectra: list[SourceSpectrum], result: Result) -> str:
-    """spectra.csv: flux of every source in every channel, with contrasts and magnitudes if the star's flux is known."""
+    """spectra.csv: flux and template of every source in every channel, with contrasts if the star's flux is known."""
     data, star_flux = result.config.data, result.fluxes.star
     rows = []
     for s in spectra:
@@ -94,10 +95,12 @@ def spectra_csv(spectra: list[SourceSpectrum], result: Result) -> str:
                 "flux_std_empirical": s.flux_std_empirical[k],
                 FLUX_UNIT: unit_code(data),
             }
-            row |= {"template": s.template, "template_probability": s.template_probability}
+            row |= {"template": s.template, "spectrum": result.name_of_spectrum(s.template)}
+            row |= {"template_probability": s.template_probability}
             rows.append(row | {name: values[k] for name, values in relative.items()})
     names = ["label", "channel", "wavelength", "flux", "flux_std", "flux_std_empirical", FLUX_UNIT]
-    return as_csv([*names, "template", "template_probability", *(RELATIVE if star_flux is not None else ())], rows)
+    names += ["template", "spectrum", "template_probability"]
+    return as_csv([*names, *(RELATIVE if star_flux is not None else ())], rows)
 
 
 def contrast_csv(contrast: Contrast, data: StackConfig, star_flux: float | None) -> str:
@@ -147,6 +150,9 @@ def summarise(result: Result, search: Search, seconds: float) -> dict[str, Any]:
             "correlation": search.combination.correlation.tolist(),
         },
         "spectra_tried": len(search.combination.spectra),
+        "spectra": [result.name_of_spectrum(number) for number in range(len(search.combination.spectra))],
+        "effective_trials": search.noise.trials,
+        "threshold": trials_threshold(result.config.search.threshold, search.noise.trials),
         "null": {"mean": float(null.mean()), "std": float(null.std()), "highest": float(null.max())},
         "null_by_separation": {
             "separation_px": profile.separation_px.tolist(),

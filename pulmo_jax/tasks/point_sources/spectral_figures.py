@@ -14,6 +14,7 @@ from pulmo_jax.reporting.figures import BLUE, SKY, TEXT_WIDTH_IN, VERMILLION, st
 
 COLUMNS = 3
 PANEL_HEIGHT_IN = 1.9
+LONGEST_NAME = 20
 MOST = 12  # maximum number of sources shown
 TRUTH: dict[str, Any] = {"color": VERMILLION, "lw": 1.0, "ls": "--"}
 
@@ -22,6 +23,7 @@ def spectra(
     spectra: Sequence[SourceSpectrum],
     truth: Sequence[np.ndarray | None] = (),
     star_flux: Float[np.ndarray, "L"] | None = None,
+    names: Sequence[str] = (),
 ) -> Figure:
     """Draw flux against wavelength for the first 12 sources.
 
@@ -29,6 +31,7 @@ def spectra(
         spectra: Spectra; thick bars show the error of the likelihood, thin bars the empirical error.
         truth: True flux of each source in each channel, if known, in units of the PSF.
         star_flux: Flux of the star in each channel in units of the PSF, to draw contrasts; None: fluxes are drawn.
+        names: Name of the spectrum that each source was detected with, for the titles.
 
     Returns:
         The figure.
@@ -40,8 +43,9 @@ def spectra(
     with style():
         figure = Figure(figsize=(width, PANEL_HEIGHT_IN * n_rows + 0.4), layout="constrained")
         panels = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
-        for axes, spectrum, known in zip(panels, shown, [*truth, *[None] * len(shown)], strict=False):
-            draw(axes, spectrum, known, 1.0 if star_flux is None else star_flux)
+        known_or_not, titles = ([*given, *[None] * len(shown)] for given in (truth, names))
+        for axes, spectrum, known, name in zip(panels, shown, known_or_not, titles, strict=False):
+            draw(axes, spectrum, known, 1.0 if star_flux is None else star_flux, name)
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         for axes in panels[max(0, len(shown) - n_columns) : len(shown)]:
@@ -59,9 +63,13 @@ def spectra(
 
 
 def draw(
-    axes: Axes, spectrum: SourceSpectrum, known: np.ndarray | None, unit: Float[np.ndarray, "L"] | float = 1.0
+    axes: Axes,
+    spectrum: SourceSpectrum,
+    known: np.ndarray | None,
+    unit: Float[np.ndarray, "L"] | float = 1.0,
+    name: str | None = None,
 ) -> None:
-    """Draw the spectrum of one source, divided by `unit`; non-finite values are omitted."""
+    """Draw the spectrum of one source, divided by `unit`, with the name of its template; NaN is omitted."""
     at, flux = spectrum.wavelengths, spectrum.flux / unit
     if known is not None:
         axes.plot(at, known / unit, **TRUTH)
@@ -73,4 +81,9 @@ def draw(
     axes.plot(at[sound], flux[sound], "o", color=BLUE, ms=3)
     axes.axhline(0, color="0.6", lw=0.6, zorder=0)
     axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)
-    axes.set_title(f"source {spectrum.label}", loc="left")
+    axes.set_title(f"source {spectrum.label}" + (f": {short(name)}" if name else ""), loc="left")
+
+
+def short(name: str) -> str:
+    """Name of a spectrum, cut to LONGEST_NAME characters."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

@@ -19,12 +19,14 @@ from pulmo_jax import detect
 from pulmo_jax.config.section import validate
 from pulmo_jax.data.observation_header import mjd_of, read_header
 from pulmo_jax.data.synthetic import rotating_stack
+from pulmo_jax.inference.epoch_flux import Flux, joint_flux
 from pulmo_jax.inference.epoch_tracks import Track
 from pulmo_jax.inference.epochs import Combined, Plan
 from pulmo_jax.tasks.point_sources.combination_reading import MAPS, open_epochs
 from pulmo_jax.tasks.point_sources.combination_report import CombinedResult, source_table
 from pulmo_jax.tasks.point_sources.combination_results import detection_row
 from pulmo_jax.tasks.point_sources.config import DetectConfig
+from pulmo_jax.tasks.point_sources.source_flux import SourceFlux
 from pulmo_jax.types import InputError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -169,7 +171,7 @@ def test_calibrated_maps_are_over_the_nulls_spread(tmp_path):
     maps, nulls = make_epoch(0, 0.0)
     run = write_run(tmp_path / "run", maps, nulls._replace(b=3 * nulls.b))
     (found,) = open_epochs(configured([run], search={"snr": "calibrated"}))
-    (plain,) = open_epochs(configured([run]))
+    (plain,) = open_epochs(configured([run], search={"snr": "theoretical"}))
     assert np.nanstd(found.null.b / np.sqrt(found.null.a)) == pytest.approx(1, abs=0.15)
     assert np.nanstd(plain.null.b / np.sqrt(plain.null.a)) == pytest.approx(3, rel=0.2)
     np.testing.assert_allclose(found.map.b / found.map.a, plain.map.b / plain.map.a)  # fluxes stay
@@ -214,14 +216,16 @@ def test_fluxes_of_all_epochs_have_a_unit(tmp_path, star, columns):
     )  # fmt: skip
     empty = np.zeros((SIZE, SIZE))
     combined = Combined(empty, empty, 25.0, (), [track], track, np.zeros(0), 1)
-    made = CombinedResult(configured([tmp_path / "run"]), epochs, combined, Plan(), ())
+    measured = Flux(2e-4, 2e-5, 4e-5)
+    flux = SourceFlux((measured,), joint_flux([measured]))
+    made = CombinedResult(configured([tmp_path / "run"]), epochs, combined, Plan(), (), (flux,))
     table = source_table(made)
     [row] = table.rows
     named = dict(zip(table.columns, row, strict=True))
     assert set(columns) < set(table.columns)
     assert named["north, east (mas)"] == "300.0 ± 2.0, -200.0 ± 4.0"
     assert named[columns[0]] == "(2.00 ± 0.40)e-04"
-    written = detection_row(1, track, made)
+    written = detection_row(1, track, flux, made)
     assert written["flux_unit"] == ("psf_fwhm" if star is None else "contrast")
     if star is not None:
         assert named["Δmag"] == "9.25 ± 0.22"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from pulmo_jax.evaluation.contrast import Contrast
 
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.geometry import frame_position
@@ -17,7 +18,6 @@ from pulmo_jax.data.adi import SpectralStack
 from pulmo_jax.data.instruments import Observed
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import parallactic_angles, synthetic_psf
-from pulmo_jax.evaluation.contrast import Contrast
 from pulmo_jax.evaluation.null_field import null_profile
 from pulmo_jax.host.console import Console
 from pulmo_jax.inference.point_sources import Search, SourceSpectrum
@@ -420,10 +420,10 @@ def test_page_of_one_wavelength_says_nothing_of_spectra(tmp_path, undrawn):
 def test_trials_of_a_set_of_spectra_are_told(tmp_path, undrawn):
     made = result(channels=3)
     templates = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    text, _ = written(made, search(made, source(), templates=templates), tmp_path)
-    assert "assume 2 trials" in text
+    text, _ = written(made, replace(search(made, source(), templates=templates), trials=1.8), tmp_path)
+    assert "They count as 1.8 independent trials, so the threshold is raised from 5 to 5.11" in text
     assert "the best of 2 spectra at every pixel" in text
-    assert "with a given spectrum" in text
+    assert "with one of 2 spectra" in text
 
 
 def test_a_source_of_another_spectrum_is_told(tmp_path, undrawn):
@@ -432,8 +432,9 @@ def test_a_source_of_another_spectrum_is_told(tmp_path, undrawn):
     text, _ = written(made, found, tmp_path)
     assert "does not have the assumed spectrum" not in text
     found.spectra[1] = replace(found.spectra[1], template_probability=1e-4)
-    text, _ = written(made, found, tmp_path)
+    text, console = written(made, found, tmp_path)
     assert "Source 2 does not have the assumed spectrum" in text
+    assert "The flux of source 2 assumes the spectrum" in " ".join(console.split())
 
 
 def test_known_spectrum_is_that_of_the_injected_source_nearby():
