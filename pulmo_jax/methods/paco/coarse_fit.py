@@ -42,7 +42,7 @@ def least_squares(stack: Stack, patch: Patch, start: Float[Array, "2"]) -> tuple
             usable, template(stack, trail, place, patch) - mean.at[trail.index].get(mode="fill", fill_value=jnp.nan), 0
         )
 
-    def step(_: int, place: Array) -> Array:
+    def step(_: Array | int, place: Array) -> Array:
         h, slopes = model(place), jax.jacfwd(model)(place)
         flux = flux_of(h)
         slopes -= h[..., None] * jnp.einsum("tp,tpi->i", h, slopes) / (h * h).sum()  # the flux is fitted too
