@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from pulmo_jax.inference.candidates import LOW_CLOSE, debiased, is_close_at
 from pulmo_jax.inference.point_sources import Search
 from pulmo_jax.inference.search_noise import Noise, theoretical
+from pulmo_jax.inference.spectral_trials import trials_threshold
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.methods.paco.joint import Injected, Prepared, fit_sources, is_near, prepare_channels
@@ -114,6 +115,7 @@ def contrast_curve(
     """
     channels, using = search.residual, search.combination.only(0)
     noise = search.noise if calibrated else theoretical(search.noise)
+    threshold = trials_threshold(threshold, search.noise.trials)
     prepared = prepare_channels(channels, settings)
     separations = common_separations(channels, prepared[0], n_rings)
     angle = 2 * np.pi * np.arange(n_directions) / n_directions + np.arange(len(separations))[:, None] * GOLDEN_ANGLE
