@@ -186,15 +186,6 @@ def learn_noise(stack: Stack, source: Source, patch: Patch) -> TrackNoise:
 def log_density(stack: Stack, source: Source, noise: TrackNoise, patch: Patch) -> Float[Array, ""]:
     """Log-likelihood of a source under given covariances, profiled over the mean, in the units of the stack.
 
-    With e_t = r_t - flux h_t, the sum over all frames of (e_t - m)' C^-1 (e_t - m) is smallest for m the mean of e_t. It
-    is then, with d_t = r_t minus its mean and H the mean of h_t over the frames,
-
-        sum_t (d_t - flux h_t)' C^-1 (d_t - flux h_t) - flux^2 h_t' C^-1 H,
-
-    in which h_t occurs only on the patch that the source covers. The maximum over the flux is the fixed point of
-    Algorithm 3 for this C, and the curvature h' C^-1 (h - H) lacks what self-subtraction removes. In robust mode H
-    should be weighted as the mean of the frames; it is not.
-
     Args:
         stack: Arrays of the observation.
         source: The source.
@@ -204,14 +195,40 @@ def log_density(stack: Stack, source: Source, noise: TrackNoise, patch: Patch) -
     Returns:
         The log-likelihood.
     """
-    usable = tracks.own_patches(stack, noise.trail, patch)[1]
-    h = tracks.template(stack, noise.trail, source.place, patch)
-    mean_h = mean_source(stack, source.place, noise.trail, patch)
-    pair = jnp.where(usable[:, None], jnp.stack([h, mean_h], 1), 0)
-    whitened = jax.vmap(likelihood.whiten)(pair, noise.lower)
-    overlap = jnp.where(usable, whitened[:, 0] * whitened[:, 1], 0).sum()
-    plain = gaussian(stack, source, noise.trail, Noise(noise.mean, noise.lower), patch)
-    return plain + source.flux**2 * overlap / 2
+    linear, quadratic = flux_terms(stack, source.place, noise, patch)
+    absent = gaussian(stack, Source(source.place, jnp.zeros_like(source.flux)), noise.trail, noise, patch)
+    return absent + source.flux * linear - source.flux**2 * quadratic / 2
+
+
+def flux_terms(
+    stack: Stack, place: Float[Array, "2"], noise: TrackNoise, patch: Patch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Terms of the log-likelihood that are linear and quadratic in the flux, profiled over the mean.
+
+    With e_t = r_t - flux h_t, the sum over all frames of (e_t - m)' C^-1 (e_t - m) is smallest for m the mean of e_t. It
+    is then, with d_t = r_t minus its mean and H the mean of h_t over the frames, that without a source minus
+
+        sum_t 2 flux h_t' C^-1 d_t - flux^2 h_t' C^-1 (h_t - H),
+
+    in which h_t occurs only on the patch that the source covers. The maximum over the flux is the fixed point of
+    Algorithm 3 for this C, and H is what self-subtraction removes. In robust mode H should be weighted as the mean of
+    the frames; it is not.
+
+    Args:
+        stack: Arrays of the observation.
+        place: Position (y, x) of the source in the derotated map, px.
+        noise: Covariances and means.
+        patch: Static settings.
+
+    Returns:
+        The sums of h' C^-1 d and of h' C^-1 (h - H) over the frames.
+    """
+    data, usable = tracks.own_patches(stack, noise.trail, patch)
+    h = tracks.template(stack, noise.trail, place, patch)
+    kept = h - mean_source(stack, place, noise.trail, patch)
+    triple = jnp.where(usable[:, None], jnp.stack([h, data - noise.mean, kept], 1), 0)
+    h, d, kept = jnp.moveaxis(jax.vmap(likelihood.whiten)(triple, noise.lower), 1, 0)
+    return (h * d).sum(), (h * kept).sum()
 
 
 def mean_source(stack: Stack, place: Float[Array, "2"], trail: Trail, patch: Patch) -> Float[Array, "T P"]:
@@ -238,7 +255,7 @@ def mean_source(stack: Stack, place: Float[Array, "2"], trail: Trail, patch: Pat
     return image[location[:, None] + offsets @ np.array([width, 1])] / len(pixel)
 
 
-def gaussian(stack: Stack, source: Source, trail: Trail, noise: Noise, patch: Patch) -> Float[Array, ""]:
+def gaussian(stack: Stack, source: Source, trail: Trail, noise: Noise | TrackNoise, patch: Patch) -> Float[Array, ""]:
     """Log-density of the patches of a trail as independent Gaussians, in the units of the stack.
 
     Args:
