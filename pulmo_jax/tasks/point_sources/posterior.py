@@ -108,10 +108,14 @@ def posterior_sections(found: Sequence[SourcePosterior], out_dir: Path) -> list[
         posterior, source = each.posterior, each.source
         assert posterior is not None
         low, high = posterior.interval(0.6827)
-        pairs = zip(posterior.mean, posterior.std, (source.y_std, source.x_std, source.flux_debiased_std), strict=True)
+        errors = (
+            f"{source.y_std:.2g}", f"{source.x_std:.2g}",
+            f"{source.flux_debiased_std:.2g}; {source.flux_debiased_std_empirical:.2g}",
+        )  # fmt: skip
+        pairs = zip(posterior.mean, posterior.std, errors, strict=True)
         rows.append([
             str(source.label),
-            *(f"{mean:.4g} ± {std:.2g} ({fisher:.2g})" for mean, std, fisher in pairs),
+            *(f"{mean:.4g} ± {std:.2g} ({given})" for mean, std, given in pairs),
             f"{low[2]:.4g} to {high[2]:.4g}",
             f"{posterior.r_hat.max():.3f}",
             f"{posterior.ess.min():.0f} of {len(posterior.flat)}",
@@ -119,7 +123,7 @@ def posterior_sections(found: Sequence[SourcePosterior], out_dir: Path) -> list[
         ])  # fmt: skip
     text = (
         "Samples of position and flux by the No-U-Turn Sampler, with flat priors; mean ± standard deviation, in "
-        "parentheses the error in detections.csv (of the flux: that of the likelihood). The likelihood is widened so "
+        "parentheses the errors of detections.csv (of the flux: Fisher; empirical). The likelihood is widened so "
         "that the standard deviation of the flux is the empirical one, where that is known. R-hat and the effective "
         "number of samples are the worst of the three parameters (Vehtari et al. 2021): the chains agree if R-hat is "
         f"at most {WORST_R_HAT}."

@@ -21,7 +21,7 @@ def corner(posterior: Posterior, source: PointSource | None = None, truth: np.nd
 
     Args:
         posterior: The samples.
-        source: The fitted source; its values and errors are drawn as normal distributions.
+        source: The fitted source; its values and empirical errors are drawn as normal distributions.
         truth: True (y, x, flux), if known.
 
     Returns:
@@ -32,7 +32,9 @@ def corner(posterior: Posterior, source: PointSource | None = None, truth: np.nd
     fit = None
     if source is not None:
         values = np.array([source.y, source.x, source.flux_debiased])
-        fit = values, np.array([source.y_std, source.x_std, source.flux_debiased_std])
+        empirical = source.flux_debiased_std_empirical
+        flux_std = empirical if np.isfinite(empirical) else source.flux_debiased_std
+        fit = values, np.array([source.y_std, source.x_std, flux_std])
     with style():
         side = COLUMN_WIDTH_IN * 1.35
         figure = Figure(figsize=(side, side), layout="constrained")
@@ -57,7 +59,7 @@ def corner(posterior: Posterior, source: PointSource | None = None, truth: np.nd
             panels[k, 0].set_ylabel(NAMES[k])
         handles = [Line2D([], [], color=BLUE, label="posterior, 68 and 95 %")]
         if fit is not None:
-            handles.append(Line2D([], [], color="0.3", ls="--", lw=1.0, label="fit, with errors of the table"))
+            handles.append(Line2D([], [], color="0.3", ls="--", lw=1.0, label="fit, with empirical errors"))
         if truth is not None:
             handles.append(Line2D([], [], color=VERMILLION, lw=1.0, label="injected"))
         figure.legend(handles=handles, loc="outside upper right")
