@@ -74,7 +74,8 @@ def test_value_is_the_normal_density_of_the_patches():
         rho = reference.rho_paco(S, FRAMES)
         C = (1 - rho) * S + rho * np.diag(np.diag(S))
         h = reference.shift_psf(PSF, *(at - pixel), OFFSETS)
-        total += stats.multivariate_normal(m + flux * h, C).logpdf(cube[t, pixel[0] + OFFSETS[:, 0], pixel[1] + OFFSETS[:, 1]])
+        patch = reference.patches(cube, *pixel, OFFSETS)[t]
+        total += stats.multivariate_normal(m + flux * h, C).logpdf(patch)
     found = paco.log_likelihood(observed(), y, x, flux, PSF, 0.0, settings=EXACT)
     assert float(found) == pytest.approx(total, rel=1e-9)
 

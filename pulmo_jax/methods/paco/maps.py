@@ -168,11 +168,11 @@ def plan_rings(observation: Observation, plan: Plan) -> geometry.Ring:
         The rings; their number is a multiple of the number of devices.
     """
     program, template, dtype = plan.program, plan.template, observation.deviations.dtype
-    n_filtered = len(observation.deviations) * (len(template.terms) + (program.mode == "robust")) + len(template.product)
-    n_rounds = -(-int(plan.whole.sum()) * n_filtered * dtype.itemsize // (plan.budget * program.n_devices))
-    return geometry.rings(
-        plan.whole, observation.centre, exact.REACH_PX, n_rounds * program.n_devices, program.chunk
+    n_filtered = len(observation.deviations) * (len(template.terms) + (program.mode == "robust")) + len(
+        template.product
     )
+    n_rounds = -(-int(plan.whole.sum()) * n_filtered * dtype.itemsize // (plan.budget * program.n_devices))
+    return geometry.rings(plan.whole, observation.centre, exact.REACH_PX, n_rounds * program.n_devices, program.chunk)
 
 
 def fast_sums(

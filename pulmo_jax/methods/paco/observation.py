@@ -51,9 +51,7 @@ class Observation:
         return height, width
 
 
-register_pytree(
-    Observation, ("deviations", "angles_deg", "psf", "centre", "usable", "kept", "unit"), ("caveats",)
-)
+register_pytree(Observation, ("deviations", "angles_deg", "psf", "centre", "usable", "kept", "unit"), ("caveats",))
 
 
 def observe(

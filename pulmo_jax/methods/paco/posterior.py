@@ -138,7 +138,10 @@ def sample_posterior(
     channels = as_channels(observation)
     shares = np.ones(len(channels.each)) if spectrum is None else np.asarray(spectrum, float)
     views, patches = zip(
-        *(view_channel(channels, number, (y, x, flux), float(shares[number]), settings) for number in range(len(shares))),
+        *(
+            view_channel(channels, number, (y, x, flux), float(shares[number]), settings)
+            for number in range(len(shares))
+        ),
         strict=True,
     )
     dtype = views[0].stack.deviations.dtype

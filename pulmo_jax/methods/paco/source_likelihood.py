@@ -205,8 +205,8 @@ def flux_terms(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Terms of the log-likelihood that are linear and quadratic in the flux, profiled over the mean.
 
-    With e_t = r_t - flux h_t, the sum over all frames of (e_t - m)' C^-1 (e_t - m) is smallest for m the mean of e_t. It
-    is then, with d_t = r_t minus its mean and H the mean of h_t over the frames, that without a source minus
+    With e_t = r_t - flux h_t, the sum over all frames of (e_t - m)' C^-1 (e_t - m) is smallest for m the mean of e_t.
+    It is then, with d_t = r_t minus its mean and H the mean of h_t over the frames, that without a source minus
 
         sum_t 2 flux h_t' C^-1 d_t - flux^2 h_t' C^-1 (h_t - H),
 

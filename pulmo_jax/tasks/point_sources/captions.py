@@ -17,8 +17,9 @@ CAPTIONS = {
     ),
     "posterior": (
         "Posterior of position and flux of source {label} ({samples:,} samples). Diagonal: density of each parameter; "
-        "below: pairs, with contours that enclose 68 and 95 %; dashed: normal distribution of the fit with its empirical error. "
-        "Look for a posterior wider than, or displaced from, the fit, and for correlations between parameters."
+        "below: pairs, with contours that enclose 68 and 95 %; dashed: normal distribution of the fit with its "
+        "empirical error. Look for a posterior wider than, or displaced from, the fit, and for correlations between "
+        "parameters."
     ),
     "null_distribution": (
         "SNR in the null map of this stack ({positions:,} positions, about {independent} independent), which contains "

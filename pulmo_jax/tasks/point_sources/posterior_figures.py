@@ -5,6 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.ndimage import gaussian_filter
+from scipy.stats import norm
 
 from pulmo_jax.methods.paco.posterior import Posterior
 from pulmo_jax.reporting.figures import BLUE, COLUMN_WIDTH_IN, SKY, VERMILLION, style
@@ -72,9 +73,7 @@ def draw_histogram(axes: Axes, values: np.ndarray, fit: tuple[float, float] | No
     axes.set_yticks([])
     if fit is not None and np.isfinite(fit[1]) and fit[1] > 0:
         at = np.linspace(*axes.get_xlim(), 200)
-        axes.plot(
-            at, np.exp(-(((at - fit[0]) / fit[1]) ** 2) / 2) / (fit[1] * np.sqrt(2 * np.pi)), color="0.3", ls="--"
-        )
+        axes.plot(at, norm.pdf(at, *fit), color="0.3", ls="--")
 
 
 def draw_contours(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
