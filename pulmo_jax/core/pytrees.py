@@ -1,6 +1,6 @@
 """Registration of frozen dataclasses as JAX pytrees."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 
@@ -24,7 +24,7 @@ def register_pytree(cls: type, arrays: Sequence[str], static: Sequence[str]) -> 
     def flatten(instance: object) -> tuple[list, tuple]:
         return [getattr(instance, name) for name in arrays], tuple(getattr(instance, name) for name in static)
 
-    def unflatten(values: tuple, children: Sequence) -> object:
+    def unflatten(values: tuple, children: Iterable) -> object:
         instance = object.__new__(cls)
         for name, value in (*zip(arrays, children, strict=True), *zip(static, values, strict=True)):
             object.__setattr__(instance, name, value)

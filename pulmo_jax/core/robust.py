@@ -11,10 +11,12 @@ systematically too small, so that iterating the equations of F20 as printed driv
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pulmo_jax.core.covariance import Factor, Shrinkage, factorise, sample_covariance, shrink
@@ -154,28 +156,47 @@ def scale_mixture(
         F20, with the normalisation described in the module docstring.
     """
 
-    def improved(weights: Array) -> Array:
-        inverse = 1 / squared_scales(weighted_statistics(samples, weights, n, shrinkage))
-        return inverse / inverse.mean()
+    end = settle(shrinkage, tolerance, max_iterations, samples, n)
+    statistics = weighted_statistics(samples, end.weights, n, shrinkage)
+    return ScaleMixture(statistics, end.weights, end.iterations, end.change <= tolerance)
+
+
+def improve_weights(
+    shrinkage: Shrinkage, weights: Float[Array, "T"], samples: Float[Array, "T P"], n: Float[Array, ""]
+) -> Float[Array, "T"]:
+    """One step w -> F(w) of the fixed-point iteration (see `scale_mixture`)."""
+    inverse = 1 / squared_scales(weighted_statistics(samples, weights, n, shrinkage))
+    return inverse / inverse.mean()
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def settle(
+    shrinkage: Shrinkage, tolerance: float, max_iterations: int, samples: Float[Array, "T P"], n: Float[Array, ""]
+) -> _State:
+    """Iterate the frame weights to their fixed point (see `scale_mixture`)."""
 
     def improve(state: _State) -> _State:
-        weights = improved(state.weights)
+        weights = improve_weights(shrinkage, state.weights, samples, n)
         change = abs(jnp.log(weights / state.weights)).max()
         return _State(weights, change, state.iterations + 1)
 
-    def iterate(_: Any, start: Array) -> tuple[Array, tuple[Array, Array]]:
-        start_state = _State(start, jnp.full_like(samples[0, 0], jnp.inf), jnp.zeros((), jnp.int32))
-        end = jax.lax.while_loop(
-            lambda s: (s.change > tolerance) & (s.iterations < max_iterations), improve, start_state
-        )
-        return end.weights, (end.change, end.iterations.astype(start.dtype))  # aux of a root must have a tangent
+    start = _State(jnp.ones_like(samples[:, 0]), jnp.full_like(samples[0, 0], jnp.inf), jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(lambda s: (s.change > tolerance) & (s.iterations < max_iterations), improve, start)
 
-    start = jnp.ones_like(samples[:, 0])
-    weights, (change, iterations) = jax.lax.custom_root(
-        lambda weights: weights - improved(weights), start, iterate, solve_contraction, has_aux=True
-    )
-    statistics = weighted_statistics(samples, weights, n, shrinkage)
-    return ScaleMixture(statistics, weights, iterations.astype(jnp.int32), change <= tolerance)
+
+@settle.defjvp
+def _(
+    shrinkage: Shrinkage, tolerance: float, max_iterations: int, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[_State, _State]:
+    """Derivative of the fixed point w = F(w, samples, n): (I - F_w) dw = F_samples dsamples + F_n dn."""
+    end = settle(shrinkage, tolerance, max_iterations, *primals)
+    _, right = jax.jvp(partial(improve_weights, shrinkage, end.weights), primals, tangents)
+
+    def operator(v: Array) -> Array:
+        return v - jax.jvp(lambda w: improve_weights(shrinkage, w, *primals), (end.weights,), (v,))[1]
+
+    dw = solve_contraction(operator, right)
+    return end, _State(dw, jnp.zeros_like(end.change), np.zeros((), jax.dtypes.float0))
 
 
 def solve_contraction(

@@ -75,7 +75,9 @@ def test_two_channels_know_more_than_one():
     start = jnp.array(at)
     one = module.curvature((views[0][0],), start, (views[0][1],))
     two = module.curvature((views[0][0], views[1][0]), start, (views[0][1], views[1][1]))
-    assert float(two[2, 2] / one[2, 2]) == pytest.approx(1.25, rel=1e-3)
+    assert float(two[2, 2] / one[2, 2]) == pytest.approx(
+        1.25, rel=0.02
+    )  # the noise is learnt with half the flux removed
     found = paco.sample_posterior(both, *at, spectrum=np.ones(2), settings=SETTINGS)
     assert found.std[2] == pytest.approx(float(1 / np.sqrt(-2 * one[2, 2])), rel=0.15)
 

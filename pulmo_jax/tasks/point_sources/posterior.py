@@ -99,14 +99,12 @@ def posterior_csv(found: Sequence[SourcePosterior], centre: tuple[float, float],
 
 def posterior_sections(found: Sequence[SourcePosterior], out_dir: Path) -> list[Section]:
     """Section of the report with the table and the figures of all posteriors; [] if there are none."""
-    sampled = [each for each in found if each.posterior is not None]
+    sampled = [(each.source, each.posterior) for each in found if each.posterior is not None]
     if not sampled:
         return []
     columns = ["", "y (px)", "x (px)", "flux", "68 % of the flux", "R-hat", "samples", "divergences"]
     rows = []
-    for each in sampled:
-        posterior, source = each.posterior, each.source
-        assert posterior is not None
+    for source, posterior in sampled:
         low, high = posterior.interval(0.6827)
         errors = (
             f"{source.y_std:.2g}", f"{source.x_std:.2g}",
@@ -129,9 +127,8 @@ def posterior_sections(found: Sequence[SourcePosterior], out_dir: Path) -> list[
         f"at most {WORST_R_HAT}."
     )
     shown = []
-    for each in sampled[:MOST_SHOWN]:
-        saved = figures.save(corner(each.posterior, each.source), out_dir / "figures", f"posterior_{each.source.label}")
-        count = len(each.posterior.flat)  # pyright: ignore[reportOptionalMemberAccess]
+    for source, posterior in sampled[:MOST_SHOWN]:
+        saved = figures.save(corner(posterior, source), out_dir / "figures", f"posterior_{source.label}")
         captions = {saved.stem: CAPTIONS["posterior"]}
-        shown.append(captioned(saved, captions, label=each.source.label, samples=count))
+        shown.append(captioned(saved, captions, label=source.label, samples=len(posterior.flat)))
     return [Section("Posterior", text, shown, [Table("Posterior of position and flux", columns, rows, [])])]

@@ -1,5 +1,7 @@
 """Figure of the posterior of position and flux of a source."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +19,7 @@ LEVELS = (0.95, 0.68)  # enclosed probability of the contours
 SMOOTHING_BINS = 1.5
 
 
-def corner(posterior: Posterior, source: PointSource | None = None, truth: np.ndarray | None = None) -> Figure:
+def corner(posterior: Posterior, source: PointSource | None = None, truth: Sequence[float] | None = None) -> Figure:
     """Draw histograms of y, x and flux, and contours of each pair that enclose 68 and 95 % of the samples.
 
     Args:
@@ -72,7 +74,8 @@ def draw_histogram(axes: Axes, values: np.ndarray, fit: tuple[float, float] | No
     axes.hist(values, BINS, density=True, color=SKY, histtype="stepfilled")
     axes.set_yticks([])
     if fit is not None and np.isfinite(fit[1]) and fit[1] > 0:
-        at = np.linspace(*axes.get_xlim(), 200)
+        low, high = axes.get_xlim()
+        at = np.linspace(low, high, 200)
         axes.plot(at, norm.pdf(at, *fit), color="0.3", ls="--")
 
 
@@ -88,7 +91,7 @@ def draw_contours(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     axes.contour(*middles, density.T, levels=levels, colors=BLUE, linewidths=1.0)
 
 
-def mark_truth(axes: Axes, truth: np.ndarray | None, row: int, column: int) -> None:
+def mark_truth(axes: Axes, truth: Sequence[float] | None, row: int, column: int) -> None:
     """Mark the true parameters with lines."""
     if truth is None or column > row:
         return
