@@ -155,7 +155,8 @@ def map_terms(
         sums = fast_sums if program.mode == "fast" else exact_sums
         a, b, n_frames = sums(deviations, angles, noise, template, plan).reshape(3, *program.shape)
     defined = (n_frames > 0) & (a > 0)
-    return MapTerms(jnp.where(defined, a / unit**2, jnp.nan), jnp.where(defined, b / unit, jnp.nan), n_frames)
+    a, b = (jnp.asarray(jnp.where(defined, part, jnp.nan)) for part in (a / unit**2, b / unit))
+    return MapTerms(a, b, n_frames)
 
 
 def exact_sums(

@@ -6,7 +6,7 @@ Both are interpolated by Chebyshev polynomials, so that a step of the sampler do
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -322,7 +322,7 @@ def run_chains(
         step = blackjax.nuts(log_posterior, **tuned).step
 
         def draw(state: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
-            state, info = step(key, state)
+            state, info = cast(tuple[Any, Any], step(key, state))
             return state, (parameters(state.position), info.is_divergent)
 
         return jax.lax.scan(draw, state, jax.random.split(sampling, draws))[1]

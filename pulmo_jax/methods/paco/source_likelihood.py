@@ -73,8 +73,8 @@ def log_likelihood(
     and depend on all arguments; in robust mode the frame weights are differentiated implicitly. With `noise` the
     covariances are constants and the likelihood is profiled over the means. Use that for estimates and errors: it is
     faster; its maximum has a smaller error, since the covariance of a patch rests on all frames but is compared with
-    one; and its curvature gives errors that include the loss to self-subtraction, which the Fisher errors of
-    `characterise` neglect (measured in docs/statistics/point_sources.md).
+    one; and its curvature gives errors that include the loss to self-subtraction, which 1 / sqrt(a) neglects
+    (measured in docs/statistics/point_sources.md).
 
     Patches. They are centred on the pixels nearest to the track, which change in steps, and are constants in every
     derivative. The value jumps where a pixel changes, because the new patch contains other data. Values at two
@@ -271,7 +271,7 @@ def gaussian(stack: Stack, source: Source, trail: Trail, noise: Noise | TrackNoi
     data, usable = tracks.own_patches(stack, trail, patch)
     model = noise.mean + source.flux * tracks.template(stack, trail, source.place, patch)
     whitened = jax.vmap(likelihood.whiten)(jnp.where(usable, data - model, 0), noise.lower)
-    scale = jnp.where(usable, jnp.diagonal(noise.lower, axis1=1, axis2=2), 1)
+    scale = jnp.asarray(jnp.where(usable, jnp.diagonal(noise.lower, axis1=1, axis2=2), 1))
     squares = jnp.where(usable, whitened**2, 0)  # unusable pixels are independent of the others
     return -squares.sum() / 2 - jnp.log(scale).sum() - usable.sum() * jnp.log(2 * jnp.pi) / 2
 

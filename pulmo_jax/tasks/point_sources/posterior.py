@@ -121,7 +121,7 @@ def posterior_sections(found: Sequence[SourcePosterior], out_dir: Path) -> list[
         ])  # fmt: skip
     text = (
         "Samples of position and flux by the No-U-Turn Sampler, with flat priors; mean ± standard deviation, in "
-        "parentheses the errors of detections.csv (of the flux: Fisher; empirical). The likelihood is widened so "
+        "parentheses the errors of detections.csv (of the flux: likelihood; empirical). The likelihood is widened so "
         "that the standard deviation of the flux is the empirical one, where that is known. R-hat and the effective "
         "number of samples are the worst of the three parameters (Vehtari et al. 2021): the chains agree if R-hat is "
         f"at most {WORST_R_HAT}."
