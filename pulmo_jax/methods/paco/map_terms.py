@@ -30,17 +30,17 @@ class MapTerms(NamedTuple):
         n_frames: Number of usable frames along the track of each pixel.
     """
 
-    a: Float[Array, "H W"]
-    b: Float[Array, "H W"]
-    n_frames: Float[Array, "H W"]
+    a: Float[Array, "*batch H W"]
+    b: Float[Array, "*batch H W"]
+    n_frames: Float[Array, "*batch H W"]
 
     @property
-    def snr(self) -> Float[Array, "H W"]:
+    def snr(self) -> Float[Array, "*batch H W"]:
         """b / sqrt(a); NaN where undefined."""
         return likelihood.snr(self.a, self.b)
 
     @property
-    def flux(self) -> Float[Array, "H W"]:
+    def flux(self) -> Float[Array, "*batch H W"]:
         """b / a, in units of the PSF; NaN where undefined."""
         return likelihood.flux(self.a, self.b)
 
