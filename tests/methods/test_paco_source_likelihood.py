@@ -110,12 +110,13 @@ def test_derivatives_are_those_of_finite_differences(settings):
         expected = slope(shifted, at[number], along)
         np.testing.assert_allclose((gradient * along).sum(), expected, rtol=1e-6)
     hessian = jax.jit(jax.hessian(value))(at[0])
-    reverse = jax.jit(jax.jacrev(jax.grad(value)))(at[0])
     gradient = jax.jit(jax.grad(value))
     expected = np.stack([slope(gradient, at[0], along) for along in jnp.eye(4)])
     scale = np.sqrt(np.outer(abs(np.diag(expected)), abs(np.diag(expected))))
     np.testing.assert_allclose(hessian / scale, expected / scale, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(reverse / scale, expected / scale, rtol=0, atol=1e-6)
+    if settings.mode == "exact":  # JAX has no reverse derivative of the reverse derivative of a solve in a scan
+        reverse = jax.jit(jax.jacrev(jax.grad(value)))(at[0])
+        np.testing.assert_allclose(reverse / scale, expected / scale, rtol=0, atol=1e-6)
 
 
 def test_derivatives_with_constant_covariances():

@@ -70,7 +70,8 @@ def log_likelihood(
     which is a pytree.
 
     Noise. By default mean and covariance of every patch are learnt from the frames minus the source (F18, Algorithm 3)
-    and depend on all arguments; in robust mode the frame weights are differentiated implicitly. With `noise` the
+    and depend on all arguments; in robust mode the frame weights are differentiated implicitly (second
+    derivatives by `jax.hessian` or `jacfwd`, not by `jacrev` of `grad`). With `noise` the
     covariances are constants and the likelihood is profiled over the means. Use that for estimates and errors: it is
     faster; its maximum has a smaller error, since the covariance of a patch rests on all frames but is compared with
     one; and its curvature gives errors that include the loss to self-subtraction, which 1 / sqrt(a) neglects
