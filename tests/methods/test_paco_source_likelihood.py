@@ -185,4 +185,4 @@ def test_errors_are_fishers_where_the_source_leaves_its_patches():
     std, fisher = np.sqrt(np.diag(covariance)), np.sqrt(np.diag(fit.covariance[0])) * [1, 1, observation.unit]
     np.testing.assert_allclose(std, fisher, rtol=0.1)
     step = covariance @ np.asarray(jax.grad(value)(at))
-    assert (abs(step) < 0.2 * std).all()
+    assert (abs(step) < 0.3 * std).all()
