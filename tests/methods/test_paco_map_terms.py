@@ -59,6 +59,8 @@ def test_values_and_derivatives(mode):
         return paco.map_terms(cube, angles_deg, psf, plan).snr[PLACE]
 
     gradients = jax.jit(jax.grad(snr, (0, 1, 2)))(*arguments)
+    # 13 frames of patches of 13 pixels: the slowest weights are at 1e-6 of their fixed point after all iterations.
+    tolerance = 1e-5 if mode == "robust" else 1e-6
     rng, step = np.random.default_rng(1), 1e-5
     for number, gradient in enumerate(gradients):
         assert jnp.isfinite(gradient).all()
@@ -67,7 +69,7 @@ def test_values_and_derivatives(mode):
             snr(*arguments[:number], arguments[number] + sign * step * along, *arguments[number + 1 :])
             for sign in (1, -1)
         )
-        np.testing.assert_allclose((gradient * along).sum(), (up - down) / (2 * step), rtol=1e-6)
+        np.testing.assert_allclose((gradient * along).sum(), (up - down) / (2 * step), rtol=tolerance)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])

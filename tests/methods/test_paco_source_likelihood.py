@@ -173,7 +173,8 @@ def test_errors_are_fishers_where_the_source_leaves_its_patches():
     angles = np.arange(frames) * 360 / frames
     observation = observed(seed=4, frames=frames, angles=angles)
     stack, patch = prepare(observation, EXACT)
-    fit = characterise(stack, jnp.array([PLACE]), patch)
+    start = characterise(stack, jnp.array([PLACE]), patch)
+    fit = characterise(stack, jnp.stack([start.y, start.x], -1), patch)  # on the patches of the track of the fit
     place, flux = (float(fit.y[0]), float(fit.x[0])), float(fit.flux[0]) * observation.unit
     noise = paco.track_noise(observation, *place, flux, settings=EXACT)
 
