@@ -271,6 +271,18 @@ def test_a_stack_is_mapped_without_a_run(capsys):
     assert capsys.readouterr().out.split(") (") == ["(40, 40", "40, 40)\n"]
 
 
+def test_the_likelihood_of_a_source_is_differentiated():
+    """The errors by its Hessian are those of the samples."""
+    stack = rotating_stack(seed=0, frames=32, size=48, rotation_deg=120, planets=((34.0, 36.0, 1000.0),)).stack
+    names: dict = {"cube": stack.cube, "angles_deg": stack.angles_deg, "psf": stack.psf, "at": (34.0, 36.0, 1000.0)}
+    exec(compile(example("sample_posterior"), "python.md", "exec"), names)
+    np.testing.assert_allclose(names["posterior"].std, names["std"], rtol=0.2)
+    names = {key: names[key] for key in ("cube", "angles_deg", "psf")}
+    exec(compile(example("plan_maps"), "python.md", "exec"), names)
+    assert names["gradient"].shape == stack.cube.shape
+    assert np.isfinite(names["gradient"]).all()
+
+
 @pytest.fixture
 def my_package(tmp_path, monkeypatch) -> Path:
     """The files of docs/howto/extend.md, each named in its first line."""

@@ -87,12 +87,12 @@ def extract(
 
 
 def whole_patches(
-    usable: Bool[np.ndarray, "H W"], offsets: Int[np.ndarray, "P 2"], share: float
-) -> Bool[np.ndarray, "H W"]:
+    usable: Bool[np.ndarray, "H W"] | Bool[Array, "H W"], offsets: Int[np.ndarray, "P 2"], share: float
+) -> Bool[np.ndarray, "H W"] | Bool[Array, "H W"]:
     """Find the pixels on which a complete patch can be centred.
 
     Args:
-        usable: Pixels that may be used.
+        usable: Pixels that may be used; a JAX array may be traced.
         offsets: Footprint of the patch.
         share: Smallest fraction of the patch that must be usable.
 
@@ -101,14 +101,13 @@ def whole_patches(
     """
     (top, left), (bottom, right) = -offsets.min(0), offsets.max(0)
     height, width = usable.shape
-    complete = np.zeros_like(usable)
-    if height <= top + bottom or width <= left + right:
-        return complete
-    inner = np.s_[top : height - bottom, left : width - right]
     rows, columns = height - top - bottom, width - left - right
+    if rows <= 0 or columns <= 0:
+        return np.zeros((height, width), bool)
     count = sum(usable[top + dy : top + dy + rows, left + dx : left + dx + columns].astype(int) for dy, dx in offsets)
-    complete[inner] = usable[inner] & (count >= share * len(offsets))
-    return complete
+    complete = usable[top : height - bottom, left : width - right] & (count >= share * len(offsets))
+    pad = jnp.pad if isinstance(usable, Array) else np.pad
+    return pad(complete, ((top, bottom), (left, right)))
 
 
 class Lags(NamedTuple):

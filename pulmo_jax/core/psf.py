@@ -6,6 +6,7 @@ evaluated only within half a side of the source.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -221,6 +222,48 @@ def expand(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"], tol
         if error <= tolerance:
             return ShiftExpansion(degree, templates, products(degree), abs(residual).max(0), error)
     raise ValueError(f"even of degree {MAX_DEGREE} a shift expansion errs by more than {tolerance:.1e}")
+
+
+def shift_templates(stamp: Float[Array, "S S"], offsets: Int[np.ndarray, "P 2"], degree: int) -> Float[Array, "J P"]:
+    """Coefficients of a shift expansion of given degree, as in `expand`; linear in the stamp, which may be traced.
+
+    Args:
+        stamp: PSF stamp.
+        offsets: Footprint, offsets (dy, dx) from the middle pixel.
+        degree: Highest total degree; 0 for the PSF without a shift, as in `centred`.
+
+    Returns:
+        Coefficients of the J terms.
+    """
+    side = stamp.shape[0]
+    if degree == 0:
+        return stamp[tuple((offsets + side // 2).T)][None]
+    whole, place = np.unique(offsets, return_inverse=True)
+    row, column = place.reshape(offsets.shape).T
+    along = jnp.asarray(shift_basis(whole, side, degree), stamp.dtype)
+    (ky, kx), precision = orders(degree), jax.lax.Precision.HIGHEST
+    products = jnp.einsum("jyS,SR,jxR->jyx", along[ky], stamp, along[kx], precision=precision)
+    return products[:, row, column]
+
+
+def shift_basis(pixels: Int[np.ndarray, "n"], side: int, degree: int) -> Float[np.ndarray, "K n S"]:
+    """Coefficients of T_k(2 s), k = 0 … degree, of the interpolation weights at `pixels` of a source with offset s.
+
+    Args:
+        pixels: Pixels relative to the reference pixel of the shift.
+        side: Side S of the stamp, px.
+        degree: Highest degree; K = degree + 1.
+
+    Returns:
+        Matrices that map the stamp's pixels to the coefficients at the given pixels.
+    """
+    nodes = chebyshev.chebpts1(MAX_DEGREE + 9)
+    frequencies = np.arange(1, side // 2 + 1)
+    distance = (pixels - nodes[:, None] / 2)[..., None] - (np.arange(side) - side // 2)
+    kernel = (1 + 2 * np.cos(2 * np.pi / side * distance[..., None] * frequencies).sum(-1)) / side
+    weights = chebyshev.chebvander(nodes, degree) * 2 / len(nodes)
+    weights[:, 0] /= 2
+    return np.einsum("ak,ayS->kyS", weights, kernel)
 
 
 def centred(stamp: Float[np.ndarray, "S S"], offsets: Int[np.ndarray, "P 2"]) -> ShiftExpansion:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import least_squares
 
+from pulmo_jax.core.pytrees import register_pytree
 from pulmo_jax.types import InputError
 
 FluxKind = Literal["none", "peak", "aperture", "fwhm"]
@@ -16,7 +17,7 @@ _MIN_FWHM_PX = 0.6  # narrower fits are hot pixels, with a meaningless width and
 
 @dataclass(frozen=True)
 class Psf:
-    """A PSF for matched filtering: a source of flux f adds f * stamp to a frame.
+    """A PSF for matched filtering: a source of flux f adds f * stamp to a frame. A JAX pytree of its stamp.
 
     Attributes:
         stamp: Normalised PSF, an odd square with the source on the central pixel (S, S).
@@ -33,6 +34,9 @@ class Psf:
     flux_kind: FluxKind
     aperture_px: float | None
     offset_px: tuple[float, float]
+
+
+register_pytree(Psf, ("stamp",), ("fwhm_px", "flux", "flux_kind", "aperture_px", "offset_px"))
 
 
 def prepare_psf(

@@ -1,9 +1,12 @@
 """Commands that install optional dependencies, for a clone and for an installed wheel."""
 
 import importlib.metadata
+import importlib.util
 import re
 import shlex
 from pathlib import Path
+
+from pulmo_jax.types import InputError
 
 ROOT = Path(__file__).parents[2]
 OF_EXTRA = re.compile(r"""(?P<requirement>[^;]+);\s*extra\s*==\s*['"](?P<extra>[\w-]+)['"]\s*""")
@@ -35,3 +38,18 @@ def requirements_of(extra: str) -> list[str]:
     """
     found = map(OF_EXTRA.fullmatch, importlib.metadata.requires("pulmo-jax") or [])
     return [match["requirement"].strip() for match in found if match and match["extra"] == extra]
+
+
+def find_package(module: str, extra: str, purpose: str) -> None:
+    """Check that an optional dependency is installed.
+
+    Args:
+        module: Name under which it is imported.
+        extra: Extra in pyproject.toml that contains it.
+        purpose: What needs it, such as a key of the config.
+
+    Raises:
+        InputError: If it is not installed, with the command that installs it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{purpose} needs {module}, which is not installed; install it: {install_command(extra)}")

@@ -73,7 +73,7 @@ def peaks(
         y, x = known.fit.place
         chosen &= separation_map(channels.shape, (float(y), float(x))) > channels.fwhm_px
     close = is_close(channels)
-    ranked = sorted(map(tuple, np.argwhere(chosen).tolist()), key=lambda pixel: -values[pixel])
+    ranked = sorted(((y, x) for y, x in np.argwhere(chosen).tolist()), key=lambda pixel: -values[pixel])
     near, far = ([pixel for pixel in ranked if close[pixel] == side] for side in (True, False))
     return [*far[: MOST_CANDIDATES - MOST_CLOSE], *near[:MOST_CLOSE]]
 

@@ -159,10 +159,12 @@ class Refits:
     noise: Noise
     prepared: Prepared
 
-    def peak(self, places: Float[np.ndarray, "R N 2"], fluxes: Float[np.ndarray, "R N"]) -> Float[np.ndarray, "R N"]:
-        """Highest SNR of the map at an injected source and around it, where its peak lies if it is bright."""
+    def peak(
+        self, places: Float[np.ndarray, "R N 2"], fluxes: Float[np.ndarray, "R N"]
+    ) -> tuple[Float[np.ndarray, "R N"], Float[np.ndarray, "R N 2"]]:
+        """Highest SNR of the map at an injected source or around it, where the peak of a bright one lies, and place."""
         if not len(places):
-            return np.zeros(fluxes.shape)
+            return np.zeros(fluxes.shape), places
         inject = injections(self.channels, self.prepared, places, self.using)
         angles = 2 * np.pi * np.arange(N_AROUND) / N_AROUND
         offsets = [(0.0, 0.0), *zip(AROUND_PX * np.sin(angles), AROUND_PX * np.cos(angles), strict=True)]
@@ -279,18 +281,15 @@ def limits_in_map(
     needed = np.maximum(rings.levels - base, rings.levels / LARGEST_STEP)
     fluxes = needed / np.sqrt(a)
     linear = limit = fluxes
-    gain = flux_gain = needed
+    gain = flux_share = np.zeros(fluxes.shape)
     for number in track(range(ROUNDS), ROUNDS):
         a_with, b_with = (np.where(rings.seen, part, 1) for part in inject(fluxes))
-        gain, flux_gain = b_with / np.sqrt(a_with) - base, b_with / a_with - flux_base
+        gain, flux_share = b_with / np.sqrt(a_with) - base, (b_with / a_with - flux_base) / fluxes
         step = np.clip(needed / np.maximum(gain, needed / LARGEST_STEP), 1 / LARGEST_STEP, LARGEST_STEP)
         limit = fluxes * needed / np.where(gain > 0, gain, np.nan)
         linear = np.nan_to_num(limit, nan=np.nanmax(fluxes)) if number == 0 else linear
-        reached = abs(gain / needed - 1) < NEAR_ENOUGH
-        flux_share = flux_gain / fluxes
-        if number < ROUNDS - 1:
-            fluxes = fluxes * step
-    return np.where(reached, limit, np.inf), linear, flux_share
+        fluxes = fluxes * step
+    return np.where(abs(gain / needed - 1) < NEAR_ENOUGH, limit, np.inf), linear, flux_share
 
 
 def range_of(

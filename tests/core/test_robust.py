@@ -213,3 +213,59 @@ def test_what_does_not_settle_says_so():
     assert not fit(samples, most=2).converged
     assert int(fit(samples, most=2).iterations) == 2
     assert fit(samples).converged
+
+
+# --- its derivative
+
+
+def summary_of(samples, shrinkage):
+    found = robust.scale_mixture(samples, jnp.asarray(40.0), covariance.shrinkage_factor(shrinkage, 0.3), 1e-14)
+    of = found.statistics
+    lower = of.factor.lower
+    return jnp.log(found.weights)[:9].sum() + jnp.log(jnp.diag(lower)).sum() + lower.sum() + of.mean.sum() + of.rho
+
+
+@pytest.mark.parametrize("shrinkage", ["paco", "oas", "ledoit_wolf", "fixed"])
+def test_implicit_derivative_is_that_of_the_converged_iteration(shrinkage):
+    """Forward, reverse and second derivatives against finite differences of the iteration itself."""
+    samples, step = jnp.asarray(correlated(40, 9)), 1e-5
+    along = jnp.asarray(np.random.default_rng(5).normal(size=samples.shape))
+    value = jax.jit(partial(summary_of, shrinkage=shrinkage))
+    gradient = jax.jit(jax.grad(value))
+    expected = (value(samples + step * along) - value(samples - step * along)) / (2 * step)
+    forward = jax.jit(lambda x, v: jax.jvp(value, (x,), (v,))[1])(samples, along)
+    np.testing.assert_allclose(forward, expected, rtol=1e-6)
+    np.testing.assert_allclose((gradient(samples) * along).sum(), expected, rtol=1e-6)
+    second = jax.jit(lambda x, v: jax.jvp(jax.grad(value), (x,), (v,))[1])(samples, along)
+    expected = (gradient(samples + step * along) - gradient(samples - step * along)) / (2 * step)
+    np.testing.assert_allclose(second, expected, rtol=0, atol=1e-6 * abs(expected).max())
+
+
+def test_a_constant_weight_has_another_derivative():
+    """The weights' own derivative counts: without it the gradient is wrong by more than a percent."""
+    samples = jnp.asarray(correlated(40, 9))
+    shrinkage = covariance.shrinkage_factor("paco")
+    weights = fit(samples).weights
+
+    def with_constant(samples):
+        of = robust.weighted_statistics(samples, weights, jnp.asarray(40.0), shrinkage)
+        return jnp.log(jnp.diag(of.factor.lower)).sum()
+
+    def with_own(samples):
+        of = robust.scale_mixture(samples, jnp.asarray(40.0), shrinkage, 1e-13).statistics
+        return jnp.log(jnp.diag(of.factor.lower)).sum()
+
+    constant, own = jax.jit(jax.grad(with_constant))(samples), jax.jit(jax.grad(with_own))(samples)
+    assert abs(constant - own).max() > 0.01 * abs(own).max()
+
+
+def test_solve_contraction_solves_and_transposes():
+    rng = np.random.default_rng(2)
+    matrix = jnp.asarray(np.eye(12) - 0.1 * rng.normal(size=(12, 12)))
+    right = jnp.asarray(rng.normal(size=12))
+
+    def solve(right):
+        return robust.solve_contraction(lambda v: matrix @ v, right)
+
+    np.testing.assert_allclose(solve(right), np.linalg.solve(matrix, right), rtol=1e-12)
+    np.testing.assert_allclose(jax.jacrev(solve)(right), np.linalg.inv(matrix), atol=1e-12)

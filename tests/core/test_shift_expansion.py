@@ -201,3 +201,14 @@ def test_terms_are_products_of_chebyshev_s_polynomials(degree):
     assert (ky + kx).max() == degree
     for term, i, j in zip(terms, ky, kx, strict=True):
         np.testing.assert_allclose(term, np.cos(i * np.arccos(2 * y)) * np.cos(j * np.arccos(2 * x)), atol=1e-13)
+
+
+@pytest.mark.parametrize("degree", [0, 3, 8])
+def test_shift_templates_are_those_of_the_expansion(degree):
+    """Traceable and linear in the stamp; of degree 0 the PSF itself."""
+    stamp, offsets = source(4.0, 15), patches.disc(3)
+    ky, kx = psf.orders(degree)
+    expected = psf.chebyshev_coefficients(stamp, offsets)[ky, kx] if degree else psf.centred(stamp, offsets).templates
+    values, slope = jax.jvp(lambda s: psf.shift_templates(s, offsets, degree), *2 * [(jnp.asarray(stamp),)])
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(slope, expected, rtol=0, atol=1e-13)

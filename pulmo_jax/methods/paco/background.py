@@ -173,7 +173,8 @@ def filters_of(
     # C >= rho diag(S), so this bounds the C^-1 norm of the truncation error from above.
     neglected = jnp.where(usable, template.neglected**2 / jnp.where(usable, variance, 1), 0).sum()
     neglected = jnp.where(neglected > 0, neglected / rho, 0)
-    return Filters(weights, gram, jnp.stack([rho, factor.singular.astype(rho.dtype), neglected, jnp.zeros_like(rho)]))
+    state = jnp.stack([rho, factor.singular.astype(rho.dtype), neglected, jnp.zeros_like(rho)])
+    return Filters(weights, gram, jax.lax.stop_gradient(state))  # a diagnostic, without a derivative where rho is 0
 
 
 def robust_filters_at(

@@ -37,9 +37,9 @@ def least_squares(stack: Stack, patch: Patch, start: Float[Array, "2"]) -> tuple
 
     def model(place: Array) -> Array:
         at = passing_source(stack, place, patch)
-        mean = jax.lax.map(lambda centre: at(centre).mean(0), trail.distinct)
+        mean = jnp.asarray(jax.lax.map(lambda centre: at(centre).mean(0), trail.distinct))
         return jnp.where(
-            usable, template(stack, trail, place, patch) - mean.at[trail.index].get(mode="fill", fill_value=jnp.nan), 0
+            usable, template(stack, trail, place, patch) - mean.at[trail.visit].get(mode="fill", fill_value=jnp.nan), 0
         )
 
     def step(_: Array | int, place: Array) -> Array:

@@ -184,9 +184,10 @@ def prepare_channels(channels: Channels, settings: Settings, near: bool = False)
     Returns:
         Arrays and static settings of each channel.
     """
-    corner = np.hypot(*(max(c, n - 1 - c) for c, n in zip(channels.centre, channels.shape, strict=True)))
+    reach_y, reach_x = (max(c, n - 1 - c) for c, n in zip(channels.centre, channels.shape, strict=True))
+    corner = float(np.hypot(reach_y, reach_x))
     stacks, patches = zip(*(prepare(observation, settings) for observation in channels.each), strict=True)
-    n_distinct = NEAR_DISTINCT if near else most_distinct(channels, float(corner))
+    n_distinct = NEAR_DISTINCT if near else most_distinct(channels, corner)
     return stacks, tuple(patch._replace(n_distinct=n_distinct) for patch in patches)
 
 

@@ -139,9 +139,7 @@ def exact_sums(
         elsewhere.
     """
     program, n_pixels, dtype = plan.program, plan.whole.size, observation.deviations.dtype
-    n_filtered = len(angles) * (len(plan.template.terms) + (program.mode == "robust")) + len(plan.template.product)
-    n_rounds = -(-int(plan.whole.sum()) * n_filtered * dtype.itemsize // (plan.budget * program.n_devices))
-    rings = geometry.rings(plan.whole, observation.centre, exact.REACH_PX, n_rounds * program.n_devices, program.chunk)
+    rings = plan_rings(observation, plan)
     scene = exact.Scene(
         observation.deviations.reshape(-1, n_pixels),
         noise,
@@ -151,12 +149,30 @@ def exact_sums(
         jnp.asarray(plan.whole.ravel()),
     )
     sums, states = np.zeros((3, n_pixels)), np.full((4, n_pixels), np.nan)
-    for i in track(range(0, len(rings.pixels), program.n_devices), n_rounds):
+    for i in track(range(0, len(rings.pixels), program.n_devices), len(rings.pixels) // program.n_devices):
         ring = geometry.Ring(*(part[i : i + program.n_devices] for part in rings))
         ring_sums, ring_states = jax.device_get(exact.score_rings(scene, ring, program))
         sums[:, ring.pixels] = np.moveaxis(ring_sums, 1, 0)
         states[:, ring.locations] = np.moveaxis(ring_states, 2, 0)
     return sums, states
+
+
+def plan_rings(observation: Observation, plan: Plan) -> geometry.Ring:
+    """Divide the field into rings whose filtered frames fit into the memory budget of the devices.
+
+    Args:
+        observation: A rotating stack.
+        plan: Execution plan.
+
+    Returns:
+        The rings; their number is a multiple of the number of devices.
+    """
+    program, template, dtype = plan.program, plan.template, observation.deviations.dtype
+    n_filtered = len(observation.deviations) * (len(template.terms) + (program.mode == "robust")) + len(
+        template.product
+    )
+    n_rounds = -(-int(plan.whole.sum()) * n_filtered * dtype.itemsize // (plan.budget * program.n_devices))
+    return geometry.rings(plan.whole, observation.centre, exact.REACH_PX, n_rounds * program.n_devices, program.chunk)
 
 
 def fast_sums(

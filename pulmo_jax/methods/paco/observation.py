@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from pulmo_jax.core.geometry import rotation_deg
+from pulmo_jax.core.pytrees import register_pytree
 from pulmo_jax.data.psf import Psf, prepare_psf
 from pulmo_jax.types import InputError
 
@@ -21,7 +22,7 @@ Centre = tuple[float | int, float | int]
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """A validated and standardised rotating stack.
+    """A validated and standardised rotating stack; a JAX pytree, of which only the caveats are static.
 
     Attributes:
         deviations: Frames minus their temporal mean, in multiples of `unit`; 0 at unusable pixels.
@@ -48,6 +49,9 @@ class Observation:
         """Height and width of the frames, px."""
         height, width = self.deviations.shape[1:]
         return height, width
+
+
+register_pytree(Observation, ("deviations", "angles_deg", "psf", "centre", "usable", "kept", "unit"), ("caveats",))
 
 
 def observe(

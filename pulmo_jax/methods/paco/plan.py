@@ -55,7 +55,7 @@ def make_plan(observation: Observation, settings: Settings) -> Plan:
         InputError: If too few patches fit into the frames, or the PSF is undersampled.
     """
     offsets = footprint(observation.psf, settings.patch_radius_px)
-    whole = patches.whole_patches(observation.usable, offsets, settings.usable_share)
+    whole = np.asarray(patches.whole_patches(observation.usable, offsets, settings.usable_share))
     n_whole, dtype, (height, width) = int(whole.sum()), observation.deviations.dtype, observation.shape
     sides = [np.ptp(np.flatnonzero(whole.any(axis))) + 1 if n_whole else 0 for axis in (1, 0)]
     if min(sides) < (MIN_SIDE if settings.mode == "fast" else 1):

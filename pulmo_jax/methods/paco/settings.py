@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+import jax
+
 from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the computation of the maps.
+    """Settings of the computation of the maps; static in JAX transformations.
 
     Attributes:
         mode: "exact" uses the PSF at the sub-pixel position in every frame; "fast" is Algorithm 2 of Flasseur et al.

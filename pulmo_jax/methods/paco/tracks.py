@@ -34,13 +34,13 @@ class Trail(NamedTuple):
         usable: Whether a patch can be centred on the track in that frame.
         distinct: The D different ones among these pixels, padded by repetition; close to the star the track stays on
             a pixel for many frames, and their patch is learnt once.
-        index: Index of each frame's pixel among the distinct ones.
+        visit: Index of each frame's pixel among the distinct ones.
     """
 
     pixel: Int[Array, "T 2"]
     usable: Bool[Array, "T"]
     distinct: Int[Array, "D 2"]
-    index: Int[Array, "T"]
+    visit: Int[Array, "T"]
 
 
 class Noise(NamedTuple):
@@ -142,9 +142,9 @@ def learn(stack: Stack, trail: Trail, place: Float[Array, "2"], flux: Float[Arra
 
     n_distinct = len(trail.distinct)
     found = map_in_batches(learn_patch, trail.distinct, min(n_distinct, patches_at_once(stack.deviations, patch)))
-    mean, lower = (part.at[trail.index].get(mode="fill", fill_value=jnp.nan) for part in found[:2])
+    mean, lower = (part.at[trail.visit].get(mode="fill", fill_value=jnp.nan) for part in found[:2])
     if patch.weights_error is not None:
-        lower /= jnp.sqrt(found[2][trail.index, jnp.arange(len(trail.index))])[:, None, None]
+        lower /= jnp.sqrt(found[2][trail.visit, jnp.arange(len(trail.visit))])[:, None, None]
     return Noise(mean, lower)
 
 

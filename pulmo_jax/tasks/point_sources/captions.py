@@ -15,6 +15,12 @@ CAPTIONS = {
         "spread of the null at that separation; dashed, if shown: injected spectrum. Look for a smooth spectrum: a "
         "companion is present in most channels, a residual speckle in few."
     ),
+    "posterior": (
+        "Posterior of position and flux of source {label} ({samples:,} samples). Diagonal: density of each parameter; "
+        "below: pairs, with contours that enclose 68 and 95 %; dashed: normal distribution of the fit with its "
+        "empirical error. Look for a posterior wider than, or displaced from, the fit, and for correlations between "
+        "parameters."
+    ),
     "null_distribution": (
         "SNR in the null map of this stack ({positions:,} positions, about {independent} independent), which contains "
         "noise and no source. Left: histogram; right: quantiles. Blue: theoretical SNR; vermillion: calibrated SNR, of "

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pulmo_jax.config.choices import Frames, Mode, ShrinkageName
 from pulmo_jax.config.section import Bool, Float, Int, Node, Pair, PathLike, Section, at_home
 from pulmo_jax.data.file_parts import is_part, same_file, split_part
+from pulmo_jax.host.extras import find_package
+from pulmo_jax.types import InputError
 
 
 def _is_file(path: PathLike) -> PathLike:
@@ -33,9 +35,19 @@ def _name_or_file(value: Any) -> str | Path:
     return _is_file(at_home(Path(value)))
 
 
+def _can_sample(wanted: bool) -> bool:
+    if wanted:
+        try:
+            find_package("blackjax", "posterior", "search.posterior=true")
+        except InputError as error:
+            raise ValueError(str(error)) from error
+    return wanted
+
+
 DataFile = Annotated[PathLike, AfterValidator(_is_file)]
 Spectrum = Annotated[str | Path, BeforeValidator(_name_or_file)]
 StarFlux = Annotated[float | str | None, BeforeValidator(_is_star_flux)]
+Sampled = Annotated[Bool, AfterValidator(_can_sample)]
 Triple = tuple[Float, Float, Float]
 
 
@@ -208,6 +220,7 @@ class SearchConfig(Section):
         "separation (Student's t), or the theoretical SNR b/sqrt(a)",
     )
     max_sources: Int = Field(default=20, ge=0, description="maximum number of sources")
+    posterior: Sampled = Field(default=False, description="sample the posterior of position and flux of each source")
 
 
 class ContrastConfig(Section):

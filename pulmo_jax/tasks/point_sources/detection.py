@@ -30,6 +30,7 @@ from pulmo_jax.tasks.point_sources.drawing import Sky
 from pulmo_jax.tasks.point_sources.figures import ONE_PASS_CONTRAST, detection_maps
 from pulmo_jax.tasks.point_sources.geometry_check import geometry_caveats
 from pulmo_jax.tasks.point_sources.inputs import input_digests
+from pulmo_jax.tasks.point_sources.posterior import write_posteriors
 from pulmo_jax.tasks.point_sources.reading import load, naming, observe, synthetic_stack
 from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.tasks.point_sources.results import (
@@ -144,6 +145,7 @@ def write(result: Result, search: Search, place: Place, seconds: float) -> None:
         write_text(folder / "spectra.csv", spectra_csv(search.spectra, result))
     if result.contrast is not None:
         write_text(folder / "contrast.csv", contrast_csv(result.contrast, config.data, star_mean))
+    result = replace(result, posteriors=write_posteriors(result, search, settings_of(config.method), place))
     write_json(folder / "metrics.json", summarise(result, search, seconds))
     write_json(folder / "run.json", provenance())
     write_json(folder / "inputs.json", input_digests(config.data))

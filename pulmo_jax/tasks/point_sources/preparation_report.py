@@ -17,9 +17,10 @@ from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.config import PrepareConfig
 from pulmo_jax.tasks.point_sources.drawing import (
     BACKGROUND,
+    Sky,
     add_colour_bar,
     image_panels,
-    label_rows,
+    label_map_axes,
     percentile,
     show_image,
 )
@@ -139,8 +140,8 @@ def median_frames(
             shown = show_image(axes, image, scale, origin="lower")
             axes.plot(star[1], star[0], "+", color="white", ms=7, mew=1)
             add_colour_bar(figure, axes, shown, "unit of the cube")
-            axes.set(title=name, xlabel="x (px)")
-        label_rows(panels)
+            axes.set_title(name)
+        label_map_axes(panels, Sky(star_after))
     return figure
 
 

@@ -30,6 +30,7 @@ from pulmo_jax.tasks.point_sources.captions import CAPTIONS
 from pulmo_jax.tasks.point_sources.cells import MAS_PER_ARCSEC, in_px_and_mas, measured, separation
 from pulmo_jax.tasks.point_sources.config import DetectConfig
 from pulmo_jax.tasks.point_sources.drawing import Sky
+from pulmo_jax.tasks.point_sources.posterior import SourcePosterior, posterior_sections
 from pulmo_jax.tasks.point_sources.units import FluxScale, flux_caveats, flux_scale
 from pulmo_jax.types import PointSource
 
@@ -39,6 +40,9 @@ ROBUST_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2020.
 differential imaging: a local weighting approach. A&A 634, A2."""
 SPECTRAL_CITATION = """Flasseur, O., Denis, L., Thiébaut, É., Langlois, M. 2020. PACO ASDI: an algorithm for exoplanet
 detection and characterization in direct imaging with integral field spectrographs. A&A 637, A9."""
+
+POSTERIOR_CITATION = """Hoffman, M. D., Gelman, A. 2014. The No-U-Turn Sampler: adaptively setting path lengths in
+Hamiltonian Monte Carlo. JMLR 15, 1593."""
 
 UNLIKE = 1e-2  # probability below which a source is reported to have another spectrum than assumed
 PHOTOMETRY = ("flux (PSF units)", "likelihood error", "one pass", "contrast", "Δmag")
@@ -58,6 +62,7 @@ class Result:
         truth: Sources (y, x, flux) of a synthetic stack; the flux is the mean over channels.
         contrast: Detection limits, if measured.
         spectrum: Spectrum of the known sources, mean 1, if known.
+        posteriors: Posterior of each source, if sampled.
     """
 
     config: DetectConfig
@@ -66,6 +71,7 @@ class Result:
     truth: Sequence[tuple[float, float, float]]
     contrast: Contrast | None = None
     spectrum: np.ndarray | None = None
+    posteriors: tuple[SourcePosterior, ...] = ()
 
     @property
     def spectral(self) -> bool:
@@ -107,6 +113,7 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
         sections=[
             source_section(result, search, table, out_dir),
             *([spectra_section(result, search, out_dir)] if result.spectral else []),
+            *posterior_sections(result.posteriors, out_dir),
             null_section(result, search, out_dir),
             *([contrast_section(result, search, result.contrast, out_dir)] if result.contrast is not None else []),
             stack_section(result, search, out_dir),
@@ -116,6 +123,7 @@ def write_adi_report(result: Result, search: Search, out_dir: Path, console: Con
             CITATION,
             *([ROBUST_CITATION] if result.config.method.mode == "robust" else []),
             *([SPECTRAL_CITATION] if result.spectral else []),
+            *([POSTERIOR_CITATION] if result.posteriors else []),
         ],
         warnings=[*result.stack.caveats, *search.caveats, *flux_caveats(search.sources, result.fluxes)],
         sample=line_of(result),
