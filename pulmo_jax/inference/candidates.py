@@ -24,7 +24,7 @@ from pulmo_jax.methods.paco.spectral import Combination, Combined, combine
 
 CLOSE = 3.0  # FWHM that a source moves, and its separation, below which it may hide in its own noise model
 LOW_CLOSE = 1.0  # lowest significance of a candidate there; injections of any flux from the limit exceed it
-MOST_CLOSE = 12  # highest candidates there
+MOST_CLOSE, LEAST_CLOSE = 12, 4  # highest candidates there: of one channel, and of many, whose SNR is combined
 LOW_NULL = 2.0  # lowest significance of the peaks of the null that are fitted
 MOST_NULL_PEAKS = 8  # highest peaks of the null that are fitted
 MIN_PEAKS = 3  # smallest number of peaks of the null that measure their gain
@@ -75,7 +75,8 @@ def peaks(
     close = is_close(channels)
     ranked = sorted(((y, x) for y, x in np.argwhere(chosen).tolist()), key=lambda pixel: -values[pixel])
     near, far = ([pixel for pixel in ranked if close[pixel] == side] for side in (True, False))
-    return [*far[: MOST_CANDIDATES - MOST_CLOSE], *near[:MOST_CLOSE]]
+    most = max(LEAST_CLOSE, MOST_CLOSE // len(channels.each))  # a fit takes a time proportional to the channels
+    return [*far[: MOST_CANDIDATES - MOST_CLOSE], *near[:most]]
 
 
 def is_close(channels: Channels) -> Bool[np.ndarray, "H W"]:

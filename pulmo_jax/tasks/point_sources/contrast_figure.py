@@ -23,6 +23,7 @@ def contrast_curve(
     fluxes: FluxScale,
     pixel_scale: float | None,
     threshold: float = 5,
+    calibrated: bool = True,
 ) -> Figure:
     """Draw the range of fluxes that injections are detected in, the detected sources, and the throughput.
 
@@ -32,6 +33,7 @@ def contrast_curve(
         fluxes: Unit of the fluxes.
         pixel_scale: Pixel scale, arcsec per pixel, if known.
         threshold: Threshold, standard deviations.
+        calibrated: Whether it applies to the significance in the empirical null, or to the theoretical SNR.
 
     Returns:
         The figure.
@@ -56,7 +58,8 @@ def contrast_curve(
         add_arcsec_axis(upper, pixel_scale)
         plot_throughput(lower, r, contrast.flux_throughput, contrast.flux_throughput_std)
         figure.align_ylabels([upper, lower])
-        figure.legend(loc="outside lower center", ncols=2)
+        kind = "calibrated SNR (empirical null, Student's t)" if calibrated else "theoretical SNR, b / sqrt(a)"
+        figure.legend(loc="outside lower center", ncols=2, title=f"{sigma}: {kind}", title_fontsize="medium")
     return figure
 
 

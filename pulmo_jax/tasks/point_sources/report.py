@@ -279,8 +279,14 @@ def calibrated_null(result: Result, search: Search) -> np.ndarray:
 def contrast_section(result: Result, search: Search, contrast: Contrast, out_dir: Path) -> Section:
     if not len(contrast.separation_px):
         return Section("Limits", "The field is too small for a contrast curve.")
+    config = result.config
     figure = contrast_figure.contrast_curve(
-        contrast, search.sources, result.fluxes, result.config.data.pixel_scale, result.config.search.threshold
+        contrast,
+        search.sources,
+        result.fluxes,
+        config.data.pixel_scale,
+        config.search.threshold,
+        config.search.snr == "calibrated",
     )
     text = (
         f"Fluxes of sources that this search detects, from injections in {int(contrast.n.max())} directions at each "
