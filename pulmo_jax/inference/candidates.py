@@ -22,7 +22,7 @@ from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.methods.paco.joint import SourceFit, fit_sources
 from pulmo_jax.methods.paco.spectral import Combination, Combined, combine
 
-CLOSE = 3.0  # FWHM that a source moves, and its separation, below which it may hide in its own noise model
+CLOSE = 4.0  # FWHM that a source moves, and its separation, below which it may hide in its own noise model
 LOW_CLOSE = 1.0  # lowest significance of a candidate there; injections of any flux from the limit exceed it
 MOST_CLOSE, LEAST_CLOSE = 12, 4  # highest candidates there: of one channel, and of many, whose SNR is combined
 LOW_NULL = 2.0  # lowest significance of the peaks of the null that are fitted

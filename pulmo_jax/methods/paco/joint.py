@@ -19,7 +19,7 @@ from pulmo_jax.methods.paco.tracks import distinct_pixels
 Prepared = tuple[tuple[Stack, ...], tuple[Patch, ...]]  # arrays and static settings of every channel
 
 CAPACITY = 32  # sources per call of the program
-NEAR_DISTINCT = 32  # patches along the track of a source near the star; sources beyond have a program of their own
+NEAR_DISTINCT = 40  # patches along the track of a source near the star; sources beyond have a program of their own
 REACH_PX = 3.0  # largest distance between a start and the patches of the fit
 
 
