@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.ndimage import maximum_filter
+from scipy.ndimage import map_coordinates, maximum_filter
 
 from pulmo_jax.core.geometry import rotation_deg
-from pulmo_jax.evaluation.null_field import separation_map
+from pulmo_jax.evaluation.null_field import MAD_TO_STD, separation_map
 from pulmo_jax.inference.search_noise import Noise
 from pulmo_jax.methods.paco import LikelihoodMaps, Settings
 from pulmo_jax.methods.paco.channels import Channels
-from pulmo_jax.methods.paco.joint import SourceFit, fit_sources
+from pulmo_jax.methods.paco.coarse_fit import least_squares_map
+from pulmo_jax.methods.paco.joint import SourceFit, fit_sources, prepare_channels
 from pulmo_jax.methods.paco.spectral import Combination, Combined, combine
 
 CLOSE = 4.0  # FWHM that a source moves, and its separation, below which it may hide in its own noise model
@@ -28,7 +29,8 @@ MOST_CLOSE, LEAST_CLOSE = 12, 4  # highest candidates there: of one channel, and
 LOW_NULL = 2.0  # lowest significance of the peaks of the null that are fitted
 MOST_NULL_PEAKS = 8  # highest peaks of the null that are fitted
 MIN_PEAKS = 3  # smallest number of peaks of the null that measure their gain
-MOST_CANDIDATES = 32  # highest peaks that are fitted in a round
+MOST_FAR = 20  # highest peaks elsewhere that are fitted in a round
+LOW_BRIGHT = 3.0  # lowest value of a candidate in the least-squares map, in units of its spread
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,68 @@ class Candidate:
 
 
 def peaks(
-    significance: Float[np.ndarray, "H W"], channels: Channels, taken: Sequence[Candidate], threshold: float
+    significance: Float[np.ndarray, "H W"],
+    bright: Float[np.ndarray, "H W"],
+    channels: Channels,
+    taken: Sequence[Candidate],
+    threshold: float,
 ) -> list[tuple[int, int]]:
-    """Select the local maxima that may be sources.
+    """Select the local maxima that may be sources: of the SNR map, and near the star of the least-squares map, too.
 
     Args:
         significance: Significance of the SNR at every pixel; NaN where there is none.
+        bright: Least-squares map in units of its spread (see `brightness`).
         channels: The observation.
         taken: Known sources; peaks within one FWHM of one are its residuals.
         threshold: Lowest significance of a source.
 
     Returns:
-        At most MOST_CANDIDATES pixels (row, column).
+        Pixels (row, column).
     """
-    values = np.where(np.isfinite(significance), significance, -np.inf)
-    lowest = np.where(is_close(channels), min(LOW_CLOSE, threshold), threshold)
-    chosen = (values == maximum_filter(values, 3, mode="constant", cval=-np.inf)) & (values >= lowest)
-    for known in taken:
-        y, x = known.fit.place
-        chosen &= separation_map(channels.shape, (float(y), float(x))) > channels.fwhm_px
     close = is_close(channels)
-    ranked = sorted(((y, x) for y, x in np.argwhere(chosen).tolist()), key=lambda pixel: -values[pixel])
-    near, far = ([pixel for pixel in ranked if close[pixel] == side] for side in (True, False))
+    known = np.isfinite(significance)
+    for source in taken:
+        y, x = source.fit.place
+        known &= separation_map(channels.shape, (float(y), float(x))) > channels.fwhm_px
+    far = ranked(np.where(known & ~close, significance, -np.inf), threshold)
     most = max(LEAST_CLOSE, MOST_CLOSE // len(channels.each))  # a fit takes a time proportional to the channels
-    return [*far[: MOST_CANDIDATES - MOST_CLOSE], *near[:most]]
+    faint = ranked(np.where(known & close, significance, -np.inf), min(LOW_CLOSE, threshold))
+    strong = ranked(np.where(known & close, bright, -np.inf), LOW_BRIGHT)
+    near = [*strong[: most // 3], *faint[: most - most // 3]]
+    return [*far[:MOST_FAR], *dict.fromkeys(near)]
+
+
+def ranked(values: Float[np.ndarray, "H W"], lowest: float) -> list[tuple[int, int]]:
+    """Local maxima of at least a value, the highest first."""
+    chosen = (values == maximum_filter(values, 3, mode="constant", cval=-np.inf)) & (values >= lowest)
+    return sorted(((y, x) for y, x in np.argwhere(chosen).tolist()), key=lambda pixel: -values[pixel])
+
+
+def brightness(channels: Channels, settings: Settings) -> Float[np.ndarray, "H W"]:
+    """Sum of the least-squares maps of the channels, each in units of its robust spread at the same separation.
+
+    The noise of these maps is large, but a source raises them in proportion to its flux.
+
+    Args:
+        channels: The observation, without the known sources.
+        settings: Settings of the noise model.
+
+    Returns:
+        The map; 0 where a channel has no pixel at that separation.
+    """
+    separation = separation_map(channels.shape, channels.centre)
+    total = np.zeros(channels.shape)
+    for number, (stack, patch) in enumerate(zip(*prepare_channels(channels, settings), strict=True)):
+        values = np.asarray(least_squares_map(stack, patch), float)
+        rows, columns = channels.in_channel(number, np.stack(np.indices(channels.shape), -1).astype(float)).T
+        values = map_coordinates(values, (rows.T, columns.T), order=1)
+        ring = (separation / channels.fwhm_px).astype(int)
+        for k in range(ring.max() + 1):
+            inside = ring == k
+            middle = np.median(values[inside]) if inside.any() else 0.0
+            spread = MAD_TO_STD * np.median(abs(values[inside] - middle)) if inside.any() else 0.0
+            total[inside] += (values[inside] - middle) / spread if spread > 0 else 0.0
+    return total / np.sqrt(len(channels.each))
 
 
 def is_close(channels: Channels) -> Bool[np.ndarray, "H W"]:
@@ -187,7 +227,7 @@ def refit_gain(channels: Channels, settings: Settings, combination: Combination,
     """
     mirrored = channels.but_with([replace(one, angles_deg=-one.angles_deg) for one in channels.each])
     values = noise.significance(noise.null.snr, separation_map(channels.shape, channels.centre))
-    pixels = peaks(np.where(is_close(channels), values, np.nan), mirrored, [], LOW_NULL)[:MOST_NULL_PEAKS]
+    pixels = ranked(np.where(is_close(channels) & np.isfinite(values), values, -np.inf), LOW_NULL)[:MOST_NULL_PEAKS]
     if len(pixels) < MIN_PEAKS:
         return 1.0
     fits = fit_sources(mirrored, settings, np.array(pixels, float))

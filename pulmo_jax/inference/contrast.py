@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pulmo_jax.inference.candidates import LOW_CLOSE, debiased, is_close_at
+from pulmo_jax.inference.candidates import LOW_BRIGHT, LOW_CLOSE, brightness, debiased, is_close_at
 from pulmo_jax.inference.point_sources import Search
 from pulmo_jax.inference.search_noise import Noise, theoretical
 from pulmo_jax.inference.spectral_trials import trials_threshold
 from pulmo_jax.methods.paco import Settings
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.methods.paco.joint import Injected, Prepared, fit_sources, is_near, prepare_channels
+from pulmo_jax.methods.paco.removal import with_injection
 from pulmo_jax.methods.paco.spectral import Combination, combine
 from pulmo_jax.methods.paco.stack import Stack
 from pulmo_jax.methods.paco.tracks import inject_channels
@@ -171,6 +172,15 @@ class Refits:
         snr = np.array([snr_of(inject(fluxes, offset)) for offset in offsets])
         return snr.max(0), places + np.array(offsets)[snr.argmax(0)]
 
+    def bright(self, places: Float[np.ndarray, "R 2"], fluxes: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
+        """Value of the least-squares map at each of R injected sources, in units of its spread."""
+        found = []
+        for place, flux in zip(places, fluxes, strict=True):
+            injected = with_injection(self.channels, place, flux * self.using.spectra[0])
+            y, x = np.round(place).astype(int)
+            found.append(brightness(injected, self.settings)[y, x])
+        return np.array(found)
+
     def snr(
         self, places: Float[np.ndarray, "N 2"], fluxes: Float[np.ndarray, "N"], peaks: Float[np.ndarray, "N 2"]
     ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
@@ -225,7 +235,8 @@ def measured(rings: Rings, start: Terms, inject: Injection, refits: Refits, trac
             continue
         candidate, peaks = np.zeros(raw.shape, bool), rings.places.copy()
         height, peaks[close] = refits.peak(rings.places[close], fluxes[close])
-        candidate[close] = height >= rings.lowest[close]
+        strong = refits.bright(rings.places[close, 0], fluxes[close, 0]) >= LOW_BRIGHT
+        candidate[close] = (height >= rings.lowest[close]) | strong[:, None]
         hidden = seen & candidate & (~found[number] | (number == REFERENCE))
         snr, slope = refits.snr(rings.places[hidden], fluxes[hidden], peaks[hidden])
         level = np.broadcast_to(rings.levels, raw.shape)[hidden]
@@ -234,7 +245,9 @@ def measured(rings: Rings, start: Terms, inject: Injection, refits: Refits, trac
             limit = fluxes[hidden] - (snr - level) / np.where(slope > 0, slope, np.nan)
             by_fit[hidden] = np.where(limit > 0, limit, np.inf)
     at_limit, _ = refits.peak(rings.places[close], np.where(np.isfinite(by_fit), by_fit, 0)[close])
-    by_fit[close] = np.where(at_limit >= rings.lowest[close], by_fit[close], np.inf)
+    at_least = np.where(np.isfinite(by_fit), by_fit, np.inf)[close].min(1, initial=np.inf)
+    strong = refits.bright(rings.places[close, 0], np.where(np.isfinite(at_least), at_least, 0)) >= LOW_BRIGHT
+    by_fit[close] = np.where((at_limit >= rings.lowest[close]) | strong[:, None], by_fit[close], np.inf)
     limits = np.where(seen, np.minimum(by_map, by_fit), np.nan)
     found[:REFERENCE] |= reference * np.array(MULTIPLES[:REFERENCE])[:, None, None] >= limits
     rows = [

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from pulmo_jax.evaluation.null_field import NullProfile, separation_map
 from pulmo_jax.inference.candidates import (
     Candidate,
+    brightness,
     fit_candidates,
     peaks,
     refit_gain,
@@ -228,7 +229,7 @@ def next_source(
     """
     channels, noise = residual.channels, criterion.noise(residual)
     significance = noise.significance(residual.maps.snr, separation_map(channels.shape, channels.centre))
-    pixels = peaks(significance, channels, found, criterion.threshold)
+    pixels = peaks(significance, brightness(channels, settings), channels, found, criterion.threshold)
     new = [pixel for pixel in pixels if pixel not in fitted]
     fitted |= {one.pixel: one for one in fit_candidates(channels, settings, residual.maps, residual.template, new)}
     best, value = strongest([fitted[pixel] for pixel in pixels], channels, combination, noise, found)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.methods.paco.joint import SourceFit
@@ -44,3 +45,24 @@ def without(observation: Observation, fits: Sequence[Fit]) -> Observation:
     )  # fmt: skip
     left = subtract(deviations, jnp.asarray(observation.usable), *arrays, count=len(fits))
     return replace(observation, deviations=left)
+
+
+def with_injection(channels: Channels, place: Float[np.ndarray, "2"], fluxes: Float[np.ndarray, "L"]) -> Channels:
+    """Add a source to every frame of every channel.
+
+    Args:
+        channels: The observation.
+        place: Position (y, x) on the sky, px.
+        fluxes: Flux in each channel, in units of its PSF.
+
+    Returns:
+        The observation with the source.
+    """
+    each = []
+    for number, (one, flux) in enumerate(zip(channels.each, fluxes, strict=True)):
+        at = np.append(channels.in_channel(number, place), -flux / one.unit)
+        y, x, lost = (jnp.asarray(value, one.deviations.dtype) for value in at)
+        nothing = jnp.zeros((), one.deviations.dtype)
+        fit = Fit(y, x, lost, jnp.zeros((3, 3)), nothing, nothing, nothing, jnp.zeros((), jnp.int32))
+        each.append(without(one, [fit]))
+    return channels.but_with(each)
