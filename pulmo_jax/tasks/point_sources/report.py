@@ -407,7 +407,7 @@ def source_row(source: PointSource, result: Result, star: float | None) -> list[
         flux = relative_photometry(s.flux_debiased, s.flux_debiased_std_empirical, star)
         for name in ("contrast", "delta_mag"):
             row.append(measured(float(flux[name]), float(flux[f"{name}_std"])))
-    row.append(f"< {FALSE_ALARM_FLOOR:g}".replace("e-0", "e-") if rare else f"{s.false_alarm_probability:.1g}")
+    row.append(f"≤ {FALSE_ALARM_FLOOR:g}".replace("e-0", "e-") if rare else f"{s.false_alarm_probability:.1g}")
     return [*row, known(s, result)] if result.truth else row
 
 
