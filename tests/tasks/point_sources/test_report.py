@@ -276,6 +276,30 @@ def test_truth_stands_beside_what_was_found_and_what_was_missed_below():
     assert table.notes[:-2] == ["Not detected: the source of flux 50 at (y, x) = (10.0, 20.0)."]
 
 
+def test_flux_near_the_threshold_is_noted_with_its_correction(tmp_path, undrawn):
+    made = result(truth=())
+    near = source(2, 35.0, 5.0, near_threshold=True, flux_corrected=31.4, flux_corrected_std=9.2)
+    notes = source_table([source(), near], made).notes
+    note = "Source 2 is near the threshold, so that its flux is biased high: corrected for selection, it is 31.4 ± 9.2."
+    assert [words for words in notes if "biased high" in words] == [note]
+    text, console = written(made, search(made, source(), near), tmp_path)
+    assert note in text
+    assert note in " ".join(console.split())
+    assert not any("biased high" in words for words in source_table([source()], made).notes)
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [(1e-6, "≤ 1e-6"), (1.5e-6, "1e-06"), (2.4e-4, "0.0002"), (0.31, "0.3")]
+)
+def test_false_alarm_probabilities_end_at_the_bound(probability, shown, tmp_path, undrawn):
+    made = result(truth=())
+    found = source(false_alarm_probability=probability)
+    assert cells(made, found)[0]["false alarm"] == shown
+    text, console = written(made, search(made, found), tmp_path)
+    assert shown in text
+    assert shown in console
+
+
 def test_nothing_found_is_said():
     assert source_table([], result(truth=())).notes == ["No peak exceeds the threshold."]
     assert len(source_table([], result()).notes) == len(TRUTH)
@@ -371,6 +395,23 @@ def test_no_ring_is_said_and_no_curve_is_left_out(tmp_path, undrawn):
     text, _ = written(made, found, tmp_path)
     assert "Limits" not in text
     assert not (tmp_path / "figures" / "contrast_curve.png").exists()
+
+
+def test_limits_name_their_criterion_and_range(tmp_path, undrawn):
+    made = result()
+    found = search(made, source())
+    text = adi_report.contrast_section(made, found, curve(), tmp_path).text
+    n = found.profile.n
+    for words in (
+        "The threshold of 5 applies to the calibrated SNR",
+        f"{n.min():.0f} (near the star) to {n.max():.0f} independent values (Student's t, Mawet et al. 2014)",
+        "10000 times the limit",
+    ):
+        assert words in text
+    made = replace(made, config=validate(DetectConfig, {"search": {"snr": "theoretical", "threshold": 4}}))
+    text = adi_report.contrast_section(made, found, curve(), tmp_path).text
+    assert "The threshold of 4 applies to the theoretical SNR, b / sqrt(a)." in text
+    assert "Student" not in text
 
 
 @pytest.mark.parametrize("kind", ["theoretical", "calibrated"])
