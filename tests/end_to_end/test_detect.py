@@ -18,7 +18,6 @@ import pytest
 import tifffile
 from astropy.io import fits
 from omegaconf import OmegaConf
-from pulmo_jax.evaluation.contrast import Contrast
 from references import child
 
 from pulmo_jax import detect

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from pulmo_jax.evaluation.contrast import Contrast
 
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.geometry import frame_position
@@ -473,7 +472,8 @@ def test_page_of_one_wavelength_says_nothing_of_spectra(tmp_path, undrawn):
 def test_trials_of_a_set_of_spectra_are_told(tmp_path, undrawn):
     made = result(channels=3)
     templates = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    text, _ = written(made, replace(search(made, source(), templates=templates), trials=1.8), tmp_path)
+    found = search(made, source(), templates=templates)
+    text, _ = written(made, replace(found, noise=replace(found.noise, trials=1.8)), tmp_path)
     assert "They count as 1.8 independent trials, so the threshold is raised from 5 to 5.11" in text
     assert "the best of 2 spectra at every pixel" in text
     assert "with one of 2 spectra" in text
