@@ -19,6 +19,7 @@ import tifffile
 from astropy.io import fits
 from omegaconf import OmegaConf
 from references import child
+from scipy import stats
 
 from pulmo_jax import detect
 from pulmo_jax.config.section import validate
@@ -502,15 +503,27 @@ def test_fast_mode_finds_the_same(job, files, sweep):
     assert sweep[0].header()["PSFERR"] > 0
 
 
-def test_calibrated_snr_decides_where_it_is_asked_to(job, files, limits):
+def test_calibrated_snr_decides_unless_the_theoretical_one_is_asked_for(job, files, limits):
+    """Few independent values near the star make the significance lower than the SNR."""
     source = limits.only()
-    assert source["snr"] < source["snr_calibrated"]
-    between = (source["snr"] + source["snr_calibrated"]) / 2
-    by_theory = job(files | {"search.threshold": between}, "theory")
-    assert by_theory.rows() == []
-    calibrated = job(files | {"search.threshold": between, "search.snr": "calibrated"}, "calibrated")
-    assert len(calibrated.rows()) == 1
-    np.testing.assert_allclose(calibrated.map("snr_calibrated")[34, 36], calibrated.only()["snr_calibrated"], rtol=0.01)
+    refitted = source["snr_debiased"] / limits.metrics()["refit_gain"]
+    assert source["snr_calibrated"] < refitted
+    between = {"search.threshold": (source["snr_calibrated"] + refitted) / 2}
+    assert job(files | between, "calibrated").rows() == []
+    assert len(job(files | between | {"search.snr": "theoretical"}, "theory").rows()) == 1
+
+
+def test_calibrated_map_is_student_t_by_hand(limits):
+    null = limits.metrics()["null_by_separation"]
+    y, x = np.indices((SIZE, SIZE))
+    separation = np.hypot(y - CENTRE[0], x - CENTRE[1])
+    std, n = (np.interp(separation, null["separation_px"], null[name]) for name in ("std", "independent"))
+    snr, calibrated = limits.map("snr").astype(float), limits.map("snr_calibrated")
+    tail = stats.t.sf(abs(snr) / std / np.sqrt(1 + 1 / n), n - 1)
+    known = np.isfinite(snr)
+    np.testing.assert_array_equal(known, np.isfinite(calibrated))
+    np.testing.assert_allclose(abs(calibrated[known]), stats.norm.isf(tail[known]), rtol=1e-4, atol=1e-4)
+    assert (calibrated[known] * snr[known] >= 0).all()
 
 
 def test_no_limits_and_no_search(job, files):

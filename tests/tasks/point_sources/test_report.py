@@ -288,7 +288,7 @@ def test_flux_near_the_threshold_is_noted_with_its_correction(tmp_path, undrawn)
 
 
 @pytest.mark.parametrize(
-    ("probability", "shown"), [(1e-6, "≤ 1e-6"), (1.5e-6, "1e-06"), (2.4e-4, "0.0002"), (0.31, "0.3")]
+    ("probability", "shown"), [(1e-6, "≤ 1e-6"), (1.6e-6, "2e-06"), (2.4e-4, "0.0002"), (0.31, "0.3")]
 )
 def test_false_alarm_probabilities_end_at_the_bound(probability, shown, tmp_path, undrawn):
     made = result(truth=())
