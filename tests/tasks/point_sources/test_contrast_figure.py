@@ -141,6 +141,16 @@ def test_unknown_errors_and_values():
     assert "3.5σ" in texts(figure)
 
 
+@pytest.mark.parametrize(
+    ("calibrated", "name"),
+    [(True, "4σ: calibrated SNR (empirical null, Student's t)"), (False, "4σ: theoretical SNR, b / sqrt(a)")],
+)
+def test_legend_names_the_snr_of_the_threshold(calibrated, name):
+    figure = drawn(threshold=4, calibrated=calibrated)
+    assert_words_apart(figure)
+    assert figure.legends[0].get_title().get_text() == name
+
+
 def test_less_than_two_decades_have_numbers_on_their_axis():
     """With 100 times the limit above, the axis has at least the powers of ten that it crosses."""
     flat = 300 + 2 * RADIUS
