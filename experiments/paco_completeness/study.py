@@ -79,7 +79,9 @@ def measure(rotation: float, frames: int, size: int, seed: int, injections: int)
     rng = np.random.default_rng(seed)
     found = []
     for number in range(injections):
-        separation, flux, multiple = draw(rng, contrast, empty.psf.fwhm_px, SEPARATIONS[number % len(SEPARATIONS)])
+        separation, flux, multiple = draw(
+            rng, contrast, empty.psf.fwhm_px, SEPARATIONS[(seed + number) % len(SEPARATIONS)]
+        )
         angle = rng.uniform(0, 2 * np.pi)
         place = np.array(empty.centre) + separation * np.array([np.sin(angle), np.cos(angle)])
         seen = stack(seed, frames, size, rotation, ((*place.tolist(), flux),))
