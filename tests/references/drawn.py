@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -34,12 +35,12 @@ def texts(figure: Figure) -> str:
 
 
 def line(axes: Axes, label: str) -> Line2D:
-    return next(drawn for drawn in axes.lines if drawn.get_label().startswith(label))
+    return next(drawn for drawn in axes.lines if str(drawn.get_label()).startswith(label))
 
 
 def points(axes: Axes, marker: str) -> list[tuple[float, ...]]:
     drawn = [artist for artist in axes.lines if artist.get_marker() == marker]
-    return [tuple(point) for artist in drawn for point in artist.get_xydata()]
+    return [tuple(point) for artist in drawn for point in np.asarray(artist.get_xydata())]
 
 
 def assert_words_apart(figure: Figure) -> None:
