@@ -190,7 +190,7 @@ def table(rows: list[Row]) -> str:
               "| --- |" + " --- |" * (len(rings) + 2)]  # fmt: skip
     for rotation, part in groups.items():
         std, tail = null_spread(part)
-        cells = " | ".join(f"{s:.2f}, {p / NOMINAL:.2f}" for s, p in zip(std, tail, strict=True))
+        cells = " | ".join(f"{s:.2f}, {p / NOMINAL:.2f}" if p >= 0 else "-" for s, p in zip(std, tail, strict=True))
         lines.append(f"| {rotation:g}° | {len(part)} | {sum(len(row['false']) for row in part)} | {cells} |")
     lines += ["", "**Injections**: share found, by separation and by flux over the limit of the stack there, with 95 % "
               "intervals; other sources that were detected at the same time.", "",
