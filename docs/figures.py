@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from pulmo_jax.evaluation.contrast import contrast_curve
 from scipy.ndimage import gaussian_filter
 
 from pulmo_jax.core.histogram import ScoreHistogram
@@ -39,6 +38,7 @@ from pulmo_jax.evaluation.class_calibration import fit_scaling
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.evaluation.landmark_quality import threshold
 from pulmo_jax.evaluation.metrics import image_metrics
+from pulmo_jax.inference.contrast import contrast_curve
 from pulmo_jax.inference.point_sources import find_sources
 from pulmo_jax.methods.anomaly_classifier import GaussianAnomaly
 from pulmo_jax.methods.eigenpatch import Eigenpatch
@@ -47,9 +47,10 @@ from pulmo_jax.methods.patch_gaussian import PatchGaussian
 from pulmo_jax.models.identity import Identity
 from pulmo_jax.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, TEXT_WIDTH_IN, VERMILLION, style
 from pulmo_jax.tasks.landmarks.figures import ellipses
+from pulmo_jax.tasks.point_sources import contrast_figure, preparation_report
 from pulmo_jax.tasks.point_sources import figures as point_source_figures
-from pulmo_jax.tasks.point_sources import preparation_report
 from pulmo_jax.tasks.point_sources.drawing import Sky
+from pulmo_jax.tasks.point_sources.units import FluxScale
 
 TESTS = Path(__file__).parents[1] / "tests"
 FOLDER, DPI = Path(__file__).parent / "img", 130
@@ -397,11 +398,8 @@ def point_sources() -> Figure:
 def contrast() -> Figure:
     """Detection limits of the default synthetic stack."""
     _, search = _default_search()
-    curve = contrast_curve(search.residual, Settings(), n_directions=8, n_rings=12)
-    return point_source_figures.contrast_curve(
-        curve.separation_px, curve.limit, curve.limit_corrected, curve.throughput, curve.throughput_std,
-        search.sources, None, "in one FWHM",
-    )  # fmt: skip
+    fluxes = FluxScale("", star=None, relative=False, magnitudes=False)
+    return contrast_figure.contrast_curve(contrast_curve(search, Settings()), search.sources, fluxes, None)
 
 
 def prepare() -> Figure:

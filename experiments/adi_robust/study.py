@@ -28,14 +28,15 @@ from scipy.ndimage import shift as shifted
 
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import rotating_stack
-from pulmo_jax.evaluation.contrast import limit_at
 from pulmo_jax.evaluation.null_field import separation_map
 from pulmo_jax.methods.paco import Observation, Settings, compute_maps, observe
-from pulmo_jax.methods.paco.tracks import inject, prepare
+from pulmo_jax.methods.paco.stack import Patch, Stack, prepare
+from pulmo_jax.methods.paco.tracks import inject
 
 HERE = Path(__file__).parent
 FRAMES, SIDE, SHARE = 100, 100, 0.05
 SNR = 8.0
+ROUNDS, LARGEST_STEP, NEAR_ENOUGH = 5, 4.0, 0.1  # of the iteration to the flux of a given SNR
 SEPARATIONS_FWHM, DIRECTIONS = (3.0, 5.0, 7.0), 4
 MODES = ("exact", "robust")
 BAD = ("no", "noise times 3 to 10", "a bright streak", "shifted by 1.5 px")
@@ -121,11 +122,28 @@ def reference_fluxes(of: Observation, places: np.ndarray) -> np.ndarray:
     stack, patch = prepare(of, Settings())
     fluxes = []
     for ring in np.split(places, len(SEPARATIONS_FWHM)):
-        limit = limit_at(stack, patch, ring, SNR)
-        if limit is None or not np.isfinite(limit[1]):
+        flux = flux_of_snr(stack, patch, ring, SNR)
+        if not np.isfinite(flux):
             raise AssertionError(f"no flux has an SNR of {SNR} at {ring}")
-        fluxes += [limit[1]] * len(ring)
+        fluxes += [flux] * len(ring)
     return np.array(fluxes)
+
+
+def flux_of_snr(stack: Stack, patch: Patch, places: np.ndarray, snr: float) -> float:
+    """Flux with which sources injected at the places add a mean SNR of `snr`, in units of the deviations.
+
+    Self-subtraction depends on the flux, so that it is approached in rounds of injections.
+    """
+    at = jnp.asarray(places, stack.deviations.dtype)
+    a, b = (np.asarray(part, float) for part in inject(stack, at, jnp.zeros(len(at)), patch))
+    if not (a > 0).all():
+        return float("nan")
+    flux, gain = snr * float(np.mean(1 / np.sqrt(a))), snr
+    for _ in range(ROUNDS):
+        flux *= float(np.clip(snr / max(gain, snr / LARGEST_STEP), 1 / LARGEST_STEP, LARGEST_STEP))
+        a_with, b_with = (np.asarray(part, float) for part in inject(stack, at, jnp.full(len(at), flux), patch))
+        gain = float(np.mean(b_with / np.sqrt(a_with) - b / np.sqrt(a)))
+    return flux * snr / gain if abs(gain / snr - 1) < NEAR_ENOUGH else float("nan")
 
 
 def gains(of: Observation, settings: Settings, places: np.ndarray, fluxes: np.ndarray) -> np.ndarray:

@@ -34,11 +34,10 @@ from pulmo_jax.core.patches import disc
 from pulmo_jax.data.adi import load_stack
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import rotating_stack
-from pulmo_jax.evaluation.contrast import limit_at
 from pulmo_jax.evaluation.null_field import null_profile, separation_map
-from pulmo_jax.inference.point_sources import subtract
-from pulmo_jax.methods.paco import Observation, Settings, compute_maps, observe
-from pulmo_jax.methods.paco.tracks import prepare
+from pulmo_jax.methods.paco import Observation, Settings, compute_maps, observe, tracks
+from pulmo_jax.methods.paco.rendering import subtract
+from pulmo_jax.methods.paco.stack import Patch, Stack, prepare
 
 SEPARATIONS_FWHM = (2.0, 4.0, 7.0)
 BRIGHTNESS = (0.4, 0.7, 1.0)  # times the flux of a mean SNR of 5 in the exact map
@@ -50,6 +49,7 @@ PACO = {
 }
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
 REPLICATES = 1000
+ROUNDS, LARGEST_STEP, NEAR_ENOUGH = 5, 4.0, 0.1  # of the iteration to the flux of a given SNR
 
 
 def main() -> None:
@@ -101,11 +101,11 @@ def score_all(of: Observation, directions: int, clean: Observation) -> Scores:
     for k, fwhms in enumerate(SEPARATIONS_FWHM):
         theta = 2 * np.pi * (np.arange(directions) + 0.37 * k) / directions
         places = np.array(of.centre) + fwhms * of.psf.fwhm_px * np.stack([np.sin(theta), np.cos(theta)], -1)
-        limit = limit_at(stack, patch, places, 5.0)
-        if limit is None or not np.isfinite(limit[1]):
+        reference = flux_of_snr(stack, patch, places, 5.0)
+        if not np.isfinite(reference):
             continue
         for place in places:
-            flux = limit[1] * clean.unit / of.unit
+            flux = reference * clean.unit / of.unit
             with_source = [maps_of(inject(of, place, share * flux)) for share in BRIGHTNESS]
             for name in blank:
                 negatives[name].append(score(blank[name] / spread[name], place, of.psf.fwhm_px))
@@ -114,6 +114,23 @@ def score_all(of: Observation, directions: int, clean: Observation) -> Scores:
                 )
         print(f"separation {fwhms:g} FWHM done", flush=True)
     return {name: (np.array(negatives[name]), np.array(positives[name])) for name in blank}
+
+
+def flux_of_snr(stack: Stack, patch: Patch, places: np.ndarray, snr: float) -> float:
+    """Flux with which sources injected at the places add a mean SNR of `snr`, in units of the deviations.
+
+    Self-subtraction depends on the flux, so that it is approached in rounds of injections.
+    """
+    at = jnp.asarray(places, stack.deviations.dtype)
+    a, b = (np.asarray(part, float) for part in tracks.inject(stack, at, jnp.zeros(len(at)), patch))
+    if not (a > 0).all():
+        return float("nan")
+    flux, gain = snr * float(np.mean(1 / np.sqrt(a))), snr
+    for _ in range(ROUNDS):
+        flux *= float(np.clip(snr / max(gain, snr / LARGEST_STEP), 1 / LARGEST_STEP, LARGEST_STEP))
+        a_with, b_with = (np.asarray(part, float) for part in tracks.inject(stack, at, jnp.full(len(at), flux), patch))
+        gain = float(np.mean(b_with / np.sqrt(a_with) - b / np.sqrt(a)))
+    return flux * snr / gain if abs(gain / snr - 1) < NEAR_ENOUGH else float("nan")
 
 
 def maps_of(of: Observation) -> dict[str, np.ndarray]:
@@ -151,7 +168,7 @@ def pca_flux(of: Observation, components: int) -> np.ndarray:
 
 def inject(of: Observation, place: np.ndarray, flux: float) -> Observation:
     dtype = of.deviations.dtype
-    arrays = (jnp.asarray(v, dtype) for v in (of.psf.stamp, of.angles_deg, of.centre, place, -flux))
+    arrays = (jnp.asarray(v, dtype) for v in (of.psf.stamp, of.angles_deg, of.centre, place[None], [-flux]))
     return replace(of, deviations=subtract(of.deviations, jnp.asarray(of.usable), *arrays))
 
 

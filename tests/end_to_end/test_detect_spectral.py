@@ -173,7 +173,7 @@ def test_stack_gets_the_library_a_flat_spectrum_or_those_of_a_file(made, tmp_pat
     spectrum = given.pop("spectrum")
     named = {}
     for kind, changes in (("library", {}), ("flat", {"spectrum": "flat"}), ("file", {"spectrum": spectrum})):
-        stack = load(validate(DetectConfig, {"data": given | changes}).data)
+        _, stack = load(validate(DetectConfig, {"data": given | changes}).data)
         named[kind] = stack.spectrum_names
         assert (stack.spectra is None) == (kind == "flat")
     assert named == {"library": spectral_library(made.stack.wavelengths).names, "flat": ("flat",), "file": ()}

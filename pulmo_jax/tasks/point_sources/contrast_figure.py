@@ -67,7 +67,7 @@ def shown_as(fluxes: FluxScale) -> Any:
     """Function from fluxes in units of the PSF to the values that are drawn."""
 
     def shown(flux: Any) -> np.ndarray:
-        relative = np.asarray(flux, float) / fluxes.divisor
+        relative = np.asarray(np.asarray(flux, float) / fluxes.divisor)
         return delta_magnitude(relative) if fluxes.magnitudes else relative
 
     return shown
@@ -83,9 +83,9 @@ def flux_axis(axes: Axes, contrast: Contrast, sources: Sequence[PointSource], sh
     values = values[np.isfinite(values) & (values > 0)]
     farthest = np.nanmax([*contrast.separation_px, *(s.separation_px for s in sources), 1.0])
     axes.set_xlim(0, 1.04 * farthest)
-    if not magnitudes:
-        axes.set_yscale("log")
     if values.size:
+        if not magnitudes:
+            axes.set_yscale("log")
         low, high = values.min() / 1.5, values.max() * 1.5
         axes.set_ylim(float(shown(low)), float(shown(high)))  # magnitudes decrease upwards
         if not magnitudes and high / low < 30:  # few powers of ten are visible

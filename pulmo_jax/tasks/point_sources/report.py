@@ -145,12 +145,13 @@ def source_section(result: Result, search: Search, table: Table, out_dir: Path) 
     text = (
         f"Peaks with a {kind} SNR of at least {config.search.threshold:g}; each source is subtracted before the next "
         "is searched. Theoretical SNR: b / sqrt(a), standard normal if the noise were as modelled. Calibrated SNR: "
-        "relative to the empirical null of this stack at the same separation. Flux: corrected for self-subtraction "
-        "(Algorithm 3); its error is that of the likelihood times the spread of the null; the error of the "
-        "likelihood alone, which is too small, and the flux of one pass, which is biased low, are given for "
-        "comparison. False-alarm probability: of a peak at least as high anywhere in the field, from the calibrated "
-        "SNR. The errors of separation and PA are those of the fit; the uncertainties of the pixel scale, of true "
-        "north and of the position of the star are not included."
+        "Gaussian significance in the empirical null of this stack at the same separation (Student's t); that of a "
+        "source is the higher one of its SNR in the map and of its flux over its error, with the source excluded from "
+        "its noise model. Flux: corrected for self-subtraction (Algorithm 3); its error is that of the likelihood "
+        "times the spread of the null; the error of the likelihood alone, and the flux of one pass, which is biased "
+        "low, are given for comparison. False-alarm probability: of a peak at least as high anywhere in the field, "
+        "from the calibrated SNR. The errors of separation and PA are those of the fit; the uncertainties of the pixel "
+        "scale, of true north and of the position of the star are not included."
     )
     if fluxes.star_mean is not None:
         text += (
@@ -407,7 +408,7 @@ def source_row(source: PointSource, result: Result, star: float | None) -> list[
         flux = relative_photometry(s.flux_debiased, s.flux_debiased_std_empirical, star)
         for name in ("contrast", "delta_mag"):
             row.append(measured(float(flux[name]), float(flux[f"{name}_std"])))
-    row.append(f"< {FALSE_ALARM_FLOOR:g}".replace("e-0", "e-") if rare else f"{s.false_alarm_probability:.1g}")
+    row.append(f"≤ {FALSE_ALARM_FLOOR:g}".replace("e-0", "e-") if rare else f"{s.false_alarm_probability:.1g}")
     return [*row, known(s, result)] if result.truth else row
 
 

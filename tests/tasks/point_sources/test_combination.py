@@ -83,7 +83,7 @@ def rows(path):
 @pytest.mark.slow
 def test_fixed_place_writes_everything(runs, tmp_path, capsys):
     out = tmp_path / "out"
-    assert detect.detect(configured(runs, str(tmp_path / "cache")), out) >= 0
+    assert detect.detect(configured(runs, str(tmp_path / "cache"), search={"snr": "theoretical"}), out) >= 0
     found = json.loads((out / "metrics.json").read_text())
     assert [e["mjd"] for e in found["epochs"]] == [MJD + d for d in DAYS]
     assert len(rows(out / "detections.csv")) == found["sources"]

@@ -1,18 +1,16 @@
 """Figures of a point-source search draw the numbers that they are given, with none of their words on another."""
 
-import itertools
 import math
-from dataclasses import replace
+from functools import partial
 
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 from matplotlib.contour import QuadContourSet
 from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
-from matplotlib.text import Text
+from references.drawn import assert_words_apart, line, point_source, points, texts
 from references.pictures import ink
 from scipy import stats
 
@@ -20,7 +18,6 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.tasks.point_sources import drawing, null_figures
 from pulmo_jax.tasks.point_sources import figures as adi_figures
 from pulmo_jax.tasks.point_sources.drawing import Sky
-from pulmo_jax.types import PointSource
 
 SCALE = 0.02719
 RADIUS = np.arange(6.0, 46, 4)
@@ -28,56 +25,13 @@ CENTRE = (30.0, 35.5)
 TRUTH = [(20.0, 60.5, 7.0), (40.0, 12.0, 9.0)]
 
 
-def source(label=1, y=20.2, x=60.3, **fields):
-    dy, dx = y - CENTRE[0], x - CENTRE[1]
-    found = PointSource(
-        label, y, x, 0.1, 0.2, math.hypot(dy, dx), 0.15, 30.0, 0.4, 8.0, 7.0, 5.0, 0.6, 10.0, 1.0, 2.5, 1e-6
-    )
-    return replace(found, **fields)
+source = partial(point_source, centre=CENTRE)
 
 
 def maps(height=61, width=72, seed=0):
     snr, flux = np.random.default_rng(seed).normal(size=(2, height, width))
     snr[:4], flux[:4] = np.nan, np.nan
     return snr, 30 * flux
-
-
-def texts(figure):
-    return " | ".join(text.get_text() for text in figure.findobj(Text))
-
-
-def line(axes, label):
-    return next(drawn for drawn in axes.lines if drawn.get_label().startswith(label))
-
-
-def points(axes, marker):
-    drawn = [artist for artist in axes.lines if artist.get_marker() == marker]
-    return [tuple(point) for artist in drawn for point in artist.get_xydata()]
-
-
-def assert_words_apart(figure):
-    """Draws the figure, and looks at where its words came to stand: apart from each other, and on the page."""
-    canvas = FigureCanvasAgg(figure)
-    with figures.style():
-        canvas.draw()
-        all_axes = [*figure.axes, *(child for axes in figure.axes for child in axes.child_axes)]
-        ticks = [axis for axes in all_axes for axis in (axes.xaxis, axes.yaxis)]
-        # An axis keeps ticks that lie beyond its limits, and does not draw them.
-        kept = {id(text) for axis in ticks for text in axis.get_ticklabels(which="both")}
-        drawn = {id(text) for axis in ticks for tick in axis._update_ticks() for text in (tick.label1, tick.label2)}
-        words = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-        words = [text for text in words if id(text) in drawn or id(text) not in kept]
-        boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in words]
-    assert len(boxes) > 5
-    page = figure.bbox
-    for text, box in boxes:
-        assert box.x0 > page.x0 - 1, text
-        assert box.x1 < page.x1 + 1, text
-        assert box.y0 > page.y0 - 1, text
-        assert box.y1 < page.y1 + 1, text
-    for (text, box), (other_text, other) in itertools.combinations(boxes, 2):
-        inner = (min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0))
-        assert min(inner) < 1, f"{text} lies on {other_text}"
 
 
 SKY = Sky(CENTRE, SCALE)
@@ -311,65 +265,6 @@ def test_null_by_radius_without_an_interval_or_a_value():
     assert not figure.axes[0].child_axes
 
 
-def contrast(sources=(), unit="counts", pixel_scale=SCALE, **changed):
-    curves = {"limit": 300 / RADIUS, "throughput": np.linspace(0.3, 0.7, RADIUS.size)} | changed
-    curves |= {"limit_corrected": curves["limit"] / curves["throughput"], "throughput_std": 0 * RADIUS + 0.05}
-    return adi_figures.contrast_curve(RADIUS, sources=sources, pixel_scale=pixel_scale, unit=unit, **curves)
-
-
-def test_contrast_draws_limits_throughput_and_detections():
-    bright, faint = (
-        source(flux_debiased=80.0),
-        source(2, 50.0, 30.0, flux_debiased=3.0, flux_debiased_std_empirical=5.0),
-    )
-    figure = contrast([bright, faint], unit="share of $F_*$")
-    assert_words_apart(figure)
-    upper, lower = figure.axes
-    np.testing.assert_allclose(line(upper, "5σ limit, uncorrected").get_ydata(), 300 / RADIUS)
-    corrected = line(upper, "5σ limit, divided").get_ydata()
-    np.testing.assert_allclose(corrected, 300 / RADIUS / np.linspace(0.3, 0.7, RADIUS.size))
-    np.testing.assert_allclose(line(lower, "throughput").get_ydata(), np.linspace(0.3, 0.7, RADIUS.size))
-    drawn = line(upper, "detection").get_xydata()
-    np.testing.assert_allclose(drawn, [(bright.separation_px, 80), (faint.separation_px, 3)])
-    likely, blank = (c for c in upper.containers if isinstance(c, ErrorbarContainer))
-    for bars, errors in ((likely, (1, 1)), (blank, (2.5, 5))):
-        ends = [segment[:, 1] for segment in bars.lines[2][0].get_segments()]
-        np.testing.assert_allclose(ends, [(80 - errors[0], 80 + errors[0]), (3 - errors[1], 3 + errors[1])])
-    assert {text.get_text() for text in upper.texts} == {"1", "2"}
-    assert upper.get_yscale() == "log"
-    low, high = upper.get_ylim()
-    assert low <= 1
-    assert high > 82.5
-    assert upper.get_ylabel().replace(r"\$", "$") == "flux (share of $F_*$)"
-    np.testing.assert_allclose(upper.child_axes[0].get_xlim(), np.array(upper.get_xlim()) * SCALE)
-
-
-def test_contrast_marks_a_flux_that_has_no_logarithm_at_its_separation():
-    sources = [source(flux_debiased=-3.0), source(2, 50.0, 30.0, flux_debiased=math.nan)]
-    figure = contrast(sources)
-    assert_words_apart(figure)
-    marks = line(figure.axes[0], "detection, flux not positive")
-    np.testing.assert_allclose(marks.get_xdata(), [found.separation_px for found in sources])
-    assert figure.axes[0].get_ylim()[0] > 0
-
-
-def test_contrast_without_known_errors_or_values():
-    unknown = source(flux_debiased_std=math.nan, flux_debiased_std_empirical=math.nan)
-    assert_words_apart(contrast([unknown]))
-    nothing = np.full(RADIUS.size, np.nan)
-    figure = contrast(limit=nothing, throughput=nothing, pixel_scale=None, threshold=3.5)
-    assert_words_apart(figure)
-    assert "3.5σ" in texts(figure)
-
-
-def test_contrast_of_less_than_a_decade_has_numbers_on_its_axis():
-    figure = contrast(limit=300 + 2 * RADIUS, throughput=0 * RADIUS + 0.5)
-    figure.draw_without_rendering()
-    low, high = figure.axes[0].get_ylim()
-    named = [tick for tick in figure.axes[0].get_yticks() if low < tick < high]
-    assert len(named) >= 2
-
-
 FOOTPRINT = np.array([(y, x) for y in range(-2, 3) for x in range(-2, 3) if y * y + x * x <= 4])
 
 
@@ -505,15 +400,10 @@ def test_positions_are_one_for_each_frame_shown():
 def test_settings_of_matplotlib_stay_as_they_were():
     before = dict(matplotlib.rcParams)
     adi_figures.detection_maps(*maps(), [source()], SKY)
-    contrast([source()])
     assert dict(matplotlib.rcParams) == before
 
 
 def test_figures_are_written_for_paper_and_screen(tmp_path):
-    for name, figure in (
-        ("maps", adi_figures.detection_maps(*maps(), [source()], SKY)),
-        ("limits", contrast()),
-    ):
-        path = figures.save(figure, tmp_path, name)
-        assert ink(path) > 0.01
-        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    path = figures.save(adi_figures.detection_maps(*maps(), [source()], SKY), tmp_path, "maps")
+    assert ink(path) > 0.01
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")

@@ -90,7 +90,7 @@ def test_everything_is_written_and_can_be_searched(raw, tmp_path, capsys):
     assert words[:4] == ["python", "-m", "pulmo_jax.detect", "+experiment=adi"]
     keys = dict(word.removeprefix("data.").split("=") for word in words[4:])
     data = validate(StackConfig, keys | {"pixel_scale": float(keys["pixel_scale"])})
-    stack = load(data)
+    _, stack = load(data)
     assert stack.cube.shape == (1, 23, 91, 91)
     assert observe(stack, data).centre == (45.0, 45.0)
     assert json.loads((out / "metrics.json").read_text())["frames_left_out"]["flux"] == [9]

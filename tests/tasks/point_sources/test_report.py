@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from pulmo_jax.evaluation.contrast import Contrast
 
 from pulmo_jax.config.section import validate
 from pulmo_jax.core.geometry import frame_position
@@ -18,9 +17,12 @@ from pulmo_jax.data.adi import SpectralStack
 from pulmo_jax.data.instruments import Observed
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.data.synthetic import parallactic_angles, synthetic_psf
-from pulmo_jax.evaluation.null_field import null_profile
+from pulmo_jax.evaluation.null_field import FALSE_ALARM_FLOOR, null_profile, separation_map
 from pulmo_jax.host.console import Console
-from pulmo_jax.inference.point_sources import Search, SourceSpectrum
+from pulmo_jax.inference.contrast import Contrast
+from pulmo_jax.inference.point_sources import Search
+from pulmo_jax.inference.search_noise import Noise
+from pulmo_jax.inference.source_properties import SourceSpectrum
 from pulmo_jax.methods.paco import LikelihoodMaps
 from pulmo_jax.methods.paco.channels import observe_channels
 from pulmo_jax.methods.paco.spectral import Combination, as_spectra
@@ -34,12 +36,13 @@ CENTRE = (19.5, 22.0)
 TRUTH = ((28.0, 30.0, 100.0), (10.0, 20.0, 50.0))
 
 
-def source(label: int = 1, y: float = 28.1, x: float = 29.9, **changes: float) -> PointSource:
+def source(label: int = 1, y: float = 28.1, x: float = 29.9, **changes: Any) -> PointSource:
     values: dict[str, Any] = {
         "label": label, "y": y, "x": x, "y_std": 0.11, "x_std": 0.12, "separation_px": 11.63,
         "separation_px_std": 0.13, "position_angle_deg": 317.4, "position_angle_deg_std": 0.6, "snr": 9.4,
-        "snr_calibrated": 12.3, "flux": 44.4, "flux_std": 4.7, "flux_debiased": 99.9, "flux_debiased_std": 4.4,
-        "flux_debiased_std_empirical": 8.8, "false_alarm_probability": 2e-9,
+        "snr_debiased": 22.7, "snr_calibrated": 12.3, "flux": 44.4, "flux_std": 4.7, "flux_debiased": 99.9,
+        "flux_debiased_std": 4.4, "flux_debiased_std_empirical": 8.8, "flux_corrected": 99.9,
+        "flux_corrected_std": 8.8, "near_threshold": False, "false_alarm_probability": FALSE_ALARM_FLOOR,
     }  # fmt: skip
     values |= changes
     return PointSource(**values)
@@ -79,6 +82,8 @@ def search(
     )  # fmt: skip
     null = replace(maps, snr=0.8 * rng.permuted(snr))
     profile = null_profile(null.snr, CENTRE, 4.6)
+    separation = separation_map(shape, CENTRE)
+    noise = Noise(null, profile, null.snr / profile.std_at(separation), 1)
     n = len(made.channels.each)
     r = np.stack([np.eye(n) * (1 - share) + share for share in (0.625, 0.25)])
     combination = Combination(np.array([7.0, 15.0]), r, as_spectra(templates, n))
@@ -87,17 +92,23 @@ def search(
         SourceSpectrum(s.label, made.channels.wavelengths, level, level / 20, level / 10, 0, 0.5) for s in sources
     ]
     return Search(
-        maps=maps, sources=list(sources), fits=[], residual=made.channels, null=null, profile=profile,
-        snr_calibrated=snr / 0.8, n_patch=49, caveats=caveats, combination=combination,
+        maps=maps, sources=list(sources), fits=[], residual=made.channels, null=null, profile=profile, noise=noise,
+        snr_calibrated=noise.significance(snr, separation), n_patch=49, caveats=caveats, combination=combination,
         template=np.zeros(shape, int), spectra=spectra,
     )  # fmt: skip
 
 
 def curve(n: int = 3) -> Contrast:
+    """Limits that fall outwards; a source at the first separation is found in half of the directions only."""
     separation = np.linspace(5.0, 15.0, n)
-    ones = np.ones(n)
-    limits = 40 / separation, 100 / separation
-    return Contrast(separation, 5 * ones, *limits, 0.4 * ones, 0.1 * ones, 0.5 * ones, 0.1 * ones, 8 * ones)
+    ones, half = np.ones(n), 100 / separation
+    most = np.where(np.arange(n) == 0, np.nan, 1.4 * half)
+    highest = 1e4 * half
+    return Contrast(
+        separation_px=separation, threshold=5 * ones, limit=40 / separation, half_low=half, half_high=highest,
+        most_low=most, most_high=highest * (most / most), tested_high=highest, flux_throughput=0.5 * ones,
+        flux_throughput_std=0.1 * ones, n=8 * ones,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -131,7 +142,7 @@ def test_source_is_told_with_all_of_its_errors():
     assert len(row) == len(table.columns)
     text = " | ".join(row)
     for words in ("28.10 ± 0.11, 29.90 ± 0.12", "11.63 ± 0.13", "317.40 ± 0.60", "9.4 | 12.3",
-                  "99.9 ± 8.8 | 4.4 | 44.4", "< 1e-6"):  # fmt: skip
+                  "99.9 ± 8.8 | 4.4 | 44.4", "≤ 1e-6"):  # fmt: skip
         assert words in text
     assert {"separation (px)", "theoretical SNR", "calibrated SNR", "flux (PSF units)"} < set(table.columns)
     assert not {"contrast", "Δmag", "truth (y, x; flux)"} & set(table.columns)
@@ -264,6 +275,30 @@ def test_truth_stands_beside_what_was_found_and_what_was_missed_below():
     assert table.notes[:-2] == ["Not detected: the source of flux 50 at (y, x) = (10.0, 20.0)."]
 
 
+def test_flux_near_the_threshold_is_noted_with_its_correction(tmp_path, undrawn):
+    made = result(truth=())
+    near = source(2, 35.0, 5.0, near_threshold=True, flux_corrected=31.4, flux_corrected_std=9.2)
+    notes = source_table([source(), near], made).notes
+    note = "Source 2 is near the threshold, so that its flux is biased high: corrected for selection, it is 31.4 ± 9.2."
+    assert [words for words in notes if "biased high" in words] == [note]
+    text, console = written(made, search(made, source(), near), tmp_path)
+    assert note in text
+    assert note in " ".join(console.split())
+    assert not any("biased high" in words for words in source_table([source()], made).notes)
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [(1e-6, "≤ 1e-6"), (1.6e-6, "2e-06"), (2.4e-4, "0.0002"), (0.31, "0.3")]
+)
+def test_false_alarm_probabilities_end_at_the_bound(probability, shown, tmp_path, undrawn):
+    made = result(truth=())
+    found = source(false_alarm_probability=probability)
+    assert cells(made, found)[0]["false alarm"] == shown
+    text, console = written(made, search(made, found), tmp_path)
+    assert shown in text
+    assert shown in console
+
+
 def test_nothing_found_is_said():
     assert source_table([], result(truth=())).notes == ["No peak exceeds the threshold."]
     assert len(source_table([], result()).notes) == len(TRUTH)
@@ -326,7 +361,7 @@ def test_page_holds_numbers_caveats_and_figures(tmp_path):
     text, console = written(made, search(made, source(), caveats=("12 frames are few",)), tmp_path)
     for words in (
         "11 of 12", "60.0 degrees", "median 0.125, 0.125 to 0.500", "4.6", "5.0e-04", "2.0e-03", "12 frames are few",
-        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "flux in 8 directions", "99.9 ± 8.8", "ΔRA",
+        "the PSF is &lt;cut&gt; &amp; squared", "A&amp;A 618", "injections in 8 directions", "99.9 ± 8.8", "ΔRA",
     ):  # fmt: skip
         assert words in text
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
@@ -359,6 +394,23 @@ def test_no_ring_is_said_and_no_curve_is_left_out(tmp_path, undrawn):
     text, _ = written(made, found, tmp_path)
     assert "Limits" not in text
     assert not (tmp_path / "figures" / "contrast_curve.png").exists()
+
+
+def test_limits_name_their_criterion_and_range(tmp_path, undrawn):
+    made = result()
+    found = search(made, source())
+    text = adi_report.contrast_section(made, found, curve(), tmp_path).text
+    n = found.profile.n
+    for words in (
+        "The threshold of 5 applies to the calibrated SNR",
+        f"{n.min():.0f} (near the star) to {n.max():.0f} independent values (Student's t, Mawet et al. 2014)",
+        "10000 times the limit",
+    ):
+        assert words in text
+    made = replace(made, config=validate(DetectConfig, {"search": {"snr": "theoretical", "threshold": 4}}))
+    text = adi_report.contrast_section(made, found, curve(), tmp_path).text
+    assert "The threshold of 4 applies to the theoretical SNR, b / sqrt(a)." in text
+    assert "Student" not in text
 
 
 @pytest.mark.parametrize("kind", ["theoretical", "calibrated"])
@@ -420,7 +472,8 @@ def test_page_of_one_wavelength_says_nothing_of_spectra(tmp_path, undrawn):
 def test_trials_of_a_set_of_spectra_are_told(tmp_path, undrawn):
     made = result(channels=3)
     templates = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    text, _ = written(made, replace(search(made, source(), templates=templates), trials=1.8), tmp_path)
+    found = search(made, source(), templates=templates)
+    text, _ = written(made, replace(found, noise=replace(found.noise, trials=1.8)), tmp_path)
     assert "They count as 1.8 independent trials, so the threshold is raised from 5 to 5.11" in text
     assert "the best of 2 spectra at every pixel" in text
     assert "with one of 2 spectra" in text
