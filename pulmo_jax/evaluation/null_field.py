@@ -139,7 +139,7 @@ def significance(
     size = abs(value)
     tail = student.sf(size, degrees)
     wallace = (8 * degrees + 1) / (8 * degrees + 3) * np.sqrt(degrees * np.log1p(size**2 / degrees))
-    return np.sign(value) * np.where(tail > LEAST_TAIL, norm.isf(np.maximum(tail, LEAST_TAIL)), wallace)
+    return np.asarray(np.sign(value) * np.where(tail > LEAST_TAIL, norm.isf(np.maximum(tail, LEAST_TAIL)), wallace))
 
 
 def ratio_at(
@@ -154,7 +154,8 @@ def ratio_at(
     Returns:
         The ratio.
     """
-    return student.isf(norm.sf(significance_), np.asarray(n) - 1.0) * np.sqrt(1 + 1 / np.asarray(n))
+    n = np.asarray(n)
+    return np.asarray(student.isf(norm.sf(significance_), n - 1.0) * np.sqrt(1 + 1 / n))
 
 
 def null_values(

@@ -20,7 +20,7 @@ Prepared = tuple[tuple[Stack, ...], tuple[Patch, ...]]  # arrays and static sett
 
 CAPACITY = 32  # sources per call of the program
 NEAR_DISTINCT = 40  # patches along the track of a source near the star; sources beyond have a program of their own
-REACH_PX = 3.0  # largest distance between a start and the patches of the fit
+REACH_PX = 3.6  # largest distance between a start and the patches of the fit; each coordinate moves by up to 2.5 px
 
 
 class SourceFit(NamedTuple):
