@@ -309,9 +309,9 @@ def channels_of(seed: int = 1, angles: np.ndarray = ANGLES) -> Channels:
     return as_channels(stack(seed, [], angles))
 
 
-def test_close_is_three_fwhm_of_separation_or_of_path():
+def test_close_is_four_fwhm_of_separation_or_of_path():
     channels = channels_of()
-    limit = 3 * channels.fwhm_px
+    limit = 4 * channels.fwhm_px
     separations = np.array([0.0, 0.99 * limit, 1.01 * limit])
     assert is_close_at(separations, channels).tolist() == [True, True, False]  # the path is longer
     slow = channels_of(1, ANGLES / 4)  # 25 degrees

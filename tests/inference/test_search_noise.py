@@ -14,7 +14,7 @@ PROFILE = NullProfile(R, 0 * R, STD, 0.8 * STD, 1.2 * STD, N)
 FIELD = np.random.default_rng(0).normal(size=(40, 40))
 
 
-def noise(trials: int = 1) -> Noise:
+def noise(trials: float = 1.0) -> Noise:
     maps = LikelihoodMaps(*[FIELD] * 5, np.full(FIELD.shape, 9), FIELD, FIELD > 9, 0.0, 0.0, ())
     return Noise(maps, PROFILE, FIELD, trials)
 
@@ -56,7 +56,7 @@ def test_false_alarms_have_a_floor_and_count_the_trials():
     for level in (3.0, 4.0, 5.0):
         single = float(field_false_alarm(level, FIELD))
         assert noise().false_alarm(level) == pytest.approx(max(single, FALSE_ALARM_FLOOR))
-        assert noise(3).false_alarm(level) == pytest.approx(1 - (1 - single) ** 3, rel=1e-6)
+        assert noise(3.0).false_alarm(level) == pytest.approx(1 - (1 - single) ** 3, rel=1e-6)
     assert float(field_false_alarm(9.0, FIELD)) < FALSE_ALARM_FLOOR
-    assert noise().false_alarm(9.0) == noise(5).false_alarm(40.0) == FALSE_ALARM_FLOOR
+    assert noise().false_alarm(9.0) == noise(5.0).false_alarm(40.0) == FALSE_ALARM_FLOOR
     assert noise().false_alarm(0.5) == pytest.approx(1)

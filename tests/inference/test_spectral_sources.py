@@ -4,7 +4,6 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
-from pulmo_jax.evaluation.contrast import contrast_curve
 from scipy.stats import chi2
 
 from pulmo_jax.data.psf import prepare_psf
@@ -177,7 +176,7 @@ def test_false_alarms_count_every_spectrum():
     maps = find_sources(channels, SETTINGS, max_sources=0).maps
     field = np.where(np.isfinite(maps.snr), rng.normal(size=maps.snr.shape), np.nan)
     profile = null_profile(field, CENTRE, 4.6)
-    single, triple = (Noise(maps, profile, field, trials) for trials in (1, 3))
+    single, triple = (Noise(maps, profile, field, trials) for trials in (1.0, 3.0))
     for snr in (4.0, 5.0, 6.0):
         expected = float(field_false_alarm(snr, field))
         assert single.false_alarm(snr) == pytest.approx(expected)

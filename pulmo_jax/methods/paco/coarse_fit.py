@@ -6,7 +6,7 @@ converges slowly from a flux of 0. A fit without any covariance has large errors
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pulmo_jax.core.shape_model import inverse_2x2
 from pulmo_jax.methods.paco.stack import Patch, Stack
