@@ -140,7 +140,7 @@ def test_too_small_a_bound_gives_nan_and_never_a_wrong_number():
 def test_program_for_sources_near_the_star_serves_every_start_and_end_of_their_fits():
     """The least-squares start is up to REACH_PX away in each coordinate, and the trail follows it."""
     assert np.hypot(coarse_fit.REACH_PX, coarse_fit.REACH_PX) < REACH_PX
-    angles = np.linspace(0, 60, 200)
+    angles = np.linspace(0, 150, 200)
     channels = as_channels(observe(np.random.default_rng(0).normal(size=(200, 33, 33)), angles, PSF))
     separations = np.arange(0, 20, 0.5)
     near = [is_near(channels, separation) for separation in separations]

@@ -166,7 +166,8 @@ def as_source(channels: Channels, fit: Fit) -> SourceFit:
     """Convert the fit of every channel, on the host, to a position on the sky and fluxes in units of the PSF."""
     weights = np.asarray(information(jnp.asarray(fit.covariance), jnp.asarray(channels.scales))).sum(0)
     place = channels.on_sky(0, np.array([fit.y[0], fit.x[0]], float))
-    covariance = np.linalg.inv(weights) if np.linalg.det(weights) > 0 else np.full((2, 2), np.nan)
+    known = np.isfinite(weights).all() and np.linalg.det(weights) > 0
+    covariance = np.linalg.inv(weights) if known else np.full((2, 2), np.nan)
     units = np.array([observation.unit for observation in channels.each])
     flux_std = units * np.sqrt(fit.covariance[:, 2, 2].astype(float))
     each = tuple(jax.tree.map(lambda values, k=k: values[k], fit) for k in range(len(units)))
