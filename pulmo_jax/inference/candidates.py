@@ -39,10 +39,10 @@ class Candidate:
 
     Attributes:
         pixel: Row and column of the peak.
-        snr: SNR there, with brighter sources removed.
-        flux: Flux b / a of the map there.
+        snr: Highest SNR of the map at the peak or the fitted position, with brighter sources removed.
+        flux: Flux b / a of the map at that pixel.
         flux_std: Standard deviation of that flux.
-        template: Index of the spectrum with the highest SNR.
+        template: Index of the spectrum with the highest SNR there.
         fit: Position and unbiased fluxes.
     """
 
@@ -152,17 +152,35 @@ def fit_candidates(
     if not pixels:
         return []
     fits = fit_sources(channels, settings, np.array(pixels, float))
-    return [
-        Candidate(
-            pixel,
-            float(maps.snr[pixel]),
-            float(maps.flux[pixel]),
-            float(maps.flux_std[pixel]),
-            int(template[pixel]),
-            fit,
+    rows = []
+    for pixel, fit in zip(pixels, fits, strict=True):
+        at = highest_near(maps.snr, pixel, fit.place)
+        rows.append(
+            Candidate(
+                pixel, float(maps.snr[at]), float(maps.flux[at]), float(maps.flux_std[at]), int(template[at]), fit
+            )
         )
-        for pixel, fit in zip(pixels, fits, strict=True)
-    ]
+    return rows
+
+
+def highest_near(
+    snr: Float[np.ndarray, "H W"], pixel: tuple[int, int], place: Float[np.ndarray, "2"]
+) -> tuple[int, int]:
+    """Find the highest SNR among a peak and the 3 x 3 pixels at the source fitted to it, which may be another peak.
+
+    Args:
+        snr: SNR map.
+        pixel: Row and column of the peak.
+        place: Position (y, x) of the source, px; not finite if there is none.
+
+    Returns:
+        Row and column.
+    """
+    if not np.isfinite(place).all():
+        return pixel
+    near = np.round(place).astype(int) + np.array(list(np.ndindex(3, 3))) - 1
+    near = near[((near >= 0) & (near < snr.shape)).all(1)]
+    return max([pixel, *map(tuple, near.tolist())], key=lambda at: snr[at] if np.isfinite(snr[at]) else -np.inf)
 
 
 def debiased(fit: SourceFit, channels: Channels, combination: Combination) -> Combined:

@@ -224,8 +224,9 @@ def measured(rings: Rings, start: Terms, inject: Injection, refits: Refits, trac
     """
     raw, seen = rings.levels / np.sqrt(start[0]), rings.seen
     by_map, linear, flux_share = limits_in_map(rings, start, inject, track)
-    reference = np.nanmedian(np.where(seen, np.where(np.isfinite(by_map), by_map, linear), np.nan), axis=1)
-    reference = np.nan_to_num(reference, nan=1.0)[:, None] * np.ones_like(raw)
+    typical = np.where(np.isfinite(by_map), by_map, linear)
+    medians = [np.median(row[ok]) if ok.any() else 1.0 for row, ok in zip(typical, seen, strict=True)]
+    reference = np.array(medians)[:, None] * np.ones_like(raw)
     close = np.isfinite(rings.lowest[:, 0])
     by_fit, found = np.full(raw.shape, np.inf), np.zeros((len(MULTIPLES), *raw.shape), bool)
     for number, multiple in track(list(enumerate(MULTIPLES)), len(MULTIPLES)):

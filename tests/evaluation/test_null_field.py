@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.stats import norm
+from scipy.stats import t as student
 
 from pulmo_jax.evaluation.null_field import (
     NullProfile,
@@ -13,7 +14,9 @@ from pulmo_jax.evaluation.null_field import (
     field_false_alarm,
     null_profile,
     perimeter,
+    ratio_at,
     separation_map,
+    significance,
 )
 
 SHAPE, CENTRE, FWHM = (100, 100), (50.0, 50.0), 4.6
@@ -169,6 +172,72 @@ def test_too_few_values_for_a_profile():
 def test_no_value_for_a_profile():
     with pytest.raises(ValueError, match="0 values, too few"):
         null_profile(np.full((30, 30), np.nan), (15.0, 15.0), FWHM)
+
+
+# --- significance
+
+
+@pytest.mark.parametrize("n", [6.0, 12.5, 40.0, 1000.0])
+def test_significance_has_the_tail_of_student_s_t(n):
+    ratios = np.array([-6.0, -1.0, 0.0, 0.5, 3.0, 5.0, 20.0])
+    t = ratios / np.sqrt(1 + 1 / n)
+    upper, lower = norm.isf(student.sf(t, n - 1)), norm.ppf(student.cdf(t, n - 1))
+    np.testing.assert_allclose(significance(ratios, n), np.where(ratios > 0, upper, lower), rtol=1e-9, atol=1e-12)
+
+
+def test_significance_of_many_values_is_the_ratio():
+    np.testing.assert_allclose(
+        significance(np.linspace(-9, 35, 45), 1e9), np.linspace(-9, 35, 45), rtol=1e-6, atol=1e-9
+    )
+    np.testing.assert_allclose(
+        significance(np.linspace(-9, 35, 45), 1e12), np.linspace(-9, 35, 45), rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("n", [11.0, 50.0, 1e9])
+def test_significance_rises_without_limit_and_without_a_step(n):
+    """Also beyond the ratio where the probability has no float64."""
+    found = significance(np.geomspace(0.1, 1e5, 4001), n)
+    assert np.isfinite(found).all()
+    steps = np.diff(found) / found[1:]
+    assert (steps > 0).all()
+    assert (steps < 0.01).all()
+
+
+@pytest.mark.parametrize("n", [11.0, 20.0, 300.0])
+def test_ratio_is_the_inverse_of_significance(n):
+    levels = np.array([0.5, 1.0, 3.0, 5.0, 8.0, 20.0])
+    np.testing.assert_allclose(significance(ratio_at(levels, n), n), levels, rtol=1e-6)
+    assert (ratio_at(levels, n) > levels).all()
+    np.testing.assert_allclose(ratio_at(levels, np.full(6, n)), ratio_at(levels, n))
+
+
+@pytest.mark.parametrize("n", [8, 20])
+@pytest.mark.parametrize("level", [2.0, 3.0])
+def test_noise_is_as_often_above_a_significance_as_a_gaussian(n, level):
+    """Over the standard deviation of n other values and less their mean; without Student's t 3 to 8 times as often."""
+    rng = np.random.default_rng(n)
+    values = rng.standard_normal((400_000, n + 1))
+    others = values[:, 1:]
+    ratios = (values[:, 0] - others.mean(1)) / others.std(1, ddof=1)
+    expected = norm.sf(level)
+    error = 4 * np.sqrt(expected / len(values))
+    assert np.mean(significance(ratios, n) > level) == pytest.approx(expected, abs=error)
+    assert np.mean(ratios > level) > 1.2 * expected + error
+
+
+def test_significances_of_a_field_over_its_own_profile_are_gaussian():
+    """Close to the centre few values are independent: there the raw ratio has too many high ones."""
+    found, near = [], separation_map(SHAPE, CENTRE) < 8
+    for field in fields(1.5, 60, 3):
+        profile = null_profile(next(fields(1.5, 1, int(1e6 * abs(field[0, 0])))), CENTRE, FWHM)
+        r = separation_map(SHAPE, CENTRE)[near]
+        n = np.interp(r, profile.separation_px, profile.n)
+        found.append((significance(field[near] / profile.std_at(r), n), field[near] / profile.std_at(r)))
+    gauss, raw = np.concatenate(found, axis=1)
+    assert np.mean(gauss > 2.5) < 1.6 * norm.sf(2.5)
+    assert np.mean(raw > 2.5) > np.mean(gauss > 2.5)
+    assert np.std(gauss) == pytest.approx(1, abs=0.12)
 
 
 # --- the highest peak

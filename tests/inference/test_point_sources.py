@@ -1,27 +1,50 @@
 """The search for sources: what is found where, how bright and how sure, what is left, and what is not found."""
 
+from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import paco as reference
 from scipy.ndimage import gaussian_filter
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from pulmo_jax.data.adi import load_stack
 from pulmo_jax.data.psf import prepare_psf
-from pulmo_jax.evaluation.null_field import separation_map
-from pulmo_jax.inference.point_sources import Search, error_factor, find_sources, highest, without
+from pulmo_jax.data.synthetic import rotating_stack
+from pulmo_jax.evaluation.null_field import FALSE_ALARM_FLOOR, separation_map
+from pulmo_jax.evaluation.selection_bias import without_selection
+from pulmo_jax.inference.candidates import (
+    LOW_CLOSE,
+    MOST_CANDIDATES,
+    MOST_CLOSE,
+    Candidate,
+    debiased_snr,
+    fit_candidates,
+    highest_near,
+    is_close,
+    is_close_at,
+    peaks,
+    refit_gain,
+    significance_of,
+    strongest,
+)
+from pulmo_jax.inference.point_sources import Search, find_sources
+from pulmo_jax.inference.source_properties import NEAR
 from pulmo_jax.methods.paco import Observation, Settings, compute_maps, observe
+from pulmo_jax.methods.paco.channels import Channels, as_channels
+from pulmo_jax.methods.paco.joint import SourceFit
+from pulmo_jax.methods.paco.removal import without
 from pulmo_jax.methods.paco.source_fit import Fit
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "adi_betapic"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="the real cubes are not beside the checkout")
 
-FRAMES, SIDE, FWHM = 30, 48, 3.5
-CENTRE = np.array([24.0, 24.0])
+FRAMES, SIDE, FWHM = 20, 40, 3.5
+CENTRE = np.array([20.0, 20.0])
 ANGLES = np.linspace(-50, 50, FRAMES)
-SETTINGS = Settings()
+SETTINGS = Settings(patch_radius_px=3.0)
 
 
 def gaussian_psf(side: int = 15) -> np.ndarray:
@@ -46,9 +69,10 @@ def at(separation: float, position_angle_deg: float) -> tuple[float, float]:
 
 
 # Separation, position angle in degrees, flux; the brighter one is not the one that is written first.
-TRUTH = ((10.3, 60.0, 30.0), (15.3, 315.0, 45.0))
+TRUTH = ((8.3, 60.0, 45.0), (13.3, 315.0, 70.0))
 PLANETS = [(*at(separation, angle), flux) for separation, angle, flux in TRUTH]
 BRIGHTEST_FIRST = TRUTH[::-1]
+LIMIT = 35.0  # flux with a significance of 5 at 6 px, and about what is found at 3.5 px
 
 
 def stack(seed: int, planets: list[tuple[float, float, float]], angles: np.ndarray = ANGLES) -> Observation:
@@ -79,8 +103,8 @@ def pulls(search: Search, truth: list[tuple[float, float, float]]) -> np.ndarray
 def test_planets_are_found_brightest_first_within_their_errors(searches):
     for search in searches:
         assert [source.label for source in search.sources] == [1, 2]
-        snr = [source.snr for source in search.sources]
-        assert snr == sorted(snr, reverse=True)
+        significance = [source.snr_calibrated for source in search.sources]
+        assert significance == sorted(significance, reverse=True)
         assert (abs(pulls(search, PLANETS[::-1])) < 4).all()
     everything = np.concatenate([pulls(search, PLANETS[::-1]) for search in searches])
     assert 0.4 < everything.std() < 1.8  # 24 pulls, not all of them independent
@@ -101,23 +125,49 @@ def test_numbers_of_a_source_fit_together(searches):
     for search in searches:
         for source in search.sources:
             assert source.snr == pytest.approx(source.flux / source.flux_std)
+            assert source.snr_debiased == pytest.approx(source.flux_debiased / source.flux_debiased_std)
             spread = float(search.profile.std_at(source.separation_px))
-            assert source.snr_calibrated == pytest.approx(source.snr / spread)
+            n = float(np.interp(source.separation_px, search.profile.separation_px, search.profile.n))
+            ratio = max(source.snr, source.snr_debiased / search.noise.refit_gain) / spread
+            significance = norm.isf(student.sf(ratio / np.sqrt(1 + 1 / n), n - 1))
+            assert source.snr_calibrated == pytest.approx(significance, rel=1e-6)
+            factor = spread * np.sqrt(1 + 1 / n)
+            assert source.flux_debiased_std_empirical == pytest.approx(factor * source.flux_debiased_std)
             assert source.flux_debiased > source.flux  # one pass subtracts a part of the source
             assert source.false_alarm_probability < 1e-3
+            assert source.false_alarm_probability >= FALSE_ALARM_FLOOR
+            assert source.near_threshold == (source.snr_calibrated < 5 + NEAR)
+            level = student.isf(norm.sf(5), n - 1) * factor * search.noise.refit_gain * source.flux_debiased_std
+            corrected = without_selection(source.flux_debiased, source.flux_debiased_std_empirical, level)
+            assert (source.flux_corrected, source.flux_corrected_std) == pytest.approx(corrected)
         brightest = search.sources[0]
         y, x = round(brightest.y), round(brightest.x)
-        assert brightest.snr == pytest.approx(np.nanmax(search.maps.snr), rel=1e-6)
         near = np.s_[y - 1 : y + 2, x - 1 : x + 2]
         assert brightest.snr == search.maps.snr[near].max()
-        std = search.profile.std_at(separation_map((SIDE, SIDE), tuple(CENTRE)))
-        np.testing.assert_allclose(search.snr_calibrated, search.maps.snr / std)
+        separation = separation_map((SIDE, SIDE), tuple(CENTRE))
+        n = np.interp(separation, search.profile.separation_px, search.profile.n)
+        t = search.maps.snr / search.profile.std_at(separation) / np.sqrt(1 + 1 / n)
+        known = np.isfinite(t) & (abs(t) < 10)
+        expected = np.sign(t) * norm.isf(student.sf(abs(t), n - 1))
+        np.testing.assert_allclose(search.snr_calibrated[known], expected[known], rtol=1e-6, atol=1e-9)
         assert search.n_patch == 29
 
 
-def test_empirical_errors_are_wider_where_the_covariance_is_learnt_from_few_frames(searches):
+def test_a_flux_near_the_threshold_is_flagged_and_corrected_downwards(searches):
+    """The same source at thresholds just below its significance and far below it."""
+    source = min(searches[0].sources, key=lambda one: one.snr_calibrated)
+    near = find_sources(stack(0, PLANETS), SETTINGS, threshold=source.snr_calibrated - 0.2).sources[-1]
+    far = find_sources(stack(0, PLANETS), SETTINGS, threshold=source.snr_calibrated - 2.5, max_sources=2).sources[-1]
+    assert near.y == pytest.approx(source.y, abs=0.01)
+    assert near.near_threshold
+    assert not far.near_threshold
+    assert near.flux_corrected < far.flux_corrected <= far.flux_debiased
+    assert near.flux_corrected_std > near.flux_debiased_std_empirical
+
+
+def test_empirical_errors_are_near_those_of_the_likelihood(searches):
     ratios = [s.flux_debiased_std_empirical / s.flux_debiased_std for search in searches for s in search.sources]
-    assert 1 < np.mean(ratios) < 4
+    assert 0.8 < np.mean(ratios) < 2
     assert (np.array(ratios) > 0.7).all()
 
 
@@ -138,13 +188,39 @@ def test_nothing_is_found_where_there_is_nothing():
         assert np.nanmax(search.null.snr) < 5
 
 
+@pytest.mark.parametrize("times", [2, 30, 1e4])
+@pytest.mark.parametrize("separation_fwhm", [1, 1.5, 2, 3])
+def test_sources_of_any_flux_above_the_limit_are_found(separation_fwhm, times):
+    """The SNR of the map does not show it: close to the star it falls as the flux rises."""
+    flux, (y, x) = times * LIMIT, at(separation_fwhm * FWHM, 30.0)
+    search = find_sources(stack(2, [(y, x, flux)]), SETTINGS)
+    [source] = search.sources
+    assert (abs(pulls(search, [(y, x, flux)])) < 4).all()
+    assert source.flux_debiased == pytest.approx(flux, abs=15)
+    assert source.near_threshold == (source.snr_calibrated < 5 + NEAR)
+    if separation_fwhm == 1:
+        assert source.snr < 5
+
+
 def test_two_sources_one_and_a_half_fwhm_apart():
-    first = at(14.3, 200.0)
-    pair = [(*first, 60.0), (first[0] + 1.5 * FWHM * 0.6, first[1] + 1.5 * FWHM * 0.8, 45.0)]
+    first = at(13.3, 200.0)
+    pair = [(*first, 90.0), (first[0] + 1.5 * FWHM * 0.6, first[1] + 1.5 * FWHM * 0.8, 70.0)]
     search = find_sources(stack(7, pair), SETTINGS)
     assert len(search.sources) == 2
-    assert (abs(pulls(search, pair)) < 4).all()
+    ordered = sorted(pair, key=lambda p: np.hypot(search.sources[0].y - p[0], search.sources[0].x - p[1]))
+    assert (abs(pulls(search, ordered)) < 4).all()
     assert np.nanmax(compute_maps(search.residual.each[0], SETTINGS).snr) < 5
+
+
+@pytest.mark.parametrize("orientation_deg", [0.0, 90.0, 200.0])
+def test_a_companion_five_times_as_faint_two_fwhm_from_a_bright_source(orientation_deg):
+    y, x = at(10.0, 140.0)
+    turned = np.deg2rad(140.0 + orientation_deg)
+    second = y + 2 * FWHM * np.cos(turned), x - 2 * FWHM * np.sin(turned)
+    pair = [(y, x, 600.0), (*second, 120.0)]
+    search = find_sources(stack(8, pair), SETTINGS)
+    assert len(search.sources) == 2
+    assert (abs(pulls(search, pair)) < 5).all()
 
 
 # --- how it is asked
@@ -166,22 +242,22 @@ def test_at_most_so_many_sources(searches):
     assert not any("stopped" in caveat for caveat in searches[0].caveats)
 
 
-def test_threshold_of_the_snr(searches):
-    brightest, next_one = (source.snr for source in searches[0].sources)
-    assert find_sources(stack(0, PLANETS), SETTINGS, threshold=brightest + 0.01).sources == []
+def test_threshold_of_the_significance(searches):
+    brightest, next_one = (source.snr_calibrated for source in searches[0].sources)
+    assert find_sources(stack(0, PLANETS), SETTINGS, threshold=1.2 * brightest).sources == []
     between = find_sources(stack(0, PLANETS), SETTINGS, threshold=(brightest + next_one) / 2)
     assert len(between.sources) == 1
 
 
-def test_threshold_of_the_calibrated_snr(searches):
-    """The null of a search that knows of no source yet holds the remains of them, but no peaks."""
-    search = find_sources(stack(0, PLANETS), SETTINGS, calibrated=True)
+def test_threshold_of_the_theoretical_snr(searches):
+    """The same sources, judged without the null; what is reported is the significance in it."""
+    search = find_sources(stack(0, PLANETS), SETTINGS, calibrated=False)
     assert len(search.sources) == 2
     for source, other in zip(search.sources, searches[0].sources, strict=True):
         assert source.y == pytest.approx(other.y, abs=1e-3)
-        assert source.snr_calibrated == pytest.approx(other.snr_calibrated)
-    high = max(float(np.nanmax(search.snr_calibrated)), search.sources[0].snr) * 1.5
-    assert find_sources(stack(0, PLANETS), SETTINGS, threshold=high, calibrated=True).sources == []
+        assert source.snr_calibrated == pytest.approx(other.snr_calibrated, rel=1e-3)
+    highest = max(source.snr_debiased for source in search.sources)
+    assert find_sources(stack(0, PLANETS), SETTINGS, threshold=1.2 * highest, calibrated=False).sources == []
 
 
 def test_what_is_done_is_said():
@@ -193,14 +269,22 @@ def test_what_is_done_is_said():
 # --- its parts
 
 
-def fit_of(y: float, x: float, flux: float) -> Fit:
-    number = jnp.asarray
+def fit_of(y: float, x: float, flux: float, a: float = 1.0, throughput: float = 0.5) -> Fit:
+    number = np.float64
     zero = number(0.0)
-    return Fit(number(y), number(x), number(flux), jnp.zeros((3, 3)), zero, zero, number(0))
+    return Fit(
+        number(y), number(x), number(flux), np.eye(3), number(a), zero, number(throughput), np.int32(3)
+    )  # fmt: skip
+
+
+def candidate_of(y: float, x: float, snr: float, flux: float, a: float = 1.0, throughput: float = 0.5) -> Candidate:
+    fit = fit_of(y, x, flux, a, throughput)
+    source = SourceFit(np.array([y, x]), np.eye(2), np.array([flux]), np.ones(1), (fit,))
+    return Candidate((round(y), round(x)), snr, flux, 1.0, 0, source)
 
 
 @pytest.mark.parametrize(
-    "planets", [PLANETS, [(1.2, 24.0, 80.0)], [(46.7, 45.9, 50.0)], [(24.0, 80.0, 50.0)]],
+    "planets", [PLANETS, [(1.2, 20.0, 80.0)], [(38.7, 37.9, 50.0)], [(20.0, 70.0, 50.0)]],
     ids=["inside", "at the edge", "in the corner", "outside"],
 )  # fmt: skip
 def test_without_sources_the_stack_is_as_if_they_had_never_been(planets):
@@ -213,29 +297,140 @@ def test_without_sources_the_stack_is_as_if_they_had_never_been(planets):
 
 def test_without_sources_unusable_pixels_stay_so():
     cube = noise(1)
-    cube[:, 20:24, 33:36] = np.nan
+    cube[:, 16:20, 28:31] = np.nan
     of = observe(cube, ANGLES, PSF)
-    left = without(of, [fit_of(21.0, 34.0, 5.0)])
-    assert not left.usable[20:24, 33:36].any()
-    np.testing.assert_array_equal(left.deviations[:, 20:24, 33:36], 0)
+    left = without(of, [fit_of(17.0, 29.0, 5.0)])
+    assert not left.usable[16:20, 28:31].any()
+    np.testing.assert_array_equal(left.deviations[:, 16:20, 28:31], 0)
     assert np.isfinite(left.deviations).all()
 
 
-def test_highest_by_hand():
-    snr = np.array([[1.0, 7.0, np.nan], [np.nan, 6.0, 6.5]])
-    free = np.ones((2, 3), bool)
-    assert highest(snr, free, 5.0) == (0, 1)
-    free[0, 1] = False
-    assert highest(snr, free, 5.0) == (1, 2)
-    assert highest(snr, free, 6.5) == (1, 2)
-    assert highest(snr, free, 6.6) is None
-    assert highest(np.full((2, 3), np.nan), free, -1.0) is None
+def channels_of(seed: int = 1, angles: np.ndarray = ANGLES) -> Channels:
+    return as_channels(stack(seed, [], angles))
 
 
-def test_error_factor_needs_blank_places():
-    of = stack(1, [])
-    assert np.isnan(error_factor(of, SETTINGS, (24.0, 25.5), []))  # a circle of 9 px has room for two
-    assert np.isnan(error_factor(of, SETTINGS, (24.0, 24.0), []))
+def test_close_is_four_fwhm_of_separation_or_of_path():
+    channels = channels_of()
+    limit = 4 * channels.fwhm_px
+    separations = np.array([0.0, 0.99 * limit, 1.01 * limit])
+    assert is_close_at(separations, channels).tolist() == [True, True, False]  # the path is longer
+    slow = channels_of(1, ANGLES / 4)  # 25 degrees
+    arc = np.deg2rad(25)
+    assert is_close_at(separations / arc, slow).tolist() == [True, True, False]
+    expected = separation_map((SIDE, SIDE), tuple(CENTRE)) <= limit
+    np.testing.assert_array_equal(is_close(channels), expected)
+
+
+def test_peaks_by_hand():
+    """Far from the star those from the threshold on, near it those from a lower one on; residuals are none."""
+    channels = channels_of()
+    values = np.full((SIDE, SIDE), np.nan)
+    values[18:23, 18:23] = 0.2
+    values[21, 22], values[16, 20] = 1.1, 0.9  # near the star
+    values[5, 5], values[5, 6], values[35, 30], values[4, 30] = 7.0, 6.0, 4.9, 5.0
+    assert peaks(values, channels, [], 5.0) == [(5, 5), (4, 30), (21, 22)]
+    assert peaks(values, channels, [candidate_of(6.0, 7.0, 9.0, 9.0)], 5.0) == [(4, 30), (21, 22)]
+    assert peaks(values, channels, [], 0.5) == [(5, 5), (4, 30), (35, 30), (21, 22), (16, 20)]
+    assert peaks(np.full((SIDE, SIDE), np.nan), channels, [], 5.0) == []
+    assert LOW_CLOSE < 1.1
+
+
+def test_so_many_peaks_at_most():
+    values = np.zeros((SIDE, SIDE))
+    values[::2, ::2] = 10 + np.random.default_rng(0).random((SIDE // 2, SIDE // 2))
+    channels = channels_of()
+    found = peaks(values, channels, [], 5.0)
+    near = [pixel for pixel in found if is_close(channels)[pixel]]
+    assert len(found) == MOST_CANDIDATES
+    assert len(near) == MOST_CLOSE
+    highest = np.sort(values[is_close(channels)])[-MOST_CLOSE:]
+    assert sorted(values[pixel] for pixel in near) == highest.tolist()
+
+
+def test_snr_of_a_candidate_is_that_where_its_source_is():
+    snr = np.zeros((6, 7))
+    snr[1, 1], snr[4, 5], snr[3, 2] = 2.0, 9.0, np.nan
+    assert highest_near(snr, (1, 1), np.array([3.4, 5.6])) == (4, 5)
+    assert highest_near(snr, (1, 1), np.array([2.6, 2.4])) == (1, 1)
+    assert highest_near(snr, (1, 1), np.array([np.nan, 2.4])) == (1, 1)
+    assert highest_near(snr, (4, 5), np.array([-50.0, 99.0])) == (4, 5)
+
+
+def test_significance_is_that_of_the_higher_of_two_statistics(searches):
+    search = searches[0]
+    channels, using = search.residual, search.combination
+    unit = channels.each[0].unit
+    y, x = at(9.0, 10.0)
+    noise_ = replace(search.noise, refit_gain=1.25)
+    for snr, debiased, expected in ((4.0, 10.0, 8.0), (9.0, 10.0, 9.0), (-2.0, 5.0, 4.0)):
+        candidate = candidate_of(y, x, snr, debiased * unit, a=4.0, throughput=0.5)  # standard deviation 1 unit
+        assert debiased_snr(candidate.fit, channels, using) == pytest.approx(debiased)
+        found = significance_of(candidate, channels, using, noise_)
+        assert found == pytest.approx(float(noise_.significance(expected, 9.0)), rel=1e-6)
+    for flux, throughput in ((-3.0, 0.5), (np.nan, 0.5), (3.0, -0.1), (3.0, np.nan)):
+        assert significance_of(candidate_of(y, x, 9.0, flux, 4.0, throughput), channels, using, noise_) == -np.inf
+
+
+def test_strongest_is_no_residual_of_a_known_source(searches):
+    search = searches[0]
+    args = (search.residual, search.combination, search.noise)
+    unit = search.residual.each[0].unit
+    first, second = (candidate_of(*at(9.0, 10.0), 8.0, 20 * unit), candidate_of(*at(9.0, 80.0), 6.0, 12 * unit))
+    assert strongest([second, first], *args, [])[0] is first
+    known = candidate_of(*at(9.5, 12.0), 20.0, 50 * unit)
+    assert strongest([second, first], *args, [known])[0] is second
+    assert strongest([first], *args, [known]) == (None, -np.inf)
+    assert strongest([], *args, []) == (None, -np.inf)
+
+
+def test_gain_of_noise_peaks_is_that_of_the_noise_s_own_peaks(searches):
+    """Peaks of pure noise in the map with the true angles have the ratio that those with reversed angles have."""
+    ratios, gains = [], []
+    for seed in (100, 101, 102):
+        search = find_sources(stack(seed, []), SETTINGS, max_sources=0)
+        channels, using = search.residual, search.combination
+        gains.append(refit_gain(channels, SETTINGS, using, search.noise))
+        chosen = peaks(np.where(is_close(channels), search.snr_calibrated, np.nan), channels, [], 2.0)[:8]
+        for candidate in fit_candidates(channels, SETTINGS, search.maps, search.template, chosen):
+            ratios.append(debiased_snr(candidate.fit, channels, using) / search.maps.snr[candidate.pixel])
+    assert all(1 <= gain < 1.6 for gain in gains)
+    assert np.nanmedian(ratios) == pytest.approx(np.mean(gains), rel=0.15)
+
+
+@pytest.mark.slow
+def test_bright_sources_of_every_separation_and_flux():
+    """200 injections: from the limit upwards all are found, and their places and fluxes have the errors given."""
+    found, everything = [], []
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        separation, flux = FWHM * (1, 1.5, 2, 3)[number % 4], LIMIT * np.exp(rng.uniform(np.log(2), np.log(1e4)))
+        planet = (*at(separation, rng.uniform(0, 360)), flux)
+        search = find_sources(stack(1000 + number, [planet]), SETTINGS)
+        at_it = [np.hypot(one.y - planet[0], one.x - planet[1]) < 1 for one in search.sources]
+        found.append(any(at_it) and len(at_it) == 1)
+        if found[-1]:
+            everything.append(pulls(search, [planet])[0])
+    assert np.mean(found) >= 0.97
+    spread = np.array(everything).std(0)
+    assert (spread > 0.7).all()
+    assert (spread < 1.5).all()
+
+
+@pytest.mark.slow
+def test_companions_of_bright_sources_in_speckles():
+    """5 : 1 pairs 2 FWHM apart, 5 and 8 FWHM from the star of a synthetic stack; the companion at twice the limit."""
+    fwhm, found = 4.6, []
+    for far, limit in ((5, 120.0), (8, 36.0)):
+        for orientation in (0, 90, 180):
+            rng = np.random.default_rng(300 + far + orientation)
+            angle = rng.uniform(0, 2 * np.pi)
+            y, x = 50 + far * fwhm * np.sin(angle), 50 + far * fwhm * np.cos(angle)
+            turned = angle + np.deg2rad(orientation)
+            second = (y + 2 * fwhm * np.sin(turned), x + 2 * fwhm * np.cos(turned), 2 * limit)
+            made = rotating_stack(300, 60, 100, 60.0, planets=((y, x, 10 * limit), second)).stack
+            sources = find_sources(observe(made.cube, made.angles_deg, made.psf), Settings()).sources
+            found.append(min(np.hypot(one.y - second[0], one.x - second[1]) for one in sources) < 1)
+    assert np.mean(found) >= 5 / 6
 
 
 # --- the real cubes

@@ -60,9 +60,9 @@ def ready(cube: np.ndarray, angles: np.ndarray = ANGLES) -> tuple[Observation, S
     return of, stack, patch
 
 
-def injected(cube: np.ndarray, places: np.ndarray, fluxes: np.ndarray) -> np.ndarray:
+def injected(cube: np.ndarray, places: np.ndarray, fluxes: np.ndarray, angles: np.ndarray = ANGLES) -> np.ndarray:
     """(2, N): a and b in the units of the cube."""
-    of, stack, patch = ready(cube)
+    of, stack, patch = ready(cube, angles)
     a, b = inject(stack, jnp.asarray(places), jnp.asarray(fluxes, float) / of.unit, patch)
     return np.array([np.asarray(a) / of.unit**2, np.asarray(b) / of.unit])
 
@@ -172,7 +172,7 @@ def test_flux_is_algorithm_3_s_in_far_fewer_iterations(flux, place):
     ("now", "before", "expected"),
     [
         ((1.0, 2.6), (0.0, 2.0), 5.0),  # on the line 2 + 0.6 flux
-        ((3.0, 4.0), (2.0, 2.0), 23.0),  # too steep: a slope of 0.95 is believed
+        ((3.0, 4.0), (2.0, 2.0), 53.0),  # too steep: the slope is limited to 0.98
         ((3.0, 4.0), (2.0, 9.0), 4.0),  # downwards: the answer itself
         ((3.0, 4.0), (3.0, 9.0), 4.0),  # no step before, no slope
     ],
@@ -207,7 +207,8 @@ def likelihood_near(cube: np.ndarray, start: np.ndarray, fit: Fit, i: int):
 STEPS = 1e-4 * np.eye(3)
 
 
-def test_place_is_where_the_likelihood_is_highest_and_its_errors_are_fisher_s():
+def test_place_maximises_the_likelihood_and_its_errors_include_those_of_the_noise_model():
+    """The covariance is (1 - J)^-1 F^-1 (1 - J)^-T, with the derivative J by differences of the reference's update."""
     moved = np.add(PLACES, [[0.3, -0.2], [0.05, 0.4], [-0.35, 0.1], [0.2, 0.45]])
     cube = with_sources(noise(5), *((*place, 5.0) for place in moved))
     fit = characterised(cube, PLACES)
@@ -221,8 +222,16 @@ def test_place_is_where_the_likelihood_is_highest_and_its_errors_are_fisher_s():
         assert (abs(score) * errors(fit)[i] < 0.02).all()  # of a standard deviation from the highest place
         design = np.array([(u[1] - d[1]) / 2e-4 for u, d in zip(up, down, strict=True)])
         fisher = np.linalg.inv(design @ design.T)
+
+        def update(parameters: np.ndarray, start: np.ndarray = start) -> np.ndarray:
+            return reference.update(cube, ANGLES, PSF, 3, start, parameters, CENTRE)[0]
+
+        response = np.stack([(update(best + step) - update(best - step)) / 2e-4 for step in STEPS], -1)
+        gain = np.linalg.inv(np.eye(3) - response)
         scale = np.outer(errors(fit)[i], errors(fit)[i])
-        np.testing.assert_allclose(fit.covariance[i] / scale, fisher / scale, atol=2e-3)
+        np.testing.assert_allclose(fit.covariance[i] / scale, gain @ fisher @ gain.T / scale, atol=4e-3)
+        assert fit.covariance[i, 2, 2] > 1.1 * fisher[2, 2]
+        assert float(fit.throughput[i]) == pytest.approx(1 - response[2, 2], rel=1e-3)
 
 
 def test_gradient_of_the_template_is_the_reference_s():
@@ -256,44 +265,48 @@ def test_errors_of_the_place_fall_as_the_flux_rises():
     faint, bright = (characterised(with_sources(cube, (y, x, f)), PLACES[2:3], move=False) for f in (10.0, 40.0))
     ratio = bright.flux[0] / faint.flux[0]
     assert ratio == pytest.approx(4, rel=0.1)
-    np.testing.assert_allclose(bright.covariance[0, :2, :2] * ratio**2, faint.covariance[0, :2, :2], rtol=1e-3)
-    np.testing.assert_allclose(bright.covariance[0, 2, 2], faint.covariance[0, 2, 2], rtol=1e-3)
+    np.testing.assert_allclose(bright.a, faint.a, rtol=1e-3)
+    np.testing.assert_allclose(errors(bright) * [ratio, ratio, 1], errors(faint), rtol=0.06)
+    assert float(bright.significance[0] / faint.significance[0]) == pytest.approx(float(ratio), rel=0.06)
 
 
 @pytest.mark.parametrize(
     "angles", [ANGLES, pytest.param(WHOLE_TURN, marks=pytest.mark.slow)], ids=["85 degrees", "a whole turn"]
 )
 def test_errors_are_those_of_white_noise(angles):
-    """Pulls of sources at any sub-pixel place have unit variance, but for what it costs to learn the mean as well.
+    """Pulls have the standard deviation of the null SNR, by which the search multiplies all errors.
 
-    The mean image holds the share q of a source that overlaps with itself in other frames. With C = I the fixed point
-    f a = h' (r - mean(r - f h)) has the variance 1 / (a (1 - q)) and not 1 / a.
+    In white noise only the mean is learnt: the share q of a source that overlaps with itself in other frames is lost
+    from the flux, whose variance at the fixed point is 1 / (a (1 - q)). The errors have 1 / (a (1 - q)^2), and the null
+    SNR the variance 1 - q. Two sources are on opposite sides of the star, so that their tracks do not meet.
     """
-    pulls, inflation = [], []
-    for seed in range(40):
+    pulls, null, fisher = [], [], []
+    for seed in range(60):
         rng = np.random.default_rng(seed)
-        separation, theta = rng.uniform(8, 11), rng.uniform(0, 2 * np.pi)
-        y, x = CENTRE[0] + separation * np.sin(theta), CENTRE[1] + separation * np.cos(theta)
-        cube = with_sources(rng.normal(size=(FRAMES, HEIGHT, WIDTH)), (y, x, FLUX), angles=angles)
-        fit = characterised(cube, np.array([[round(y), round(x)]]), angles=angles)
-        pulls.append((np.array([fit.y[0], fit.x[0], fit.flux[0]]) - [y, x, FLUX]) / errors(fit)[0])
-        inflation.append(1 / np.sqrt(1 - overlap(y, x, angles)))
-    pulls, predicted = np.array(pulls), float(np.mean(inflation))
+        separation, theta = rng.uniform(8, 11, 2), rng.uniform(0, 2 * np.pi) + np.array([0, np.pi])
+        places = CENTRE + separation[:, None] * np.stack([np.sin(theta), np.cos(theta)], -1)
+        white = rng.normal(size=(FRAMES, HEIGHT, WIDTH))
+        for chosen in [[0, 1]] if angles is ANGLES else [[0], [1]]:
+            cube = with_sources(white, *((*places[k], FLUX) for k in chosen), angles=angles)
+            fit = characterised(cube, np.round(places[chosen]), angles=angles)
+            off = np.stack([fit.y, fit.x, fit.flux], -1) - np.column_stack([places[chosen], [FLUX] * len(chosen)])
+            pulls += list(off / errors(fit))
+            fisher += list(off[:, 2] * np.sqrt(fit.a))
+        a, b = injected(white, places_around(9.5), np.zeros(8), angles)
+        null += list(b / np.sqrt(a))
+    pulls, spread = np.array(pulls), np.std(null)
     n_errors = 3 / np.sqrt(2 * len(pulls))  # three standard errors of a standard deviation, relative
     assert (abs(pulls.mean(0)) < 3.5 * pulls.std(0) / np.sqrt(len(pulls))).all()
-    assert pulls[:, 2].std() == pytest.approx(predicted, rel=n_errors)
-    assert predicted < 1.06 if angles is WHOLE_TURN else predicted > 1.15
-    if angles is WHOLE_TURN:
-        np.testing.assert_allclose(pulls[:, :2].std(0), 1, atol=n_errors)
+    assert pulls[:, 2].std() / spread == pytest.approx(1, abs=n_errors)
+    np.testing.assert_allclose(pulls[:, :2].std(0) / spread, 1.1, atol=n_errors)  # 1.13 at 85 degrees
+    if angles is ANGLES:
+        assert np.std(fisher) > 1.1
+        assert spread < 0.9
 
 
-def overlap(y: float, x: float, angles: np.ndarray) -> float:
-    """The share of a source's energy on its own patches that is in the mean image."""
-    source = with_sources(np.zeros((FRAMES, HEIGHT, WIDTH)), (y, x, 1.0), angles=angles)
-    pixel = np.floor(reference.tracks(angles, y, x, CENTRE) + 0.5).astype(int)[:, None] + OFFSETS
-    t, row, column = np.arange(FRAMES)[:, None], pixel[..., 0], pixel[..., 1]
-    h = source[t, row, column]
-    return float((h * source.mean(0)[row, column]).sum() / (h**2).sum())
+def places_around(separation: float) -> np.ndarray:
+    theta = np.arange(8) * np.pi / 4
+    return CENTRE + separation * np.stack([np.sin(theta), np.cos(theta)], -1)
 
 
 # --- where there is little to see

@@ -199,3 +199,33 @@ def unbiased_flux(cube, angles_deg, psf, radius, y, x, iterations=50, centre=Non
         a, b = source_sums(cube, positions, psf, offsets, usable, learned_at)
         flux = b / a
     return flux, 1 / np.sqrt(a)
+
+
+def update(cube, angles_deg, psf, radius, start, parameters, centre=None):
+    """One step of the fit of (y, x, flux), and the covariance of a single estimate.
+
+    The noise is learnt without the source of these parameters, on the pixels nearest to the track of `start`. The flux
+    becomes b / a, and the place moves by Fisher scoring with that flux fitted too. All derivatives are differences.
+    """
+    offsets, step = disc(radius), 1e-5
+    y, x, flux = parameters
+    centre = centre_of(cube, centre)
+    pixels, kept = nearest_pixels(tracks(angles_deg, *start, centre), usable_locations(cube, offsets))
+    without = inject(cube, angles_deg, psf, y, x, -flux, centre)
+    learned = {tuple(n): learn(without, *n, offsets) for n in np.unique(pixels[kept], axis=0)}
+    means, precisions = (np.array([learned[tuple(n)][k] for n in pixels[kept]]) for k in (0, 1))
+
+    def source(y, x):
+        delta = (tracks(angles_deg, y, x, centre) - pixels)[kept]
+        return shift_psf(psf, delta[:, 0], delta[:, 1], offsets)
+
+    t, n = np.flatnonzero(kept)[:, None], pixels[kept][:, None] + offsets
+    data, h = cube[t, n[..., 0], n[..., 1]] - means, source(y, x)
+    weighted = np.einsum("tij,tj->ti", precisions, h)
+    new = (weighted * data).sum() / (weighted * h).sum()
+    slopes = [source(y + step, x) - source(y - step, x), source(y, x + step) - source(y, x - step)]
+    design = np.stack([new * slopes[0] / (2 * step), new * slopes[1] / (2 * step), h], -1)
+    white = np.einsum("tij,tjk->tik", precisions, design)
+    covariance = np.linalg.inv(np.einsum("tik,til->kl", white, design))
+    score = np.einsum("tik,ti->k", white[..., :2], data - new * h)
+    return np.append(np.array([y, x]) + covariance[:2, :2] @ score, new), covariance

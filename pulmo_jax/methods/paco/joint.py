@@ -20,7 +20,7 @@ Prepared = tuple[tuple[Stack, ...], tuple[Patch, ...]]  # arrays and static sett
 
 CAPACITY = 32  # sources per call of the program
 NEAR_DISTINCT = 40  # patches along the track of a source near the star; sources beyond have a program of their own
-REACH_PX = 3.0  # largest distance between a start and the patches of the fit
+REACH_PX = 3.6  # largest distance between a start and the patches of the fit; each coordinate moves by up to 2.5 px
 
 
 class SourceFit(NamedTuple):
@@ -166,7 +166,8 @@ def as_source(channels: Channels, fit: Fit) -> SourceFit:
     """Convert the fit of every channel, on the host, to a position on the sky and fluxes in units of the PSF."""
     weights = np.asarray(information(jnp.asarray(fit.covariance), jnp.asarray(channels.scales))).sum(0)
     place = channels.on_sky(0, np.array([fit.y[0], fit.x[0]], float))
-    covariance = np.linalg.inv(weights) if np.linalg.det(weights) > 0 else np.full((2, 2), np.nan)
+    known = np.isfinite(weights).all() and np.linalg.det(weights) > 0
+    covariance = np.linalg.inv(weights) if known else np.full((2, 2), np.nan)
     units = np.array([observation.unit for observation in channels.each])
     flux_std = units * np.sqrt(fit.covariance[:, 2, 2].astype(float))
     each = tuple(jax.tree.map(lambda values, k=k: values[k], fit) for k in range(len(units)))

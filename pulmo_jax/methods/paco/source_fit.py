@@ -254,7 +254,8 @@ def as_fit(stacks: Sequence[Stack], patches: tuple[Patch, ...], sky: Sky, end: C
     """Compute the fit of every channel, with its errors, from the state at convergence."""
     places = sky.in_channels(end.place)
     seen, response = responses(stacks, patches, sky.in_channels(end.start), places, end.fluxes)
-    iterations = jnp.where(end.settled, end.iteration, MAX_ITERATIONS)
+    found = end.settled & ~jnp.isnan(end.fluxes).all()
+    iterations = jnp.where(found, end.iteration, MAX_ITERATIONS)
     return Fit(
         places[:, 0],
         places[:, 1],
