@@ -168,7 +168,7 @@ class PointSource:
         position_angle_deg: Position angle in degrees, from north through east.
         position_angle_deg_std: Error of the position angle.
         snr: Signal-to-noise ratio at the pixel of detection, with brighter sources removed.
-        snr_debiased: Flux over its standard deviation, with the source excluded from the noise model.
+        snr_debiased: Flux over its standard deviation at that position, with a noise model that excludes the source.
         snr_calibrated: Gaussian significance of `snr_debiased` in the empirical null at that separation (Student's t).
         flux: Flux b / a of a single pass in units of the normalised PSF; biased low by self-subtraction.
         flux_std: Error of the flux.

@@ -108,7 +108,8 @@ def brightness(channels: Channels, settings: Settings) -> Float[np.ndarray, "H W
     total = np.zeros(channels.shape)
     for number, (stack, patch) in enumerate(zip(*prepare_channels(channels, settings), strict=True)):
         values = np.asarray(least_squares_map(stack, patch), float)
-        rows, columns = channels.in_channel(number, np.stack(np.indices(channels.shape), -1).astype(float)).T
+        pixels = np.moveaxis(np.indices(channels.shape), 0, -1).astype(float)
+        rows, columns = channels.in_channel(number, pixels).T
         values = map_coordinates(values, (rows.T, columns.T), order=1)
         ring = (separation / channels.fwhm_px).astype(int)
         for k in range(ring.max() + 1):
@@ -180,7 +181,9 @@ def highest_near(
         return pixel
     near = np.round(place).astype(int) + np.array(list(np.ndindex(3, 3))) - 1
     near = near[((near >= 0) & (near < snr.shape)).all(1)]
-    return max([pixel, *map(tuple, near.tolist())], key=lambda at: snr[at] if np.isfinite(snr[at]) else -np.inf)
+    return max(
+        [pixel, *((y, x) for y, x in near.tolist())], key=lambda at: snr[at] if np.isfinite(snr[at]) else -np.inf
+    )
 
 
 def debiased(fit: SourceFit, channels: Channels, combination: Combination) -> Combined:

@@ -7,11 +7,11 @@ from jaxtyping import Float
 from scipy.stats import chi2
 
 from pulmo_jax.evaluation.selection_bias import without_selection
-from pulmo_jax.inference.candidates import Candidate, debiased, significance_of
+from pulmo_jax.inference.candidates import Candidate, debiased, debiased_snr, significance_of
 from pulmo_jax.inference.search_noise import Noise
 from pulmo_jax.methods.paco.channels import Channels
 from pulmo_jax.methods.paco.joint import SourceFit
-from pulmo_jax.methods.paco.spectral import Combination
+from pulmo_jax.methods.paco.spectral import Combination, combine
 from pulmo_jax.types import PointSource
 
 NEAR = 1.5  # significance above the threshold up to which a flux is flagged as near it
@@ -74,10 +74,11 @@ def describe(
     factor = float(noise.factor(separation))
     covariance = fit.place_covariance * excess(fit, combination.at(separation)) * factor**2
     radial, tangential = along_and_across(covariance, offset)
-    total = debiased(fit, channels, combination)
+    total = combine(fit.flux_std**-2, fit.flux * fit.flux_std**-2, np.array(separation), combination)
     flux, flux_std = float(total.b / total.a), float(1 / np.sqrt(total.a))
     significance = significance_of(candidate, channels, combination, noise)
-    lowest = noise.ratio_at(threshold, separation) * noise.refit_gain * flux_std
+    fixed_std = float(1 / np.sqrt(debiased(fit, channels, combination).a))
+    lowest = noise.ratio_at(threshold, separation) * noise.refit_gain * fixed_std
     corrected, corrected_std = without_selection(flux, flux_std * factor, lowest)
     source = PointSource(
         label=label,
@@ -90,7 +91,7 @@ def describe(
         position_angle_deg=float(np.mod(np.rad2deg(np.arctan2(*offset)) - north_deg, 360)),
         position_angle_deg_std=float(np.rad2deg(np.arctan2(tangential, separation))),
         snr=candidate.snr,
-        snr_debiased=flux / flux_std,
+        snr_debiased=debiased_snr(fit, channels, combination),
         snr_calibrated=significance,
         flux=candidate.flux,
         flux_std=candidate.flux_std,
