@@ -28,6 +28,10 @@ PRIOR_STD = 10.0  # the same for bright sources, in standard deviations of the l
 NODES = 16  # Chebyshev nodes per axis
 
 
+class NoMaximumError(ValueError):
+    """The likelihood has no maximum near the position and flux given."""
+
+
 @dataclass(frozen=True, eq=False)
 class Posterior:
     """Samples of the position and the flux of a source.
@@ -129,7 +133,7 @@ def sample_posterior(
 
     Raises:
         InputError: If BlackJAX is not installed.
-        ValueError: If the likelihood has no maximum near the position given.
+        NoMaximumError: If the likelihood has no maximum near the position given.
 
     Reference:
         Hoffman and Gelman 2014, JMLR 15:1593 (NUTS); Cabezas et al. 2024, arXiv:2402.10797 (BlackJAX).
@@ -148,7 +152,7 @@ def sample_posterior(
     start = jnp.asarray([y, x, flux], dtype)
     covariance = inverse(-np.asarray(curvature(views, start, patches), float))
     if covariance is None:
-        raise ValueError(f"the likelihood has no maximum near (y, x) = ({y:.2f}, {x:.2f}) with flux {flux:.4g}")
+        raise NoMaximumError(f"the likelihood has no maximum near (y, x) = ({y:.2f}, {x:.2f}) with flux {flux:.4g}")
     widening = 1.0 if flux_std is None else float(flux_std / np.sqrt(covariance[2, 2]))
     reach = np.minimum(PRIOR_FWHM * channels.fwhm_px, PRIOR_STD * widening * np.sqrt(np.diag(covariance)[:2]))
     surface = interpolate(views, start, jnp.asarray(reach, dtype), patches)

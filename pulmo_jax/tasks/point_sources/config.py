@@ -320,6 +320,11 @@ class DetectConfig(Section):
     def _one_job(self) -> "DetectConfig":
         if self.epochs.runs and self.data.cube is not None:
             raise ValueError("data.cube and epochs.runs exclude each other: search the stack first, then combine runs")
+        if self.epochs.runs and self.search.posterior:
+            raise ValueError(
+                "search.posterior=true and epochs.runs exclude each other: the posterior is that of the sources of one "
+                "stack; set search.posterior=true in the run of each epoch"
+            )
         if self.contrast.unit in ("contrast", "magnitudes") and self.data.star_flux is None and not self.epochs.runs:
             raise ValueError(
                 f"contrast.unit={self.contrast.unit} needs data.star_flux: the flux of the star in a frame of the cube "

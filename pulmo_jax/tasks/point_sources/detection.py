@@ -30,7 +30,7 @@ from pulmo_jax.tasks.point_sources.drawing import Sky
 from pulmo_jax.tasks.point_sources.figures import ONE_PASS_CONTRAST, detection_maps
 from pulmo_jax.tasks.point_sources.geometry_check import geometry_caveats
 from pulmo_jax.tasks.point_sources.inputs import input_digests
-from pulmo_jax.tasks.point_sources.posterior import write_posteriors
+from pulmo_jax.tasks.point_sources.posterior import SourcePosterior, posterior_csv, sample_posteriors
 from pulmo_jax.tasks.point_sources.reading import load, naming, observe, synthetic_stack
 from pulmo_jax.tasks.point_sources.report import Result, counted, write_adi_report
 from pulmo_jax.tasks.point_sources.results import (
@@ -94,14 +94,14 @@ def read(config: DetectConfig, place: Place) -> Result:
 
 
 def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
-    """Search a stack and measure the detection limits; the caller sets the floating-point precision.
+    """Search a stack, measure the limits and sample the posteriors; the caller sets the floating-point precision.
 
     Args:
         result: The observation.
         place: Console for progress.
 
     Returns:
-        The observation with detection limits, and the result of the search.
+        The observation with detection limits and posteriors, and the result of the search.
     """
     config, settings = result.config, settings_of(result.config.method)
     with naming(config.data.spectrum if isinstance(config.data.spectrum, Path) else None):
@@ -119,6 +119,7 @@ def search_stack(result: Result, place: Place) -> tuple[Result, Search]:
     )
     for caveat in search.caveats[len(result.channels.caveats) :]:
         place.note(f"note: {caveat}")
+    result = replace(result, posteriors=sample_posteriors(result, search, settings, place))
     if not config.contrast.rings:
         return result, search
     contrast = contrast_curve(
@@ -145,7 +146,9 @@ def write(result: Result, search: Search, place: Place, seconds: float) -> None:
         write_text(folder / "spectra.csv", spectra_csv(search.spectra, result))
     if result.contrast is not None:
         write_text(folder / "contrast.csv", contrast_csv(result.contrast, config.data, star_mean))
-    result = replace(result, posteriors=write_posteriors(result, search, settings_of(config.method), place))
+    if config.search.posterior:
+        samples = posterior_csv(result.posteriors, result.channels.centre, config.data.north_deg)
+        write_text(folder / "posterior.csv", samples)
     write_json(folder / "metrics.json", summarise(result, search, seconds))
     write_json(folder / "run.json", provenance())
     write_json(folder / "inputs.json", input_digests(config.data))
@@ -195,6 +198,7 @@ class Detections:
         pixel_scale: Pixel scale, arcsec per pixel, if known.
         north_deg: Direction of north in the maps, degrees from the x axis toward y.
         star_flux: Flux of the star in units of the PSF, if known: flux / star_flux is the contrast.
+        posteriors: Posterior of position and flux of each source with search.posterior=true, otherwise ().
     """
 
     sources: tuple[PointSource, ...]
@@ -205,6 +209,7 @@ class Detections:
     pixel_scale: float | None
     north_deg: float = NORTH_DEG
     star_flux: float | None = None
+    posteriors: tuple[SourcePosterior, ...] = ()
 
     def figure(self) -> Any:
         """Figure of the SNR and flux maps with the sources."""
@@ -255,6 +260,7 @@ def detect_arrays(
         result.config.data.pixel_scale,
         result.config.data.north_deg,
         result.fluxes.star_mean,
+        result.posteriors,
     )
 
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
-from pulmo_jax.host.files import write_text
 from pulmo_jax.inference.outputs import as_csv
 from pulmo_jax.inference.point_sources import Search
 from pulmo_jax.methods.paco import Posterior, Settings, sample_posterior
+from pulmo_jax.methods.paco.posterior import NoMaximumError
 from pulmo_jax.methods.paco.removal import without_sources
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned
@@ -30,33 +29,38 @@ WORST_R_HAT = 1.01  # Vehtari et al. 2021
 
 @dataclass(frozen=True, eq=False)
 class SourcePosterior:
-    """A source and the samples of its posterior; None if its likelihood has no maximum there."""
+    """Posterior of position and flux of a source.
+
+    Attributes:
+        source: The source.
+        posterior: Its samples; None if the likelihood has no maximum at its position.
+    """
 
     source: PointSource
     posterior: Posterior | None
 
 
-def write_posteriors(result: "Result", search: Search, settings: Settings, place: Place) -> tuple[SourcePosterior, ...]:
-    """Sample the posterior of every source and write posterior.csv, if `search.posterior` is set.
+def sample_posteriors(
+    result: "Result", search: Search, settings: Settings, place: Place
+) -> tuple[SourcePosterior, ...]:
+    """Sample the posterior of every source, if `search.posterior` is set; the caller sets the precision.
 
     Args:
         result: The observation.
         search: Result of the search.
         settings: Settings of the noise model.
-        place: Output folder and console.
+        place: Console for messages.
 
     Returns:
         The sources with their samples; () without `search.posterior`.
     """
-    config = result.config
-    if not config.search.posterior:
+    if not result.config.search.posterior:
         return ()
-    with jax.enable_x64(config.method.precision == "float64"):
-        found = tuple(sample_source(result, search, number, settings) for number in range(len(search.sources)))
-    write_text(place.folder / "posterior.csv", posterior_csv(found, result.channels.centre, config.data.north_deg))
+    found = tuple(sample_source(result, search, number, settings) for number in range(len(search.sources)))
     for each in found:
         if each.posterior is None:
-            place.note(f"note: source {each.source.label} has no posterior: no maximum of the likelihood at its place")
+            label = each.source.label
+            place.note(f"note: source {label} has no posterior: no maximum of the likelihood at its position")
         elif (worst := each.posterior.r_hat.max()) > WORST_R_HAT:
             place.note(f"note: the chains of the posterior of source {each.source.label} disagree: R-hat {worst:.3f}")
     return found
@@ -74,7 +78,7 @@ def sample_source(result: "Result", search: Search, number: int, settings: Setti
             spectrum=search.combination.spectra[search.spectra[number].template],
             seed=result.config.seed, settings=settings,
         )  # fmt: skip
-    except ValueError:
+    except NoMaximumError:
         posterior = None
     return SourcePosterior(source, posterior)
 

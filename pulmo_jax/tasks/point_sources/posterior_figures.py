@@ -13,7 +13,7 @@ from pulmo_jax.methods.paco.posterior import Posterior
 from pulmo_jax.reporting.figures import BLUE, COLUMN_WIDTH_IN, SKY, VERMILLION, style
 from pulmo_jax.types import PointSource
 
-NAMES = ("y (px)", "x (px)", "flux (psf)")
+NAMES = ("y (px)", "x (px)", "flux (PSF units)")
 BINS = 40
 LEVELS = (0.95, 0.68)  # enclosed probability of the contours
 SMOOTHING_BINS = 1.5
