@@ -64,7 +64,7 @@ def read_fits(file: BufferedIOBase, size: int, request: Request) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AstropyWarning)  # about truncated files, which `check` detects
         with fits.open(file) as opened:
-            hdus: list[Any] = list(opened)
+            hdus = _units(opened)
             chosen = hdus if part.extension is None else [_named(hdus, request)]
             images = [hdu for hdu in chosen if hdu.is_image and hdu.shape and request.fitting(hdu.shape)]
             tables = [hdu for hdu in chosen if hdu.header.get("XTENSION") in ("BINTABLE", "TABLE") and not hdu.is_image]
@@ -75,6 +75,16 @@ def read_fits(file: BufferedIOBase, size: int, request: Request) -> np.ndarray:
             shapes = [str(tuple(hdu.shape)) for hdu in chosen if hdu.is_image and hdu.shape]
             content = f"images of shape {', '.join(shapes[:_LISTED])}" if shapes else "no image"
             raise InputError(f"{request.path}: holds {content}; give {request.wanted}{_hint(hdus, part)}")
+
+
+def _units(opened: fits.HDUList) -> list[Any]:
+    """All HDUs; padding after the last one, which `check_fits` admits, is none to astropy either but an error."""
+    hdus = []
+    while True:
+        try:
+            hdus.append(opened[len(hdus)])
+        except (IndexError, OSError):
+            return hdus
 
 
 def listing(hdus: Sequence[Any]) -> str:

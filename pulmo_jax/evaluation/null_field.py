@@ -133,7 +133,7 @@ def significance(
 
     Example:
         >>> round(float(significance(5.0, 1e9)), 3), round(float(significance(5.0, 12.0)), 3)
-        (5.0, 3.428)
+        (5.0, 3.455)
     """
     value, degrees = np.asarray(ratio) / np.sqrt(1 + 1 / np.asarray(n)), np.minimum(np.asarray(n) - 1.0, MANY)
     size = abs(value)

@@ -31,7 +31,7 @@ def without_selection(flux: float, flux_std: float, lowest: float) -> tuple[floa
     Example:
         >>> corrected, error = without_selection(flux=55.0, flux_std=10.0, lowest=50.0)
         >>> round(corrected, 1), round(error, 1)
-        (42.8, 13.9)
+        (46.8, 14.0)
     """
     if not (np.isfinite([flux, flux_std, lowest]).all() and flux_std > 0) or flux - lowest > MOST_STD * flux_std:
         return flux, flux_std

@@ -166,6 +166,6 @@ def trials_threshold(threshold: float, trials: float) -> float:
 
     Example:
         >>> round(trials_threshold(5.0, 10), 2)
-        5.42
+        5.43
     """
     return float(norm.isf(norm.sf(threshold) / trials)) if trials > 1 else threshold

@@ -167,7 +167,15 @@ def test_every_output_is_there(sweep):
         figures = ("detection_maps", "null_distribution", "null_by_radius", "frames")
         expected = {f"{name}.fits" for name in MAPS}
         expected |= {f"figures/{name}.{kind}" for name in figures for kind in ("pdf", "png")}
-        expected |= {"detections.csv", "metrics.json", "run.json", "config.yaml", "report.html", "job.json"}
+        expected |= {
+            "detections.csv",
+            "metrics.json",
+            "run.json",
+            "config.yaml",
+            "report.html",
+            "job.json",
+            "inputs.json",
+        }
         assert names - {MARK} == expected
         for name in expected:
             assert (run.path / name).stat().st_size > 0
