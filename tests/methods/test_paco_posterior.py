@@ -40,6 +40,7 @@ def fitted(seed: int = 0, flux: float = FLUX) -> tuple[paco.Observation, tuple[f
     return observation, (float(fit.y[0]), float(fit.x[0]), float(fit.flux[0]) * observation.unit)
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_likelihood():
     """At this SNR nearly normal, with the covariance of the Hessian; by other chains too; R-hat and ESS agree."""
     observation, at = fitted()
