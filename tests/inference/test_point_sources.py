@@ -452,7 +452,7 @@ def real(name: str, angles: str) -> Observation:
 
 @pytest.fixture(scope="module")
 def beta_pictoris() -> Search:
-    return find_sources(real("cube_with_planet", "parallactic_angles"), SETTINGS)
+    return find_sources(real("cube_with_planet", "parallactic_angles"), Settings())
 
 
 @needs_real
@@ -479,6 +479,6 @@ def test_the_real_cube_without_its_planet_has_no_peak(mode):
 def test_the_real_cube_with_its_angles_reversed_has_no_peak(beta_pictoris):
     """With the planet in it or not."""
     of = real("cube_with_planet", "parallactic_angles")
-    assert np.nanmax(compute_maps(of, SETTINGS, angles_deg=-of.angles_deg).snr) < 5
+    assert np.nanmax(compute_maps(of, Settings(), angles_deg=-of.angles_deg).snr) < 5
     assert np.nanmax(beta_pictoris.null.snr) < 5
-    assert np.nanmax(compute_maps(beta_pictoris.residual.each[0], SETTINGS).snr) < 5
+    assert np.nanmax(compute_maps(beta_pictoris.residual.each[0], Settings()).snr) < 5

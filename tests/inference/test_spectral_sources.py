@@ -165,7 +165,7 @@ def test_a_set_of_spectra_is_chosen_from_and_its_trials_count():
     using, separation = search.combination, separation_map((SIZE, SIZE), CENTRE)
     spread = np.interp(np.round(separation), using.spread_px, using.spread[2])
     assert (search.maps.snr[known] >= (one.maps.snr / spread)[known] - 1e-6).all()
-    assert 1.5 < search.trials <= 3
+    assert 1.5 < search.noise.trials <= 3
     assert np.nanmean(search.null.snr) > np.nanmean(one.null.snr) + 0.1  # the null is the best of three too
 
 
