@@ -267,7 +267,7 @@ def test_errors_of_the_place_fall_as_the_flux_rises():
     assert ratio == pytest.approx(4, rel=0.1)
     np.testing.assert_allclose(bright.a, faint.a, rtol=1e-3)
     np.testing.assert_allclose(errors(bright) * [ratio, ratio, 1], errors(faint), rtol=0.06)
-    assert float(bright.significance[0] / faint.significance[0]) == pytest.approx(float(ratio), rel=0.06)
+    assert float(bright.snr[0] / faint.snr[0]) == pytest.approx(float(ratio), rel=0.06)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_too_small_a_bound_gives_nan_and_never_a_wrong_number():
     assert np.isfinite(right).all()
     assert np.isnan(short).all()
     fit = characterise(stack, place, patch._replace(n_distinct=n - 1), move=False)
-    for values in (fit.flux, fit.a, fit.significance, fit.covariance[:, 2, 2]):
+    for values in (fit.flux, fit.a, fit.snr, fit.covariance[:, 2, 2]):
         assert np.isnan(values).all()
 
 

@@ -51,7 +51,7 @@ class Fit(NamedTuple):
     iterations: Int[Array, "*N"]
 
     @property
-    def significance(self) -> Float[Array, "*N"]:
+    def snr(self) -> Float[Array, "*N"]:
         """Flux in units of its standard deviation at a fixed position; for a faint source the SNR of the map."""
         return self.flux * jnp.sqrt(self.a) * self.throughput
 
