@@ -1,8 +1,8 @@
 """Training losses of segmentation: functions of logits and the classes of pixels that return one number for a batch.
 
-All take the logits (B, H, W, M), the true membership of each pixel in the M classes (with the background as the first of
-exclusive classes), and which pixels are labelled; unlabelled pixels count nowhere. Overlaps are summed over the batch:
-images without a class do not give a Dice loss of their own.
+All take the logits (B, H, W, M), the true membership of each pixel in the M classes (with the background as the first
+of exclusive classes), and which pixels are labelled; unlabelled pixels count nowhere. Overlaps are summed over the
+batch: images without a class do not give a Dice loss of their own.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""U-Net (Ronneberger et al. 2015, MICCAI): an encoder of features at several scales, and a decoder with skip connections.
+"""U-Net (Ronneberger et al. 2015, MICCAI): an encoder of features at several scales, and a decoder with skips.
 
 The first layer and the last one rearrange blocks of `stem` x `stem` pixels to features and back, so no convolution runs
 at the full resolution: on two CPU cores most of the time of a U-Net is spent there. A decoder stage adds the upsampled,
