@@ -1,4 +1,4 @@
-"""Calibration of a trained segmentation on the validation images of each fold: probabilities, thresholds, components."""
+"""Calibration of a segmentation on the validation images of each fold: probabilities, thresholds, components."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -21,7 +21,6 @@ from pulmo_jax.tasks.segmentation.stored import Calibration
 
 PIXELS_PER_IMAGE = 20_000  # labelled pixels of an image that enter the scaling
 DEFAULT = 0.5  # threshold of a class without validation pixels
-MOST_FALSE = 100  # false components of an image are cut off there in the conformal bound
 
 Track = Callable[[Iterable[int], int], Iterable[int]]
 
@@ -167,6 +166,5 @@ def limit_components(
     limit = config.calibration.false_components
     if limit is None:
         return None
-    bound = max([len(found) for found in peaks], default=0)
-    replicates = config.evaluation.replicates
-    return conformal_threshold(peaks, groups, limit, float(min(max(bound, 1), MOST_FALSE)), replicates, config.seed)
+    bound, replicates = float(config.calibration.most_false), config.evaluation.replicates
+    return conformal_threshold(peaks, groups, limit, bound, replicates, config.seed)

@@ -1,7 +1,7 @@
 """A finished run of segmentation, and the files that store it.
 
-Prediction and evaluation read config.yaml, networks.json, calibration.json, baselines.npz, images.json and checkpoints/.
-finished.json, which training writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
+Prediction and evaluation read config.yaml, networks.json, calibration.json, baselines.npz, images.json and
+checkpoints/. finished.json, which training writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
 import hashlib

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def validation(method: Segmenter, data: SegmentationData) -> Callable[[list[Para
         for network in range(count)
     ]
     first = np.cumsum([0, *(len(codes) for _, codes in read)])
-    own = [np.arange(start, end) for start, end in zip(first, first[1:], strict=False)]
+    own = [np.arange(start, end) for start, end in pairwise(first)]
     patches, codes = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
     losses = each_its_own(lambda params, patches, codes: method.validation_loss(params, (patches, codes)))
     stacks = kept(lambda rows: patches[rows], own), kept(lambda rows: codes[rows], own)
