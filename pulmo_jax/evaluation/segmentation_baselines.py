@@ -8,7 +8,6 @@ reduced to at most 512 px. C channels, K classes, n sampled pixels, F features.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Num, UInt8
@@ -31,19 +30,14 @@ STRENGTHS = tuple(10.0**power for power in range(-6, 2))  # of the ridge, relati
 Example = tuple[Num[np.ndarray, "H W C"], UInt8[np.ndarray, "H W"]]
 
 
-class Baseline(Protocol):
-    """A fitted baseline. `thresholds` are those of the highest mean Dice on the training images."""
-
-    thresholds: Float64[np.ndarray, "K"]
-
-    def probabilities(self, pixels: Num[np.ndarray, "H W C"]) -> Float32[np.ndarray, "H W K"]:
-        """Compute the probability of each class for an image in the units of the training images."""
-        ...
-
-
 @dataclass(frozen=True)
 class MeanMask:
-    """The mean of the training masks, stretched to the image."""
+    """The mean of the training masks, stretched to the image.
+
+    Attributes:
+        grid: Frequency of each class on a grid of relative positions.
+        thresholds: Thresholds of the highest mean Dice on the training images.
+    """
 
     grid: Float32[np.ndarray, "G G K"]
     thresholds: Float64[np.ndarray, "K"]
@@ -55,7 +49,14 @@ class MeanMask:
 
 @dataclass(frozen=True)
 class IntensityRange:
-    """For each class, a range of intensities in one channel: low <= value < high."""
+    """For each class, the range of intensities in one channel with the highest mean Dice on the training images.
+
+    Attributes:
+        channel: Channel of each class.
+        low: Lowest intensity, inclusive.
+        high: Highest intensity, exclusive.
+        thresholds: 0.5, since the probabilities are 0 and 1.
+    """
 
     channel: Int64[np.ndarray, "K"]
     low: Float64[np.ndarray, "K"]
@@ -70,7 +71,15 @@ class IntensityRange:
 
 @dataclass(frozen=True)
 class PixelRidge:
-    """Ridge regression of the memberships on features of the pixels and their products."""
+    """Ridge regression of the memberships on features of the pixels and their products.
+
+    Attributes:
+        mean: Mean of each feature.
+        scale: Standard deviation of each feature.
+        coefficients: Coefficients of the constant, the standardised features and their products.
+        strength: Penalty, chosen by cross-validation over groups.
+        thresholds: Thresholds of the highest mean Dice on the training images.
+    """
 
     mean: Float64[np.ndarray, "F"]
     scale: Float64[np.ndarray, "F"]
@@ -81,12 +90,8 @@ class PixelRidge:
     def probabilities(self, pixels: Num[np.ndarray, "H W C"]) -> Float32[np.ndarray, "H W K"]:
         """Compute the regression at every pixel of the reduced image, limited to 0 and 1."""
         maps = feature_maps(reduced(pixels))
-        rows = [self.regress(row) for row in maps]  # row by row, which bounds the memory for the products
+        rows = [regress(row, self.mean, self.scale, self.coefficients) for row in maps]  # bounds the memory
         return resize_bands(np.stack(rows).astype(np.float32), *pixels.shape[:2])
-
-    def regress(self, features: Num[np.ndarray, "n F"]) -> Float64[np.ndarray, "n K"]:
-        """Evaluate the regression."""
-        return np.clip(products((features - self.mean) / self.scale) @ self.coefficients, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,9 @@ class Sample:
     truth: Float64[np.ndarray, "n K"]
     weights: Float64[np.ndarray, "n"]
     image: Int64[np.ndarray, "n"]
+
+
+Baseline = MeanMask | IntensityRange | PixelRidge
 
 
 def fit_baselines(
@@ -205,8 +213,9 @@ def fit_ridge(sample: Sample, groups: Sequence[str]) -> PixelRidge:
     strength = STRENGTHS[0]
     if n_folds > 1:
         strength = min(STRENGTHS, key=lambda s: sum(_held_out_error(gram, cross, m, s) for m in moments))
-    ridge = PixelRidge(mean, scale, _solve(gram, cross, strength), strength, np.zeros(0))
-    return PixelRidge(mean, scale, ridge.coefficients, strength, highest_dice(ridge.regress(sample.features), sample))
+    coefficients = _solve(gram, cross, strength)
+    fitted = regress(sample.features, mean, scale, coefficients)
+    return PixelRidge(mean, scale, coefficients, strength, highest_dice(fitted, sample))
 
 
 def highest_dice(fitted: Num[np.ndarray, "n K"], sample: Sample) -> Float64[np.ndarray, "K"]:
@@ -265,6 +274,16 @@ def products(features: Num[np.ndarray, "n F"]) -> Float64[np.ndarray, "n Q"]:
     first, second = np.triu_indices(features.shape[1])
     pairs = features[:, first] * features[:, second]
     return np.concatenate([np.ones((len(features), 1)), features, pairs], axis=1).astype(np.float64)
+
+
+def regress(
+    features: Num[np.ndarray, "n F"],
+    mean: Float64[np.ndarray, "F"],
+    scale: Float64[np.ndarray, "F"],
+    coefficients: Float64[np.ndarray, "Q K"],
+) -> Float64[np.ndarray, "n K"]:
+    """Evaluate the ridge regression, limited to 0 and 1."""
+    return np.clip(products((features - mean) / scale) @ coefficients, 0, 1)
 
 
 def _reduced_shape(shape: tuple[int, ...]) -> tuple[int, int]:
