@@ -69,12 +69,13 @@ def decided(
         overlapping: Whether a pixel can belong to several classes.
 
     Returns:
-        Whether a pixel is assigned to each class; False where a probability is NaN.
+        Whether a pixel is assigned to each class; never if one of its probabilities is NaN.
     """
     t = np.array(thresholds, probabilities.dtype)
+    known = np.isfinite(probabilities).all(-1, keepdims=True)
+    p = np.where(known, probabilities, 0)  # only background
     if overlapping:
-        return probabilities >= t
-    p = np.nan_to_num(probabilities)  # only background
+        return p >= t
     odds = p * ((1 - t) / t)
     best = odds.argmax(-1)
     above = np.take_along_axis(odds, best[..., None], -1) > 1 - p.sum(-1, keepdims=True)
@@ -210,7 +211,7 @@ def _histogram(probability: Float[np.ndarray, "n"], truth: Bool[np.ndarray, "n"]
     """Pixels outside and inside the class, and sum of their probabilities, by bin of probability [j, j + 1) / BINS."""
     index = np.clip((probability.astype(np.float64) * BINS).astype(np.intp), 0, BINS - 1)
     inside, total = (np.bincount(indices, minlength=BINS) for indices in (index[truth], index))
-    return np.stack([total - inside, inside, np.bincount(index, probability, minlength=BINS)])
+    return np.stack([total - inside, inside, np.bincount(index, probability, minlength=BINS)]).astype(np.float64)
 
 
 def _components(
