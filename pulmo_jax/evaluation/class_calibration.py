@@ -60,7 +60,13 @@ class Scaling:
         return softmax(self.scale * logits + np.array(self.offsets), axis=1)
 
 
-def fit_scaling(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], *, offsets: bool) -> Scaling:
+def fit_scaling(
+    logits: Float[np.ndarray, "N K"],
+    labels: Int[np.ndarray, "N"],
+    *,
+    offsets: bool,
+    weights: Float[np.ndarray, "N"] | None = None,
+) -> Scaling:
     """Fit the temperature, and optionally class offsets, to the logits of validation images.
 
     This departs from plain temperature scaling by using priors: log(scale) ~ N(0, 1/4^2), and with offsets log(scale) ~
@@ -72,6 +78,7 @@ def fit_scaling(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], 
         logits: Logits of N images.
         labels: True class of each image.
         offsets: Also fit an offset for every class except class 0; intended for scores that are not log-probabilities.
+        weights: Weight of each image, default 1.
 
     Returns:
         Maximum a posteriori scaling.
@@ -82,15 +89,16 @@ def fit_scaling(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"], 
     z, n_classes = logits.astype(np.float64), logits.shape[1]
     first = 1 if offsets else n_classes  # first class with a free offset
     truth = labels[:, None] == np.arange(n_classes)
+    weight = np.ones(len(labels)) if weights is None else weights
     precision = np.array([SCORE_SCALE_SD if offsets else SCALE_SD] + [OFFSET_SD] * (n_classes - first)) ** -2.0
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         """Negative log posterior of (log(scale), *offsets) and its gradient."""
         scale, shift = np.exp(parameters[0]), np.pad(parameters[1:], (first, 0))
         log_p = log_softmax(scale * z + shift, axis=1)
-        residual = np.exp(log_p) - truth
+        residual = weight[:, None] * (np.exp(log_p) - truth)
         gradient = np.append(scale * np.sum(residual * z), residual.sum(0)[first:])
-        return 0.5 * precision @ parameters**2 - log_p[truth].sum(), gradient + precision * parameters
+        return 0.5 * precision @ parameters**2 - weight @ log_p[truth], gradient + precision * parameters
 
     bounds = [(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)] + [(None, None)] * (n_classes - first)
     best = minimize(loss, np.zeros(precision.size), jac=True, method="L-BFGS-B", bounds=bounds).x

@@ -6,7 +6,7 @@ mean over the repeats. Repeats use the same images and add no independent eviden
 images, such as patients, with the same weights in every repeat.
 
 The calibration error is a sum of absolute values, which resampling biases upwards: the percentiles of its replicates
-can all exceed it. Its interval follows from the triangle inequality instead (`_norm_interval`).
+can all exceed it. Its interval follows from the triangle inequality instead (`norm_interval`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ def class_figures(
     estimates = {
         name: _estimate(row, _needed(name, positive, n_groups)) for name, row in zip(FIGURES, rows, strict=True)
     }
-    return estimates | {"ece": _norm_interval(estimates["ece"], deviation[1:], n_groups[None])}
+    return estimates | {"ece": norm_interval(estimates["ece"], deviation[1:], n_groups[None])}
 
 
 def figure_difference(
@@ -252,7 +252,7 @@ def _estimate(row: Float[np.ndarray, "rows"], n_groups: Mapping[Kind, int]) -> E
     return bootstrap_estimate(float(row[0]), row[1:], min(n_groups.values()), requirement)
 
 
-def _norm_interval(estimate: Estimate, deviations: Float[np.ndarray, "R"], n_groups: int) -> Estimate:
+def norm_interval(estimate: Estimate, deviations: Float[np.ndarray, "R"], n_groups: int) -> Estimate:
     """Interval of a calibration error, conservative.
 
     The error is a norm |g| of the mean gaps g of all bins. With the true gaps m, ||g| - |m|| <= |g - m|, and the
