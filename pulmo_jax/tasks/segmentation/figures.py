@@ -320,7 +320,6 @@ class Reliable:
         high: Upper limit.
         count: Number of pixels in each bin.
         ece: Expected calibration error.
-        before: (predicted, observed) before calibration, if known.
     """
 
     name: str
@@ -330,7 +329,6 @@ class Reliable:
     high: Float[np.ndarray, "B"]
     count: Float[np.ndarray, "B"]
     ece: float
-    before: tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]] | None = None
 
 
 def reliability(classes: Sequence[Reliable]) -> Figure:
@@ -365,9 +363,6 @@ def _draw_reliability(upper: Axes, lower: Axes, found: Reliable) -> None:
     """Draw the reliability of a class above the number of pixels."""
     known = found.count > 0
     upper.plot([0, 1], [0, 1], color="0.4", lw=0.8, ls="--", label="perfectly calibrated")
-    if found.before is not None:
-        look: dict[str, Any] = {"color": "0.45", "marker": "o", "ms": 3.5, "mfc": "none", "lw": 0.7, "ls": ":"}
-        upper.plot(*found.before, label="before calibration", clip_on=False, **look)
     x, y, low, high = (values[known] for values in (found.predicted, found.observed, found.low, found.high))
     upper.fill_between(x, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
     upper.plot(x, y, color=BLUE, marker="o", ms=3, lw=1, label="calibrated", clip_on=False)
