@@ -271,7 +271,7 @@ def metrics_of(found: Assessed) -> dict[str, Any]:
         "differences": plain(found.differences),
         "components": {name: [asdict(row) for row in by_size] for name, by_size in found.lesions.items()},
         "calibration": {
-            "thresholds": dict(zip(labelled.classes.names, map(asdict, found.run.calibration.thresholds), strict=True)),
+            "thresholds": dict(zip(labelled.classes.names, map(asdict, found.run.calibration.by_class), strict=True)),
             "components": found.run.calibration.as_json()["components"],
         },
         "test": {

@@ -203,7 +203,7 @@ def threshold_curves(found: Assessed) -> list[draw.ThresholdCurve]:
     """Mean Dice of each class at every threshold, with intervals over groups, for the figure."""
     curves, scores, groups = [], found.tested.own, np.array(found.tested.labelled.groups, str)
     names = found.tested.labelled.classes.names
-    for row, (name, chosen) in enumerate(zip(names, found.run.calibration.thresholds, strict=True)):
+    for row, (name, chosen) in enumerate(zip(names, found.run.calibration.by_class, strict=True)):
         dice = dice_curves(scores, row)[:, 1:]
         filled, known = np.nan_to_num(dice), np.isfinite(dice).astype(np.float64)
         means = np.concatenate([ratio(w @ filled, w @ known) for w in image_weights(*found.drawn)])
@@ -311,8 +311,11 @@ def lesion_table(lesions: Mapping[str, Sequence[LesionRow]]) -> Table:
 def threshold_table(run: SegmentationRun) -> Table:
     """Table of the thresholds."""
     rows = [
-        [name, cell(asdict(found))] for name, found in zip(run.classes.names, run.calibration.thresholds, strict=True)
+        [name, cell(asdict(found))] for name, found in zip(run.classes.names, run.calibration.by_class, strict=True)
     ]
-    reasons = dict.fromkeys(found.reason for found in run.calibration.thresholds if found.reason)
-    notes = ["Thresholds of the highest mean Dice on the validation images, unless calibration.threshold is set."]
+    reasons = dict.fromkeys(found.reason for found in run.calibration.by_class if found.reason)
+    notes = [
+        "Thresholds of the highest mean Dice on the validation images of each fold, unless calibration.threshold is "
+        "set. Of several folds: mean (lowest to highest)."
+    ]
     return Table("Thresholds of the probability", ["class", "threshold"], rows, [*notes, *reasons])

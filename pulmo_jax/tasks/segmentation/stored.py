@@ -39,13 +39,35 @@ class Calibration:
 
     Attributes:
         scalings: Calibration of each network.
-        thresholds: Probability threshold of each class with its interval.
+        thresholds: Probability threshold of each class with its interval, of each fold.
         components: Threshold of the highest probability of components; None: all components are listed.
     """
 
     scalings: tuple[Scaling, ...]
-    thresholds: tuple[Estimate, ...]
+    thresholds: tuple[tuple[Estimate, ...], ...]
     components: ConformalThreshold | None = None
+
+    def of_fold(self, fold: int) -> tuple[float, ...]:
+        """Thresholds of a fold, for images that its networks have not seen."""
+        return tuple(float(t.value) for t in self.thresholds[fold] if t.value is not None)
+
+    @property
+    def mean_thresholds(self) -> tuple[float, ...]:
+        """Threshold of each class, mean over the folds, for the average of all networks."""
+        return tuple(np.mean([self.of_fold(fold) for fold in range(len(self.thresholds))], axis=0).tolist())
+
+    @property
+    def by_class(self) -> tuple[Estimate, ...]:
+        """Threshold of each class: of a single fold with its interval; of several, the mean with lowest and highest."""
+        if len(self.thresholds) == 1:
+            return self.thresholds[0]
+        values = np.array([self.of_fold(fold) for fold in range(len(self.thresholds))])
+        reasons = [
+            "; ".join(dict.fromkeys(t.reason for t in of_class if t.reason))
+            for of_class in zip(*self.thresholds, strict=True)
+        ]
+        rows = zip(values.mean(0), values.min(0), values.max(0), reasons, strict=True)
+        return tuple(Estimate(float(mean), float(low), float(high), reason) for mean, low, high, reason in rows)
 
     @property
     def component_threshold(self) -> float:
@@ -65,13 +87,14 @@ def write_calibration(folder: Path, calibration: Calibration) -> None:
     write_json(folder / CALIBRATION, calibration.as_json())
 
 
-def read_calibration(folder: Path, classes: Classes, n_networks: int) -> Calibration:
+def read_calibration(folder: Path, classes: Classes, n_networks: int, n_folds: int) -> Calibration:
     """Read calibration.json.
 
     Args:
         folder: Run directory.
         classes: Classes of the run.
         n_networks: Number of networks.
+        n_folds: Number of folds.
 
     Returns:
         The calibration.
@@ -93,8 +116,9 @@ def read_calibration(folder: Path, classes: Classes, n_networks: int) -> Calibra
         len(scales) == n_networks
         and all(len(offsets) == classes.n_outputs and math.isfinite(sum(offsets)) for _, offsets in scales)
         and all(0 < scale < math.inf for scale, _ in scales)
-        and len(found.thresholds) == len(classes)
-        and all(t.value is not None and 0 < t.value < 1 for t in found.thresholds)
+        and len(found.thresholds) == n_folds
+        and all(len(of_fold) == len(classes) for of_fold in found.thresholds)
+        and all(t.value is not None and 0 < t.value < 1 for of_fold in found.thresholds for t in of_fold)
         and found.component_threshold >= 0
     )
     if not fits:

@@ -106,6 +106,20 @@ def allowed_networks(
     return allowed.reshape(len(contents), count), np.array([c in unseen for c in contents], bool)
 
 
+def thresholds_of(run: SegmentationRun, weights: Float[np.ndarray, "M"]) -> tuple[float, ...]:
+    """Thresholds for the mean of some networks: those of their folds, averaged.
+
+    Args:
+        run: Calibrated run.
+        weights: Weight of each network.
+
+    Returns:
+        Threshold of each class. No fold enters whose networks do not, so none was chosen on the image.
+    """
+    folds = dict.fromkeys(run.networks.fold_of(network) for network in np.flatnonzero(weights).tolist())
+    return tuple(np.mean([run.calibration.of_fold(fold) for fold in folds], axis=0).tolist())
+
+
 def test_images(
     run: SegmentationRun,
     labelled: Labelled,
@@ -140,7 +154,7 @@ def test_images(
             spaced: dict[str, Any] = {"tolerance": options.tolerance_px, "min_area_px": least}
             return score_image(p, predicted, codes, labelled.classes, **spaced)
 
-        own.append(scored(run.mapper.probabilities(pixels, weights[row].tolist()), run.mapper.thresholds))
+        own.append(scored(run.mapper.probabilities(pixels, weights[row].tolist()), thresholds_of(run, weights[row])))
         for name, of_baseline in others.items():
             baseline = baselines[folds[row]][name]
             of_baseline.append(scored(baseline.probabilities(pixels), baseline.thresholds.tolist()))
@@ -197,7 +211,7 @@ def example(run: SegmentationRun, tested: Tested, row: int) -> Example:
         title=f"{ref.title}: {dice}",
         image=shown(pixels),
         truth=classes.memberships[codes].astype(bool),
-        predicted=class_masks(p, run.mapper.thresholds, classes),
+        predicted=class_masks(p, thresholds_of(run, tested.weights[row]), classes),
         labelled=(codes != UNLABELLED) & np.isfinite(p).all(-1),
     )
 
