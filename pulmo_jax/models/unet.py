@@ -33,7 +33,7 @@ class Encoder(Protocol):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Sequence[Float[Array, "B h w F"]]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Sequence[Float[Array, "B _ _ _"]]:
         """Compute the features (B, H / stride, W / stride, channels) of each scale."""
         ...
 
@@ -135,7 +135,7 @@ class ConvEncoder(nnx.Module):
         )
         self.stages = nnx.List([Stage(features, layers, norm, residual, rngs=rngs) for features in self.channels])
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B h w F"]]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B _ _ _"]]:
         x = self.stages[0](self.first(blocks_to_features(x, self.stem)))
         found = [x]
         for down, stage in zip(self.down, list(self.stages)[1:], strict=True):
@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         self.up = nnx.List([Conv(coarse, fine, size=1, rngs=rngs) for coarse, fine in pairs])
         self.stages = nnx.List([Stage(c, layers, norm, residual, rngs=rngs) for c in self.channels[:-1]])
 
-    def __call__(self, features: Sequence[Float[Array, "B h w F"]]) -> list[Float[Array, "B h w D"]]:
+    def __call__(self, features: Sequence[Float[Array, "B _ _ _"]]) -> list[Float[Array, "B _ _ _"]]:
         """Decode the features; returns those of each scale, finest first."""
         lateral = [layer(x) for layer, x in zip(self.lateral, features, strict=True)]
         found = [lateral[-1]]
@@ -237,7 +237,7 @@ class UNet(nnx.Module):
             ]
         )
 
-    def scales(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B h w K"]]:
+    def scales(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B _ _ K"]]:
         """Compute logits at the resolution of the image and, with deep supervision, at coarser scales.
 
         Args:

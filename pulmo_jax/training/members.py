@@ -17,6 +17,7 @@ from jaxtyping import Array, Key, UInt32
 
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.classes import Trained
+from pulmo_jax.methods.segmenter import Segmenter
 from pulmo_jax.training.program import Program, temporary_bytes
 from pulmo_jax.training.state import Metrics, TrainState, make_update
 
@@ -42,7 +43,7 @@ def chunk_sizes(count: int, at_once: int) -> list[int]:
 
 
 def init_members(
-    method: Trained, optimizer: optax.GradientTransformation, keys: Key[Array, "M"], sizes: Sequence[int]
+    method: Trained | Segmenter, optimizer: optax.GradientTransformation, keys: Key[Array, "M"], sizes: Sequence[int]
 ) -> TrainState:
     """Initialise the training state of all networks.
 
@@ -76,7 +77,7 @@ class MemberStep:
     key_data: UInt32[np.ndarray, "M W"]
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        """A step with images (B, M, S, S) and labels (B, M)."""
+        """A step with arrays (B, M, ...), such as images (B, M, S, S) and labels (B, M)."""
         advanced = [
             self.advance(state.step, chunk, tuple(batch), self.key_data, first) for first, chunk in chunks_of(state)
         ]
@@ -107,7 +108,7 @@ class MemberStep:
 
 
 def make_member_step(
-    method: Trained,
+    method: Trained | Segmenter,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     keys: Key[Array, "M"],
@@ -123,7 +124,7 @@ def make_member_step(
         sharding: Sharding of the new state on several devices; the rows of a batch may be divided among them.
 
     Returns:
-        Step for a batch of images (B, M, S, S) and labels (B, M); its metrics are means over the networks.
+        Step for a batch of arrays (B, M, ...), such as images and labels; its metrics are means over the networks.
     """
     by_member = TrainState(None, 0, 0, 0)
     update = jax.vmap(make_update(method, optimizer, ema_decay), in_axes=(by_member, 1, 0), out_axes=(by_member, 0))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Key
 from pulmo_jax.methods import classes
 from pulmo_jax.methods.base import Accumulated, Method, Params
 from pulmo_jax.methods.located import Trained
+from pulmo_jax.methods.segmenter import Segmenter
 
 Metrics = dict[str, jax.Array]
 
@@ -73,7 +74,7 @@ def inference_state(method: Method) -> TrainState:
 
 
 def make_update(
-    method: Method | Trained | classes.Trained, optimizer: optax.GradientTransformation, ema_decay: float
+    method: Method | Trained | classes.Trained | Segmenter, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> Callable[[TrainState, Any, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """Make the gradient step of one network: pure, not compiled.
 
@@ -101,7 +102,7 @@ def make_update(
 
 
 def make_step(
-    method: Method | Trained | classes.Trained,
+    method: Method | Trained | classes.Trained | Segmenter,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     seed: int,
