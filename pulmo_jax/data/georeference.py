@@ -96,8 +96,8 @@ def check_georeferences(
         (x, y), (other_x, other_y) = (corner[0].tolist() for corner in corners)
         raise InputError(
             f"{mask}: lies elsewhere on the map than its image {image}: their corners are up to {distance:.3g} px "
-            f"apart (upper left corner at {other_x:.10g}, {other_y:.10g}; of the image at {x:.10g}, {y:.10g}); give the mask "
-            "of this image, warp it to the grid of the image (gdalwarp -r near), or remove the tags that are wrong"
+            f"apart (upper left corner at {other_x:.10g}, {other_y:.10g}; of the image at {x:.10g}, {y:.10g}); give "
+            "the mask of this image, warp it to the grid of the image (gdalwarp -r near), or remove the tags that are wrong"
         )
 
 

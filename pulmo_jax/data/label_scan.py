@@ -15,6 +15,7 @@ from pulmo_jax.data.georeference import check_georeferences
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.label_masks import LabelReader, check_size
 from pulmo_jax.data.label_values import FULL_VALUES, MOST_NUMBERS, NO_VALUE
+from pulmo_jax.data.masks import SOFT_VALUES, is_picture
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import finite
 from pulmo_jax.types import InputError, Window
@@ -67,7 +68,8 @@ def examine(ref: ImageRef, labels: LabelReader, reader: Reader) -> Examined:
     for path in masks.paths:
         check_size(ref, path, labels.shape(path), labels.mask_size)
         check_georeferences(ref.path, reader.tags(ref), ref.shape, path, labels.tags(path), labels.shape(path)[1:3])
-        _, note = labels.rule(path, masks.by_class or path == masks.valid)
+        kind = "valid" if path == masks.valid else "class" if masks.by_class else "numbers"
+        _, note = labels.rule(path, kind)
         notes |= {note: path} if note else {}
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(ref.identity.encode()).digest()[:8], "big"))
     counts: Counter[int] = Counter()
@@ -76,7 +78,7 @@ def examine(ref: ImageRef, labels: LabelReader, reader: Reader) -> Examined:
     for window in _blocks(ref):
         missing = ~finite(reader.image(ref, window))
         if masks.valid is not None:
-            missing |= labels.values(ref, masks.valid, window, inside_only=True) <= 0
+            missing |= labels.values(ref, masks.valid, window, "valid") <= 0
         found, twice = _regions(ref, labels, window, missing)
         overlaps |= twice
         for value, inside in found:
@@ -249,14 +251,10 @@ def _classes_of_numbers(
             "masks with the pixels of at least one class"
         )
     check_mixed(examined, paths, totals)
+    if declared is None:
+        _require_numbers(paths[0], totals, numbers)
     binary = numbers == [1] or numbers[0] in FULL_VALUES
     if declared is None:
-        if len(numbers) > MOST_FOUND:
-            raise InputError(
-                f"the masks, such as {paths[0]}, have {len(numbers)} different numbers ({_shown(numbers)}), more than "
-                f"the {MOST_FOUND} classes that are accepted without data.classes={{NAME: NUMBER, ...}}; give it if "
-                "these are classes; intensities and instance numbers are none"
-            )
         classes = (
             Classes((FOREGROUND,), (1,)) if binary else Classes(tuple(f"class {n}" for n in numbers), tuple(numbers))
         )
@@ -265,6 +263,17 @@ def _classes_of_numbers(
     check_count(classes)
     check_numbers(examined, paths, classes)
     return classes, []
+
+
+def _require_numbers(path: Path, totals: Counter[int], numbers: Sequence[int]) -> None:
+    """Refuse values that are hardly class numbers, unless data.classes states them."""
+    soft = is_picture(np.array(numbers), np.array([totals[n] for n in numbers])) and numbers[-1] > MOST_FOUND
+    if soft or len(numbers) > MOST_FOUND:
+        raise InputError(
+            f"the masks, such as {path}, have {len(numbers)} different values ({_shown(numbers)}) such as those of "
+            "soft edges, intensities or instance numbers; save class numbers without interpolation or lossy compression. If "
+            "these are classes, give data.classes={NAME: NUMBER, ...}"
+        )
 
 
 def check_numbers(examined: Sequence[Examined], paths: Sequence[Path], classes: Classes) -> None:
@@ -327,6 +336,11 @@ def _mixed(examined: Sequence[Examined], paths: Sequence[Path], numbers: Sequenc
     others = [n for n in numbers if n != full]
     both = next((path for path, e in zip(paths, examined, strict=True)
                  if full in e.counts and any(n in e.counts for n in others)), None)  # fmt: skip
+    if len(others) > SOFT_VALUES:
+        return (
+            f"{both or paths[0]}: has {len(numbers)} different values ({_shown(numbers)}) such as those of soft edges, "
+            "an interpolated or an intensity image; save one class number per pixel, without interpolation"
+        )
     if both is None:
         one = next(path for path, e in zip(paths, examined, strict=True) if full in e.counts)
         other = next(path for path, e in zip(paths, examined, strict=True) if any(n in e.counts for n in others))

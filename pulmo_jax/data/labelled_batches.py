@@ -260,10 +260,9 @@ def places_by_class(places: Int[np.ndarray, "_ 4"], rows: Int[np.ndarray, "_"]) 
         For each class present, for each image with it, its places.
     """
     kept = places[np.isin(places[:, 0], rows)]
-    return [
-        [kept[(kept[:, 1] == k) & (kept[:, 0] == image)] for image in np.unique(kept[kept[:, 1] == k, 0])]
-        for k in np.unique(kept[:, 1])
-    ]
+    kept = kept[np.lexsort((kept[:, 0], kept[:, 1]))]
+    by_class = np.split(kept, np.flatnonzero(np.diff(kept[:, 1])) + 1)
+    return [np.split(own, np.flatnonzero(np.diff(own[:, 0])) + 1) for own in by_class if len(own)]
 
 
 @dataclass(frozen=True)
