@@ -1,6 +1,6 @@
 """Label masks of images: which class each pixel belongs to."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,6 +62,7 @@ class LabelReader:
         mask_size: Whether a mask of another size than its image is refused, or resized to it (nearest neighbour).
         max_image_mb: Limit on the decoded size of a page in MiB.
         formats: User-defined image formats.
+        hidden: Other values of unlabelled pixels.
     """
 
     def __init__(
@@ -72,26 +73,38 @@ class LabelReader:
         mask_size: Literal["refuse", "resize"] = "refuse",
         max_image_mb: int = 2048,
         formats: Sequence[Format] = (),
+        hidden: Collection[int] = (),
     ):
         self.masks, self.classes, self.ignore = masks, classes, ignore
         self.mask_size: Literal["refuse", "resize"] = mask_size
         self._reader = Reader(max_image_mb, formats)
         self._rules: dict[tuple[Path, MaskKind], Known] = {}
-        self._table = None if classes is None else code_table(classes, ignore)
+        self.hidden = frozenset(hidden)
+        self._table = None if classes is None else code_table(classes, ignore, self.hidden)
 
     def __getstate__(self) -> dict[str, Any]:
         reader = {"max_image_mb": self._reader.max_image_mb, "formats": self._reader.formats}
         own = {"masks": self.masks, "classes": self.classes, "ignore": self.ignore, "mask_size": self.mask_size}
-        return {"options": own | reader, "rules": dict(self._rules)}
+        return {"options": own | reader | {"hidden": self.hidden}, "rules": dict(self._rules)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["options"])
         self._rules = state["rules"]
 
-    def with_classes(self, classes: Classes) -> "LabelReader":
-        """Return a reader of the same masks for classes, which does not find out again how values are stored."""
+    def with_classes(self, classes: Classes, hidden: Collection[int] = ()) -> "LabelReader":
+        """Return a reader of the same masks for classes, which does not find out again how values are stored.
+
+        Args:
+            classes: The classes.
+            hidden: Values that only occur where pixels are unlabelled for another reason.
+
+        Returns:
+            The reader.
+        """
         reader = self._reader
-        other = LabelReader(self.masks, classes, self.ignore, self.mask_size, reader.max_image_mb, reader.formats)
+        other = LabelReader(
+            self.masks, classes, self.ignore, self.mask_size, reader.max_image_mb, reader.formats, hidden
+        )
         other._rules = self._rules
         return other
 
@@ -236,18 +249,20 @@ class LabelReader:
         self._reader.close()
 
 
-def code_table(classes: Classes, ignore: int | None) -> np.ndarray:
+def code_table(classes: Classes, ignore: int | None, hidden: Collection[int] = ()) -> np.ndarray:
     """Codes of the values of masks of class numbers.
 
     Args:
         classes: The classes.
         ignore: Value of unlabelled pixels; None for none.
+        hidden: Other values of unlabelled pixels, if they are not those of classes.
 
     Returns:
         Code of value v at index v + 1, for v from -1 (a pixel without a value); -1 for unknown values. If there is one
         class, 255 and 65535 are its pixels, too, as in masks of 0 and 255.
     """
     table = np.full(LOOKED_UP + 2, UNKNOWN, np.int16)
+    table[[value + 1 for value in hidden if value < LOOKED_UP]] = UNLABELLED
     table[NO_VALUE + 1], table[1] = UNLABELLED, 0
     if len(classes) == 1:
         table[np.array(FULL_VALUES) + 1] = 1

@@ -137,7 +137,7 @@ def read_labelled(
     return Labelled(
         tuple(replace(ref, group=member.group) for ref, member in zip(refs, members, strict=True)),
         found,
-        values.with_classes(found),
+        values.with_classes(found, set().union(*(image.hidden for image in examined))),
         reader,
         count_pixels(examined, found, bool(folders)),
         list_places(examined, found, bool(folders)),
@@ -177,8 +177,7 @@ def list_labelled(
     settle(failed, data.on_error, console, key)
     if not refs:
         raise InputError(f"{failed[0].reason}\n(none of the {len(failed)} images can be read)")
-    refs, odd = alike(without_masks(refs, data, formats))
-    settle(odd, data.on_error, console, key)
+    refs = without_masks(refs, data, formats)
     names, apart = list(dict.fromkeys(ref.name for ref in refs)), [ref.path for ref in refs]
     folders, by_class = class_folders(data.masks, names, data.mask_suffix, formats, apart, f"{key}.masks")
     if by_class and run is not None:
@@ -187,9 +186,11 @@ def list_labelled(
     masks, missing, unused = match_masks(refs, folders, by_class, valid, data.mask_suffix, key)
     if len(missing) == len(names) or (data.on_error == "stop" and (missing or unused)):
         raise unmatched(missing, unused, len(names), key)
+    refs, odd = alike([ref for ref in refs if ref.identity in masks])
+    settle(odd, data.on_error, console, key)
     notes = left_out([*failed, *odd, *(Skipped(name, reason) for name, reason in missing.items())])
     notes += [f"{len(unused)} masks belong to no image, such as {unused[0]}"] if unused else []
-    return [ref for ref in refs if ref.identity in masks], masks, list(folders) if by_class else [], notes
+    return refs, masks, list(folders) if by_class else [], notes
 
 
 def without_masks(refs: Sequence[ImageRef], data: MasksConfig, formats: Sequence[Format]) -> list[ImageRef]:
