@@ -324,7 +324,9 @@ def test_a_suffix_of_the_masks(folder):
         assert found.titles == [f"{i}.tif" for i in range(6)]
         assert found.classes.numbers == (3, 20)
     refused(r"holds images but no masks.*data\.mask_suffix", folder, masks="images", mask_suffix="_lungs")
-    save(folder / "masks" / "0_lung.tif", numbers(0))
+    (folder / "images" / "0_lung.tif").rename(folder / "masks" / "0_lung.tif")
+    for i in range(1, 6):
+        (folder / "images" / f"{i}_lung.tif").unlink()
     refused(r"1\.tif: has no mask.*1_lung with any image suffix.*0_lung\.tif", folder, mask_suffix="_lung")
 
 
@@ -649,3 +651,30 @@ def test_a_mask_that_changes_while_in_use(folder):
     save(folder / "masks" / "0.tif", np.full((H, W), 9, "u1"))
     with pytest.raises(InputError, match=r"0\.tif: has the value 9, which is no class number"):
         found.labels.codes(found.refs[0])
+
+
+# --- a real set, where it is present
+
+CXR = Path(__file__).parents[4] / "shared" / "data" / "cxr_lesions"
+
+
+@pytest.mark.skipif(not CXR.is_dir(), reason="needs ../shared/data/cxr_lesions")
+def test_lungs_and_lesions_of_radiographs(tmp_path):
+    data = {"images": CXR / "images", "masks": (CXR / "lung", CXR / "lesion"), "groups": CXR / "groups.csv"}
+    found = read_labelled(SegmentationDataConfig(**data), None, 64, Console(quiet=True))
+    assert found.classes == Classes(("lung", "lesion"), (1, 2), overlapping=True)
+    assert len(found.refs) == 62
+    for row in (0, 31, 61):
+        codes = found.labels.codes(found.refs[row])
+        for k, name in enumerate(found.classes.names):
+            truth = tifffile.imread(CXR / name / found.refs[row].name) > 0
+            np.testing.assert_array_equal(found.classes.inside(codes, k), truth)
+            assert found.counts[row, k + 1] == truth.sum()
+    trainer = {"trainer": {"folds": 5, "steps": 1, "batch_size": 2}, "callbacks": {}}
+    training = SegmentationConfig.model_validate({"data": data, "model": {}, "method": {}, "optimizer": {}, **trainer})
+    folds = make_folds(found, training)
+    assert sorted(np.concatenate([fold.test for fold in folds]).tolist()) == list(range(62))
+    for fold in folds:
+        patients = [{found.groups[row] for row in rows} for rows in fold]
+        assert sum(map(len, patients)) == len(set(found.groups))
+        assert 8 <= len(fold.test) <= 18
