@@ -183,13 +183,17 @@ def require_classes(folds: Sequence[Fold], present: Present, ids: Int[np.ndarray
         absent = np.flatnonzero(~present[fold.training].any(axis=0))
         if len(absent):
             k = int(absent[0])
-            with_class = len(np.unique(ids[present[:, k]]))
+            images, with_class = int(present[:, k].sum()), len(np.unique(ids[present[:, k]]))
             where = f"fold {number + 1} of {len(folds)}" if len(folds) > 1 else "the split"
+            have = f"{_counted(images, 'image')} of {_counted(with_class, 'group')} {'has' if images == 1 else 'have'}"
             raise InputError(
-                f"the class {names[k]} is in {present[:, k].sum()} images of {with_class} groups, and none of them is "
-                f"in the training set of {where}; add images with this class, change trainer.folds, seed or the parts "
-                "of data.groups, or remove the class from the masks"
+                f"{names[k]}: {have} this class, and the training set of {where} has none; add images with this class, "
+                "change trainer.folds, seed or the parts of data.groups, or remove the class from the masks"
             )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _too_few(available: int, images: int, needed: int, count: int, test_fraction: float) -> InputError:
@@ -205,5 +209,7 @@ def _too_few(available: int, images: int, needed: int, count: int, test_fraction
     if available == 1 and images == 1:
         remedies.append("cut a large image into several files with different groups in data.groups")
     extra = "; or ".join(["add images", *remedies])
-    kind = "1 image" if images == 1 else f"{images} images of {available} group{'s' * (available > 1)}"
-    return InputError(f"there is only {kind} (all pages and images of a group stay together), and {why}: {extra}")
+    kind = "1 image" if images == 1 else f"{images} images of {_counted(available, 'group')}"
+    return InputError(
+        f"the data set has only {kind} (a group stays together, as do all pages of a file), and {why}: {extra}"
+    )

@@ -116,10 +116,10 @@ class ReadLabelled:
         size, (height, width) = how.patch_size, self.refs[row].shape[:2]
         window = Window(y, x, min(size, height - y), min(size, width - x))
         pixels, codes = self.source.image(row, window), self.source.codes(row, window)
-        codes = _known(codes, pixels)
-        padding = [(0, size - length) for length in codes.shape]
         patch = preprocess(cut(pixels, 0, 0, size), None, self._scaled(row, how))
-        return patch, np.pad(codes, padding, constant_values=UNLABELLED)
+        padded = np.full((size, size), UNLABELLED, np.uint8)
+        padded[: codes.shape[0], : codes.shape[1]] = _known(codes, pixels)
+        return patch, padded
 
     def _whole(self, row: int, how: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
         size = how.patch_size

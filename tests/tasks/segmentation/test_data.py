@@ -533,7 +533,7 @@ def test_a_class_that_a_training_fold_lacks(folder):
     found = read(folder)
     (fold,) = make_folds(found, config(folder))
     assert 2 in fold.training
-    with pytest.raises(InputError, match=r"class 20 is in 1 images of 1 groups.*fold \d of 3.*trainer\.folds"):
+    with pytest.raises(InputError, match=r"class 20: 1 image of 1 group has this class.*fold \d of 3.*trainer\.folds"):
         make_folds(found, config(folder, folds=3))
 
 
