@@ -1,4 +1,4 @@
-"""Georeference of an image from its GeoTIFF tags, and whether those of an image and its mask agree.
+"""Whether an image and its mask are at the same place: on the map, by their GeoTIFF tags, or in a volume.
 
 Reference:
     OGC GeoTIFF 1.1 (19-008r4), sec. 7.1.1 to 7.1.3 (ModelTiepointTag, ModelPixelScaleTag, ModelTransformationTag).
@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from pulmo_jax.data.geometry import Geometry, read_geometry
+from pulmo_jax.data.sources.formats import Format
 from pulmo_jax.types import ImageTags, InputError
 
 PIXEL_SCALE, TIE_POINTS, TRANSFORMATION, GEO_KEYS = 33550, 33922, 34264, 34735
@@ -96,8 +98,8 @@ def check_georeferences(
         (x, y), (other_x, other_y) = (corner[0].tolist() for corner in corners)
         raise InputError(
             f"{mask}: lies elsewhere on the map than its image {image}: their corners are up to {distance:.3g} px "
-            f"apart (upper left corner at {other_x:.10g}, {other_y:.10g}; of the image at {x:.10g}, {y:.10g}); give the mask "
-            "of this image, warp it to the grid of the image (gdalwarp -r near), or remove the tags that are wrong"
+            f"apart (upper left corner at {other_x:.10g}, {other_y:.10g}; of the image at {x:.10g}, {y:.10g}); give "
+            "the mask of this image, warp it to the grid of the image (gdalwarp -r near), or remove the wrong tags"
         )
 
 
@@ -106,3 +108,41 @@ def _corners(transform: Float[np.ndarray, "2 3"], shape: Sequence[int]) -> Float
     height, width = shape[:2]
     pixels = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]], float)
     return pixels @ transform.T
+
+
+def check_positions(image: Path, pages: int, mask: Path, mask_pages: int, formats: Sequence[Format] = ()) -> None:
+    """Check that the planes of a DICOM or NIfTI image and its mask have the same position and orientation.
+
+    Args:
+        image: The image.
+        pages: Number of its pages.
+        mask: The mask.
+        mask_pages: Number of its pages.
+        formats: User-defined image formats.
+
+    Raises:
+        InputError: Planes are more than half a pixel apart, or turned or mirrored. Nothing is checked if a position or
+            orientation is not stated, or the numbers of pages differ.
+    """
+    if pages != mask_pages:
+        return
+    geometries = read_geometry(mask, mask_pages, formats), read_geometry(image, pages, formats)
+    if any(geometry is None or geometry.space == "unknown" for geometry in geometries):
+        return
+    (origin, along), (other, other_along) = (_planes(geometry) for geometry in geometries if geometry is not None)
+    spacing = np.linalg.norm(along, axis=-1).min()
+    apart = np.abs(origin - other).max() / spacing
+    turned = np.abs(along - other_along).max() / spacing
+    if not np.isfinite([apart, turned]).all() or max(apart, turned) <= MOST_PX:
+        return
+    where = "turned or mirrored against" if turned > MOST_PX else f"up to {apart:.3g} px away from"
+    raise InputError(
+        f"{mask}: its planes are {where} those of its image {image}, by the positions that the files state; give the "
+        "mask of this image, or resample it to the image (nearest neighbour)"
+    )
+
+
+def _planes(geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """Origin of each page, and steps to the next column and row, in RAS+ coordinates in mm."""
+    signs = np.array([-1, -1, 1] if geometry.space == "LPS" else [1, 1, 1])
+    return geometry.origin_mm * signs, geometry.along_mm * signs

@@ -116,7 +116,10 @@ def list_masks(folder: Path, formats: Sequence[Format], key: str, apart: Sequenc
     root = folder if folder.is_dir() else folder.parent
     paths = [path for path in survey(folder, formats).images if path not in left_out]
     if not paths:
-        raise InputError(f"{key}={folder}: holds images but no masks; give the folder of the masks")
+        raise InputError(
+            f"{key}={folder}: holds images but no masks; give the folder of the masks, or data.mask_suffix "
+            "if the mask of NAME.tif is NAME + mask_suffix beside it"
+        )
     return MaskFolder(root, tuple(path.relative_to(root).as_posix() for path in paths), suffixes)
 
 

@@ -41,7 +41,7 @@ def label_folds(
         InputError: There are too few groups, or a class would be absent from a training set.
     """
     ids, rows = np.unique(np.array(groups), return_inverse=True)[1], np.arange(len(present))
-    needed = max(count, 2 if test_fraction == 0 and count == 1 else 3)
+    needed = {1: 2 if test_fraction == 0 else 3, 2: 4}.get(count, count)  # two for training and validation
     if (available := len(np.unique(ids))) < needed:
         raise _too_few(available, len(rows), needed, count, test_fraction)
     if count > 1:
@@ -49,7 +49,7 @@ def label_folds(
     elif test_fraction == 0:
         outer = [(rows, rows[:0])]
     else:
-        outer = [hold_out(rows, present, ids, test_fraction, seed)]
+        outer = [hold_out(rows, present, ids, test_fraction, seed, leave=2)]
     folds = [Fold(*hold_out(rest, present, ids, val_fraction, seed), test) for rest, test in outer]
     require_classes(folds, present, ids, names)
     return folds
@@ -93,30 +93,46 @@ def given_fold(
     return fold
 
 
-def hold_out(rows: Rows, present: Present, ids: Int[np.ndarray, "N"], fraction: float, seed: int) -> tuple[Rows, Rows]:
+def hold_out(
+    rows: Rows, present: Present, ids: Int[np.ndarray, "N"], fraction: float, seed: int, leave: int = 1
+) -> tuple[Rows, Rows]:
     """Hold out a fraction of images in whole groups, such that as many classes as possible stay.
 
     Args:
-        rows: Images to split, of at least two groups.
+        rows: Images to split, of more than `leave` groups.
         present: Which classes each image has (N, K).
         ids: Group of each image (N,).
         fraction: Fraction to hold out, rounded to 1 / k for an integer k.
         seed: Seed of the shuffling.
+        leave: Smallest number of groups that stay, for which less is held out if necessary.
 
     Returns:
         (kept, held out). Of several splits, one with the most classes in the kept part and then in the other is chosen.
     """
-    parts = min(max(2, round(1 / fraction)), len(np.unique(ids[rows])))
-    candidates = (split for trial in range(SEEDS) for split in _splits(rows, present, ids, parts, seed + trial))
-    return max(candidates, key=lambda split: tuple(int(present[part].any(axis=0).sum()) for part in split))
+    groups = n_groups(ids, rows)
+    for parts in range(min(max(2, round(1 / fraction)), groups), groups + 1):
+        splits = [split for trial in range(SEEDS) for split in _splits(rows, present, ids, parts, seed + trial)]
+        splits = [split for split in splits if n_groups(ids, split[0]) >= leave]
+        if splits:
+            return max(splits, key=lambda split: tuple(int(present[part].any(axis=0).sum()) for part in split))
+    raise AssertionError("the caller checks the number of groups")
+
+
+def n_groups(ids: Int[np.ndarray, "N"], rows: Rows) -> int:
+    """Number of groups of some images."""
+    return len(np.unique(ids[rows]))
 
 
 def _best_folds(
     rows: Rows, present: Present, ids: Int[np.ndarray, "N"], count: int, seed: int
 ) -> list[tuple[Rows, Rows]]:
-    """Folds of which the training set with the fewest classes has the most."""
-    trials = (_splits(rows, present, ids, count, seed + trial) for trial in range(SEEDS))
-    return max(trials, key=lambda folds: min(int(present[kept].any(axis=0).sum()) for kept, _ in folds))
+    """Folds of which the training set with the fewest classes has the most; two groups stay in each, for validation."""
+    trials = [_splits(rows, present, ids, count, seed + trial) for trial in range(SEEDS)]
+    best = max(trials, key=lambda folds: min(int(present[kept].any(axis=0).sum()) for kept, _ in folds))
+    if min(n_groups(ids, kept) for kept, _ in best) >= 2:
+        return best
+    parts = np.array_split(np.random.default_rng(seed).permutation(np.unique(ids)), count)  # equal numbers of groups
+    return [(rows[~np.isin(ids, part)], rows[np.isin(ids, part)]) for part in parts]
 
 
 def _splits(rows: Rows, present: Present, ids: Int[np.ndarray, "N"], parts: int, seed: int) -> list[tuple[Rows, Rows]]:
@@ -167,27 +183,33 @@ def require_classes(folds: Sequence[Fold], present: Present, ids: Int[np.ndarray
         absent = np.flatnonzero(~present[fold.training].any(axis=0))
         if len(absent):
             k = int(absent[0])
-            with_class = len(np.unique(ids[present[:, k]]))
+            images, with_class = int(present[:, k].sum()), len(np.unique(ids[present[:, k]]))
             where = f"fold {number + 1} of {len(folds)}" if len(folds) > 1 else "the split"
+            have = f"{_counted(images, 'image')} of {_counted(with_class, 'group')} {'has' if images == 1 else 'have'}"
             raise InputError(
-                f"the class {names[k]} is in {present[:, k].sum()} images of {with_class} groups, and none of them is "
-                f"in the training set of {where}; add images with this class, change trainer.folds, seed or the parts "
-                "of data.groups, or remove the class from the masks"
+                f"{names[k]}: {have} this class, and the training set of {where} has none; add images with this class, "
+                "change trainer.folds, seed or the parts of data.groups, or remove the class from the masks"
             )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _too_few(available: int, images: int, needed: int, count: int, test_fraction: float) -> InputError:
     parts = "training and validation" if needed == 2 else "training, validation and test"
-    why = f"trainer.folds={count} needs {needed}" if count > 2 else f"at least {needed} are needed, for {parts}"
+    why = f"trainer.folds={count} needs {needed}" if count > 1 else f"at least {needed} are needed, for {parts}"
     remedies = []
     if images > available:
         remedies.append("correct data.group_regex or data.groups if the images are of more patients or places")
     if count > 1 and available >= 3:
-        remedies.append(f"lower trainer.folds to at most {available}")
+        remedies.append(f"lower trainer.folds to {available if available > 3 else 1}")
     if count == 1 and available == 2 and test_fraction > 0:
         remedies.append("set data.test_fraction=0 to train without a test set")
     if available == 1 and images == 1:
         remedies.append("cut a large image into several files with different groups in data.groups")
     extra = "; or ".join(["add images", *remedies])
-    kind = "1 image" if images == 1 else f"{images} images of {available} group{'s' * (available > 1)}"
-    return InputError(f"there is only {kind} (all pages and images of a group stay together), and {why}: {extra}")
+    kind = "1 image" if images == 1 else f"{images} images of {_counted(available, 'group')}"
+    return InputError(
+        f"the data set has only {kind} (a group stays together, as do all pages of a file), and {why}: {extra}"
+    )

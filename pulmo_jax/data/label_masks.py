@@ -1,9 +1,9 @@
 """Label masks of images: which class each pixel belongs to."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -11,7 +11,7 @@ from jaxtyping import Int32, UInt8
 from pulmo_jax.data.codes import UNLABELLED, Classes
 from pulmo_jax.data.contents import fingerprint
 from pulmo_jax.data.images import ImageRef
-from pulmo_jax.data.label_values import FULL_VALUES, NO_VALUE, ValueRule, find_values
+from pulmo_jax.data.label_values import FULL_VALUES, NO_VALUE, MaskKind, ValueRule, find_values
 from pulmo_jax.data.masks import listed
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources.formats import Format
@@ -42,6 +42,14 @@ class MaskFiles:
         return [path for path in (*self.files, self.valid) if path is not None]
 
 
+class Known(NamedTuple):
+    """How the samples of a mask become values, found when the file had a fingerprint."""
+
+    fingerprint: list[int] | None
+    rule: ValueRule
+    note: str
+
+
 class LabelReader:
     """Reads the codes of labelled pixels, and keeps a bounded number of files open per thread.
 
@@ -54,6 +62,7 @@ class LabelReader:
         mask_size: Whether a mask of another size than its image is refused, or resized to it (nearest neighbour).
         max_image_mb: Limit on the decoded size of a page in MiB.
         formats: User-defined image formats.
+        hidden: Other values of unlabelled pixels.
     """
 
     def __init__(
@@ -64,19 +73,40 @@ class LabelReader:
         mask_size: Literal["refuse", "resize"] = "refuse",
         max_image_mb: int = 2048,
         formats: Sequence[Format] = (),
+        hidden: Collection[int] = (),
     ):
-        self.masks, self.classes, self.ignore, self.mask_size = masks, classes, ignore, mask_size
+        self.masks, self.classes, self.ignore = masks, classes, ignore
+        self.mask_size: Literal["refuse", "resize"] = mask_size
         self._reader = Reader(max_image_mb, formats)
-        self._rules: dict[tuple[Path, bool], tuple[list[int] | None, ValueRule, str]] = {}  # with the fingerprint
-        self._table = None if classes is None else code_table(classes, ignore)
+        self._rules: dict[tuple[Path, MaskKind], Known] = {}
+        self.hidden = frozenset(hidden)
+        self._table = None if classes is None else code_table(classes, ignore, self.hidden)
 
     def __getstate__(self) -> dict[str, Any]:
         reader = {"max_image_mb": self._reader.max_image_mb, "formats": self._reader.formats}
         own = {"masks": self.masks, "classes": self.classes, "ignore": self.ignore, "mask_size": self.mask_size}
-        return own | reader
+        return {"options": own | reader | {"hidden": self.hidden}, "rules": dict(self._rules)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__(**state["options"])
+        self._rules = state["rules"]
+
+    def with_classes(self, classes: Classes, hidden: Collection[int] = ()) -> "LabelReader":
+        """Return a reader of the same masks for classes, which does not find out again how values are stored.
+
+        Args:
+            classes: The classes.
+            hidden: Values that only occur where pixels are unlabelled for another reason.
+
+        Returns:
+            The reader.
+        """
+        reader = self._reader
+        other = LabelReader(
+            self.masks, classes, self.ignore, self.mask_size, reader.max_image_mb, reader.formats, hidden
+        )
+        other._rules = self._rules
+        return other
 
     def codes(self, ref: ImageRef, window: Window | None = None) -> UInt8[np.ndarray, "h w"]:
         """Read the codes of the pixels of an image or of a window of it (see `codes.Classes`).
@@ -100,7 +130,7 @@ class LabelReader:
         else:
             codes = self._codes_by_class(ref, window)
         if masks.valid is not None:
-            codes[self.values(ref, masks.valid, window, inside_only=True) <= 0] = UNLABELLED
+            codes[self.values(ref, masks.valid, window, "valid") <= 0] = UNLABELLED
         return codes
 
     def _codes_of_numbers(self, ref: ImageRef, window: Window | None) -> np.ndarray:
@@ -155,10 +185,10 @@ class LabelReader:
         """
         for k, path in enumerate(self.masks[ref.identity].files):
             if path is not None:
-                yield k, self.values(ref, path, window, inside_only=True)
+                yield k, self.values(ref, path, window, "class")
 
     def values(
-        self, ref: ImageRef, path: Path, window: Window | None = None, inside_only: bool = False
+        self, ref: ImageRef, path: Path, window: Window | None = None, kind: MaskKind = "numbers"
     ) -> Int32[np.ndarray, "h w"]:
         """Read the values of a mask on the pixels of its image.
 
@@ -166,7 +196,7 @@ class LabelReader:
             ref: The image.
             path: The mask.
             window: Region of the image to read, in px; None reads all of it.
-            inside_only: Whether only 0 and other values are distinguished.
+            kind: Kind of the mask.
 
         Returns:
             Values (h, w); -1 for unlabelled pixels.
@@ -174,23 +204,23 @@ class LabelReader:
         Raises:
             InputError: The mask cannot be read, or does not fit the image.
         """
-        source, rule = self._reader.open(path, as_stored=True), self.rule(path, inside_only)[0]
+        source, rule = self._reader.open(path, as_stored=True), self.rule(path, kind)[0]
         check_size(ref, path, source.shape, self.mask_size)
         page = min(ref.page, source.shape[0] - 1)
         if source.shape[1:3] == ref.shape[:2]:
             values = rule(source.read(page, window))
         else:
             values = _nearest(source, page, rule, ref.shape[:2], window or Window(0, 0, *ref.shape[:2]))
-        if self.ignore is not None:
+        if self.ignore is not None and kind != "valid":
             values[values == self.ignore] = NO_VALUE
         return values
 
-    def rule(self, path: Path, inside_only: bool = False) -> tuple[ValueRule, str]:
+    def rule(self, path: Path, kind: MaskKind = "numbers") -> tuple[ValueRule, str]:
         """Find out how the samples of a mask become values, once for each file.
 
         Args:
             path: The mask.
-            inside_only: Whether only 0 and other values are distinguished.
+            kind: Kind of the mask.
 
         Returns:
             The rule, and a note if the meaning is not obvious.
@@ -198,13 +228,13 @@ class LabelReader:
         Raises:
             InputError: The mask cannot be read, or its values are not those of a mask.
         """
-        now, known = fingerprint(path), self._rules.get((path, inside_only))
-        if known is None or known[0] != now:
+        now, known = fingerprint(path), self._rules.get((path, kind))
+        if known is None or known.fingerprint != now:
             source = self._reader.open(path, as_stored=True)
             with decoding(path):
-                known = (now, *find_values(path, source, self.ignore, inside_only))
-            self._rules[path, inside_only] = known
-        return known[1], known[2]
+                found = find_values(path, source, None if kind == "valid" else self.ignore, kind)
+            known = self._rules[path, kind] = Known(now, *found)
+        return known.rule, known.note
 
     def tags(self, path: Path) -> Any:
         """Read the resolution and georeference of a mask. Raises InputError if it cannot be read."""
@@ -219,18 +249,20 @@ class LabelReader:
         self._reader.close()
 
 
-def code_table(classes: Classes, ignore: int | None) -> np.ndarray:
+def code_table(classes: Classes, ignore: int | None, hidden: Collection[int] = ()) -> np.ndarray:
     """Codes of the values of masks of class numbers.
 
     Args:
         classes: The classes.
         ignore: Value of unlabelled pixels; None for none.
+        hidden: Other values of unlabelled pixels, if they are not those of classes.
 
     Returns:
         Code of value v at index v + 1, for v from -1 (a pixel without a value); -1 for unknown values. If there is one
         class, 255 and 65535 are its pixels, too, as in masks of 0 and 255.
     """
     table = np.full(LOOKED_UP + 2, UNKNOWN, np.int16)
+    table[[value + 1 for value in hidden if value < LOOKED_UP]] = UNLABELLED
     table[NO_VALUE + 1], table[1] = UNLABELLED, 0
     if len(classes) == 1:
         table[np.array(FULL_VALUES) + 1] = 1

@@ -11,10 +11,11 @@ from jaxtyping import Int32, Int64
 
 from pulmo_jax.data.codes import MOST_EXCLUSIVE, MOST_OVERLAPPING, Classes
 from pulmo_jax.data.contents import content_of
-from pulmo_jax.data.georeference import check_georeferences
+from pulmo_jax.data.georeference import check_georeferences, check_positions
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.label_masks import LabelReader, check_size
 from pulmo_jax.data.label_values import FULL_VALUES, MOST_NUMBERS, NO_VALUE
+from pulmo_jax.data.masks import SOFT_VALUES, is_picture
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import finite
 from pulmo_jax.types import InputError, Window
@@ -34,6 +35,7 @@ class Examined:
         counts: Number of pixels by value, or by index of the class plus 1 if each class has a mask; 0 for the
             background and -1 for unlabelled pixels and those that are missing in the image.
         places: At most PLACES random pixels (n, 2) of each value other than 0 and -1.
+        hidden: Values that occur, at least in this image, where a pixel is unlabelled for another reason.
         overlaps: Whether a pixel belongs to several classes.
         pixels: Number of pixels of the image.
         content: SHA-256 of the image file.
@@ -42,6 +44,7 @@ class Examined:
 
     counts: dict[int, int]
     places: dict[int, Int32[np.ndarray, "_ 2"]]
+    hidden: frozenset[int]
     overlaps: bool
     pixels: int
     content: str
@@ -64,10 +67,13 @@ def examine(ref: ImageRef, labels: LabelReader, reader: Reader) -> Examined:
     """
     masks = labels.masks[ref.identity]
     notes: dict[str, Path] = {}
+    for path in masks.paths if ref.page == 0 else ():
+        check_positions(ref.path, ref.pages, path, labels.shape(path)[0], reader.formats)
     for path in masks.paths:
         check_size(ref, path, labels.shape(path), labels.mask_size)
         check_georeferences(ref.path, reader.tags(ref), ref.shape, path, labels.tags(path), labels.shape(path)[1:3])
-        _, note = labels.rule(path, masks.by_class or path == masks.valid)
+        kind = "valid" if path == masks.valid else "class" if masks.by_class else "numbers"
+        _, note = labels.rule(path, kind)
         notes |= {note: path} if note else {}
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(ref.identity.encode()).digest()[:8], "big"))
     counts: Counter[int] = Counter()
@@ -76,7 +82,7 @@ def examine(ref: ImageRef, labels: LabelReader, reader: Reader) -> Examined:
     for window in _blocks(ref):
         missing = ~finite(reader.image(ref, window))
         if masks.valid is not None:
-            missing |= labels.values(ref, masks.valid, window, inside_only=True) <= 0
+            missing |= labels.values(ref, masks.valid, window, "valid") <= 0
         found, twice = _regions(ref, labels, window, missing)
         overlaps |= twice
         for value, inside in found:
@@ -85,9 +91,16 @@ def examine(ref: ImageRef, labels: LabelReader, reader: Reader) -> Examined:
                 merged = _merge(places.get(value), counts[value], _random_places(inside, window, rng), count, rng)
                 places[value] = merged
             counts[value] += count
-    counts = Counter({value: count for value, count in counts.items() if count})
     content, pixels = content_of(ref.path), ref.shape[0] * ref.shape[1]
-    return Examined(dict(counts), places, overlaps, pixels, content[1] if content else "", notes)
+    return Examined(
+        counts={value: count for value, count in counts.items() if count},
+        places=places,
+        hidden=frozenset(value for value, count in counts.items() if not count),
+        overlaps=overlaps,
+        pixels=pixels,
+        content=content[1] if content else "",
+        notes=notes,
+    )
 
 
 def _regions(
@@ -99,8 +112,9 @@ def _regions(
         (path,) = masks.files
         assert path is not None  # an image without a mask is left out
         values = labels.values(ref, path, window)
-        values[missing] = NO_VALUE
-        return [(int(value), values == value) for value in np.unique(values)], False
+        found = np.unique(values).tolist()
+        return [(NO_VALUE, missing | (values == NO_VALUE)),
+                *((value, (values == value) & ~missing) for value in found if value != NO_VALUE)], False  # fmt: skip
     depth, classes = np.zeros(missing.shape, np.int16), []
     for k, values in labels.by_class(ref, window):
         classes.append((k + 1, values > 0))
@@ -249,14 +263,10 @@ def _classes_of_numbers(
             "masks with the pixels of at least one class"
         )
     check_mixed(examined, paths, totals)
+    if declared is None:
+        _require_numbers(paths[0], totals, numbers)
     binary = numbers == [1] or numbers[0] in FULL_VALUES
     if declared is None:
-        if len(numbers) > MOST_FOUND:
-            raise InputError(
-                f"the masks, such as {paths[0]}, have {len(numbers)} different numbers ({_shown(numbers)}), more than "
-                f"the {MOST_FOUND} classes that are accepted without data.classes={{NAME: NUMBER, ...}}; give it if "
-                "these are classes; intensities and instance numbers are none"
-            )
         classes = (
             Classes((FOREGROUND,), (1,)) if binary else Classes(tuple(f"class {n}" for n in numbers), tuple(numbers))
         )
@@ -267,11 +277,24 @@ def _classes_of_numbers(
     return classes, []
 
 
+def _require_numbers(path: Path, totals: Counter[int], numbers: Sequence[int]) -> None:
+    """Refuse values that are hardly class numbers, unless data.classes states them."""
+    soft = is_picture(np.array(numbers), np.array([totals[n] for n in numbers])) and numbers[-1] > MOST_FOUND
+    if soft or len(numbers) > MOST_FOUND:
+        raise InputError(
+            f"the masks, such as {path}, have {len(numbers)} different values ({_shown(numbers)}) such as those of "
+            "soft edges, intensities or instance numbers; save class numbers, without interpolation or losses. "
+            "If these are classes, give data.classes={NAME: NUMBER, ...}"
+        )
+
+
 def check_numbers(examined: Sequence[Examined], paths: Sequence[Path], classes: Classes) -> None:
     """Raise InputError if masks of class numbers have numbers that are those of no class."""
     known = {0, NO_VALUE, *classes.numbers, *(FULL_VALUES if len(classes) == 1 else ())}
-    unknown = {value: path for path, image in zip(paths, examined, strict=True) for value in image.counts
-               if value not in known}  # fmt: skip
+    unknown: dict[int, Path] = {}
+    for path, image in zip(paths, examined, strict=True):
+        for value in image.counts.keys() - known:
+            unknown.setdefault(value, path)
     if unknown:
         named = ", ".join(f"{name}: {number}" for name, number in zip(classes.names, classes.numbers, strict=True))
         first = min(unknown)
@@ -327,6 +350,11 @@ def _mixed(examined: Sequence[Examined], paths: Sequence[Path], numbers: Sequenc
     others = [n for n in numbers if n != full]
     both = next((path for path, e in zip(paths, examined, strict=True)
                  if full in e.counts and any(n in e.counts for n in others)), None)  # fmt: skip
+    if len(others) > SOFT_VALUES:
+        return (
+            f"{both or paths[0]}: has {len(numbers)} different values ({_shown(numbers)}) such as those of soft edges, "
+            "an interpolated or an intensity image; save one class number per pixel, without interpolation"
+        )
     if both is None:
         one = next(path for path, e in zip(paths, examined, strict=True) if full in e.counts)
         other = next(path for path, e in zip(paths, examined, strict=True) if any(n in e.counts for n in others))

@@ -14,6 +14,7 @@ A mask whose values are not what its author drew, such as a JPEG or a picture wi
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32, Shaped
@@ -31,6 +32,7 @@ LARGEST = 2**31 - 1  # instance numbers above it are clipped
 NO_VALUE = -1  # of a missing pixel
 MOST_VALUES = 4096  # distinct values that are collected
 JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif")
+MaskKind = Literal["numbers", "class", "valid"]  # class numbers; one class; or the labelled area
 RESAVE = "save it as PNG or TIFF with one whole number per pixel, 0 for the background"
 
 
@@ -39,7 +41,7 @@ class ValueRule:
     """How the samples of a mask become values.
 
     Attributes:
-        kind: "number": the first band; "colour": inside unless all bands are 0; "opacity": inside where opaque.
+        meaning: "number": the first band; "colour": inside unless all bands are 0; "opacity": inside where opaque.
         bands: Number of bands without opacity.
         black: Value of black, if 0 is white; None if 0 is black.
         missing: Declared value of missing pixels; None for none.
@@ -47,7 +49,7 @@ class ValueRule:
         transparent: Transparent indices of a palette.
     """
 
-    kind: str = "number"
+    meaning: str = "number"
     bands: int = 1
     black: int | None = None
     missing: float | None = None
@@ -70,9 +72,9 @@ class ValueRule:
             first = np.where(gap, 0, first)
         if self.missing is not None:
             gap |= has_value(colours, self.missing).any(axis=-1)
-        if self.kind == "number":
+        if self.meaning == "number":
             values = _whole(first if self.black is None else self.black - first.astype(np.int64))
-        elif self.kind == "colour":
+        elif self.meaning == "colour":
             values = np.where(np.nan_to_num(colours).any(axis=-1), np.int32(FULL), np.int32(0))
         else:
             values = np.full(samples.shape[:2], FULL, np.int32)
@@ -112,7 +114,7 @@ class Samples:
 
 
 def find_values(
-    path: Path, source: ImageSource, ignore: int | None = None, inside_only: bool = False
+    path: Path, source: ImageSource, ignore: int | None = None, kind: MaskKind = "numbers"
 ) -> tuple[ValueRule, str]:
     """Find out how the samples of a mask become values, for which all of it is read.
 
@@ -120,7 +122,7 @@ def find_values(
         path: The mask, for error messages.
         source: The file, read as stored.
         ignore: Value of unlabelled pixels, if any.
-        inside_only: Whether only 0 and other values are distinguished, as in a mask of one class.
+        kind: Kind of the mask.
 
     Returns:
         The rule, and a note if the meaning is not obvious.
@@ -139,19 +141,19 @@ def find_values(
     found = _examine(source, bands, encoding.alpha, missing)
     if encoding.palette is not None:
         _check_palette(path, encoding, found)
-    kind = _kind_of(path, found, bands, inside_only)
+    meaning = _meaning(path, found, bands, kind)
     half, note = _opacity(path, found)
     if half is not None and _is_constant(found, bands):
-        kind, note = "opacity", "its colour is constant: its opacity is the mask"
-    if kind == "number":
+        meaning, note = "opacity", "its colour is constant: its opacity is the mask"
+    if meaning == "number":
         values = found.values if encoding.black is None else np.sort(encoding.black - found.values.astype(np.int64))
         counts = found.counts if encoding.black is None else found.counts[::-1]
-        _check_numbers(path, values, counts, ignore, inside_only)
+        _check_numbers(path, values, counts, ignore, kind)
     if encoding.black is not None:
         note = f"it is tagged white-is-zero: {encoding.black} is background"
     if encoding.missing == 0:
         note = "its GDAL_NODATA tag declares 0, which is read as background, not as unlabelled"
-    return ValueRule(kind, bands, encoding.black, missing, half, encoding.transparent), note
+    return ValueRule(meaning, bands, encoding.black, missing, half, encoding.transparent), note
 
 
 def _examine(source: ImageSource, bands: int, alpha: bool, missing: float | None) -> Samples:
@@ -194,11 +196,11 @@ def _few_colours(known: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     return known
 
 
-def _kind_of(path: Path, found: Samples, bands: int, inside_only: bool) -> str:
+def _meaning(path: Path, found: Samples, bands: int, kind: MaskKind) -> str:
     """Whether the bands are a number or a colour."""
     if bands == 1 or found.equal:
         return "number"
-    if len(found.colours) > 1 and not (inside_only and found.black):
+    if len(found.colours) > 1 and (kind == "numbers" or not found.black):
         shown = ", ".join(str(tuple(colour.tolist())) for colour in found.colours)
         raise InputError(
             f"{path}: has {bands} bands and several colours ({shown}, ...), and which class a colour means is not "
@@ -240,7 +242,7 @@ def _check_palette(path: Path, encoding: Encoding, found: Samples) -> None:
         )
 
 
-def _check_numbers(path: Path, values: np.ndarray, counts: np.ndarray, ignore: int | None, inside_only: bool) -> None:
+def _check_numbers(path: Path, values: np.ndarray, counts: np.ndarray, ignore: int | None, kind: MaskKind) -> None:
     """Refuse values that are no class numbers."""
     labels = values != ignore if ignore is not None else np.ones(len(values), bool)
     values, counts = values[labels], counts[labels]
@@ -249,7 +251,7 @@ def _check_numbers(path: Path, values: np.ndarray, counts: np.ndarray, ignore: i
             f"{path}: has fractional values ({listed(values)}), a soft mask or a probability; apply a threshold and "
             f"{RESAVE}"
         )
-    if len(values) > MOST_VALUES or is_picture(values, counts):
+    if len(values) > MOST_VALUES or (kind != "numbers" and is_picture(values, counts)):
         raise InputError(
             f"{path}: has {len(values)} values ({listed(values)}) such as those of soft edges or of an image, not of "
             f"classes; {RESAVE}"
@@ -259,8 +261,8 @@ def _check_numbers(path: Path, values: np.ndarray, counts: np.ndarray, ignore: i
             f"{path}: has negative values ({listed(values)}); class numbers are 1 to {MOST_NUMBERS}: save unlabelled "
             "pixels as 255 and set data.ignore=255"
         )
-    if inside_only:
-        _check_inside(path, values)
+    if kind != "numbers":
+        _check_inside(path, values, kind)
     elif len(large := values[(values > MOST_NUMBERS) & ~np.isin(values, FULL_VALUES)]):
         raise InputError(
             f"{path}: has values above {MOST_NUMBERS} ({listed(large)}), such as instance numbers or intensities; "
@@ -269,9 +271,12 @@ def _check_numbers(path: Path, values: np.ndarray, counts: np.ndarray, ignore: i
         )
 
 
-def _check_inside(path: Path, values: np.ndarray) -> None:
+def _check_inside(path: Path, values: np.ndarray, kind: MaskKind) -> None:
     """Refuse a mask of one class whose values do not tell inside from outside."""
-    inside = values[values != 0]
+    inside, remedy = (
+        values[values != 0],
+        "" if kind == "valid" else ", or set data.ignore to the value of unlabelled pixels",
+    )
     if len(inside) > 1 and len(inside) == len(values):
         raise InputError(
             f"{path}: no pixel is 0, and the values are {listed(inside)}; which is the background is not clear; "
@@ -279,6 +284,6 @@ def _check_inside(path: Path, values: np.ndarray) -> None:
         )
     if len(inside) > 1 and np.isin(inside, FULL_VALUES).any():
         raise InputError(
-            f"{path}: is the mask of one class and has the values {listed(inside)} beside 0; these are soft edges, or "
-            f"one of them marks unlabelled pixels (data.ignore=VALUE). Otherwise {RESAVE}"
+            f"{path}: is the mask of one {'area' if kind == 'valid' else 'class'} and has the values {listed(inside)} "
+            f"beside 0, such as those of soft edges; {RESAVE}{remedy}"
         )

@@ -116,10 +116,10 @@ class ReadLabelled:
         size, (height, width) = how.patch_size, self.refs[row].shape[:2]
         window = Window(y, x, min(size, height - y), min(size, width - x))
         pixels, codes = self.source.image(row, window), self.source.codes(row, window)
-        codes = _known(codes, pixels)
-        padding = [(0, size - length) for length in codes.shape]
         patch = preprocess(cut(pixels, 0, 0, size), None, self._scaled(row, how))
-        return patch, np.pad(codes, padding, constant_values=UNLABELLED)
+        padded = np.full((size, size), UNLABELLED, np.uint8)
+        padded[: codes.shape[0], : codes.shape[1]] = _known(codes, pixels)
+        return patch, padded
 
     def _whole(self, row: int, how: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
         size = how.patch_size
@@ -260,10 +260,9 @@ def places_by_class(places: Int[np.ndarray, "_ 4"], rows: Int[np.ndarray, "_"]) 
         For each class present, for each image with it, its places.
     """
     kept = places[np.isin(places[:, 0], rows)]
-    return [
-        [kept[(kept[:, 1] == k) & (kept[:, 0] == image)] for image in np.unique(kept[kept[:, 1] == k, 0])]
-        for k in np.unique(kept[:, 1])
-    ]
+    kept = kept[np.lexsort((kept[:, 0], kept[:, 1]))]
+    by_class = np.split(kept, np.flatnonzero(np.diff(kept[:, 1])) + 1)
+    return [np.split(own, np.flatnonzero(np.diff(own[:, 0])) + 1) for own in by_class if len(own)]
 
 
 @dataclass(frozen=True)

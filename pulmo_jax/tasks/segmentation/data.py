@@ -84,9 +84,12 @@ class Labelled:
             The selected images, with the same classes and notes.
         """
         refs, parts, contents = (tuple(some[row] for row in rows) for some in (self.refs, self.parts, self.contents))
-        chosen = [self.places[self.places[:, 0] == row] for row in rows]
-        parts_of_places = [np.insert(own[:, 1:], 0, i, axis=1) for i, own in enumerate(chosen)]
-        places = np.concatenate([np.empty((0, 4), np.int32), *parts_of_places]).astype(np.int32)
+        order = self.places[np.argsort(self.places[:, 0], kind="stable")]
+        first, last = (np.searchsorted(order[:, 0], rows, side=side) for side in ("left", "right"))
+        counts = last - first
+        taken = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        places = order[taken]
+        places[:, 0] = np.repeat(np.arange(len(rows)), counts)
         return replace(self, refs=refs, counts=self.counts[rows], places=places, parts=parts, contents=contents)
 
 
@@ -134,7 +137,7 @@ def read_labelled(
     return Labelled(
         tuple(replace(ref, group=member.group) for ref, member in zip(refs, members, strict=True)),
         found,
-        LabelReader(masks, found, data.ignore, data.mask_size, max_image_mb, formats),
+        values.with_classes(found, set().union(*(image.hidden for image in examined))),
         reader,
         count_pixels(examined, found, bool(folders)),
         list_places(examined, found, bool(folders)),
@@ -174,8 +177,7 @@ def list_labelled(
     settle(failed, data.on_error, console, key)
     if not refs:
         raise InputError(f"{failed[0].reason}\n(none of the {len(failed)} images can be read)")
-    refs, odd = alike(without_masks(refs, data, formats))
-    settle(odd, data.on_error, console, key)
+    refs = without_masks(refs, data, formats)
     names, apart = list(dict.fromkeys(ref.name for ref in refs)), [ref.path for ref in refs]
     folders, by_class = class_folders(data.masks, names, data.mask_suffix, formats, apart, f"{key}.masks")
     if by_class and run is not None:
@@ -184,9 +186,11 @@ def list_labelled(
     masks, missing, unused = match_masks(refs, folders, by_class, valid, data.mask_suffix, key)
     if len(missing) == len(names) or (data.on_error == "stop" and (missing or unused)):
         raise unmatched(missing, unused, len(names), key)
+    refs, odd = alike([ref for ref in refs if ref.identity in masks])
+    settle(odd, data.on_error, console, key)
     notes = left_out([*failed, *odd, *(Skipped(name, reason) for name, reason in missing.items())])
     notes += [f"{len(unused)} masks belong to no image, such as {unused[0]}"] if unused else []
-    return [ref for ref in refs if ref.identity in masks], masks, list(folders) if by_class else [], notes
+    return refs, masks, list(folders) if by_class else [], notes
 
 
 def without_masks(refs: Sequence[ImageRef], data: MasksConfig, formats: Sequence[Format]) -> list[ImageRef]:
@@ -398,7 +402,7 @@ def fit_normalisation(
     Raises:
         InputError: If an image cannot be read, or no patch has a labelled pixel.
     """
-    sampling = Sampling(patch_size, data.stride or patch_size // 2, 0.0, None, resize)
+    sampling = place_patches(data, resize, patch_size)
     refs = [labelled.refs[row] for row in rows]
     per_image = data.normalize == "image"
     reader = ScaledReader(labelled.reader, data.percentiles) if per_image else labelled.reader
@@ -408,26 +412,49 @@ def fit_normalisation(
     kind, limits = ("fixed", (0.0, 1.0)) if per_image else (data.normalize, data.value_range)
     how = fit_preprocessing(scan, sampling, kind, limits, data.percentiles, data.clip)
     how = replace(how, percentiles=data.percentiles) if per_image else how
-    cells = scan.cells.copy()
-    cells[:, 0] = np.asarray(rows)[cells[:, 0]]
+    return how, patch_cells(labelled, rows, sampling)
+
+
+def patch_cells(labelled: Labelled, rows: Rows, sampling: Sampling) -> Int32[np.ndarray, "n 3"]:
+    """Find the patches of images, such as those of the validation loss.
+
+    Args:
+        labelled: The images.
+        rows: The images to find patches of.
+        sampling: How patches are placed.
+
+    Returns:
+        (row, y, x) of every patch of the grid with a labelled pixel, in px. Masks are read only where an image has
+        unlabelled pixels.
+    """
+
+    def cells(row: int) -> np.ndarray:
+        ref = labelled.refs[row]
+        inside = np.ones(ref.shape[:2], bool)
+        if labelled.counts[row, -1]:
+            inside = labelled.labels.codes(ref) != UNLABELLED
+            inside &= finite(labelled.reader.image(ref))
+        return np.insert(cells_with_foreground(inside, sampling), 0, row, axis=1)
+
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        kept = list(map_ahead(pool, lambda row: cells_with_labels(labelled, int(row), cells, sampling), rows))
+        found = list(map_ahead(pool, cells, [int(row) for row in rows]))
     labelled.reader.close()
     labelled.labels.close()
-    return how, np.concatenate(kept).astype(np.int32)
+    return np.concatenate([np.empty((0, 3), np.int32), *found]).astype(np.int32)
 
 
-def cells_with_labels(
-    labelled: Labelled, row: int, cells: Int[np.ndarray, "n 3"], sampling: Sampling
-) -> Int[np.ndarray, "_ 3"]:
-    """Cells (row, y, x) of an image with a labelled pixel; its masks are read only if some pixels have no label."""
-    if labelled.counts[row, -1] == 0:
-        return cells[cells[:, 0] == row]
-    ref = labelled.refs[row]
-    inside = labelled.labels.codes(ref) != UNLABELLED
-    if not np.issubdtype(ref.dtype, np.integer):
-        inside &= finite(labelled.reader.image(ref))
-    return np.insert(cells_with_foreground(inside, sampling), 0, row, axis=1)
+def place_patches(data: SegmentationDataConfig, resize: bool, patch_size: int) -> Sampling:
+    """How patches are placed: on a grid, whatever their content.
+
+    Args:
+        data: Data config.
+        resize: Whether whole images are resized to a patch.
+        patch_size: Side length of a patch, px.
+
+    Returns:
+        The sampling.
+    """
+    return Sampling(patch_size, data.stride or patch_size // 2, 0.0, None, resize)
 
 
 @dataclass(frozen=True)
