@@ -20,19 +20,31 @@ from pulmo_jax.types import InputError
 # Modules of the built-in targets. A config, possibly from a run of another user, can call nothing else.
 HOMES = {
     "model": ("pulmo_jax.models",),
+    "model.encoder": ("pulmo_jax.models",),
     "method": ("pulmo_jax.methods",),
     "optimizer": ("pulmo_jax.training.optimizers",),
     "callbacks": ("pulmo_jax.training.callbacks", "pulmo_jax.reporting.callbacks"),
-    "method.loss": ("pulmo_jax.methods.losses", "pulmo_jax.methods.landmark_losses"),
+    "method.loss": (
+        "pulmo_jax.methods.losses",
+        "pulmo_jax.methods.landmark_losses",
+        "pulmo_jax.methods.segmentation_losses",
+    ),
     "figures": (),
     "sources": (),
 }
 # Arguments that only the program supplies.
 GIVEN = {
     "model": ("patch_size", "channels", "n_landmarks", "n_classes", "rngs"),
-    "method": ("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
+    "model.encoder": ("patch_size", "channels", "rngs"),
+    "method": (
+        *("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
+        *("classes", "patch_size", "channels"),
+    ),
     "optimizer": ("steps",),
-    "method.loss": ("image", "reconstruction", "displacement", "covariance"),
+    "method.loss": (
+        *("image", "reconstruction", "displacement", "covariance"),
+        *("logits", "inside", "labelled", "exclusive"),
+    ),
     "figures": ("run", "findings"),
 }
 OFFERED = {"method": ("seed",)}  # arguments that the program supplies unless the config sets them
@@ -78,7 +90,9 @@ def build_function(node: Node, where: str, plugins: tuple[str, ...]) -> Callable
         InputError: See `build`.
     """
     target = find_target(node, where, plugins)
-    return partial(target, **check_arguments(parameters_of(target), node, where))
+    arguments = check_arguments(parameters_of(target), node, where)
+    arguments |= {key: build_function(node[key], place, plugins) for key, place in nodes_within(node, where)}
+    return partial(target, **arguments)
 
 
 def nodes_within(node: Node, where: str) -> list[tuple[str, str]]:

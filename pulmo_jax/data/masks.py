@@ -69,7 +69,7 @@ def _palette_rule(path: Path, source: ImageSource, encoding: Encoding) -> Rule:
     """Inside unless the index is 0; in a palette of greys, or without index 0, unless the colour is black."""
     colours = encoding.palette
     assert colours is not None  # checked by the caller
-    used = np.flatnonzero(sum(np.bincount(b.ravel(), minlength=len(colours)) for b in _blocks(source)))
+    used = np.flatnonzero(sum(np.bincount(b.ravel(), minlength=len(colours)) for b in row_blocks(source)))
     used = [i for i in used.tolist() if i not in encoding.transparent]
     lookup = np.arange(max(len(colours), max(used, default=0) + 1)) > 0
     black = [i for i in used if i < len(colours) and not colours[i].any()]
@@ -128,7 +128,7 @@ def _strength_rule(
     if encoding.lossy and values.size:
         _require_clear(path, values, counts, float(np.iinfo(source.dtype).max))
         return above_half, "it is a JPEG: pixels above half of the highest value are inside"
-    if _is_picture(values, counts):
+    if is_picture(values, counts):
         return above_half, "it has soft edges: pixels above half of the highest value are inside"
     if source.dtype.kind == "f" and len(nonzero) > SOFT_VALUES and (nonzero % 1 != 0).mean() > 0.5:
         raise InputError(
@@ -137,7 +137,7 @@ def _strength_rule(
         )
     if source.shape[3] == 1 and len(nonzero) > 1 and len(nonzero) == len(values):
         raise InputError(
-            f"{path}: no pixel is 0, and the values are {_listed(nonzero)}; which is the background is not clear. Save "
+            f"{path}: no pixel is 0, and the values are {listed(nonzero)}; which is the background is not clear. Save "
             "the mask with 0 for the background"
         )
     return (lambda samples: strength(samples) != 0), ""
@@ -168,16 +168,23 @@ def _require_clear(path: Path, values: np.ndarray, counts: np.ndarray, full: flo
     bright, unclear = counts[share >= 0.75].sum(), counts[(share > 0.25) & (share < 0.75)].sum()
     if (share.max() > 0 and unclear > MAX_UNCLEAR * (bright + unclear)) or 0 < share.max() < 0.25:
         raise InputError(
-            f"{path}: is a JPEG whose values are {_listed(values)}, not mostly near 0 or 255; compression changes the "
+            f"{path}: is a JPEG whose values are {listed(values)}, not mostly near 0 or 255; compression changes the "
             "values of a mask. Save it as PNG or TIFF"
         )
 
 
-def _is_picture(values: np.ndarray, counts: np.ndarray) -> bool:
-    """Whether values are those of a picture of a mask with soft edges or traces of compression.
+def is_picture(values: np.ndarray, counts: np.ndarray) -> bool:
+    """Judge whether values are those of a picture of a mask with soft edges or traces of compression.
 
     Such a picture has many values, several of them near the highest, and most pixels near 0 or the highest. Class and
     instance numbers are spread evenly, or have one value far above the others.
+
+    Args:
+        values: Distinct values, ascending.
+        counts: Number of pixels with each value.
+
+    Returns:
+        Whether they are.
     """
     nonzero = values > 0
     values, counts = values[nonzero], counts[nonzero]
@@ -198,8 +205,8 @@ def _distinct(
     Of floats and long integers, after one block only as many as tell that there are too many.
     """
     values, counts = np.empty(0, source.dtype), np.empty(0, np.int64)
-    for block in _blocks(source):
-        found, times = _count(strength(block))
+    for block in row_blocks(source):
+        found, times = count_values(strength(block))
         values, where = np.unique(np.concatenate([values, found]), return_inverse=True)
         counts = np.bincount(where, np.concatenate([counts, times]), len(values)).astype(np.int64)
         if source.dtype.itemsize > 2 and len(values) > MAX_VALUES and (values == 0).any():
@@ -208,7 +215,7 @@ def _distinct(
     return values[kept], counts[kept]
 
 
-def _count(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def count_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values and how often they occur; without sorting, if there can be few."""
     if values.dtype not in (np.uint8, np.uint16):
         return np.unique(values, return_counts=True)
@@ -218,13 +225,13 @@ def _count(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _any(rule: Rule, source: ImageSource) -> bool:
-    return any(rule(block).any() for block in _blocks(source))
+    return any(rule(block).any() for block in row_blocks(source))
 
 
 def _is_constant(source: ImageSource, bands: slice) -> bool:
     """Whether bands have the same value in every pixel."""
     first = None
-    for block in _blocks(source):
+    for block in row_blocks(source):
         pixels = block[..., bands].reshape(-1, bands.stop - bands.start)
         first = pixels[0] if first is None else first
         if (pixels != first).any():
@@ -232,12 +239,13 @@ def _is_constant(source: ImageSource, bands: slice) -> bool:
     return True
 
 
-def _listed(values: np.ndarray) -> str:
+def listed(values: np.ndarray) -> str:
+    """Format the first five values, and the last one if there are more."""
     shown = ", ".join(f"{value:g}" for value in values[:5].tolist())
     return shown if len(values) <= 5 else f"{shown}, ... {values[-1]:g}"
 
 
-def _blocks(source: ImageSource) -> Iterator[np.ndarray]:
+def row_blocks(source: ImageSource) -> Iterator[np.ndarray]:
     """All pages in blocks of rows."""
     pages, height, width, bands = source.shape
     rows = max(1, BLOCK_BYTES // (width * bands * source.dtype.itemsize))

@@ -201,7 +201,7 @@ class RowShare:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, k: int) -> Int[np.ndarray, "b A"]:
+    def __getitem__(self, k: int) -> Int[np.ndarray, "b ..."]:
         count = self.batch_size // self.process_count
         return self.batches[k][self.process_index * count : (self.process_index + 1) * count]
 

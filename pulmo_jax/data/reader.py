@@ -64,7 +64,7 @@ class Reader:
         Raises:
             InputError: The file cannot be read or has changed since it was indexed.
         """
-        source = self._open(ref.path)
+        source = self.open(ref.path)
         now, listed = (*source.shape, source.dtype.name), (ref.pages, *ref.shape, ref.dtype)
         if now != listed:
             raise InputError(
@@ -87,7 +87,7 @@ class Reader:
         """
         if ref.mask is None:
             return None
-        source = self._open(ref.mask, as_stored=True)
+        source = self.open(ref.mask, as_stored=True)
         if source.shape[1:3] != ref.shape[:2] or source.shape[0] not in (1, ref.pages):
             raise InputError(
                 f"{ref.mask}: the mask is {source.shape} (pages, H, W, C), its image {ref.path.name} has "
@@ -108,9 +108,21 @@ class Reader:
         Raises:
             InputError: The file cannot be read.
         """
-        return self._open(ref.path).tags
+        return self.open(ref.path).tags
 
-    def _open(self, path: Path, as_stored: bool = False) -> Any:
+    def open(self, path: Path, as_stored: bool = False) -> Any:
+        """Open a file for the current thread, or return it if it is open.
+
+        Args:
+            path: The file.
+            as_stored: Whether to read samples as stored, such as those of a mask (see `sources.open_source`).
+
+        Returns:
+            The source, which must not be closed.
+
+        Raises:
+            InputError: The file cannot be read.
+        """
         cache = self._sources.setdefault(threading.get_ident(), OrderedDict())
         key = path, as_stored
         if key not in cache:

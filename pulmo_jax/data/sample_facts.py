@@ -9,6 +9,7 @@ from pulmo_jax.types import InputError
 FACTS, FACTS_BYTES = "sample.json", 2**24
 DESCRIPTIONS = {  # by the name of the sample's folder
     "lung_ct": "CT slices of one patient",
+    "lung_lobes": "CT slices of one patient",
     "radiographs": "radiographs computed from the CT of one patient",
     "synthetic_mri": "synthetic brain slices, drawn by a program",
 }

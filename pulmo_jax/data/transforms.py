@@ -36,6 +36,8 @@ class Preprocessing:
         clip: Limits of normalised values. They are wide enough to keep the contrast of anomalies, and prevent a dead
             pixel from dominating a patch.
         aligned_by: Digest of the landmark run in whose frame the images are; "" for images that are not aligned.
+        percentiles: Percentiles of each image that are mapped to 0 and 1 (see `image_scale.for_image`), before
+            offset and scale; None: offset and scale alone are used, the same for all images.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -51,6 +53,7 @@ class Preprocessing:
     std: tuple[FiniteFloat, ...]
     clip: tuple[FiniteFloat, FiniteFloat]
     aligned_by: str = ""
+    percentiles: tuple[FiniteFloat, FiniteFloat] | None = None
 
     def save(self, path: Path) -> None:
         """Write the preprocessing as JSON."""

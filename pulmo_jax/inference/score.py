@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from pulmo_jax.core.tiling import Grid, Wanted, batches, blend_strips
+from pulmo_jax.data.file_rows import Rows
 from pulmo_jax.data.transforms import Preprocessing, finite, fitting, preprocess, resize_bands
 from pulmo_jax.host.resources import explain_out_of_memory, require
 from pulmo_jax.inference.memory import within_memory
@@ -324,7 +325,7 @@ class Inside:
         foreground: Foreground; None: all pixels.
     """
 
-    pixels: Shaped[np.ndarray, "H W C"]
+    pixels: Rows
     foreground: Bool[np.ndarray, "H W"] | None
 
     def __call__(self, top: int, bottom: int) -> Bool[np.ndarray, "h W"]:

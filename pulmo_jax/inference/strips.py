@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from pulmo_jax.core.tiling import Grid
+from pulmo_jax.data.file_rows import FileRows, Rows
 from pulmo_jax.data.transforms import Preprocessing
 
 TILES = PartitionSpec("tiles")
@@ -36,7 +37,7 @@ def everywhere(array: Shaped[np.ndarray, "..."] | Array) -> Array:
 def cut_batches(
     positions: Iterable[Int[np.ndarray, "_ 2"]],
     batch_size: int,
-    pixels: Shaped[np.ndarray, "H W C"],
+    pixels: Rows,
     foreground: Bool[np.ndarray, "H W"] | None,
     grid: Grid,
     how: Preprocessing,
@@ -77,7 +78,7 @@ def cut_batches(
 
 
 def padded(
-    array: Shaped[np.ndarray, "H W ..."], top: int, rows: int, width: int
+    array: Shaped[np.ndarray, "H W ..."] | FileRows, top: int, rows: int, width: int
 ) -> Shaped[np.ndarray, "rows width ..."]:
     """Copy rows of an array, cast to a dtype suitable for transfer (`AS_STORED`, otherwise float32), and pad it.
 

@@ -1,15 +1,18 @@
 """Figures of a comparison of runs: differences with intervals, and errors by image."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from pulmo_jax.evaluation.metrics import Estimate
-from pulmo_jax.reporting.figures import COLUMN_WIDTH_IN, CURVE_COLOURS, TEXT_WIDTH_IN, Curve, literal, style
+from pulmo_jax.reporting.figures import BLUE, COLUMN_WIDTH_IN, CURVE_COLOURS, TEXT_WIDTH_IN, Curve, literal, style
 
 PANELS_IN_ROW = 3
 CAPTIONS = {
@@ -95,6 +98,51 @@ def draw_estimate(axes: Any, y: float, estimate: Estimate, colour: Any) -> None:
     axes.plot(estimate.value, y, "o", ms=4, color=colour)
     if estimate.low is not None:
         axes.plot([estimate.low, estimate.high], [y, y], color=colour, lw=1.2)
+
+
+def intervals_figure(rows: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str]) -> Figure:
+    """Estimates with 95 % intervals by method, one panel for each figure of merit.
+
+    Args:
+        rows: Estimates by method and figure of merit, the run first; missing ones are undefined.
+        titles: Titles of the figures of merit that are drawn.
+
+    Returns:
+        The figure.
+    """
+    lines = -(-len(titles) // PANELS_IN_ROW)
+    columns = -(-len(titles) // lines)
+    names = [textwrap.fill(literal(name, 60), 26) for name in rows]
+    with style():
+        figure = Figure(figsize=(1.7 + 1.75 * columns, lines * (0.34 * len(rows) + 0.5)), layout="constrained")
+        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+        for axes, (name, title) in zip(panels, titles.items(), strict=False):
+            for place, row in enumerate(rows.values()):
+                _interval(axes, place, row.get(name, Estimate(None)), BLUE if place == 0 else "0.25")
+            axes.margins(x=0.16)
+            axes.set(xlabel=title, ylim=(len(rows) - 0.5, -0.6))
+            axes.set_yticks(range(len(rows)), names)
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]) if axes.lines else NullLocator())
+            axes.grid(axis="y", color="0.92", lw=0.6)
+            axes.set_axisbelow(True)
+            axes.tick_params(axis="y", length=0)
+        for axes in panels[len(titles) :]:
+            axes.remove()
+    return figure
+
+
+def _interval(axes: Axes, place: int, estimate: Estimate, colour: str) -> None:
+    """Draw an estimate with its confidence interval."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if value is None:
+        middle = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}
+        axes.text(0.5, place, "undefined", color="0.5", fontsize=6.5, backgroundcolor="white", **middle)
+        return
+    ends = [value if end is None else end for end in (low, high)]
+    axes.plot(ends, [place, place], color=colour, lw=1.4, solid_capstyle="butt")
+    axes.plot(value, place, "o", color=colour, ms=4)
+    near = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 6.5}
+    axes.annotate(f"{value:.3f}", (value, place), xytext=(0, 3), color=colour, **near)
 
 
 def cumulative_figure(errors: Mapping[str, Float[np.ndarray, "N"]]) -> Figure:

