@@ -27,8 +27,9 @@ SMOOTHING = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16)  # sd of the Gaussians, a
 ROUGHNESS = (1 / 128, 1 / 32)  # the same for the local standard deviation
 WAVES = 6  # cosines of the position in y and in x
 MOST_CHANNELS = 4  # images of more channels are represented by mean and sd over their channels
+BLOCK = 10_000  # pixels whose terms are in memory at once
 STRENGTHS = tuple(10.0**power for power in range(-6, 2))  # of the ridge, relative to a weight of 1 per image
-Example = tuple[Num[np.ndarray, "H W C"], UInt8[np.ndarray, "H W"]]
+Example = tuple[Num[np.ndarray, "_ _ C"], UInt8[np.ndarray, "_ _"]]
 
 
 @dataclass(frozen=True)
@@ -203,19 +204,14 @@ def fit_ridge(sample: Sample, groups: Sequence[str]) -> PixelRidge:
     mean = np.average(sample.features, axis=0, weights=weights)
     deviation = np.sqrt(np.average((sample.features - mean) ** 2, axis=0, weights=weights))
     scale = np.where(deviation > 0, deviation, 1)
-    X = terms(sample.features, mean, scale)
-    member = np.array(groups, str)[sample.image]
-    n_folds = min(5, np.unique(member).size)
-    held_out = [np.ones(len(X), bool)]
-    if n_folds > 1:
-        held_out = [np.isin(np.arange(len(X)), test) for _, test in GroupKFold(n_folds).split(X, groups=member)]
-    moments = [_moments(X[rows], sample.truth[rows], weights[rows]) for rows in held_out]
-    gram, cross, _ = (np.sum([m[i] for m in moments], axis=0) for i in range(3))
+    moments = [_moments(sample, rows, mean, scale) for rows in _folds(sample, groups)]
+    gram, cross, _ = _sum(moments)
     strength = STRENGTHS[0]
-    if n_folds > 1:
+    if len(moments) > 1:
         strength = min(STRENGTHS, key=lambda s: sum(_held_out_error(gram, cross, m, s) for m in moments))
     coefficients = _solve(gram, cross, strength)
-    fitted = regress(sample.features, mean, scale, coefficients)
+    blocks = np.array_split(sample.features, 1 + len(weights) // BLOCK)
+    fitted = np.concatenate([regress(block, mean, scale, coefficients) for block in blocks])
     return PixelRidge(mean, scale, coefficients, strength, highest_dice(fitted, sample))
 
 
@@ -313,7 +309,7 @@ def _sample(
     full, small = np.array(codes.shape), np.array(_reduced_shape(codes.shape))
     rng = np.random.default_rng([seed, image])
     flat = np.where(labelled, codes, UNLABELLED).ravel()
-    present = [code for code in np.unique(flat) if code != UNLABELLED]
+    present = np.flatnonzero(np.bincount(flat, minlength=256)[:UNLABELLED])
     chosen, weights = [], []
     for code in present:
         of_code = np.flatnonzero(flat == code)
@@ -376,10 +372,29 @@ def _ranges(sample: Sample, k: int) -> list[tuple[float, int, float, float]]:
 Moments = tuple[Float64[np.ndarray, "Q Q"], Float64[np.ndarray, "Q K"], float]
 
 
-def _moments(X: np.ndarray, Y: np.ndarray, weights: np.ndarray) -> Moments:
-    """Weighted second moments: X'WX, X'WY and the trace of Y'WY."""
-    weighted = X * weights[:, None]
-    return weighted.T @ X, weighted.T @ Y, float(weights @ (Y**2).sum(1))
+def _folds(sample: Sample, groups: Sequence[str]) -> list[Int64[np.ndarray, "_"]]:
+    """Pixels of each of up to five folds of groups; all pixels at once if there is a single group."""
+    member, rows = np.array(groups, str)[sample.image], np.arange(sample.image.size)
+    n_folds = min(5, np.unique(member).size)
+    return [rows] if n_folds < 2 else [test for _, test in GroupKFold(n_folds).split(rows, groups=member)]
+
+
+def _moments(
+    sample: Sample, rows: Int64[np.ndarray, "m"], mean: Float64[np.ndarray, "F"], scale: Float64[np.ndarray, "F"]
+) -> Moments:
+    """Weighted second moments of some pixels: X'WX, X'WY and the trace of Y'WY."""
+    parts = []
+    for block in np.array_split(rows, 1 + rows.size // BLOCK):
+        X, Y = terms(sample.features[block], mean, scale), sample.truth[block]
+        weighted = X * sample.weights[block, None]
+        parts.append((weighted.T @ X, weighted.T @ Y, float(sample.weights[block] @ (Y**2).sum(1))))
+    return _sum(parts)
+
+
+def _sum(parts: Sequence[Moments]) -> Moments:
+    """Moments of all pixels from those of disjoint parts."""
+    gram, cross, square = zip(*parts, strict=True)
+    return np.sum(gram, axis=0), np.sum(cross, axis=0), float(np.sum(square))
 
 
 def _solve(gram: np.ndarray, cross: np.ndarray, strength: float) -> Float64[np.ndarray, "Q K"]:
