@@ -165,7 +165,7 @@ def conformal_threshold(
     images = np.bincount(member)
 
     def risk(threshold: float) -> float:
-        counts = [min(np.count_nonzero(of_image >= threshold), bound) for of_image in peaks]
+        counts = np.minimum([np.count_nonzero(of_image >= threshold) for of_image in peaks], bound)
         return float(np.mean(np.bincount(member, counts) / images))
 
     if allowed < 0:

@@ -3,7 +3,7 @@ regression on pixels.
 
 They are fitted in one pass over the training images, to a random sample of the labelled pixels in which every class
 that an image has is represented; weights restore the true frequencies and give every image the same total. Images are
-reduced to at most 512 px. C channels, K classes, n sampled pixels, F features.
+reduced to at most 256 px per side. C channels, K classes, n sampled pixels, F features.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,15 +19,17 @@ from pulmo_jax.data.transforms import resize_bands
 from pulmo_jax.evaluation.segmentation_calibration import middle_of_highest
 from pulmo_jax.evaluation.segmentation_metrics import BINS, ratio
 
-SIDE = 512  # px; larger images are reduced
+SIDE = 256  # px; larger images are reduced
 GRID = 64  # cells per side of the mean mask
 PIXELS, PIXELS_PER_IMAGE = 400_000, 2000  # most sampled pixels in total, and of an image
 LEVELS = 64  # quantiles of the intensity among which the limits of a range are chosen
 SMOOTHING = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16)  # sd of the Gaussians, as a fraction of the longer side
 ROUGHNESS = (1 / 128, 1 / 32)  # the same for the local standard deviation
+WAVES = 6  # cosines of the position in y and in x
 MOST_CHANNELS = 4  # images of more channels are represented by mean and sd over their channels
+BLOCK = 10_000  # pixels whose terms are in memory at once
 STRENGTHS = tuple(10.0**power for power in range(-6, 2))  # of the ridge, relative to a weight of 1 per image
-Example = tuple[Num[np.ndarray, "H W C"], UInt8[np.ndarray, "H W"]]
+Example = tuple[Num[np.ndarray, "_ _ C"], UInt8[np.ndarray, "_ _"]]
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,12 @@ class IntensityRange:
 
 @dataclass(frozen=True)
 class PixelRidge:
-    """Ridge regression of the memberships on features of the pixels and their products.
+    """Ridge regression of the memberships on features of the pixels, their products, and the position.
 
     Attributes:
         mean: Mean of each feature.
         scale: Standard deviation of each feature.
-        coefficients: Coefficients of the constant, the standardised features and their products.
+        coefficients: Coefficients of the `terms`.
         strength: Penalty, chosen by cross-validation over groups.
         thresholds: Thresholds of the highest mean Dice on the training images.
     """
@@ -202,19 +204,14 @@ def fit_ridge(sample: Sample, groups: Sequence[str]) -> PixelRidge:
     mean = np.average(sample.features, axis=0, weights=weights)
     deviation = np.sqrt(np.average((sample.features - mean) ** 2, axis=0, weights=weights))
     scale = np.where(deviation > 0, deviation, 1)
-    X = products((sample.features - mean) / scale)
-    member = np.array(groups, str)[sample.image]
-    n_folds = min(5, np.unique(member).size)
-    held_out = [np.ones(len(X), bool)]
-    if n_folds > 1:
-        held_out = [np.isin(np.arange(len(X)), test) for _, test in GroupKFold(n_folds).split(X, groups=member)]
-    moments = [_moments(X[rows], sample.truth[rows], weights[rows]) for rows in held_out]
-    gram, cross, _ = (np.sum([m[i] for m in moments], axis=0) for i in range(3))
+    moments = [_moments(sample, rows, mean, scale) for rows in _folds(sample, groups)]
+    gram, cross, _ = _sum(moments)
     strength = STRENGTHS[0]
-    if n_folds > 1:
+    if len(moments) > 1:
         strength = min(STRENGTHS, key=lambda s: sum(_held_out_error(gram, cross, m, s) for m in moments))
     coefficients = _solve(gram, cross, strength)
-    fitted = regress(sample.features, mean, scale, coefficients)
+    blocks = np.array_split(sample.features, 1 + len(weights) // BLOCK)
+    fitted = np.concatenate([regress(block, mean, scale, coefficients) for block in blocks])
     return PixelRidge(mean, scale, coefficients, strength, highest_dice(fitted, sample))
 
 
@@ -259,7 +256,7 @@ def feature_maps(pixels: Float32[np.ndarray, "H W C"]) -> Float32[np.ndarray, "H
 
 
 def reduced(pixels: Num[np.ndarray, "H W C"]) -> Float32[np.ndarray, "h w C"]:
-    """The image with at most 512 px per side; missing values become the median of their channel."""
+    """The image with at most 256 px per side; missing values become the median of their channel."""
     image = pixels.astype(np.float32)
     missing = ~np.isfinite(image)
     if missing.any():
@@ -269,11 +266,25 @@ def reduced(pixels: Num[np.ndarray, "H W C"]) -> Float32[np.ndarray, "h w C"]:
     return resize_bands(image, *_reduced_shape(pixels.shape[:2]))
 
 
-def products(features: Num[np.ndarray, "n F"]) -> Float64[np.ndarray, "n Q"]:
-    """A constant, the features, and the products of each two."""
+def terms(
+    features: Num[np.ndarray, "n F"], mean: Float64[np.ndarray, "F"], scale: Float64[np.ndarray, "F"]
+) -> Float64[np.ndarray, "n Q"]:
+    """Terms of the ridge regression.
+
+    Args:
+        features: Features of n pixels, the last two being relative y and x.
+        mean: Mean of each feature.
+        scale: Standard deviation of each feature.
+
+    Returns:
+        A constant, the standardised features, the products of each two, and cosines cos(pi i y) cos(pi j x) of the
+        position, which describe the mean mask coarsely.
+    """
+    standard = (features - mean) / scale
     first, second = np.triu_indices(features.shape[1])
-    pairs = features[:, first] * features[:, second]
-    return np.concatenate([np.ones((len(features), 1)), features, pairs], axis=1).astype(np.float64)
+    y, x = (np.cos(np.pi * np.arange(WAVES) * place[:, None]) for place in features[:, -2:].T.astype(np.float64))
+    waves = (y[:, :, None] * x[:, None, :]).reshape(len(features), -1)  # the first is the constant
+    return np.concatenate([waves[:, :1], standard, standard[:, first] * standard[:, second], waves[:, 1:]], axis=1)
 
 
 def regress(
@@ -283,7 +294,7 @@ def regress(
     coefficients: Float64[np.ndarray, "Q K"],
 ) -> Float64[np.ndarray, "n K"]:
     """Evaluate the ridge regression, limited to 0 and 1."""
-    return np.clip(products((features - mean) / scale) @ coefficients, 0, 1)
+    return np.clip(terms(features, mean, scale) @ coefficients, 0, 1)
 
 
 def _reduced_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -298,7 +309,7 @@ def _sample(
     full, small = np.array(codes.shape), np.array(_reduced_shape(codes.shape))
     rng = np.random.default_rng([seed, image])
     flat = np.where(labelled, codes, UNLABELLED).ravel()
-    present = [code for code in np.unique(flat) if code != UNLABELLED]
+    present = np.flatnonzero(np.bincount(flat, minlength=256)[:UNLABELLED])
     chosen, weights = [], []
     for code in present:
         of_code = np.flatnonzero(flat == code)
@@ -361,10 +372,29 @@ def _ranges(sample: Sample, k: int) -> list[tuple[float, int, float, float]]:
 Moments = tuple[Float64[np.ndarray, "Q Q"], Float64[np.ndarray, "Q K"], float]
 
 
-def _moments(X: np.ndarray, Y: np.ndarray, weights: np.ndarray) -> Moments:
-    """Weighted second moments: X'WX, X'WY and the trace of Y'WY."""
-    weighted = X * weights[:, None]
-    return weighted.T @ X, weighted.T @ Y, float(weights @ (Y**2).sum(1))
+def _folds(sample: Sample, groups: Sequence[str]) -> list[Int64[np.ndarray, "_"]]:
+    """Pixels of each of up to five folds of groups; all pixels at once if there is a single group."""
+    member, rows = np.array(groups, str)[sample.image], np.arange(sample.image.size)
+    n_folds = min(5, np.unique(member).size)
+    return [rows] if n_folds < 2 else [test for _, test in GroupKFold(n_folds).split(rows, groups=member)]
+
+
+def _moments(
+    sample: Sample, rows: Int64[np.ndarray, "m"], mean: Float64[np.ndarray, "F"], scale: Float64[np.ndarray, "F"]
+) -> Moments:
+    """Weighted second moments of some pixels: X'WX, X'WY and the trace of Y'WY."""
+    parts = []
+    for block in np.array_split(rows, 1 + rows.size // BLOCK):
+        X, Y = terms(sample.features[block], mean, scale), sample.truth[block]
+        weighted = X * sample.weights[block, None]
+        parts.append((weighted.T @ X, weighted.T @ Y, float(sample.weights[block] @ (Y**2).sum(1))))
+    return _sum(parts)
+
+
+def _sum(parts: Sequence[Moments]) -> Moments:
+    """Moments of all pixels from those of disjoint parts."""
+    gram, cross, square = zip(*parts, strict=True)
+    return np.sum(gram, axis=0), np.sum(cross, axis=0), float(np.sum(square))
 
 
 def _solve(gram: np.ndarray, cross: np.ndarray, strength: float) -> Float64[np.ndarray, "Q K"]:

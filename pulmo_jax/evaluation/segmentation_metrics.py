@@ -114,7 +114,7 @@ def score_image(
     rows = [(probabilities[..., k], predicted[..., k], truth) for k, truth in enumerate(truths)]
     if len(classes) > 1:
         union = probabilities.max(-1) if classes.overlapping else np.minimum(probabilities.sum(-1), 1)
-        rows.append((union, predicted.any(-1), np.any(truths, axis=0)))
+        rows.append((union, np.any(predicted, axis=-1), np.logical_or.reduce(truths)))
     components = [_components(p, mask, truth, labelled, min_area_px) for p, mask, truth in rows]
     return ImageScores(
         counts=np.stack([_counts(mask, truth, labelled) for _, mask, truth in rows]),

@@ -67,7 +67,8 @@ def surface_figures(
     if not all(contour.any() for contour in contours):
         diagonal = float(np.hypot(*np.multiply(truth.shape, spacing)))
         return SurfaceFigures(diagonal, diagonal, 0.0)
-    distances = [distance_transform_edt(~other, sampling=spacing)[own] for own, other in (contours, contours[::-1])]
+    nearest = [np.asarray(distance_transform_edt(~other, sampling=spacing)) for other in contours[::-1]]
+    distances = [distance[own] for distance, own in zip(nearest, contours, strict=True)]
     weights = [length[contour] for length, contour in zip(lengths, contours, strict=True)]
     distance, weight = np.concatenate(distances), np.concatenate(weights)
     return SurfaceFigures(

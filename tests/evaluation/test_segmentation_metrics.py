@@ -150,7 +150,8 @@ def test_empty_masks():
 def test_an_image_without_labels_has_no_figures():
     p, predicted, _ = example(TWO)
     scores = score_image(p, predicted, np.full(p.shape[:2], UNLABELLED, np.uint8), TWO)
-    assert not scores.counts.any() and not scores.histogram.any()
+    assert not scores.counts.any()
+    assert not scores.histogram.any()
     assert all(np.isnan(values).all() for values in image_figures([scores]).values())
 
 
@@ -174,7 +175,8 @@ def test_decisions():
     single = decided(np.linspace(0, 1, 101, dtype=np.float32)[:, None], (t,), overlapping=False)[:, 0]
     np.testing.assert_array_equal(np.delete(single, 30), np.delete(np.linspace(0, 1, 101) > t, 30))
     lower = decided(p, (0.5, 0.05), overlapping=False)  # the second class wins where it would lose at 0.5
-    assert lower[0].tolist() == [False, True] and lower[1].tolist() == [False, True]
+    assert lower[0].tolist() == [False, True]
+    assert lower[1].tolist() == [False, True]
     both = decided(p, (0.25, 0.25), overlapping=True)
     np.testing.assert_array_equal(both, [[1, 1], [1, 0], [0, 1], [0, 0], [0, 0]])
 
@@ -186,4 +188,5 @@ def test_a_missing_probability_belongs_to_no_class():
 
 
 def test_rows():
-    assert row_names(ONE) == ("lung",) and row_names(TWO) == ("lung", "lesion", ANY)
+    assert row_names(ONE) == ("lung",)
+    assert row_names(TWO) == ("lung", "lesion", ANY)

@@ -1,4 +1,4 @@
-"""Surface distances, with second opinions: DeepMind's surface-distance, and pairwise distances of all contour corners."""
+"""Surface distances, with second opinions: the package surface-distance, and the distances of all pairs of corners."""
 
 import numpy as np
 import pytest
@@ -81,8 +81,11 @@ def test_a_shifted_square_and_its_units():
     predicted = np.roll(truth, 3, axis=1)
     px = surface_figures(truth, predicted, everywhere(truth), tolerance=3.0)
     mm = surface_figures(truth, predicted, everywhere(truth), (0.5, 0.5), tolerance=1.5)
-    assert px.percentile == 3 and px.dice == 1
-    assert mm.mean == pytest.approx(px.mean / 2) and mm.percentile == 1.5 and mm.dice == 1
+    assert px.percentile == 3
+    assert px.dice == 1
+    assert mm.mean == pytest.approx(px.mean / 2)
+    assert mm.percentile == 1.5
+    assert mm.dice == 1
     assert surface_figures(truth, predicted, everywhere(truth), tolerance=2.9).dice < 1
     assert surface_figures(truth, truth, everywhere(truth)) == (0, 0, 1)
 
