@@ -35,7 +35,7 @@ FLIPPED_AXES: dict[Flips, tuple[tuple[int, ...], ...]] = {
     "horizontal": ((), (2,)),
     "both": ((), (2,), (1,), (1, 2)),
 }  # axes of (B, P, P, C)
-TINY = 1e-7  # limit of probabilities before their logarithm; the spacing of float32 below 1 is 6e-8
+TINY = 1e-6  # limit of probabilities before their logarithm
 
 
 @dataclass(frozen=True, repr=False)
