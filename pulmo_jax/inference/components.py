@@ -126,6 +126,7 @@ class OpenComponents:
 
     Attributes:
         min_area_px: Smallest area of a component.
+        min_probability: Smallest highest probability of a component.
         outlined: Whether corners are wanted.
         row: Number of rows so far.
         last: Parts of the last row, from 1; 0 outside.
@@ -136,6 +137,7 @@ class OpenComponents:
     """
 
     min_area_px: int = 1
+    min_probability: float = 0.0
     outlined: bool = True
     row: int = 0
     last: Int32[np.ndarray, "W"] | None = None
@@ -191,13 +193,16 @@ class OpenComponents:
         is_open = np.zeros(n_whole, bool)
         is_open[whole[last[last > 0] - 1]] = True
         area = np.bincount(whole, sums.area, n_whole)
-        listed = ~is_open & (area >= self.min_area_px)
+        highest = np.full(n_whole, -np.inf)
+        np.maximum.at(highest, whole, sums.highest)
+        listed = ~is_open & (area >= self.min_area_px) & (highest >= self.min_probability)
         done = (*self.done, *components(sums, corners, whole, listed))
         kept = is_open[whole]
         number = np.cumsum(kept) - 1  # of the parts that are kept
         held = kept[corners.part]
         return OpenComponents(
             self.min_area_px,
+            self.min_probability,
             self.outlined,
             self.row + rows,
             np.where(last > 0, number[np.maximum(last, 1) - 1] + 1, 0).astype(np.int32) if count else last,
@@ -352,6 +357,7 @@ def find_components(
         mask: Whether the pixels are inside.
         probability: Their probability.
         min_area_px: Smallest area of a component.
+        min_probability: Smallest highest probability of a component.
 
     Returns:
         The components.

@@ -141,6 +141,13 @@ def test_small_components_are_not_listed():
     assert [(c.area_px, c.box) for c in found] == [(4, (0, 0, 2, 2)), (3, (2, 4, 3, 1))]
 
 
+def test_components_below_the_probability_threshold_are_not_listed():
+    mask, probability = parse(["XX..X", "X...."]), np.array([[0.5, 0.9, 0, 0, 0.6], [0.5, 0, 0, 0, 0]], np.float32)
+    for threshold, count in ((0.6, 2), (0.61, 1), (0.9, 1), (float("inf"), 0)):
+        state = OpenComponents(min_probability=float(np.float32(threshold)))
+        assert len(state.add(mask, probability).finish()) == count
+
+
 def test_finished_components_do_not_stay_open():
     """Memory is that of the last row, not of the image."""
     mask = np.zeros((2000, 50), bool)
