@@ -5,7 +5,6 @@ Components that a strip leaves behind are finished, so the memory is that of the
 that are large enough, and of the corners of their outlines.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -349,8 +348,11 @@ IS_CORNER = (KIND_OF < 255) | np.isin(np.arange(16), list(DIAGONALS))
 
 
 def find_components(
-    mask: Bool[np.ndarray, "H W"], probability: Float32[np.ndarray, "H W"], min_area_px: int = 1
-) -> Sequence[Component]:
+    mask: Bool[np.ndarray, "H W"],
+    probability: Float32[np.ndarray, "H W"],
+    min_area_px: int = 1,
+    min_probability: float = 0.0,
+) -> tuple[Component, ...]:
     """Components of a whole mask, largest first.
 
     Args:
@@ -362,4 +364,4 @@ def find_components(
     Returns:
         The components.
     """
-    return OpenComponents(min_area_px).add(mask, probability).finish()
+    return OpenComponents(min_area_px, min_probability).add(mask, probability).finish()
