@@ -26,7 +26,7 @@ from pulmo_jax.inference.components import COLUMN_EDGE_DOWN, LEAVES_ALONG_ROW, R
 WGS84 = 4326
 PIXEL_NOTE = "coordinates in pixels: x to the right and y down from the upper left corner of the image"
 
-Ring = Int32[np.ndarray, "r 2"]  # rows and columns of corners, not closed
+Ring = Int32[np.ndarray, "_ 2"]  # rows and columns of corners, not closed
 Polygon = list[Ring]  # exterior ring, then holes
 
 

@@ -25,8 +25,8 @@ NODE = {"_target_": "pulmo_jax.models.unet.UNet"}
 
 
 def scaled(dtype: str, channels: int, resize: bool = False) -> Preprocessing:
-    """Preprocessing that maps 0 to 255 to 0 to 1."""
-    how = preprocessing(SIZE, channels, dtype=dtype, scale=(255.0,) * channels, clip=(-1.0, 2.0))
+    """Preprocessing of values up to 255; the middle is 0, where small networks change their mind."""
+    how = preprocessing(SIZE, channels, dtype=dtype, offset=(128.0,) * channels, scale=(40.0,) * channels)
     return replace(how, resize=resize)
 
 
@@ -39,7 +39,7 @@ def segmentation_run(
     thresholds: tuple[float, ...] | None = None,
     resize: bool = False,
 ) -> SegmentationRun:
-    """A run of two networks, with a file for its digest."""
+    """A run of two networks, with as many files as a prediction looks at."""
     method = Convolutional(channels, classes.n_outputs, classes.overlapping)
     hows = (scaled(dtype, channels, resize),) * 2
     scalings = (Scaling(4.0, (0.0,) * classes.n_outputs),) * 2
@@ -55,5 +55,6 @@ def segmentation_run(
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "finished.json", {})
+    (folder / "config.yaml").touch()
     calibration = Calibration(scalings, ((),))
     return SegmentationRun(folder, config, Networks(classes, 2, (0, 1), hows), mapper, calibration, 5)

@@ -37,8 +37,8 @@ def outlined(picture: UInt8[np.ndarray, "h w 3"], masks: Bool[np.ndarray, "h w K
     drawn, width = picture.copy(), max(1, round(max(picture.shape) / LINE_PX))
     for k, colour in enumerate(class_colours(masks.shape[2])):
         mask = masks[..., k]
-        inner = np.asarray(binary_erosion(mask, np.ones((3, 3)), iterations=width, border_value=1))
-        drawn[mask & ~inner] = np.round(255 * np.array(to_rgb(colour)))
+        inner = np.asarray(binary_erosion(mask, np.ones((3, 3)), iterations=width, border_value=1), bool)
+        drawn[mask > inner] = np.round(255 * np.array(to_rgb(colour)))
     return drawn
 
 

@@ -1,7 +1,6 @@
 """What prediction writes for a page, read back with other libraries, against the same computed at once."""
 
 import csv
-import io
 import json
 import struct
 from dataclasses import replace
@@ -13,7 +12,6 @@ import tifffile
 from matplotlib.path import Path as Outline
 from PIL import Image
 from references.segmentation_run import BOTH, ONE, TWO, segmentation_run
-from rich.console import Console
 from scipy import ndimage
 from skimage.measure import label, regionprops
 
@@ -25,7 +23,7 @@ from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.inference import map_files
 from pulmo_jax.inference.class_maps import class_masks, decide
 from pulmo_jax.inference.component_table import COLUMNS
-from pulmo_jax.runs.place import Place
+from pulmo_jax.runs.place import workplace
 from pulmo_jax.runs.records import predict_all
 from pulmo_jax.tasks.segmentation import prediction
 from pulmo_jax.tasks.segmentation.config import SegmentConfig
@@ -51,9 +49,7 @@ def page_of(run, path: Path, output: Path, page: int = 0, **options):
     refs, failed = index_images(path)
     assert failed == []
     config = run.config.calibration
-    return write_page(
-        run.mapper, Reader(), refs[page], output, "a", min_area_px=config.min_area_px, **options
-    )
+    return write_page(run.mapper, Reader(), refs[page], output, "a", min_area_px=config.min_area_px, **options)
 
 
 def rasterised(geometries: list[dict], shape: tuple[int, int]) -> np.ndarray:
@@ -113,11 +109,13 @@ def test_files_of_a_page_are_those_of_the_whole_image(tmp_path, classes, resize)
 
 def test_components_have_their_places_and_probabilities(tmp_path):
     pixels = smooth((70, 90), 1)
-    tifffile.imwrite(tmp_path / "image.tif", pixels, photometric="minisblack", resolution=(20.0, 40.0), resolutionunit=3)
-    run = segmentation_run(tmp_path / "run", ONE)
+    tifffile.imwrite(
+        tmp_path / "image.tif", pixels, photometric="minisblack", resolution=(20.0, 40.0), resolutionunit=3
+    )
+    run = segmentation_run(tmp_path / "run", ONE, thresholds=(0.99,))
     rows = page_of(run, tmp_path / "image.tif", tmp_path / "out")["components"]
     p = run.mapper.probabilities(pixels[..., None])[..., 0]
-    regions = [r for r in regionprops(label(p > 0.5, connectivity=2), p) if r.area >= 3]
+    regions = [r for r in regionprops(label(p > 0.99, connectivity=2), p) if r.area >= 3]
     assert len(rows) == len(regions) > 3
     assert [row["area_px"] for row in rows] == sorted((row["area_px"] for row in rows), reverse=True)
     by_box = {(row["box_y"], row["box_x"], row["box_height"], row["box_width"]): row for row in rows}
@@ -149,12 +147,14 @@ def test_georeference_is_carried_over(tmp_path):
         page = tiff.pages[0]
         assert page.shape == (70, 90, 2)
         assert page.planarconfig == 1
-        assert '<Item name="DESCRIPTION" sample="1" role="description">l?sion &lt;a&gt;</Item>' in page.tags[42112].value
+        assert (
+            '<Item name="DESCRIPTION" sample="1" role="description">l?sion &lt;a&gt;</Item>' in page.tags[42112].value
+        )
     content = json.loads((tmp_path / "out" / "polygons" / "a.geojson").read_text())
     assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
     assert "note" not in content
     row, feature = record["components"][0], content["features"][0]
-    assert row["area_m2"] == 100 * row["area_px"]
+    assert row["area_m2"] == pytest.approx(100 * row["area_px"])
     assert feature["properties"]["epsg"] == 32633
     assert "area_mm2" not in feature["properties"]
     outline = feature["geometry"]["coordinates"]
@@ -199,7 +199,7 @@ def test_file_without_a_pixel_that_is_known(tmp_path):
 
 def test_listed_components_reach_the_probability_threshold_of_the_run(tmp_path):
     tifffile.imwrite(tmp_path / "image.tif", smooth((70, 90)), photometric="minisblack")
-    run = segmentation_run(tmp_path / "run", ONE)
+    run = segmentation_run(tmp_path / "run", ONE, thresholds=(0.9,))
     rows = page_of(run, tmp_path / "image.tif", tmp_path / "out")["components"]
     limit = float(np.median([row["max_probability"] for row in rows]))
     some = page_of(run, tmp_path / "image.tif", tmp_path / "out", min_probability=limit)["components"]
@@ -264,12 +264,17 @@ def test_file_that_breaks_off_leaves_no_files(tmp_path):
 # --- the verb
 
 
-def predicted(run, folder: Path, output: Path, **options) -> tuple[int, str]:
-    """Exit status and console output."""
-    text = io.StringIO()
-    config = SegmentConfig(run=run.path, input=folder, output=output, **options)
-    place = Place(output, output, Console(file=text, width=200))
-    return predict_all(prediction, run, config, place), text.getvalue()
+@pytest.fixture
+def predicted(capsys):
+    """Function that predicts as the verb does, and returns exit status and console output."""
+
+    def predict(run, folder: Path, output: Path, **options) -> tuple[int, str]:
+        config = SegmentConfig(run=run.path, input=folder, output=output, **options)
+        with workplace(output, "predict", config, run.path) as place:
+            status = predict_all(prediction, run, config, place)
+        return status, capsys.readouterr().out
+
+    return predict
 
 
 @pytest.fixture
@@ -284,7 +289,7 @@ def images(tmp_path) -> Path:
     return folder
 
 
-def test_every_page_has_its_files(tmp_path, images):
+def test_every_page_has_its_files(tmp_path, images, predicted):
     run = segmentation_run(tmp_path / "run", TWO)
     status, text = predicted(run, images, tmp_path / "out")
     assert status == 0
@@ -308,7 +313,7 @@ def test_every_page_has_its_files(tmp_path, images):
     assert {row["class"] for row in rows} <= set(TWO.names)
 
 
-def test_repeated_call_computes_nothing_and_other_outputs_are_added(tmp_path, images):
+def test_repeated_call_computes_nothing_and_other_outputs_are_added(tmp_path, images, predicted):
     run = segmentation_run(tmp_path / "run", TWO)
     predicted(run, images, tmp_path / "out", polygons=False, overlays=False, probabilities=False)
     assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} >= {"masks", "records"}
@@ -322,7 +327,7 @@ def test_repeated_call_computes_nothing_and_other_outputs_are_added(tmp_path, im
     assert (tmp_path / "out" / "components.csv").read_text() == before
 
 
-def test_images_that_do_not_fit_the_run_fail_by_themselves(tmp_path, images):
+def test_images_that_do_not_fit_the_run_fail_by_themselves(tmp_path, images, predicted):
     Image.fromarray(smooth((20, 20, 3))).save(images / "rgb.png")
     (images / "broken.tif").write_bytes(b"II*\0")
     run = segmentation_run(tmp_path / "run", TWO)
