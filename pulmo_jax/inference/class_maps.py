@@ -19,8 +19,10 @@ from jaxtyping import Array, Bool, Float, Num, Shaped, UInt8
 from pulmo_jax.core.tiling import Grid, batches, blend_strips
 from pulmo_jax.data.codes import UNLABELLED, Classes
 from pulmo_jax.data.file_rows import Rows
+from pulmo_jax.data.image_scale import for_image
 from pulmo_jax.data.transforms import Preprocessing, finite
 from pulmo_jax.evaluation.class_calibration import Scaling
+from pulmo_jax.evaluation.segmentation_calibration import LOWEST
 from pulmo_jax.inference.memory import WithinMemory, within_memory
 from pulmo_jax.inference.resized_rows import narrowed, resized_rows
 from pulmo_jax.inference.score import LOWER, STRIP_PX, Inside, Tiles, gathered, naming_what_to_lower
@@ -35,7 +37,6 @@ FLIPPED_AXES: dict[Flips, tuple[tuple[int, ...], ...]] = {
     "horizontal": ((), (2,)),
     "both": ((), (2,), (1,), (1, 2)),
 }  # axes of (B, P, P, C)
-TINY = 1e-7  # limit of probabilities before their logarithm; the spacing of float32 below 1 is 6e-8
 
 
 @dataclass(frozen=True, repr=False)
@@ -174,10 +175,10 @@ class ClassMapper:
         (height, width), size = pixels.shape[:2], self.hows[0].patch_size
         most_px = max(1, STRIP_PX // (len(networks) * self.classes.n_outputs))
         grid = Grid.over((height, width), size, self.tiles.stride(size), 0, most_px)
-        inside = Inside(pixels, None)
+        inside, hows = Inside(pixels, None), [for_image(self.hows[m], pixels) for m in networks]
         with naming_what_to_lower(self.tiles, pixels.shape):
             end = 0
-            for strip in read_behind(map(finish, self._blended(pixels, networks, grid, inside)), ahead=1):
+            for strip in read_behind(map(finish, self._blended(pixels, networks, hows, grid, inside)), ahead=1):
                 rows = strip[: height - end, :width]
                 if inside.may_be_false:
                     rows = np.where(finite(pixels[end : end + len(rows)])[..., None], rows, np.float32(np.nan))
@@ -187,22 +188,23 @@ class ClassMapper:
                 yield top, np.full((min(grid.rows, height - top), width, n_maps), np.nan, np.float32)
 
     def _blended(
-        self, pixels: Rows, networks: Sequence[int], grid: Grid, inside: Inside
+        self, pixels: Rows, networks: Sequence[int], hows: Sequence[Preprocessing], grid: Grid, inside: Inside
     ) -> Iterator[Float[Array, "maps rows width"]]:
         """Blend the maps of the networks in strips on the device; a resized image is a single tile."""
-        if self.hows[0].resize:
-            return self._resized(pixels, networks, grid)
+        if hows[0].resize:
+            return self._resized(pixels, networks, hows, grid)
         devices = len(jax.local_devices())
         size = -(-self.tiles.batch_size // devices) * devices
         positions = batches(grid.positions(inside.any_of_tiles(grid.tile)), size)
-        tiles = cut_batches(positions, size, pixels, None, grid, unscaled(self.hows[0]))
-        constants = [constants_of(self.hows[m]) for m in networks]
+        tiles = cut_batches(positions, size, pixels, None, grid, unscaled(hows[0]))
+        constants = [constants_of(how) for how in hows]
         maps = ((some, everywhere(self._of_tiles(batch, networks, constants))) for some, batch in tiles)
         return blend_strips(maps, grid)
 
-    def _resized(self, pixels: Rows, networks: Sequence[int], grid: Grid) -> Iterator[Float[Array, "maps rows width"]]:
+    def _resized(
+        self, pixels: Rows, networks: Sequence[int], hows: Sequence[Preprocessing], grid: Grid
+    ) -> Iterator[Float[Array, "maps rows width"]]:
         """Map a whole image that is resized to one tile; the maps are resized to the image strip by strip."""
-        hows = [self.hows[m] for m in networks]
         wholes = dict(zip(unique := list(dict.fromkeys(hows)), narrowed(pixels, unique, grid.rows), strict=True))
         found = []
         for m, how in zip(networks, hows, strict=True):
@@ -297,7 +299,7 @@ def log_odds(blended: Float[Array, "*grid O"] | Float[np.ndarray, "*grid O"], ov
     Returns:
         Log-odds of each class if they overlap, otherwise log-probabilities of background and classes.
     """
-    p = jnp.clip(blended, TINY, 1 - TINY)
+    p = jnp.clip(blended, LOWEST, 1 - LOWEST)  # as in evaluation.segmentation_calibration
     return jnp.log(p) - jnp.log1p(-p) if overlapping else jnp.log(p)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import tifffile
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation
@@ -77,23 +77,34 @@ def _write_page(
     read_rows: Callable[[slice], np.ndarray],
 ) -> None:
     """Write one page of a TIFF in deflate-compressed strips."""
-    options: dict[str, Any] = {}
-    if tags.resolution is not None:
-        *scale, unit = tags.resolution
-        options |= {"resolution": tuple(scale), "resolutionunit": unit}
     rows = max(1, STRIP_BYTES // (shape[1] * dtype.itemsize))
-    strips = (np.asarray(read_rows(slice(y, y + rows)), dtype).tobytes() for y in range(0, shape[0], rows))
+    strips = (np.asarray(read_rows(slice(y, y + rows)), dtype) for y in range(0, shape[0], rows))
     tiff.write(
-        (bytes(imagecodecs.deflate_encode(strip, DEFLATE_LEVEL)) for strip in strips),
+        map(deflated, strips),
         shape=shape,
         dtype=dtype,
         rowsperstrip=rows,
         compression="zlib",
         photometric="minisblack",
         metadata=None,
-        extratags=[(code, dtype, count, value, False) for code, dtype, count, value in tags.geo],
-        **options,
+        **tag_options(tags),
     )
+
+
+def deflated(rows: Shaped[np.ndarray, "h W *K"]) -> bytes:
+    """Compress the rows of a TIFF strip."""
+    return bytes(imagecodecs.deflate_encode(rows.tobytes(), DEFLATE_LEVEL))
+
+
+def tag_options(tags: ImageTags) -> dict[str, Any]:
+    """Arguments of `TiffWriter.write` for the resolution and georeference of the source image."""
+    options: dict[str, Any] = {
+        "extratags": [(code, kind, count, value, False) for code, kind, count, value in tags.geo]
+    }
+    if tags.resolution is not None:
+        *scale, unit = tags.resolution
+        options |= {"resolution": tuple(scale), "resolutionunit": unit}
+    return options
 
 
 def overlay_step(shape: tuple[int, ...]) -> int:

@@ -267,3 +267,13 @@ def test_mapper_needs_a_preprocessing_for_each_network():
     with pytest.raises(ValueError, match="2 networks, 1 preprocessings"):
         ClassMapper.of(method, [networks(method, 2)], HOWS[:1], Tiles(), TWO)
     assert jax.tree.leaves(mapper().networks[0])[0].shape == (3,)
+
+
+def test_images_can_have_intensity_scales_of_their_own():
+    """A brighter image in other units has the same map, if percentiles of each image are mapped to 0 and 1."""
+    hows = tuple(replace(how, percentiles=(1.0, 99.0)) for how in HOWS)
+    m, pixels = mapper(hows=hows), image((40, 57)).astype(np.int32)
+    np.testing.assert_allclose(m.probabilities(7 * pixels + 300), m.probabilities(pixels), atol=1e-5)
+    resized = mapper(hows=tuple(replace(how, resize=True) for how in hows))
+    np.testing.assert_allclose(resized.probabilities(7 * pixels + 300), resized.probabilities(pixels), atol=1e-5)
+    assert np.abs(mapper().probabilities(7 * pixels + 300) - mapper().probabilities(pixels)).max() > 0.1
