@@ -142,7 +142,7 @@ def assess_training(
     order = np.argsort(rows, kind="stable")
     rows, of_fold = rows[order], of_fold[order]
     count, members = len(run.mapper.networks), run.config.trainer.members
-    weights = np.array([networks_of_fold(fold, members, count) for fold in of_fold], np.float64)
+    weights = np.array([networks_of_fold(fold, members, count) for fold in of_fold.tolist()], np.float64)
     options = run.config.evaluation
     began = time.monotonic()
     track = tracker(place.console, "testing")
