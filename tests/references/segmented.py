@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import tifffile
 
-from pulmo_jax.data.codes import Classes
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.host.console import make_console
-from pulmo_jax.inference.class_maps import ClassMapper
-from pulmo_jax.inference.score import Tiles
+from pulmo_jax.host.files import write_json, write_text
 from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.segmentation.config import SegmentationConfig
 from pulmo_jax.tasks.segmentation.data import Labelled, fit_normalisation, make_folds, read_labelled
-from pulmo_jax.tasks.segmentation.run import SegmentationRun
-from pulmo_jax.tasks.segmentation.stored import Calibration
+from pulmo_jax.tasks.segmentation.networks import Networks
+from pulmo_jax.tasks.segmentation.run import IMAGES, SegmentationRun, make_mapper
+from pulmo_jax.tasks.segmentation.stored import Calibration, write_baselines
 from pulmo_jax.tasks.segmentation.testing import fold_baselines
 
 SIDE = 64
@@ -64,7 +63,8 @@ def draw_images(folder: Path, count: int = 12, per_group: int = 2, seed: int = 0
         tifffile.imwrite(folder / "masks" / name, mask)
         rows.append(f"{name},patient {i // per_group}")
     (folder / "groups.csv").write_text("\n".join(rows))
-    (folder / "run.json").write_text("{}")
+    for name in ("run.json", "config.yaml"):
+        write_text(folder / name, "{}")
 
 
 def config_of(folder: Path, **trainer: Any) -> SegmentationConfig:
@@ -96,32 +96,20 @@ def drawn_run(folder: Path, *, baselines: bool = True, **trainer: Any) -> tuple[
         {fold * members + m for fold, rows in enumerate(folds) if row in rows.test for m in range(members)}
         for row in range(len(labelled.refs))
     ]
-    images = [
+    listed = [
         {"content": content, "unseen_by": sorted(networks)}
         for content, networks in zip(labelled.contents, unseen, strict=True)
     ]
-    calibration = Calibration(
-        (Scaling(1.0, (0.0, 0.0, 0.0)),) * len(hows), (Estimate(0.5, 0.4, 0.6), Estimate(0.45, 0.3, 0.6))
-    )
-    run = SegmentationRun(
-        path=folder,
-        config=config,
-        mapper=ClassMapper.of(method, [chunk], hows, Tiles(0.5, 8), labelled.classes, thresholds=(0.5, 0.45)),
-        classes=labelled.classes,
-        step=1,
-        images=images,
-        calibration=calibration,
-        baselines=fold_baselines(labelled, folds, labelled.classes, 0) if baselines else [],
-    )
-    return run, labelled, folds
+    write_json(folder / IMAGES, {"images": listed})
+    write_baselines(folder, fold_baselines(labelled, folds, labelled.classes, 0) if baselines else [])
+    of_fold = Estimate(0.5, 0.4, 0.6), Estimate(0.45, 0.3, 0.6)
+    calibration = Calibration((Scaling(1.0, (0.0, 0.0, 0.0)),) * len(hows), (of_fold,) * len(folds))
+    networks = Networks(labelled.classes, members, tuple(range(len(hows))), tuple(hows))
+    raw = make_mapper(config, method, [chunk], networks, calibration)
+    return SegmentationRun(folder, config, networks, raw, calibration, step=1), labelled, folds
 
 
 def place_in(folder: Path) -> Place:
     """Output folder with a console on standard error."""
     folder.mkdir(parents=True, exist_ok=True)
     return Place(folder, folder, make_console(stderr=True))
-
-
-def two_classes() -> Classes:
-    """The classes of the drawn images."""
-    return Classes(("organ", "lesion"), (1, 2))

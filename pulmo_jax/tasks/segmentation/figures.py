@@ -385,7 +385,7 @@ class ThresholdCurve:
         low: Lower limit of the 95 % interval; NaN if unknown.
         high: Upper limit.
         chosen: Threshold of the run.
-        interval: 95 % interval of the chosen threshold, if known.
+        interval: 95 % interval of the chosen threshold, or its range over several folds, if known.
         validation: Mean Dice of the validation images, if known.
     """
 
@@ -419,7 +419,7 @@ def dice_by_threshold(curves: Sequence[ThresholdCurve]) -> Figure:
                 axes.plot(curve.threshold, curve.validation, color=VERMILLION, lw=0.9, ls="--", label="validation")
             axes.axvline(curve.chosen, color="black", lw=0.9, ls="--", label="threshold of the run")
             if curve.interval is not None:
-                axes.axvspan(*curve.interval, color="0.5", alpha=0.25, lw=0, label="its 95 % interval")
+                axes.axvspan(*curve.interval, color="0.5", alpha=0.25, lw=0, label="its interval or range")
             axes.set(title=f"{literal(curve.name, 30)}: {curve.chosen:.2f}", xlim=(0, 1), ylim=(0, 1.02))
             axes.set_xlabel("threshold of the probability")
         panels[0].set_ylabel("mean Dice")

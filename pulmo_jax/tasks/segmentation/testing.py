@@ -71,20 +71,6 @@ def method_name(run: SegmentationRun) -> str:
     return run.config.method["_target_"].rpartition(".")[2]
 
 
-def networks_of_fold(fold: int, members: int, count: int) -> Bool[np.ndarray, "M"]:
-    """Which of M networks belong to a fold: `members` consecutive ones.
-
-    Args:
-        fold: Index of the fold.
-        members: Networks per fold.
-        count: Number of networks M.
-
-    Returns:
-        True for its networks.
-    """
-    return np.arange(count) // members == fold
-
-
 def allowed_networks(
     run: SegmentationRun, contents: Sequence[str]
 ) -> tuple[Bool[np.ndarray, "N M"], Bool[np.ndarray, "N"]]:

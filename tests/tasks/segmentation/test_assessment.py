@@ -9,15 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tifffile
-from pulmo_jax.evaluation.false_components import ConformalThreshold
-from pulmo_jax.inference.class_maps import class_masks
 from references.segmented import draw_images, drawn_run, place_in
 
+from pulmo_jax.evaluation.false_components import ConformalThreshold
 from pulmo_jax.evaluation.metrics import Estimate
+from pulmo_jax.host.files import write_json
+from pulmo_jax.inference.class_maps import class_masks
 from pulmo_jax.reporting.report import write_report
 from pulmo_jax.tasks.segmentation import assessment, report, testing
 from pulmo_jax.tasks.segmentation.comparison import TITLES, scored
 from pulmo_jax.tasks.segmentation.config import AssessMasksConfig
+from pulmo_jax.tasks.segmentation.run import IMAGES
 from pulmo_jax.types import InputError
 
 
@@ -64,7 +66,8 @@ def test_figures_of_merit_are_those_of_the_decided_pixels(cross_validated):
     dice = []
     for row, ref in enumerate(labelled.refs):
         (fold,) = [i for i, rows in enumerate(folds) if row in rows.test]
-        p = run.mapper.probabilities(labelled.reader.image(ref), np.isin(np.arange(6), [2 * fold, 2 * fold + 1]) * 1.0)
+        weights = [float(network // 2 == fold) for network in range(6)]
+        p = run.mapper.probabilities(labelled.reader.image(ref), weights)
         masks, codes = class_masks(p, run.mapper.thresholds, run.classes), labelled.labels.codes(ref)
         dice.append([dice_of(masks[..., k], codes == k + 1) for k in range(2)] + [dice_of(masks.any(-1), codes > 0)])
     by_class = found.metrics["segmentation"]["Brightness"]
@@ -187,12 +190,10 @@ def test_new_images_are_predicted_by_all_networks(cross_validated, tmp_path):
 
 
 def test_without_an_unseen_image_there_is_no_test(cross_validated, tmp_path):
-    run = cross_validated[0]
-    run = replace(run, images=[image | {"unseen_by": []} for image in run.images])
-    config, place = evaluation_of(run.path), place_in(tmp_path)
-    data = assessment.read_test(run, config, place)
+    run, labelled, *_ = cross_validated
+    write_json(tmp_path / IMAGES, {"images": [{"content": c, "unseen_by": []} for c in labelled.contents]})
     with pytest.raises(InputError, match="no image is left for the test"):
-        assessment.assess(run, data, config, place)
+        assessment.assess(replace(run, path=tmp_path), labelled, evaluation_of(run.path), place_in(tmp_path))
 
 
 def test_images_of_other_bands_are_refused(cross_validated, tmp_path):
