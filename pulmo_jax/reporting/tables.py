@@ -269,5 +269,7 @@ def headline(metrics: dict[str, Any]) -> dict[str, float]:
     for unit in ("image", "pixel"):
         method = next(iter(metrics.get(unit, {}).values()), {})
         values |= {f"{unit} {COLUMNS[name]}": method.get(name, {}).get("value") for name in ("auroc", "ap")}
+    method = next(iter(metrics.get("segmentation", {}).values()), {})
+    values |= {f"Dice {name}": figures.get("dice", {}).get("value") for name, figures in method.items()}
     values |= {name: metrics.get(name) for name in ("sources", "highest_snr")}  # point-source runs
     return {name: float(value) for name, value in values.items() if value is not None}

@@ -15,9 +15,15 @@ def sample(tmp_path, name, **facts):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("lung_ct", "one patient"), ("radiographs", "CT of one patient"), ("synthetic_mri", "drawn"),
-                        ("copied elsewhere", "sample data set")]
-)  # fmt: skip
+    ("name", "words"),
+    [
+        ("lung_ct", "one patient"),
+        ("lung_lobes", "one patient"),
+        ("radiographs", "CT of one patient"),
+        ("synthetic_mri", "drawn"),
+        ("copied elsewhere", "sample data set"),
+    ],
+)
 def test_a_sample_is_described_by_its_root_and_its_folders(tmp_path, name, words):
     root = sample(tmp_path, name)
     for folder in (root, root / "test"):

@@ -11,9 +11,10 @@ from pulmo_jax.tasks.anomalies.captions import CAPTIONS as ANOMALIES
 from pulmo_jax.tasks.classification.captions import CAPTIONS as CLASSIFICATION
 from pulmo_jax.tasks.landmarks.captions import CAPTIONS as LANDMARKS
 from pulmo_jax.tasks.point_sources.captions import CAPTIONS as POINT_SOURCES
+from pulmo_jax.tasks.segmentation.captions import CAPTIONS as SEGMENTATION
 
 TABLES = {"training": TRAINING_CAPTIONS, "anomalies": ANOMALIES, "classification": CLASSIFICATION,
-          "landmarks": LANDMARKS, "point_sources": POINT_SOURCES}  # fmt: skip
+          "landmarks": LANDMARKS, "point_sources": POINT_SOURCES, "segmentation": SEGMENTATION}  # fmt: skip
 CAPTIONS = [
     pytest.param(name, text, id=f"{task}-{name}") for task, table in TABLES.items() for name, text in table.items()
 ]

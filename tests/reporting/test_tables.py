@@ -11,6 +11,7 @@ from pulmo_jax.reporting.tables import (
     Table,
     cell,
     figures_table,
+    headline,
     markdown_row,
     markdown_text,
     metrics_console,
@@ -117,3 +118,10 @@ def test_a_table_says_in_words_which_baseline_is_better():
     variants = {"net": scores(0.8, 0.8), "net, 3 repeats averaged": scores(0.9, 0.9), "meta (leaks)": scores(0.9, 0.9)}
     assert figures_table("Images", variants).notes == []
     assert figures_table("Images", {"net": scores(None, None), "z": scores(0.5, None)}).notes == []
+
+
+def test_sweeps_show_the_figures_of_the_method():
+    assert headline(METRICS) == {"image AUROC": 0.93219, "pixel AUROC": 0.93219}
+    by_class = {"lung": {"dice": ESTIMATE, "iou": ESTIMATE}, "nodule": {"dice": UNDEFINED}}
+    assert headline({"segmentation": {"Segmentation": by_class, "mean mask": {}}}) == {"Dice lung": 0.93219}
+    assert headline({}) == {}

@@ -25,6 +25,7 @@ from pulmo_jax.runs.comparison import (
     read_matched,
 )
 from pulmo_jax.tasks.landmarks.comparison import mean_and_median
+from pulmo_jax.tasks.segmentation import comparison as segmentation_figures
 from pulmo_jax.types import InputError
 
 N, PER_GROUP, K, REPLICATES = 24, 2, 5, 20
@@ -110,6 +111,17 @@ def call(out, *runs, **options):
     verb.compare(CompareConfig(runs=runs, output=out, replicates=REPLICATES, **options), out)
     metrics = json.loads((out / "metrics.json").read_text())
     return metrics, list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
+
+
+def segmentation(seed, names=("lung", "lesion", "any class")):
+    rng = np.random.default_rng(seed)
+    figures = {}
+    for method, generator in (("Segmentation", rng), ("mean mask", np.random.default_rng(99))):
+        tables = {name: generator.random((N, len(names))) for name in segmentation_figures.TITLES}
+        tables["dice"][4, -1] = np.nan
+        figures[method] = {name: json_values(table) for name, table in tables.items()}
+    results = {"rows": list(names), "classes": max(1, len(names) - 1), "figures": figures}
+    return "segmentation", images([""] * N, truth="masks"), results
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -208,6 +220,29 @@ def test_landmark_errors_are_compared_in_every_unit(tmp_path, drawn):
     assert [float(row["b"]) for row in rows] == pytest.approx(np.nanmean(b, axis=1).tolist())
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     assert {"errors.png", "errors.pdf", "errors_by_image.png", "differences.png"} <= names
+
+
+def test_dice_is_compared_for_each_class_and_as_their_mean(tmp_path):
+    made = [segmentation(seed) for seed in (0, 1)]
+    runs = [store(tmp_path / name, *one) for name, one in zip("ab", made, strict=True)]
+    metrics, _ = call(tmp_path / "out", *runs)
+    a, b = (np.nanmean(np.array(one[2]["figures"]["Segmentation"]["dice"], float), axis=0) for one in made)
+    gaps = metrics["differences"]["b"]
+    for k, name in enumerate(("lung", "lesion", "any class")):
+        assert gaps[f"Dice: {name}"]["value"] == pytest.approx(b[k] - a[k])
+        assert gaps[f"Dice: {name}"]["low"] < b[k] - a[k] < gaps[f"Dice: {name}"]["high"]
+    assert gaps["dice"]["value"] == pytest.approx(np.mean((b - a)[:2]))
+    assert set(segmentation_figures.TITLES) < set(gaps)
+    assert metrics["p_values"] == {"b": None, "mean mask": None}
+    rows = list(csv.DictReader((tmp_path / "out" / "by_image.csv").read_text().splitlines()))
+    second = np.array(made[1][2]["figures"]["Segmentation"]["dice"], float)
+    assert [float(row["b"]) for row in rows] == pytest.approx(np.nanmean(second[:, :2], axis=1).tolist())
+
+
+def test_a_single_class_has_no_figures_by_class(tmp_path):
+    runs = [store(tmp_path / name, *segmentation(seed, ("lung",))) for seed, name in enumerate("ab")]
+    metrics, _ = call(tmp_path / "out", *runs)
+    assert set(metrics["figures"]["a"]) == set(segmentation_figures.TITLES)
 
 
 def test_weighted_means_and_medians_are_those_of_repeated_images():

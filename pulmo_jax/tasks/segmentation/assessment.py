@@ -11,7 +11,6 @@ from jaxtyping import Float
 
 from pulmo_jax.data.folds import Fold
 from pulmo_jax.data.sample_facts import described_sample, sample_line
-from pulmo_jax.data.transforms import same_scale
 from pulmo_jax.evaluation.false_components import lesions_by_size
 from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.evaluation.segmentation_baselines import Baseline
@@ -35,8 +34,8 @@ from pulmo_jax.tasks.segmentation.report import (
     report_sections,
     threshold_table,
 )
-from pulmo_jax.tasks.segmentation.run import SegmentationRun
-from pulmo_jax.tasks.segmentation.testing import Tested, allowed_networks, networks_of_fold, test_images
+from pulmo_jax.tasks.segmentation.run import SegmentationRun, require_fit
+from pulmo_jax.tasks.segmentation.testing import Tested, allowed_networks, test_images
 from pulmo_jax.types import InputError
 
 
@@ -58,13 +57,8 @@ def read_test(run: SegmentationRun, config: AssessMasksConfig, place: Place) -> 
     labelled = read_labelled(
         config.data.model_copy(update=own), run.classes, run.config.data.max_image_mb, place.console, place.formats
     )
-    how = run.mapper.hows[0]
     for ref in labelled.refs:
-        if ref.shape[2] != how.channels or not same_scale(ref.scale, how.dtype):
-            raise InputError(
-                f"{ref.path}: {ref.shape[2]} bands of {ref.scale}, but the run was trained on {how.channels} of "
-                f"{how.dtype}; convert the image"
-            )
+        require_fit(ref, run.networks)
     return labelled
 
 
@@ -92,7 +86,7 @@ def assess(run: SegmentationRun, data: Labelled, config: AssessMasksConfig, plac
         )
     rows = np.flatnonzero(usable)
     labelled, weights = data.subset(rows), allowed[rows].astype(np.float64)
-    folds = weights.argmax(1) // run.config.trainer.members
+    folds = weights.argmax(1) // run.networks.members
     baselines = run.baselines if config.evaluation.baselines else []
     began = time.monotonic()
     tested = test_images(run, labelled, weights, folds, baselines, config.evaluation, tracker(place.console, "testing"))
@@ -141,8 +135,7 @@ def assess_training(
     of_fold = np.repeat(np.arange(len(folds)), [part.size for part in parts])
     order = np.argsort(rows, kind="stable")
     rows, of_fold = rows[order], of_fold[order]
-    count, members = len(run.mapper.networks), run.config.trainer.members
-    weights = np.array([networks_of_fold(fold, members, count) for fold in of_fold], np.float64)
+    weights = np.equal.outer(of_fold, np.arange(len(run.networks)) // run.networks.members).astype(np.float64)
     options = run.config.evaluation
     began = time.monotonic()
     track = tracker(place.console, "testing")

@@ -48,8 +48,8 @@ CAPTIONS = {
     "dice_by_threshold": (
         "Mean Dice of each class against the threshold of its probability, on {images} images in {groups} groups "
         "({data}), each class against all else; band: 95 % bootstrap interval over groups. Dashed line: threshold of "
-        "the run, chosen on the validation images; grey: its interval. A flat curve means that the choice of the "
-        "threshold matters little; a maximum far from the dashed line means that these images differ from the "
-        "validation images."
+        "the run, chosen on the validation images; grey: its 95 % interval, or of several folds its range. A flat "
+        "curve means that the choice of the threshold matters little; a maximum far from the dashed line means that "
+        "these images differ from the validation images."
     ),
 }

@@ -284,14 +284,16 @@ def dice_by_size(
     with style():
         figure, panels = _panels(len(names), 1.9)
         for axes, name, area, value in zip(panels, names, area_px.T, dice.T, strict=False):
-            known = np.isfinite(value) & (area > 0)
-            without = int((np.isfinite(value) & (area == 0)).sum())
+            defined = np.isfinite(value)
+            known, without = defined & (area > 0), int((defined & (area == 0)).sum())
+            mean = float(value[defined].mean()) if defined.any() else None
             axes.plot(area[known], value[known], "o", color=BLUE, ms=3, alpha=0.7, mec="none", clip_on=False)
             if known.any():
                 log_axis(axes.xaxis, 0.8 * float(area[known].min()), 1.2 * float(area[known].max()), small=True)
-                axes.axhline(value[known].mean(), color="0.4", lw=0.8, ls="--")
-            mean = f": mean {value[known].mean():.3f}" if known.any() else ": in no image"
-            heading = literal(name, 30) + mean + (f"\n{without} images with false pixels only" if without else "")
+            if mean is not None:
+                axes.axhline(mean, color="0.4", lw=0.8, ls="--")
+            heading = f"{literal(name, 30)}: " + ("in no image" if mean is None else f"mean {mean:.3f}")
+            heading += f"\n{without} image{'s' * (without > 1)} with false pixels only" if without else ""
             axes.set(title=heading, xlabel=f"true area / {unit}", ylim=(0, 1.02))
         panels[0].set_ylabel("Dice of an image")
     return figure
@@ -383,7 +385,7 @@ class ThresholdCurve:
         low: Lower limit of the 95 % interval; NaN if unknown.
         high: Upper limit.
         chosen: Threshold of the run.
-        interval: 95 % interval of the chosen threshold, if known.
+        interval: 95 % interval of the chosen threshold, or its range over several folds, if known.
         validation: Mean Dice of the validation images, if known.
     """
 
@@ -417,7 +419,7 @@ def dice_by_threshold(curves: Sequence[ThresholdCurve]) -> Figure:
                 axes.plot(curve.threshold, curve.validation, color=VERMILLION, lw=0.9, ls="--", label="validation")
             axes.axvline(curve.chosen, color="black", lw=0.9, ls="--", label="threshold of the run")
             if curve.interval is not None:
-                axes.axvspan(*curve.interval, color="0.5", alpha=0.25, lw=0, label="its 95 % interval")
+                axes.axvspan(*curve.interval, color="0.5", alpha=0.25, lw=0, label="its interval or range")
             axes.set(title=f"{literal(curve.name, 30)}: {curve.chosen:.2f}", xlim=(0, 1), ylim=(0, 1.02))
             axes.set_xlabel("threshold of the probability")
         panels[0].set_ylabel("mean Dice")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import rich.box
 import rich.table
+from jaxtyping import Float
 
 from pulmo_jax.core.histogram import percentile_interval
 from pulmo_jax.evaluation.false_components import LesionRow
@@ -139,10 +140,11 @@ def galleries(
     run: SegmentationRun, tested: Tested, count: int, save: Callable[..., CaptionedFigure]
 ) -> list[CaptionedFigure]:
     """Contours of the worst, median and best images, the worst first; of the latter two half as many."""
+    dice, groups, half = tested.mean_dice, tested.labelled.groups, max(1, count // 2)
     chosen = {
-        "worst": ("Images with the lowest Dice", extremes(tested, count)),
-        "median": ("Images of median Dice", medians(tested, max(1, count // 2))),
-        "best": ("Images with the highest Dice", extremes(tested, max(1, count // 2), highest=True)),
+        "worst": ("Images with the lowest Dice", extremes(dice, groups, count)),
+        "median": ("Images of median Dice", medians(dice, half)),
+        "best": ("Images with the highest Dice", extremes(dice, groups, half, highest=True)),
     }
     names = tested.labelled.classes.names
     return [
@@ -152,35 +154,34 @@ def galleries(
     ]
 
 
-def extremes(tested: Tested, count: int, *, highest: bool = False) -> list[int]:
-    """Images with the lowest (or highest) mean Dice: one of each group first, then the next of each.
+def extremes(dice: Float[np.ndarray, "N"], groups: Sequence[str], count: int, *, highest: bool = False) -> list[int]:
+    """Images with the lowest (or highest) Dice: one of each group first, then the next of each.
 
     Args:
-        tested: Scores of the images.
+        dice: Dice of each image; those with NaN are never chosen.
+        groups: Group of each image.
         count: Number of images.
         highest: The highest instead of the lowest Dice.
 
     Returns:
         Their rows, the most extreme first.
     """
-    value = tested.mean_dice * (-1 if highest else 1)
+    value = -dice if highest else dice
     order = [row for row in np.argsort(value, kind="stable").tolist() if np.isfinite(value[row])]
     before: dict[str, int] = {}
     rank = {}
     for row in order:
-        group = tested.labelled.groups[row]
-        rank[row] = before[group] = before.get(group, -1) + 1
+        rank[row] = before[groups[row]] = before.get(groups[row], -1) + 1
     return sorted(sorted(order, key=lambda row: rank[row])[:count], key=lambda row: value[row])
 
 
-def medians(tested: Tested, count: int) -> list[int]:
-    """Images whose mean Dice is nearest to the median, by increasing Dice."""
-    value = tested.mean_dice
-    known = np.flatnonzero(np.isfinite(value))
+def medians(dice: Float[np.ndarray, "N"], count: int) -> list[int]:
+    """Images whose Dice is nearest to the median, by increasing Dice; those with NaN are never chosen."""
+    known = np.flatnonzero(np.isfinite(dice))
     if not known.size:
         return []
-    nearest = known[np.argsort(np.abs(value[known] - np.median(value[known])), kind="stable")[:count]]
-    return nearest[np.argsort(value[nearest], kind="stable")].tolist()
+    nearest = known[np.argsort(np.abs(dice[known] - np.median(dice[known])), kind="stable")[:count]]
+    return nearest[np.argsort(dice[nearest], kind="stable")].tolist()
 
 
 def reliable(found: Assessed, row: int) -> draw.Reliable:

@@ -141,7 +141,7 @@ def write_baselines(folder: Path, by_fold: Sequence[Mapping[str, Baseline]]) -> 
 
     def write(path: Path) -> None:
         with path.open("wb") as file:  # savez would add a suffix to the temporary name
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, allow_pickle=False, folds=np.array(len(by_fold)), **arrays)
 
     atomically(folder / BASELINES, write)
 
@@ -166,10 +166,12 @@ def read_baselines(folder: Path, classes: Classes, n_channels: int, n_folds: int
         arrays = read_npz(path, SEALED_BYTES, folder)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); train again") from error
-    if not arrays:
+    count = arrays.pop("folds", np.array(-1))
+    if not arrays and count.tolist() == 0:
         return []
     names = {f"{name}.{field.name}" for name, kind in KINDS.items() for field in fields(kind)}
-    if set(arrays) != names or {array.shape[:1] for array in arrays.values()} != {(n_folds,)}:
+    leading = {array.shape[:1] for array in arrays.values()}
+    if count.tolist() != n_folds or set(arrays) != names or leading != {(n_folds,)}:
         raise InputError(f"{path}: does not hold the baselines of {n_folds} folds; train again")
     if not _fits(arrays, len(classes), n_channels):
         raise InputError(f"{path}: its arrays do not fit together; train again")

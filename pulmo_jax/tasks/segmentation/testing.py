@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int, Num
 
 from pulmo_jax.data.codes import UNLABELLED, Classes
 from pulmo_jax.data.folds import Fold
@@ -69,20 +69,6 @@ def mean_of_defined(values: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N"]:
 def method_name(run: SegmentationRun) -> str:
     """Class name of the method."""
     return run.config.method["_target_"].rpartition(".")[2]
-
-
-def networks_of_fold(fold: int, members: int, count: int) -> Bool[np.ndarray, "M"]:
-    """Which of M networks belong to a fold: `members` consecutive ones.
-
-    Args:
-        fold: Index of the fold.
-        members: Networks per fold.
-        count: Number of networks M.
-
-    Returns:
-        True for its networks.
-    """
-    return np.arange(count) // members == fold
 
 
 def allowed_networks(
@@ -216,7 +202,7 @@ def example(run: SegmentationRun, tested: Tested, row: int) -> Example:
     )
 
 
-def shown(pixels: np.ndarray) -> np.ndarray:
+def shown(pixels: Num[np.ndarray, "H W C"]) -> Float32[np.ndarray, "H W _"]:
     """Grey or colour image with its percentiles 0.5 and 99.5 at 0 and 1; missing pixels are 0.
 
     Args:
@@ -230,5 +216,5 @@ def shown(pixels: np.ndarray) -> np.ndarray:
     known = values[np.isfinite(values)]
     if not known.size:
         raise InputError("the image has no valid pixels")
-    low, high = np.percentile(known[:: max(1, known.size // 10**6)], (0.5, 99.5))
-    return np.nan_to_num((values - low) / max(high - low, np.finfo(np.float32).tiny), nan=0, posinf=1, neginf=0)
+    low, high = np.percentile(known[:: max(1, known.size // 10**6)], (0.5, 99.5)).astype(np.float32)
+    return np.nan_to_num((values - low) / max(high - low, np.float32(1e-30)), nan=0, posinf=1, neginf=0)
