@@ -70,6 +70,14 @@ JOBS = {
            "evaluation.replicates": 10},
         "image",
     ),
+    "segmentation": Job(
+        "segmentation",
+        "segmentation",
+        LOOP
+        | {"data.patch_size": 16, "data.resize": False, "model.width": 8, "model.encoder.width": 8, "trainer.folds": 2,
+           "trainer.batch_size": 4, "evaluation.replicates": 10},
+        "segmentation",
+    ),
     "anomaly_gaussian": Job(
         "classification",
         "brain_mri",
@@ -98,7 +106,20 @@ def images(tmp_path_factory):
             "data.val": chests / "val.csv",
         },
         "classification": {"data.root": root / "slices"},
+        "segmentation": write_discs(root / "discs", 12),
     }
+
+
+def write_discs(root: Path, count: int) -> dict[str, Path]:
+    """Images of noise with a brighter disc, and its masks."""
+    rng, (yy, xx) = np.random.default_rng(2), np.mgrid[:40, :40]
+    for i in range(count):
+        y, x = rng.integers(10, 30, 2)
+        disc = (yy - y) ** 2 + (xx - x) ** 2 < 49
+        for name, image in (("images", rng.integers(80, 120, disc.shape) + 60 * disc), ("masks", 255 * disc)):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(root / name / f"{i}.tif", image.astype(np.uint8))
+    return {"data.images": root / "images", "data.masks": root / "masks"}
 
 
 def arguments(job: Job, images: dict, run: Path, *more: str) -> list[str]:
@@ -136,7 +157,12 @@ def numbers_in(content: Any) -> list[float]:
 
 def parameters_of(run: Path, task: str) -> list[np.ndarray]:
     opened: Any = find_task(task).open_run(run)
-    params = opened.scorer.params if task == "anomalies" else getattr(opened, "params", None) or opened.chunks
+    params = {
+        "anomalies": lambda: opened.scorer.params,
+        "landmarks": lambda: opened.params,
+        "classification": lambda: opened.chunks,
+        "segmentation": lambda: opened.mapper.networks,
+    }[task]()
     return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
