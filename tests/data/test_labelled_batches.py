@@ -11,15 +11,8 @@ from pulmo_jax.data.codes import UNLABELLED, Classes
 from pulmo_jax.data.image_scale import for_image
 from pulmo_jax.data.images import ImageRef, index_images
 from pulmo_jax.data.label_masks import LabelReader, MaskFiles
-from pulmo_jax.data.labelled_batches import (
-    CachedLabels,
-    labelled_batches,
-    labelled_cells,
-    patch_reader,
-    places_by_class,
-    whole,
-    windows,
-)
+from pulmo_jax.data.labelled_batches import labelled_batches, labelled_cells, places_by_class
+from pulmo_jax.data.labelled_patches import CachedLabels, patch_reader, whole, windows
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import Preprocessing, preprocess, resize_bands
 from pulmo_jax.types import InputError

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from pulmo_jax.data import lung_lobes
 from pulmo_jax.data.folds import Fold
-from pulmo_jax.data.labelled_batches import labelled_batches, labelled_cells, patch_reader, windows
+from pulmo_jax.data.labelled_batches import labelled_batches, labelled_cells
+from pulmo_jax.data.labelled_patches import patch_reader, windows
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.samples import fetch_lung_lobes
 from pulmo_jax.host.cache import require_writable
