@@ -33,6 +33,7 @@ class Examined:
         overlaps: Whether a pixel belongs to several classes.
         pixels: Number of pixels of the image.
         content: SHA-256 of the image file.
+        plain: Whether all known pixels of the image have the same colour.
         notes: Notes on the masks, by kind.
     """
 
@@ -42,6 +43,7 @@ class Examined:
     overlaps: bool
     pixels: int
     content: str
+    plain: bool
     notes: dict[str, Path]
 
 
@@ -72,9 +74,12 @@ def examine(ref: ImageRef, labels: LabelReader, reader: Reader) -> Examined:
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(ref.identity.encode()).digest()[:8], "big"))
     counts: Counter[int] = Counter()
     places: dict[int, np.ndarray] = {}
-    overlaps = False
+    overlaps, colours = False, []
     for window in _blocks(ref):
-        missing = ~finite(reader.image(ref, window))
+        pixels = reader.image(ref, window)
+        known = finite(pixels)
+        missing = ~known
+        colours += [limit(pixels[known], axis=0) for limit in (np.min, np.max) if known.any()]
         if masks.valid is not None:
             missing |= labels.values(ref, masks.valid, window, "valid") <= 0
         found, twice = _regions(ref, labels, window, missing)
@@ -85,14 +90,15 @@ def examine(ref: ImageRef, labels: LabelReader, reader: Reader) -> Examined:
                 merged = _merge(places.get(value), counts[value], _random_places(inside, window, rng), count, rng)
                 places[value] = merged
             counts[value] += count
-    content, pixels = content_of(ref.path), ref.shape[0] * ref.shape[1]
+    content = content_of(ref.path)
     return Examined(
         counts={value: count for value, count in counts.items() if count},
         places=places,
         hidden=frozenset(value for value, count in counts.items() if not count),
         overlaps=overlaps,
-        pixels=pixels,
+        pixels=ref.shape[0] * ref.shape[1],
         content=content[1] if content else "",
+        plain=not colours or len(np.unique(colours, axis=0)) == 1,
         notes=notes,
     )
 

@@ -149,6 +149,8 @@ def find_values(
         values = found.values if encoding.black is None else np.sort(encoding.black - found.values.astype(np.int64))
         counts = found.counts if encoding.black is None else found.counts[::-1]
         _check_numbers(path, values, counts, ignore, kind)
+        if kind == "class" and np.count_nonzero(values) > 1:
+            note = "it has several values other than 0, such as instance numbers; all are inside the class"
     if encoding.black is not None:
         note = f"it is tagged white-is-zero: {encoding.black} is background"
     if encoding.missing == 0:

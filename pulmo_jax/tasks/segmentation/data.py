@@ -194,7 +194,10 @@ def find_groups(
     members, notes = [Membership(ref.group, "") for ref in refs], []
     if data.groups is not None:
         members, notes = read_groups(data.groups, refs, f"{key}.groups")
-    contents = [f"{image.content}/{ref.page}" for image, ref in zip(examined, refs, strict=True)]
+    contents = [  # empty tiles of different places may be identical files
+        ref.identity if image.plain else f"{image.content}/{ref.page}"
+        for image, ref in zip(examined, refs, strict=True)
+    ]
     merged = merge_groups([member.group for member in members], contents, np.zeros(len(refs), np.uint64))
     parts: dict[str, tuple[int, str]] = {}
     copies = 0

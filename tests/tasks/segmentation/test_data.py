@@ -207,6 +207,8 @@ def test_one_folder_for_each_class(by_class):
 
 
 def test_numbers_for_folders(by_class):
+    save(by_class / "masks" / "lobe" / "0.png", (numbers(0) == 3) * np.arange(1, W + 1, dtype="u1"))
+    assert any("several values other than 0" in note for note in read(by_class).notes)
     assert read(by_class, {"nodule": 9, "lobe": 4}).classes == Classes(("lobe", "nodule"), (4, 9))
     with pytest.raises(InputError, match=r"names lobe, but the folders of masks are lobe, nodule"):
         read(by_class, {"lobe": 4})
@@ -489,6 +491,9 @@ def test_copies_of_an_image_are_in_one_group(folder):
     found = read(folder)
     assert found.groups[4] == found.groups[1]
     assert any("1 images joined the group" in note for note in found.notes)
+    for i in (2, 3):  # empty tiles are no copies of each other
+        save(folder / "images" / f"{i}.tif", np.zeros((H, W), "u2"))
+    assert len(set(read(folder).groups)) == 5
     rows = "".join(f"{i}.tif,{i},{'train' if i < 4 else 'test'}\n" for i in range(6))
     refused("1.tif and 4.tif are linked by copies", folder, groups=table(folder, "filename,group,part\n" + rows))
 
