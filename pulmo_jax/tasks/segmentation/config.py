@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pulmo_jax.config.section import (
     Bool,
@@ -20,7 +20,8 @@ from pulmo_jax.config.section import (
 from pulmo_jax.config.trainer import TrainerConfig
 from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
 
-MaskFolders = ImageFolder | tuple[ImageFolder, ...] | dict[str, ImageFolder]
+ClassName = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, int) else name)]  # {1: FOLDER}
+MaskFolders = ImageFolder | tuple[ImageFolder, ...] | dict[ClassName, ImageFolder]
 FLIPS = Literal["none", "horizontal", "both"]
 
 
@@ -56,7 +57,7 @@ class MasksConfig(Section):
 class SegmentationDataConfig(MasksConfig):
     """Images with masks, their split, and how patches are cut from them."""
 
-    classes: dict[str, Annotated[Int, Field(ge=1, le=254)]] | None = Field(
+    classes: dict[ClassName, Annotated[Int, Field(ge=1, le=254)]] | None = Field(
         default=None, description="{NAME: NUMBER,...} of the classes in the masks; null: all numbers found"
     )
     cache: PathLike | None = Field(
