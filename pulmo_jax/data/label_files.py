@@ -217,7 +217,9 @@ def match_masks(
         unique = counts[stem(name, suffixes).rpartition("/")[2]] == 1
         found = {title: folder.find(name, suffix, unique) for title, folder in folders.items()}
         if not any(found.values()):
-            missing[name] = _no_mask(files[name], folders, suffix, by_class, key)
+            few = len(missing) < SHOWN  # the folders are searched for similar names
+            path = files[name].path
+            missing[name] = _no_mask(files[name], folders, suffix, by_class, key) if few else f"{path}: has no mask"
             continue
         area = None if valid is None else valid.find(name, "", unique) or valid.find(name, suffix, unique)
         if valid is not None and area is None:
@@ -245,12 +247,15 @@ def _unused(folder: MaskFolder, used: set[str], suffix: str) -> list[str]:
 
 
 def _no_mask(ref: ImageRef, folders: Mapping[str, MaskFolder], suffix: str, by_class: bool, key: str) -> str:
-    where = ", ".join(str(folder.root) for folder in folders.values())
     first = next(iter(folders.values()))
-    wanted = stem(ref.name, first.suffixes) + (suffix or "")
-    example = f" (there is {first.names[0]}, for example; data.mask_suffix is what masks append)" if first.names else ""
+    wanted = stem(ref.name, first.suffixes) + suffix
+    names = [(folder.root / name, name) for folder in folders.values() for name in folder.names]
+    if unread := [path for path, name in names if name.startswith(f"{wanted}.") and stem(name, first.suffixes) == name]:
+        return f"{ref.path}: its mask {unread[0]} has a format that cannot be read; convert it to PNG or TIFF"
+    where = ", ".join(str(folder.root) for folder in folders.values())
     none_of = "none of its folders" if by_class and len(folders) > 1 else "no file"
+    example = f" (there is {first.names[0]}, for example; data.mask_suffix is what masks append)" if first.names else ""
     return (
-        f"{ref.path}: has no mask: {key}.masks={where} has {none_of} named {wanted} with any image suffix{example}; "
-        "add an empty mask (all 0) if the image has none of the classes"
+        f"{ref.path}: has no mask: {key}.masks={where} has {none_of} named {wanted} with any image suffix{example}; add "
+        "an empty mask (all 0) if the image has none of the classes"
     )

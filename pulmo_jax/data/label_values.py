@@ -31,6 +31,7 @@ MOST_NUMBERS = 254
 LARGEST = 2**31 - 1  # instance numbers above it are clipped
 NO_VALUE = -1  # of a missing pixel
 MOST_VALUES = 4096  # distinct values that are collected
+DARK = 64  # a palette whose greys are all darker is that of a grey image, not of a picture of classes
 JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif")
 MaskKind = Literal["numbers", "class", "valid"]  # class numbers; one class; or the labelled area
 RESAVE = "save it as PNG or TIFF with one whole number per pixel, 0 for the background"
@@ -233,7 +234,7 @@ def _opacity(path: Path, found: Samples) -> tuple[float | None, str]:
 
 
 def _check_palette(path: Path, encoding: Encoding, found: Samples) -> None:
-    """Refuse a palette in which black is used, and is not index 0."""
+    """Refuse a palette in which black is used and is not index 0, or whose greys, not indices, may be the numbers."""
     assert encoding.palette is not None  # checked by the caller
     used = [i for i in found.values.tolist() if i not in encoding.transparent]
     black = [i for i in used if i < len(encoding.palette) and not encoding.palette[i].any()]
@@ -241,6 +242,14 @@ def _check_palette(path: Path, encoding: Encoding, found: Samples) -> None:
         raise InputError(
             f"{path}: its palette has black at index {black[0]}, not 0, so which index is the background is not clear "
             f"(indices used: {listed(np.array(used))}); save it as class numbers, or with black at index 0"
+        )
+    colours = encoding.palette[[i for i in used if i < len(encoding.palette)]]
+    greys = colours[:, 0] if (colours == colours[:, :1]).all() else np.empty(0)
+    if len(greys) > 1 and greys.max() < DARK and not np.array_equal(greys, used):
+        raise InputError(
+            f"{path}: its palette has dark greys that are not its indices (indices {listed(np.array(used))}, greys "
+            f"{listed(greys)}), as in a greyscale mask that was compressed; which are the class numbers is not clear. "
+            "Save it as greyscale"
         )
 
 

@@ -87,6 +87,7 @@ class Preprocessing:
             and all(len(values) == self.channels for values in bands)
             and min(self.scale, default=0) > 0
             and self.clip[0] < self.clip[1]
+            and (self.percentiles is None or 0 <= self.percentiles[0] < self.percentiles[1] <= 100)
             and DTYPES.fullmatch(self.dtype) is not None
         )
 

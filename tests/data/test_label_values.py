@@ -1,6 +1,8 @@
 """Label masks in the files that people have: class numbers where they are clear, an error where they are not."""
 
 import re
+import struct
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -90,6 +92,9 @@ NUMBERED = {
     "palette.png": (palette(np.array([0, 1, 2])[np.searchsorted([0, 2, 7], CLASSES)], WHITE, RED, BLUE),
                     np.searchsorted([0, 2, 7], CLASSES).astype("i4")),
     "voc.png": (palette(GAP, *[BLACK] + [(i, 255 - i, 128) for i in range(1, 256)]), GAP),
+    "grey_palette.png": (palette(np.searchsorted([0, 2, 7], CLASSES), BLACK, (128,) * 3, WHITE),
+                         np.searchsorted([0, 2, 7], CLASSES).astype("i4")),
+    "identity_palette.png": (palette(CLASSES, *[(i, i, i) for i in range(256)]), NUMBERS),
     "palette.tif": (tiff(CLASSES, photometric="palette", colormap=np.random.default_rng(0).integers(
         1, 65535, (3, 256)).astype("u2") * (np.arange(256) > 0).astype("u2")), NUMBERS),
     "grey_rgb.png": (picture(np.dstack([CLASSES] * 3)), NUMBERS),
@@ -144,6 +149,26 @@ def test_volumes_of_numbers(tmp_path):
     np.testing.assert_array_equal(values_of(tmp_path / "d.dcm"), NUMBERS)
 
 
+def png(samples: np.ndarray, bits: int) -> bytes:
+    """A greyscale PNG of 2 or 4 bits, which Pillow does not write."""
+    shifts = np.arange(8 - bits, -1, -bits)
+    packed = (samples.reshape(len(samples), -1, len(shifts)).astype(int) << shifts).sum(axis=-1).astype("u1")
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">II5B", samples.shape[1], samples.shape[0], bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_bits(tmp_path, bits):
+    numbers = np.where(INSIDE, 2, 0).astype("u1")
+    numbers[8:16, 16:24] = 3
+    np.testing.assert_array_equal(values_of(write(tmp_path, "a.png", png(numbers, bits))), numbers)
+
+
 REFUSED = {
     "jpeg.jpg": (picture(GREY, "JPEG", quality=85), "JPEG.*compression blurs.*save it as PNG or TIFF"),
     "jpeg_in_tiff.tif": (tiff(np.dstack([GREY] * 3), photometric="rgb", compression="jpeg"), "is a JPEG"),
@@ -156,6 +181,8 @@ REFUSED = {
     "negative.tif": (tiff(NUMBERS.astype("i2") - 1), "negative values.*-1.*data.ignore=255"),
     "instances.tif": (tiff(CLASSES.astype("u2") * 100), "above 254.*700.*class numbers are 1 to 254"),
     "black_not_first.png": (palette(INSIDE, RED, BLACK), "black at index 1, not 0"),
+    "compressed_grey.png": (palette(np.searchsorted([0, 2, 7], CLASSES), BLACK, (10, 10, 10), (20, 20, 20)),
+                            "dark greys that are not its indices .*0, 1, 2, greys 0, 10, 20"),
     "soft_alpha.png": (picture(np.dstack([np.full_like(GREY, 9), SOFT])), "alpha channel.*soft edges"),
     "transparent.png": (picture(np.dstack([CLASSES, np.zeros_like(GREY)])), "all its pixels are transparent"),
     "photo.tif": (tiff(np.random.default_rng(0).normal(1000, 200, (90, 90)).astype("f4")), "fractional values"),

@@ -62,7 +62,7 @@ def open_png(path: Path, max_bytes: int, as_stored: bool = False) -> ImageSource
                 raise InputError(f"{path}: damaged: its palette is missing; save it again")
             dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
             if as_stored:
-                return _stored_png(path, image, colour_type, dtype, max_bytes)
+                return _stored_png(path, image, bits, colour_type, max_bytes)
             transparent = _transparent(image, bits, colour_type)
             channels = _CHANNELS_16_BIT[colour_type] if bits == 16 else _CHANNELS[image.mode]
 
@@ -91,15 +91,18 @@ def _transparent(image: Image, bits: int, colour_type: int) -> Callable[[np.ndar
     return lambda pixels: (pixels[..., : _CHANNELS_16_BIT[colour_type]] == np.asarray(key)).all(axis=-1)
 
 
-def _stored_png(path: Path, image: Image, colour_type: int, dtype: np.dtype, max_bytes: int) -> ImageSource:
-    """A source of the stored samples: indices of a palette, and the alpha channel."""
+def _stored_png(path: Path, image: Image, bits: int, colour_type: int, max_bytes: int) -> ImageSource:
+    """A source of the stored samples: indices of a palette, grey values of 2 or 4 bits, and the alpha channel."""
+    dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
+    factor = 255 // (2**bits - 1) if bits in (2, 4) and image.mode == "L" else 1  # by which Pillow scales
     channels = {_PALETTE: 1, _GREY_ALPHA: 2, _RGB: 3, _RGB_ALPHA: 4}.get(colour_type, 1)
 
     def decode(path: Path) -> np.ndarray:
         if dtype == np.uint16:
             return _decode_png_16_bit(path)
         with PngImageFile(BytesIO(_verified(path))) as stored:
-            return np.asarray(stored).astype(np.uint8, copy=False)
+            samples = np.asarray(stored).astype(np.uint8, copy=False)
+            return samples if factor == 1 else samples // np.uint8(factor)
 
     palette, transparent = None, ()
     if colour_type == _PALETTE:

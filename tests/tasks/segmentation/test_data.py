@@ -340,6 +340,20 @@ def test_usual_names_of_masks(folder, name):
     assert read(folder).classes.numbers == (3, 20)
 
 
+def test_masks_beside_their_images(folder):
+    for i in range(6):
+        (folder / "masks" / f"{i}.tif").rename(folder / "images" / f"{i}_mask.tif")
+    found = read(folder, masks="images")
+    assert found.titles == [f"{i}.tif" for i in range(6)]
+    assert found.classes.numbers == (3, 20)
+
+
+def test_masks_of_a_format_that_is_not_read(folder):
+    (folder / "masks" / "2.tif").unlink()
+    save(folder / "masks" / "2.gif", numbers(2))
+    refused(r"2\.tif: its mask .*2\.gif has a format that cannot be read; convert it", folder)
+
+
 def test_images_without_masks_and_masks_without_images(folder):
     (folder / "masks" / "1.tif").rename(folder / "masks" / "one.tif")
     (folder / "masks" / "2.tif").unlink()
