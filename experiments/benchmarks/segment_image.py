@@ -2,10 +2,11 @@
 
     python experiments/benchmarks/segment_image.py [--repeats 3]
 
-Writes segment_image.json and segment_image.md beside this file; about 4 minutes on two quiet cores, 0.5 GB of disk. Trains
-a U-Net of the default size for 60 steps on synthetic images with discs, patches of 192 px (the time does not depend on
-how well it segments). Then a fresh process for each measurement segments a small image, which compiles everything, and a
-synthetic uint8 TIFF of 3000x4000x3 or 6000x8000x3 at 50 % overlap, and writes mask, probabilities, polygons and overlay.
+Writes segment_image.json and segment_image.md beside this file; about 4 minutes on two quiet cores, 0.5 GB of disk.
+Trains a U-Net of the default size for 60 steps on synthetic images with discs, patches of 192 px (the time does not
+depend on how well it segments). Then a fresh process for each measurement segments a small image, which compiles
+everything, and a synthetic uint8 TIFF of 3000x4000x3 or 6000x8000x3 at 50 % overlap, and writes mask, probabilities,
+polygons and overlay.
 
 Memory is the highest resident set (Linux: VmHWM). Input and output are the decoded image and the written maps as arrays
 (probability and mask, 5 bytes a pixel), which a program that does not work strip by strip would hold.
@@ -156,10 +157,10 @@ def table(rows: list[dict], machine: dict) -> str:
     lines = [
         "# Segmenting a large image",
         "",
-        "Written by `python experiments/benchmarks/segment_image.py`, whose docstring describes the measurement. One U-Net "
-        "of the default size, one class, uint8 TIFF images, tiles of 192 px at 50 % overlap, best of the repeats. On a "
-        "busy machine compare CPU times: for wall times only a fraction of the cores was available; half of the CPU time "
-        "is a lower limit of the wall time on two cores.",
+        "Written by `python experiments/benchmarks/segment_image.py`, whose docstring describes the measurement. One "
+        "U-Net of the default size, one class, uint8 TIFF images, tiles of 192 px at 50 % overlap, best of the repeats. "
+        "On a busy machine compare CPU times: for wall times only a fraction of the cores was available; half of the CPU "
+        "time is a lower limit of the wall time on two cores.",
         "",
         f"{machine['date']}, {machine['cpu']}, {machine['cpus']} cores; "
         + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
@@ -178,8 +179,8 @@ def table(rows: list[dict], machine: dict) -> str:
         f"Targets for {small['image']} on two cores: {TARGET_S} s and {TARGET_MB} MB.",
         "",
         f"Doubling both sides: {large['wall_s'] / small['wall_s']:.2f} times the wall time, "
-        f"{large['cpu_s'] / small['cpu_s']:.2f} times the CPU time, {large['peak_mb'] / small['peak_mb']:.2f} times the "
-        "peak memory.",
+        f"{large['cpu_s'] / small['cpu_s']:.2f} times the CPU time, {large['peak_mb'] / small['peak_mb']:.2f} times "
+        "the peak memory.",
         "",
         f"Not included: imports and opening the run {small['open_s']:.1f} s, compiling {small['compile_s']:.1f} s (the "
         f"first small image minus the second). After small images the process uses {small['small_image_mb']:.0f} MB.",
