@@ -2,8 +2,8 @@
 
 Rows are read, and maps are yielded, strip by strip, so that memory does not grow with the height of the image. The
 uncalibrated probabilities of each network are blended over its tiles, then calibrated, then averaged over the networks.
-Each network is a call of one compiled program. On a CPU this is faster than a program for all networks at once, whose
-convolutions would be grouped, and any subset of the networks needs no further program.
+Each network is a call of one compiled program: any subset of the networks needs no further program, and on a CPU five
+U-Nets take a fifth less CPU time than in one vectorised program, whose convolutions are grouped.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import child
 from references.preprocessing import preprocessing
 from references.segmenters import Convolutional, networks
 from scipy.special import expit, logit, softmax
@@ -277,3 +278,24 @@ def test_images_can_have_intensity_scales_of_their_own():
     resized = mapper(hows=tuple(replace(how, resize=True) for how in hows))
     np.testing.assert_allclose(resized.probabilities(7 * pixels + 300), resized.probabilities(pixels), atol=1e-5)
     assert np.abs(mapper().probabilities(7 * pixels + 300) - mapper().probabilities(pixels)).max() > 0.1
+
+
+ON_DEVICES = """
+import sys, jax, numpy as np
+from inference import test_class_maps as own
+assert len(jax.devices()) == 4
+m = own.mapper(batch_size=6, flips="horizontal", scalings=own.SCALINGS)  # which four cannot share evenly
+resized = own.mapper(hows=tuple(own.replace(how, resize=True) for how in own.HOWS))
+np.savez(sys.argv[1], m.probabilities(own.image((40, 57))), resized.probabilities(own.image((40, 57))))
+"""
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
+def test_four_devices_give_the_maps_of_one(tmp_path):
+    child.run_program(ON_DEVICES, tmp_path / "maps.npz", XLA_FLAGS=child.FOUR_DEVICES, JAX_PLATFORMS="cpu")
+    with np.load(tmp_path / "maps.npz") as found:
+        several, resized = found["arr_0"], found["arr_1"]
+    m = mapper(batch_size=6, flips="horizontal", scalings=SCALINGS)
+    np.testing.assert_allclose(several, m.probabilities(image((40, 57))), atol=1e-6)
+    alone = mapper(hows=tuple(replace(how, resize=True) for how in HOWS))
+    np.testing.assert_allclose(resized, alone.probabilities(image((40, 57))), atol=1e-6)

@@ -14,7 +14,7 @@ from pulmo_jax.host.files import atomically
 from pulmo_jax.inference.outputs import BACKGROUND, INK, font_px
 from pulmo_jax.tasks.segmentation.figures import class_colours
 
-LINE_PX = 800  # an outline is one pixel wide for so many pixels of the longest side
+LINE_PX = 500  # an outline is one pixel wide for so many pixels of the longest side
 MOST_NAMES = 60  # characters of a class name in the legend
 
 
@@ -34,7 +34,7 @@ def outlined(picture: UInt8[np.ndarray, "h w 3"], masks: Bool[np.ndarray, "h w K
     Returns:
         New picture.
     """
-    drawn, width = picture.copy(), max(1, round(max(picture.shape) / LINE_PX))
+    drawn, width = picture.copy(), -(-max(picture.shape) // LINE_PX)
     for k, colour in enumerate(class_colours(masks.shape[2])):
         mask = masks[..., k]
         inner = np.asarray(binary_erosion(mask, np.ones((3, 3)), iterations=width, border_value=1), bool)

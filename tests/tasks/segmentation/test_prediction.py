@@ -44,6 +44,11 @@ def smooth(shape: tuple[int, ...], seed: int = 0, dtype: type = np.uint8) -> np.
     return (1 + 254 * (noise - noise.min()) / np.ptp(noise)).astype(dtype)
 
 
+def signed_area(ring: list[list[float]]) -> float:
+    x, y = np.array(ring)[:-1].T
+    return 0.5 * float(x @ np.roll(y, -1) - np.roll(x, -1) @ y)
+
+
 def page_of(run, path: Path, output: Path, page: int = 0, **options):
     """Record of a page, whose files are named "a"."""
     refs, failed = index_images(path)
@@ -165,6 +170,37 @@ def test_georeference_is_carried_over(tmp_path):
         assert high[1] == 5700000 - 10 * row["box_y"]
         assert high[0] - low[0] == 10 * row["box_width"]
         assert high[1] - low[1] == 10 * row["box_height"]
+
+
+def test_rotated_georeference_gives_rotated_outlines(tmp_path):
+    """Columns run north, rows run east: the map mirrors the image, and rings keep their orientation."""
+    matrix = (0.0, 2.0, 0.0, 500.0, 2.0, 0.0, 0.0, 900.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    transformation = (34264, 12, 16, matrix, True)
+    tifffile.imwrite(
+        tmp_path / "image.tif", smooth((70, 90)), photometric="minisblack", extratags=[transformation, UTM[2]]
+    )
+    run = segmentation_run(tmp_path / "run", ONE)
+    record = page_of(run, tmp_path / "image.tif", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "polygons" / "a.geojson").read_text())
+    geometry = content["features"][0]["geometry"]
+    polygons = [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
+    areas = [[signed_area(ring) for ring in polygon] for polygon in polygons]
+    assert all(exterior > 0 and max(holes, default=-1) < 0 for exterior, *holes in areas)
+    row = record["components"][0]
+    assert sum(map(sum, areas)) == pytest.approx(4 * row["area_px"]) == pytest.approx(row["area_m2"])
+    x, y = np.concatenate([np.array(polygon[0]) for polygon in polygons]).T
+    assert (x.min(), y.min()) == (500 + 2 * row["box_y"], 900 + 2 * row["box_x"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 200), (200, 1), (3, 5)])
+def test_images_of_any_shape_have_all_files(tmp_path, shape):
+    Image.fromarray(np.full(shape, 200, np.uint8)).save(tmp_path / "image.png")
+    run = segmentation_run(tmp_path / "run", TWO)
+    page_of(run, tmp_path / "image.png", tmp_path / "out")
+    assert tifffile.imread(tmp_path / "out" / "masks" / "a.tif").shape == shape
+    assert tifffile.imread(tmp_path / "out" / "probabilities" / "a.tif").shape == (*shape, 2)
+    with Image.open(tmp_path / "out" / "overlays" / "a.png") as overlay:
+        assert overlay.size[0] >= shape[1]
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
