@@ -253,7 +253,7 @@ def metric_tables(estimates: Estimates) -> list[Table]:
 
 def console_table(table: Table) -> rich.table.Table:
     """Format a table for the console, without the intervals."""
-    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption="\n".join(table.notes))
     for row in table.rows:
         grid.add_row(*(text.partition(" [")[0] for text in row))
     return grid
