@@ -49,7 +49,7 @@ def test_every_task_of_this_package_answers_the_protocols():
              "detect": ["detection"], "prepare": ["preparation"]}  # fmt: skip
     protocols = {"training": Training, "runs": Runs, "prediction": Prediction, "assessment": Assessment,
                  "detection": Detection, "preparation": Preparation}  # fmt: skip
-    assert task_names() == ["anomalies", "classification", "landmarks", "point_sources"]
+    assert task_names() == ["anomalies", "classification", "landmarks", "point_sources", "segmentation"]
     for name in task_names():
         task = find_task(name)
         assert (task.name, task.package) == (name, f"pulmo_jax.tasks.{name}")
@@ -107,8 +107,8 @@ def test_unknown_task_is_refused_with_what_there_is(name):
     with pytest.raises(InputError) as error:
         find_task(name, ["mine"])
     assert str(error.value) == (
-        f"task={name}: does not exist; tasks: anomalies, classification, landmarks, point_sources, and those of "
-        "plugins=['mine']; if it is yours, add plugins=[PACKAGE]"
+        f"task={name}: does not exist; tasks: anomalies, classification, landmarks, point_sources, segmentation, and "
+        "those of plugins=['mine']; if it is yours, add plugins=[PACKAGE]"
     )
 
 

@@ -91,7 +91,7 @@ def assess(run: SegmentationRun, data: Labelled, config: AssessMasksConfig, plac
     began = time.monotonic()
     tested = test_images(run, labelled, weights, folds, baselines, config.evaluation, tracker(place.console, "testing"))
     seconds = time.monotonic() - began
-    notes = [*seen_notes(int(known.sum()), int((~usable).sum()), len(usable)), *data.notes]
+    notes = [*seen_notes(int(known.sum()), int((~usable).sum()), len(data.refs)), *data.notes]
     return findings_of(run, tested, config.evaluation, config.seed, place, notes, "test images", seconds)
 
 

@@ -42,6 +42,7 @@ DETAIL_PX = 64  # least size of the detail
 MANY_REGIONS = 400  # a mask with more regions is drawn as a coloured layer: labels of scattered pixels have no contours
 SHADE = 0.55  # opacity of the layer on unlabelled pixels
 MANY_CLASSES = 12  # in a legend
+MANY_FALSE = 10  # false components per image above which their axis is logarithmic from 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -463,6 +464,9 @@ def free_response(curves: Sequence[Components]) -> Figure:
             axes.plot(curve.false_per_image, curve.recall, color=colour, lw=1.3, label=literal(curve.name, 30))
             if curve.point is not None:
                 axes.plot(*curve.point, "o", color=colour, ms=5, mec="white", clip_on=False, zorder=5)
+        if highest > MANY_FALSE:
+            axes.set_xscale("symlog", linthresh=1)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set(ylim=(0, 1.02), xlim=(0, max(1.05 * highest, 0.1)))
         axes.set(xlabel="false components per image", ylabel="fraction of true components found")
         figure.legend(loc="outside upper center", ncols=3)

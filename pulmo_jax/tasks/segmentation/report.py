@@ -167,9 +167,9 @@ def extremes(dice: Float[np.ndarray, "N"], groups: Sequence[str], count: int, *,
         Their rows, the most extreme first.
     """
     value = -dice if highest else dice
-    order = [row for row in np.argsort(value, kind="stable").tolist() if np.isfinite(value[row])]
+    order: list[int] = [row for row in np.argsort(value, kind="stable").tolist() if np.isfinite(value[row])]
     before: dict[str, int] = {}
-    rank = {}
+    rank: dict[int, int] = {}
     for row in order:
         rank[row] = before[groups[row]] = before.get(groups[row], -1) + 1
     return sorted(sorted(order, key=lambda row: rank[row])[:count], key=lambda row: value[row])
@@ -253,7 +253,7 @@ def metric_tables(estimates: Estimates) -> list[Table]:
 
 def console_table(table: Table) -> rich.table.Table:
     """Format a table for the console, without the intervals."""
-    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption=" ".join(table.notes))
+    grid = rich.table.Table(*table.columns, title=table.title, box=rich.box.SIMPLE, caption="\n".join(table.notes))
     for row in table.rows:
         grid.add_row(*(text.partition(" [")[0] for text in row))
     return grid

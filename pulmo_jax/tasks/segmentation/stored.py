@@ -14,13 +14,12 @@ from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.evaluation.false_components import ConformalThreshold
 from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.evaluation.segmentation_baselines import (
-    MOST_CHANNELS,
-    ROUGHNESS,
-    SMOOTHING,
     Baseline,
     IntensityRange,
     MeanMask,
     PixelRidge,
+    feature_maps,
+    terms,
 )
 from pulmo_jax.host.files import atomically, write_json
 from pulmo_jax.host.npz import read_npz
@@ -189,9 +188,8 @@ def _fits(arrays: Mapping[str, np.ndarray], n_classes: int, n_channels: int) -> 
     """Whether arrays with a leading axis of folds are those of `n_classes` classes and images of `n_channels` bands."""
     shapes = {name: array.shape[1:] for name, array in arrays.items()}
     grid, channel = shapes["mean_mask.grid"], arrays["threshold.channel"]
-    n_bands = n_channels if n_channels <= MOST_CHANNELS else 2  # of the features
-    n_features = n_bands * (1 + len(SMOOTHING) + len(ROUGHNESS)) + 2
-    n_products = 1 + n_features + n_features * (n_features + 1) // 2
+    n_features = feature_maps(np.zeros((4, 4, n_channels), np.float32)).shape[2]
+    n_terms = terms(np.zeros((1, n_features)), np.zeros(n_features), np.ones(n_features)).shape[1]
     of_classes = ("mean_mask.thresholds", "ridge.thresholds")
     of_classes += tuple(f"threshold.{name}" for name in ("channel", "low", "high", "thresholds"))
     return (
@@ -202,7 +200,7 @@ def _fits(arrays: Mapping[str, np.ndarray], n_classes: int, n_channels: int) -> 
         and channel.dtype.kind == "i"
         and bool(((channel >= 0) & (channel < n_channels)).all())
         and shapes["ridge.mean"] == shapes["ridge.scale"] == (n_features,)
-        and shapes["ridge.coefficients"] == (n_products, n_classes)
+        and shapes["ridge.coefficients"] == (n_terms, n_classes)
         and shapes["ridge.strength"] == ()
         and bool(np.isfinite(arrays["ridge.coefficients"]).all() and (arrays["ridge.scale"] > 0).all())
     )
