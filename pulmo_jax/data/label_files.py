@@ -256,6 +256,6 @@ def _no_mask(ref: ImageRef, folders: Mapping[str, MaskFolder], suffix: str, by_c
     none_of = "none of its folders" if by_class and len(folders) > 1 else "no file"
     example = f" (there is {first.names[0]}, for example; data.mask_suffix is what masks append)" if first.names else ""
     return (
-        f"{ref.path}: has no mask: {key}.masks={where} has {none_of} named {wanted} with any image suffix{example}; add "
-        "an empty mask (all 0) if the image has none of the classes"
+        f"{ref.path}: has no mask: {key}.masks={where} has {none_of} named {wanted} with any image suffix{example}; "
+        "add an empty mask (all 0) if the image has none of the classes"
     )
