@@ -259,8 +259,8 @@ def _check_numbers(path: Path, values: np.ndarray, counts: np.ndarray, ignore: i
     values, counts = values[labels], counts[labels]
     if values.dtype.kind == "f" and (values != np.trunc(values)).any() | np.isinf(values).any():
         raise InputError(
-            f"{path}: has fractional or infinite values ({listed(values)}), a soft mask or a probability; apply a threshold and "
-            f"{RESAVE}"
+            f"{path}: has fractional or infinite values ({listed(values)}), a soft mask or a probability; apply a "
+            f"threshold and {RESAVE}"
         )
     if len(values) > MOST_VALUES or (kind != "numbers" and is_picture(values, counts)):
         raise InputError(
