@@ -9,7 +9,7 @@ from jaxtyping import Int32, Int64
 
 from pulmo_jax.data.codes import MOST_EXCLUSIVE, MOST_OVERLAPPING, Classes
 from pulmo_jax.data.label_scan import Examined
-from pulmo_jax.data.label_values import FULL_VALUES, MOST_NUMBERS, NO_VALUE
+from pulmo_jax.data.label_values import FULL, FULL_VALUES, MOST_NUMBERS, NO_VALUE
 from pulmo_jax.data.masks import SOFT_VALUES, is_picture
 from pulmo_jax.types import InputError
 
@@ -134,7 +134,8 @@ def _classes_of_numbers(
             Classes((FOREGROUND,), (1,)) if binary else Classes(tuple(f"class {n}" for n in numbers), tuple(numbers))
         )
         return classes, []
-    classes = Classes(tuple(declared), tuple(declared.values()))
+    numbered = [1 if number == FULL else number for number in declared.values()]  # 255 is the only one, if given
+    classes = Classes(tuple(declared), tuple(numbered))
     check_count(classes)
     check_numbers(examined, paths, classes)
     return classes, []

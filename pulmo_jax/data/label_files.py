@@ -1,5 +1,6 @@
 """Which files are the label masks of which images."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class MaskFolder:
         """Names by path without the image suffix."""
         found: dict[str, list[str]] = {}
         for name in self.names:
-            found.setdefault(stem(name, self.suffixes), []).append(name)
+            found.setdefault(stem(composed(name), self.suffixes), []).append(name)
         return found
 
     @cached_property
@@ -44,7 +45,7 @@ class MaskFolder:
         """Names by file name without folder and image suffix."""
         found: dict[str, list[str]] = {}
         for name in self.names:
-            found.setdefault(stem(name, self.suffixes).rpartition("/")[2], []).append(name)
+            found.setdefault(stem(composed(name), self.suffixes).rpartition("/")[2], []).append(name)
         return found
 
     def below(self, folder: str) -> "MaskFolder":
@@ -68,7 +69,7 @@ class MaskFolder:
         Raises:
             InputError: Several files are equally close.
         """
-        endings = (suffix,) if suffix else ("", *MASK_ENDINGS)
+        name, endings = composed(name), (suffix,) if suffix else ("", *MASK_ENDINGS)
         if not suffix and name in self.by_stem.get(stem(name, self.suffixes), ()):
             return name
         bare = stem(name, self.suffixes)
@@ -90,6 +91,11 @@ class MaskFolder:
                 f"{self.root}: {' and '.join(found[:SHOWN])} may all be the mask of {name}; keep one of them"
             )
         return (exact or found)[0]
+
+
+def composed(name: str) -> str:
+    """A name with composed accents (NFC): macOS writes decomposed ones."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def list_masks(folder: Path, formats: Sequence[Format], key: str, apart: Sequence[Path] = ()) -> MaskFolder:
@@ -256,6 +262,6 @@ def _no_mask(ref: ImageRef, folders: Mapping[str, MaskFolder], suffix: str, by_c
     none_of = "none of its folders" if by_class and len(folders) > 1 else "no file"
     example = f" (there is {first.names[0]}, for example; data.mask_suffix is what masks append)" if first.names else ""
     return (
-        f"{ref.path}: has no mask: {key}.masks={where} has {none_of} named {wanted} with any image suffix{example}; add "
-        "an empty mask (all 0) if the image has none of the classes"
+        f"{ref.path}: has no mask: {key}.masks={where} has {none_of} named {wanted} with any image suffix{example}; "
+        "add an empty mask (all 0) if the image has none of the classes"
     )

@@ -109,12 +109,22 @@ def hold_out(
     Returns:
         (kept, held out). Of several splits, one with the most classes in the kept part and then in the other is chosen.
     """
-    groups = n_groups(ids, rows)
+    groups, present_at_all = n_groups(ids, rows), int(present[rows].any(axis=0).sum())
+
+    def classes(split: tuple[Rows, Rows]) -> tuple[int, ...]:
+        return tuple(int(present[part].any(axis=0).sum()) for part in split)
+
     for parts in range(min(max(2, round(1 / fraction)), groups), groups + 1):
-        splits = [split for trial in range(SEEDS) for split in _splits(rows, present, ids, parts, seed + trial)]
-        splits = [split for split in splits if n_groups(ids, split[0]) >= leave]
-        if splits:
-            return max(splits, key=lambda split: tuple(int(present[part].any(axis=0).sum()) for part in split))
+        best: list[tuple[Rows, Rows]] = []
+        for trial in range(SEEDS):
+            splits = _splits(rows, present, ids, parts, seed + trial)
+            best += (
+                [max(allowed, key=classes)] if (allowed := [s for s in splits if n_groups(ids, s[0]) >= leave]) else []
+            )
+            if best and classes(best[-1]) == (present_at_all,) * 2:
+                return best[-1]
+        if best:
+            return max(best, key=classes)
     raise AssertionError("the caller checks the number of groups")
 
 
@@ -127,8 +137,15 @@ def _best_folds(
     rows: Rows, present: Present, ids: Int[np.ndarray, "N"], count: int, seed: int
 ) -> list[tuple[Rows, Rows]]:
     """Folds of which the training set with the fewest classes has the most; two groups stay in each, for validation."""
-    trials = [_splits(rows, present, ids, count, seed + trial) for trial in range(SEEDS)]
-    best = max(trials, key=lambda folds: min(int(present[kept].any(axis=0).sum()) for kept, _ in folds))
+
+    def fewest(folds: list[tuple[Rows, Rows]]) -> int:
+        return min(int(present[kept].any(axis=0).sum()) for kept, _ in folds)
+
+    best = _splits(rows, present, ids, count, seed)
+    for trial in range(1, SEEDS):
+        if fewest(best) == present.shape[1]:
+            break
+        best = max(best, _splits(rows, present, ids, count, seed + trial), key=fewest)
     if min(n_groups(ids, kept) for kept, _ in best) >= 2:
         return best
     parts = np.array_split(np.random.default_rng(seed).permutation(np.unique(ids)), count)  # equal numbers of groups

@@ -3,12 +3,13 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
-from pulmo_jax.data.contents import content_of
+from pulmo_jax.data.contents import content_of, fingerprint
 from pulmo_jax.data.georeference import check_georeferences, check_positions
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.label_masks import LabelReader, check_size
@@ -90,17 +91,23 @@ def examine(ref: ImageRef, labels: LabelReader, reader: Reader) -> Examined:
                 merged = _merge(places.get(value), counts[value], _random_places(inside, window, rng), count, rng)
                 places[value] = merged
             counts[value] += count
-    content = content_of(ref.path)
     return Examined(
         counts={value: count for value, count in counts.items() if count},
         places=places,
         hidden=frozenset(value for value, count in counts.items() if not count),
         overlaps=overlaps,
         pixels=ref.shape[0] * ref.shape[1],
-        content=content[1] if content else "",
+        content=_content(ref.path, str(fingerprint(ref.path))),
         plain=not colours or len(np.unique(colours, axis=0)) == 1,
         notes=notes,
     )
+
+
+@lru_cache(maxsize=64)
+def _content(path: Path, _changed: str) -> str:
+    """SHA-256 of a file, which its pages share."""
+    content = content_of(path)
+    return content[1] if content else ""
 
 
 def _regions(

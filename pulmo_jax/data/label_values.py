@@ -257,10 +257,10 @@ def _check_numbers(path: Path, values: np.ndarray, counts: np.ndarray, ignore: i
     """Refuse values that are no class numbers."""
     labels = values != ignore if ignore is not None else np.ones(len(values), bool)
     values, counts = values[labels], counts[labels]
-    if values.dtype.kind == "f" and (values % 1 != 0).any():
+    if values.dtype.kind == "f" and (values != np.trunc(values)).any() | np.isinf(values).any():
         raise InputError(
-            f"{path}: has fractional values ({listed(values)}), a soft mask or a probability; apply a threshold and "
-            f"{RESAVE}"
+            f"{path}: has fractional or infinite values ({listed(values)}), a soft mask or a probability; apply a "
+            f"threshold and {RESAVE}"
         )
     if len(values) > MOST_VALUES or (kind != "numbers" and is_picture(values, counts)):
         raise InputError(

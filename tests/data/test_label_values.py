@@ -173,7 +173,7 @@ REFUSED = {
     "jpeg.jpg": (picture(GREY, "JPEG", quality=85), "JPEG.*compression blurs.*save it as PNG or TIFF"),
     "jpeg_in_tiff.tif": (tiff(np.dstack([GREY] * 3), photometric="rgb", compression="jpeg"), "is a JPEG"),
     "named_png.png": (picture(GREY, "JPEG"), "is a JPEG"),
-    "fractions.tif": (tiff((GREY / 255 * 0.8).astype("f4")), "fractional values.*0.8.*apply a threshold"),
+    "fractions.tif": (tiff((GREY / 255 * 0.8).astype("f4")), "fractional or infinite values.*0.8.*apply a threshold"),
     "colours.png": (picture(coloured(BLACK, RED, BLUE)), "several colours .*0, 0, 90.*200, 0, 0.*save class numbers"),
     "no_black.png": (picture(coloured(WHITE, RED, RED)), "several colours"),
     "four_bands.tif": (tiff(np.dstack([GREY, GREY, GREY, OPAQUE]), photometric="minisblack", planarconfig="contig"),
@@ -185,7 +185,8 @@ REFUSED = {
                             "dark greys that are not its indices .*0, 1, 2, greys 0, 10, 20"),
     "soft_alpha.png": (picture(np.dstack([np.full_like(GREY, 9), SOFT])), "alpha channel.*soft edges"),
     "transparent.png": (picture(np.dstack([CLASSES, np.zeros_like(GREY)])), "all its pixels are transparent"),
-    "photo.tif": (tiff(np.random.default_rng(0).normal(1000, 200, (90, 90)).astype("f4")), "fractional values"),
+    "photo.tif": (tiff(np.random.default_rng(0).normal(1000, 200, (90, 90)).astype("f4")), "fractional or infinite"),
+    "infinite.tif": (tiff(np.where(INSIDE, np.inf, 0).astype("f4")), "fractional or infinite values.*0, inf"),
     "intensities.tif": (tiff(np.random.default_rng(0).integers(0, 60_000, (200, 200)).astype("u2")),
                         "such as those of soft edges"),
 }  # fmt: skip

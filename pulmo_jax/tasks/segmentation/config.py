@@ -57,8 +57,10 @@ class MasksConfig(Section):
 class SegmentationDataConfig(MasksConfig):
     """Images with masks, their split, and how patches are cut from them."""
 
-    classes: dict[ClassName, Annotated[Int, Field(ge=1, le=254)]] | None = Field(
-        default=None, description="{NAME: NUMBER,...} of the classes in the masks; null: all numbers found"
+    classes: dict[ClassName, Annotated[Int, Field(ge=1, le=255)]] | None = Field(
+        default=None,
+        description="{NAME: NUMBER,...} of the classes in the masks, 1 to 254; {NAME: 255} for masks of 0 and 255; "
+        "null: all numbers found",
     )
     cache: PathLike | None = Field(
         default=None, description="folder for the sample data; null: $PULMO_JAX_CACHE or the user's cache folder"
@@ -107,6 +109,11 @@ class SegmentationDataConfig(MasksConfig):
         if self.stride is not None and self.stride > self.patch_size:
             raise ValueError(
                 f"data.stride={self.stride} is above data.patch_size={self.patch_size}: pixels would be lost"
+            )
+        if self.classes is not None and 255 in self.classes.values() and len(self.classes) > 1:
+            raise ValueError(
+                f"data.classes={self.classes}: 255 is the number of a class in masks of 0 and 255 only, because it "
+                "marks missing pixels in predicted masks; save this class with a number of 1 to 254"
             )
         if self.normalize == "fixed" and self.value_range is None:
             raise ValueError("data.normalize=fixed needs data.value_range=[LOW,HIGH], in the files' units")

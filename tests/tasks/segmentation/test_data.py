@@ -115,7 +115,8 @@ def test_masks_of_two_values_have_one_class(folder, value, dtype):
     found = read(folder)
     assert found.classes == Classes(("foreground",), (1,))
     np.testing.assert_array_equal(found.labels.codes(found.refs[2]), disc(2) & (numbers(2) == 3))
-    assert read(folder, {"lesion": 1}).classes == Classes(("lesion",), (1,))
+    for number in (1, 255):
+        assert read(folder, {"lesion": number}).classes == Classes(("lesion",), (1,))
 
 
 def test_255_beside_other_numbers_must_be_explained(folder):
@@ -346,6 +347,19 @@ def test_masks_beside_their_images(folder):
     found = read(folder, masks="images")
     assert found.titles == [f"{i}.tif" for i in range(6)]
     assert found.classes.numbers == (3, 20)
+
+
+def test_accents_are_composed_or_not(folder):
+    (folder / "images" / "2.tif").rename(folder / "images" / "M\u00fcller.tif")
+    (folder / "masks" / "2.tif").rename(folder / "masks" / "Mu\u0308ller.tif")
+    assert len(read(folder).refs) == 6
+
+
+def test_255_is_a_class_alone():
+    masks = {"images": "a", "masks": "b"}
+    assert SegmentationDataConfig.model_validate(masks | {"classes": {"lesion": 255}}).classes == {"lesion": 255}
+    with pytest.raises(ValueError, match="255 is the number of a class in masks of 0 and 255 only"):
+        SegmentationDataConfig.model_validate(masks | {"classes": {"lesion": 255, "lung": 1}})
 
 
 def test_masks_of_a_format_that_is_not_read(folder):
