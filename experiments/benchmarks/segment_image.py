@@ -158,9 +158,9 @@ def table(rows: list[dict], machine: dict) -> str:
         "# Segmenting a large image",
         "",
         "Written by `python experiments/benchmarks/segment_image.py`, whose docstring describes the measurement. One "
-        "U-Net of the default size, one class, uint8 TIFF images, tiles of 192 px at 50 % overlap, best of the repeats. "
-        "On a busy machine compare CPU times: for wall times only a fraction of the cores was available; half of the CPU "
-        "time is a lower limit of the wall time on two cores.",
+        "U-Net of the default size, one class, uint8 TIFF images, tiles of 192 px at 50 % overlap, best of the "
+        "repeats. On a busy machine compare CPU times: for wall times only a fraction of the cores was available; half "
+        "of the CPU time is a lower limit of the wall time on two cores.",
         "",
         f"{machine['date']}, {machine['cpu']}, {machine['cpus']} cores; "
         + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())

@@ -23,6 +23,7 @@ from pulmo_jax.data.image_scale import for_image
 from pulmo_jax.data.transforms import Preprocessing, finite
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.evaluation.segmentation_calibration import LOWEST
+from pulmo_jax.evaluation.segmentation_metrics import decided
 from pulmo_jax.inference.memory import WithinMemory, within_memory
 from pulmo_jax.inference.resized_rows import narrowed, resized_rows
 from pulmo_jax.inference.score import LOWER, STRIP_PX, Inside, Tiles, gathered, naming_what_to_lower
@@ -309,10 +310,7 @@ def log_odds(blended: Float[Array, "*grid O"] | Float[np.ndarray, "*grid O"], ov
 def decide(
     probabilities: Float[np.ndarray, "*grid K"], thresholds: Sequence[float], classes: Classes
 ) -> UInt8[np.ndarray, "*grid"]:
-    """Assign a class number to each pixel.
-
-    Exclusive classes: the largest of p_0 = 1 - sum p_k, for the background, and p_k (1 - t_k) / t_k. With one class
-    this is p > t, with thresholds of 0.5 the most probable class. Overlapping classes: the last class with p_k >= t_k.
+    """Assign a class number to each pixel, by the rule of `segmentation_metrics.decided`.
 
     Args:
         probabilities: Calibrated probabilities of the K classes.
@@ -320,18 +318,10 @@ def decide(
         classes: The classes.
 
     Returns:
-        Class number of each pixel (`Classes.numbers`), 0 for the background, 255 where a probability is NaN.
+        Class number of each pixel (`Classes.numbers`), the last one where classes overlap; 0 for the background, 255
+        where a probability is NaN.
     """
-    numbers = np.array([0, *classes.numbers], np.uint8)
-    if classes.overlapping:
-        index = np.zeros(probabilities.shape[:-1], np.uint8)
-        for k, inside in enumerate(np.moveaxis(class_masks(probabilities, thresholds, classes), -1, 0), start=1):
-            index[inside] = k
-    else:
-        index = leading_class(probabilities, thresholds)
-    codes = numbers[index]
-    codes[np.isnan(probabilities).any(axis=-1)] = UNLABELLED
-    return codes
+    return numbered(class_masks(probabilities, thresholds, classes), probabilities, classes)
 
 
 def class_masks(
@@ -347,24 +337,18 @@ def class_masks(
     Returns:
         Whether each pixel belongs to each class; False where a probability is NaN.
     """
-    if classes.overlapping:
-        return probabilities >= np.asarray(thresholds, np.float32)
-    index = leading_class(probabilities, thresholds)
-    index[np.isnan(probabilities).any(axis=-1)] = 0
-    return index[..., None] == np.arange(1, len(classes) + 1)
+    return decided(probabilities, thresholds, classes.overlapping)
 
 
-def leading_class(
-    probabilities: Float[np.ndarray, "*grid K"], thresholds: Sequence[float]
+def numbered(
+    inside: Bool[np.ndarray, "*grid K"], probabilities: Float[np.ndarray, "*grid K"], classes: Classes
 ) -> UInt8[np.ndarray, "*grid"]:
-    """Index of the leading exclusive class, from 1; 0 for the background (see `decide`)."""
-    best = 1 - probabilities.sum(axis=-1)
-    index = np.zeros(best.shape, np.uint8)
-    for k, t in enumerate(thresholds):
-        odds = probabilities[..., k] * np.float32((1 - t) / t)
-        index[odds > best] = k + 1
-        best = np.fmax(best, odds)
-    return index
+    """Class numbers of pixels (see `decide`), given the classes that they belong to."""
+    codes = np.zeros(inside.shape[:-1], np.uint8)
+    for k, number in enumerate(classes.numbers):
+        codes[inside[..., k]] = number
+    codes[np.isnan(probabilities).any(axis=-1)] = UNLABELLED
+    return codes
 
 
 def scaling_arrays(scalings: Sequence[Scaling]) -> tuple[Shaped[np.ndarray, "m _"], Shaped[np.ndarray, "m O"]]:

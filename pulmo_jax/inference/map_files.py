@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import escape
 
 import numpy as np
 import tifffile
 from jaxtyping import Shaped
 
+from pulmo_jax.host.console import printable
 from pulmo_jax.host.files import replacing
 from pulmo_jax.inference.outputs import STRIP_BYTES, tag_options
 from pulmo_jax.types import ImageTags
@@ -43,7 +44,7 @@ def write_map(
     """
     options: dict[str, Any] = tag_options(tags)
     texts = {GDAL_NODATA: missing, GDAL_METADATA: band_names(names) if names else ""}
-    options["extratags"] += [(code, ASCII, 0, text, True) for code, text in texts.items() if text]
+    options["extratags"] += [(code, ASCII, 0, text.encode(), True) for code, text in texts.items() if text]
     if len(shape) == 3:
         options |= {"planarconfig": "contig", "extrasamples": ["unspecified"] * (shape[2] - 1)}
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -61,12 +62,10 @@ def write_map(
 
 
 def band_names(names: Sequence[str]) -> str:
-    """Names of bands as the metadata that GDAL and QGIS read; characters that XML cannot hold become "?"."""
-    valid = ("".join(c if c.isprintable() and ord(c) < 128 else "?" for c in name) for name in names)
+    """Names of bands as the metadata that GDAL and QGIS read."""
     items = (
-        f"<Item name={quoteattr('DESCRIPTION')} sample={quoteattr(str(i))} role={quoteattr('description')}>"
-        f"{escape(name)}</Item>"
-        for i, name in enumerate(valid)
+        f'<Item name="DESCRIPTION" sample="{i}" role="description">{escape(printable(name, keep=""))}</Item>'
+        for i, name in enumerate(names)
     )
     return f"<GDALMetadata>{''.join(items)}</GDALMetadata>"
 

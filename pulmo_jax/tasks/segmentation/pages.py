@@ -15,7 +15,7 @@ from pulmo_jax.data.image_scale import for_image
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import Preprocessing, preprocess
-from pulmo_jax.inference.class_maps import ClassMapper, class_masks, decide
+from pulmo_jax.inference.class_maps import ClassMapper, class_masks, numbered
 from pulmo_jax.inference.component_table import PixelArea, component_rows, write_polygons
 from pulmo_jax.inference.components import Component, OpenComponents
 from pulmo_jax.inference.map_files import block_rows, in_blocks, write_map
@@ -55,8 +55,8 @@ class Page:
     def add(self, probabilities: Float32[np.ndarray, "h W K"]) -> None:
         """Append the probabilities of some rows."""
         mapper = self.mapper
-        codes = decide(probabilities, mapper.thresholds, mapper.classes)
         inside = class_masks(probabilities, mapper.thresholds, mapper.classes)
+        codes = numbered(inside, probabilities, mapper.classes)
         self.strips.append(deflated(codes))
         self.area_px = self.area_px + inside.sum((0, 1))
         self.n_missing += int((codes == UNLABELLED).sum())

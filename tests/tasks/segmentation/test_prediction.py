@@ -11,6 +11,7 @@ import pytest
 import tifffile
 from matplotlib.path import Path as Outline
 from PIL import Image
+from references.image_files import write_dicom
 from references.segmentation_run import BOTH, ONE, TWO, segmentation_run
 from scipy import ndimage
 from skimage.measure import label, regionprops
@@ -135,6 +136,15 @@ def test_components_have_their_places_and_probabilities(tmp_path):
         assert row["area_m2"] is None
 
 
+def test_areas_in_mm_follow_from_the_pixel_spacing_of_a_dicom_file(tmp_path):
+    write_dicom(tmp_path / "image.dcm", smooth((70, 90)).astype(np.uint16), PixelSpacing=[0.5, 0.25])
+    refs, _ = index_images(tmp_path / "image.dcm")
+    run = segmentation_run(tmp_path / "run", ONE, refs[0].scale)
+    rows = page_of(run, tmp_path / "image.dcm", tmp_path / "out")["components"]
+    assert all(row["area_mm2"] == pytest.approx(row["area_px"] / 8) for row in rows)
+    assert len(rows) > 0
+
+
 def test_georeference_is_carried_over(tmp_path):
     pixels = smooth((70, 90, 4), 2, np.uint16)
     tifffile.imwrite(
@@ -153,7 +163,7 @@ def test_georeference_is_carried_over(tmp_path):
         assert page.shape == (70, 90, 2)
         assert page.planarconfig == 1
         assert (
-            '<Item name="DESCRIPTION" sample="1" role="description">l?sion &lt;a&gt;</Item>' in page.tags[42112].value
+            '<Item name="DESCRIPTION" sample="1" role="description">lésion &lt;a&gt;</Item>' in page.tags[42112].value
         )
     content = json.loads((tmp_path / "out" / "polygons" / "a.geojson").read_text())
     assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
