@@ -31,7 +31,7 @@ Classification: OUTPUT/predictions.csv, and saliency maps in overlays/.
 
   python -m pulmo_jax.predict run=CLASSIFICATION_RUN input=FOLDER_OR_STORE output=results
 
-Segmentation: masks/, probabilities/ and polygons/ for every image, overlays/, and OUTPUT/components.csv with one row for
+Segmentation: masks/, probabilities/, polygons/ and overlays/, and OUTPUT/components.csv with one row for
 every component.
 
   python -m pulmo_jax.predict run=SEGMENTATION_RUN input=FOLDER output=results
