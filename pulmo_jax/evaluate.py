@@ -12,6 +12,7 @@ Writes metrics.json, metrics.md, report.html and figures/ into RUN/evaluation/TI
   python -m pulmo_jax.evaluate run=RUN data.test=DIR                          class subfolders, one called "normal"
   python -m pulmo_jax.evaluate run=RUN data.images=DIR data.test=TEST.csv     a landmark run
   python -m pulmo_jax.evaluate run=RUN data.test=DIR_OR_STORE                 a classification run: DIR/yes, DIR/no
+  python -m pulmo_jax.evaluate run=RUN data.images=DIR data.masks=DIR2        a segmentation run
 """
 
 

@@ -30,6 +30,11 @@ Landmarks: OUTPUT/landmarks.csv, overlays/ and, with aligned=true, the aligned i
 Classification: OUTPUT/predictions.csv, and saliency maps in overlays/.
 
   python -m pulmo_jax.predict run=CLASSIFICATION_RUN input=FOLDER_OR_STORE output=results
+
+Segmentation: masks/, probabilities/, polygons/ and overlays/, and OUTPUT/components.csv with one row for
+every component.
+
+  python -m pulmo_jax.predict run=SEGMENTATION_RUN input=FOLDER output=results
 """
 
 

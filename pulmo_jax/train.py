@@ -17,6 +17,7 @@ RUN/report.html. The experiment selects the task.
   python -m pulmo_jax.train -m +experiment=lung model.latent=16,64 seed=0,1,2
   python -m pulmo_jax.train +experiment=landmarks                       lung landmarks; --help for the keys of this task
   python -m pulmo_jax.train +experiment=brain_mri data.root=DIR         cross-validated classification; DIR/yes, DIR/no
+  python -m pulmo_jax.train +experiment=segmentation data.images=DIR data.masks=DIR2     segmentation by masks
 """
 
 

@@ -106,7 +106,7 @@ def test_help_lists_every_key_with_its_default_and_an_example(run, verb, option)
 
 
 def test_help_of_train_lists_the_keys_of_every_group(run):
-    tasks = [[], ["+experiment=landmarks"], ["+experiment=brain_mri"]]
+    tasks = [[], ["+experiment=landmarks"], ["+experiment=brain_mri"], ["+experiment=segmentation"]]
     text = "".join(run("train", *task, "--help").out for task in tasks)
     for group in HOMES:
         for file in (composing.package_configs() / group).glob("*.yaml"):

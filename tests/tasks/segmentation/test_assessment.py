@@ -38,6 +38,18 @@ def cross_validated(folder):
     return run, labelled, folds, found
 
 
+@pytest.fixture(autouse=True)
+def undrawn(cross_validated, monkeypatch):
+    """Only the figures of `cross_validated` are drawn, once; those of the other reports would take a second each."""
+
+    def save(figure, folder, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        (path := folder / f"{name}.png").write_bytes(b"")
+        return path
+
+    monkeypatch.setattr(report.figures, "save", save)
+
+
 def dice_of(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
