@@ -1,5 +1,6 @@
 """Segmentation by a network with a logit per class and pixel, trained on randomly augmented patches."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,9 @@ from pulmo_jax.methods.segmentation_losses import Loss, combined, probabilities
 from pulmo_jax.methods.segmenter import Batch
 from pulmo_jax.models.unet import UNet
 from pulmo_jax.types import InputError
+
+
+SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])", re.IGNORECASE)  # in the name of a class
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,12 @@ class SegmentationNetwork:
     shear: Annotated[float, Field(ge=0, description="augmentation: sd of the shear")] = 0.05
     shift: Annotated[float, Field(ge=0, description="augmentation: sd of the shift, in patch sides")] = 0.05
     flips: Annotated[
-        Literal["none", "horizontal", "all"],
-        Field(description="augmentation: no, left-right or all reflections and quarter turns"),
-    ] = "none"
+        Literal["none", "horizontal", "all"] | None,
+        Field(
+            description="augmentation: no, left-right or all reflections and quarter turns; null: left-right, unless "
+            "the name of a class says left or right"
+        ),
+    ] = None
     contrast: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the contrast")] = 0.2
     brightness: Annotated[
         float, Field(ge=0, description="augmentation: sd of an intensity offset, normalised units")
@@ -58,6 +65,12 @@ class SegmentationNetwork:
             raise InputError(
                 f"data.patch_size={self.patch_size}: this model needs a multiple of {self.skeleton.stride}"
             )
+
+    @property
+    def symmetries(self) -> str:
+        """Reflections of the augmentation: `flips` or its default."""
+        sides = any(SIDE.search(name) for name in self.classes.names)
+        return self.flips or ("none" if sides else "horizontal")
 
     def member(self, key: Key[Array, ""]) -> Any:
         """Create a network with random initial parameters."""
@@ -131,8 +144,8 @@ class SegmentationNetwork:
     ) -> tuple[Float[Array, "B P P C"], UInt8[Array, "B P P"]]:
         """Apply random flips, affine transforms and changes of intensity; pixels from outside become unlabelled."""
         turn, move, look = jax.random.split(key, 3)
-        if self.flips != "none":
-            patches, codes = jitter.random_symmetry(turn, patches, codes, turns=self.flips == "all")
+        if self.symmetries != "none":
+            patches, codes = jitter.random_symmetry(turn, patches, codes, turns=self.symmetries == "all")
         if any((self.rotation_deg, self.scale, self.aspect, self.shear, self.shift)):
             affine = jitter.random_affine(
                 move,

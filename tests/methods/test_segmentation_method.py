@@ -60,8 +60,18 @@ def test_patch_size_must_fit_the_network():
         make(size=36)
 
 
+@pytest.mark.parametrize(("names", "expected"), [
+    (("lung", "lesion"), "horizontal"), (("left lung", "lesion"), "none"), (("Lung_R", "lobe_right"), "none"),
+    (("cleft", "bright"), "horizontal"),
+])  # fmt: skip
+def test_classes_of_one_side_are_not_reflected(names, expected):
+    classes = Classes(names, (1, 2))
+    assert make(classes).symmetries == expected
+    assert make(classes, flips="all").symmetries == "all"
+
+
 def test_without_augmentation_nothing_changes():
-    method = make(**STILL, **UNCHANGED)
+    method = make(**STILL, **UNCHANGED, flips="none")
     x = jax.random.uniform(jax.random.key(0), (3, 32, 32, 1))
     codes = jax.random.randint(jax.random.key(1), (3, 32, 32), 0, 3).astype(jnp.uint8)
     same, labels = method.augmented(x, codes, jax.random.key(2))
