@@ -1,6 +1,6 @@
 """Lungs and lesions on chest X-rays, and lung lobes of the sample CT: accuracy of the default U-Net.
 
-    python experiments/segmentation/study.py --data ../shared/data/cxr_lesions --work runs/segmentation [--only NAME ...]
+    python experiments/segmentation/study.py --data ../shared/data/cxr_lesions [--work DIR] [--only NAME ...]
 
 Each part is one command of `pulmo_jax.train`; a finished part is not repeated. Results: results.json and README.md.
 """

@@ -27,9 +27,9 @@ from pulmo_jax.evaluation.segmentation_metrics import BINS, ImageScores, ratio
 
 RELIABILITY_BINS = 10
 LOWEST = 1e-6  # probabilities are clipped to LOWEST and 1 - LOWEST before their logarithm
-# Independent pixels that an image counts for against the priors of the scaling. Of 1, 10, 100 and 1000, 100 is within 4 %
-# of the lowest held-out log loss, for distorted ridge probabilities of lesions and for simulated rare classes; 10 is up
-# to 8 % above it where a rare class is predicted much too confidently.
+# Independent pixels that an image counts for against the priors of the scaling. Of 1, 10, 100 and 1000, 100 is within
+# 4 % of the lowest held-out log loss, for distorted ridge probabilities of lesions and for simulated rare classes; 10
+# is up to 8 % above it where a rare class is predicted much too confidently.
 EFFECTIVE_PIXELS = 100.0
 
 

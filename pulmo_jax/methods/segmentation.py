@@ -20,7 +20,6 @@ from pulmo_jax.methods.segmenter import Batch
 from pulmo_jax.models.unet import UNet
 from pulmo_jax.types import InputError
 
-
 SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])", re.IGNORECASE)  # in the name of a class
 
 

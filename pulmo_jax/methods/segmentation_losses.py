@@ -229,6 +229,38 @@ def combined(
     return total
 
 
+def with_boundary(
+    logits: Float[Array, "B H W M"],
+    inside: Float[Array, "B H W M"],
+    labelled: Bool[Array, "B H W"],
+    exclusive: bool,
+    *,
+    dice_weight: Weight = 1.0,
+    cross_entropy_weight: Weight = 1.0,
+    boundary_weight: Weight = 0.5,
+) -> Float[Array, ""]:
+    """Compute the sum of Dice, cross-entropy and boundary loss.
+
+    Args:
+        logits: Logits of the classes.
+        inside: 1 for each class that a pixel belongs to.
+        labelled: Labelled pixels.
+        exclusive: Whether the classes are exclusive.
+        dice_weight: Weight of `dice`.
+        cross_entropy_weight: Weight of `cross_entropy`.
+        boundary_weight: Weight of `boundary`.
+
+    Returns:
+        The loss.
+    """
+    weights = {
+        "dice_weight": dice_weight,
+        "cross_entropy_weight": cross_entropy_weight,
+        "boundary_weight": boundary_weight,
+    }
+    return combined(logits, inside, labelled, exclusive, **weights)
+
+
 def probabilities(logits: Float[Array, "*grid M"], exclusive: bool) -> Float[Array, "*grid M"]:
     """Softmax over exclusive classes, or the sigmoid of each class."""
     return jax.nn.softmax(logits) if exclusive else jax.nn.sigmoid(logits)

@@ -248,7 +248,7 @@ def test_a_config_cannot_set_what_only_the_program_supplies(module, group, name)
     module("my_parts", f"def part(size: int = 3, {name}=None): return {name}")
     node = {"_target_": "my_parts.part"}
     assert build(node, group, ("my_parts",), **{name: 9}) == 9
-    with pytest.raises(InputError, match=f"unknown key {group}.{name}; {group} has: size"):
+    with pytest.raises(InputError, match=rf"unknown key {group}.{name}; (did you mean \S+\? )?{group} has: size"):
         check_node(node | {name: 1}, group, ("my_parts",))
 
 

@@ -212,6 +212,11 @@ def learning(config: SegmentationConfig, data: SegmentationData, place: Place) -
     jitter = (config.data.stride or networks.patch_size // 2) // 2
     cells = labelled_cells(labelled, data.cells, rows, hows, size, networks.seeds, fraction, jitter)
     read = patch_reader(labelled, hows, config.data.decoded_mb)
+    if not networks.resize and not read.source.fits and config.data.decoded_mb:
+        place.note(
+            f"note: the images take {read.source.needed_mb:.0f} MiB decoded, more than data.decoded_mb="
+            f"{config.data.decoded_mb}: files are read for every patch, which is slower if they are compressed"
+        )
     shape = size, len(networks), networks.patch_size, networks.patch_size
     batch = jax.ShapeDtypeStruct((*shape, networks.channels), np.float32), jax.ShapeDtypeStruct(shape, np.uint8)
     loss, keys = validation(method, data), keys_of(networks)
