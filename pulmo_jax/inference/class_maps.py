@@ -23,7 +23,6 @@ from pulmo_jax.data.image_scale import for_image
 from pulmo_jax.data.transforms import Preprocessing, finite
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.evaluation.segmentation_calibration import LOWEST
-from pulmo_jax.evaluation.segmentation_metrics import decided
 from pulmo_jax.inference.memory import WithinMemory, within_memory
 from pulmo_jax.inference.resized_rows import narrowed, resized_rows
 from pulmo_jax.inference.score import LOWER, STRIP_PX, Inside, Tiles, gathered, naming_what_to_lower
@@ -325,7 +324,7 @@ def log_odds(blended: Float[Array, "*grid O"] | Float[np.ndarray, "*grid O"], ov
 def decide(
     probabilities: Float[np.ndarray, "*grid K"], thresholds: Sequence[float], classes: Classes
 ) -> UInt8[np.ndarray, "*grid"]:
-    """Assign a class number to each pixel, by the rule of `segmentation_metrics.decided`.
+    """Assign a class number to each pixel (see `class_masks`).
 
     Args:
         probabilities: Calibrated probabilities of the K classes.
@@ -342,17 +341,29 @@ def decide(
 def class_masks(
     probabilities: Float[np.ndarray, "*grid K"], thresholds: Sequence[float], classes: Classes
 ) -> Bool[np.ndarray, "*grid K"]:
-    """Decide which pixels belong to each class, as `decide` does; overlapping classes may share pixels.
+    """Decide which pixels belong to each class.
+
+    Exclusive classes: the largest of p_0 = 1 - sum p_k, for the background, and p_k (1 - t_k) / t_k; the background wins
+    a tie, then the first class. With one class this is p > t, with thresholds of 0.5 the most probable class.
+    Overlapping classes: p_k >= t_k.
 
     Args:
         probabilities: Calibrated probabilities of the K classes.
-        thresholds: Threshold of each class.
+        thresholds: Threshold t_k of each class, between 0 and 1.
         classes: The classes.
 
     Returns:
         Whether each pixel belongs to each class; False where a probability is NaN.
     """
-    return decided(probabilities, thresholds, classes.overlapping)
+    if classes.overlapping:
+        return probabilities >= np.asarray(thresholds, np.float32)
+    best = 1 - probabilities.sum(axis=-1)  # NaN is never exceeded
+    leader = np.zeros(best.shape, np.uint8)
+    for k, t in enumerate(thresholds, start=1):
+        odds = probabilities[..., k - 1] * np.float32((1 - t) / t)
+        leader[odds > best] = k
+        best = np.maximum(best, odds)
+    return leader[..., None] == np.arange(1, len(classes) + 1)
 
 
 def numbered(
