@@ -343,8 +343,8 @@ def class_masks(
 ) -> Bool[np.ndarray, "*grid K"]:
     """Decide which pixels belong to each class.
 
-    Exclusive classes: the largest of p_0 = 1 - sum p_k, for the background, and p_k (1 - t_k) / t_k; the background wins
-    a tie, then the first class. With one class this is p > t, with thresholds of 0.5 the most probable class.
+    Exclusive classes: the largest of p_0 = 1 - sum p_k, for the background, and p_k (1 - t_k) / t_k; the background
+    wins a tie, then the first class. With one class this is p > t, with thresholds of 0.5 the most probable class.
     Overlapping classes: p_k >= t_k.
 
     Args:
