@@ -23,7 +23,6 @@ from pulmo_jax.data.image_scale import for_image
 from pulmo_jax.data.transforms import Preprocessing, finite
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.evaluation.segmentation_calibration import LOWEST
-from pulmo_jax.evaluation.segmentation_metrics import decided
 from pulmo_jax.inference.memory import WithinMemory, within_memory
 from pulmo_jax.inference.resized_rows import narrowed, resized_rows
 from pulmo_jax.inference.score import LOWER, STRIP_PX, Inside, Tiles, gathered, naming_what_to_lower
@@ -99,7 +98,7 @@ class ClassMapper:
             raise ValueError(f"{len(networks)} networks, {len(hows)} preprocessings of {len(alike)} kinds")
         identity = Scaling(1.0, (0.0,) * classes.n_outputs)
         program = within_memory(
-            partial(tile_probabilities, method),
+            partial(tile_probabilities, method, classes.overlapping),
             f"a batch of {tiles.batch_size} tiles of {size} x {size} px",
             LOWER.format(tiles.batch_size),
         )
@@ -167,14 +166,15 @@ class ClassMapper:
             NaN where a pixel is missing.
         """
         used = list(range(len(self.networks))) if networks is None else list(networks)
-        yield from self._masked(pixels, used, bands_last, len(used) * self.classes.n_outputs)
+        finish = partial(outputs, n_networks=len(used), overlapping=self.classes.overlapping)
+        yield from self._masked(pixels, used, finish, len(used) * self.classes.n_outputs)
 
     def _masked(
         self, pixels: Rows, networks: Sequence[int], finish: Any, n_maps: int
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Finish the blended strips on the device, crop them to the image and set missing pixels to NaN."""
         (height, width), size = pixels.shape[:2], self.hows[0].patch_size
-        most_px = max(1, STRIP_PX // (len(networks) * self.classes.n_outputs))
+        most_px = max(1, STRIP_PX // (len(networks) * len(self.classes)))
         grid = Grid.over((height, width), size, self.tiles.stride(size), 0, most_px)
         inside, hows = Inside(pixels, None), [for_image(self.hows[m], pixels) for m in networks]
         with naming_what_to_lower(self.tiles, pixels.shape):
@@ -219,7 +219,7 @@ class ClassMapper:
     def _of_tiles(
         self, tiles: Float[Array, "B P P C"], networks: Sequence[int], constants: Sequence[Constants]
     ) -> Float[Array, "B P P maps"]:
-        """Uncalibrated probabilities of the networks for raw tiles, averaged over mirror images."""
+        """Uncalibrated probabilities of the classes by the networks for raw tiles, averaged over mirror images."""
         found = []
         for m, own in zip(networks, constants, strict=True):
             maps = [
@@ -234,11 +234,12 @@ class ClassMapper:
 
 
 def tile_probabilities(
-    method: Segmenter, params: Params, constants: Constants, tiles: Float[Array, "B P P C"]
-) -> Float[Array, "B P P O"]:
-    """Normalise raw tiles as one network needs them, and compute its uncalibrated probabilities."""
+    method: Segmenter, overlapping: bool, params: Params, constants: Constants, tiles: Float[Array, "B P P C"]
+) -> Float[Array, "B P P K"]:
+    """Normalise raw tiles as one network needs them, and compute its uncalibrated probabilities of the K classes."""
     flat = tiles.reshape(-1, *tiles.shape[2:])
-    return method.probabilities(params, normalised(flat, None, constants).reshape(tiles.shape)).astype(jnp.float32)
+    found = method.probabilities(params, normalised(flat, None, constants).reshape(tiles.shape))
+    return found.astype(jnp.float32)[..., 0 if overlapping else 1 :]
 
 
 def mirror(tiles: Float[Array, "B P P M"], axes: tuple[int, ...]) -> Float[Array, "B P P M"]:
@@ -257,10 +258,23 @@ def averaged(maps: Sequence[Float[Array, "B P P M"]]) -> Float[Array, "B P P M"]
     return sum(maps[1:], start=maps[0]) / len(maps)
 
 
-@jax.jit
-def bands_last(strip: Float[Array, "maps rows width"]) -> Float[Array, "rows width maps"]:
-    """Move the maps to the last axis."""
-    return jnp.moveaxis(strip, 0, -1)
+def all_outputs(
+    strip: Float[Array, "maps rows width"], n_networks: int, overlapping: bool
+) -> Float[Array, "m rows width O"]:
+    """Arrange blended maps by network, and prepend the background, which is not blended, to exclusive classes."""
+    maps = jnp.moveaxis(strip.reshape(n_networks, -1, *strip.shape[1:]), 1, -1)
+    if overlapping:
+        return maps
+    return jnp.concatenate([jnp.maximum(1 - maps.sum(axis=-1, keepdims=True), 0), maps], axis=-1)
+
+
+@partial(jax.jit, static_argnames=("n_networks", "overlapping"))
+def outputs(
+    strip: Float[Array, "maps rows width"], *, n_networks: int, overlapping: bool
+) -> Float[Array, "rows width outputs"]:
+    """Blended, uncalibrated probabilities of all outputs of one network after another."""
+    maps = jnp.moveaxis(all_outputs(strip, n_networks, overlapping), 0, 2)
+    return maps.reshape(*maps.shape[:2], -1)
 
 
 @partial(jax.jit, static_argnames="overlapping")
@@ -275,16 +289,16 @@ def calibrated(
     """Calibrate the blended probabilities of each network, and average them over the networks.
 
     Args:
-        strip: Blended probabilities of m networks, O outputs each.
+        strip: Blended probabilities of m networks, K classes each.
         weights: Weight of each network; their sum is 1.
         scale: Factor of the log-probabilities (see `log_odds`) of each network, for all outputs or for each.
-        offsets: Offset of each output.
-        overlapping: Whether the classes overlap; otherwise the first output is the background.
+        offsets: Offset of each output; the first one is the background if the classes are exclusive.
+        overlapping: Whether the classes overlap.
 
     Returns:
         Probabilities of the K classes.
     """
-    blended = jnp.moveaxis(strip.reshape(*offsets.shape, *strip.shape[1:]), 1, -1)  # (m, rows, width, O)
+    blended = all_outputs(strip, len(offsets), overlapping)
     z = scale[:, None, None] * log_odds(blended, overlapping) + offsets[:, None, None]
     each = jax.nn.sigmoid(z) if overlapping else jax.nn.softmax(z, axis=-1)[..., 1:]
     return jnp.einsum("mhwk,m->hwk", each, jnp.asarray(weights), precision="highest")
@@ -310,7 +324,7 @@ def log_odds(blended: Float[Array, "*grid O"] | Float[np.ndarray, "*grid O"], ov
 def decide(
     probabilities: Float[np.ndarray, "*grid K"], thresholds: Sequence[float], classes: Classes
 ) -> UInt8[np.ndarray, "*grid"]:
-    """Assign a class number to each pixel, by the rule of `segmentation_metrics.decided`.
+    """Assign a class number to each pixel (see `class_masks`).
 
     Args:
         probabilities: Calibrated probabilities of the K classes.
@@ -327,17 +341,29 @@ def decide(
 def class_masks(
     probabilities: Float[np.ndarray, "*grid K"], thresholds: Sequence[float], classes: Classes
 ) -> Bool[np.ndarray, "*grid K"]:
-    """Decide which pixels belong to each class, as `decide` does; overlapping classes may share pixels.
+    """Decide which pixels belong to each class.
+
+    Exclusive classes: the largest of p_0 = 1 - sum p_k, for the background, and p_k (1 - t_k) / t_k; the background
+    wins a tie, then the first class. With one class this is p > t, with thresholds of 0.5 the most probable class.
+    Overlapping classes: p_k >= t_k.
 
     Args:
         probabilities: Calibrated probabilities of the K classes.
-        thresholds: Threshold of each class.
+        thresholds: Threshold t_k of each class, between 0 and 1.
         classes: The classes.
 
     Returns:
         Whether each pixel belongs to each class; False where a probability is NaN.
     """
-    return decided(probabilities, thresholds, classes.overlapping)
+    if classes.overlapping:
+        return probabilities >= np.asarray(thresholds, np.float32)
+    best = 1 - probabilities.sum(axis=-1)  # NaN is never exceeded
+    leader = np.zeros(best.shape, np.uint8)
+    for k, t in enumerate(thresholds, start=1):
+        odds = probabilities[..., k - 1] * np.float32((1 - t) / t)
+        leader[odds > best] = k
+        best = np.maximum(best, odds)
+    return leader[..., None] == np.arange(1, len(classes) + 1)
 
 
 def numbered(
