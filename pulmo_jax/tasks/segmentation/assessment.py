@@ -40,7 +40,7 @@ from pulmo_jax.types import InputError
 
 
 def read_test(run: SegmentationRun, config: AssessMasksConfig, place: Place) -> Labelled:
-    """Read labelled test images; keys missing in the config are those of the run.
+    """Read labelled test images; without data.group_regex or data.ignore, those of the run are used.
 
     Args:
         run: Opened run.
@@ -53,10 +53,10 @@ def read_test(run: SegmentationRun, config: AssessMasksConfig, place: Place) -> 
     Raises:
         InputError: If images or masks cannot be used, or have other classes or bands than those of the run.
     """
-    own = {"group_regex": config.data.group_regex or run.config.data.group_regex}
-    labelled = read_labelled(
-        config.data.model_copy(update=own), run.classes, run.config.data.max_image_mb, place.console, place.formats
-    )
+    given, trained = config.data, run.config.data
+    ignore = trained.ignore if given.ignore is None else given.ignore
+    data = given.model_copy(update={"group_regex": given.group_regex or trained.group_regex, "ignore": ignore})
+    labelled = read_labelled(data, run.classes, trained.max_image_mb, place.console, place.formats)
     for ref in labelled.refs:
         require_fit(ref, run.networks)
     return labelled

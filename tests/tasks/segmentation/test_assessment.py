@@ -216,6 +216,20 @@ def test_images_of_other_bands_are_refused(cross_validated, tmp_path):
         assessment.read_test(run, evaluation_of(tmp_path), place_in(tmp_path / "out"))
 
 
+def test_the_value_of_unlabelled_pixels_is_that_of_the_run(cross_validated, tmp_path):
+    run = cross_validated[0]
+    draw_images(tmp_path, count=1)
+    mask = np.full((64, 64), 255, np.uint8)
+    mask[:8], mask[8:16] = 0, 1
+    tifffile.imwrite(tmp_path / "masks" / "image_00.tif", mask)
+    place = place_in(tmp_path / "out")
+    with pytest.raises(InputError, match="255"):
+        assessment.read_test(run, evaluation_of(tmp_path), place)
+    ignoring = run.config.model_copy(update={"data": run.config.data.model_copy(update={"ignore": 255})})
+    labelled = assessment.read_test(replace(run, config=ignoring), evaluation_of(tmp_path), place)
+    assert labelled.counts.tolist() == [[8 * 64, 8 * 64, 0, 48 * 64]]
+
+
 def test_without_test_images_the_validation_images_are_assessed_with_a_warning(folder, tmp_path):
     run, labelled, folds = drawn_run(folder, baselines=False)
     (fold,) = folds
