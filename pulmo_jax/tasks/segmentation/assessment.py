@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from pulmo_jax.data.folds import Fold
 from pulmo_jax.data.sample_facts import described_sample, sample_line
-from pulmo_jax.evaluation.false_components import lesions_by_size
+from pulmo_jax.evaluation.false_components import expected_false, false_peaks, lesions_by_size
 from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.evaluation.segmentation_baselines import Baseline
 from pulmo_jax.evaluation.segmentation_metrics import ImageScores, empty_images, image_figures
@@ -238,7 +238,8 @@ def assessed(
         name: lesions_by_size(own, row, groups, options.lesion_sizes_px, options.replicates, seed, limit)
         for row, name in enumerate(tested.labelled.classes.names)
     }
-    return Assessed(run, tested, estimates, differences, lesions, options, seed, data)
+    false = expected_false(false_peaks(own, range(len(lesions))), groups, limit, options.replicates, seed)
+    return Assessed(run, tested, estimates, differences, lesions, false, options, seed, data)
 
 
 def metrics_of(found: Assessed) -> dict[str, Any]:
@@ -271,6 +272,7 @@ def metrics_of(found: Assessed) -> dict[str, Any]:
             "images": len(labelled.refs),
             "groups": len(set(labelled.groups)),
             "data": found.data,
+            "false_components": asdict(found.false_components),
             "images_by_class": {
                 row: {name: int(counts[i]) for name, counts in present.items()} for i, row in enumerate(rows)
             },

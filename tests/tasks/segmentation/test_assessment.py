@@ -88,7 +88,12 @@ def test_figures_of_merit_are_those_of_the_decided_pixels(cross_validated):
         estimate = by_class[name]["dice"]
         assert estimate["value"] == pytest.approx(np.mean(dice, axis=0)[k])
         assert estimate["low"] < estimate["value"] < estimate["high"]
-    assert found.metrics["test"] == {
+    tested = dict(found.metrics["test"])
+    assert (
+        tested.pop("false_components")["value"]
+        == sum(row["n_false"] for rows in found.metrics["components"].values() for row in rows) / 12
+    )
+    assert tested == {
         "images": 12,
         "groups": 6,
         "data": "out-of-fold predictions",
@@ -247,16 +252,17 @@ def test_a_component_threshold_is_described_and_applied(cross_validated, tmp_pat
     run, labelled, folds, found = cross_validated
     expected = Estimate(0.1, 0.0, 0.3)
     limited = replace(run.calibration, components=ConformalThreshold(0.9, 0.5, 3.0, 8, expected))
-    assert "at most 0.500 false components per image are expected" in report.components_text(
-        replace(run, calibration=limited)
-    )
+    text = report.components_text(replace(run, calibration=limited), Estimate(0.4, 0.2, 0.6))
+    assert "at most 0.5 false components per image are expected" in text
+    assert text.endswith("On these images: 0.400 [0.200, 0.600] false components per image.")
     nothing = replace(run.calibration, components=ConformalThreshold(math.inf, 0.1, 3.0, 2, Estimate(0.0), "2 groups"))
     strict = replace(run, calibration=nothing)
-    assert report.components_text(strict) == "No component is listed: 2 groups."
+    assert report.components_text(strict, Estimate(0.0)) == "No component is listed: 2 groups."
     again = assessment.assess_training(strict, labelled, folds, [], {}, 0.0, place_in(tmp_path))
     assert [row["n_found"] for row in again.metrics["components"]["organ"]] == [0, 0, 0]
     assert sum(row["n_found"] for row in found.metrics["components"]["organ"]) == 12
     assert again.metrics["calibration"]["components"]["threshold"] is None
+    assert again.metrics["test"]["false_components"]["value"] == 0
     json.dumps(again.metrics, allow_nan=False)
 
 
