@@ -55,6 +55,33 @@ def row_names(classes: Classes) -> tuple[str, ...]:
     return (*classes.names, ANY) if len(classes) > 1 else classes.names
 
 
+def decided(
+    probabilities: Float[np.ndarray, "*grid K"], thresholds: Sequence[float], overlapping: bool
+) -> Bool[np.ndarray, "*grid K"]:
+    """Decide the classes of pixels.
+
+    Exclusive classes: the largest of p_0 and p_k (1 - t_k) / t_k, with p_0 the probability of the background; the
+    background wins a tie, then the first class. For a single class this is p_1 > t_1. Overlapping classes: p_k >= t_k.
+
+    Args:
+        probabilities: Probabilities of the classes, without the background.
+        thresholds: Threshold t_k of each class, between 0 and 1.
+        overlapping: Whether a pixel can belong to several classes.
+
+    Returns:
+        Whether a pixel is assigned to each class; never if one of its probabilities is NaN.
+    """
+    t = np.array(thresholds, probabilities.dtype)
+    known = np.isfinite(probabilities).all(-1, keepdims=True)
+    p = np.where(known, probabilities, 0)  # only background
+    if overlapping:
+        return p >= t
+    odds = p * ((1 - t) / t)
+    best = odds.argmax(-1)
+    above = np.take_along_axis(odds, best[..., None], -1) > 1 - p.sum(-1, keepdims=True)
+    return (best[..., None] == np.arange(len(t))) & above
+
+
 def score_image(
     probabilities: Float[np.ndarray, "H W K"],
     predicted: Bool[np.ndarray, "H W K"],
@@ -71,7 +98,7 @@ def score_image(
 
     Args:
         probabilities: Probabilities of the classes, without the background; NaN where there is none.
-        predicted: Decided classes of the pixels, see `inference.class_maps.class_masks`.
+        predicted: Decided classes of the pixels, see `decided`.
         codes: Codes of the true classes of the pixels (see `data.codes`).
         classes: The classes.
         spacing: Size of a pixel in y and x.

@@ -10,6 +10,7 @@ from pulmo_jax.data.codes import UNLABELLED, Classes
 from pulmo_jax.evaluation.segmentation_metrics import (
     ANY,
     BINS,
+    decided,
     empty_images,
     image_figures,
     lesion_counts,
@@ -17,7 +18,6 @@ from pulmo_jax.evaluation.segmentation_metrics import (
     score_image,
 )
 from pulmo_jax.evaluation.surface_distance import surface_figures
-from pulmo_jax.inference.class_maps import class_masks
 
 ONE, TWO = Classes(("lung",), (1,)), Classes(("lung", "lesion"), (10, 20))
 BOTH = Classes(("lung", "lesion"), (1, 2), overlapping=True)
@@ -42,7 +42,7 @@ def example(classes, seed=0, shape=(45, 60), unlabelled=0.2):
         p = odds / (1 + odds.sum(-1, keepdims=True))
     codes = np.where(np.random.default_rng(seed).random(shape) < unlabelled, UNLABELLED, codes).astype(np.uint8)
     p = p.astype(np.float32)
-    return p, class_masks(p, (0.5,) * len(classes), classes), codes
+    return p, decided(p, (0.5,) * len(classes), classes.overlapping), codes
 
 
 def rows_of(classes, p, predicted, codes):
@@ -163,6 +163,28 @@ def test_a_component_below_the_smallest_area_neither_finds_a_lesion_nor_is_false
     p, codes = predicted[..., None].astype(np.float32), truth.astype(np.uint8)
     assert lesion_counts([score_image(p, predicted[..., None], codes, ONE)], 0).tolist() == [[1, 1, 1]]
     assert lesion_counts([score_image(p, predicted[..., None], codes, ONE, min_area_px=3)], 0).tolist() == [[1, 0, 0]]
+
+
+def test_decisions():
+    p = np.array([[0.3, 0.3], [0.5, 0.2], [0.2, 0.6], [0.1, 0.1], [np.nan, 0.9]], np.float32)
+    background = 1 - np.nan_to_num(p).sum(-1)
+    plain = decided(p, (0.5, 0.5), overlapping=False)
+    whole = np.concatenate([background[:, None], np.nan_to_num(p)], 1).argmax(1)
+    np.testing.assert_array_equal(np.where(plain.any(1), plain.argmax(1) + 1, 0)[:4], whole[:4])
+    t = 0.3
+    single = decided(np.linspace(0, 1, 101, dtype=np.float32)[:, None], (t,), overlapping=False)[:, 0]
+    np.testing.assert_array_equal(np.delete(single, 30), np.delete(np.linspace(0, 1, 101) > t, 30))
+    lower = decided(p, (0.5, 0.05), overlapping=False)  # the second class wins where it would lose at 0.5
+    assert lower[0].tolist() == [False, True]
+    assert lower[1].tolist() == [False, True]
+    both = decided(p, (0.25, 0.25), overlapping=True)
+    np.testing.assert_array_equal(both, [[1, 1], [1, 0], [0, 1], [0, 0], [0, 0]])
+
+
+def test_a_missing_probability_belongs_to_no_class():
+    p = np.array([[np.nan, np.nan], [np.nan, 0.9]], np.float32)
+    for overlapping in (False, True):
+        assert not decided(p, (0.5, 0.5), overlapping).any()
 
 
 def test_rows():

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from pulmo_jax.data.folds import Fold
 from pulmo_jax.data.sample_facts import described_sample, sample_line
-from pulmo_jax.evaluation.false_components import lesions_by_size
+from pulmo_jax.evaluation.false_components import expected_false, false_peaks, lesions_by_size
 from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.evaluation.segmentation_baselines import Baseline
 from pulmo_jax.evaluation.segmentation_metrics import ImageScores, empty_images, image_figures
@@ -40,7 +40,7 @@ from pulmo_jax.types import InputError
 
 
 def read_test(run: SegmentationRun, config: AssessMasksConfig, place: Place) -> Labelled:
-    """Read labelled test images; keys missing in the config are those of the run.
+    """Read labelled test images; without data.group_regex or data.ignore, those of the run are used.
 
     Args:
         run: Opened run.
@@ -53,10 +53,10 @@ def read_test(run: SegmentationRun, config: AssessMasksConfig, place: Place) -> 
     Raises:
         InputError: If images or masks cannot be used, or have other classes or bands than those of the run.
     """
-    own = {"group_regex": config.data.group_regex or run.config.data.group_regex}
-    labelled = read_labelled(
-        config.data.model_copy(update=own), run.classes, run.config.data.max_image_mb, place.console, place.formats
-    )
+    given, trained = config.data, run.config.data
+    ignore = trained.ignore if given.ignore is None else given.ignore
+    data = given.model_copy(update={"group_regex": given.group_regex or trained.group_regex, "ignore": ignore})
+    labelled = read_labelled(data, run.classes, trained.max_image_mb, place.console, place.formats)
     for ref in labelled.refs:
         require_fit(ref, run.networks)
     return labelled
@@ -238,7 +238,8 @@ def assessed(
         name: lesions_by_size(own, row, groups, options.lesion_sizes_px, options.replicates, seed, limit)
         for row, name in enumerate(tested.labelled.classes.names)
     }
-    return Assessed(run, tested, estimates, differences, lesions, options, seed, data)
+    false = expected_false(false_peaks(own, range(len(lesions))), groups, limit, options.replicates, seed)
+    return Assessed(run, tested, estimates, differences, lesions, false, options, seed, data)
 
 
 def metrics_of(found: Assessed) -> dict[str, Any]:
@@ -271,6 +272,7 @@ def metrics_of(found: Assessed) -> dict[str, Any]:
             "images": len(labelled.refs),
             "groups": len(set(labelled.groups)),
             "data": found.data,
+            "false_components": asdict(found.false_components),
             "images_by_class": {
                 row: {name: int(counts[i]) for name, counts in present.items()} for i, row in enumerate(rows)
             },

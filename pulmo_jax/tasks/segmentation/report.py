@@ -47,6 +47,7 @@ class Assessed:
         estimates: Figures of merit by method, row of the scores and name.
         differences: Differences of the run from each baseline, by row and name.
         lesions: Recall and false components by class and size.
+        false_components: Listed false components per image, of all classes.
         options: Options of the evaluation.
         seed: Random seed of the bootstrap.
         data: What the images are, for the captions.
@@ -57,6 +58,7 @@ class Assessed:
     estimates: Estimates
     differences: Estimates
     lesions: Mapping[str, Sequence[LesionRow]]
+    false_components: Estimate
     options: SegmentationEvaluationConfig
     seed: int
     data: str
@@ -108,7 +110,7 @@ def report_sections(found: Assessed, out_dir: Path, training: Mapping[str, Any])
         Section("Results", text, results, all_tables(found)),
         Section("Examples", first, galleries(run, tested, found.options.examples, save)),
         Section("Dice by size", "", [sizes]),
-        Section("Components", components_text(run), froc, [lesion_table(found.lesions)]),
+        Section("Components", components_text(run, found.false_components), froc, [lesion_table(found.lesions)]),
         Section("Calibration", "", calibration, [threshold_table(run)]),
         *(training_sections(run.path, out_dir, training) if training else []),
     ]
@@ -120,19 +122,27 @@ def all_tables(found: Assessed) -> list[Table]:
     return [*metric_tables(found.estimates), *gaps]
 
 
-def components_text(run: SegmentationRun) -> str:
-    """How the threshold of the components was chosen, and what it guarantees."""
-    found = run.calibration.components
+def components_text(run: SegmentationRun, observed: Estimate) -> str:
+    """How the threshold of the components was chosen, what it guarantees, and what these images show.
+
+    Args:
+        run: Calibrated run.
+        observed: False components per image of the assessed images, of all classes.
+
+    Returns:
+        One paragraph.
+    """
+    found, here = run.calibration.components, f"On these images: {cell(asdict(observed))} false components per image."
     if found is None:
-        return "All components of the decided classes are listed: calibration.false_components is not set."
+        return f"All components of the decided classes are listed: calibration.false_components is not set. {here}"
     if not np.isfinite(found.threshold):
         return f"No component is listed: {found.reason}."
-    expected = cell(asdict(found.expected))
     return (
         f"Components with a highest probability of at least {number(found.threshold)} are listed, so that at most "
-        f"{number(found.limit)} false components per image are expected (conformal risk control on {found.n_groups} "
-        f"validation groups, at most {number(found.bound)} per image). Observed on them: {expected} per image. The "
-        "bound holds on average over groups that are exchangeable with the validation groups."
+        f"{found.limit:g} false components per image are expected (conformal risk control on {found.n_groups} "
+        f"validation groups, with at most {found.bound:g} counted per image). On the validation images: "
+        f"{cell(asdict(found.expected))} per image. The limit holds on average over groups that are exchangeable with "
+        f"the validation groups. {here}"
     )
 
 

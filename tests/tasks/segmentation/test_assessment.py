@@ -88,7 +88,12 @@ def test_figures_of_merit_are_those_of_the_decided_pixels(cross_validated):
         estimate = by_class[name]["dice"]
         assert estimate["value"] == pytest.approx(np.mean(dice, axis=0)[k])
         assert estimate["low"] < estimate["value"] < estimate["high"]
-    assert found.metrics["test"] == {
+    tested = dict(found.metrics["test"])
+    assert (
+        tested.pop("false_components")["value"]
+        == sum(row["n_false"] for rows in found.metrics["components"].values() for row in rows) / 12
+    )
+    assert tested == {
         "images": 12,
         "groups": 6,
         "data": "out-of-fold predictions",
@@ -216,6 +221,20 @@ def test_images_of_other_bands_are_refused(cross_validated, tmp_path):
         assessment.read_test(run, evaluation_of(tmp_path), place_in(tmp_path / "out"))
 
 
+def test_the_value_of_unlabelled_pixels_is_that_of_the_run(cross_validated, tmp_path):
+    run = cross_validated[0]
+    draw_images(tmp_path, count=1)
+    mask = np.full((64, 64), 255, np.uint8)
+    mask[:8], mask[8:16] = 0, 1
+    tifffile.imwrite(tmp_path / "masks" / "image_00.tif", mask)
+    place = place_in(tmp_path / "out")
+    with pytest.raises(InputError, match="255"):
+        assessment.read_test(run, evaluation_of(tmp_path), place)
+    ignoring = run.config.model_copy(update={"data": run.config.data.model_copy(update={"ignore": 255})})
+    labelled = assessment.read_test(replace(run, config=ignoring), evaluation_of(tmp_path), place)
+    assert labelled.counts.tolist() == [[8 * 64, 8 * 64, 0, 48 * 64]]
+
+
 def test_without_test_images_the_validation_images_are_assessed_with_a_warning(folder, tmp_path):
     run, labelled, folds = drawn_run(folder, baselines=False)
     (fold,) = folds
@@ -233,16 +252,17 @@ def test_a_component_threshold_is_described_and_applied(cross_validated, tmp_pat
     run, labelled, folds, found = cross_validated
     expected = Estimate(0.1, 0.0, 0.3)
     limited = replace(run.calibration, components=ConformalThreshold(0.9, 0.5, 3.0, 8, expected))
-    assert "at most 0.500 false components per image are expected" in report.components_text(
-        replace(run, calibration=limited)
-    )
+    text = report.components_text(replace(run, calibration=limited), Estimate(0.4, 0.2, 0.6))
+    assert "at most 0.5 false components per image are expected" in text
+    assert text.endswith("On these images: 0.400 [0.200, 0.600] false components per image.")
     nothing = replace(run.calibration, components=ConformalThreshold(math.inf, 0.1, 3.0, 2, Estimate(0.0), "2 groups"))
     strict = replace(run, calibration=nothing)
-    assert report.components_text(strict) == "No component is listed: 2 groups."
+    assert report.components_text(strict, Estimate(0.0)) == "No component is listed: 2 groups."
     again = assessment.assess_training(strict, labelled, folds, [], {}, 0.0, place_in(tmp_path))
     assert [row["n_found"] for row in again.metrics["components"]["organ"]] == [0, 0, 0]
     assert sum(row["n_found"] for row in found.metrics["components"]["organ"]) == 12
     assert again.metrics["calibration"]["components"]["threshold"] is None
+    assert again.metrics["test"]["false_components"]["value"] == 0
     json.dumps(again.metrics, allow_nan=False)
 
 
