@@ -277,8 +277,9 @@ def main() -> None:
     result = {"machine": machine, "matmul_gflops": limits[0], "copy_gbs": limits[1], "rounds": rounds, "rows": rows}
     (HERE / "segmentation.json").write_text(json.dumps(result, indent=2) + "\n")
     names = list(rows[0]["ms"])
+    command = f"python experiments/benchmarks/segmentation.py --rounds {rounds}" + " --compiled" * given.compiled
     lines = [
-        f"`python experiments/benchmarks/segmentation.py --rounds {rounds}{' --compiled' * given.compiled}`: {machine}; "
+        f"`{command}`: {machine}; "
         f"a float32 matrix product reaches {limits[0]:.0f} GFLOP/s and a copy {limits[1]:.0f} GB/s in the same run. "
         "Medians in ms (lowest to highest round); CPU: user and system time of all threads; ratios: medians over the "
         "rounds, to the fastest PyTorch.\n",
