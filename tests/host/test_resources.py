@@ -90,3 +90,28 @@ def test_freed_arrays_go_back_to_the_system(called):
     """Though small ones that stay lie between them; without the call they do not, or the call may go."""
     ran = child.run_program(HOLES.format(called))
     assert (int(ran.stdout) < 10 * 2**20) == called
+
+
+FAULTS = """
+import resource
+import numpy as np
+from pulmo_jax.host.resources import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**23)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if {}:
+    keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
+@pytest.mark.parametrize("called", [True, False])
+def test_large_freed_arrays_are_used_again(called):
+    """Without the call they are mapped anew; otherwise the call may go. Huge pages have 32 faults of 2 MiB."""
+    ran = child.run_program(FAULTS.format(called))
+    assert (int(ran.stdout) < 16) == called
