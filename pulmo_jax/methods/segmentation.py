@@ -71,6 +71,11 @@ class SegmentationNetwork:
         sides = any(SIDE.search(name) for name in self.classes.names)
         return self.flips or ("none" if sides else "horizontal")
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether the augmentation has reflections."""
+        return self.symmetries != "none"
+
     def member(self, key: Key[Array, ""]) -> Any:
         """Create a network with random initial parameters."""
         return self.network(

@@ -13,6 +13,11 @@ Batch = tuple[Float[Array, "B P P C"], UInt8[Array, "B P P"]]
 class Segmenter(Protocol):
     """A stateless segmentation method that is trained by gradient descent."""
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether it is trained on mirror images, too, so that predictions may be averaged over them."""
+        ...
+
     def init(self, key: Key[Array, ""]) -> Params:
         """Return random initial parameters."""
         ...

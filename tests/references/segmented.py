@@ -31,6 +31,10 @@ class Brightness:
 
     levels: tuple[float, ...]
 
+    @property
+    def mirrored(self) -> bool:
+        return False
+
     def init(self, key: Any) -> Any:
         return {"sharpness": jnp.float32(20)}
 

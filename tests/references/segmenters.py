@@ -22,6 +22,10 @@ class Convolutional:
     size: int = 5
     calls: Counter = field(default_factory=Counter, compare=False)
 
+    @property
+    def mirrored(self) -> bool:
+        return False
+
     def init(self, key) -> Any:
         kernel = jax.random.normal(key, (self.size, self.size, self.channels, self.n_outputs)) / self.size
         return {"kernel": kernel, "bias": jnp.linspace(-0.5, 0.5, self.n_outputs)}

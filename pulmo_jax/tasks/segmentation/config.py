@@ -161,7 +161,10 @@ class SegmentationTilesConfig(Section):
         default=0.5, ge=0, lt=1, description="overlap of neighbouring tiles, as a fraction of a tile"
     )
     batch_size: Int = Field(default=16, ge=1, description="number of tiles per batch")
-    flips: FLIPS = Field(default="none", description="average over mirror images: none, horizontal or both")
+    flips: FLIPS | None = Field(
+        default=None,
+        description="average over mirror images: none, horizontal or both; null: horizontal if trained on them",
+    )
 
 
 class SegmentationEvaluationConfig(EvaluationConfig):

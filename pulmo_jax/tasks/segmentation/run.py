@@ -155,7 +155,7 @@ def make_mapper(
         networks.preprocessing,
         Tiles(config.tiles.overlap, config.tiles.batch_size),
         networks.classes,
-        config.tiles.flips,
+        config.tiles.flips or ("horizontal" if method.mirrored else "none"),
         calibration and calibration.scalings,
         calibration and calibration.mean_thresholds,
     )
