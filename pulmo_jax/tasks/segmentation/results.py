@@ -49,7 +49,7 @@ class SegmentationResult:
         step = -(-max(self.mask.shape) // MOST_PX)
         names, aspect = list(self.components), self.mask.shape[0] / self.mask.shape[1]
         with style():
-            figure = Figure(figsize=(TEXT_WIDTH_IN, TEXT_WIDTH_IN / 2 * aspect + 0.6), layout="constrained")
+            figure = Figure(figsize=(TEXT_WIDTH_IN, 0.43 * TEXT_WIDTH_IN * aspect + 0.6), layout="constrained")
             left, right = figure.subplots(1, 2)
             left.imshow(outlined(as_colours(self.image[::step, ::step]), self.inside[::step, ::step]))
             shown = right.imshow(self.probabilities.max(axis=2)[::step, ::step], vmin=0, vmax=1, cmap="viridis")
