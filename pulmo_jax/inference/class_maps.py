@@ -82,7 +82,7 @@ class ClassMapper:
         Args:
             method: Method of the run.
             chunks: Parameters of the networks in chunks with a leading axis (see `training.members`).
-            hows: Preprocessing of each network; they agree in patch size, bands and resizing.
+            hows: Preprocessing of each network; they agree in patch size, bands, resizing and percentiles.
             tiles: Tiling.
             classes: Classes of the run.
             flips: Mirror images to average over.
@@ -93,7 +93,7 @@ class ClassMapper:
             The mapper.
         """
         networks = tuple(everywhere_tree(network) for chunk in chunks for network in unstacked(chunk))
-        size, alike = hows[0].patch_size, {(how.patch_size, how.channels, how.resize) for how in hows}
+        size, alike = hows[0].patch_size, {(how.patch_size, how.channels, how.resize, how.percentiles) for how in hows}
         if len(networks) != len(hows) or len(alike) != 1:
             raise ValueError(f"{len(networks)} networks, {len(hows)} preprocessings of {len(alike)} kinds")
         identity = Scaling(1.0, (0.0,) * classes.n_outputs)
@@ -176,7 +176,7 @@ class ClassMapper:
         (height, width), size = pixels.shape[:2], self.hows[0].patch_size
         most_px = max(1, STRIP_PX // (len(networks) * len(self.classes)))
         grid = Grid.over((height, width), size, self.tiles.stride(size), 0, most_px)
-        inside, hows = Inside(pixels, None), [for_image(self.hows[m], pixels) for m in networks]
+        inside, hows = Inside(pixels, None), of_image([self.hows[m] for m in networks], pixels)
         with naming_what_to_lower(self.tiles, pixels.shape):
             end = 0
             for strip in read_behind(map(finish, self._blended(pixels, networks, hows, grid, inside)), ahead=1):
@@ -381,6 +381,12 @@ def scaling_arrays(scalings: Sequence[Scaling]) -> tuple[Shaped[np.ndarray, "m _
     """Scales (m, 1) or (m, O) and offsets (m, O) of scalings, float32."""
     scale = np.stack([np.atleast_1d(np.asarray(scaling.scale, np.float32)) for scaling in scalings])
     return scale, np.array([scaling.offsets for scaling in scalings], np.float32)
+
+
+def of_image(hows: Sequence[Preprocessing], pixels: Rows) -> list[Preprocessing]:
+    """Preprocessings for one image, whose percentiles, if they are used, are the same for all networks."""
+    own = for_image(hows[0], pixels)
+    return [how if how.percentiles is None else replace(how, offset=own.offset, scale=own.scale) for how in hows]
 
 
 def unscaled(how: Preprocessing) -> Preprocessing:

@@ -115,5 +115,5 @@ def is_valid(classes: Classes) -> bool:
 def fit_together(networks: Networks) -> bool:
     """Whether the preprocessings are valid, one for each network, and agree in what a network sees."""
     hows: Sequence[Preprocessing] = networks.preprocessing
-    kinds = {(how.patch_size, how.channels, how.resize, how.dtype) for how in hows}
+    kinds = {(how.patch_size, how.channels, how.resize, how.dtype, how.percentiles) for how in hows}
     return len(hows) == len(networks) and len(kinds) == 1 and all(how.is_consistent for how in hows)

@@ -282,6 +282,22 @@ def test_large_image_has_a_subsampled_overlay_that_shows_small_regions(tmp_path,
     assert blocks[coloured].all()
 
 
+def test_file_is_never_read_whole(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "image.tif", smooth((400, 30)), photometric="minisblack", rowsperstrip=8)
+    monkeypatch.setattr("pulmo_jax.inference.class_maps.STRIP_PX", 2**10)
+    monkeypatch.setattr(map_files, "STRIP_BYTES", 2**10)
+    heights, read = [], Reader.image
+
+    def watched(reader, ref, window=None):
+        heights.append(ref.shape[0] if window is None else window.height)
+        return read(reader, ref, window)
+
+    monkeypatch.setattr(Reader, "image", watched)
+    page_of(segmentation_run(tmp_path / "run", ONE), tmp_path / "image.tif", tmp_path / "out")
+    assert len(heights) > 50
+    assert max(heights) <= 2 * 16
+
+
 def test_rows_of_a_file_are_those_of_its_image(tmp_path):
     pixels = smooth((70, 90, 3))
     tifffile.imwrite(tmp_path / "image.tif", pixels, photometric="rgb")
