@@ -90,9 +90,9 @@ def give_back_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for later arrays instead of returning it to the system.
 
-    By default, glibc maps every array above 32 MiB and unmaps it when it is freed. The working memory of a training step
-    of the U-Net is such an array: the page faults of mapping it again took 15 % of the CPU time of each step. Other C
-    libraries are not changed.
+    By default, glibc maps every array above 32 MiB and unmaps it when it is freed. The working memory of a training
+    step of the U-Net is such an array: the page faults of mapping it again took 15 % of the CPU time of each step.
+    Other C libraries are not changed.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -38,25 +38,6 @@ class Encoder(Protocol):
         ...
 
 
-class Layer(nnx.Module):
-    """3 x 3 convolution, normalisation and rectifier, with an optional skip connection around them.
-
-    Args:
-        features: Number of features, a multiple of 8.
-        norm: Normalisation: group or none.
-        residual: Whether to add the input.
-        rngs: Random streams for the initialisation.
-    """
-
-    def __init__(self, features: int, norm: str, residual: bool, *, rngs: nnx.Rngs):
-        self.conv, self.residual = Conv(features, features, rngs=rngs), residual
-        self.norm = Norm(features) if norm == "group" else Offset(features)
-
-    def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B H W F"]:
-        y = jax.nn.relu(self.norm(self.conv(x)))
-        return x + y if self.residual else y
-
-
 class Offset(nnx.Module):
     """Offset of each feature, in the place of a normalisation.
 
@@ -72,23 +53,33 @@ class Offset(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Layers of one scale.
+    """3 x 3 convolutions of one scale, each with a normalisation and a rectifier.
+
+    In a residual stage these precede the convolutions, and the input is added to their result (He et al. 2016, ECCV).
 
     Args:
-        features: Number of features.
-        layers: Number of layers.
+        features: Number of features, a multiple of 8.
+        layers: Number of convolutions.
         norm: Normalisation: group or none.
-        residual: Whether each layer adds its input.
+        residual: Whether to add the input.
         rngs: Random streams for the initialisation.
     """
 
     def __init__(self, features: int, layers: int, norm: str, residual: bool, *, rngs: nnx.Rngs):
-        self.layers = nnx.List([Layer(features, norm, residual, rngs=rngs) for _ in range(layers)])
+        self.residual = residual
+        self.norms = nnx.List([normalisation(norm, features) for _ in range(layers)])
+        self.convs = nnx.List([Conv(features, features, rngs=rngs) for _ in range(layers)])
 
     def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B H W F"]:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        y = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = conv(jax.nn.relu(norm(y))) if self.residual else jax.nn.relu(norm(conv(y)))
+        return x + y if self.residual else y
+
+
+def normalisation(kind: str, features: int) -> Norm | Offset:
+    """Normalisation of the features: group, or an offset only."""
+    return Norm(features) if kind == "group" else Offset(features)
 
 
 class ConvEncoder(nnx.Module):
@@ -101,9 +92,9 @@ class ConvEncoder(nnx.Module):
         width: Features of the first scale; they double with each scale up to a factor of 8.
         depth: Number of scales; None: down to a side of about 6 cells.
         stem: Side of the blocks of pixels, 1, 2 or 4.
-        layers: Layers at each scale.
+        layers: Convolutions at each scale.
         norm: Normalisation of the features: group or none.
-        residual: Whether each layer adds its input.
+        residual: Whether the convolutions of a scale add their input.
     """
 
     def __init__(
@@ -121,9 +112,9 @@ class ConvEncoder(nnx.Module):
         stem: Annotated[
             Literal[1, 2, 4], Field(description="side of the pixel blocks that the first scale sees, px")
         ] = 2,
-        layers: Annotated[int, Field(ge=1, le=16, description="3 x 3 layers at each scale")] = 2,
+        layers: Annotated[int, Field(ge=1, le=16, description="3 x 3 convolutions at each scale")] = 2,
         norm: Annotated[Literal["group", "none"], Field(description="normalisation of the features")] = "group",
-        residual: Annotated[bool, Field(description="whether each layer adds its input")] = True,
+        residual: Annotated[bool, Field(description="whether the convolutions of a scale add their input")] = True,
     ):
         depth = depth or depth_for(patch_size, stem)
         self.channels = tuple(width * min(2**i, WIDEST) for i in range(depth))
@@ -150,9 +141,9 @@ class Decoder(nnx.Module):
     Args:
         channels: Number of features of the encoder at each scale, finest first.
         width: Largest number of features of the decoder at the finest scale; it doubles with each scale.
-        layers: Layers at each scale.
+        layers: Convolutions at each scale.
         norm: Normalisation: group or none.
-        residual: Whether each layer adds its input.
+        residual: Whether the convolutions of a scale add their input.
         rngs: Random streams for the initialisation.
     """
 
@@ -196,9 +187,9 @@ class UNet(nnx.Module):
         rngs: Random streams for the initialisation.
         encoder: Factory (patch_size, channels, rngs) -> `Encoder`.
         width: Largest number of features of the decoder at the finest scale.
-        layers: Layers of the decoder at each scale.
+        layers: Convolutions of the decoder at each scale.
         norm: Normalisation in the decoder: group or none.
-        residual: Whether each layer of the decoder adds its input.
+        residual: Whether the convolutions of a scale of the decoder add their input.
         deep_supervision: Number of further scales that have logits of their own in training.
         dtype: Data type of the computation; parameters are float32.
     """
@@ -214,9 +205,11 @@ class UNet(nnx.Module):
         width: Annotated[
             int, Field(ge=8, le=512, multiple_of=8, description="most features of the decoder's finest scale")
         ] = 16,
-        layers: Annotated[int, Field(ge=1, le=16, description="3 x 3 layers of the decoder at each scale")] = 2,
+        layers: Annotated[int, Field(ge=1, le=16, description="3 x 3 convolutions of the decoder at each scale")] = 2,
         norm: Annotated[Literal["group", "none"], Field(description="normalisation in the decoder")] = "group",
-        residual: Annotated[bool, Field(description="whether each layer of the decoder adds its input")] = True,
+        residual: Annotated[
+            bool, Field(description="whether the decoder's convolutions of a scale add their input")
+        ] = True,
         deep_supervision: Annotated[
             int, Field(ge=0, le=8, description="number of coarser scales with a loss of their own")
         ] = 0,
@@ -230,6 +223,7 @@ class UNet(nnx.Module):
         self.decoder = Decoder(self.encoder.channels, width, layers, norm, residual, rngs=rngs)
         self.strides = self.encoder.strides[: 1 + deep_supervision]
         self.stride = self.encoder.strides[-1]
+        self.last = nnx.List([normalisation(norm, own) for own in self.decoder.channels[: len(self.strides)]])
         self.heads = nnx.List(
             [
                 nnx.Linear(own, n_classes * (self.strides[0] ** 2 if i == 0 else 1), rngs=rngs)
@@ -247,13 +241,15 @@ class UNet(nnx.Module):
             Logits (B, H, W, K), then (B, H / stride, W / stride, K) of the next scales, in float32.
         """
         decoded = self.decoder(self.encoder(x.astype(self.dtype)))
-        logits = [head(d.astype(jnp.float32)) for head, d in zip(self.heads, decoded, strict=False)]
+        parts = zip(self.last, self.heads, decoded, strict=False)
+        logits = [head(jax.nn.relu(norm(d)).astype(jnp.float32)) for norm, head, d in parts]
         return [features_to_blocks(logits[0], self.strides[0]), *logits[1:]]
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W K"]:
         """Compute logits at the resolution of the image, in float32."""
-        decoded = self.decoder(self.encoder(x.astype(self.dtype)))
-        return features_to_blocks(self.heads[0](decoded[0].astype(jnp.float32)), self.strides[0])
+        finest = self.decoder(self.encoder(x.astype(self.dtype)))[0]
+        logits = self.heads[0](jax.nn.relu(self.last[0](finest)).astype(jnp.float32))
+        return features_to_blocks(logits, self.strides[0])
 
 
 def depth_for(patch_size: int, stem: int) -> int:
