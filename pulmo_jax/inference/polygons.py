@@ -175,5 +175,5 @@ def write_geojson(
         file.write(json.dumps(head)[:-1] + ', "features": [')
         for number, feature in enumerate(features):
             file.write(",\n" if number else "\n")
-            json.dump(feature, file, allow_nan=False)
+            file.write(json.dumps(feature, allow_nan=False))
         file.write("\n]}\n")
