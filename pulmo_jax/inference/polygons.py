@@ -27,6 +27,7 @@ WGS84 = 4326
 PIXEL_NOTE = "coordinates in pixels: x to the right and y down from the upper left corner of the image"
 
 Ring = Int32[np.ndarray, "_ 2"]  # rows and columns of corners, not closed
+Place = tuple[int, ...]  # row and column of a corner
 Polygon = list[Ring]  # exterior ring, then holes
 
 
@@ -58,7 +59,7 @@ def rings_of(corners: Corners) -> Iterator[tuple[int, Ring]]:
     Yields:
         Part and ring.
     """
-    following = successors(corners).tolist()
+    following, places = successors(corners).tolist(), corners.place.tolist()
     seen = bytearray(len(following))
     for first in range(len(following)):
         if seen[first]:
@@ -66,10 +67,10 @@ def rings_of(corners: Corners) -> Iterator[tuple[int, Ring]]:
         ring, at = [], first
         while not seen[at]:
             seen[at] = 1
-            ring.append(at)
+            ring.append(tuple(places[at]))
             at = following[at]
-        places = corners.place[ring]
-        yield from ((int(corners.part[first]), simple) for simple in split(places))
+        for simple in split(ring):
+            yield int(corners.part[first]), np.array(simple, np.int32)
 
 
 def successors(corners: Corners) -> Int[np.ndarray, "c"]:
@@ -91,7 +92,7 @@ def partners(order: Int[np.ndarray, "c"]) -> Int[np.ndarray, "c"]:
     return other
 
 
-def split(ring: Ring) -> Iterator[Ring]:
+def split(ring: list[Place]) -> Iterator[list[Place]]:
     """Split a ring where it touches itself.
 
     Args:
@@ -100,27 +101,27 @@ def split(ring: Ring) -> Iterator[Ring]:
     Yields:
         Rings in which every corner is there once.
     """
-    if len(np.unique(ring, axis=0)) == len(ring):
+    if len(set(ring)) == len(ring):
         yield ring
         return
-    path: list[tuple[int, int]] = []
-    at: dict[tuple[int, int], int] = {}
-    for place in map(tuple, ring.tolist()):
+    path: list[Place] = []
+    at: dict[Place, int] = {}
+    for place in ring:
         if place in at:
             first = at[place]
-            yield np.array(path[first:], np.int32)
+            yield path[first:]
             for gone in path[first:]:
                 del at[gone]
             del path[first:]
         at[place] = len(path)
         path.append(place)
-    yield np.array(path, np.int32)
+    yield path
 
 
 def twice_area(ring: Ring) -> int:
     """Twice the signed area of a ring in the coordinates (x, y) of pixels."""
     y, x = ring.astype(np.int64).T
-    return int(x @ np.roll(y, -1) - np.roll(x, -1) @ y)
+    return int(x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1])
 
 
 # --- GeoJSON
@@ -175,5 +176,5 @@ def write_geojson(
         file.write(json.dumps(head)[:-1] + ', "features": [')
         for number, feature in enumerate(features):
             file.write(",\n" if number else "\n")
-            json.dump(feature, file, allow_nan=False)
+            file.write(json.dumps(feature, allow_nan=False))
         file.write("\n]}\n")
