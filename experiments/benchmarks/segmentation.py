@@ -41,7 +41,6 @@ from pulmo_jax.training.state import init_state, make_step
 HERE = Path(__file__).parent
 SETUPS = ((192, 1, 8, 16), (192, 3, 8, 32))  # patch, channels, batch, features of the first scale
 CLASSES, DECAY, RATE, CLIP = Classes(("a", "b"), (1, 2)), 0.99, 2e-3, 1.0
-AUGMENTATION = ("rotation_deg", "scale", "aspect", "shear", "shift", "contrast", "brightness", "gamma", "noise")
 OURS = "pulmo_jax"
 
 
@@ -145,8 +144,9 @@ def jax_runs(method: SegmentationNetwork, batch: tuple[np.ndarray, ...]) -> tupl
     """The training step and the prediction, each with its compiled program."""
     optimizer, data = adamw(steps=10_000, learning_rate=RATE, clip_norm=CLIP), tuple(map(jnp.asarray, batch))
     params = method.init(jax.random.key(0))
-    state: Any = init_state(Single(method), optimizer)
-    program = make_step(method, optimizer, DECAY, 0).lower(state, data).compile()
+    alone: Any = Unaugmented(method)
+    state: Any = init_state(alone, optimizer)
+    program = make_step(alone, optimizer, DECAY, 0).lower(state, data).compile()
     forward = jax.jit(method.probabilities).lower(params, data[0]).compile()
 
     def step() -> None:
@@ -157,11 +157,12 @@ def jax_runs(method: SegmentationNetwork, batch: tuple[np.ndarray, ...]) -> tupl
     return (step, program), (lambda: forward(params, data[0]).block_until_ready(), forward)
 
 
-class Single:
-    """The method with fixed initial parameters."""
+class Unaugmented:
+    """The method with fixed initial parameters and without augmentation."""
 
     def __init__(self, method: SegmentationNetwork):
         self.init = lambda: method.init(jax.random.key(0))
+        self.train_loss = lambda params, batch, key: method.batch_loss(params, *batch)
 
 
 def require_same(method: SegmentationNetwork, model: UNet, batch: tuple[np.ndarray, ...]) -> None:
@@ -231,9 +232,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     data = rng.random((batch, patch, patch, channels), np.float32), rng.integers(0, 3, (batch, patch, patch), np.uint8)
-    method = SegmentationNetwork(
-        CLASSES, patch, channels, network=unet(width), **dict.fromkeys(AUGMENTATION, 0.0), flips="none"
-    )
+    method = SegmentationNetwork(CLASSES, patch, channels, network=unet(width))
     model = method.member(jax.random.key(0))
     require_same(method, model, data)
     ours = jax_runs(method, data)

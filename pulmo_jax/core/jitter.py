@@ -102,8 +102,10 @@ def warp_labelled(
     """
     side = images.shape[1]
     centre = (side - 1) / 2
-    q = pixel_centres(side, side) - centre
-    source = jnp.einsum("bij,yxj->byxi", affine.matrix, q) + affine.shift[:, None, None] + centre
+    q = jnp.concatenate([pixel_centres(side, side) - centre, jnp.ones((side, side, 1))], -1)
+    # The shift is a column of the matrix: on a CPU, XLA would compute its random deviates again for every pixel.
+    matrix = jnp.concatenate([affine.matrix, affine.shift[..., None] + centre], -1)
+    source = jnp.einsum("bij,yxj->byxi", matrix, q, precision=jax.lax.Precision.HIGHEST)
     low = jnp.floor(source)
     part = source - low
     y, x = (jnp.clip(low[..., i].astype(jnp.int32) + jnp.arange(2)[:, None, None, None], 0, side - 1) for i in (0, 1))
