@@ -40,11 +40,11 @@ class SegmentationNetwork:
     channels: int
     network: Callable[..., Any] = UNet
     loss: Loss = combined
-    rotation_deg: Annotated[float, Field(ge=0, description="augmentation: sd of the rotation, degrees")] = 10.0
-    scale: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the scale")] = 0.1
-    aspect: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the aspect ratio")] = 0.05
-    shear: Annotated[float, Field(ge=0, description="augmentation: sd of the shear")] = 0.05
-    shift: Annotated[float, Field(ge=0, description="augmentation: sd of the shift, in patch sides")] = 0.05
+    rotation_deg: Annotated[float, Field(ge=0, description="augmentation: sd of the rotation, degrees")] = 15.0
+    scale: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the scale")] = 0.15
+    aspect: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the aspect ratio")] = 0.1
+    shear: Annotated[float, Field(ge=0, description="augmentation: sd of the shear")] = 0.1
+    shift: Annotated[float, Field(ge=0, description="augmentation: sd of the shift, in patch sides")] = 0.08
     flips: Annotated[
         Literal["none", "horizontal", "all"] | None,
         Field(
@@ -52,12 +52,12 @@ class SegmentationNetwork:
             "the name of a class says left or right"
         ),
     ] = None
-    contrast: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the contrast")] = 0.2
+    contrast: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of the contrast")] = 0.4
     brightness: Annotated[
         float, Field(ge=0, description="augmentation: sd of an intensity offset, normalised units")
-    ] = 0.1
-    gamma: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of gamma")] = 0.3
-    noise: Annotated[float, Field(ge=0, description="augmentation: sd of pixel noise, normalised units")] = 0.03
+    ] = 0.2
+    gamma: Annotated[float, Field(ge=0, description="augmentation: sd of the logarithm of gamma")] = 0.5
+    noise: Annotated[float, Field(ge=0, description="augmentation: sd of pixel noise, normalised units")] = 0.05
 
     def __post_init__(self) -> None:
         if self.patch_size % self.skeleton.stride:

@@ -13,8 +13,8 @@ from references.pages import require_captions
 import pulmo_jax as pj
 
 SMALL = [
-    "data.patch_size=32", "data.resize=false", "model.width=8", "model.encoder.width=8", "trainer.steps=40",
-    "trainer.batch_size=8", "trainer.validate_every=20", "trainer.checkpoint_every=20", "trainer.log_every=10",
+    "data.patch_size=32", "data.resize=false", "model.width=8", "model.encoder.width=8", "trainer.steps=160",
+    "trainer.batch_size=8", "trainer.validate_every=80", "trainer.checkpoint_every=80", "trainer.log_every=10",
     "evaluation.replicates=20", "evaluation.examples=2", "trainer.folds=2",
 ]  # fmt: skip
 
@@ -26,8 +26,9 @@ def call(*arguments, status=0, draw=False):
 
 
 def train(discs, run, *more, status=0, draw=False):
-    return call("pulmo_jax.train", "+experiment=segmentation", f"data.images={discs / 'images'}",
-                f"data.masks={discs / 'masks'}", *SMALL, *more, f"hydra.run.dir={run}", status=status, draw=draw)  # fmt: skip
+    data = [f"data.images={discs / 'images'}", f"data.masks={discs / 'masks'}"]
+    where = f"hydra.run.dir={run}"
+    return call("pulmo_jax.train", "+experiment=segmentation", *data, *SMALL, *more, where, status=status, draw=draw)
 
 
 def draw_discs(root, count, seed):
@@ -101,9 +102,9 @@ def test_evaluation_of_the_own_images_is_that_of_the_training(run, discs, tmp_pa
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, discs, tmp_path):
     halves = tmp_path / "halves"
     shutil.copytree(run, halves)
-    shutil.rmtree(halves / "checkpoints" / "40")
+    shutil.rmtree(halves / "checkpoints" / "160")
     (halves / "finished.json").unlink()
-    assert "resuming after step 20" in train(discs, halves, "resume=true")
+    assert "resuming after step 80" in train(discs, halves, "resume=true")
     for name in ("calibration.json", "networks.json", "metrics.json"):
         ours, theirs = (json.loads((folder / name).read_text()) for folder in (run, halves))
         if name == "metrics.json":
@@ -114,8 +115,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, discs, tmp_path
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    ("size", "is (1, 30, 72, 1) (pages, H, W, C)"),
-    ("missing", "there is no mask"),
+    ("size", "the mask has 30 x 72 px, its image 03.tif has 60 x 72 px"),
+    ("missing", "03.tif: has no mask"),
     ("surplus", "is the mask of no image"),
     ("jpeg", "is a JPEG"),
 ])  # fmt: skip

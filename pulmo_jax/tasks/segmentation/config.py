@@ -78,9 +78,9 @@ class SegmentationDataConfig(MasksConfig):
     resize: Bool | None = Field(
         default=None,
         description="resize whole images to patch_size instead of cutting patches; null: if no image has a side above "
-        "4 patch_size",
+        "6 patch_size",
     )
-    patch_size: Int = Field(default=192, ge=16, multiple_of=8, description="side length of the square patches, px")
+    patch_size: Int = Field(default=128, ge=16, multiple_of=8, description="side length of the square patches, px")
     stride: Int | None = Field(
         default=None, ge=1, description="spacing of training patches, px; null: half of patch_size"
     )
@@ -186,7 +186,7 @@ class SegmentationConfig(TrainingConfig, frozen=True):
     model: Node
     method: Node
     optimizer: Node
-    trainer: SegmentationTrainerConfig = SegmentationTrainerConfig(steps=600, batch_size=8)
+    trainer: SegmentationTrainerConfig = SegmentationTrainerConfig(steps=1200, batch_size=8)
     calibration: DecisionConfig = DecisionConfig()
     tiles: SegmentationTilesConfig = SegmentationTilesConfig()
     evaluation: SegmentationEvaluationConfig = SegmentationEvaluationConfig()

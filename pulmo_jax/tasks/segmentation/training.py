@@ -20,6 +20,7 @@ from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.samples import fetch_lung_lobes
 from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
+from pulmo_jax.host.resources import keep_freed_memory
 from pulmo_jax.inference.class_maps import ClassMapper
 from pulmo_jax.inference.members import at_rows, each_its_own, kept
 from pulmo_jax.methods.base import Params
@@ -52,7 +53,7 @@ from pulmo_jax.training.state import TrainState
 
 VALIDATED = 32  # patches of each network in the validation loss
 EXAMPLES = 8  # patches in the figures during training
-RESIZED_SIDES = 4  # images with no side above this many patches are resized, unless data.resize says otherwise
+RESIZED_SIDES = 6  # images with no side above this many patches are resized, unless data.resize says otherwise
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def prepare(config: SegmentationConfig, place: Place) -> tuple[SegmentationConfi
     Raises:
         InputError: If folders are missing.
     """
+    keep_freed_memory()  # of the working memory of each step
     data, cited = config.data, ""
     if data.images is None and config.resume and (place.run_dir / "config.yaml").is_file():
         before = load_config(place.run_dir, SegmentationConfig, config.plugins).data
