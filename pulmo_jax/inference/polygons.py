@@ -27,7 +27,6 @@ WGS84 = 4326
 PIXEL_NOTE = "coordinates in pixels: x to the right and y down from the upper left corner of the image"
 
 Ring = Int32[np.ndarray, "_ 2"]  # rows and columns of corners, not closed
-Place = tuple[int, ...]  # row and column of a corner
 Polygon = list[Ring]  # exterior ring, then holes
 
 
@@ -59,7 +58,7 @@ def rings_of(corners: Corners) -> Iterator[tuple[int, Ring]]:
     Yields:
         Part and ring.
     """
-    following, places = successors(corners).tolist(), corners.place.tolist()
+    following = successors(corners).tolist()
     seen = bytearray(len(following))
     for first in range(len(following)):
         if seen[first]:
@@ -67,10 +66,10 @@ def rings_of(corners: Corners) -> Iterator[tuple[int, Ring]]:
         ring, at = [], first
         while not seen[at]:
             seen[at] = 1
-            ring.append(tuple(places[at]))
+            ring.append(at)
             at = following[at]
-        for simple in split(ring):
-            yield int(corners.part[first]), np.array(simple, np.int32)
+        places = corners.place[ring]
+        yield from ((int(corners.part[first]), simple) for simple in split(places))
 
 
 def successors(corners: Corners) -> Int[np.ndarray, "c"]:
@@ -92,7 +91,7 @@ def partners(order: Int[np.ndarray, "c"]) -> Int[np.ndarray, "c"]:
     return other
 
 
-def split(ring: list[Place]) -> Iterator[list[Place]]:
+def split(ring: Ring) -> Iterator[Ring]:
     """Split a ring where it touches itself.
 
     Args:
@@ -101,27 +100,27 @@ def split(ring: list[Place]) -> Iterator[list[Place]]:
     Yields:
         Rings in which every corner is there once.
     """
-    if len(set(ring)) == len(ring):
+    if len(np.unique(ring, axis=0)) == len(ring):
         yield ring
         return
-    path: list[Place] = []
-    at: dict[Place, int] = {}
-    for place in ring:
+    path: list[tuple[int, int]] = []
+    at: dict[tuple[int, int], int] = {}
+    for place in map(tuple, ring.tolist()):
         if place in at:
             first = at[place]
-            yield path[first:]
+            yield np.array(path[first:], np.int32)
             for gone in path[first:]:
                 del at[gone]
             del path[first:]
         at[place] = len(path)
         path.append(place)
-    yield path
+    yield np.array(path, np.int32)
 
 
 def twice_area(ring: Ring) -> int:
     """Twice the signed area of a ring in the coordinates (x, y) of pixels."""
     y, x = ring.astype(np.int64).T
-    return int(x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1])
+    return int(x @ np.roll(y, -1) - np.roll(x, -1) @ y)
 
 
 # --- GeoJSON
@@ -176,5 +175,5 @@ def write_geojson(
         file.write(json.dumps(head)[:-1] + ', "features": [')
         for number, feature in enumerate(features):
             file.write(",\n" if number else "\n")
-            file.write(json.dumps(feature, allow_nan=False))
+            json.dump(feature, file, allow_nan=False)
         file.write("\n]}\n")
