@@ -60,7 +60,7 @@ def calibrate(
         found = fold_thresholds(scores, labelled, rows, config)
         thresholds.append(found)
         if config.calibration.false_components is not None:
-            values = [t.value for t in found]
+            values = [DEFAULT if t.value is None else t.value for t in found]
             scores = [score(mapper, labelled, row, weights, values, config) for row in rows.tolist()]
             peaks += false_peaks(scores, range(len(networks.classes)))
             groups += [labelled.groups[row] for row in rows.tolist()]

@@ -186,7 +186,7 @@ class SegmentationConfig(TrainingConfig, frozen=True):
     model: Node
     method: Node
     optimizer: Node
-    trainer: SegmentationTrainerConfig = SegmentationTrainerConfig(steps=1200, batch_size=8)
+    trainer: SegmentationTrainerConfig = SegmentationTrainerConfig(steps=1600, batch_size=8)
     calibration: DecisionConfig = DecisionConfig()
     tiles: SegmentationTilesConfig = SegmentationTilesConfig()
     evaluation: SegmentationEvaluationConfig = SegmentationEvaluationConfig()
