@@ -1,6 +1,7 @@
 """U-Net (Ronneberger et al. 2015, MICCAI): an encoder of features at several scales, and a decoder with skips.
 
-The first layer and the last one rearrange blocks of `stem` x `stem` pixels to features and back, so no convolution runs
+The layers between the scales were chosen by their speed: 3 x 3 convolutions with stride 2, and 1 x 1 convolutions
+followed by the nearest neighbour (experiments/benchmarks/unet_layers.md). The first layer and the last one rearrange blocks of `stem` x `stem` pixels to features and back, so no convolution runs
 at the full resolution: on two CPU cores most of the time of a U-Net is spent there. A decoder stage adds the upsampled,
 projected features of the coarser scale to those of the encoder, instead of concatenating them, which halves its
 operations. The decoder takes the features of any `Encoder`.
@@ -164,7 +165,8 @@ class Decoder(nnx.Module):
         lateral = [layer(x) for layer, x in zip(self.lateral, features, strict=True)]
         found = [lateral[-1]]
         for skip, up, stage in reversed(list(zip(lateral, self.up, self.stages, strict=False))):
-            found.insert(0, stage(skip + upsample(up(found[0]), skip.shape[1] // found[0].shape[1])))
+            projected = up(found[0])
+            found.insert(0, stage(skip + upsample(projected, skip.shape[1] // projected.shape[1])))
         return found
 
 
