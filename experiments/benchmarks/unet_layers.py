@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,8 @@ VARIANTS: dict[str, dict] = {
 def step_of(width: int, layers: dict) -> Callable[[], None]:
     """A compiled training step with its own state and batch."""
     network = partial(Changed, encoder=partial(ConvEncoder, width=width), width=width, **layers)
-    method = SegmentationNetwork(Classes(("class",), (1,)), SIZE, 1, network, **STILL)  # pyright: ignore[reportArgumentType]
+    still: dict[str, Any] = STILL
+    method = SegmentationNetwork(Classes(("class",), (1,)), SIZE, 1, network, **still)
     params, optimizer = method.init(jax.random.key(0)), optax.adamw(1e-3)
 
     class Started:
@@ -112,7 +114,8 @@ def step_of(width: int, layers: dict) -> Callable[[], None]:
 
         train_loss = staticmethod(method.train_loss)
 
-    state, step = init_state(Started(), optimizer), make_step(Started(), optimizer, 0.99, 0)  # pyright: ignore[reportArgumentType]
+    started: Any = Started()
+    state, step = init_state(started, optimizer), make_step(started, optimizer, 0.99, 0)
     rng = np.random.default_rng(0)
     batch = (
         jnp.asarray(rng.normal(size=(BATCH, SIZE, SIZE, 1)), jnp.float32),
