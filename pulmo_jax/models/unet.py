@@ -1,10 +1,11 @@
 """U-Net (Ronneberger et al. 2015, MICCAI): an encoder of features at several scales, and a decoder with skips.
 
 The layers between the scales were chosen by their speed: 3 x 3 convolutions with stride 2, and 1 x 1 convolutions
-followed by the nearest neighbour (experiments/benchmarks/unet_layers.md). The first layer and the last one rearrange blocks of `stem` x `stem` pixels to features and back, so no convolution runs
-at the full resolution: on two CPU cores most of the time of a U-Net is spent there. A decoder stage adds the upsampled,
-projected features of the coarser scale to those of the encoder, instead of concatenating them, which halves its
-operations. The decoder takes the features of any `Encoder`.
+followed by the nearest neighbour (experiments/benchmarks/unet_layers.md). The first layer and the last one rearrange
+blocks of `stem` x `stem` pixels to features and back, so no convolution runs at the full resolution: on two CPU cores
+most of the time of a U-Net is spent there. A decoder stage adds the upsampled, projected features of the coarser scale
+to those of the encoder, instead of concatenating them, which halves its operations. The decoder takes the features of
+any `Encoder`.
 """
 
 from collections.abc import Callable, Sequence
