@@ -1,14 +1,15 @@
 """U-Net (Ronneberger et al. 2015, MICCAI): an encoder of features at several scales, and a decoder with skips.
 
-The layers between the scales were chosen by their speed: 3 x 3 convolutions with stride 2, and 1 x 1 convolutions
-followed by the nearest neighbour (experiments/benchmarks/unet_layers.md). The first layer and the last one rearrange
-blocks of `stem` x `stem` pixels to features and back, so no convolution runs at the full resolution: on two CPU cores
-most of the time of a U-Net is spent there. A decoder stage adds the upsampled, projected features of the coarser scale
-to those of the encoder, instead of concatenating them, which halves its operations. The decoder takes the features of
-any `Encoder`.
+The first layer rearranges blocks of `stem` x `stem` pixels to features and the last one back, so only one narrow
+convolution runs at the full resolution: on two CPU cores most of the time of a U-Net is spent there. A decoder stage
+adds the upsampled, projected features of the coarser scale to those of the encoder, instead of concatenating them,
+which halves its operations. The layers between the scales were compared in speed
+(experiments/benchmarks/unet_layers.md); upsampling is bilinear, because the outlines of predictions otherwise show the
+cells of the coarser scales. The decoder takes the features of any `Encoder`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -20,6 +21,7 @@ from pydantic import Field
 from pulmo_jax.models.blocks import GROUP, Conv, Norm
 
 COARSEST_PX = 6  # least side of the features at which the encoder stops downsampling
+PIXEL_FEATURES = 8  # features of a pixel before its logits
 WIDEST = 8  # largest number of features, as a multiple of that of the first scale
 
 
@@ -228,11 +230,9 @@ class UNet(nnx.Module):
         self.stride = self.encoder.strides[-1]
         self.last = nnx.List([normalisation(norm, own) for own in self.decoder.channels[: len(self.strides)]])
         self.heads = nnx.List(
-            [
-                nnx.Linear(own, n_classes * (self.strides[0] ** 2 if i == 0 else 1), rngs=rngs)
-                for i, own in enumerate(self.decoder.channels[: len(self.strides)])
-            ]
+            [nnx.Linear(own, n_classes, rngs=rngs) for own in self.decoder.channels[1 : len(self.strides)]]
         )
+        self.head = BlockHead(self.decoder.channels[0], n_classes, self.strides[0], rngs=rngs)
 
     def scales(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B _ _ K"]]:
         """Compute logits at the resolution of the image and, with deep supervision, at coarser scales.
@@ -244,15 +244,34 @@ class UNet(nnx.Module):
             Logits (B, H, W, K), then (B, H / stride, W / stride, K) of the next scales, in float32.
         """
         decoded = self.decoder(self.encoder(x.astype(self.dtype)))
-        parts = zip(self.last, self.heads, decoded, strict=False)
-        logits = [head(jax.nn.relu(norm(d)).astype(jnp.float32)) for norm, head, d in parts]
-        return [features_to_blocks(logits[0], self.strides[0]), *logits[1:]]
+        fine, *coarser = (jax.nn.relu(norm(d)) for norm, d in zip(self.last, decoded, strict=False))
+        return [self.head(fine), *(head(d.astype(jnp.float32)) for head, d in zip(self.heads, coarser, strict=True))]
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W K"]:
         """Compute logits at the resolution of the image, in float32."""
-        finest = self.decoder(self.encoder(x.astype(self.dtype)))[0]
-        logits = self.heads[0](jax.nn.relu(self.last[0](finest)).astype(jnp.float32))
-        return features_to_blocks(logits, self.strides[0])
+        return self.head(jax.nn.relu(self.last[0](self.decoder(self.encoder(x.astype(self.dtype)))[0])))
+
+
+class BlockHead(nnx.Module):
+    """Logits of the pixels of blocks: features of each pixel from those of its block, then a 3 x 3 convolution.
+
+    The convolution joins the pixels of neighbouring blocks; without it, outlines show the pattern of the blocks.
+
+    Args:
+        features: Number of features of a block.
+        n_classes: Number of logits per pixel.
+        side: Side of a block in pixels.
+        rngs: Random streams for the initialisation.
+    """
+
+    def __init__(self, features: int, n_classes: int, side: int, *, rngs: nnx.Rngs):
+        self.side = side
+        self.split = nnx.Linear(features, PIXEL_FEATURES * side**2, rngs=rngs)
+        self.conv, self.bias = Conv(PIXEL_FEATURES, n_classes, rngs=rngs), nnx.Param(jnp.zeros(n_classes))
+
+    def __call__(self, x: Float[Array, "B h w F"]) -> Float[Array, "B H W K"]:
+        pixels = jax.nn.relu(features_to_blocks(self.split(x), self.side))
+        return self.conv(pixels).astype(jnp.float32) + self.bias[...]
 
 
 def depth_for(patch_size: int, stem: int) -> int:
@@ -292,7 +311,29 @@ def features_to_blocks(x: Float[Array, "B h w F"], side: int) -> Float[Array, "B
 
 
 def upsample(x: Float[Array, "B H W F"], factor: int) -> Float[Array, "B y x F"]:
-    """Upsample by an integer factor, nearest neighbour."""
-    batch, height, width, features = x.shape
-    wide = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, factor, width, factor, features))
-    return wide.reshape(batch, factor * height, factor * width, features)
+    """Upsample bilinearly by a power of two; the borders are padded with the nearest cell.
+
+    Args:
+        x: B feature maps.
+        factor: Power of two.
+
+    Returns:
+        Feature maps of `factor` times the height and width.
+
+    Example:
+        >>> upsample(jnp.array([0.0, 4.0]).reshape(1, 1, 2, 1), 2)[0, 0, :, 0].tolist()
+        [0.0, 1.0, 3.0, 4.0]
+    """
+    while factor > 1:
+        x, factor = doubled(doubled(x, 1), 2), factor // 2
+    return x
+
+
+def doubled(x: Float[Array, "B H W F"], axis: int) -> Float[Array, "B y x F"]:
+    """Upsample one axis by a factor of two: each half of a cell has 1/4 of the neighbour on its side."""
+    length = x.shape[axis]
+    part = partial(jax.lax.slice_in_dim, x, axis=axis)
+    before = jnp.concatenate([part(0, 1), part(0, length - 1)], axis)
+    after = jnp.concatenate([part(1, length), part(length - 1, length)], axis)
+    halves = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
+    return halves.reshape(*x.shape[:axis], 2 * length, *x.shape[axis + 1 :])

@@ -53,9 +53,12 @@ def test_rearrangements_are_inverse_and_keep_neighbours():
     np.testing.assert_array_equal(features_to_blocks(features, 2), x)
 
 
-def test_upsampling_repeats_each_cell():
-    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    np.testing.assert_array_equal(upsample(x, 3)[0, :, :, 0], np.repeat(np.repeat(x[0, :, :, 0], 3, 0), 3, 1))
+def test_upsampling_is_bilinear():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
+    twice = jax.image.resize(x, (2, 6, 10, 4), "linear")
+    np.testing.assert_allclose(upsample(x, 2), twice, atol=1e-6)
+    np.testing.assert_allclose(upsample(x, 4), jax.image.resize(twice, (2, 12, 20, 4), "linear"), atol=1e-6)
+    np.testing.assert_array_equal(upsample(x, 1), x)
 
 
 class Pyramid(nnx.Module):
