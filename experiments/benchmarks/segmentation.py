@@ -75,14 +75,17 @@ class Network(torch.nn.Module):
         self.stages, self.merge = every(map(Stage, encoder.stages)), every(map(Stage, decoder.stages))
         self.up = every([conv(layer) for layer in decoder.up])
         self.last = group_norm(model.last[0])
-        kernel, bias = (np.array(a) for a in (model.heads[0].kernel, model.heads[0].bias))
-        outputs = len(bias) // self.block**2  # features_to_blocks has the classes last, pixel_shuffle first
+        kernel, bias = (np.array(a) for a in (model.head.split.kernel, model.head.split.bias))
+        outputs = len(bias) // self.block**2  # features_to_blocks has the features last, pixel_shuffle first
         order = np.arange(len(bias)).reshape(-1, outputs).T.ravel()
-        self.head = torch.nn.Conv2d(len(kernel), len(bias), 1)
-        self.head.weight.data, self.head.bias.data = (
+        self.split = torch.nn.Conv2d(len(kernel), len(bias), 1)
+        self.split.weight.data, self.split.bias.data = (
             torch.tensor(kernel.T[order][..., None, None]),
             torch.tensor(bias[order]),
         )
+        head = conv(model.head.conv)
+        self.head = torch.nn.Conv2d(outputs, head.out_channels, 3, padding=1)
+        self.head.weight.data, self.head.bias.data = head.weight.data, torch.tensor(np.array(model.head.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, P, P)"""
@@ -92,8 +95,9 @@ class Network(torch.nn.Module):
             x = stage(down(functional.pad(x, (0, 1, 0, 1)) if self.same else x))
             skips.append(x)
         for skip, up, stage in reversed(list(zip(skips, self.up, self.merge, strict=False))):
-            x = stage(skip + functional.interpolate(up(x), scale_factor=2.0))
-        return functional.pixel_shuffle(self.head(functional.relu(self.last(x), inplace=True)), self.block)
+            x = stage(skip + functional.interpolate(up(x), scale_factor=2.0, mode="bilinear"))
+        pixels = functional.pixel_shuffle(self.split(functional.relu(self.last(x), inplace=True)), self.block)
+        return self.head(functional.relu(pixels, inplace=True))
 
 
 def group_norm(norm: Any) -> torch.nn.GroupNorm:
