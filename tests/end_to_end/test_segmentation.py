@@ -15,7 +15,8 @@ import pulmo_jax as pj
 SMALL = [
     "data.patch_size=32", "data.resize=false", "model.width=8", "model.encoder.width=8", "trainer.steps=160",
     "trainer.batch_size=8", "trainer.validate_every=80", "trainer.checkpoint_every=80", "trainer.log_every=10",
-    "evaluation.replicates=20", "evaluation.examples=2", "trainer.folds=2",
+    "evaluation.replicates=20", "evaluation.examples=2", "trainer.folds=2", "optimizer.learning_rate=0.01",
+    "method.contrast=0.1", "method.brightness=0.05", "method.gamma=0.1", "evaluation.baselines=false",
 ]  # fmt: skip
 
 

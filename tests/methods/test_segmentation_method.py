@@ -135,7 +135,7 @@ def test_networks_learn_to_find_bright_discs(unlabelled):
     truth = ((yy - centres[:, 0, None, None]) ** 2 + (xx - centres[:, 1, None, None]) ** 2 < 36).astype(np.uint8)
     images = (0.4 * truth + rng.normal(0.3, 0.1, truth.shape)).astype(np.float32)[..., None]
     codes = np.where(rng.random(truth.shape) < unlabelled, UNLABELLED, truth).astype(np.uint8)
-    method = make(Classes(("disc",), (1,)), **STILL)
+    method = make(Classes(("disc",), (1,)), **STILL, contrast=0.1, brightness=0.05, gamma=0.1)
     keys = jax.vmap(jax.random.key)(jnp.arange(2, dtype=jnp.uint32))
     optimizer = optax.adam(5e-3)
     state, step = init_members(method, optimizer, keys, [2]), make_member_step(method, optimizer, 0.9, keys)
