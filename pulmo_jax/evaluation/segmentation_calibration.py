@@ -115,7 +115,9 @@ def calibrated(
     return expit(scaled) if overlapping else softmax(scaled, axis=-1)
 
 
-def fit_pixel_scaling(sample: PixelSample, classes: Classes, effective_pixels: float = EFFECTIVE_PIXELS) -> Scaling:
+def fit_pixel_scaling(
+    sample: PixelSample, classes: Classes, effective_pixels: float = EFFECTIVE_PIXELS, *, offsets: bool = True
+) -> Scaling:
     """Fit the temperature and an offset of each class to pixels of validation images.
 
     The offsets undo the excess of foreground in the training patches. The priors are those of
@@ -126,6 +128,7 @@ def fit_pixel_scaling(sample: PixelSample, classes: Classes, effective_pixels: f
         sample: Pixels of the validation images.
         classes: The classes.
         effective_pixels: Weight of an image.
+        offsets: Whether to fit offsets of exclusive classes; those of overlapping classes are always fitted.
 
     Returns:
         Maximum a posteriori scaling; the identity without pixels.
@@ -133,7 +136,7 @@ def fit_pixel_scaling(sample: PixelSample, classes: Classes, effective_pixels: f
     z, weights = logits(sample.probabilities, classes.overlapping), effective_pixels * sample.weights
     if classes.overlapping:
         return _fit_sigmoid(z, classes.memberships[sample.codes].astype(np.float64), weights)
-    return fit_scaling(z, sample.codes.astype(np.int64), offsets=True, weights=weights)
+    return fit_scaling(z, sample.codes.astype(np.int64), offsets=offsets, weights=weights)
 
 
 def _fit_sigmoid(

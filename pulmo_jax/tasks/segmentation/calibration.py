@@ -90,7 +90,10 @@ def fit_scalings(
         maps = gathered(raw.raw_strips(pixels, list(networks)), np.empty(shape, np.float32))
         for i, sample in enumerate(samples):
             sample.append(sample_pixels(maps[..., i * outputs : (i + 1) * outputs], codes, PIXELS_PER_IMAGE, seed))
-    return [fit_pixel_scaling(pool(sample), labelled.classes) for sample in samples]
+    # Whole images have the class frequencies of the data. Offsets of several classes would only fit the frequencies of
+    # a few validation groups.
+    offsets = not raw.hows[0].resize or len(labelled.classes) == 1
+    return [fit_pixel_scaling(pool(sample), labelled.classes, offsets=offsets) for sample in samples]
 
 
 def read_pair(labelled: Labelled, row: int) -> tuple[np.ndarray, UInt8[np.ndarray, "H W"]]:
@@ -131,6 +134,9 @@ def fold_thresholds(
 ) -> tuple[Estimate, ...]:
     """Threshold of each class of a fold: that of the config, or that of the highest mean Dice.
 
+    Of several exclusive classes, the most probable is assigned (thresholds of DEFAULT): a threshold that is the best for
+    a class against the rest would take pixels from its neighbours.
+
     Args:
         scores: Scores of the validation images.
         labelled: All labelled images.
@@ -142,6 +148,8 @@ def fold_thresholds(
     """
     if config.calibration.threshold is not None:
         return (Estimate(config.calibration.threshold, reason="set by calibration.threshold"),) * len(labelled.classes)
+    if len(labelled.classes) > 1 and not labelled.classes.overlapping:
+        return (Estimate(DEFAULT, reason="exclusive classes: the most probable"),) * len(labelled.classes)
     groups = [labelled.groups[row] for row in rows.tolist()]
     found = []
     for k in range(len(labelled.classes)):

@@ -80,7 +80,12 @@ class SegmentationDataConfig(MasksConfig):
         description="resize whole images to patch_size instead of cutting patches; null: if no image has a side above "
         "6 patch_size",
     )
-    patch_size: Int = Field(default=128, ge=16, multiple_of=8, description="side length of the square patches, px")
+    patch_size: Int | None = Field(
+        default=None,
+        ge=16,
+        multiple_of=8,
+        description="side length of the square patches, px; null: 128, for the sample lung CT 192",
+    )
     stride: Int | None = Field(
         default=None, ge=1, description="spacing of training patches, px; null: half of patch_size"
     )
@@ -106,7 +111,7 @@ class SegmentationDataConfig(MasksConfig):
         if (self.images is None) != (self.masks is None):
             given, other = ("images", "masks") if self.masks is None else ("masks", "images")
             raise ValueError(f"data.{given} is given without data.{other}; give both, or none for the sample")
-        if self.stride is not None and self.stride > self.patch_size:
+        if None not in (self.stride, self.patch_size) and self.stride > self.patch_size:  # pyright: ignore[reportOptionalOperand]
             raise ValueError(
                 f"data.stride={self.stride} is above data.patch_size={self.patch_size}: pixels would be lost"
             )

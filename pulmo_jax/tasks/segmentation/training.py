@@ -53,6 +53,7 @@ from pulmo_jax.training.state import TrainState
 
 VALIDATED = 32  # patches of each network in the validation loss
 EXAMPLES = 8  # patches in the figures during training
+PATCH_PX, SAMPLE_PATCH_PX = 128, 192  # unless data.patch_size says otherwise
 RESIZED_SIDES = 6  # images with no side above this many patches are resized, unless data.resize says otherwise
 
 
@@ -107,6 +108,7 @@ def prepare(config: SegmentationConfig, place: Place) -> tuple[SegmentationConfi
     elif data.images is None:
         data = sample_data(data, place)
     assert data.images is not None
+    data = data.model_copy(update={"patch_size": data.patch_size or PATCH_PX})
     if (data.images.parent / "sample.json").is_file():
         cited = lung_lobes.CITATION
     return config.model_copy(update={"data": absolute(data)}), cited
@@ -114,7 +116,7 @@ def prepare(config: SegmentationConfig, place: Place) -> tuple[SegmentationConfi
 
 def with_values(data: SegmentationDataConfig, before: SegmentationDataConfig) -> SegmentationDataConfig:
     """Data config with the images and masks of the run to resume."""
-    kept = {key: getattr(before, key) for key in ("images", "masks", "valid", "groups", "classes")}
+    kept = {key: getattr(before, key) for key in ("images", "masks", "valid", "groups", "classes", "patch_size")}
     given = {key: getattr(data, key) for key in kept if getattr(data, key) is not None}
     return data.model_copy(update=kept | given)
 
@@ -126,7 +128,11 @@ def sample_data(data: SegmentationDataConfig, place: Place) -> SegmentationDataC
         f"sample lung CT, one patient: a demonstration, not evidence of accuracy. Please cite:\n{lung_lobes.CITATION}"
     )
     found: dict[str, Any] = {"images": sample / "images", "masks": sample / "masks"}
-    defaults = {"groups": sample / "groups.csv", "classes": dict(lung_lobes.CLASSES)}
+    defaults = {
+        "groups": sample / "groups.csv",
+        "classes": dict(lung_lobes.CLASSES),
+        "patch_size": SAMPLE_PATCH_PX,
+    }
     return data.model_copy(update=found | {k: v for k, v in defaults.items() if getattr(data, k) is None})
 
 
@@ -162,8 +168,9 @@ def read(config: SegmentationConfig, place: Place) -> SegmentationData:
     labelled = read_labelled(data, data.classes, data.max_image_mb, place.console, place.formats)
     folds = make_folds(labelled, config)
     largest = max(max(ref.shape[:2]) for ref in labelled.refs)
-    resize = largest <= RESIZED_SIDES * data.patch_size if data.resize is None else data.resize
-    fitted = [fit_normalisation(labelled, fold.training, data, resize, data.patch_size) for fold in folds]
+    size = data.patch_size or PATCH_PX
+    resize = largest <= RESIZED_SIDES * size if data.resize is None else data.resize
+    fitted = [fit_normalisation(labelled, fold.training, data, resize, size) for fold in folds]
     networks = Networks(
         labelled.classes,
         trainer.members,
