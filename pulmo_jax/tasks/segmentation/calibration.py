@@ -134,8 +134,8 @@ def fold_thresholds(
 ) -> tuple[Estimate, ...]:
     """Threshold of each class of a fold: that of the config, or that of the highest mean Dice.
 
-    Of several exclusive classes, the most probable is assigned (thresholds of DEFAULT): a threshold that is the best for
-    a class against the rest would take pixels from its neighbours.
+    Of several exclusive classes, the most probable is assigned (thresholds of DEFAULT): a threshold that is the best
+    for a class against the rest would take pixels from its neighbours.
 
     Args:
         scores: Scores of the validation images.

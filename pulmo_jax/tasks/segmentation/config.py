@@ -111,7 +111,7 @@ class SegmentationDataConfig(MasksConfig):
         if (self.images is None) != (self.masks is None):
             given, other = ("images", "masks") if self.masks is None else ("masks", "images")
             raise ValueError(f"data.{given} is given without data.{other}; give both, or none for the sample")
-        if None not in (self.stride, self.patch_size) and self.stride > self.patch_size:  # pyright: ignore[reportOptionalOperand]
+        if self.stride is not None and self.patch_size is not None and self.stride > self.patch_size:
             raise ValueError(
                 f"data.stride={self.stride} is above data.patch_size={self.patch_size}: pixels would be lost"
             )

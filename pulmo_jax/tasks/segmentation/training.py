@@ -107,8 +107,8 @@ def prepare(config: SegmentationConfig, place: Place) -> tuple[SegmentationConfi
         check_paths(config.model_copy(update={"data": data}))
     elif data.images is None:
         data = sample_data(data, place)
-    assert data.images is not None
     data = data.model_copy(update={"patch_size": data.patch_size or PATCH_PX})
+    assert data.images is not None
     if (data.images.parent / "sample.json").is_file():
         cited = lung_lobes.CITATION
     return config.model_copy(update={"data": absolute(data)}), cited
