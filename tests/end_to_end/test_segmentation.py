@@ -100,6 +100,7 @@ def test_evaluation_of_the_own_images_is_that_of_the_training(run, discs, tmp_pa
         assert found == pytest.approx(row["dice"]["value"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, discs, tmp_path):
     halves = tmp_path / "halves"
     shutil.copytree(run, halves)
@@ -115,12 +116,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, discs, tmp_path
     assert "resume=true: seed" in text
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    ("size", "the mask has 30 x 72 px, its image 03.tif has 60 x 72 px"),
-    ("missing", "03.tif: has no mask"),
-    ("surplus", "is the mask of no image"),
-    ("jpeg", "is a JPEG"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param("size", "the mask has 30 x 72 px, its image 03.tif has 60 x 72 px", marks=pytest.mark.slow),
+        ("missing", "03.tif: has no mask"),
+        pytest.param("surplus", "is the mask of no image", marks=pytest.mark.slow),
+        ("jpeg", "is a JPEG"),
+    ],
+)
 def test_bad_masks_are_refused_before_training(discs, tmp_path, damage, message):
     root = tmp_path / "set"
     shutil.copytree(discs, root)

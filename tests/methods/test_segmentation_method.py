@@ -126,7 +126,7 @@ def test_validation_loss_is_that_of_each_patch_alone():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("unlabelled", [0.0, 0.9])
+@pytest.mark.parametrize("unlabelled", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_networks_learn_to_find_bright_discs(unlabelled):
     """Two networks in one program; with 90 % of the pixels unlabelled, too."""
     rng = np.random.default_rng(0)
