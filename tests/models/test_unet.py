@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pulmo_jax.models.blocks import convolve
 from pulmo_jax.models.unet import (
     ConvEncoder,
     Encoder,
     UNet,
+    block_kernel,
     blocks_to_features,
     depth_for,
     features_to_blocks,
@@ -51,6 +53,14 @@ def test_rearrangements_are_inverse_and_keep_neighbours():
     assert features.shape == (2, 2, 3, 12)
     np.testing.assert_array_equal(features[0, 0, 0].reshape(2, 2, 3), x[0, :2, :2])
     np.testing.assert_array_equal(features_to_blocks(features, 2), x)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_convolution_of_blocks_is_that_of_their_pixels(side):
+    pixels = jax.random.normal(jax.random.key(0), (2, 4 * side, 3 * side, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 2))
+    blocks = convolve(1, blocks_to_features(pixels, side), block_kernel(kernel, side))
+    np.testing.assert_allclose(features_to_blocks(blocks, side), convolve(1, pixels, kernel), atol=1e-4)
 
 
 def test_upsampling_is_bilinear():
