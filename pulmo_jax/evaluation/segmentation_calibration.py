@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float64, UInt8
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit, softmax
+from scipy.special import expit, log_expit
 
 from pulmo_jax.data.codes import UNLABELLED, Classes
 from pulmo_jax.evaluation.class_calibration import (
@@ -96,23 +96,6 @@ def logits(probabilities: Float[np.ndarray, "*grid M"], overlapping: bool) -> Fl
     """Logits of probabilities: log p of exclusive outputs, log p / (1 - p) of overlapping ones."""
     p = np.clip(probabilities.astype(np.float64), LOWEST, 1 - LOWEST)
     return np.log(p) - np.log1p(-p) if overlapping else np.log(p)
-
-
-def calibrated(
-    probabilities: Float[np.ndarray, "*grid M"], scaling: Scaling, overlapping: bool
-) -> Float64[np.ndarray, "*grid M"]:
-    """Apply a scaling to uncalibrated probabilities.
-
-    Args:
-        probabilities: Uncalibrated probabilities of the outputs.
-        scaling: The scaling.
-        overlapping: Whether a pixel can belong to several classes.
-
-    Returns:
-        softmax(scale * log p + offsets), or sigmoid(scale * logit p + offsets) of overlapping classes.
-    """
-    scaled = scaling.scale * logits(probabilities, overlapping) + np.array(scaling.offsets)
-    return expit(scaled) if overlapping else softmax(scaled, axis=-1)
 
 
 def fit_pixel_scaling(

@@ -4,6 +4,7 @@ Every array has a leading axis over the M networks, divided into chunks; `vmap` 
 Each network has its own batches, noise, gradient, gradient clipping and moving average, as in separate training.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +41,11 @@ def chunk_sizes(count: int, at_once: int) -> list[int]:
     least = -(-count // at_once)
     chunks = next((n for n in range(least, 2 * least + 1) if count % n == 0), least)
     return [len(part) for part in np.array_split(np.arange(count), chunks)]
+
+
+def seed_of(*parts: object) -> int:
+    """Derive a 32-bit seed from identifiers; different identifiers give independent seeds."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 def init_members(

@@ -11,10 +11,10 @@ from pulmo_jax.data.codes import UNLABELLED, Classes
 from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.evaluation.segmentation_calibration import (
     best_threshold,
-    calibrated,
     calibration_error,
     dice_curves,
     fit_pixel_scaling,
+    logits,
     middle_of_highest,
     pool,
     reliability,
@@ -25,6 +25,12 @@ from pulmo_jax.evaluation.segmentation_metrics import BINS, score_image
 ONE, TWO = Classes(("lung",), (1,)), Classes(("lung", "lesion"), (1, 2))
 BOTH = Classes(("lung", "lesion"), (1, 2), overlapping=True)
 REPLICATES = 200
+
+
+def calibrated(probabilities, scaling, overlapping):
+    """softmax(scale * log p + offsets), or sigmoid(scale * logit p + offsets) of overlapping classes."""
+    scaled = scaling.scale * logits(probabilities, overlapping) + np.array(scaling.offsets)
+    return expit(scaled) if overlapping else softmax(scaled, axis=-1)
 
 
 def image(seed, size=(40, 50), sharpness=1.0):

@@ -4,7 +4,6 @@ Prediction and evaluation read config.yaml, classes.json, images.json and checkp
 writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,15 +28,12 @@ from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.classes import Classifier, ClosedForm, Trained
 from pulmo_jax.runs.directory import built, digest_of_run, load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
+from pulmo_jax.runs.run_images import read_images
 from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
 from pulmo_jax.tasks.classification.results import ClassResult
-from pulmo_jax.tasks.classification.stored import (
-    Member,
-    read_facts,
-    read_images,
-)
-from pulmo_jax.training.members import chunk_sizes, init_members
+from pulmo_jax.tasks.classification.stored import Member, read_facts
+from pulmo_jax.training.members import chunk_sizes, init_members, seed_of
 from pulmo_jax.training.state import TrainState, averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
@@ -231,11 +227,6 @@ def make_plan(found: ClassSet, config: ClassifierConfig) -> Plan:
                 members.append(Member(repeat, fold, number, seed, leaky))
                 folds.append(rows)
     return Plan(tuple(members), tuple(folds))
-
-
-def seed_of(*parts: object) -> int:
-    """Derive a 32-bit seed from identifiers; different identifiers give independent seeds."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 def class_weights(labels: Int[np.ndarray, "N"], n_classes: int, balanced: bool) -> tuple[float, ...]:

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from pulmo_jax.evaluation.class_calibration import Scaling
-from pulmo_jax.host.reading import read_bytes, read_json
+from pulmo_jax.host.reading import read_bytes
 from pulmo_jax.types import InputError
 
 FACTS_BYTES, MAX_CLASSES, MAX_MEMBERS = 2**26, 10_000, 100_000  # of classes.json
@@ -80,39 +80,3 @@ def read_facts(path: Path) -> Facts:
     if not all(fits):
         raise InputError(f"{path}: its classes, networks and calibrations do not fit together; train again")
     return facts
-
-
-def read_images(path: Path, n_networks: int) -> list[dict[str, Any]]:
-    """Read images.json.
-
-    Args:
-        path: The file.
-        n_networks: Number of networks.
-
-    Returns:
-        Images of the run, each with the networks that were not trained on it.
-
-    Raises:
-        InputError: If the file cannot be read, or is not a list of such images.
-    """
-    try:
-        content = read_json(path, inside=path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); train again") from error
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not all(is_image(image, n_networks) for image in images):
-        raise InputError(f"{path}: does not list the images of the run; train again")
-    return images
-
-
-def is_image(image: Any, n_networks: int) -> bool:
-    """Whether an entry of images.json has the values that are used, in their range."""
-    if not isinstance(image, dict):
-        return False
-    unseen, look = image.get("unseen_by"), image.get("look")
-    return (
-        isinstance(image.get("content"), str)
-        and (look is None or (type(look) is int and 0 <= look < 2**64))
-        and isinstance(unseen, list)
-        and all(type(i) is int and 0 <= i < n_networks for i in unseen)
-    )

@@ -4,7 +4,6 @@ Prediction and evaluation read config.yaml, networks.json, calibration.json, bas
 checkpoints/. finished.json, which training writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +20,13 @@ from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.one_image import ImageLike, one_image
 from pulmo_jax.data.transforms import fitting, same_scale
 from pulmo_jax.evaluation.segmentation_baselines import Baseline
-from pulmo_jax.host.reading import read_json
 from pulmo_jax.inference.class_maps import ClassMapper
 from pulmo_jax.inference.score import Tiles
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.segmenter import Segmenter
 from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
+from pulmo_jax.runs.run_images import read_images
 from pulmo_jax.tasks.segmentation.config import CHOICES, SegmentationConfig
 from pulmo_jax.tasks.segmentation.networks import NETWORKS, Networks, read_networks
 from pulmo_jax.tasks.segmentation.results import SegmentationResult, segmentation_result
@@ -166,11 +165,6 @@ def keys_of(networks: Networks) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.array(networks.seeds, jnp.uint32))
 
 
-def seed_of(*parts: object) -> int:
-    """Derive a 32-bit seed from identifiers; different identifiers give independent seeds."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
-
-
 def open_run(path: Path | str, plugins: tuple[str, ...] = ()) -> SegmentationRun:
     """Load a finished run.
 
@@ -200,38 +194,3 @@ def restore(path: Path, method: Any, networks: Networks, step: int) -> TrainStat
     keys, sizes = keys_of(networks), networks.chunk_sizes
     params = shapes_of(path, lambda: init_members(method, optax.identity(), keys, sizes).params)
     return restore_sealed(path, step, averaged_state(params))
-
-
-def read_images(path: Path, n_networks: int) -> list[dict[str, Any]]:
-    """Read images.json.
-
-    Args:
-        path: The file.
-        n_networks: Number of networks.
-
-    Returns:
-        Images of the run, each with its content and the networks that it was a test image of.
-
-    Raises:
-        InputError: If the file cannot be read, or is not a list of such images.
-    """
-    try:
-        content = read_json(path, inside=path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); train again") from error
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not all(is_image(image, n_networks) for image in images):
-        raise InputError(f"{path}: does not list the images of the run; train again")
-    return images
-
-
-def is_image(image: Any, n_networks: int) -> bool:
-    """Whether an entry of images.json has the values that are used, in their range."""
-    if not isinstance(image, dict):
-        return False
-    unseen = image.get("unseen_by")
-    return (
-        isinstance(image.get("content"), str)
-        and isinstance(unseen, list)
-        and all(type(i) is int and 0 <= i < n_networks for i in unseen)
-    )

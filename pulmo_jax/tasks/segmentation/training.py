@@ -21,7 +21,6 @@ from pulmo_jax.data.samples import fetch_lung_lobes
 from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.resources import keep_freed_memory
-from pulmo_jax.inference.class_maps import ClassMapper
 from pulmo_jax.inference.members import at_rows, each_its_own, kept
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.segmenter import Segmenter
@@ -43,12 +42,11 @@ from pulmo_jax.tasks.segmentation.run import (
     check_nodes,
     keys_of,
     make_mapper,
-    seed_of,
 )
 from pulmo_jax.tasks.segmentation.stored import write_baselines, write_calibration
 from pulmo_jax.tasks.segmentation.testing import fold_baselines
 from pulmo_jax.training import devices
-from pulmo_jax.training.members import init_members, make_member_step
+from pulmo_jax.training.members import init_members, make_member_step, seed_of
 from pulmo_jax.training.state import TrainState
 
 VALIDATED = 32  # patches of each network in the validation loss
@@ -167,6 +165,8 @@ def read(config: SegmentationConfig, place: Place) -> SegmentationData:
     data, trainer = config.data, config.trainer
     labelled = read_labelled(data, data.classes, data.max_image_mb, place.console, place.formats)
     folds = make_folds(labelled, config)
+    if trainer.folds > 1 and any(labelled.parts):
+        place.note(f"note: the parts in {data.groups} are not used, because trainer.folds={trainer.folds}")
     largest = max(max(ref.shape[:2]) for ref in labelled.refs)
     size = data.patch_size or PATCH_PX
     resize = largest <= RESIZED_SIDES * size if data.resize is None else data.resize
@@ -363,13 +363,8 @@ def finish(config: SegmentationConfig, data: SegmentationData, learned: Learned,
     write_calibration(place.run_dir, calibration)
     fitted = fold_baselines(data.labelled, folds, networks.classes, config.seed) if config.evaluation.baselines else []
     write_baselines(place.run_dir, fitted)
-    mapper = calibrated(raw, calibration.scalings, calibration.mean_thresholds)
+    mapper = replace(raw, scalings=calibration.scalings, thresholds=calibration.mean_thresholds)
     return SegmentationRun(place.run_dir, config, networks, mapper, calibration, learned.step)
-
-
-def calibrated(raw: ClassMapper, scalings: Sequence[Any], thresholds: Sequence[float]) -> ClassMapper:
-    """Mapper with calibration and thresholds, which keeps the compiled programs."""
-    return replace(raw, scalings=tuple(scalings), thresholds=tuple(thresholds))
 
 
 def assess(run: SegmentationRun, data: SegmentationData, learned: Learned, place: Place) -> Findings:
