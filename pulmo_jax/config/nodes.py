@@ -34,11 +34,14 @@ HOMES = {
 }
 # Arguments that only the program supplies.
 GIVEN = {
-    "model": ("patch_size", "channels", "n_landmarks", "n_classes", "rngs"),
+    "model": (
+        *("patch_size", "channels", "n_landmarks", "n_classes", "rngs"),
+        *("outputs", "moments", "timed", "codes"),
+    ),
     "model.encoder": ("patch_size", "channels", "rngs"),
     "method": (
         *("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
-        *("classes", "patch_size", "channels"),
+        *("classes", "patch_size", "channels", "base"),
     ),
     "optimizer": ("steps",),
     "method.loss": (

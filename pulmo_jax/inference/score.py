@@ -23,6 +23,7 @@ from pulmo_jax.inference.memory import within_memory
 from pulmo_jax.inference.strips import cut_batches, everywhere, padded
 from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Detailed, Method, Params
+from pulmo_jax.methods.ensemble import names_of
 from pulmo_jax.methods.score_maps import Extent
 
 LOWER = "lower tiles.batch_size (now {}; for a finished run in its config.yaml)"
@@ -64,8 +65,8 @@ class Scorer:
         tiles: Tiling.
         residual: Compiled residual of the method.
         reconstruct: Compiled reconstruction of the method.
-        detail_maps: Compiled further maps of the method, if any.
         score_window: Compiled scores of a strip; see `window_scorer`.
+        maps_window: Compiled scores and further maps of a strip.
     """
 
     method: Method
@@ -74,8 +75,8 @@ class Scorer:
     tiles: Tiles
     residual: OnTiles
     reconstruct: OnTiles
-    detail_maps: OnTiles | None
     score_window: Callable[..., Any]
+    maps_window: Callable[..., Any]
 
     @classmethod
     def of(cls, method: Method, params: Params, how: Preprocessing, tiles: Tiles) -> "Scorer":
@@ -103,8 +104,8 @@ class Scorer:
             tiles,
             within_memory(method.residual, what, remedy),
             within_memory(method.reconstruct, what, remedy),
-            within_memory(method.details, what, remedy) if isinstance(method, Detailed) else None,
             window_scorer(method),
+            window_scorer(method, detailed=bool(names_of(method))),
         )
 
     def __call__(
@@ -147,10 +148,10 @@ class Scorer:
         with naming_what_to_lower(self.tiles, pixels.shape):
             return gathered(self._maps(self.reconstruct, pixels, foreground), np.empty(pixels.shape, np.float32))
 
-    def details(
+    def maps(
         self, pixels: Shaped[np.ndarray, "H W *C"], foreground: Bool[np.ndarray, "H W"] | None = None, scale: str = ""
-    ) -> dict[str, Float[np.ndarray, "H W"]]:
-        """Compute the further maps of the method.
+    ) -> tuple[Float[np.ndarray, "H W"], dict[str, Float[np.ndarray, "H W"]]]:
+        """Compute the score map of an image and the further maps of the method in one pass.
 
         Args:
             pixels: Pixels (H, W, C), or (H, W) of one band, in the units of the training images.
@@ -158,42 +159,43 @@ class Scorer:
             scale: The dtype whose range the intensities have (see `ImageRef.scale`); "" for that of `pixels`.
 
         Returns:
-            Maps by name; NaN where there is no score.
+            Score of every pixel, and the further maps by name; float32, NaN where there is no score.
 
         Raises:
-            InputError: If memory is insufficient.
+            InputError: If the pixels differ from the training images in bands or scale, or memory is insufficient.
         """
-        names = detail_names(self.method)
-        if not names or self.detail_maps is None:
-            return {}
-        pixels = fitting(pixels, self.how, scale)
+        names, pixels = names_of(self.method), fitting(pixels, self.how, scale)
         with naming_what_to_lower(self.tiles, pixels.shape):
-            strips = self._maps(self.detail_maps, pixels, foreground)
-            maps = gathered(strips, np.empty((*pixels.shape[:2], len(names)), np.float32))
-        maps[~Inside(pixels, foreground)(0, len(pixels))] = np.nan
-        return {name: maps[..., i] for i, name in enumerate(names)}
+            found = np.empty((1 + len(names), *pixels.shape[:2]), np.float32)
+            for y, rows in self.strips(pixels, foreground, self.maps_window):
+                found[:, y : y + rows.shape[-2]] = rows
+        return found[0], dict(zip(names, found[1:], strict=True))
 
-    def strips(self, pixels: np.ndarray, foreground: np.ndarray | None) -> Strips:
+    def strips(
+        self, pixels: np.ndarray, foreground: np.ndarray | None, window: Callable[..., Any] | None = None
+    ) -> Strips:
         """Compute the score map in strips from top to bottom.
 
         Args:
             pixels: Pixels in the units of the training images, (H, W, C).
             foreground: Pixels to score, (H, W); None: all.
+            window: Compiled maps of a strip; None: the score only.
 
         Yields:
-            First row of a strip, and its scores.
+            First row of a strip, and its scores (rows, W); with further maps (1 + K, rows, W).
         """
+        window = window or self.score_window
         height, width = pixels.shape[:2]
         inside, grid, halo = Inside(pixels, foreground), self._grid(pixels.shape), self.method.halo_px
         residual = self._blended(self.residual, pixels, foreground, grid, inside.any_of_tiles(grid.tile))
-        scores = scored(self.score_window, residual, inside, grid, halo)
+        scores = scored(window, residual, inside, grid, halo)
         end = 0
         for i, rows in enumerate(read_behind(scores, ahead=1)):
             top = i * grid.rows - halo
-            rows = rows[max(-top, 0) : height - top, :width]
-            if len(rows):
+            rows = rows[..., max(-top, 0) : height - top, :width]
+            if rows.shape[-2]:
                 yield end, rows
-            end += len(rows)
+            end += rows.shape[-2]
         if end < height:  # there are no pixels to score
             yield end, np.full((height - end, width), np.nan, np.float32)
 
@@ -237,14 +239,18 @@ class Scorer:
             yield everywhere(np.moveaxis(padded(maps, k * grid.rows, grid.rows, grid.width), -1, 0))
 
 
-def window_scorer(method: Method) -> Callable[..., tuple[Float[Array, "rows width"], Float[Array, "M halos width"]]]:
+def window_scorer(
+    method: Method, detailed: bool = False
+) -> Callable[..., tuple[Float[Array, "*K rows width"], Float[Array, "M halos width"]]]:
     """Compile the function that scores a strip as soon as the `halo_px` rows below it are known.
 
     Args:
         method: Method of the run.
+        detailed: Whether to compute the further maps of a `Detailed` method as well.
 
     Returns:
-        (rows above, strip, mask, extent) -> (scores, rows above the next strip).
+        (rows above, strip, mask, extent) -> (maps, rows above the next strip). The maps are the scores (rows, width);
+        if `detailed`, the scores and further maps (1 + K, rows, width).
     """
     halo = method.halo_px
 
@@ -253,7 +259,7 @@ def window_scorer(method: Method) -> Callable[..., tuple[Float[Array, "rows widt
         strip: Float[Array, "M rows width"],
         inside: Bool[Array, "h width"],
         extent: Extent,
-    ) -> tuple[Float[Array, "rows width"], Float[Array, "M halos width"]]:
+    ) -> tuple[Float[Array, "*K rows width"], Float[Array, "M halos width"]]:
         """Score as many rows as the strip has, starting `halo_px` rows above it.
 
         Args:
@@ -263,11 +269,15 @@ def window_scorer(method: Method) -> Callable[..., tuple[Float[Array, "rows widt
             extent: Extent of the image in both together.
 
         Returns:
-            Scores, and `above` of the next call.
+            Maps, and `above` of the next call.
         """
         window, rows = jnp.concatenate([above, strip], axis=1), strip.shape[1]
-        scores = method.score_map(jnp.moveaxis(window, 0, -1), inside, extent)
-        return scores[halo : halo + rows], window[:, rows:]
+        residual = jnp.moveaxis(window, 0, -1)
+        maps = method.score_map(residual, inside, extent)
+        if detailed and isinstance(method, Detailed):
+            further = jnp.moveaxis(method.detail_maps(residual, inside, extent), -1, 0)
+            maps = jnp.stack([maps, *jnp.where(inside, further, jnp.nan)])
+        return maps[..., halo : halo + rows, :], window[:, rows:]
 
     return jax.jit(score)
 
@@ -278,7 +288,7 @@ def scored(
     inside: "Inside",
     grid: Grid,
     halo: int,
-) -> Iterator[Float[Array, "rows width"]]:
+) -> Iterator[Float[Array, "*K rows width"]]:
     """Score the strips on the device.
 
     Args:
@@ -289,7 +299,7 @@ def scored(
         halo: Number of rows above and below a pixel that its score depends on.
 
     Yields:
-        Scores; part k starts at image row k * rows - halo.
+        Maps of `window_scorer`; part k starts at image row k * rows - halo.
     """
     (height, width), above, strip = grid.shape, None, None
     everything = None if inside.may_be_false else everywhere(np.ones((2 * halo + grid.rows, grid.width), bool))
@@ -309,11 +319,6 @@ def scored(
 def bands_last(strip: Float[Array, "M rows width"]) -> Float[Array, "rows width M"]:
     """Move the maps to the last axis."""
     return jnp.moveaxis(strip, 0, -1)
-
-
-def detail_names(method: Method) -> tuple[str, ...]:
-    """Names of the further maps of a method; empty if there are none."""
-    return method.detail_names if isinstance(method, Detailed) else ()
 
 
 @dataclass(frozen=True)

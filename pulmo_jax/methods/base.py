@@ -1,5 +1,6 @@
 """Protocols of the anomaly-detection methods: a model of normal images and a per-pixel deviation from it."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Key, PyTree
@@ -142,21 +143,156 @@ class Accumulated(Protocol):
 
 @runtime_checkable
 class Detailed(Protocol):
-    """A `Method` with additional per-pixel maps besides the score, which prediction writes under their names."""
+    """A `Method` with further maps besides the score, which prediction writes under their names."""
 
     @property
     def detail_names(self) -> tuple[str, ...]:
-        """Names of the M additional maps."""
+        """Names of the K further maps."""
         ...
 
-    def details(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
-        """Compute the additional maps.
+    def detail_maps(
+        self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
+    ) -> Float[Array, "H W K"]:
+        """Compute the further maps from the blended residual, under the contract of `Method.score_map`.
+
+        Args:
+            residual: Blended residual; its values are arbitrary in the background and outside the image.
+            foreground: Pixels that are scored.
+            extent: Position of the image in the arrays; see `Method.score_map`.
+
+        Returns:
+            One map per name; intensities are normalised. Values outside the foreground are not used.
+        """
+        ...
+
+
+@runtime_checkable
+class PartlyFrozen(Protocol):
+    """A `Method` some of whose parameters no gradient step changes, such as those of a base run."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Top-level entries of the parameters, a dict, that are not trained by gradient descent."""
+        ...
+
+
+@runtime_checkable
+class Tracking(PartlyFrozen, Protocol):
+    """A `Method` that updates frozen entries from statistics of the batches, such as a codebook."""
+
+    def train_loss_and_seen(
+        self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], PyTree[Any]]:
+        """Compute the training loss, and the statistics of the batch in the same pass.
+
+        Args:
+            params: Parameters.
+            batch: Normal patches, normalised intensities.
+            key: Random key for noise and augmentation.
+
+        Returns:
+            The mean loss of the batch, and its statistics; an entry "metrics", a dict of scalars, is logged.
+        """
+        ...
+
+    def absorb(self, params: Params, seen: PyTree[Any]) -> Params:
+        """Update the frozen entries.
+
+        Args:
+            params: Parameters after the gradient step.
+            seen: Statistics of the batch.
+
+        Returns:
+            The parameters; only frozen entries differ.
+        """
+        ...
+
+
+@runtime_checkable
+class Tuned(PartlyFrozen, Protocol):
+    """A `Method` with numbers that are set on normal validation patches after training, before the calibration.
+
+    They are the frozen entry "tuned" of the parameters, whose structure `init` determines, and are stored in
+    calibration.json.
+    """
+
+    def tune(self, params: Params, patches: Float[Array, "N P P C"]) -> dict[str, Array]:
+        """Compute the numbers.
+
+        Args:
+            params: Trained parameters.
+            patches: Normal validation patches, normalised intensities.
+
+        Returns:
+            The new entry "tuned": small arrays by name.
+        """
+        ...
+
+
+@runtime_checkable
+class Shaping(Protocol):
+    """A method class that determines arguments of its network."""
+
+    NETWORK: Mapping[str, int]
+    """Arguments that the model is built with, such as outputs=2; the model must have them."""
+
+
+@runtime_checkable
+class Based(Protocol):
+    """A method class with a key `base_run`; an instance gets the method of that run as `base`.
+
+    The parameters of the base are the frozen entry "base" of the parameters.
+    """
+
+    BASE: tuple[str, ...]
+    """Names of the method classes that the base run may have; empty: any."""
+
+
+@runtime_checkable
+class Featured(Protocol):
+    """A `Method` whose network exposes square feature maps, whose side lengths divide that of the patch."""
+
+    def feature_maps(self, params: Params, patches: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
+        """Compute feature maps.
 
         Args:
             params: Parameters.
             patches: Patches, normalised intensities.
 
         Returns:
-            One map per name; intensities are normalised.
+            One array (B, h, w, F) per layer.
         """
+        ...
+
+
+@runtime_checkable
+class Generative(Protocol):
+    """A `Method` that draws normal patches."""
+
+    @property
+    def sampling_calls(self) -> int:
+        """Number of evaluations of the network per drawn patch."""
+        ...
+
+    def sample(self, params: Params, key: Key[Array, ""], count: int) -> Float[Array, "N P P C"]:
+        """Draw patches.
+
+        Args:
+            params: Parameters.
+            key: Random key.
+            count: Number of patches.
+
+        Returns:
+            Patches, normalised intensities.
+        """
+        ...
+
+
+@runtime_checkable
+class Iterative(Protocol):
+    """A `Method` whose residual takes several evaluations of its network."""
+
+    @property
+    def network_calls(self) -> int:
+        """Number of evaluations per tile."""
         ...

@@ -12,7 +12,7 @@ a factorisation instead of an inverse, and a network trained on the same images.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from pydantic import Field
 
 from pulmo_jax.core import covariance, likelihood, patches
 from pulmo_jax.core.covariance import Moments
-from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.base import Featured, Method, Params
 from pulmo_jax.methods.score_maps import (
     Extent,
     ImageStatistic,
@@ -90,9 +90,17 @@ def exact_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class PatchGaussian:
-    """Gaussian model of pixels, features or residuals; implements methods.base.Method, Accumulated, Detailed."""
+    """Gaussian model of pixels, features or residuals; implements methods.base.Method, Accumulated, Detailed.
 
-    network: Any  # models.identity.Identity for pixels, or a trained nnx.Module that is a FeatureNetwork
+    Attributes:
+        network: Model of the pixels. In runs of older versions, the network of the base run.
+        base: Method of the base run, whose features or residual are modelled; None: those of `network`.
+    """
+
+    BASE: ClassVar[tuple[str, ...]] = ()
+
+    network: Any  # a FeatureNetwork, such as models.identity.Identity
+    base: Method | None = None
     base_run: Annotated[str | None, Field(description="run whose network, patch size and normalisation are used")] = (
         None
     )
@@ -141,6 +149,11 @@ class PatchGaussian:
     memory_mb: Annotated[int, Field(ge=1, description="memory for fitting, in addition to the fitted model, MiB")] = 256
 
     def __post_init__(self) -> None:
+        if self.base is not None and self.input == "features" and not isinstance(self.base, Featured):
+            raise InputError(
+                f"method.input=features: the method {type(self.base).__name__} of method.base_run has no feature maps; "
+                "give method.input=residual, or the run of an autoencoder"
+            )
         if not isinstance(self.network, FeatureNetwork):
             raise InputError(f"method: the model {type(self.network).__name__} has no feature_maps; use another model")
         if (self.shrinkage == "fixed") != (self.rho is not None):
@@ -166,10 +179,25 @@ class PatchGaussian:
         size, channels = self.network.patch_size, self.network.channels
         if self.input == "residual":
             return [(size, size, channels)]
-        graph, state = nnx.split(self.network)
         patch = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
-        maps = jax.eval_shape(lambda state, x: nnx.merge(graph, state).feature_maps(x), state, patch)
+        maps = jax.eval_shape(lambda x: self._layers(self._start(), x), patch)
         return [tuple(m.shape[1:]) for m in maps]
+
+    def _start(self) -> Params:
+        """Initial parameters of the network and, with a base run, of its method."""
+        network = {"network": jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param))}
+        return network if self.base is None else network | {"base": self.base.init()}
+
+    def _layers(self, params: Params, x: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
+        """Feature maps of the base or, without one, of the network."""
+        if isinstance(self.base, Featured):
+            return self.base.feature_maps(params["base"], x)
+        return self._network(params).feature_maps(x)
+
+    def _network(self, params: Params) -> Any:
+        """The network with its parameters."""
+        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
+        return nnx.merge(graph, params["network"], rest)
 
     @property
     def map_side(self) -> int:
@@ -218,11 +246,11 @@ class PatchGaussian:
         return smoothing_radius(self.smoothing) + self.window_side // 2 + self.stride * self.cell_px + 1
 
     def init(self) -> Params:
-        """Return the network's parameters and empty moments."""
+        """Return the parameters of network and base, and empty moments."""
         shape = (self.rows**2,) if self.locations == "each" else ()
         d = self.dimensions
         empty = Moments(jnp.zeros(shape), jnp.zeros((*shape, d)), jnp.zeros((*shape, d, d)))
-        return {"network": jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param)), "moments": empty}
+        return {**self._start(), "moments": empty}
 
     @exact_products
     def update(self, params: Params, batch: Float[Array, "B P P C"], inside: Bool[Array, "B P P"]) -> Params:
@@ -250,7 +278,7 @@ class PatchGaussian:
             gaussian = self._fit(moments, floor)
         else:
             gaussian = jax.lax.map(lambda one: self._fit(one, floor), moments, batch_size=LOCATIONS_AT_ONCE)
-        return {"network": params["network"], "gaussian": gaussian}
+        return {**{name: part for name, part in params.items() if name != "moments"}, "gaussian": gaussian}
 
     def caveats(self, params: Params) -> tuple[str, ...]:
         """Describe limitations of the fit, from its moments. Raises InputError without windows or without variation."""
@@ -288,12 +316,10 @@ class PatchGaussian:
 
     def vectors(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S D"]:
         """Extract the modelled vector (pixels, features or residual) of every window."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        network: Any = nnx.merge(graph, params["network"], rest)
         if self.input == "residual":
-            maps = x - network(x)
+            maps = x - self.reconstruct(params, x)
         else:
-            layers = network.feature_maps(x)
+            layers = self._layers(params, x)
             maps = jnp.concatenate([enlarge(layer, self.map_side) for layer in layers], axis=-1)
             maps = maps if len(self.chosen) == maps.shape[-1] else maps[..., self.chosen]
         return patches.windows(maps, self.window_px, self.stride)
@@ -313,15 +339,13 @@ class PatchGaussian:
         return jnp.einsum("bnd,ned->bne", deviations, gaussian.whitener).reshape(batch, *grid, d)
 
     def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """Apply the network to patches."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        network: Any = nnx.merge(graph, params["network"], rest)
-        return network(patches)
+        """Reconstruct patches by the base or, without one, by the network."""
+        return self._network(params)(patches) if self.base is None else self.base.reconstruct(params["base"], patches)
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
-        """Compute the squared distance per dimension, about 1 in normal regions, or the SNR of each blob."""
+        """Compute the squared distance per dimension, about 1 in normal regions, or SNR and amplitude of each blob."""
         if self.score == "matched":
-            return self.to_pixels(self.blob_terms(params, patches)[0])
+            return self.to_pixels(jnp.concatenate(self.blob_terms(params, patches), axis=-1))
         return self.to_pixels(self.distances(params, patches)[..., None] / self.dimensions)
 
     @exact_products
@@ -344,13 +368,17 @@ class PatchGaussian:
     def detail_names(self) -> tuple[str, ...]:
         return ("amplitude", "blob_sigma") if self.score == "matched" else ()
 
-    def details(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
+    def detail_maps(
+        self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
+    ) -> Float[Array, "H W K"]:
         """Map amplitude (normalised units) and sigma (px) of the blob with the largest SNR under the polarity."""
-        snr, amplitude = self.blob_terms(params, patches)
+        if self.score != "matched":
+            return residual[..., :0]
+        snr, amplitude = jnp.split(residual, 2, axis=-1)
         best = jnp.argmax(SIGNED[self.polarity](snr), axis=-1)
         height = jnp.take_along_axis(amplitude, best[..., None], axis=-1)[..., 0]
         sigma = jnp.asarray(self.blob_sigmas_px, snr.dtype)[best]
-        return self.to_pixels(jnp.stack([height, sigma], axis=-1))
+        return jnp.stack([height, sigma], axis=-1)
 
     def to_pixels(self, at_windows: Float[Array, "B R S M"]) -> Float[Array, "B P P M"]:
         """Interpolate window values to pixels; a matched filter takes the nearest window, which preserves peaks."""
@@ -364,7 +392,9 @@ class PatchGaussian:
         self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
         """Smooth the score over complete windows; windows on the foreground edge matter only where none is near."""
-        score = residual[..., 0] if self.score == "mahalanobis" else SIGNED[self.polarity](residual).max(axis=-1)
+        score = residual[..., 0]
+        if self.score == "matched":
+            score = SIGNED[self.polarity](residual[..., : len(self.blob_sigmas_px)]).max(axis=-1)
         whole = eroded(foreground, self.window_side + self.stride * self.cell_px, extent)
         weight = jnp.where(whole, 1, PART_INSIDE).astype(score.dtype)
         both = jnp.stack([jnp.where(jnp.isfinite(score), score, 0) * weight, weight], axis=-1)

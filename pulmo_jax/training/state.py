@@ -1,7 +1,7 @@
 """Training state, and the pure functions that update it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -10,7 +10,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Key
 
 from pulmo_jax.methods import classes
-from pulmo_jax.methods.base import Accumulated, Method, Params
+from pulmo_jax.methods.base import Accumulated, Method, Params, PartlyFrozen, Tracking
+from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.methods.located import Trained
 from pulmo_jax.methods.segmenter import Segmenter
 
@@ -46,8 +47,12 @@ def init_state(method: Method | Trained, optimizer: optax.GradientTransformation
     params = method.init()
     if isinstance(method, Accumulated):
         return TrainState(jnp.zeros((), jnp.int32), params, (), ())
+    if isinstance(method, Ensemble):
+        opt_state = jax.vmap(optimizer.init)(divided(method.member, params)[0])
+    else:
+        opt_state = optimizer.init(divided(method, params)[0])
     # Copies: shared buffers could not be donated.
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt_state)
 
 
 def fitted_state(params: Params, step: int = 1) -> TrainState:
@@ -90,15 +95,49 @@ def make_update(
 
     def update(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        loss, gradient = jax.value_and_grad(method.train_loss)(state.params, batch, key)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        trained, frozen = divided(method, state.params)
+
+        def loss_of(trained: Params) -> tuple[jax.Array, Any]:
+            params = joined(trained, frozen)
+            if isinstance(method, Tracking):
+                return method.train_loss_and_seen(params, batch, key)
+            return method.train_loss(params, batch, key), None
+
+        (loss, seen), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+        params = joined(cast(Params, optax.apply_updates(trained, updates)), frozen)
+        if isinstance(method, Tracking):
+            params = method.absorb(params, seen)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        average, (trained, frozen) = divided(method, state.ema)[0], divided(method, params)
+        ema = joined(jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, trained), frozen)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+        if isinstance(method, Tracking):
+            metrics |= seen.get("metrics", {})
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return update
+
+
+def divided(method: Any, params: Params) -> tuple[Params, Params]:
+    """Divide parameters into those that gradient descent trains and those that it leaves as they are.
+
+    Args:
+        method: Method.
+        params: Parameters.
+
+    Returns:
+        Trained and frozen parameters; the latter are None if the method trains all.
+    """
+    if not isinstance(method, PartlyFrozen):
+        return params, None
+    frozen = {name: params[name] for name in method.frozen}
+    return {name: part for name, part in params.items() if name not in frozen}, frozen
+
+
+def joined(trained: Params, frozen: Params) -> Params:
+    """Join the parts of `divided`."""
+    return trained if frozen is None else {**trained, **frozen}
 
 
 def make_step(
@@ -120,10 +159,17 @@ def make_step(
     Returns:
         (state, batch) -> (state, metrics).
     """
-    update = make_update(method, optimizer, ema_decay)
+    count = method.count if isinstance(method, Ensemble) else None
+    update = make_update(method.member if isinstance(method, Ensemble) else method, optimizer, ema_decay)
+    by_network = TrainState(None, 0, 0, 0)
+    each = jax.vmap(update, in_axes=(by_network, None, 0), out_axes=(by_network, 0))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        return update(state, batch, jax.random.key(seed))
+        key = jax.random.key(seed)
+        if count is None:
+            return update(state, batch, key)
+        state, metrics = each(state, batch, jax.random.split(key, count))
+        return state, jax.tree.map(jnp.mean, metrics)
 
     return jax.jit(step, donate_argnums=0, out_shardings=sharding)
 

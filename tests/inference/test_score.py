@@ -65,9 +65,9 @@ class Pointwise:
 
     detail_names = ("double",)
 
-    def details(self, params, patches) -> jax.Array:
-        self.calls["details"] += 1
-        return 2 * patches[..., :1]
+    def detail_maps(self, residual, foreground, extent=None) -> jax.Array:
+        self.calls["detail_maps"] += 1
+        return 2 * residual[..., :1]
 
     def image_score(self, scores) -> float:
         return float(np.nanmax(scores))
@@ -119,14 +119,15 @@ def test_one_compilation_serves_images_of_all_sizes():
         for mask in (None, image(shape)[..., 0] > 100):
             score(image(shape), mask)
             score.reconstruction(image(shape), mask)
-            score.details(image(shape), mask)
-    assert method.calls == {"residual": 1, "reconstruct": 1, "details": 1, "score_map": 3}
+            score.maps(image(shape), mask)
+    assert method.calls == {"residual": 1, "reconstruct": 1, "detail_maps": 3, "score_map": 6}
 
 
 def test_maps_of_details_are_those_of_the_method_where_there_is_a_score(one_scorer):
     pixels, foreground = image((20, 31)), image((20, 31), seed=1)[..., 0] > 128
-    expected = np.where(foreground, 2 * np.clip((pixels[..., 0] - 100.0) / 20, -8, 8), np.nan)
-    found = one_scorer.details(pixels, foreground)
+    expected = np.where(foreground, 2 * (np.clip((pixels[..., 0] - 100.0) / 20, -8, 8) + 3), np.nan)
+    score, found = one_scorer.maps(pixels, foreground)
+    np.testing.assert_array_equal(score, one_scorer(pixels, foreground))
     assert list(found) == ["double"]
     np.testing.assert_allclose(found["double"], expected, atol=1e-5)
 
@@ -144,7 +145,7 @@ def test_missing_pixels_have_no_score_and_cost_their_neighbours_nothing(one_scor
      image((9, 9))[..., 0], np.ma.array(image((9, 9), np.float32)), image((9, 9)) > 9],
 )  # fmt: skip
 def test_another_scale_or_number_of_bands_is_refused(one_scorer, pixels):
-    for call in (one_scorer, one_scorer.reconstruction, one_scorer.details):
+    for call in (one_scorer, one_scorer.reconstruction, one_scorer.maps):
         with pytest.raises(
             InputError, match=r"the image has \d bands of \w+, but the run was trained on 2 of uint8; give"
         ):

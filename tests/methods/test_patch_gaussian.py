@@ -295,7 +295,8 @@ def test_an_injected_blob_is_found_on_its_pixel_with_its_height_and_size():
     score = np.asarray(method.score_map(method.residual(params, jnp.asarray(patch))[0], jnp.ones((16, 16), bool)))
     peak = tuple(map(int, np.unravel_index(score.argmax(), score.shape)))
     assert peak == (7, 8)
-    height, sigma = np.asarray(method.details(params, jnp.asarray(patch)))[0, *peak]
+    residual, inside = method.residual(params, jnp.asarray(patch))[0], jnp.ones((16, 16), bool)
+    height, sigma = np.asarray(method.detail_maps(residual, inside))[peak]
     assert sigma == 2
     assert abs(height - 5) < 1.5
 

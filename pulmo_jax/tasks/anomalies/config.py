@@ -123,6 +123,12 @@ class AnomalyTrainerConfig(TrainerConfig):
     """Options of the training loop."""
 
     validation_patches: Int = Field(default=512, ge=1, description="number of patches for the validation loss")
+    members: Int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="number of networks of different seeds, trained at once; their scores are averaged",
+    )
 
 
 class AnomalyEvaluationConfig(EvaluationConfig):
@@ -131,6 +137,15 @@ class AnomalyEvaluationConfig(EvaluationConfig):
     lesion_sizes_px: Annotated[tuple[Int, ...], AfterValidator(ascending)] = Field(
         default=(100, 1000), description="area limits between the size classes of lesions, px"
     )
+
+
+class BaseConfig(Section):
+    """Method and model of a base run, and the base run of that."""
+
+    method: Node
+    model: Node
+    members: Int = Field(default=1, ge=1, le=64)
+    base: "BaseConfig | None" = None
 
 
 EVALUATION = AnomalyEvaluationConfig(replicates=200, examples=4)
@@ -148,6 +163,7 @@ class TrainConfig(TrainingConfig, frozen=True):
     calibration: CalibrationConfig = CalibrationConfig()
     tiles: TilesConfig = TilesConfig()
     evaluation: AnomalyEvaluationConfig = EVALUATION
+    base: BaseConfig | None = Field(default=None, description="set by the program from method.base_run")
 
 
 class MapConfig(PredictConfig):

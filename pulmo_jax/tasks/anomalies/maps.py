@@ -21,8 +21,9 @@ from pulmo_jax.host.outputs import recorded_below, remove
 from pulmo_jax.inference.dicom_seg import write_segmentation
 from pulmo_jax.inference.nifti_maps import open_nifti_map
 from pulmo_jax.inference.outputs import PageWriter, ScaleBar, detection_row, open_map, overlay_step, write_overlay
-from pulmo_jax.inference.score import detail_names, naming_what_to_lower
+from pulmo_jax.inference.score import naming_what_to_lower
 from pulmo_jax.inference.volume_findings import Connected, volume_findings
+from pulmo_jax.methods.ensemble import names_of
 from pulmo_jax.runs.naming import output_names
 from pulmo_jax.tasks.anomalies.run import Run, require_fit
 from pulmo_jax.tasks.anomalies.units import scale_bar
@@ -359,7 +360,7 @@ def write_empty(ref: ImageRef, run: Run, writers: dict[str, PageWriter]) -> None
 
 def maps_of(run: Run) -> dict[str, np.dtype]:
     """Data types of the written maps, including those specific to the method."""
-    return MAPS | dict.fromkeys(detail_names(run.scorer.method), np.dtype(np.float32))
+    return MAPS | dict.fromkeys(names_of(run.scorer.method), np.dtype(np.float32))
 
 
 class Scored(NamedTuple):
@@ -391,8 +392,7 @@ def score_page(ref: ImageRef, run: Run, reader: Reader) -> Scored:
     if ref.page == ref.pages - 1:
         reader.close()  # releases decoded pages, which are not needed again
     step = overlay_step(pixels.shape)
-    details = run.scorer.details(pixels, foreground, ref.scale)
+    score, details = run.scorer.maps(pixels, foreground, ref.scale)
     if "amplitude" in details:
         details["amplitude"] *= np.float32(np.mean(run.scorer.how.scale))
-    score = run.scorer(pixels, foreground, ref.scale)
     return Scored(score, details, preprocess(pixels[::step, ::step], None, run.scorer.how))

@@ -1,23 +1,27 @@
-"""Reuse of earlier runs: a trained network (`method.base_run`) and fitted statistics (`method.merge_runs`)."""
+"""Reuse of earlier runs: a trained method (`method.base_run`) and fitted statistics (`method.merge_runs`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pulmo_jax.config.nodes import find_target
 from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.reading import read_json
-from pulmo_jax.methods.base import Accumulated, Method, Params
+from pulmo_jax.methods.base import Accumulated, Based, Method, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
 from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
 from pulmo_jax.runs.older import naming_version
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.data import NormalData
-from pulmo_jax.tasks.anomalies.run import SEALED, load_run
+from pulmo_jax.tasks.anomalies.run import SEALED, load_run, load_tuned, parts_of, with_tuned
 from pulmo_jax.training.state import TrainState, learnt
 from pulmo_jax.types import InputError
+
+IDENTITY = {"_target_": "pulmo_jax.models.identity.Identity"}  # model of a method that uses that of the base run
 
 # Fields of the preprocessing that determine the values in the foreground.
 SCALE = ("channels", "dtype", "patch_size", "resize", "offset", "scale", "clip")
@@ -28,20 +32,20 @@ COUNTED = ("input", "locations", "window_px", "stride", "n_features")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A finished run whose network is reused.
+    """A finished run whose method is reused.
 
     Attributes:
         path: Run directory.
         config: Its config.
         how: Its preprocessing.
-        network: Parameters of its network.
+        params: Parameters of its method.
         digest: Digest of the run.
     """
 
     path: Path
     config: TrainConfig
     how: Preprocessing
-    network: Params
+    params: Params
     digest: str
 
 
@@ -63,45 +67,86 @@ def open_base(config: TrainConfig) -> Pretrained | None:
     path = Path(name).absolute()
     with naming_version(path):
         before, how, method, state, _ = load_run(path, config.plugins)
-    if isinstance(method, Accumulated):
-        raise InputError(f"method.base_run={path}: its method trains no network; give the run of an autoencoder")
-    return Pretrained(path, before, how, learnt(method, state), digest_of_run(path))
+    params = learnt(method, state)
+    return Pretrained(path, before, how, with_tuned(params, load_tuned(path, method, params)), digest_of_run(path))
 
 
 def with_base(config: TrainConfig) -> TrainConfig:
-    """Copy model and patch size from the base run to the config.
+    """Copy method, model and patch size of the base run to the config.
 
     Args:
         config: Config of the new run.
 
     Returns:
-        The config with the model, patch size and resizing of the base run.
+        The config with `base`, and with the patch size and resizing of the base run.
+
+    Raises:
+        InputError: If it is not a finished run, or the new method cannot use its method.
     """
     name = config.method.get("base_run")
     if name is None:
+        require_base_run(config)
         return config
     path = Path(name).absolute()
     sealed_step(path, SEALED)  # raises if there is no finished run
     with naming_version(path):
         base = load_config(path, TrainConfig, config.plugins)
+    require_kind(config, base, path)
     data = {"patch_size": base.data.patch_size, "resize": base.data.resize}
     if config.data.stride is not None:
         data["stride"] = min(config.data.stride, base.data.patch_size)
     return config.model_copy(
         update={
-            "model": base.model,
+            "base": parts_of(base),
+            "model": IDENTITY if is_accumulated(config) else config.model,
             "data": config.data.model_copy(update=data),
             "method": {**config.method, "base_run": str(path)},
         }
     )
 
 
+def is_accumulated(config: TrainConfig) -> bool:
+    """Whether the method reads each patch once, in a single pass, and trains no network."""
+    target = find_target(config.method, "method", config.plugins)
+    return isinstance(target, type) and issubclass(target, Accumulated)
+
+
+def require_base_run(config: TrainConfig) -> None:
+    """Raise InputError if the method needs a base run of a certain kind, and the config names none."""
+    target = find_target(config.method, "method", config.plugins)
+    if isinstance(target, Based) and target.BASE:
+        raise InputError(f"method.base_run is null; give method.base_run=RUN, a finished run of {kinds(target)}")
+
+
+def require_kind(config: TrainConfig, base: TrainConfig, path: Path) -> None:
+    """Check that the method of a base run is of the kind that the new method needs.
+
+    Args:
+        config: Config of the new run.
+        base: Config of the base run.
+        path: Run directory of the base run.
+
+    Raises:
+        InputError: If it is not.
+    """
+    target, found = (find_target(c.method, "method", config.plugins) for c in (config, base))
+    if is_accumulated(base):
+        raise InputError(f"method.base_run={path}: its method trains no network; give the run of an autoencoder")
+    if isinstance(target, Based) and target.BASE and found.__name__ not in target.BASE:
+        raise InputError(f"method.base_run={path}: is a run of {found.__name__}; give a run of {kinds(target)}")
+
+
+def kinds(target: Based) -> str:
+    """Names of the methods that a base run may have, for messages."""
+    return " or ".join(target.BASE)
+
+
 def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretrained | None) -> TrainState:
-    """Initialise a training state with the network of a base run and the statistics of merged runs.
+    """Initialise a training state with the parameters of a base run and the statistics of merged runs.
 
     Args:
         fresh: Initial state of the method.
-        method: The method.
+        method: The method, which may be an ensemble.
         data: Normal images of the run.
         base: Base run, if any.
 
@@ -111,12 +156,12 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
     Raises:
         InputError: If the runs do not fit the method or the data.
     """
-    if not isinstance(method, PatchGaussian):
-        return fresh
     if base is not None:
         require_unseen(data, base)
-        fresh = fresh.replace(params={**fresh.params, "network": base.network})
-    elif jax.tree.leaves(fresh.params["network"]):
+        fresh = with_params(fresh, base.params)
+    if not isinstance(method, PatchGaussian):
+        return fresh
+    if base is None and jax.tree.leaves(fresh.params["network"]):
         raise InputError(
             "method.base_run is null, and the model's parameters are random; give method.base_run=RUN, the run "
             "directory of a trained autoencoder, or model=identity for the pixels themselves"
@@ -127,6 +172,23 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
         require_new(Path(name).absolute(), once)
         fresh = fresh.replace(params=merged(fresh.params, counted(Path(name), fresh.params, method, data)))
     return fresh
+
+
+def with_params(fresh: TrainState, base: Params) -> TrainState:
+    """Set the parameters of the base in an initial state, for each network of an ensemble.
+
+    Args:
+        fresh: Initial state of the method.
+        base: Parameters of the base run.
+
+    Returns:
+        The state.
+    """
+
+    def filled(params: Params) -> Params:
+        return {**params, "base": jax.tree.map(lambda p, like: jnp.broadcast_to(p, like.shape), base, params["base"])}
+
+    return fresh.replace(params=filled(fresh.params), ema=filled(fresh.ema) if fresh.ema else fresh.ema)
 
 
 def require_fit_windows(method: PatchGaussian, data: NormalData) -> None:
@@ -234,7 +296,7 @@ def counted(path: Path, like: Params, method: PatchGaussian, data: NormalData) -
             f"method.merge_runs: {path} has another normalisation; train all with data.normalize=fixed and the same "
             "data.value_range, or with the same method.base_run"
         )
-    networks = [jax.tree.leaves(params["network"]) for params in (like, state.params)]
+    networks = [jax.tree.leaves((params["network"], params.get("base"))) for params in (like, state.params)]
     if len(networks[0]) != len(networks[1]) or any(
         a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(*networks, strict=True)
     ):

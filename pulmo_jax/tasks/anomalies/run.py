@@ -1,14 +1,16 @@
 """A finished run of anomaly detection: scorer, thresholds, and the files that store them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Shaped
 
-from pulmo_jax.config.nodes import build
+from pulmo_jax.config.nodes import build, find_target
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.one_image import ImageLike, one_foreground, one_image
 from pulmo_jax.data.transforms import Preprocessing, preprocess, same_scale
@@ -17,17 +19,20 @@ from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.reading import read_json
 from pulmo_jax.inference.score import Scorer, Tiles
-from pulmo_jax.methods.base import Method, Params
+from pulmo_jax.methods.base import Method, Params, Shaping, Tuned
+from pulmo_jax.methods.ensemble import Ensemble, networks
 from pulmo_jax.runs.directory import load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
-from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.tasks.anomalies.config import BaseConfig, TrainConfig
 from pulmo_jax.tasks.anomalies.results import AnomalyResult
 from pulmo_jax.tasks.anomalies.units import stored_intensity
+from pulmo_jax.training.members import seed_of
 from pulmo_jax.training.state import TrainState, inference_state, learnt
 from pulmo_jax.types import InputError
 
 SEALED = ("preprocessing.json", "calibration.json", "baselines.json")
+TUNED = "tuned"  # entry of calibration.json and of the parameters
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,9 @@ def open_run(path: Path | str, plugins: tuple[str, ...] = ()) -> Run:
     """
     path = Path(path)
     config, how, method, state, step = load_run(path, plugins)
-    return Run(path, config, make_scorer(config, method, learnt(method, state), how), load_calibrations(path), step)
+    params = learnt(method, state)
+    params = with_tuned(params, load_tuned(path, method, params))
+    return Run(path, config, make_scorer(config, method, params, how), load_calibrations(path), step)
 
 
 def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Preprocessing, Method, TrainState, int]:
@@ -163,17 +170,93 @@ def make_scorer(config: TrainConfig, method: Method, params: Params, how: Prepro
 
 
 def build_method(config: TrainConfig, how: Preprocessing) -> Method:
-    """Build the network, randomly initialised, and the method from the config."""
-    rngs = nnx.Rngs(config.seed)
-    network = build(config.model, "model", config.plugins, patch_size=how.patch_size, channels=how.channels, rngs=rngs)
-    return build(config.method, "method", config.plugins, network=network, seed=config.seed)
+    """Build the networks, randomly initialised, and the method from the config."""
+    return build_parts(parts_of(config), how, config.seed, config.plugins)
 
 
-def save_calibrations(run: Path, calibrations: dict[str, Calibration]) -> None:
-    """Write the calibration of the method to calibration.json, and those of the baselines to baselines.json."""
+def parts_of(config: TrainConfig) -> BaseConfig:
+    """Method, model and base run of a config."""
+    members = config.trainer.members
+    return BaseConfig(method=config.method, model=config.model, members=members, base=config.base)
+
+
+def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple[str, ...]) -> Method:
+    """Build a method on that of its base run, if it has one; several networks make an ensemble.
+
+    Args:
+        parts: Method, model and base run.
+        how: Preprocessing.
+        seed: Seed of the initial parameters; each further network has a seed of its own.
+        plugins: Packages that may be imported.
+
+    Returns:
+        The method.
+
+    Raises:
+        InputError: If the model does not fit the patches, or the base run the method.
+    """
+    base = None if parts.base is None else build_parts(parts.base, how, seed, plugins)
+    target = find_target(parts.method, "method", plugins)
+    shape = dict(target.NETWORK) if isinstance(target, Shaping) else {}
+    seeds = [seed, *(seed_of("network", seed, i) for i in range(1, parts.members))]
+
+    def one(seed: int) -> Method:
+        given: dict[str, Any] = {"patch_size": how.patch_size, "channels": how.channels, **shape}
+        try:
+            network = build(parts.model, "model", plugins, rngs=nnx.Rngs(seed), **given)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return build(parts.method, "method", plugins, network=network, base=base, seed=seed)
+
+    members = tuple(one(seed) for seed in seeds)
+    return members[0] if len(members) == 1 else Ensemble(members)
+
+
+def save_calibrations(run: Path, calibrations: dict[str, Calibration], tuned: Mapping[str, Any]) -> None:
+    """Write the calibration of the method to calibration.json, and those of the baselines to baselines.json.
+
+    Args:
+        run: Run directory.
+        calibrations: Calibration of the method, then those of the baselines, by name.
+        tuned: Numbers of a `Tuned` method, by name.
+    """
     method, *baselines = calibrations
     write_json(run / "baselines.json", {name: calibrations[name].to_json() for name in baselines})
-    write_json(run / "calibration.json", calibrations[method].to_json())
+    numbers = {name: np.asarray(values).tolist() for name, values in tuned.items()}
+    write_json(run / "calibration.json", calibrations[method].to_json() | ({TUNED: numbers} if numbers else {}))
+
+
+def with_tuned(params: Params, tuned: Mapping[str, Any]) -> Params:
+    """Set the numbers of a `Tuned` method; of other methods, the parameters are unchanged."""
+    return {**params, TUNED: dict(tuned)} if tuned else params
+
+
+def load_tuned(run: Path, method: Method, params: Params) -> Mapping[str, Any]:
+    """Read the numbers of a `Tuned` method from calibration.json.
+
+    Args:
+        run: Run directory.
+        method: Method of the run.
+        params: Its parameters, whose entry "tuned" has the structure.
+
+    Returns:
+        Arrays by name; empty for other methods.
+
+    Raises:
+        InputError: If they are missing or have another structure.
+    """
+    if not isinstance(networks(method, params)[0][0], Tuned):
+        return {}
+    path, like = run / "calibration.json", params[TUNED]
+    content = read_json(path, inside=run)
+    found = content.get(TUNED) if isinstance(content, dict) else None
+    try:
+        arrays = {name: jnp.asarray(found[name], value.dtype) for name, value in like.items()}  # pyright: ignore
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: lacks numbers of the method ({error}); train again") from error
+    if any(arrays[name].shape != value.shape for name, value in like.items()):
+        raise InputError(f"{path}: has numbers of another method; train again")
+    return arrays
 
 
 def load_calibrations(run: Path) -> dict[str, Calibration]:

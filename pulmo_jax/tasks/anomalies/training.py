@@ -1,6 +1,7 @@
 """Training of anomaly detection: model of normal images, thresholds on held-out normal images, test."""
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
@@ -22,7 +24,9 @@ from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
-from pulmo_jax.methods.base import Accumulated, Method
+from pulmo_jax.inference.score import Scorer
+from pulmo_jax.methods.base import Accumulated, Iterative, Method, Shaping
+from pulmo_jax.methods.ensemble import tuned
 from pulmo_jax.runs.directory import build_optimizer, load_config
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.place import Place
@@ -42,8 +46,8 @@ from pulmo_jax.tasks.anomalies.data import (
     validation_patches,
 )
 from pulmo_jax.tasks.anomalies.figures import patch_grid
-from pulmo_jax.tasks.anomalies.pretrained import Pretrained, open_base, start_from, with_base
-from pulmo_jax.tasks.anomalies.run import Run, build_method, make_scorer, save_calibrations
+from pulmo_jax.tasks.anomalies.pretrained import Pretrained, is_accumulated, open_base, start_from, with_base
+from pulmo_jax.tasks.anomalies.run import Run, build_method, make_scorer, save_calibrations, with_tuned
 from pulmo_jax.training import devices
 from pulmo_jax.training.program import compile_step
 from pulmo_jax.training.state import TrainState, init_state, learnt, make_pass, make_step
@@ -73,8 +77,15 @@ class AnomalyData:
 def check(config: TrainConfig) -> None:
     """Validate the nodes of the method and its model, and the cache folder. Raises InputError."""
     require_writable(config.data.cache, "data.cache")
-    check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs"))
     check_node(config.method, "method", config.plugins, ("network",))
+    target = find_target(config.method, "method", config.plugins)
+    shape = target.NETWORK if isinstance(target, Shaping) else ()
+    check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs", *shape))
+    if config.trainer.members > 1 and is_accumulated(config):
+        raise InputError(
+            f"trainer.members={config.trainer.members}: {config.method['_target_']} is fitted in one pass, without "
+            "random numbers; give trainer.members=1, or a method.base_run that is an ensemble"
+        )
     if "loss" in config.method:
         check_node(config.method["loss"], "method.loss", config.plugins, ("image", "reconstruction"))
 
@@ -144,7 +155,7 @@ def read(config: TrainConfig, place: Place) -> AnomalyData:
         data = align_data(landmarks, data, place.folder / "aligned", data.max_image_mb, place.console, place.formats)
     reader = Reader(data.max_image_mb, place.formats)
     require_one_frame(config)
-    stride = data.patch_size // (1 if sees_once(config) else 2)
+    stride = data.patch_size // (1 if is_accumulated(config) else 2)
     normal = read_normal_images(data, config.seed, reader, place.console, stride, base.how if base else None)
     normal = replace(normal, how=replace(normal.how, aligned_by=frame))
     if (test := labelled_data(data)) is not None:
@@ -226,7 +237,11 @@ def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Plac
     """
     method = build_method(config, data.normal.how)
     caveats_of(method, learned)  # raises if the method has accumulated too little data
-    scorer = make_scorer(config, method, learnt(method, learned.state), data.normal.how)
+    params = learnt(method, learned.state)
+    patches = validation_patches(config, data.normal, data.reader)
+    numbers = tuned(method, params, jnp.asarray(patches))
+    scorer = make_scorer(config, method, with_tuned(params, numbers), data.normal.how)
+    tell_cost(scorer, patches, place)
     calibrations = calibrate(
         scorer,
         data.normal.validation.images,
@@ -236,8 +251,28 @@ def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Plac
         config.seed,
         tracker(place.console, "calibrating"),
     )
-    save_calibrations(place.run_dir, calibrations)
+    save_calibrations(place.run_dir, calibrations, numbers)
     return Run(place.run_dir, config, scorer, calibrations, learned.step)
+
+
+def tell_cost(scorer: Scorer, patches: np.ndarray, place: Place) -> None:
+    """Print the number of network evaluations per tile of an iterative method, and the time that they take.
+
+    Args:
+        scorer: Scorer of the run.
+        patches: Validation patches, (n, P, P, C).
+        place: Output folder and console.
+    """
+    method = scorer.method
+    if not isinstance(method, Iterative):
+        return
+    tiles = jnp.asarray(np.resize(patches, (scorer.tiles.batch_size, *patches.shape[1:])))
+    jax.block_until_ready(scorer.residual(scorer.params, tiles))  # compiles
+    began = time.perf_counter()
+    jax.block_until_ready(scorer.residual(scorer.params, tiles))
+    ms = 1e3 * (time.perf_counter() - began) / len(tiles)
+    calls = method.network_calls
+    place.note(f"scoring takes {calls} network evaluations per tile: {ms:.3g} ms per tile, {ms / calls:.3g} ms each")
 
 
 def assess(run: Run, data: AnomalyData, learned: Learned, place: Place) -> Findings:
@@ -267,6 +302,7 @@ def identify(config: TrainConfig, data: NormalData, base: Pretrained | None) -> 
         "seed": config.seed,
         "trainer.batch_size": config.trainer.batch_size,
         "trainer.ema_decay": config.trainer.ema_decay,
+        **({"trainer.members": config.trainer.members} if config.trainer.members > 1 else {}),
         "data.augment": config.data.augment,
         "model": config.model,
         "method": config.method,
@@ -284,12 +320,6 @@ def require_one_frame(config: TrainConfig) -> None:
             "method.locations=each needs data.resize=true: it models one Gaussian per location of aligned "
             "images, resized to data.patch_size; for images that are not aligned use method.locations=pooled"
         )
-
-
-def sees_once(config: TrainConfig) -> bool:
-    """Whether the method reads each patch once, in a single pass; its patches then need not overlap."""
-    target = find_target(config.method, "method", config.plugins)
-    return isinstance(target, type) and issubclass(target, Accumulated)
 
 
 def less_memory(config: TrainConfig) -> str:
