@@ -32,7 +32,7 @@ from pulmo_jax.data.reader import Reader
 from pulmo_jax.inference.assess import METHOD, assess, calibrate, truth_by_folder
 from pulmo_jax.inference.score import Scorer
 from pulmo_jax.reporting import figures
-from pulmo_jax.runs.directory import provenance
+from pulmo_jax.reporting.provenance import provenance
 from pulmo_jax.tasks.anomalies.run import Run, open_run
 
 HERE = Path(__file__).parent

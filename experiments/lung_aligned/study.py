@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from pulmo_jax.runs.directory import provenance
+from pulmo_jax.reporting.provenance import provenance
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "chest_xray"))

@@ -22,7 +22,7 @@ import numpy as np
 from pulmo_jax.data.images import index_images
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.inference.assess import METHOD
-from pulmo_jax.runs.directory import provenance
+from pulmo_jax.reporting.provenance import provenance
 from pulmo_jax.tasks.anomalies.run import open_run
 
 HERE = Path(__file__).parent
