@@ -302,7 +302,6 @@ def identify(config: TrainConfig, data: NormalData, base: Pretrained | None) -> 
         "seed": config.seed,
         "trainer.batch_size": config.trainer.batch_size,
         "trainer.ema_decay": config.trainer.ema_decay,
-        **({"trainer.members": config.trainer.members} if config.trainer.members > 1 else {}),
         "data.augment": config.data.augment,
         "model": config.model,
         "method": config.method,

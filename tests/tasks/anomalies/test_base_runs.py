@@ -1,0 +1,98 @@
+"""Runs that build on the method of another run, and ensembles."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from pulmo_jax.methods.ensemble import Ensemble, networks
+from pulmo_jax.runs.directory import load_values
+from pulmo_jax.tasks.anomalies.run import load_run, open_run
+from pulmo_jax.types import InputError
+
+
+@pytest.fixture(scope="module")
+def ensemble(go, tmp_path_factory):
+    """A run of two networks."""
+    run = tmp_path_factory.mktemp("runs") / "ensemble"
+    go(run, "trainer.members=2")
+    return run
+
+
+def leaves(params):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def test_an_ensemble_is_opened_with_all_networks_and_maps_their_spread(ensemble):
+    run = open_run(ensemble)
+    method, params = run.scorer.method, run.scorer.params
+    assert isinstance(method, Ensemble)
+    first, second = (leaves(own) for _, own in networks(method, params))
+    assert any((a != b).any() for a, b in zip(first, second, strict=True))
+    image = np.random.default_rng(0).integers(900, 1100, (40, 40)).astype(np.uint16)
+    score, further = run.scorer.maps(image[..., None])
+    assert list(further) == ["spread"]
+    assert further["spread"].shape == score.shape
+    assert (further["spread"] > 0).mean() > 0.9
+
+
+def test_an_interrupted_ensemble_continues_bit_for_bit(go, ensemble, tmp_path):
+    shutil.copytree(ensemble, tmp_path / "run")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step), ignore_errors=True)
+    go(tmp_path / "run", "trainer.members=2", "resume=true")
+    before, after = (load_run(path)[3].ema for path in (ensemble, tmp_path / "run"))
+    for a, b in zip(leaves(before), leaves(after), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_number_of_networks_is_not_resumed(go, ensemble):
+    with pytest.raises(InputError, match="cannot be restored into this model"):
+        go(ensemble, "trainer.members=3", "resume=true")
+
+
+def residual_of(base, *more):
+    return ["method=patch_gaussian", "model=identity", "method.input=residual", f"method.base_run={base}", *more]
+
+
+def test_the_residual_of_an_ensemble_is_whitened_and_needs_the_ensemble_no_more(go, ensemble, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(ensemble, base)
+    go(tmp_path / "run", *residual_of(base, "method.window_px=4"))
+    expected = leaves(load_run(base)[3].ema)
+    shutil.rmtree(base)
+    run = open_run(tmp_path / "run")
+    for a, b in zip(leaves(run.scorer.params["base"]), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    values = load_values(tmp_path / "run")
+    assert values["base"]["members"] == 2
+    assert values["base"]["method"]["_target_"].endswith("Autoencoder")
+    assert values["model"]["_target_"].endswith("Identity")
+    assert values["data"]["patch_size"] == 16
+
+
+def test_features_of_an_ensemble_and_ensembles_of_one_pass_are_refused(go, ensemble, tmp_path):
+    with pytest.raises(InputError, match="method Ensemble of method.base_run has no feature maps"):
+        go(tmp_path / "a", "method=patch_gaussian", "model=identity", f"method.base_run={ensemble}")
+    with pytest.raises(InputError, match="trainer.members=2: .* is fitted in one pass"):
+        go(tmp_path / "b", "method=patch_gaussian", "model=identity", "trainer.members=2")
+
+
+def test_a_run_without_a_network_is_no_base(go, tmp_path):
+    go(tmp_path / "pixels", "method=patch_gaussian", "model=identity", "method.window_px=4")
+    with pytest.raises(InputError, match="its method trains no network"):
+        go(tmp_path / "run", *residual_of(tmp_path / "pixels"))
+
+
+def test_the_model_of_a_base_run_may_name_only_the_package_and_plugins(go, ensemble, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(ensemble, base)
+    go(tmp_path / "run", *residual_of(base, "method.window_px=4"))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("pulmo_jax.models.autoencoder.ConvAutoencoder", "os.system"))
+    sealed = tmp_path / "run" / "finished.json"
+    assert "config.yaml" not in json.loads(sealed.read_text())
+    with pytest.raises(InputError, match=r"model._target_=os.system: only"):
+        open_run(tmp_path / "run")
