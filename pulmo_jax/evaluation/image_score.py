@@ -83,7 +83,7 @@ class NormalLaw:
         unit = abs(float(values[-1])) or 1.0  # of a constant, whose scale is unknown
         return NormalLaw(values, p, excess or spread or unit, spread or unit)
 
-    def log_p(self, value: Float64[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:
+    def log_p(self, value: Float64[np.ndarray, "N"]) -> Float64[np.ndarray, "N"]:
         """Natural logarithm of the p-value; it stays finite where the p-value underflows."""
         low, high = self.values[[0, -1]]
         inside = np.log(np.interp(value, self.values, self.p))
@@ -92,9 +92,7 @@ class NormalLaw:
         return np.where(value > high, above, np.where(value < low, below, inside))
 
 
-def combined_score(
-    values: Float64[np.ndarray, "K *shape"], normal: Float64[np.ndarray, "K N"]
-) -> Float64[np.ndarray, "*shape"]:
+def combined_score(values: Float64[np.ndarray, "K M"], normal: Float64[np.ndarray, "K N"]) -> Float64[np.ndarray, "M"]:
     """Combine the statistics of images into one score.
 
     Args:
@@ -124,7 +122,7 @@ def score_of_statistics(values: dict[Statistic, float], normal: NormalStatistics
     if not np.isfinite(list(values.values())).all():
         return float("nan")
     table = np.sort(np.array([normal.values[name] for name in WEIGHTS]), axis=1)
-    return float(combined_score(np.array([values[name] for name in WEIGHTS]), table))
+    return float(combined_score(np.array([[values[name]] for name in WEIGHTS]), table)[0])
 
 
 def normal_scores(statistic: ImageStatistic, normal: NormalStatistics) -> Float64[np.ndarray, "N"]:
