@@ -385,9 +385,9 @@ def _image_threshold(
     scores: Float64[np.ndarray, "N"], groups: Sequence[str], rate: float, seed: int = 0, replicates: int = REPLICATES
 ) -> Threshold:
     order, n, n_groups = np.argsort(scores, kind="stable"), scores.size, len(set(groups))
-    scores, groups = scores[order], [groups[i] for i in order.tolist()]
+    scores = scores[order]
     rank, attainable_rate, warning = _conformal_rank(n, rate, "image")
-    weights = np.stack([group_weights(group, replicates, seed) for group in groups])
+    weights = np.stack([group_weights(group, replicates, seed) for group in groups])[order]
     at_rank = [_weighted_order_statistic(scores, weight, rate) for weight in weights.T]
     low, high = percentile_interval(np.array(at_rank), n_groups)
     return Threshold(float(scores[rank - 1]), rate, attainable_rate, low, high, n, n_groups, warning)

@@ -16,7 +16,7 @@ TOP_FRACTION = 100  # top1 is the mean of 1 / TOP_FRACTION of the pixels
 GRIDS: dict[Statistic, int] = {"cell16": 16, "cell4": 4}  # cells per side; all divide the first
 FINEST = 16
 MIN_FILLED = 0.5  # scored pixels of a cell, relative to the fullest cell of the image
-BLOCK_PX = 2**20  # pixels read at a time
+BLOCK_PX = 2**15  # pixels read at a time
 TABLE_KNOTS = 256  # 6 % steps in the number of pixels above, for an image of 10^6 pixels
 
 
@@ -32,21 +32,25 @@ def image_statistics(scores: Float[np.ndarray, "H W"], pixel_threshold: float) -
         threshold. cell16, cell4: highest mean of a cell of a 16 x 16 or 4 x 4 grid over the image; cells with less than
         half as many scored pixels as the fullest cell are left out. NaN if no pixel is scored.
     """
-    highest, above = np.zeros(0, scores.dtype), 0
+    highest, above, floor = [np.zeros(0, scores.dtype)], 0, -np.inf
     sums, counts = np.zeros(FINEST**2), np.zeros(FINEST**2)
     room = max(1, scores.size // TOP_FRACTION)
     for values, cells in _blocks(scores):
-        highest = _merge_highest(highest, values, room)
         above += np.count_nonzero(values > pixel_threshold)
         sums += np.bincount(cells, values, FINEST**2)
         counts += np.bincount(cells, minlength=FINEST**2)
+        highest.append(values[values > floor])
+        if sum(map(len, highest)) >= 2 * room + BLOCK_PX:
+            highest = [np.partition(np.concatenate(highest), -room)[-room:]]
+            floor = highest[0][0]
     n = int(counts.sum())
     if n == 0:
         return dict.fromkeys(STATISTICS, float("nan"))
     keep = max(1, n // TOP_FRACTION)
+    top = np.partition(np.concatenate(highest), -keep)[-keep:]
     return {
-        "max": float(highest.max()),
-        "top1": float(np.partition(highest, -keep)[-keep:].mean(dtype=np.float64)),
+        "max": float(top.max()),
+        "top1": float(top.mean(dtype=np.float64)),
         "mean": float(sums.sum() / n),
         "area": above / n,
         **{name: _highest_cell(sums, counts, side) for name, side in GRIDS.items()},
@@ -63,14 +67,6 @@ def _blocks(scores: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         finite = np.isfinite(block)
         cells = rows[top : top + step, None] * FINEST + columns
         yield block[finite], cells[finite]
-
-
-def _merge_highest(highest: np.ndarray, values: np.ndarray, room: int) -> np.ndarray:
-    """Highest `room` scores seen so far; the first entry is the lowest of them once there are as many."""
-    if highest.size == room:
-        values = values[values > highest[0]]
-    values = np.concatenate([highest, values])
-    return values if values.size < room else np.partition(values, -room)[-room:]
 
 
 def _highest_cell(sums: np.ndarray, counts: np.ndarray, side: int) -> float:
