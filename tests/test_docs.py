@@ -314,7 +314,6 @@ def test_the_plugins_method_and_model_work(my_package):
     scores = np.asarray(method.score_map(method.residual(params, bright)[0], foreground))
     assert np.isnan(scores[0]).all()
     assert np.unravel_index(np.nanargmax(scores), scores.shape) == (8, 8)
-    assert method.image_score(scores) == pytest.approx(np.nanmax(scores))
 
 
 def test_the_plugins_loss_and_callback_work(my_package):

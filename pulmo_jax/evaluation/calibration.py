@@ -6,23 +6,28 @@ the precision of a threshold, and intervals are taken over groups (patients, dup
 
 import dataclasses
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor, log
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Float64
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from pulmo_jax.core.histogram import ScoreHistogram, group_weights, percentile_interval
+from pulmo_jax.evaluation.image_score import NormalStatistics, Values, left_out_areas, normal_scores
+from pulmo_jax.evaluation.image_statistics import UpperTail, image_statistics
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.reading import read_json
-from pulmo_jax.types import InputError
+from pulmo_jax.types import ImageStatistic, InputError, Statistic
 
 REMEDY = "Restore it from the run that wrote it, or train again."
 MAX_COUNT = 2**53  # exact in float64
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+REPLICATES = 200  # of the bootstrap of a threshold
+OWN: Literal["own"] = "own"  # the method or baseline computes the image score itself
 MAX_KNOTS = 1000  # size of the table of normal pixel scores; 2 % steps in the p-value for 10^9 pixels
 
 
@@ -77,6 +82,9 @@ class Calibration:
         normal_image_scores: Scores of the normal images, ascending.
         normal_image_peaks: Highest pixel score of each normal image, ascending.
         n_images_without_foreground: Number of images excluded because they have no foreground.
+        image_statistic: Statistic that is the image score; "own" if the method or baseline computes the score itself;
+            None in runs of older versions.
+        normal_statistics: Statistics of the normal images, for scores by any statistic; None if not computed.
     """
 
     pixel_threshold: Threshold
@@ -85,6 +93,8 @@ class Calibration:
     normal_image_scores: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] = field(repr=False)
     normal_image_peaks: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] = field(repr=False)
     n_images_without_foreground: int = 0
+    image_statistic: ImageStatistic | Literal["own"] | None = None
+    normal_statistics: NormalStatistics | None = field(default=None, repr=False)
 
     def pixel_p_value(self, scores: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
         """Fraction of normal pixels that score at least as high, accurate to 3 % or one pixel.
@@ -124,6 +134,49 @@ class Calibration:
         """
         return _conformal_p_value(peak_score, self.normal_image_peaks)
 
+    def statistic_p_values(self, values: Mapping[Statistic, float]) -> dict[Statistic, float]:
+        """Conformal p-value of each statistic of an image.
+
+        Args:
+            values: Statistics of the image.
+
+        Returns:
+            Fraction of normal images with a value at least as high; empty if those of the normal images are unknown.
+        """
+        if self.normal_statistics is None:
+            return {}
+        normal = self.normal_statistics.values
+        return {name: _conformal_p_value(value, sorted(normal[name])) for name, value in values.items()}
+
+    def by_statistic(self, statistic: ImageStatistic) -> "Calibration":
+        """Calibrate another image score with the same normal images.
+
+        Args:
+            statistic: A single statistic or "combined".
+
+        Returns:
+            Calibration with threshold and scores of this statistic. Names of groups are not stored; the bootstrap
+            weights of the interval follow from their numbers.
+
+        Raises:
+            InputError: If the statistics of the normal images are not stored.
+        """
+        if statistic == self.image_statistic:
+            return self
+        if self.normal_statistics is None:
+            raise InputError(
+                f"image_statistic={statistic}: calibration.json of this run does not hold the statistics of the normal "
+                "images, because an older version wrote it; train again"
+            )
+        scores = normal_scores(statistic, self.normal_statistics)
+        groups = [str(group) for group in self.normal_statistics.groups]
+        return dataclasses.replace(
+            self,
+            image_threshold=_image_threshold(scores, groups, self.image_threshold.false_alarm_rate),
+            normal_image_scores=tuple(sorted(scores.tolist())),
+            image_statistic=statistic,
+        )
+
     def to_json(self) -> dict[str, object]:
         """Convert to plain numbers, lists and dicts; `from_json` restores the identical calibration."""
         return dataclasses.asdict(self)
@@ -152,6 +205,9 @@ class Calibration:
         ascending = (score, at_least[::-1], calibration.normal_image_scores, calibration.normal_image_peaks)
         if any(list(values) != sorted(values) for values in ascending):
             raise InputError(f"{path} is not a calibration: its tables are out of order. {REMEDY}")
+        normal = calibration.normal_statistics
+        if normal is not None and {len(row) for row in normal.values.values()} != {len(normal.groups)}:
+            raise InputError(f"{path} is not a calibration: its statistics are not aligned. {REMEDY}")
         return calibration
 
 
@@ -188,14 +244,18 @@ class NormalImage(NamedTuple):
     """Summary of a normal image.
 
     Attributes:
-        score: Image score.
+        score: Image score of the method itself; NaN if it follows from the statistics.
         peak: Highest pixel score.
         group: Group of the image, such as its patient.
+        statistics: Statistics of the score map, without the area; None if not computed.
+        tail: Upper tail of the pixel scores, from which the area follows.
     """
 
     score: float
     peak: float
     group: str
+    statistics: dict[Statistic, float] | None = None
+    tail: UpperTail | None = None
 
 
 @dataclass(frozen=True)
@@ -216,32 +276,42 @@ class Calibrator:
         self,
         score_map: Float32[np.ndarray, "H W"],
         foreground: Bool[np.ndarray, "H W"] | None,
-        image_score: float,
+        image_score: float | None,
         group: str,
+        statistics: bool = False,
     ) -> "Calibrator":
         """Add a normal image; pixels outside the foreground or without a score (NaN) are ignored.
 
         Args:
             score_map: Score map.
             foreground: Evaluated pixels; None: all.
-            image_score: Score of the image.
+            image_score: Score of the image; None: it follows from the statistics.
             group: Group of the image.
+            statistics: Whether to compute the statistics of the score map.
 
         Returns:
             The next state. An image without scored foreground pixels is only counted.
         """
-        scores = score_map[evaluated_pixels(score_map, foreground)]
+        evaluated = evaluated_pixels(score_map, foreground)
+        scores = score_map[evaluated]
         if scores.size == 0:
             return dataclasses.replace(self, n_without_foreground=self.n_without_foreground + 1)
-        image = NormalImage(float(image_score), float(scores.max()), group)
-        return dataclasses.replace(self, pixels=self.pixels.add(scores, group), images=(*self.images, image))
+        mine = ScoreHistogram.empty(self.pixels.n_replicates, self.pixels.seed).add(scores, group)
+        image = NormalImage(np.nan if image_score is None else float(image_score), float(scores.max()), group)
+        if statistics:
+            within = score_map if foreground is None else np.where(evaluated, score_map, np.float32(np.nan))
+            image = image._replace(statistics=image_statistics(within, np.inf), tail=UpperTail.of(mine))
+        return dataclasses.replace(self, pixels=self.pixels.merge(mine), images=(*self.images, image))
 
-    def finish(self, pixel_rate: float, image_rate: float) -> Calibration:
+    def finish(
+        self, pixel_rate: float, image_rate: float, image_statistic: ImageStatistic | Literal["own"] = OWN
+    ) -> Calibration:
         """Determine the thresholds for given false-alarm rates.
 
         Args:
             pixel_rate: False-alarm rate per pixel.
             image_rate: False-alarm rate per image.
+            image_statistic: Statistic that is the image score; "own": the scores given to `add`.
 
         Returns:
             The calibration.
@@ -254,13 +324,21 @@ class Calibrator:
                 f"Calibration failed: none of the {self.n_without_foreground} normal validation images has foreground "
                 "pixels. Provide normal images with a non-empty foreground."
             )
+        knots, groups = _survival_table(self.pixels), [image.group for image in self.images]
+        normal, scores = _normal_statistics(self.images, knots, pixel_rate), np.array([i.score for i in self.images])
+        if image_statistic != OWN:
+            assert normal is not None, "statistics are computed by add(statistics=True)"
+            scores = normal_scores(image_statistic, normal)
+        seed, replicates = self.pixels.seed, self.pixels.n_replicates
         return Calibration(
             pixel_threshold=_pixel_threshold(self.pixels, pixel_rate),
-            image_threshold=_image_threshold(self, image_rate),
-            normal_pixel_scores=_survival_table(self.pixels),
-            normal_image_scores=tuple(sorted(image.score for image in self.images)),
+            image_threshold=_image_threshold(scores, groups, image_rate, seed, replicates),
+            normal_pixel_scores=knots,
+            normal_image_scores=tuple(sorted(scores.tolist())),
             normal_image_peaks=tuple(sorted(image.peak for image in self.images)),
             n_images_without_foreground=self.n_without_foreground,
+            image_statistic=image_statistic,
+            normal_statistics=normal,
         )
 
 
@@ -287,16 +365,32 @@ def _pixel_threshold(pixels: ScoreHistogram, rate: float) -> Threshold:
     return Threshold(value, rate, attainable_rate, low, high, pixels.n, len(pixels.groups), warning)
 
 
-def _image_threshold(state: Calibrator, rate: float) -> Threshold:
-    images = sorted(state.images)
-    scores, n = np.array([image.score for image in images]), len(images)
+def _normal_statistics(
+    images: Sequence[NormalImage], knots: Sequence[Knot], pixel_rate: float
+) -> NormalStatistics | None:
+    """Statistics of the normal images; None if they were not computed."""
+    rows = [image.statistics for image in images if image.statistics is not None]
+    tails = [image.tail for image in images if image.tail is not None]
+    if not rows or len(rows) < len(images):
+        return None
+    codes = {group: i for i, group in enumerate(dict.fromkeys(image.group for image in images))}
+    groups = [codes[image.group] for image in images]
+    areas = left_out_areas(tails, np.array(groups), np.array([knot.score for knot in knots]), pixel_rate)
+    values: Values = {name: tuple(row[name] for row in rows) for name in rows[0]}
+    values["area"] = tuple(areas.tolist())
+    return NormalStatistics(tuple(groups), values)
+
+
+def _image_threshold(
+    scores: Float64[np.ndarray, "N"], groups: Sequence[str], rate: float, seed: int = 0, replicates: int = REPLICATES
+) -> Threshold:
+    order, n, n_groups = np.argsort(scores, kind="stable"), scores.size, len(set(groups))
+    scores = scores[order]
     rank, attainable_rate, warning = _conformal_rank(n, rate, "image")
-    groups = {image.group for image in images}
-    seed, replicates = state.pixels.seed, state.pixels.n_replicates
-    weights = np.stack([group_weights(image.group, replicates, seed) for image in images])
+    weights = np.stack([group_weights(group, replicates, seed) for group in groups])[order]
     at_rank = [_weighted_order_statistic(scores, weight, rate) for weight in weights.T]
-    low, high = percentile_interval(np.array(at_rank), len(groups))
-    return Threshold(float(scores[rank - 1]), rate, attainable_rate, low, high, n, len(groups), warning)
+    low, high = percentile_interval(np.array(at_rank), n_groups)
+    return Threshold(float(scores[rank - 1]), rate, attainable_rate, low, high, n, n_groups, warning)
 
 
 def _weighted_order_statistic(scores: np.ndarray, weight: np.ndarray, rate: float) -> float:
@@ -342,6 +436,6 @@ def _survival_table(pixels: ScoreHistogram) -> tuple[Knot, ...]:
     return tuple(knots)
 
 
-def _conformal_p_value(score: float, ascending: tuple[float, ...]) -> float:
+def _conformal_p_value(score: float, ascending: Sequence[float]) -> float:
     n = len(ascending)
     return (1 + n - bisect_left(ascending, score)) / (1 + n)

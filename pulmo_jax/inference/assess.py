@@ -16,11 +16,12 @@ from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.mask_files import find_masks
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sources import image_suffixes
-from pulmo_jax.evaluation.calibration import Calibration, Calibrator
+from pulmo_jax.evaluation.calibration import OWN, Calibration, Calibrator
 from pulmo_jax.evaluation.metrics import PixelMetrics
 from pulmo_jax.inference.baselines import BASELINES, baseline_image_score
+from pulmo_jax.inference.image_rating import image_statistic_of, own_score, rate_image
 from pulmo_jax.inference.score import Scorer
-from pulmo_jax.types import InputError, ProgressTracker
+from pulmo_jax.types import InputError, ProgressTracker, Statistic
 
 METHOD = "method"
 
@@ -51,6 +52,7 @@ class Assessment:
         refs: Scored images.
         unscored: Titles of images without any score.
         truths: SHA-256 of the mask of each scored image; "" without findings or without a mask.
+        statistics: Statistics of the method's score map of each scored image, by name.
     """
 
     pixels: dict[str, PixelMetrics] | None
@@ -61,6 +63,7 @@ class Assessment:
     refs: list[ImageRef]
     unscored: list[str] = field(default_factory=list)
     truths: list[str] = field(default_factory=list)
+    statistics: dict[Statistic, list[float]] = field(default_factory=dict)
 
 
 def calibrate(
@@ -90,9 +93,16 @@ def calibrate(
     calibrators = dict.fromkeys((METHOD, *BASELINES), start)
     for ref in track(refs, len(refs)):
         pixels, foreground = reader.image(ref), reader.foreground(ref)
-        for name, (scores, image_score) in all_scores(scorer, pixels, foreground, ref.scale).items():
-            calibrators[name] = calibrators[name].add(scores, None, image_score, ref.group)
-    return {name: calibrator.finish(pixel_rate, image_rate) for name, calibrator in calibrators.items()}
+        method, baselines = all_scores(scorer, pixels, foreground, ref.scale)
+        image_score = own_score(scorer.method, method)
+        calibrators[METHOD] = calibrators[METHOD].add(method, None, image_score, ref.group, statistics=True)
+        for name, scores in baselines.items():
+            calibrators[name] = calibrators[name].add(scores, None, baseline_image_score(scores), ref.group)
+    statistic = image_statistic_of(scorer.method)
+    return {
+        name: calibrator.finish(pixel_rate, image_rate, statistic if name == METHOD else OWN)
+        for name, calibrator in calibrators.items()
+    }
 
 
 def assess(
@@ -128,18 +138,23 @@ def assess(
         for name, c in calibrations.items()
     }
     image_scores: dict[str, list[float]] = {name: [] for name in calibrations}
+    statistics: dict[Statistic, list[float]] = {}
     abnormal, scored, unscored, truths = [], [], [], []
     with_masks, hits, lesions = False, 0, 0
     for ref in track(refs, len(refs)):
         pixels, foreground, truth = reader.image(ref), reader.foreground(ref), get_truth(ref)
-        all_maps = all_scores(scorer, pixels, foreground, ref.scale)
-        scores, _ = all_maps[METHOD]
+        scores, baselines = all_scores(scorer, pixels, foreground, ref.scale)
         if not np.isfinite(scores).any():
             unscored.append(ref.title)
             continue
-        for name, (score_map, score) in all_maps.items():
-            image_scores[name].append(score)
-            if truth.mask is not None:
+        rating = rate_image(scorer.method, calibrations[METHOD], scores)
+        image_scores[METHOD].append(rating.score)
+        for statistic, value in rating.statistics.items():
+            statistics.setdefault(statistic, []).append(value)
+        for name, score_map in baselines.items():
+            image_scores[name].append(baseline_image_score(score_map))
+        if truth.mask is not None:
+            for name, score_map in {METHOD: scores, **baselines}.items():
                 pixel_metrics[name] = pixel_metrics[name].add(score_map, truth.mask, None, ref.group)
         abnormal.append(truth.abnormal)
         scored.append(ref)
@@ -151,7 +166,15 @@ def assess(
                 hits += bool(truth.mask[np.unravel_index(np.nanargmax(scores), scores.shape)])
     groups = [ref.group for ref in scored]
     return Assessment(
-        pixel_metrics if with_masks else None, image_scores, abnormal, groups, (hits, lesions), scored, unscored, truths
+        pixel_metrics if with_masks else None,
+        image_scores,
+        abnormal,
+        groups,
+        (hits, lesions),
+        scored,
+        unscored,
+        truths,
+        statistics,
     )
 
 
@@ -179,8 +202,8 @@ def choose_examples(assessment: Assessment, count: int) -> dict[str, list[ImageR
 
 def all_scores(
     scorer: Scorer, pixels: Shaped[np.ndarray, "H W C"], foreground: Bool[np.ndarray, "H W"] | None, scale: str = ""
-) -> dict[str, tuple[Float[np.ndarray, "H W"], float]]:
-    """Score an image with the method and all baselines.
+) -> tuple[Float[np.ndarray, "H W"], dict[str, Float[np.ndarray, "H W"]]]:
+    """Compute the score maps of the method and of all baselines.
 
     Args:
         scorer: Scorer of the run.
@@ -189,14 +212,10 @@ def all_scores(
         scale: The dtype whose range the intensities have; "" for that of `pixels`.
 
     Returns:
-        Score map and image score by score name.
+        Score map of the method, and those of the baselines by name.
     """
-    scores = scorer(pixels, foreground, scale)
-    result = {METHOD: (scores, scorer.method.image_score(scores))}
-    for name, baseline in BASELINES.items():
-        scores = baseline(pixels, foreground, scorer.how)
-        result[name] = (scores, baseline_image_score(scores))
-    return result
+    maps = {name: baseline(pixels, foreground, scorer.how) for name, baseline in BASELINES.items()}
+    return scorer(pixels, foreground, scale), maps
 
 
 def truth_by_masks(

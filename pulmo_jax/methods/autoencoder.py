@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l1, l2, ssim
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, smooth_within, smoothing_radius
+from pulmo_jax.types import ImageStatistic
 
 Score = Literal["local_mean", "l2", "l1", "ssim"]
 # Per pixel and channel; for local_mean the signed difference, which `score_map` smooths and squares.
@@ -50,8 +50,11 @@ class Autoencoder:
     )
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+        Field(
+            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
+            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+        ),
+    ] = "combined"
     noise_sigma: Annotated[
         float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
     ] = 0.2
@@ -94,10 +97,6 @@ class Autoencoder:
         smooth = smooth_within(residual, foreground, self.smooth_px, extent)
         score: Array = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
         return jnp.where(foreground, score, jnp.nan)
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)
 
 
 def coarse_noise(key: Key[Array, ""], shape: tuple[int, ...], cell_px: int) -> Float[Array, "B H W C"]:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from numpy import ndarray
 
 from pulmo_jax.methods.score_maps import Extent
+from pulmo_jax.types import ImageStatistic
 
 Params = PyTree[Any]
 
@@ -14,6 +15,9 @@ Params = PyTree[Any]
 @runtime_checkable
 class Method(Protocol):
     """A stateless method: all learnt parameters are in `params`, which the caller carries.
+
+    The score of an image is the combination of several statistics of its score map (`evaluation.image_score`), unless
+    the method is `Summarised` or has its `OwnScore`.
 
     A score map is computed in two compiled stages on the device. `residual` works on tiles of one fixed shape; the
     caller blends overlapping tiles, so the residual must be meaningful when averaged. `score_map` converts the blended
@@ -82,6 +86,21 @@ class Method(Protocol):
             computed from the whole image, up to float32 rounding, when both are compiled.
         """
         ...
+
+
+@runtime_checkable
+class Summarised(Protocol):
+    """A `Method` whose config selects the statistic of the score map that is the image score."""
+
+    @property
+    def image_statistic(self) -> ImageStatistic:
+        """Name of the statistic, or "combined"."""
+        ...
+
+
+@runtime_checkable
+class OwnScore(Protocol):
+    """A `Method` that reduces a score map to one score itself."""
 
     def image_score(self, scores: Float[ndarray, "H W"]) -> float:
         """Reduce a score map to one score per image.

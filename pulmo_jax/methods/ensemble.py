@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from pulmo_jax.methods.base import Detailed, Iterative, Method, Params, Tuned
@@ -75,10 +74,6 @@ class Ensemble:
     ) -> Float[Array, "H W"]:
         """Compute the mean score of the networks; see `methods.base.Method.score_map`."""
         return self._scores(residual, foreground, extent).mean(0)
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map as the method does."""
-        return self.member.image_score(scores)
 
     @property
     def detail_names(self) -> tuple[str, ...]:

@@ -26,13 +26,11 @@ from pulmo_jax.core.covariance import Moments
 from pulmo_jax.methods.base import Featured, Method, Params
 from pulmo_jax.methods.score_maps import (
     Extent,
-    ImageStatistic,
     eroded,
-    image_statistic,
     smooth_within,
     smoothing_radius,
 )
-from pulmo_jax.types import InputError
+from pulmo_jax.types import ImageStatistic, InputError
 
 What = Literal["features", "residual"]
 Locations = Literal["pooled", "each"]
@@ -144,8 +142,11 @@ class PatchGaussian:
     ] = None
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+        Field(
+            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
+            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+        ),
+    ] = "combined"
     memory_mb: Annotated[int, Field(ge=1, description="memory for fitting, in addition to the fitted model, MiB")] = 256
 
     def __post_init__(self) -> None:
@@ -400,10 +401,6 @@ class PatchGaussian:
         both = jnp.stack([jnp.where(jnp.isfinite(score), score, 0) * weight, weight], axis=-1)
         total, weights = jnp.moveaxis(smooth_within(both, foreground, self.smoothing, extent), -1, 0)
         return jnp.asarray(jnp.where(foreground, total / jnp.maximum(weights, 1e-12), jnp.nan))
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)
 
 
 def variances(moments: Moments) -> Float[Array, "*N D"]:

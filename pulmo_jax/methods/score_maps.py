@@ -1,11 +1,11 @@
-"""Score maps: smoothing within the foreground on the device, and reduction to one score per image.
+"""Score maps: smoothing within the foreground on the device.
 
 Score maps are computed from whole images or from strips of rows. `Extent` locates the image in an array, so that both
 give the same values: reflection padding applies at the borders of the image, not at those of the array.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-ImageStatistic = Literal["max", "mean", "top1"]
 MIN_WEIGHT = 1e-6
 
 
@@ -155,27 +154,3 @@ def eroded(foreground: Bool[Array, "H W"], reach_px: int, extent: Extent | None 
 def smoothing_radius(sigma_px: float) -> int:
     """Return the truncation radius of a Gaussian of this standard deviation (4 sigma, rounded), px."""
     return int(4 * sigma_px + 0.5)
-
-
-def image_statistic(scores: Float[np.ndarray, "H W"], kind: ImageStatistic) -> float:
-    """Reduce a score map to one score.
-
-    Args:
-        scores: Score map; non-finite pixels are ignored.
-        kind: "max": maximum; "mean": mean; "top1": mean of the top 1 %.
-
-    Returns:
-        The image score; NaN if no pixel is finite.
-    """
-    if kind == "top1":
-        values = scores[np.isfinite(scores)]
-        keep = max(1, values.size // 100)
-        return float(np.partition(values, -keep)[-keep:].mean(dtype=np.float64)) if values.size else float("nan")
-    highest, total, count = -np.inf, 0.0, 0
-    for row in scores:  # row by row: selecting the finite pixels at once would copy a large image
-        values = row[np.isfinite(row)]
-        highest = max(highest, values.max(initial=-np.inf))
-        total, count = total + values.sum(dtype=np.float64), count + values.size
-    if count == 0:
-        return float("nan")
-    return float(highest if kind == "max" else total / count)

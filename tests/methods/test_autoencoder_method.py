@@ -236,18 +236,6 @@ def test_the_local_mean_sees_a_shift_that_hides_in_the_noise():
     assert contrast["local_mean"] > 3 > contrast["l2"]
 
 
-@pytest.mark.parametrize(
-    ("statistic", "expected"),
-    [("max", 999.0), ("mean", 499.5), ("top1", np.mean(np.arange(990, 1000)))],
-)
-def test_the_image_score(statistic, expected):
-    scores = np.random.default_rng(0).permutation(1000).astype(np.float32)
-    scores = np.append(scores, np.full(24, np.nan, np.float32)).reshape(32, 32)
-    assert halving(image_statistic=statistic).image_score(scores) == pytest.approx(expected)
-    assert halving(image_statistic=statistic).image_score(np.full((2, 2), 7, np.float32)) == 7
-    assert np.isnan(halving(image_statistic=statistic).image_score(np.full((2, 2), np.nan, np.float32)))
-
-
 @pytest.mark.parametrize("loss", [losses.l2, losses.l1, losses.ssim])
 def test_the_loss_without_noise_is_the_mean_difference(loss):
     method, batch = halving(loss=loss, noise_sigma=0.0), jnp.asarray(noisy_patches())

@@ -13,11 +13,14 @@ from pulmo_jax.data.images import ImageRef, index_images
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sample_facts import described_sample, sample_line
 from pulmo_jax.data.transforms import Preprocessing, same_scale
+from pulmo_jax.evaluation.calibration import Calibration
 from pulmo_jax.evaluation.metrics import image_metrics
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.tables import csv_text
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, truth_by_folder, truth_by_masks
 from pulmo_jax.inference.assess import assess as score_all
+from pulmo_jax.inference.baselines import BASELINES
+from pulmo_jax.inference.image_rating import image_statistic_of
 from pulmo_jax.reporting.report import Section
 from pulmo_jax.reporting.tables import metrics_console, metrics_markdown
 from pulmo_jax.runs import comparison
@@ -37,7 +40,7 @@ from pulmo_jax.tasks.anomalies.report import (
     validation_sections,
 )
 from pulmo_jax.tasks.anomalies.run import Run, missing_masks, thresholds
-from pulmo_jax.types import InputError, Say
+from pulmo_jax.types import InputError, Say, Statistic
 
 
 def read_test(run: Run, config: AssessConfig, place: Place) -> EvaluateDataConfig:
@@ -77,6 +80,7 @@ def assess(run: Run, data: EvaluateDataConfig, config: AssessConfig, place: Plac
     Raises:
         InputError: If the images cannot be used.
     """
+    run = run if config.image_statistic is None else run.by_statistic(config.image_statistic)
     tested = test_images(run, data, config.evaluation, config.seed, place)
     sections = [*loss_sections(run, place.folder, {}), *calibration_sections(run, place.folder)]
     return findings_of(run, tested, sections, caveats=low_quality_notes(place.folder / "aligned"))
@@ -277,21 +281,18 @@ def figures_of_merit(run: Run, assessment: Assessment, replicates: int, seed: in
         {"pixel"|"image": {score name: {metric: estimate}}, "lesions": ..., ...}.
     """
     labels = np.array(assessment.abnormal)
+
+    def figures(scores: list[float], calibration: Calibration) -> dict[str, Any]:
+        threshold = calibration.image_threshold.value
+        found = image_metrics(np.array(scores), labels, assessment.groups, threshold, replicates, seed)
+        return {metric: asdict(estimate) for metric, estimate in found.items()}
+
+    rated = {name: (scores, run.calibrations[name]) for name, scores in assessment.image_scores.items()}
+    rated |= statistics_of(run, assessment)
+    baselines = [name for name in rated if name in BASELINES]
+    order = [*(name for name in rated if name not in baselines), *baselines]
     result: dict[str, Any] = {
-        "image": {
-            named(run, name): {
-                metric: asdict(estimate)
-                for metric, estimate in image_metrics(
-                    np.array(scores),
-                    labels,
-                    assessment.groups,
-                    run.calibrations[name].image_threshold.value,
-                    replicates,
-                    seed,
-                ).items()
-            }
-            for name, scores in assessment.image_scores.items()
-        },
+        "image": {named(run, name): figures(*rated[name]) for name in order},
         "test": {
             "normal_images": int((~labels).sum()),
             "abnormal_images": int(labels.sum()),
@@ -314,17 +315,45 @@ def figures_of_merit(run: Run, assessment: Assessment, replicates: int, seed: in
     return result
 
 
+def statistics_of(run: Run, assessment: Assessment) -> dict[str, tuple[list[float], Calibration]]:
+    """Image scores by single statistics that are not the score of the run, with their calibrations.
+
+    Args:
+        run: Calibrated run.
+        assessment: Scores of the test images.
+
+    Returns:
+        Scores of the test images and calibration, by score name; none for runs of older versions.
+    """
+    calibration = run.calibrations[METHOD]
+    if calibration.normal_statistics is None:
+        return {}
+    return {
+        f"{METHOD}, {name}": (values, calibration.by_statistic(name))
+        for name, values in assessment.statistics.items()
+        if name != calibration.image_statistic
+    }
+
+
 def image_scores_csv(run: Run, assessment: Assessment) -> str:
-    """image_scores.csv: class and scores of every image, by method and baseline."""
-    columns = ["filename", "page", "group", "abnormal", *(named(run, name) for name in assessment.image_scores)]
-    rows = (
-        [ref.name, ref.page, ref.group, int(assessment.abnormal[i]), *(v[i] for v in assessment.image_scores.values())]
-        for i, ref in enumerate(assessment.refs)
-    )
-    return csv_text(columns, rows)
+    """image_scores.csv: class and scores of every image, by method, baseline and single statistic, and p-values."""
+    scores, calibration = assessment.image_scores, run.calibrations[METHOD]
+    columns = ["filename", "page", "group", "abnormal", *(named(run, name) for name in scores)]
+    columns += [*assessment.statistics, *(f"p_{name}" for name in assessment.statistics)]
+
+    def row(i: int, ref: ImageRef) -> list[Any]:
+        statistics: dict[Statistic, float] = {name: values[i] for name, values in assessment.statistics.items()}
+        p_values = calibration.statistic_p_values(statistics)
+        return [
+            *(ref.name, ref.page, ref.group, int(assessment.abnormal[i]), *(values[i] for values in scores.values())),
+            *(*statistics.values(), *(p_values.get(name) for name in statistics)),
+        ]
+
+    return csv_text(columns, (row(i, ref) for i, ref in enumerate(assessment.refs)))
 
 
 def describe_calibration(run: Run) -> dict[str, Any]:
-    """Thresholds of a run, for metrics.json."""
+    """Thresholds of a run and its image score, for metrics.json."""
     pixel, image = thresholds(run)
-    return {"pixel_threshold": asdict(pixel), "image_threshold": asdict(image)}
+    statistic = image_statistic_of(run.scorer.method, run.calibrations[METHOD])
+    return {"pixel_threshold": asdict(pixel), "image_threshold": asdict(image), "image_statistic": statistic}

@@ -20,6 +20,7 @@ from pulmo_jax.config.section import (
 )
 from pulmo_jax.config.trainer import TrainerConfig
 from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
+from pulmo_jax.types import ImageStatistic
 
 
 class DataConfig(Section):
@@ -198,6 +199,10 @@ class AssessConfig(EvaluateConfig):
     """python -m pulmo_jax.evaluate"""
 
     data: EvaluateDataConfig
+    image_statistic: ImageStatistic | None = Field(
+        default=None,
+        description="image score: combined, max, top1, mean, area, cell16 or cell4; null: as in the run",
+    )
     evaluation: AnomalyEvaluationConfig = EVALUATION
 
 

@@ -19,6 +19,7 @@ from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.host.marks import absolute
 from pulmo_jax.host.outputs import recorded_below, remove
 from pulmo_jax.inference.dicom_seg import write_segmentation
+from pulmo_jax.inference.image_rating import rate_image
 from pulmo_jax.inference.nifti_maps import open_nifti_map
 from pulmo_jax.inference.outputs import PageWriter, ScaleBar, detection_row, open_map, overlay_step, write_overlay
 from pulmo_jax.inference.score import naming_what_to_lower
@@ -313,7 +314,7 @@ def write_page(
         Results of the page.
     """
     calibration, score = run.calibrations["method"], scored.score
-    image_score = run.scorer.method.image_score(score)
+    rating = rate_image(run.scorer.method, calibration, score)
     found, mask = find_detections(score, calibration, min_area_px=run.config.calibration.min_area_px)
     values_of: dict[str, Callable[[slice], np.ndarray]] = {
         "score": lambda rows: score[rows],
@@ -329,15 +330,15 @@ def write_page(
         ]
     for one in written:
         one.result()
-    is_scored = bool(np.isfinite(image_score))
     entry = {
         "filename": ref.name,
         "page": ref.page,
         "foreground": "whole image" if ref.mask is None else str(ref.mask),
-        "image_score": image_score if is_scored else None,
-        "image_p_value": calibration.image_p_value(image_score) if is_scored else None,
-        "anomalous": is_scored and image_score > calibration.image_threshold.value,
+        "image_score": rating.score if rating.scored else None,
+        "image_p_value": rating.p_value if rating.scored else None,
+        "anomalous": rating.anomalous,
         "findings": len(found),
+        **{f"p_{name}": p_value for name, p_value in rating.p_values.items()},
     }
     return Page(entry, found, score, mask)
 

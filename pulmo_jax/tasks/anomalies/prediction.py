@@ -11,6 +11,7 @@ from typing import Any
 from pulmo_jax.data.images import ImageRef, Skipped, by_file, index_images
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.volumes import Unit, find_volumes, volume_notes
+from pulmo_jax.evaluation.image_statistics import STATISTICS
 from pulmo_jax.host.reading import sha256_of
 from pulmo_jax.host.tables import csv_text
 from pulmo_jax.inference.dicom_seg import require_highdicom
@@ -27,7 +28,7 @@ from pulmo_jax.types import InputError
 
 IMAGE_COLUMNS = (
     "filename", "page", "volume", "slice", "image_score", "image_p_value", "image_threshold", "anomalous", "findings",
-    "reason",
+    "reason", *(f"p_{name}" for name in STATISTICS),
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.evaluation.distance_law import chi_squared_p_value, hotelling_p_value
 from pulmo_jax.evaluation.metrics import Estimate, PixelMetrics, image_metrics
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, choose_examples
+from pulmo_jax.inference.image_rating import rate_image
 from pulmo_jax.methods.patch_gaussian import PatchGaussian
 from pulmo_jax.models.identity import Identity
 from pulmo_jax.reporting import figures
@@ -32,8 +33,13 @@ LAW_IMAGES, TILES_AT_ONCE = 32, 16  # for the figure of distances
 
 
 def named(run: Run, name: str) -> str:
-    """Display name of a score: the class name of the method in lower case, or the name of the baseline."""
-    return run.config.method["_target_"].rpartition(".")[2].lower() if name == METHOD else name
+    """Display name of a score: the class name of the method in lower case, or the name of the baseline.
+
+    A single statistic is named after a comma, as in "autoencoder, mean".
+    """
+    score, *statistic = name.split(", ")
+    method = run.config.method["_target_"].rpartition(".")[2].lower()
+    return ", ".join([method, *statistic]) if score == METHOD else name
 
 
 def loss_sections(run: Run, out_dir: Path, training: Mapping[str, Any]) -> list[Section]:
@@ -347,7 +353,7 @@ def example(run: Run, ref: ImageRef, truth: Truth, reader: Reader) -> Example:
         score=scores,
         truth=truth.mask,
         detected=detected,
-        image_score=run.scorer.method.image_score(scores),
+        image_score=rate_image(run.scorer.method, calibration, scores).score,
         threshold=calibration.pixel_threshold.value,
         label=truth.abnormal,
         pixel_mm=reader.tags(ref).pixel_mm,

@@ -1,6 +1,6 @@
 """Result of anomaly detection for one image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Bool, Float, Float32
@@ -25,6 +25,8 @@ class AnomalyResult:
         findings: Regions above the pixel threshold, highest first; coordinates in px from 0.
         image_score: Score of the whole image; NaN if nothing was scored.
         image_p_value: Fraction of normal validation images that score at least as high; NaN if nothing was scored.
+        statistic_p_values: The same of each statistic of the score map, by name; empty if nothing was scored, and for
+            runs of older versions.
         anomalous: Whether the image score is above its threshold.
         pixel_threshold: Score above which a pixel may belong to a finding.
         intensity: Scale of the normalised pixels, for the figure.
@@ -41,6 +43,7 @@ class AnomalyResult:
     anomalous: bool
     pixel_threshold: float
     intensity: Intensity = NORMALISED
+    statistic_p_values: dict[str, float] = field(default_factory=dict)
 
     def figure(self) -> Any:
         """Figure of the image and its score map with the outlines of the findings."""

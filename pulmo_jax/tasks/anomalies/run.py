@@ -1,7 +1,7 @@
 """A finished run of anomaly detection: scorer, thresholds, and the files that store them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibr
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.host.files import write_json
 from pulmo_jax.host.reading import read_json
+from pulmo_jax.inference.image_rating import image_statistic_of, rate_image
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params, Shaping, Tuned
 from pulmo_jax.methods.ensemble import Ensemble, networks
@@ -29,7 +30,7 @@ from pulmo_jax.tasks.anomalies.results import AnomalyResult
 from pulmo_jax.tasks.anomalies.units import stored_intensity
 from pulmo_jax.training.members import seed_of
 from pulmo_jax.training.state import TrainState, inference_state, learnt
-from pulmo_jax.types import InputError
+from pulmo_jax.types import ImageStatistic, InputError
 
 SEALED = ("preprocessing.json", "calibration.json", "baselines.json")
 TUNED = "tuned"  # entry of calibration.json and of the parameters
@@ -77,6 +78,23 @@ class Run:
             require_fit(ref, self.scorer.how)
         return self.map_pixels(ref.title, pixels, inside, ref.scale)
 
+    def by_statistic(self, statistic: ImageStatistic) -> "Run":
+        """Take another statistic of the score maps as the image score; the pixel scores stay.
+
+        Args:
+            statistic: A single statistic, such as "mean", or "combined".
+
+        Returns:
+            The run with threshold and p-values of this image score, from the same normal images.
+
+        Raises:
+            InputError: If an older version made the run, which stored only the scores by the statistic of the run.
+        """
+        calibration = self.calibrations["method"]
+        if statistic == image_statistic_of(self.scorer.method, calibration):
+            return self
+        return replace(self, calibrations={**self.calibrations, "method": calibration.by_statistic(statistic)})
+
     def map_pixels(
         self,
         title: str,
@@ -98,8 +116,7 @@ class Run:
         calibration, method = self.calibrations["method"], self.scorer.method
         score = self.scorer(pixels, foreground, scale)
         findings, mask = find_detections(score, calibration, min_area_px=self.config.calibration.min_area_px)
-        image_score = float(method.image_score(score))
-        scored = bool(np.isfinite(image_score))
+        rating = rate_image(method, calibration, score)
         return AnomalyResult(
             title=title,
             image=preprocess(pixels, None, self.scorer.how),
@@ -107,9 +124,10 @@ class Run:
             p_value=calibration.pixel_p_value(score),
             mask=mask,
             findings=tuple(findings),
-            image_score=image_score,
-            image_p_value=float(calibration.image_p_value(image_score)) if scored else float("nan"),
-            anomalous=scored and image_score > calibration.image_threshold.value,
+            image_score=rating.score,
+            image_p_value=rating.p_value,
+            statistic_p_values={**rating.p_values},
+            anomalous=rating.anomalous,
             pixel_threshold=calibration.pixel_threshold.value,
             intensity=stored_intensity(self.scorer.how),
         )
