@@ -204,6 +204,6 @@ class AssessConfig(EvaluateConfig):
 SECTIONS: Mapping[str, type[Section]] = {"train": TrainConfig, "predict": MapConfig, "evaluate": AssessConfig}
 CHOICES: Mapping[str, Sequence[str]] = {
     "method": ("autoencoder", "patch_gaussian"),
-    "method.loss": ("l2", "l1", "ssim"),
+    "method.loss": ("l2", "l1", "ssim", "ms_ssim"),
     "model": ("conv_autoencoder", "identity"),
 }
