@@ -9,7 +9,7 @@ before squaring it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,14 +73,8 @@ class Autoencoder:
         return with_params(self.network, params)(patches)
 
     def feature_maps(self, params: Params, patches: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
-        """Compute the feature maps of the encoder, finest first."""
-        return with_params(self.network, params).feature_maps(patches)
-
-    def feature_maps(self, params: Params, patches: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
         """Compute the feature maps of the network, which must have them."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        network: Any = nnx.merge(graph, params, rest)
-        return network.feature_maps(patches)
+        return with_params(self.network, params).feature_maps(patches)
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
         """Compute the mean reconstruction loss of patches with added coarse noise."""

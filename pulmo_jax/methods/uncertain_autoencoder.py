@@ -5,29 +5,29 @@ log-likelihood of a Gaussian, exp(-s) r^2 + s for a residual r. Edges and vessel
 predicted, get a large variance and no longer dominate the score (Mao, Xue, Wang, Li, Yang, Zhang 2020, "Abnormality
 detection in chest X-ray images using uncertainty prediction autoencoders", MICCAI).
 
-Departures from the paper: the variance is exp(s) + `least_sd`^2, which bounds the loss from below and keeps its gradient
-finite for every s; residual and variance are blended over tiles before one is divided by the other; with `noise_sigma`
-above 0 the network learns to remove coarse noise, as in `methods.autoencoder`; and by default the score smooths the
-whitened signed residual before squaring it.
+Departures from the paper: the variance is exp(s) + `least_sd`^2, which bounds the loss from below and keeps its
+gradient finite for every s; residual and variance are blended over tiles before one is divided by the other; with
+`noise_sigma` above 0 the network learns to remove coarse noise, as in `methods.autoencoder`. By default the score
+smooths the signed residual before squaring it, and divides by the predicted standard deviation to the power of
+`whitening` = 0.5: the network predicts a large deviation for strong anomalies too, which full whitening hides.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
-from pulmo_jax.methods.autoencoder import coarse_noise
+from pulmo_jax.methods.autoencoder import coarse_noise, smoothed_score
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.networks import initial_params, with_params
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smoothing_radius
 
-Score = Literal["local_mean", "whitened", "l2"]
+Score = Literal["local_mean", "l2"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,14 @@ class UncertainAutoencoder:
     score: Annotated[
         Score,
         Field(
-            description="whitened: the smoothed squared residual over the predicted variance; local_mean: the square of "
-            "the smoothed signed residual over the predicted standard deviation; l2: without the variance"
+            description="l2: the smoothed squared residual; local_mean: the square of the smoothed signed residual; "
+            "both divided by the predicted deviation before smoothing"
         ),
     ] = "local_mean"
+    whitening: Annotated[
+        float,
+        Field(ge=0, le=1, description="power of the predicted standard deviation that divides the residual; 1: whole"),
+    ] = 0.5
     smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
         4.0
     )
@@ -109,17 +113,12 @@ class UncertainAutoencoder:
     def score_map(
         self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
-        """Whiten, smooth, and average over channels; see `methods.base.Method.score_map`."""
+        """Divide by the predicted deviation and smooth; see `methods.base.Method.score_map`."""
         difference, variance = jnp.split(residual, 2, axis=-1)
         variance = jnp.maximum(variance, self.least_sd**2)  # values outside the image are arbitrary
-        values = {
-            "local_mean": difference / jnp.sqrt(variance),
-            "whitened": difference**2 / variance,
-            "l2": difference**2,
-        }[self.score]
-        smooth = smooth_within(values, foreground, self.smooth_px, extent)
-        score: Array = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
-        return jnp.where(foreground, score, jnp.nan)
+        whitened = difference / variance ** (self.whitening / 2)
+        values = whitened if self.score == "local_mean" else whitened**2
+        return smoothed_score(values, foreground, self.score, self.smooth_px, extent)
 
     @property
     def detail_names(self) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """Variational autoencoder of normal patches (Kingma and Welling 2014, "Auto-encoding variational Bayes", ICLR).
 
-The encoder returns mean m and log variance s of a Gaussian for each latent number; training decodes a draw from it. The
-loss is the reconstruction loss, averaged over pixels and channels, plus `kl_weight` times the Kullback-Leibler divergence
-from the standard normal distribution, averaged over latent numbers. For squared differences of N pixels and D latent
-numbers this is the evidence lower bound, times a constant, for pixel noise of variance `kl_weight` N / (2 D).
+The encoder returns mean m and log variance s of a Gaussian for each latent number; training decodes a draw from it.
+The loss is the reconstruction loss, averaged over pixels and channels, plus `kl_weight` times the Kullback-Leibler
+divergence from the standard normal distribution, averaged over latent numbers. For squared differences of N values and
+D latent numbers this is the negative evidence lower bound, times a constant, for pixel noise of variance
+`kl_weight` N / (2 D); directions in which normal patches vary less than that are not encoded.
 
-Departures from the paper: s is bounded smoothly to +-`LOG_VARIANCE_BOUND`; with `noise_sigma` above 0 the network learns
-to remove coarse noise, as in `methods.autoencoder`. Scores use the reconstruction from the latent mean.
+Departures from the paper: s is bounded smoothly to +-`LOG_VARIANCE_BOUND`; with `noise_sigma` above 0 the network
+learns to remove coarse noise, as in `methods.autoencoder`. Scores use the reconstruction from the latent mean.
 """
 
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class VariationalAutoencoder:
         float,
         Field(
             ge=0,
-            description="weight of the mean KL divergence per latent number, beside the mean loss per pixel and channel",
+            description="weight of the mean KL divergence per latent number, relative to the mean loss per pixel",
         ),
     ] = 0.005
     score: Annotated[

@@ -113,8 +113,8 @@ def strides_for(patch_size: int) -> list[int]:
 class ConvAutoencoder(nnx.Module):
     """Encoder, bottleneck and mirrored decoder.
 
-    A dense bottleneck is one vector per patch. A spatial one has a vector for each cell of the coarsest feature map, 4 x 4
-    cells for most patch sizes, and its layers are 1 x 1 convolutions.
+    A dense bottleneck is one vector per patch. A spatial one has a vector for each cell of the coarsest feature map,
+    4 x 4 cells for most patch sizes, and its layers are 1 x 1 convolutions.
 
     Args:
         patch_size: Side of the square input in pixels, a multiple of 4. It determines the depth: 64 gives a 4 x 4
@@ -124,8 +124,8 @@ class ConvAutoencoder(nnx.Module):
         outputs: Number of values per pixel and channel, such as 2 for a mean and a variance.
         moments: Number of values per latent number, such as 2 for a mean and a variance.
         latent: Size of a latent vector.
-        bottleneck: dense, or spatial.
         width: Features of the first layer; they double with each layer up to a factor of 4.
+        bottleneck: dense or spatial.
         dtype: Data type of the computation; parameters are float32.
         remat: Recompute activations in the backward pass.
     """
@@ -139,13 +139,13 @@ class ConvAutoencoder(nnx.Module):
         outputs: int = 1,
         moments: int = 1,
         latent: Annotated[int, Field(ge=1, description="number of features of the bottleneck")] = 64,
+        width: Annotated[
+            int, Field(ge=1, description="number of features of the first layer; deeper layers have up to 4x")
+        ] = 32,
         bottleneck: Annotated[
             Literal["dense", "spatial"],
             Field(description="one latent vector per patch, or one per cell of the coarsest feature map"),
         ] = "dense",
-        width: Annotated[
-            int, Field(ge=1, description="number of features of the first layer; deeper layers have up to 4x")
-        ] = 32,
         dtype: Annotated[
             Literal["float32", "bfloat16"],
             Field(description="floating-point type of activations; parameters stay float32"),

@@ -23,8 +23,8 @@ CAPTIONS = {
         "high in all images."
     ),
     "planted": (
-        "{shown} normal validation images with a planted anomaly, one of each kind: constant added or subtracted, noise "
-        "added, patch of another image pasted, pixels displaced."
+        "{shown} normal validation images with a planted anomaly, one of each kind: constant added or subtracted, "
+        "noise added, patch of another image pasted, pixels displaced."
         + _MAPS.format(truth="Cyan outlines: planted anomalies. ")
         + " Scores should be high inside the cyan outlines."
     ),
