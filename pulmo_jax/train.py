@@ -29,7 +29,7 @@ def train(config: Any, run_dir: Path) -> float:
         run_dir: Run directory.
 
     Returns:
-        Validation loss, the objective of a sweep; NaN in all processes of a cluster except the first.
+        Objective of a sweep, such as the validation loss; NaN in all processes of a cluster except the first.
 
     Raises:
         InputError: Config or data cannot be used.

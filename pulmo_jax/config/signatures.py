@@ -136,6 +136,7 @@ def _parameters(names: Names, name: str) -> list[tuple[str, Parameter]]:
         (part.target.id, Parameter(evaluated(part.annotation, names), _default(part.value, names)))
         for part in statement.body
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+        if not ast.unparse(part.annotation).startswith("ClassVar")
     ]
     is_dataclass = any("dataclass" in ast.unparse(decorator) for decorator in statement.decorator_list)
     return list(dict([*inherited, *(fields if is_dataclass else [])]).items())

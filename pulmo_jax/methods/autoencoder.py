@@ -9,7 +9,7 @@ before squaring it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,20 @@ from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
 from pulmo_jax.methods.base import Params
-from pulmo_jax.methods.losses import ImageLoss, l1, l2, ssim
+from pulmo_jax.methods.losses import ImageLoss, l1, l2, ms_ssim, ssim
+from pulmo_jax.methods.networks import initial_params, with_params
 from pulmo_jax.methods.score_maps import Extent, smooth_within, smoothing_radius
 from pulmo_jax.types import ImageStatistic
 
-Score = Literal["local_mean", "l2", "l1", "ssim"]
-# Per pixel and channel; for local_mean the signed difference, which `score_map` smooths and squares.
-RESIDUALS: dict[Score, ImageLoss] = {"local_mean": jnp.subtract, "l2": l2, "l1": l1, "ssim": ssim}
+Score = Literal["local_mean", "l2", "l1", "ssim", "ms_ssim"]
+# Per pixel and channel; for local_mean the signed difference, which `smoothed_score` smooths and squares.
+RESIDUALS: dict[Score, ImageLoss] = {
+    "local_mean": jnp.subtract,
+    "l2": l2,
+    "l1": l1,
+    "ssim": ssim,
+    "ms_ssim": ms_ssim,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Autoencoder:
     score: Annotated[
         Score,
         Field(
-            description="l2, l1, ssim: the smoothed squared, absolute or SSIM residual; "
+            description="l2, l1, ssim, ms_ssim: the smoothed squared, absolute, SSIM or multi-scale SSIM residual; "
             "local_mean: the square of the smoothed signed residual"
         ),
     ] = "local_mean"
@@ -62,18 +69,15 @@ class Autoencoder:
 
     def init(self) -> Params:
         """Copy the initial parameters of the network."""
-        return jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param))
+        return initial_params(self.network)
 
     def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
         """Apply the autoencoder to patches, normalised intensities."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        return nnx.merge(graph, params, rest)(patches)
+        return with_params(self.network, params)(patches)
 
     def feature_maps(self, params: Params, patches: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
         """Compute the feature maps of the network, which must have them."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        network: Any = nnx.merge(graph, params, rest)
-        return network.feature_maps(patches)
+        return with_params(self.network, params).feature_maps(patches)
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
         """Compute the mean reconstruction loss of patches with added coarse noise."""
@@ -93,10 +97,32 @@ class Autoencoder:
     def score_map(
         self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
-        """Smooth the residual within the foreground and average over channels; see `methods.base.Method.score_map`."""
-        smooth = smooth_within(residual, foreground, self.smooth_px, extent)
-        score: Array = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
-        return jnp.where(foreground, score, jnp.nan)
+        """Compute the selected score; see `methods.base.Method.score_map`."""
+        return smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
+
+
+def smoothed_score(
+    residual: Float[Array, "H W C"],
+    foreground: Bool[Array, "H W"],
+    score: Score,
+    smooth_px: float,
+    extent: Extent | None = None,
+) -> Float[Array, "H W"]:
+    """Smooth a residual within the foreground and average it over channels; see `methods.base.Method.score_map`.
+
+    Args:
+        residual: Residual of `RESIDUALS`.
+        foreground: Pixels to be scored.
+        score: Kind of the residual; a local mean is squared after smoothing.
+        smooth_px: Standard deviation of the Gaussian, px.
+        extent: Position of the image in the arrays. Default: the arrays hold exactly one image.
+
+    Returns:
+        Score, NaN outside the foreground.
+    """
+    smooth = smooth_within(residual, foreground, smooth_px, extent)
+    values: Array = (smooth**2 if score == "local_mean" else smooth).mean(-1)
+    return jnp.where(foreground, values, jnp.nan)
 
 
 def coarse_noise(key: Key[Array, ""], shape: tuple[int, ...], cell_px: int) -> Float[Array, "B H W C"]:

@@ -8,7 +8,7 @@ and 350 ms with their transposed counterparts in the decoder (layers.py in the s
 steps of the chosen network reached a lower loss than 500 steps of the one with residual convolutions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import jax
@@ -111,15 +111,21 @@ def strides_for(patch_size: int) -> list[int]:
 
 
 class ConvAutoencoder(nnx.Module):
-    """Encoder, dense bottleneck and mirrored decoder.
+    """Encoder, bottleneck and mirrored decoder.
+
+    A dense bottleneck is one vector per patch. A spatial one has a vector for each cell of the coarsest feature map,
+    4 x 4 cells for most patch sizes, and its layers are 1 x 1 convolutions.
 
     Args:
         patch_size: Side of the square input in pixels, a multiple of 4. It determines the depth: 64 gives a 4 x 4
             feature map after three layers.
         channels: Number of channels of the input.
         rngs: Random streams for the initialisation.
-        latent: Size of the bottleneck.
+        outputs: Number of values per pixel and channel, such as 2 for a mean and a variance.
+        moments: Number of values per latent number, such as 2 for a mean and a variance.
+        latent: Size of a latent vector.
         width: Features of the first layer; they double with each layer up to a factor of 4.
+        bottleneck: dense or spatial.
         dtype: Data type of the computation; parameters are float32.
         remat: Recompute activations in the backward pass.
     """
@@ -130,10 +136,16 @@ class ConvAutoencoder(nnx.Module):
         patch_size: int,
         channels: int,
         rngs: nnx.Rngs,
+        outputs: int = 1,
+        moments: int = 1,
         latent: Annotated[int, Field(ge=1, description="number of features of the bottleneck")] = 64,
         width: Annotated[
             int, Field(ge=1, description="number of features of the first layer; deeper layers have up to 4x")
         ] = 32,
+        bottleneck: Annotated[
+            Literal["dense", "spatial"],
+            Field(description="one latent vector per patch, or one per cell of the coarsest feature map"),
+        ] = "dense",
         dtype: Annotated[
             Literal["float32", "bfloat16"],
             Field(description="floating-point type of activations; parameters stay float32"),
@@ -142,7 +154,7 @@ class ConvAutoencoder(nnx.Module):
             bool, Field(description="recompute activations in the backward pass: less memory, more time")
         ] = False,
     ):
-        self.patch_size, self.channels = patch_size, channels
+        self.patch_size, self.channels, self.outputs, self.moments = patch_size, channels, outputs, moments
         self.strides = tuple(strides_for(patch_size))
         self.features = tuple(width * min(2**i, 4) for i in range(len(self.strides)))
         self.dtype, self.remat = dtype, remat
@@ -154,25 +166,41 @@ class ConvAutoencoder(nnx.Module):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, rngs=rngs)
 
-        wide = [channels, *self.features]
-        self.down = nnx.List([linear(s * s * a, b) for s, a, b in zip(self.strides, wide, wide[1:], strict=False)])
-        self.up = nnx.List([linear(b, s * s * a) for s, a, b in zip(self.strides, wide, wide[1:], strict=False)])
-        size = side * side * self.features[-1]
-        self.to_latent, self.from_latent = linear(size, latent), linear(latent, size)
+        into, out_of = [channels, *self.features], [outputs * channels, *self.features]
+        self.down = nnx.List([linear(s * s * a, b) for s, a, b in zip(self.strides, into, into[1:], strict=False)])
+        self.up = nnx.List([linear(b, s * s * a) for s, a, b in zip(self.strides, out_of, out_of[1:], strict=False)])
+        size = self.features[-1] * (side**2 if bottleneck == "dense" else 1)
+        self.latent_shape = (latent,) if bottleneck == "dense" else (side, side, latent)
+        self.to_latent, self.from_latent = linear(size, moments * latent), linear(latent, size)
 
-    def encode(self, x: Float[Array, "B P P C"]) -> Float[Array, "B D"]:
+    def encode_moments(self, x: Float[Array, "B P P C"]) -> Float[Array, "M B *D"]:
+        """Encode patches to all values of each latent number.
+
+        Args:
+            x: B square patches.
+
+        Returns:
+            M = `moments` arrays of latent vectors in float32, (B, latent) or (B, h, w, latent).
+        """
+        return self._run(ConvAutoencoder._encode, x)
+
+    def _encode(self, x: jax.Array) -> jax.Array:
+        batch, x = x.shape[0], to_block_order(x, self.strides)
+        for layer in self.down:
+            x = nnx.silu(self._apply(layer, x))
+        x = self._apply(self.to_latent, x).reshape(batch, *self.latent_shape[:-1], self.moments, -1)
+        return jnp.moveaxis(x, -2, 0)
+
+    def encode(self, x: Float[Array, "B P P C"]) -> Float[Array, "B *D"]:
         """Encode patches.
 
         Args:
             x: B square patches.
 
         Returns:
-            Latent vectors.
+            Latent vectors, (B, latent) or (B, h, w, latent); the first value of each latent number.
         """
-        batch, x = x.shape[0], to_block_order(x, self.strides)
-        for layer in self.down:
-            x = nnx.silu(self._apply(layer, x))
-        return self._apply(self.to_latent, x.reshape(batch, -1))
+        return self.encode_moments(x)[0]
 
     def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]:
         """Feature maps of the encoder.
@@ -191,21 +219,25 @@ class ConvAutoencoder(nnx.Module):
             maps.append(to_pixel_order(blocks, self.strides[i + 1 :], self.coarse[0]).astype(jnp.float32))
         return maps
 
-    def decode(self, z: Float[Array, "B D"]) -> Float[Array, "B P P C"]:
+    def decode(self, z: Float[Array, "B *D"]) -> Float[Array, "B P P V"]:
         """Decode latent vectors.
 
         Args:
-            z: B latent vectors.
+            z: Latent vectors, (B, latent) or (B, h, w, latent).
 
         Returns:
-            Reconstructed patches.
+            Reconstructed patches in float32; with several outputs, the channels of the first output come first.
         """
+        return self._run(ConvAutoencoder._decode, z)
+
+    def _decode(self, z: jax.Array) -> jax.Array:
         x = nnx.silu(self._apply(self.from_latent, z))
         for i in reversed(range(len(self.strides))):
             x = self._apply(self.up[i], x)
             if i > 0:  # no activation after the last layer: pixel values are unbounded
                 x = nnx.silu(x)
-        return to_pixel_order(x.reshape(len(z), -1, self.channels), self.strides, self.coarse[0])
+        x = x.reshape(len(z), -1, self.outputs * self.channels)
+        return to_pixel_order(x, self.strides, self.coarse[0])
 
     def _apply(self, layer: nnx.Linear, x: Float[Array, "..."]) -> Float[Array, "N O"]:
         """Apply a layer to consecutive groups of as many numbers as it has inputs."""
@@ -214,21 +246,20 @@ class ConvAutoencoder(nnx.Module):
         assert layer.bias is not None  # nnx.Linear has one by default
         return affine(rows, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
 
-    def __call__(self, x: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+    def __call__(self, x: Float[Array, "B P P C"]) -> Float[Array, "B P P V"]:
         """Reconstruct patches.
 
         Args:
             x: B square patches.
 
         Returns:
-            Reconstructions in float32.
+            Reconstructions in float32, as from `decode`.
         """
+        return self.decode(self.encode(x))
 
-        graph, state = nnx.split(self)
-
-        def forward(state: nnx.State, x: jax.Array) -> jax.Array:
-            model = nnx.merge(graph, state)
-            return model.decode(model.encode(x))
-
-        run = jax.checkpoint(forward) if self.remat else forward  # nnx.remat fails inside a plain jax.grad
-        return run(state, x).astype(jnp.float32)
+    def _run(self, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        """Apply a method of this class, with rematerialisation if it is set."""
+        if not self.remat:
+            return function(self, x).astype(jnp.float32)
+        graph, state = nnx.split(self)  # nnx.remat fails inside a plain jax.grad
+        return jax.checkpoint(lambda state, x: function(nnx.merge(graph, state), x))(state, x).astype(jnp.float32)

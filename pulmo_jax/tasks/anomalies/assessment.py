@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pulmo_jax.runs import comparison
 from pulmo_jax.runs.directory import citation_of
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings, summarise_training
+from pulmo_jax.tasks.anomalies import planted
 from pulmo_jax.tasks.anomalies.aligning import align_data, low_quality_notes, open_frame
 from pulmo_jax.tasks.anomalies.comparison import images_of, results_of
 from pulmo_jax.tasks.anomalies.config import AnomalyEvaluationConfig, AssessConfig, EvaluateDataConfig, TrainConfig
@@ -109,13 +110,20 @@ def assess_training(
     """
     reader, options, folder = Reader(run.config.data.max_image_mb, place.formats), run.config.evaluation, place.folder
     tested = None if data is None else test_images(run, data, options, run.config.seed, place)
+    precision = planted.measure(run, validation, reader, place)
     sections = [
         *loss_sections(run, folder, training),
         *calibration_sections(run, folder),
         *validation_sections(run, validation, options.examples, reader, folder),
+        *planted.sections(run, precision, validation, reader, folder),
         *distance_sections(run, validation, reader, folder),
     ]
-    return findings_of(run, tested, sections, training, [*caveats, *low_quality_notes(folder / "aligned")])
+    findings = findings_of(run, tested, sections, training, [*caveats, *low_quality_notes(folder / "aligned")])
+    return replace(
+        findings,
+        metrics={**findings.metrics, **planted.describe(precision)},
+        objective=planted.objective_of(run, precision, training.get("best_val_loss", math.nan)),
+    )
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,6 @@ def findings_of(
         ),
         citations=citation_of(run.path),
         warnings=warnings,
-        objective=(training or {}).get("best_val_loss", math.nan),
         evaluation=None if tested is None else tested.by_image,
     )
 

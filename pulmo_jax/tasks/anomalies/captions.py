@@ -22,6 +22,12 @@ CAPTIONS = {
         + " Scores should be low and without structure, because these images are normal; look for anatomy that scores "
         "high in all images."
     ),
+    "planted": (
+        "{shown} normal validation images with a planted anomaly, one of each kind: constant added or subtracted, "
+        "noise added, patch of another image pasted, pixels displaced."
+        + _MAPS.format(truth="Cyan outlines: planted anomalies. ")
+        + " Scores should be high inside the cyan outlines."
+    ),
     "validation_reconstructions": (
         "{shown} of {images} normal validation images, evenly spaced in the list of files: the image, its "
         "reconstruction by the model, and their difference (red: the image is brighter; blue: darker; grey: not "

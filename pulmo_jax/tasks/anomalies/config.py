@@ -130,6 +130,10 @@ class AnomalyTrainerConfig(TrainerConfig):
         le=64,
         description="number of networks of different seeds, trained at once; their scores are averaged",
     )
+    objective: Literal["val_loss", "planted_ap"] = Field(
+        default="val_loss",
+        description="minimised by a sweep: the validation loss, or minus the AP of planted anomalies",
+    )
 
 
 class AnomalyEvaluationConfig(EvaluationConfig):
@@ -149,6 +153,14 @@ class BaseConfig(Section):
     base: "BaseConfig | None" = None
 
 
+class TrainEvaluationConfig(AnomalyEvaluationConfig):
+    """Options of the metrics at the end of a training."""
+
+    planted: Int = Field(
+        default=20, ge=0, description="number of anomalies planted into validation images to rank settings; 0: none"
+    )
+
+
 EVALUATION = AnomalyEvaluationConfig(replicates=200, examples=4)
 
 
@@ -163,8 +175,15 @@ class TrainConfig(TrainingConfig, frozen=True):
     trainer: AnomalyTrainerConfig = AnomalyTrainerConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     tiles: TilesConfig = TilesConfig()
-    evaluation: AnomalyEvaluationConfig = EVALUATION
+    evaluation: TrainEvaluationConfig = TrainEvaluationConfig(replicates=200, examples=4)
     base: BaseConfig | None = Field(default=None, description="set by the program from method.base_run")
+
+    @model_validator(mode="after")
+    def _measures_objective(self) -> "TrainConfig":
+        """Check that the objective of a sweep is measured."""
+        if self.trainer.objective == "planted_ap" and not self.evaluation.planted:
+            raise ValueError("trainer.objective=planted_ap needs evaluation.planted above 0")
+        return self
 
 
 class MapConfig(PredictConfig):
@@ -208,7 +227,7 @@ class AssessConfig(EvaluateConfig):
 
 SECTIONS: Mapping[str, type[Section]] = {"train": TrainConfig, "predict": MapConfig, "evaluate": AssessConfig}
 CHOICES: Mapping[str, Sequence[str]] = {
-    "method": ("autoencoder", "patch_gaussian"),
-    "method.loss": ("l2", "l1", "ssim"),
+    "method": ("autoencoder", "uncertain_autoencoder", "variational_autoencoder", "patch_gaussian"),
+    "method.loss": ("l2", "l1", "ssim", "ms_ssim"),
     "model": ("conv_autoencoder", "identity"),
 }

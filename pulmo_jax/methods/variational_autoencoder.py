@@ -1,0 +1,171 @@
+"""Variational autoencoder of normal patches (Kingma and Welling 2014, "Auto-encoding variational Bayes", ICLR).
+
+The encoder returns mean m and log variance s of a Gaussian for each latent number; training decodes a draw from it.
+The loss is the reconstruction loss, averaged over pixels and channels, plus `kl_weight` times the Kullback-Leibler
+divergence from the standard normal distribution, averaged over latent numbers. For squared differences of N values and
+D latent numbers this is the negative evidence lower bound, times a constant, for pixel noise of variance
+`kl_weight` N / (2 D); directions in which normal patches vary less than that are not encoded.
+
+Departures from the paper: s is bounded smoothly to +-`LOG_VARIANCE_BOUND`; with `noise_sigma` above 0 the network
+learns to remove coarse noise, as in `methods.autoencoder`. Scores use the reconstruction from the latent mean.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+from pydantic import Field
+
+from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise, smoothed_score
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.losses import ImageLoss, l2
+from pulmo_jax.methods.networks import initial_params, with_params
+from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smoothing_radius
+
+LOG_VARIANCE_BOUND = 10.0
+
+
+class Latent(Protocol):
+    """Network with an encoder and a decoder, such as `models.autoencoder.ConvAutoencoder` with moments=2.
+
+    Attributes:
+        latent_shape: Shape of the latent array of one patch.
+    """
+
+    latent_shape: tuple[int, ...]
+
+    def encode_moments(self, x: Float[Array, "B P P C"]) -> Float[Array, "2 B *D"]:
+        """Encode patches to mean and log variance of each latent number."""
+        ...
+
+    def decode(self, z: Float[Array, "B *D"]) -> Float[Array, "B P P C"]:
+        """Decode latent arrays."""
+        ...
+
+
+@dataclass(frozen=True)
+class VariationalAutoencoder:
+    """Variational autoencoder; implements methods.base.Method and Generative.
+
+    Attributes:
+        network: Model with its initial parameters, with the functions of `Latent`.
+        loss: Function of image= and reconstruction=, both (B, P, P, C), that returns a value per pixel and channel.
+    """
+
+    NETWORK: ClassVar[Mapping[str, int]] = {"moments": 2}
+
+    network: Any
+    loss: ImageLoss = l2
+    kl_weight: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="weight of the mean KL divergence per latent number, relative to the mean loss per pixel",
+        ),
+    ] = 0.005
+    score: Annotated[
+        Score,
+        Field(
+            description="l2, l1, ssim, ms_ssim: the smoothed squared, absolute, SSIM or multi-scale SSIM residual; "
+            "local_mean: the square of the smoothed signed residual"
+        ),
+    ] = "local_mean"
+    smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
+        4.0
+    )
+    image_statistic: Annotated[
+        ImageStatistic,
+        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
+    ] = "max"
+    noise_sigma: Annotated[
+        float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
+    ] = 0.2
+    noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
+
+    def init(self) -> Params:
+        """Copy the initial parameters of the network."""
+        return initial_params(self.network)
+
+    def posterior(
+        self, params: Params, patches: Float[Array, "B P P C"]
+    ) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
+        """Compute mean and log variance of the latent numbers.
+
+        Args:
+            params: Parameters.
+            patches: Patches, normalised intensities.
+
+        Returns:
+            Mean and log variance.
+        """
+        mean, s = with_params(self.network, params).encode_moments(patches)
+        return mean, LOG_VARIANCE_BOUND * jnp.tanh(s / LOG_VARIANCE_BOUND)
+
+    def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        """Decode the mean of the latent numbers, normalised intensities."""
+        network = with_params(self.network, params)
+        return network.decode(network.encode_moments(patches)[0])
+
+    def feature_maps(self, params: Params, patches: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
+        """Compute the feature maps of the encoder, finest first."""
+        return with_params(self.network, params).feature_maps(patches)
+
+    def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
+        """Compute the mean loss of patches with added coarse noise, decoded from a draw of the latent numbers."""
+        noise, draw = jax.random.split(key)
+        noisy = batch + self.noise_sigma * coarse_noise(noise, batch.shape, self.noise_cell_px)
+        mean, s = self.posterior(params, noisy if self.noise_sigma else batch)
+        z = mean + jnp.exp(s / 2) * jax.random.normal(draw, mean.shape)
+        reconstruction = with_params(self.network, params).decode(z)
+        return (
+            self.loss(image=batch, reconstruction=reconstruction).mean() + self.kl_weight * divergence(mean, s).mean()
+        )
+
+    def sample(self, params: Params, key: Key[Array, ""], count: int) -> Float[Array, "N P P C"]:
+        """Decode draws from the standard normal distribution; see `methods.base.Generative`."""
+        z = jax.random.normal(key, (count, *self.network.latent_shape))
+        return with_params(self.network, params).decode(z)
+
+    @property
+    def sampling_calls(self) -> int:
+        """One evaluation of the decoder."""
+        return 1
+
+    def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        """Compute the residual of the selected score per pixel and channel."""
+        return RESIDUALS[self.score](patches, self.reconstruct(params, patches))
+
+    @property
+    def halo_px(self) -> int:
+        """Radius of the smoothing kernel, px."""
+        return smoothing_radius(self.smooth_px)
+
+    def score_map(
+        self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
+    ) -> Float[Array, "H W"]:
+        """Compute the selected score; see `methods.base.Method.score_map`."""
+        return smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
+
+    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
+        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
+        return image_statistic(scores, self.image_statistic)
+
+
+def divergence(mean: Float[Array, "*D"], log_variance: Float[Array, "*D"]) -> Float[Array, "*D"]:
+    """Compute the Kullback-Leibler divergence of Gaussians from the standard normal distribution, nats.
+
+    Args:
+        mean: Means.
+        log_variance: Logarithms of the variances.
+
+    Returns:
+        One value per Gaussian.
+
+    Reference:
+        Kingma and Welling 2014, Appendix B.
+    """
+    return (jnp.exp(log_variance) + mean**2 - 1 - log_variance) / 2
