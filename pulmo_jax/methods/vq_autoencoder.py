@@ -14,7 +14,7 @@ Reference:
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -51,20 +51,6 @@ class LatentGrid(Protocol):
     def decode(self, z: Float[Array, "B h h D"]) -> Float[Array, "B P P C"]:
         """Decode latent vectors."""
         ...
-
-
-class Seen(NamedTuple):
-    """Statistics of the latent vectors of a batch.
-
-    Attributes:
-        counts: Number of latent vectors assigned to each code.
-        sums: Sum of the latent vectors assigned to each code.
-        drawn: Latent vectors drawn at random, for the codes to be restarted.
-    """
-
-    counts: Float[Array, "K"]
-    sums: Float[Array, "K D"]
-    drawn: Float[Array, "K D"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +147,7 @@ class VqAutoencoder:
 
     def train_loss_and_seen(
         self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], Seen]:
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Compute the training loss, and the statistics of the batch that update the codebook.
 
         Args:
@@ -186,12 +172,12 @@ class VqAutoencoder:
         loss = reconstruction + self.commitment * ((z - quantised) ** 2).mean()
         return loss, statistics(jax.lax.stop_gradient(z), codes, self.n_codes, restart_key)
 
-    def absorb(self, params: Params, seen: Seen) -> Params:
+    def absorb(self, params: Params, seen: dict[str, Any]) -> Params:
         """Update the moving averages of the codebook, and restart codes with an average use below `DEAD`.
 
         Args:
             params: Parameters after the gradient step.
-            seen: Statistics of the batch.
+            seen: Statistics of the batch; see `statistics`.
 
         Returns:
             Parameters with the updated codebook.
@@ -200,12 +186,12 @@ class VqAutoencoder:
             van den Oord et al. 2017, Eqs. 6 and 7; Dhariwal et al. 2020, Sec. 3.
         """
         codes, decay = params["codes"], self.code_decay
-        counts = decay * codes["counts"] + (1 - decay) * seen.counts
-        sums = decay * codes["sums"] + (1 - decay) * seen.sums
+        counts = decay * codes["counts"] + (1 - decay) * seen["counts"]
+        sums = decay * codes["sums"] + (1 - decay) * seen["sums"]
         dead = counts < DEAD
         restarted = {
             "counts": jnp.where(dead, DEAD, counts),
-            "sums": jnp.where(dead[:, None], DEAD * seen.drawn, sums),
+            "sums": jnp.where(dead[:, None], DEAD * seen["drawn"], sums),
         }
         return {**params, "codes": restarted}
 
@@ -267,22 +253,28 @@ def nearest(z: Float[Array, "*B D"], vectors: Float[Array, "K D"]) -> Int[Array,
     return jnp.argmin((vectors**2).sum(-1) - 2 * z @ vectors.T, axis=-1)  # |z|^2 is the same for all codes
 
 
-def statistics(z: Float[Array, "*B D"], codes: Int[Array, "*B"], n_codes: int, key: Key[Array, ""]) -> Seen:
-    """Compute the statistics of latent vectors and their codes.
+def statistics(z: Float[Array, "*B D"], codes: Int[Array, "*B"], n_codes: int, key: Key[Array, ""]) -> dict[str, Any]:
+    """Compute the statistics of the latent vectors of a batch, by which the codebook is updated.
 
     Args:
         z: Latent vectors.
-        codes: Their codes.
+        codes: Index of the code of each.
         n_codes: Number K of codes.
         key: Random key of the drawn vectors.
 
     Returns:
-        Counts, sums and K drawn vectors.
+        "counts" (K,) and "sums" (K, D) of the latent vectors of each code; "drawn" (K, D), latent vectors drawn at
+        random with replacement, for the codes to be restarted; "metrics" for the log.
     """
     rows = z.reshape(-1, z.shape[-1])
     chosen = jax.nn.one_hot(codes.reshape(-1), n_codes, dtype=rows.dtype)  # a product is faster than a scatter
-    drawn = rows[jax.random.randint(key, (n_codes,), 0, len(rows))]
-    return Seen(chosen.sum(0), chosen.T @ rows, drawn)
+    counts = chosen.sum(0)
+    return {
+        "counts": counts,
+        "sums": chosen.T @ rows,
+        "drawn": rows[jax.random.randint(key, (n_codes,), 0, len(rows))],
+        "metrics": {"perplexity": perplexity(counts), "used_codes": (counts > 0).sum()},
+    }
 
 
 def perplexity(counts: Float[Array, "K"]) -> Float[Array, ""]:
