@@ -19,7 +19,7 @@ from pulmo_jax.config.section import (
     ascending,
 )
 from pulmo_jax.config.trainer import TrainerConfig
-from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, SampleConfig, TrainingConfig
 
 
 class DataConfig(Section):
@@ -201,9 +201,14 @@ class AssessConfig(EvaluateConfig):
     evaluation: AnomalyEvaluationConfig = EVALUATION
 
 
-SECTIONS: Mapping[str, type[Section]] = {"train": TrainConfig, "predict": MapConfig, "evaluate": AssessConfig}
+SECTIONS: Mapping[str, type[Section]] = {
+    "train": TrainConfig,
+    "predict": MapConfig,
+    "evaluate": AssessConfig,
+    "sample": SampleConfig,
+}
 CHOICES: Mapping[str, Sequence[str]] = {
-    "method": ("autoencoder", "patch_gaussian"),
+    "method": ("autoencoder", "vq_autoencoder", "patch_gaussian"),
     "method.loss": ("l2", "l1", "ssim"),
-    "model": ("conv_autoencoder", "identity"),
+    "model": ("conv_autoencoder", "vq_autoencoder", "identity"),
 }
