@@ -6,10 +6,10 @@ from typing import Any
 from pulmo_jax.shell import cli
 
 EXAMPLES = """
-Draws normal images from the model of a run, if its method can (lung_vae, lung_tokens, lung_diffusion), to see what it has
-learnt. Writes OUTPUT/samples/NNN.tif in the units and data type of the training images, samples.png with real patches for
-comparison, report.html, and summary.json with the time per image and the distance of each image from the nearest training
-patch. The results of an earlier call are replaced.
+Draws normal images from the model of a run, if its method can (lung_vae, lung_tokens, lung_diffusion), to see what it
+has learnt. Writes OUTPUT/samples/NNN.tif in the units and data type of the training images, samples.png with real
+patches for comparison, report.html, and summary.json with the time per image and the distance of each image from the
+nearest training patch. The results of an earlier call are replaced.
 
   python -m pulmo_jax.sample run=RUN n=16 output=DIR
   python -m pulmo_jax.sample run=RUN n=64 output=DIR seed=1 batch_size=8

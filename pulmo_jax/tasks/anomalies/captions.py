@@ -82,8 +82,8 @@ CAPTIONS = {
         "large on lesions and small elsewhere."
     ),
     "samples": (
-        "{shown} of {images} drawn images, each above its nearest training patch; the last rows show as many patches of "
-        "normal validation images. Black to white: {scale}. Drawn images should look like the real patches; one that "
+        "{shown} of {images} drawn images, each above its nearest training patch; the last rows show as many patches "
+        "of normal validation images. Black to white: {scale}. Drawn images should look like the real patches; one that "
         "equals its nearest training patch is a copy."
     ),
     "samples_alone": (
