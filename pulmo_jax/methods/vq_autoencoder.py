@@ -27,6 +27,7 @@ from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l1
 from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
+from pulmo_jax.types import InputError
 
 DEAD = 1.0  # a code with a lower average use (latent vectors per batch) is restarted
 SMOOTHING = 1e-5  # epsilon of the Laplace smoothing of the counts
@@ -62,6 +63,9 @@ class VqAutoencoder:
     Attributes:
         network: A `LatentGrid` with its initial parameters.
         loss: Function of image= and reconstruction=, both (B, P, P, C), that returns a value per pixel and channel.
+
+    Raises:
+        InputError: If the network has no grid of latent vectors.
     """
 
     network: nnx.Module
@@ -95,7 +99,7 @@ class VqAutoencoder:
     def __post_init__(self) -> None:
         if not isinstance(self.network, LatentGrid):
             name = type(self.network).__name__
-            raise ValueError(f"model: {name} has no grid of latent vectors to quantise; give model=vq_autoencoder")
+            raise InputError(f"model: {name} has no grid of latent vectors to quantise; give model=vq_autoencoder")
 
     @property
     def code_side(self) -> int:

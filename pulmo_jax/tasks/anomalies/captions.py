@@ -83,8 +83,8 @@ CAPTIONS = {
     ),
     "samples": (
         "{shown} of {images} drawn images, each above its nearest training patch; the last rows show as many patches "
-        "of normal validation images. Black to white: {scale}. Drawn images should look like the real patches; one that "
-        "equals its nearest training patch is a copy."
+        "of normal validation images. Black to white: {scale}. Drawn images should look like the real patches; one "
+        "that equals its nearest training patch is a copy."
     ),
     "samples_alone": (
         "{shown} of {images} drawn images. Black to white: {scale}. There are no real patches beside them, because the "
