@@ -39,7 +39,7 @@ def nearest_patch(
     flat, squares = patches.reshape(len(patches), -1), (patches**2).sum((1, 2, 3))
     gaps = np.stack([squares - 2 * image.reshape(len(image), -1) @ flat.T for image in turned])  # up to |image|^2
     code, index = np.unravel_index(gaps.transpose(1, 0, 2).reshape(len(images), -1).argmin(1), gaps.shape[::2])
-    found = np.stack([inverse(patches[i], c) for i, c in zip(index, code, strict=True)])
+    found = np.stack([inverse(patches[i], c) for i, c in zip(index, code.tolist(), strict=True)])
     return Nearest(np.sqrt(((images - found) ** 2).mean((1, 2, 3))), index, found)
 
 

@@ -167,7 +167,7 @@ def write_image(path: Path, image: Float[np.ndarray, "P P C"], how: Preprocessin
         )
 
 
-def in_file_units(image: Float[np.ndarray, "P P C"], how: Preprocessing) -> Shaped[np.ndarray, "P P C"]:
+def in_file_units(image: Float[np.ndarray, "*grid C"], how: Preprocessing) -> Shaped[np.ndarray, "*grid C"]:
     """Invert the normalisation of an image; integers are rounded and limited to the range of their data type.
 
     Args:

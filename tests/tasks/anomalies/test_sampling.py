@@ -42,6 +42,8 @@ def run(tmp_path):
         tifffile.imwrite(path, rng.integers(0, 255, (24, 24), np.uint8))
         titles[kind].append(path.name)
     folder.mkdir()
+    (folder / "config.yaml").write_text("task: anomalies\n")
+    (folder / "run.json").write_text("{}")
     (folder / "images.json").write_text(json.dumps(titles))
     made = run_on(folder, "uint8")
     data = made.config.data.model_copy(update={"train": tmp_path / "images", "patch_size": 8})
