@@ -70,7 +70,7 @@ class VqAutoencoder:
 
     network: nnx.Module
     loss: ImageLoss = l1
-    n_codes: Annotated[int, Field(ge=2, le=65536, description="number of codes in the codebook")] = 128
+    n_codes: Annotated[int, Field(ge=2, le=65536, description="number of codes in the codebook")] = 32
     commitment: Annotated[
         float, Field(ge=0, description="weight of the squared distance of a latent vector from its code")
     ] = 0.25
