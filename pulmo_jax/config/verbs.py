@@ -74,6 +74,18 @@ class PredictConfig(Section):
     sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")
 
 
+class SampleConfig(Section):
+    """python -m pulmo_jax.sample"""
+
+    run: RunFolder = Field(description="directory of a finished training run")
+    output: PathLike = Field(description="folder for the results; those of an earlier call are replaced")
+    n: Int = Field(default=16, ge=1, le=100_000, description="number of images")
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="random seed of the images")
+    batch_size: Int = Field(default=16, ge=1, description="number of images drawn at once; the images depend on it")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
+    sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")
+
+
 def several(runs: tuple[Path, ...]) -> tuple[Path, ...]:
     """Check that there are two runs or more. Raises ValueError."""
     if len(runs) < 2:

@@ -42,7 +42,7 @@ class TaskConfig(Protocol):
     """Interface of config.py: typed configs of the verbs. The module must not import JAX."""
 
     SECTIONS: Mapping[str, type[Section]]
-    """The typed config of each verb that the task has: train, predict, evaluate, detect, prepare."""
+    """The typed config of each verb that the task has: train, predict, evaluate, sample, detect, prepare."""
 
     CHOICES: Mapping[str, Sequence[str]]
     """The choices of config groups that are for this task, where not all are."""
@@ -309,6 +309,19 @@ class Preparation(Protocol):
         ...
 
 
+@runtime_checkable
+class Sampling(Protocol):
+    """Interface of sampling.py, which a task may lack: draws images from a model of normal images."""
+
+    def sample(self, run: Any, config: Any, place: "Place") -> None:
+        """Draw images, and write them with a report.
+
+        Raises:
+            InputError: If the method of the run cannot draw images.
+        """
+        ...
+
+
 class Task:
     """A task, whose modules are imported on first use.
 
@@ -365,6 +378,11 @@ class Task:
     def preparation(self) -> Preparation:
         """Module preparation.py of the task."""
         return cast(Preparation, self._part("preparation"))
+
+    @property
+    def sampling(self) -> Sampling:
+        """Module sampling.py of the task."""
+        return cast(Sampling, self._part("sampling"))
 
     def open_run(self, path: Path, plugins: tuple[str, ...] = ()) -> OpenRun:
         """Load a finished run for inference (`Runs.open_run`).

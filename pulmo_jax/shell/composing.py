@@ -32,12 +32,12 @@ from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
-VERBS = ("train", "predict", "evaluate", "detect", "compare", "ingest", "prepare")
+VERBS = ("train", "predict", "evaluate", "sample", "detect", "compare", "ingest", "prepare")
 WITHOUT_TASK = {"ingest": IngestConfig, "compare": CompareConfig}
 DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources", "prepare": "point_sources"}  # without an experiment
 PRIMARY_OF_TASK = ("train", "detect")  # verbs whose primary config is that of the task
 GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # config groups of nodes
-OF_RUN = ("predict", "evaluate")  # verbs that take their task from a run
+OF_RUN = ("predict", "evaluate", "sample")  # verbs that take their task from a run
 EXTRAS = {"joblib": "sweep", "optuna": "sweep", "sampler": "sweep", "submitit": "slurm", "ray": "ray"}
 
 
@@ -52,7 +52,7 @@ class Command:
     """A verb and its task.
 
     Attributes:
-        verb: train, predict, evaluate, detect, compare, ingest or prepare.
+        verb: train, predict, evaluate, sample, detect, compare, ingest or prepare.
         task: The task; None for compare and ingest.
         arguments: Arguments of the command line before composition.
     """

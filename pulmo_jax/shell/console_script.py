@@ -14,6 +14,7 @@ VERBS = {
     "train": "train, calibrate, test and report",
     "predict": "apply a run to new images",
     "evaluate": "compute figures of merit on labelled images",
+    "sample": "draw images from a model of normal images",
     "detect": "detect point sources in a rotating image stack",
     "compare": "compare runs that were evaluated on the same images",
     "prepare": "repair, recentre and select the frames of a rotating image stack",

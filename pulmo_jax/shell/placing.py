@@ -25,7 +25,7 @@ def check_place(config: Any, verb: str, hydra_config: DictConfig) -> None:
     """
     check_hydra(hydra_config)
     if verb != "ingest":
-        folder = config.output if verb in ("predict", "prepare") else Path(hydra_config.run.dir)
+        folder = config.output if verb in ("predict", "prepare", "sample") else Path(hydra_config.run.dir)
         if not (verb == "train" and is_unrecorded(folder)):  # `train` resumes or refuses a run of an older version
             check_output(folder, verb, input_paths(config))
 

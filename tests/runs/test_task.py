@@ -12,6 +12,7 @@ from pulmo_jax.runs.task import (
     Prediction,
     Preparation,
     Runs,
+    Sampling,
     Task,
     TaskConfig,
     Training,
@@ -46,9 +47,9 @@ def package(tmp_path, monkeypatch):
 def test_every_task_of_this_package_answers_the_protocols():
     """Whatever a verb that the task has calls is there, with the Protocol's parameters."""
     parts = {"train": ["training", "runs"], "predict": ["prediction"], "evaluate": ["assessment"],
-             "detect": ["detection"], "prepare": ["preparation"]}  # fmt: skip
+             "sample": ["sampling"], "detect": ["detection"], "prepare": ["preparation"]}  # fmt: skip
     protocols = {"training": Training, "runs": Runs, "prediction": Prediction, "assessment": Assessment,
-                 "detection": Detection, "preparation": Preparation}  # fmt: skip
+                 "sampling": Sampling, "detection": Detection, "preparation": Preparation}  # fmt: skip
     assert task_names() == ["anomalies", "classification", "landmarks", "point_sources", "segmentation"]
     for name in task_names():
         task = find_task(name)

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from references import child
 
-from pulmo_jax import compare, detect, evaluate, ingest, predict, prepare, train
+from pulmo_jax import compare, detect, evaluate, ingest, predict, prepare, sample, train
 from pulmo_jax.config.nodes import HOMES, argument_schema, parameters_of_node
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.host.console import Console, tracker
@@ -42,6 +42,7 @@ EXAMPLES = {
     "ingest": ingest.EXAMPLES,
     "compare": compare.EXAMPLES,
     "prepare": prepare.EXAMPLES,
+    "sample": sample.EXAMPLES,
 }
 
 
@@ -102,7 +103,7 @@ def test_help_lists_every_key_with_its_default_and_an_example(run, verb, option)
         assert re.search(rf"^  {re.escape(key)} +\S.*\[.*(default .+|required)\]$", done.out, re.MULTILINE), key
     assert re.search(rf"^  python -m pulmo_jax\.{verb} \S+", done.out, re.MULTILINE)
     assert EXAMPLES[verb].strip() in done.out
-    assert ("hydra.run.dir=DIR" in done.out) == (verb not in ("predict", "prepare"))
+    assert ("hydra.run.dir=DIR" in done.out) == (verb not in ("predict", "prepare", "sample"))
 
 
 def test_help_of_train_lists_the_keys_of_every_group(run):

@@ -87,4 +87,13 @@ CAPTIONS = {
         "and their difference (red: the image is brighter; blue: darker; grey: not scored). The difference should be "
         "large on lesions and small elsewhere."
     ),
+    "samples": (
+        "{shown} of {images} drawn images, each above its nearest training patch; the last rows show as many patches "
+        "of normal validation images. Black to white: {scale}. Drawn images should look like the real patches; one "
+        "that equals its nearest training patch is a copy."
+    ),
+    "samples_alone": (
+        "{shown} of {images} drawn images. Black to white: {scale}. There are no real patches beside them, because the "
+        "images of the run cannot be read any more."
+    ),
 }

@@ -19,7 +19,7 @@ from pulmo_jax.config.section import (
     ascending,
 )
 from pulmo_jax.config.trainer import TrainerConfig
-from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, TrainingConfig
+from pulmo_jax.config.verbs import EvaluateConfig, EvaluationConfig, PredictConfig, SampleConfig, TrainingConfig
 from pulmo_jax.types import ImageStatistic
 
 
@@ -225,9 +225,17 @@ class AssessConfig(EvaluateConfig):
     evaluation: AnomalyEvaluationConfig = EVALUATION
 
 
-SECTIONS: Mapping[str, type[Section]] = {"train": TrainConfig, "predict": MapConfig, "evaluate": AssessConfig}
+SECTIONS: Mapping[str, type[Section]] = {
+    "train": TrainConfig,
+    "predict": MapConfig,
+    "evaluate": AssessConfig,
+    "sample": SampleConfig,
+}
 CHOICES: Mapping[str, Sequence[str]] = {
-    "method": ("autoencoder", "uncertain_autoencoder", "variational_autoencoder", "patch_gaussian"),
+    "method": (
+        *("autoencoder", "uncertain_autoencoder", "variational_autoencoder", "vq_autoencoder", "tokens", "diffusion"),
+        "patch_gaussian",
+    ),
     "method.loss": ("l2", "l1", "ssim", "ms_ssim"),
-    "model": ("conv_autoencoder", "identity"),
+    "model": ("conv_autoencoder", "image_unet", "vq_autoencoder", "token_transformer", "identity"),
 }

@@ -1,0 +1,294 @@
+"""Anomaly detection by the reconstruction error of a vector-quantised autoencoder (VQ-VAE) of normal patches.
+
+The encoder turns a patch into a grid of latent vectors, each of which is replaced by the nearest vector of a codebook;
+the decoder reconstructs the patch from them. The codebook follows the latent vectors by exponential moving averages,
+and codes that are hardly used are restarted at latent vectors of the batch.
+
+A transformer that models the codes of normal patches is trained in a second run (`methods/tokens.py`); it needs
+`encode_codes`, `decode_codes`, `n_codes` and `code_side`.
+
+Reference:
+    van den Oord, Vinyals, Kavukcuoglu 2017, "Neural discrete representation learning", NeurIPS: Eq. 3 (loss, of which
+    the codebook term is replaced by moving averages) and Appendix A.1 (moving averages).
+    Dhariwal et al. 2020, "Jukebox", Sec. 3: random restarts of codes whose average use is below a threshold.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+from pydantic import Field
+
+from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.losses import ImageLoss, l1
+from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
+from pulmo_jax.types import InputError
+
+DEAD = 1.0  # a code with a lower average use (latent vectors per batch) is restarted
+SMOOTHING = 1e-5  # epsilon of the Laplace smoothing of the counts
+
+
+@runtime_checkable
+class LatentGrid(Protocol):
+    """A model with an encoder to a square grid of latent vectors and a decoder.
+
+    Attributes:
+        code_side: Side h of the grid.
+        code_features: Number of features D of a latent vector.
+    """
+
+    code_side: int
+    code_features: int
+
+    def encode(self, x: Float[Array, "B P P C"]) -> Float[Array, "B h h D"]:
+        """Encode patches."""
+        ...
+
+    def decode(self, z: Float[Array, "B h h D"]) -> Float[Array, "B P P C"]:
+        """Decode latent vectors."""
+        ...
+
+
+@dataclass(frozen=True)
+class VqAutoencoder:
+    """Vector-quantised autoencoder with its training loss and score; implements methods.base.Method and Tracking.
+
+    The parameters are {"network", "codes"}; "codes" has the moving averages "counts" (K,) and "sums" (K, D).
+
+    Attributes:
+        network: A `LatentGrid` with its initial parameters.
+        loss: Function of image= and reconstruction=, both (B, P, P, C), that returns a value per pixel and channel.
+
+    Raises:
+        InputError: If the network has no grid of latent vectors.
+    """
+
+    network: nnx.Module
+    loss: ImageLoss = l1
+    n_codes: Annotated[int, Field(ge=2, le=65536, description="number of codes in the codebook")] = 32
+    commitment: Annotated[
+        float, Field(ge=0, description="weight of the squared distance of a latent vector from its code")
+    ] = 0.25
+    code_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the moving averages of the codebook")] = 0.99
+    score: Annotated[
+        Score,
+        Field(
+            description="l2, l1, ssim: the smoothed squared, absolute or SSIM residual; "
+            "local_mean: the square of the smoothed signed residual"
+        ),
+    ] = "local_mean"
+    smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
+        4.0
+    )
+    image_statistic: Annotated[
+        ImageStatistic,
+        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
+    ] = "max"
+    noise_sigma: Annotated[
+        float, Field(ge=0, description="standard deviation of the training noise to remove; 0: none")
+    ] = 0.0
+    noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
+
+    frozen: ClassVar[tuple[str, ...]] = ("codes",)  # changed by `absorb` only
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, LatentGrid):
+            name = type(self.network).__name__
+            raise InputError(f"model: {name} has no grid of latent vectors to quantise; give model=vq_autoencoder")
+
+    @property
+    def code_side(self) -> int:
+        """Side of the square grid of codes of a patch."""
+        return self._latent_grid.code_side
+
+    @property
+    def _latent_grid(self) -> LatentGrid:
+        assert isinstance(self.network, LatentGrid)  # checked in __post_init__
+        return self.network
+
+    def init(self) -> Params:
+        """Copy the initial parameters of the network. The first batch replaces all codes, as their use is 0."""
+        features = self._latent_grid.code_features
+        codes = {"counts": jnp.zeros(self.n_codes), "sums": jnp.zeros((self.n_codes, features))}
+        return {"network": jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param)), "codes": codes}
+
+    def encode_codes(self, params: Params, patches: Float[Array, "B P P C"]) -> Int[Array, "B h h"]:
+        """Encode patches as codes.
+
+        Args:
+            params: Parameters.
+            patches: Patches, normalised intensities.
+
+        Returns:
+            Index of the nearest code of each latent vector, in 0 to n_codes - 1.
+        """
+        return nearest(self._built(params).encode(patches), codebook(params["codes"]))
+
+    def decode_codes(self, params: Params, codes: Int[Array, "B h h"]) -> Float[Array, "B P P C"]:
+        """Decode codes.
+
+        Args:
+            params: Parameters.
+            codes: Index of the code of each cell.
+
+        Returns:
+            Patches, normalised intensities.
+        """
+        return self._built(params).decode(codebook(params["codes"])[codes])
+
+    def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        """Encode and decode patches, normalised intensities."""
+        return self.decode_codes(params, self.encode_codes(params, patches))
+
+    def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
+        """Compute the mean reconstruction loss plus the weighted commitment loss; see `train_loss_and_seen`."""
+        return self.train_loss_and_seen(params, batch, key)[0]
+
+    def train_loss_and_seen(
+        self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """Compute the training loss, and the statistics of the batch that update the codebook.
+
+        Args:
+            params: Parameters.
+            batch: Normal patches, normalised intensities.
+            key: Random key for noise and restarts.
+
+        Returns:
+            The mean loss, and the statistics for `absorb`.
+
+        Reference:
+            van den Oord et al. 2017, Eq. 3, without its second term (the codebook follows moving averages).
+        """
+        noise_key, restart_key = jax.random.split(key)
+        noisy = batch + self.noise_sigma * coarse_noise(noise_key, batch.shape, self.noise_cell_px)
+        network, vectors = self._built(params), codebook(params["codes"])
+        z = network.encode(noisy if self.noise_sigma else batch)
+        codes = nearest(z, vectors)
+        quantised = vectors[codes]
+        straight_through = z + jax.lax.stop_gradient(quantised - z)
+        reconstruction = self.loss(image=batch, reconstruction=network.decode(straight_through)).mean()
+        loss = reconstruction + self.commitment * ((z - quantised) ** 2).mean()
+        return loss, statistics(jax.lax.stop_gradient(z), codes, self.n_codes, restart_key)
+
+    def absorb(self, params: Params, seen: dict[str, Any]) -> Params:
+        """Update the moving averages of the codebook, and restart codes with an average use below `DEAD`.
+
+        Args:
+            params: Parameters after the gradient step.
+            seen: Statistics of the batch; see `statistics`.
+
+        Returns:
+            Parameters with the updated codebook.
+
+        Reference:
+            van den Oord et al. 2017, Eqs. 6 and 7; Dhariwal et al. 2020, Sec. 3.
+        """
+        codes, decay = params["codes"], self.code_decay
+        counts = decay * codes["counts"] + (1 - decay) * seen["counts"]
+        sums = decay * codes["sums"] + (1 - decay) * seen["sums"]
+        dead = counts < DEAD
+        restarted = {
+            "counts": jnp.where(dead, DEAD, counts),
+            "sums": jnp.where(dead[:, None], DEAD * seen["drawn"], sums),
+        }
+        return {**params, "codes": restarted}
+
+    def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        """Compute the residual of the selected score per pixel and channel."""
+        return RESIDUALS[self.score](patches, self.reconstruct(params, patches))
+
+    @property
+    def halo_px(self) -> int:
+        """Radius of the smoothing kernel, px."""
+        return smoothing_radius(self.smooth_px)
+
+    def score_map(
+        self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
+    ) -> Float[Array, "H W"]:
+        """Smooth the residual within the foreground and average over channels; see `methods.base.Method.score_map`."""
+        smooth = smooth_within(residual, foreground, self.smooth_px, extent)
+        score: Array = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
+        return jnp.where(foreground, score, jnp.nan)
+
+    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
+        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
+        return image_statistic(scores, self.image_statistic)
+
+    def _built(self, params: Params) -> Any:
+        """Network with the given parameters."""
+        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
+        return nnx.merge(graph, params["network"], rest)
+
+
+def codebook(codes: Params) -> Float[Array, "K D"]:
+    """Compute the vectors of the codes from their moving averages.
+
+    Args:
+        codes: "counts" (K,) and "sums" (K, D).
+
+    Returns:
+        Code vectors: sums divided by Laplace-smoothed counts.
+
+    Reference:
+        van den Oord et al. 2017, Eq. 8; the smoothing is that of the authors' implementation (Sonnet).
+    """
+    counts = codes["counts"]
+    total = counts.sum()
+    smoothed = (counts + SMOOTHING) / (total + len(counts) * SMOOTHING) * total
+    return codes["sums"] / jnp.maximum(smoothed, SMOOTHING)[:, None]
+
+
+def nearest(z: Float[Array, "*B D"], vectors: Float[Array, "K D"]) -> Int[Array, "*B"]:
+    """Find the nearest code vector of each latent vector; of equally near ones the first.
+
+    Args:
+        z: Latent vectors.
+        vectors: Code vectors.
+
+    Returns:
+        Indices of the codes.
+    """
+    return jnp.argmin((vectors**2).sum(-1) - 2 * z @ vectors.T, axis=-1)  # |z|^2 is the same for all codes
+
+
+def statistics(z: Float[Array, "*B D"], codes: Int[Array, "*B"], n_codes: int, key: Key[Array, ""]) -> dict[str, Any]:
+    """Compute the statistics of the latent vectors of a batch, by which the codebook is updated.
+
+    Args:
+        z: Latent vectors.
+        codes: Index of the code of each.
+        n_codes: Number K of codes.
+        key: Random key of the drawn vectors.
+
+    Returns:
+        "counts" (K,) and "sums" (K, D) of the latent vectors of each code; "drawn" (K, D), latent vectors drawn at
+        random with replacement, for the codes to be restarted; "metrics" for the log.
+    """
+    rows = z.reshape(-1, z.shape[-1])
+    chosen = jax.nn.one_hot(codes.reshape(-1), n_codes, dtype=rows.dtype)  # a product is faster than a scatter
+    counts = chosen.sum(0)
+    return {
+        "counts": counts,
+        "sums": chosen.T @ rows,
+        "drawn": rows[jax.random.randint(key, (n_codes,), 0, len(rows))],
+        "metrics": {"perplexity": perplexity(counts), "used_codes": (counts > 0).sum()},
+    }
+
+
+def perplexity(counts: Float[Array, "K"]) -> Float[Array, ""]:
+    """Effective number of codes in use: the exponential of the entropy of their frequencies.
+
+    Args:
+        counts: Use of each code.
+
+    Returns:
+        The perplexity, from 1 to K.
+    """
+    shares = counts / jnp.maximum(counts.sum(), SMOOTHING)
+    return jnp.exp(-jax.scipy.special.xlogy(shares, shares).sum())

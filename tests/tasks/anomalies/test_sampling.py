@@ -1,0 +1,170 @@
+"""Drawn images: files in the units of the training images, comparison with real patches, refusals."""
+
+import json
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tifffile
+from references.anomaly_run import run_on
+from references.linear_method import LinearMethod
+from references.pages import require_captions
+from references.preprocessing import preprocessing
+
+from pulmo_jax.config.verbs import SampleConfig
+from pulmo_jax.methods.ensemble import Ensemble
+from pulmo_jax.runs.place import workplace
+from pulmo_jax.tasks.anomalies.sampling import draw, in_file_units, sample
+from pulmo_jax.types import InputError
+
+
+@dataclass(frozen=True)
+class Drawing(LinearMethod):
+    """Draws patches of one grey value each, uniform from 0 to 0.5 plus an offset."""
+
+    sampling_calls: int = 3
+
+    def sample(self, params, key, count):
+        return params["offset"] + 0.5 * jax.random.uniform(key, (count, 1, 1, 1)) * jnp.ones((1, 8, 8, 1))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that can draw, with images of noise as its training and validation images."""
+    rng, folder = np.random.default_rng(0), tmp_path / "run"
+    titles = {"training": [], "validation": []}
+    for i in range(6):
+        kind = "training" if i < 4 else "validation"
+        path = tmp_path / "images" / f"{i}.tif"
+        path.parent.mkdir(exist_ok=True)
+        tifffile.imwrite(path, rng.integers(0, 255, (24, 24), np.uint8))
+        titles[kind].append(path.name)
+    folder.mkdir()
+    (folder / "config.yaml").write_text("task: anomalies\n")
+    (folder / "run.json").write_text("{}")
+    (folder / "images.json").write_text(json.dumps(titles))
+    made = run_on(folder, "uint8")
+    data = made.config.data.model_copy(update={"train": tmp_path / "images", "patch_size": 8})
+    scorer = replace(made.scorer, method=Drawing(), params=Drawing().init())
+    return replace(made, config=made.config.model_copy(update={"data": data}), scorer=scorer)
+
+
+def go(run, output, **options):
+    config = SampleConfig(run=run.path, output=output, **options)
+    with workplace(output, "sample", config) as place:
+        sample(run, config, place)
+    return json.loads((output / "summary.json").read_text())
+
+
+def read(output):
+    return np.stack([tifffile.imread(path) for path in sorted((output / "samples").iterdir())])
+
+
+def test_images_have_the_units_and_the_dtype_of_the_training_images(run, tmp_path):
+    summary = go(run, tmp_path / "out", n=5, batch_size=2)
+    names = sorted(path.name for path in (tmp_path / "out" / "samples").iterdir())
+    assert names == ["000.tif", "001.tif", "002.tif", "003.tif", "004.tif"]
+    images = read(tmp_path / "out")
+    assert (images.dtype, images.shape) == (np.uint8, (5, 8, 8))
+    batches = [run.scorer.method.sample(run.scorer.params, draw_key(b), 2) for b in range(3)]
+    expected = np.rint(255 * np.concatenate(batches)[:5, ..., 0])
+    np.testing.assert_array_equal(images, expected)
+    assert (summary["images"], summary["network_calls_per_image"], summary["method"]) == (5, 3, "Drawing")
+    assert summary["seconds_per_image"] > 0
+
+
+def draw_key(batch):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), batch)
+
+
+def test_images_are_compared_with_the_patches_of_the_run(run, tmp_path, capsys):
+    near = go(run, tmp_path / "out", n=3)["nearest_training_patch"]
+    assert (near["training_patches"], near["validation_patches"]) == (4 * 25, 2 * 25)
+    assert len(near["rms_difference"]) == 3
+    assert near["copies"] == 0
+    patches = np.stack([tifffile.imread(run.config.data.train / f"{i}.tif") for i in range(4)]) / 255
+    windows = np.lib.stride_tricks.sliding_window_view(patches, (8, 8), (1, 2))[:, ::4, ::4].reshape(-1, 8, 8)
+    first = read(tmp_path / "out")[0].mean() / 255
+    assert near["rms_difference"][0] == pytest.approx(np.sqrt(((windows - first) ** 2).mean((1, 2))).min(), abs=2e-3)
+    assert "copies" not in capsys.readouterr().out
+    require_captions(tmp_path / "out" / "report.html")
+    assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
+
+
+def test_copies_of_training_patches_are_reported(run, tmp_path, capsys):
+    copied = tifffile.imread(run.config.data.train / "2.tif")[4:12, 8:16] / np.float32(255)
+
+    class Copying(Drawing):
+        def sample(self, params, key, count):
+            return jnp.broadcast_to(copied[::-1, :, None], (count, 8, 8, 1))  # mirrored, as training mirrors
+
+    run = replace(run, scorer=replace(run.scorer, method=Copying()))
+    summary = go(run, tmp_path / "out", n=2)
+    assert summary["nearest_training_patch"]["copies"] == 2
+    assert summary["nearest_training_patch"]["rms_difference"] == pytest.approx([0, 0], abs=1e-6)
+    assert "warning: 2 of 2 images are nearly copies of training patches" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_the_images_of_the_run_the_report_says_why(run, tmp_path, capsys):
+    (run.config.data.train / "3.tif").unlink()
+    summary = go(run, tmp_path / "out", n=2)
+    assert summary["nearest_training_patch"] is None
+    reason = "1 of the 4 images of the run are missing"
+    assert reason in summary["warnings"][0]
+    assert reason in " ".join(capsys.readouterr().out.split())
+    assert reason in (tmp_path / "out" / "report.html").read_text()
+    assert len(read(tmp_path / "out")) == 2
+
+
+def test_networks_of_an_ensemble_draw_in_turn(run, tmp_path):
+    ensemble = Ensemble((Drawing(), Drawing()))
+    params = {"gain": jnp.zeros((2, 1)), "offset": jnp.array([0.0, 0.5])}  # the second one draws brighter images
+    run = replace(run, scorer=replace(run.scorer, method=ensemble, params=params))
+    go(run, tmp_path / "out", n=5, batch_size=2)
+    bright = read(tmp_path / "out").mean((1, 2)) > 127
+    assert bright.tolist() == [False, False, False, True, True]
+
+
+def test_a_repeated_call_replaces_the_images(run, tmp_path):
+    go(run, tmp_path / "out", n=5)
+    before = read(tmp_path / "out")
+    go(run, tmp_path / "out", n=3, seed=1)
+    assert len(read(tmp_path / "out")) == 3
+    assert (read(tmp_path / "out") != before[:3]).any()
+    go(run, tmp_path / "out", n=5)
+    np.testing.assert_array_equal(read(tmp_path / "out"), before)
+
+
+def test_first_images_do_not_depend_on_their_number(run):
+    models = [(run.scorer.method, run.scorer.params)]
+
+    def first(n):
+        config = SampleConfig(run=run.path, output=run.path, n=n, batch_size=4)
+        return np.concatenate([images for images, _ in draw(models, config)])
+
+    assert len(first(9)) == 9
+    np.testing.assert_array_equal(first(9)[:4], first(4))
+
+
+def test_a_method_that_cannot_draw_is_refused_before_anything_is_written(run, tmp_path):
+    run = replace(run, scorer=replace(run.scorer, method=LinearMethod()))
+    with pytest.raises(InputError, match="LinearMethod models no distribution .* a run of lung_vae, lung_tokens, lung"):
+        go(run, tmp_path / "out")
+    assert not (tmp_path / "out" / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        ("uint8", [-1.0, 0.5, 2.0], [0, 128, 255]),
+        ("int16", [-1.0, 0.501, 2.0], [-255, 128, 510]),
+        ("float32", [-3.0, 0.5, 3.0], [-255, 127.5, 510]),  # limited to the range of normalised values
+    ],
+)
+def test_normalisation_is_inverted(dtype, values, expected):
+    how = preprocessing(8, 1, dtype=dtype, scale=(255.0,), clip=(-1.0, 2.0))
+    pixels = in_file_units(np.array(values, np.float32)[:, None, None], how)
+    assert pixels.dtype == np.dtype(dtype)
+    np.testing.assert_allclose(pixels.ravel(), expected)
