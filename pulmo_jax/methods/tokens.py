@@ -31,7 +31,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
-from pulmo_jax.methods.base import Method, Params
+from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.content_key import content_keys
 from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
 from pulmo_jax.methods.token_orders import TokenOrder, token_orders
@@ -76,11 +76,11 @@ class Tokens:
 
     Attributes:
         network: A `TokenTransformer` with its initial parameters.
-        base: Method of the base run.
+        base: Method of the base run, a `Coding`.
     """
 
     network: nnx.Module
-    base: Method | None = None
+    base: Any = None
     base_run: Annotated[str | None, Field(description="run directory of a vector-quantised autoencoder")] = None
     orders: Annotated[
         tuple[TokenOrder, ...],
@@ -114,9 +114,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, TokenTransformer):
-            raise InputError(
-                f"model: {type(self.network).__name__} predicts no codes; give model=token_transformer"
-            )
+            raise InputError(f"model: {type(self.network).__name__} predicts no codes; give model=token_transformer")
         if not isinstance(self.base, Coding):
             raise InputError(
                 f"method.base_run={self.base_run}: its method, {type(self.base).__name__}, has no codes; give a run of "
@@ -128,15 +126,9 @@ class Tokens:
             )
 
     @property
-    def coding(self) -> Any:
-        """The base as `Coding`."""
-        assert isinstance(self.base, Coding)  # checked in __post_init__
-        return self.base
-
-    @property
     def cells(self) -> int:
         """Number T of codes of a patch."""
-        return self.coding.code_side**2
+        return self.base.code_side**2
 
     @property
     def network_calls(self) -> int:
@@ -157,14 +149,13 @@ class Tokens:
         """Copy the initial parameters of the network and the base; before `tune`, no code is unlikely."""
         transformer = jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param))
         numbers = {"threshold": jnp.inf, "surprise_mean": 0, "surprise_spread": 1, "difference_spread": 1}
-        assert self.base is not None  # checked in __post_init__
         tuned = {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()}
         return {"transformer": transformer, "base": self.base.init(), "tuned": tuned}
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
         """Compute the mean surprise of the codes, nats, in one of the orders, drawn for the batch."""
-        codes = jax.lax.stop_gradient(self.coding.encode_codes(params["base"], batch))
-        order = jax.random.choice(key, token_orders(self.orders, self.coding.code_side))
+        codes = jax.lax.stop_gradient(self.base.encode_codes(params["base"], batch))
+        order = jax.random.choice(key, token_orders(self.orders, self.base.code_side))
         return surprise(self._built(params), flat(codes), order).mean()
 
     def surprise(self, params: Params, codes: Int[Array, "B h h"]) -> Float[Array, "B h h"]:
@@ -177,7 +168,7 @@ class Tokens:
         Returns:
             -log p, nats, averaged over the orders.
         """
-        network, orders = self._built(params), token_orders(self.orders, self.coding.code_side)
+        network, orders = self._built(params), token_orders(self.orders, self.base.code_side)
         each = jax.lax.map(partial(surprise, network, flat(codes)), jnp.asarray(orders))
         return each.mean(0).reshape(codes.shape)
 
@@ -193,8 +184,8 @@ class Tokens:
         Returns:
             The restored patches, averaged over the healed orders, and the surprise of the codes, nats.
         """
-        network, side = self._built(params), self.coding.code_side
-        codes = self.coding.encode_codes(params["base"], patches)
+        network, side = self._built(params), self.base.code_side
+        codes = self.base.encode_codes(params["base"], patches)
         nats = self.surprise(params, codes)
         unlikely = flat(nats > params["tuned"]["threshold"])
         keys = content_keys(patches, self.seed)
@@ -202,7 +193,7 @@ class Tokens:
         for i, order in enumerate(token_orders(self.orders[: self.healed_orders], side)):
             draws = jax.vmap(lambda key, i=i: jax.random.uniform(jax.random.fold_in(key, i), (self.cells,)))(keys)
             healed = resampled(network, flat(codes), unlikely, jnp.asarray(order), draws, self.temperature)
-            total += self.coding.decode_codes(params["base"], healed.reshape(codes.shape))
+            total += self.base.decode_codes(params["base"], healed.reshape(codes.shape))
         return total / self.healed_orders, nats
 
     def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
@@ -237,7 +228,7 @@ class Tokens:
         """
 
         def nats(batch: Array) -> Array:
-            return self.surprise(params, self.coding.encode_codes(params["base"], batch))
+            return self.surprise(params, self.base.encode_codes(params["base"], batch))
 
         found = in_batches(nats, patches)
         tuned = {**self.init()["tuned"], "threshold": jnp.quantile(found, 1 - self.unlikely_rate)}
@@ -284,11 +275,11 @@ class Tokens:
         Returns:
             Patches, normalised intensities.
         """
-        side, draws = self.coding.code_side, jax.random.uniform(key, (count, self.cells))
+        side, draws = self.base.code_side, jax.random.uniform(key, (count, self.cells))
         order = jnp.asarray(token_orders(self.orders[:1], side)[0])
         empty, everything = jnp.zeros((count, self.cells), jnp.int32), jnp.ones((count, self.cells), bool)
         codes = resampled(self._built(params), empty, everything, order, draws, self.temperature)
-        return self.coding.decode_codes(params["base"], codes.reshape(count, side, side))
+        return self.base.decode_codes(params["base"], codes.reshape(count, side, side))
 
     def _built(self, params: Params) -> TokenTransformer:
         """Transformer with the given parameters."""
