@@ -134,8 +134,8 @@ def main() -> None:
         json.dumps({"machine": machine, "rounds": rounds, "rows": rows}, indent=2) + "\n"
     )
     lines = [
-        f"`python experiments/benchmarks/kv_cache.py --rounds {rounds}`: {machine}. Seconds for 256 codes of each of the "
-        "patches, fastest of the rounds.\n",
+        f"`python experiments/benchmarks/kv_cache.py --rounds {rounds}`: {machine}. Seconds for 256 codes of each "
+        "of the patches, fastest of the rounds.\n",
         "| patches | cache | no cache, prefix | no cache, all places | prefix / cache | equal codes | "
         "largest difference of logits |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -11,6 +11,7 @@ Teacher forcing and the cached steps run the same function of a layer: without a
 sequence, with one they are the stored ones. Step i reads the code of step i - 1; step 0 reads a start token.
 """
 
+import itertools
 import math
 from typing import Annotated, Literal, NamedTuple
 
@@ -258,7 +259,7 @@ def attend_causally(
     steps = q.shape[2]
     cuts = sorted({round(i * steps / QUERY_BLOCKS) for i in range(QUERY_BLOCKS + 1)})
     blocks = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         visible = jnp.arange(last) <= jnp.arange(first, last)[:, None]
         blocks.append(attend(q[:, :, first:last], k[:, :, :last], v[:, :, :last], visible))
     return jnp.concatenate(blocks, axis=2)

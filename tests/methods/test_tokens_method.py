@@ -273,9 +273,7 @@ def test_the_base_is_left_as_it_is():
 def test_unsuitable_parts_are_named():
     with pytest.raises(InputError, match=r"^model: Identity predicts no codes; give model=token_transformer$"):
         Tokens(Identity(patch_size=8, channels=1, rngs=nnx.Rngs(0)), base=Levels())
-    with pytest.raises(
-        InputError, match=r"^method.base_run=x: its method, NoneType, has no codes; give a run of VqAut"
-    ):
+    with pytest.raises(InputError, match=r"^method.base_run=x: its method, NoneType, has no codes; give a run"):
         replace(method(), base=None, base_run="x")
     with pytest.raises(InputError, match=r"^method.healed_orders=3 is above the number of method.orders, 2$"):
         method(orders=("raster", "hilbert"), healed_orders=3)

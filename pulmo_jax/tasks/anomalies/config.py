@@ -203,7 +203,7 @@ class AssessConfig(EvaluateConfig):
 
 SECTIONS: Mapping[str, type[Section]] = {"train": TrainConfig, "predict": MapConfig, "evaluate": AssessConfig}
 CHOICES: Mapping[str, Sequence[str]] = {
-    "method": ("autoencoder", "patch_gaussian"),
+    "method": ("autoencoder", "patch_gaussian", "tokens"),
     "method.loss": ("l2", "l1", "ssim"),
-    "model": ("conv_autoencoder", "identity"),
+    "model": ("conv_autoencoder", "identity", "token_transformer"),
 }
