@@ -36,7 +36,7 @@ HOMES = {
 GIVEN = {
     "model": (
         *("patch_size", "channels", "n_landmarks", "n_classes", "rngs"),
-        *("outputs", "moments", "timed", "codes"),
+        *("outputs", "moments", "timed", "codes", "code_side"),
     ),
     "model.encoder": ("patch_size", "channels", "rngs"),
     "method": (

@@ -252,8 +252,9 @@ class Tuned(PartlyFrozen, Protocol):
 class Shaping(Protocol):
     """A method class that determines arguments of its network."""
 
-    NETWORK: Mapping[str, int]
-    """Arguments that the model is built with, such as outputs=2; the model must have them."""
+    NETWORK: Mapping[str, int | str]
+    """Arguments that the model is built with, such as outputs=2; the model must have them. A text names an attribute
+    of the method of the base run whose value is given, such as codes="n_codes"."""
 
 
 @runtime_checkable

@@ -215,7 +215,7 @@ def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple
     """
     base = None if parts.base is None else build_parts(parts.base, how, seed, plugins)
     target = find_target(parts.method, "method", plugins)
-    shape = dict(target.NETWORK) if isinstance(target, Shaping) else {}
+    shape = network_arguments(target, base)
     seeds = [seed, *(seed_of("network", seed, i) for i in range(1, parts.members))]
 
     def one(seed: int) -> Method:
@@ -228,6 +228,29 @@ def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple
 
     members = tuple(one(seed) for seed in seeds)
     return members[0] if len(members) == 1 else Ensemble(members)
+
+
+def network_arguments(target: Any, base: Method | None) -> dict[str, Any]:
+    """Arguments of the network that a method class determines, some of them by the method of the base run.
+
+    Args:
+        target: Class of the method.
+        base: Method of the base run, if any.
+
+    Returns:
+        Values by name; empty for a class that determines none.
+
+    Raises:
+        InputError: If the base run is an ensemble, and an argument depends on it.
+    """
+    shape = dict(target.NETWORK) if isinstance(target, Shaping) else {}
+    of_base = {name: value for name, value in shape.items() if isinstance(value, str)}
+    if of_base and isinstance(base, Ensemble):
+        raise InputError(
+            f"method.base_run: is an ensemble of {base.count} networks, which have no {', '.join(of_base)} in common; "
+            "give a run with trainer.members=1"
+        )
+    return shape | {name: getattr(base, attribute) for name, attribute in of_base.items()}
 
 
 def save_calibrations(run: Path, calibrations: dict[str, Calibration], tuned: Mapping[str, Any]) -> None:
