@@ -222,7 +222,7 @@ class AssessConfig(EvaluateConfig):
 
 SECTIONS: Mapping[str, type[Section]] = {"train": TrainConfig, "predict": MapConfig, "evaluate": AssessConfig}
 CHOICES: Mapping[str, Sequence[str]] = {
-    "method": ("autoencoder", "uncertain_autoencoder", "variational_autoencoder", "patch_gaussian"),
+    "method": ("autoencoder", "uncertain_autoencoder", "variational_autoencoder", "diffusion", "patch_gaussian"),
     "method.loss": ("l2", "l1", "ssim", "ms_ssim"),
-    "model": ("conv_autoencoder", "identity"),
+    "model": ("conv_autoencoder", "image_unet", "identity"),
 }
