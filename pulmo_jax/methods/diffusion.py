@@ -18,12 +18,11 @@ absolute loss, as in pDDPM (Behrendt et al. 2023, MIDL), and the score is the sm
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
@@ -48,7 +47,8 @@ class Diffusion:
     """Diffusion model of normal patches; implements methods.base.Method, Tracking, Generative, Iterative and Detailed.
 
     Attributes:
-        network: Model with its initial parameters; maps (B, P, P, C) and times (B,) to (B, P, P, C).
+        network: Flax module with its initial parameters; maps (B, P, P, C) and times (B,), 0 to 1, to (B, P, P, C). Its
+            attributes `patch_size` and `channels` are P and C.
         loss: Function of image= and reconstruction=, the target and the output of the network.
 
     Raises:
@@ -58,7 +58,7 @@ class Diffusion:
     NETWORK: ClassVar[Mapping[str, int | bool]] = {"timed": True}
     frozen: ClassVar[tuple[str, ...]] = ("moments",)
 
-    network: nnx.Module
+    network: Any
     loss: ImageLoss = l1
     target: Annotated[
         Target, Field(description="what the network estimates: the noise, the clean patch, or v = alpha noise - sigma x0")
@@ -231,7 +231,8 @@ class Diffusion:
     def sample(self, params: Params, key: Key[Array, ""], count: int) -> Float[Array, "N P P C"]:
         """Draw patches from noise; see `methods.base.Generative`."""
         keys = jax.random.split(key, (2, count))
-        start = self.draw_noise(keys[0], self.network.patch_shape)
+        side = self.network.patch_size
+        start = self.draw_noise(keys[0], (side, side, self.network.channels))
         clean = self._descend(params, start, keys[1], self.timesteps, self.sample_calls)
         return restored(clean, params["moments"])
 

@@ -147,6 +147,7 @@ class ImageUNet(nnx.Module):
     ):
         depth = depth or depth_for(patch_size, stem)
         require_divisible(patch_size, stem, depth)
+        self.patch_size, self.channels = patch_size, channels
         self.stem, self.timed, self.dtype, self.remat = stem, timed, dtype, remat
         self.features = tuple(width * min(2**i, WIDEST) for i in range(depth))
         attended = [patch_size // (stem * 2**i) in attention_px for i in range(depth)]
