@@ -10,6 +10,7 @@ Writes metrics.json, metrics.md, report.html and figures/ into RUN/evaluation/TI
 
   python -m pulmo_jax.evaluate run=RUN data.test=DIR data.test_masks=DIR2     images and masks of the lesions
   python -m pulmo_jax.evaluate run=RUN data.test=DIR                          class subfolders, one called "normal"
+  python -m pulmo_jax.evaluate run=RUN data.test=DIR image_statistic=mean     another image score of the same maps
   python -m pulmo_jax.evaluate run=RUN data.images=DIR data.test=TEST.csv     a landmark run
   python -m pulmo_jax.evaluate run=RUN data.test=DIR_OR_STORE                 a classification run: DIR/yes, DIR/no
   python -m pulmo_jax.evaluate run=RUN data.images=DIR data.masks=DIR2        a segmentation run

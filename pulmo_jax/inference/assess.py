@@ -21,7 +21,7 @@ from pulmo_jax.evaluation.metrics import PixelMetrics
 from pulmo_jax.inference.baselines import BASELINES, baseline_image_score
 from pulmo_jax.inference.image_rating import image_statistic_of, own_score, rate_image
 from pulmo_jax.inference.score import Scorer
-from pulmo_jax.types import InputError, ProgressTracker, Statistic
+from pulmo_jax.types import ImageStatistic, InputError, ProgressTracker
 
 METHOD = "method"
 
@@ -52,7 +52,8 @@ class Assessment:
         refs: Scored images.
         unscored: Titles of images without any score.
         truths: SHA-256 of the mask of each scored image; "" without findings or without a mask.
-        statistics: Statistics of the method's score map of each scored image, by name.
+        statistics: Image score of each scored image by every statistic of the method's score map and by their
+            combination.
     """
 
     pixels: dict[str, PixelMetrics] | None
@@ -63,7 +64,7 @@ class Assessment:
     refs: list[ImageRef]
     unscored: list[str] = field(default_factory=list)
     truths: list[str] = field(default_factory=list)
-    statistics: dict[Statistic, list[float]] = field(default_factory=dict)
+    statistics: dict[ImageStatistic, list[float]] = field(default_factory=dict)
 
 
 def calibrate(
@@ -138,7 +139,7 @@ def assess(
         for name, c in calibrations.items()
     }
     image_scores: dict[str, list[float]] = {name: [] for name in calibrations}
-    statistics: dict[Statistic, list[float]] = {}
+    statistics: dict[ImageStatistic, list[float]] = {}
     abnormal, scored, unscored, truths = [], [], [], []
     with_masks, hits, lesions = False, 0, 0
     for ref in track(refs, len(refs)):
@@ -149,7 +150,7 @@ def assess(
             continue
         rating = rate_image(scorer.method, calibrations[METHOD], scores)
         image_scores[METHOD].append(rating.score)
-        for statistic, value in rating.statistics.items():
+        for statistic, value in rating.scores.items():
             statistics.setdefault(statistic, []).append(value)
         for name, score_map in baselines.items():
             image_scores[name].append(baseline_image_score(score_map))

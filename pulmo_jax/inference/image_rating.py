@@ -22,7 +22,7 @@ class ImageRating:
         score: Image score; NaN if no pixel was scored.
         p_value: Fraction of normal images that score at least as high; NaN if no pixel was scored.
         anomalous: Whether the score is above the image threshold.
-        statistics: Statistics of the score map by name.
+        scores: Image score by every single statistic and, unless an older version made the run, by their combination.
         p_values: Fraction of normal images with a statistic at least as high, by name; empty if no pixel was scored,
             and for runs of older versions.
     """
@@ -30,7 +30,7 @@ class ImageRating:
     score: float
     p_value: float
     anomalous: bool
-    statistics: dict[Statistic, float]
+    scores: dict[ImageStatistic, float]
     p_values: dict[Statistic, float]
 
     @property
@@ -89,15 +89,11 @@ def rate_image(method: Method, calibration: Calibration, scores: Float[np.ndarra
     """
     statistics = image_statistics(scores, calibration.pixel_threshold.value)
     kind, normal = image_statistic_of(method, calibration), calibration.normal_statistics
-    own = own_score(method, scores)
-    if kind == OWN:
-        score = float("nan") if own is None else own
-    elif kind == "combined":
-        assert normal is not None  # `Calibrator.finish` and `by_statistic` store it
-        score = score_of_statistics(statistics, normal)
-    else:
-        score = statistics[kind]
-    if not np.isfinite(score):
-        return ImageRating(float("nan"), float("nan"), False, statistics, {})
+    found: dict[ImageStatistic, float] = {**statistics}
+    if normal is not None:
+        found["combined"] = score_of_statistics(statistics, normal)
+    score = found[kind] if kind != OWN else own_score(method, scores)
+    if score is None or not np.isfinite(score):
+        return ImageRating(float("nan"), float("nan"), False, found, {})
     p_value, anomalous = calibration.image_p_value(score), score > calibration.image_threshold.value
-    return ImageRating(score, p_value, anomalous, statistics, calibration.statistic_p_values(statistics))
+    return ImageRating(score, p_value, anomalous, found, calibration.statistic_p_values(statistics))

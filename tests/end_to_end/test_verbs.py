@@ -21,6 +21,7 @@ from references.pictures import ink
 from scipy.ndimage import binary_dilation
 
 import pulmo_jax as pj
+from pulmo_jax.evaluation.image_statistics import STATISTICS
 from pulmo_jax.inference.outputs import OUTLINE
 from pulmo_jax.types import InputError
 
@@ -100,7 +101,11 @@ def test_training_learns_and_leaves_a_whole_run_directory(run):
 
 def test_training_tests_beside_the_baselines(run):
     metrics = json.loads((run / "metrics.json").read_text())
-    assert set(metrics["pixel"]) == set(metrics["image"]) == {"autoencoder", "intensity", "local intensity", "z-score"}
+    assert set(metrics["pixel"]) == {"autoencoder", "intensity", "local intensity", "z-score"}
+    single = {f"autoencoder, {name}" for name in STATISTICS}
+    assert set(metrics["image"]) == set(metrics["pixel"]) | single
+    assert next(iter(metrics["image"])) == "autoencoder"
+    assert metrics["calibration"]["image_statistic"] == "combined"
     aurocs = {name: figures["auroc"]["value"] for name, figures in metrics["pixel"].items()}
     assert aurocs["autoencoder"] > 0.9  # the nodule is plain to see
     assert metrics["lesions"]["images_with_lesions"] == len(NODULE_PAGES)
@@ -159,8 +164,7 @@ def test_an_image_scores_the_same_in_calibration_prediction_and_evaluation(run, 
     call("pulmo_jax.predict", f"run={run}", f"input={crop / 'val'}", f"output={tmp_path}")
     images = json.loads((tmp_path / "summary.json").read_text())["images"]
     predicted = {image["filename"]: image["image_score"] for image in images}
-    calibrated = json.loads((run / "calibration.json").read_text())["normal_image_scores"]
-    np.testing.assert_allclose(sorted(predicted.values()), calibrated, rtol=1e-6)
+    calibrated = json.loads((run / "calibration.json").read_text())["normal_statistics"]["values"]
 
     classes = tmp_path / "classes"
     classes.mkdir()
@@ -170,6 +174,21 @@ def test_an_image_scores_the_same_in_calibration_prediction_and_evaluation(run, 
     call("pulmo_jax.evaluate", f"run={run}", *arguments, f"hydra.run.dir={evaluated}")
     for row in read_rows(evaluated / "image_scores.csv"):
         assert float(row["autoencoder"]) == pytest.approx(predicted[Path(row["filename"]).name], rel=1e-6)
+    rows = read_rows(evaluated / "image_scores.csv")
+    for name in set(STATISTICS) - {"area"}:  # whose threshold leaves out the image in calibration
+        np.testing.assert_allclose(sorted(float(row[name]) for row in rows), sorted(calibrated[name]), rtol=1e-6)
+        assert min(float(row[f"p_{name}"]) for row in rows) == pytest.approx(2 / 5)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_evaluated_by_another_statistic(run, crop, tmp_path):
+    test = [f"data.test={crop / 'test'}", f"data.test_masks={crop / 'test_masks'}", "evaluation.replicates=20"]
+    call("pulmo_jax.evaluate", f"run={run}", *test, "image_statistic=mean", f"hydra.run.dir={tmp_path}")
+    now, then = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run))
+    assert now["calibration"]["image_statistic"] == "mean"
+    assert now["image"]["autoencoder"] == then["image"]["autoencoder, mean"]
+    assert now["image"]["autoencoder, combined"] == then["image"]["autoencoder"]
+    assert now["pixel"] == then["pixel"]
 
 
 def masks_below(classes, crop):
@@ -222,8 +241,10 @@ def test_volume_is_predicted_in_its_place(run, crop, tmp_path):
     np.testing.assert_array_equal(score.affine, nibabel.load(tmp_path / "lungs.nii.gz").affine)
     assert score.shape == slices.transpose(2, 1, 0).shape
     images, rows = read_rows(output / "image_scores.csv"), read_rows(output / "findings_3d.csv")
+    normal = json.loads((run / "calibration.json").read_text())["normal_statistics"]["values"]["max"]
     for k, image in enumerate(images):
-        assert float(image["image_score"]) == pytest.approx(np.nanmax(score.dataobj[..., k]), rel=1e-6)
+        higher = sum(value >= np.nanmax(score.dataobj[..., k]) for value in normal)
+        assert float(image["p_max"]) == pytest.approx((1 + higher) / (1 + len(normal)))
     anomalous = sum(image["anomalous"] == "yes" for image in images)
     found = len(read_rows(output / "detections.csv"))
     last = said.splitlines()[-1]

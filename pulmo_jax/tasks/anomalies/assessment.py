@@ -14,6 +14,7 @@ from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.sample_facts import described_sample, sample_line
 from pulmo_jax.data.transforms import Preprocessing, same_scale
 from pulmo_jax.evaluation.calibration import Calibration
+from pulmo_jax.evaluation.image_statistics import STATISTICS
 from pulmo_jax.evaluation.metrics import image_metrics
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.tables import csv_text
@@ -323,7 +324,7 @@ def figures_of_merit(run: Run, assessment: Assessment, replicates: int, seed: in
 
 
 def statistics_of(run: Run, assessment: Assessment) -> dict[str, tuple[list[float], Calibration]]:
-    """Image scores by single statistics that are not the score of the run, with their calibrations.
+    """Image scores by the statistics that are not the score of the run, with their calibrations.
 
     Args:
         run: Calibrated run.
@@ -346,10 +347,10 @@ def image_scores_csv(run: Run, assessment: Assessment) -> str:
     """image_scores.csv: class and scores of every image, by method, baseline and single statistic, and p-values."""
     scores, calibration = assessment.image_scores, run.calibrations[METHOD]
     columns = ["filename", "page", "group", "abnormal", *(named(run, name) for name in scores)]
-    columns += [*assessment.statistics, *(f"p_{name}" for name in assessment.statistics)]
+    columns += [*STATISTICS, *(f"p_{name}" for name in STATISTICS)]
 
     def row(i: int, ref: ImageRef) -> list[Any]:
-        statistics: dict[Statistic, float] = {name: values[i] for name, values in assessment.statistics.items()}
+        statistics: dict[Statistic, float] = {name: assessment.statistics[name][i] for name in STATISTICS}
         p_values = calibration.statistic_p_values(statistics)
         return [
             *(ref.name, ref.page, ref.group, int(assessment.abnormal[i]), *(values[i] for values in scores.values())),

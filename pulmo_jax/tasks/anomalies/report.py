@@ -12,12 +12,13 @@ from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.pipeline import ReadPatches
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import preprocess
-from pulmo_jax.evaluation.calibration import Threshold
+from pulmo_jax.evaluation.calibration import OWN, Threshold
 from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.evaluation.distance_law import chi_squared_p_value, hotelling_p_value
+from pulmo_jax.evaluation.image_score import WEIGHTS
 from pulmo_jax.evaluation.metrics import Estimate, PixelMetrics, image_metrics
 from pulmo_jax.inference.assess import METHOD, Assessment, Truth, choose_examples
-from pulmo_jax.inference.image_rating import rate_image
+from pulmo_jax.inference.image_rating import image_statistic_of, rate_image
 from pulmo_jax.methods.patch_gaussian import PatchGaussian
 from pulmo_jax.models.identity import Identity
 from pulmo_jax.reporting import figures
@@ -58,13 +59,25 @@ def calibration_sections(run: Run, out_dir: Path) -> list[Section]:
     figure = figures.score_histogram(scores, None, threshold.value, interval(threshold), "image")
     text = (
         f"Set on {len(scores)} normal validation images in {threshold.n_groups} groups. Pixel threshold "
-        f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}. The model is two-dimensional: each "
-        "slice is scored by itself."
+        f"{shown(calibration.pixel_threshold)}, image threshold {shown(threshold)}. {image_score_of(run)} The model is "
+        "two-dimensional: each slice is scored by itself."
     )
     saved = figures.save(figure, out_dir / "figures", "calibration")
     return [
         Section("Calibration", text, [captioned(saved, CAPTIONS, images=len(scores), groups=threshold.n_groups)], [])
     ]
+
+
+def image_score_of(run: Run) -> str:
+    """Sentence that names the statistic of the score map that is the image score."""
+    statistic = image_statistic_of(run.scorer.method, run.calibrations[METHOD])
+    if statistic == OWN:
+        return "The image score is computed by the method."
+    if statistic != "combined":
+        return f"The image score is the statistic {statistic} of the score map."
+    return (
+        f"The image score combines {', '.join(WEIGHTS)} of the score map: -log10 of the harmonic mean of the p-values."
+    )
 
 
 def validation_sections(run: Run, refs: Sequence[ImageRef], count: int, reader: Reader, out_dir: Path) -> list[Section]:
@@ -218,8 +231,14 @@ def assessment_sections(
     paths = [figures.save(reconstructions(selected), folder, "reconstructions")] if selected else []
     pairs = [captioned(path, CAPTIONS, shown=len(selected), **counts) for path in paths]
     text = f"{n['abnormal_images']} abnormal and {n['normal_images']} normal images in {n['groups']} groups."
+    text = f"{text} Intervals are 95 % bootstrap intervals by group. {image_score_of(run)}"
+    if assessment.statistics and run.calibrations[METHOD].normal_statistics is not None:
+        text += (
+            f" Rows such as {named(run, f'{METHOD}, mean')} have the image score of one statistic, each with its own "
+            "threshold, for comparison; a statistic chosen by these figures is chosen on the test images."
+        )
     return [
-        Section("Test", f"{text} Intervals are 95 % bootstrap intervals by group.", [], tables),
+        Section("Test", text, [], tables),
         Section("Curves and scores", "", curves, []),
         Section("Score maps", "", maps, []),
         Section("Reconstructions", "", pairs, []),
