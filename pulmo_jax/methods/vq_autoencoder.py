@@ -2,7 +2,7 @@
 
 The encoder turns a patch into a grid of latent vectors, each of which is replaced by the nearest vector of a codebook;
 the decoder reconstructs the patch from them. The codebook follows the latent vectors by exponential moving averages,
-and codes that are hardly used are restarted at latent vectors of the batch.
+and codes that are hardly used are restarted at latent vectors that the codebook describes badly.
 
 A transformer that models the codes of normal patches is trained in a second run (`methods/tokens.py`); it needs
 `encode_codes`, `decode_codes`, `n_codes` and `code_side`.
@@ -10,7 +10,8 @@ A transformer that models the codes of normal patches is trained in a second run
 Reference:
     van den Oord, Vinyals, Kavukcuoglu 2017, "Neural discrete representation learning", NeurIPS: Eq. 3 (loss, of which
     the codebook term is replaced by moving averages) and Appendix A.1 (moving averages).
-    Dhariwal et al. 2020, "Jukebox", Sec. 3: random restarts of codes whose average use is below a threshold.
+    Dhariwal et al. 2020, "Jukebox", Sec. 3: random restarts of codes whose average use is below a threshold. Here the
+    vectors are drawn by their squared distance from the codebook instead of uniformly.
 """
 
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ class VqAutoencoder:
         straight_through = z + jax.lax.stop_gradient(quantised - z)
         reconstruction = self.loss(image=batch, reconstruction=network.decode(straight_through)).mean()
         loss = reconstruction + self.commitment * ((z - quantised) ** 2).mean()
-        return loss, statistics(jax.lax.stop_gradient(z), codes, self.n_codes, restart_key)
+        return loss, statistics(jax.lax.stop_gradient(z), quantised, codes, self.n_codes, restart_key)
 
     def absorb(self, params: Params, seen: dict[str, Any]) -> Params:
         """Update the moving averages of the codebook, and restart codes with an average use below `DEAD`.
@@ -257,26 +258,40 @@ def nearest(z: Float[Array, "*B D"], vectors: Float[Array, "K D"]) -> Int[Array,
     return jnp.argmin((vectors**2).sum(-1) - 2 * z @ vectors.T, axis=-1)  # |z|^2 is the same for all codes
 
 
-def statistics(z: Float[Array, "*B D"], codes: Int[Array, "*B"], n_codes: int, key: Key[Array, ""]) -> dict[str, Any]:
+def statistics(
+    z: Float[Array, "*B D"],
+    quantised: Float[Array, "*B D"],
+    codes: Int[Array, "*B"],
+    n_codes: int,
+    key: Key[Array, ""],
+) -> dict[str, Any]:
     """Compute the statistics of the latent vectors of a batch, by which the codebook is updated.
 
     Args:
         z: Latent vectors.
+        quantised: Code vector of each.
         codes: Index of the code of each.
         n_codes: Number K of codes.
         key: Random key of the drawn vectors.
 
     Returns:
-        "counts" (K,) and "sums" (K, D) of the latent vectors of each code; "drawn" (K, D), latent vectors drawn at
-        random with replacement, for the codes to be restarted; "metrics" for the log.
+        "counts" (K,) and "sums" (K, D) of the latent vectors of each code; "drawn" (K, D), for the codes to be
+        restarted: latent vectors drawn at random with replacement, with a probability proportional to the squared
+        distance from their code; "metrics" for the log.
+
+    Reference:
+        Arthur and Vassilvitskii 2007, "k-means++", SODA: sampling by the squared distance. Drawn uniformly, most
+        vectors would come from the background, which one code describes.
     """
     rows = z.reshape(-1, z.shape[-1])
     chosen = jax.nn.one_hot(codes.reshape(-1), n_codes, dtype=rows.dtype)  # a product is faster than a scatter
     counts = chosen.sum(0)
+    upto = jnp.cumsum(((z - quantised) ** 2).sum(-1).reshape(-1))
+    places = jnp.searchsorted(upto, jax.random.uniform(key, (n_codes,)) * upto[-1])
     return {
         "counts": counts,
         "sums": chosen.T @ rows,
-        "drawn": rows[jax.random.randint(key, (n_codes,), 0, len(rows))],
+        "drawn": rows[jnp.minimum(places, len(rows) - 1)],
         "metrics": {"perplexity": perplexity(counts), "used_codes": (counts > 0).sum()},
     }
 
