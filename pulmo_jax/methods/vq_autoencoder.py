@@ -19,16 +19,16 @@ from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
-from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise
+from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise, smoothed_score
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l1
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
-from pulmo_jax.types import InputError
+from pulmo_jax.methods.networks import initial_params, with_params
+from pulmo_jax.methods.score_maps import Extent, smoothing_radius
+from pulmo_jax.types import ImageStatistic, InputError
 
 DEAD = 1.0  # a code with a lower average use (latent vectors per batch) is restarted
 SMOOTHING = 1e-5  # epsilon of the Laplace smoothing of the counts
@@ -79,7 +79,7 @@ class VqAutoencoder:
     score: Annotated[
         Score,
         Field(
-            description="l2, l1, ssim: the smoothed squared, absolute or SSIM residual; "
+            description="l2, l1, ssim, ms_ssim: the smoothed squared, absolute, SSIM or multi-scale SSIM residual; "
             "local_mean: the square of the smoothed signed residual"
         ),
     ] = "local_mean"
@@ -88,8 +88,11 @@ class VqAutoencoder:
     )
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+        Field(
+            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
+            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+        ),
+    ] = "combined"
     noise_sigma: Annotated[
         float, Field(ge=0, description="standard deviation of the training noise to remove; 0: none")
     ] = 0.0
@@ -116,7 +119,7 @@ class VqAutoencoder:
         """Copy the initial parameters of the network. The first batch replaces all codes, as their use is 0."""
         features = self._latent_grid.code_features
         codes = {"counts": jnp.zeros(self.n_codes), "sums": jnp.zeros((self.n_codes, features))}
-        return {"network": jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param)), "codes": codes}
+        return {"network": initial_params(self.network), "codes": codes}
 
     def encode_codes(self, params: Params, patches: Float[Array, "B P P C"]) -> Int[Array, "B h h"]:
         """Encode patches as codes.
@@ -212,19 +215,12 @@ class VqAutoencoder:
     def score_map(
         self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
-        """Smooth the residual within the foreground and average over channels; see `methods.base.Method.score_map`."""
-        smooth = smooth_within(residual, foreground, self.smooth_px, extent)
-        score: Array = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
-        return jnp.where(foreground, score, jnp.nan)
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)
+        """Compute the selected score; see `methods.base.Method.score_map`."""
+        return smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
 
     def _built(self, params: Params) -> Any:
         """Network with the given parameters."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        return nnx.merge(graph, params["network"], rest)
+        return with_params(self.network, params["network"])
 
 
 def codebook(codes: Params) -> Float[Array, "K D"]:
