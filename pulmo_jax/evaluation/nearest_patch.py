@@ -13,12 +13,12 @@ class Nearest(NamedTuple):
 
     Attributes:
         distance: Root mean square difference of the image from the patch, in the unit of the images.
-        index: Index of the patch.
+        position: Index of the patch.
         patch: The patch, turned and mirrored like the image.
     """
 
     distance: Float[np.ndarray, "N"]
-    index: Int[np.ndarray, "N"]
+    position: Int[np.ndarray, "N"]
     patch: Float[np.ndarray, "N P P C"]
 
 

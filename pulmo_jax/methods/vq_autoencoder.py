@@ -2,7 +2,7 @@
 
 The encoder turns a patch into a grid of latent vectors, each of which is replaced by the nearest vector of a codebook;
 the decoder reconstructs the patch from them. The codebook follows the latent vectors by exponential moving averages,
-and codes that are hardly used are restarted at latent vectors of the batch.
+and codes that are hardly used are restarted at latent vectors that the codebook describes badly.
 
 A transformer that models the codes of normal patches is trained in a second run (`methods/tokens.py`); it needs
 `encode_codes`, `decode_codes`, `n_codes` and `code_side`.
@@ -10,7 +10,8 @@ A transformer that models the codes of normal patches is trained in a second run
 Reference:
     van den Oord, Vinyals, Kavukcuoglu 2017, "Neural discrete representation learning", NeurIPS: Eq. 3 (loss, of which
     the codebook term is replaced by moving averages) and Appendix A.1 (moving averages).
-    Dhariwal et al. 2020, "Jukebox", Sec. 3: random restarts of codes whose average use is below a threshold.
+    Dhariwal et al. 2020, "Jukebox", Sec. 3: random restarts of codes whose average use is below a threshold. Here the
+    vectors are drawn by their squared distance from the codebook instead of uniformly.
 """
 
 from dataclasses import dataclass
@@ -18,16 +19,16 @@ from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
-from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise
+from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise, smoothed_score
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l1
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
-from pulmo_jax.types import InputError
+from pulmo_jax.methods.networks import initial_params, with_params
+from pulmo_jax.methods.score_maps import Extent, smoothing_radius
+from pulmo_jax.types import ImageStatistic, InputError
 
 DEAD = 1.0  # a code with a lower average use (latent vectors per batch) is restarted
 SMOOTHING = 1e-5  # epsilon of the Laplace smoothing of the counts
@@ -78,7 +79,7 @@ class VqAutoencoder:
     score: Annotated[
         Score,
         Field(
-            description="l2, l1, ssim: the smoothed squared, absolute or SSIM residual; "
+            description="l2, l1, ssim, ms_ssim: the smoothed squared, absolute, SSIM or multi-scale SSIM residual; "
             "local_mean: the square of the smoothed signed residual"
         ),
     ] = "local_mean"
@@ -87,8 +88,11 @@ class VqAutoencoder:
     )
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+        Field(
+            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
+            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+        ),
+    ] = "combined"
     noise_sigma: Annotated[
         float, Field(ge=0, description="standard deviation of the training noise to remove; 0: none")
     ] = 0.0
@@ -115,7 +119,7 @@ class VqAutoencoder:
         """Copy the initial parameters of the network. The first batch replaces all codes, as their use is 0."""
         features = self._latent_grid.code_features
         codes = {"counts": jnp.zeros(self.n_codes), "sums": jnp.zeros((self.n_codes, features))}
-        return {"network": jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param)), "codes": codes}
+        return {"network": initial_params(self.network), "codes": codes}
 
     def encode_codes(self, params: Params, patches: Float[Array, "B P P C"]) -> Int[Array, "B h h"]:
         """Encode patches as codes.
@@ -174,7 +178,7 @@ class VqAutoencoder:
         straight_through = z + jax.lax.stop_gradient(quantised - z)
         reconstruction = self.loss(image=batch, reconstruction=network.decode(straight_through)).mean()
         loss = reconstruction + self.commitment * ((z - quantised) ** 2).mean()
-        return loss, statistics(jax.lax.stop_gradient(z), codes, self.n_codes, restart_key)
+        return loss, statistics(jax.lax.stop_gradient(z), quantised, codes, self.n_codes, restart_key)
 
     def absorb(self, params: Params, seen: dict[str, Any]) -> Params:
         """Update the moving averages of the codebook, and restart codes with an average use below `DEAD`.
@@ -211,19 +215,12 @@ class VqAutoencoder:
     def score_map(
         self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
-        """Smooth the residual within the foreground and average over channels; see `methods.base.Method.score_map`."""
-        smooth = smooth_within(residual, foreground, self.smooth_px, extent)
-        score: Array = (smooth**2 if self.score == "local_mean" else smooth).mean(-1)
-        return jnp.where(foreground, score, jnp.nan)
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)
+        """Compute the selected score; see `methods.base.Method.score_map`."""
+        return smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
 
     def _built(self, params: Params) -> Any:
         """Network with the given parameters."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        return nnx.merge(graph, params["network"], rest)
+        return with_params(self.network, params["network"])
 
 
 def codebook(codes: Params) -> Float[Array, "K D"]:
@@ -257,26 +254,40 @@ def nearest(z: Float[Array, "*B D"], vectors: Float[Array, "K D"]) -> Int[Array,
     return jnp.argmin((vectors**2).sum(-1) - 2 * z @ vectors.T, axis=-1)  # |z|^2 is the same for all codes
 
 
-def statistics(z: Float[Array, "*B D"], codes: Int[Array, "*B"], n_codes: int, key: Key[Array, ""]) -> dict[str, Any]:
+def statistics(
+    z: Float[Array, "*B D"],
+    quantised: Float[Array, "*B D"],
+    codes: Int[Array, "*B"],
+    n_codes: int,
+    key: Key[Array, ""],
+) -> dict[str, Any]:
     """Compute the statistics of the latent vectors of a batch, by which the codebook is updated.
 
     Args:
         z: Latent vectors.
+        quantised: Code vector of each.
         codes: Index of the code of each.
         n_codes: Number K of codes.
         key: Random key of the drawn vectors.
 
     Returns:
-        "counts" (K,) and "sums" (K, D) of the latent vectors of each code; "drawn" (K, D), latent vectors drawn at
-        random with replacement, for the codes to be restarted; "metrics" for the log.
+        "counts" (K,) and "sums" (K, D) of the latent vectors of each code; "drawn" (K, D), for the codes to be
+        restarted: latent vectors drawn at random with replacement, with a probability proportional to the squared
+        distance from their code; "metrics" for the log.
+
+    Reference:
+        Arthur and Vassilvitskii 2007, "k-means++", SODA: sampling by the squared distance. Drawn uniformly, most
+        vectors would come from the background, which one code describes.
     """
     rows = z.reshape(-1, z.shape[-1])
     chosen = jax.nn.one_hot(codes.reshape(-1), n_codes, dtype=rows.dtype)  # a product is faster than a scatter
     counts = chosen.sum(0)
+    upto = jnp.cumsum(((z - quantised) ** 2).sum(-1).reshape(-1))
+    places = jnp.searchsorted(upto, jax.random.uniform(key, (n_codes,)) * upto[-1])
     return {
         "counts": counts,
         "sums": chosen.T @ rows,
-        "drawn": rows[jax.random.randint(key, (n_codes,), 0, len(rows))],
+        "drawn": rows[jnp.minimum(places, len(rows) - 1)],
         "metrics": {"perplexity": perplexity(counts), "used_codes": (counts > 0).sum()},
     }
 

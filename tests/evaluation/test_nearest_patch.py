@@ -26,7 +26,7 @@ def test_distance_is_the_smallest_of_all_pairs(symmetries):
 def test_a_turned_copy_is_found_at_a_distance_of_0(code):
     copy = symmetry(PATCHES[7:8], code)
     near = nearest_patch(copy, PATCHES, symmetries=True)
-    assert (near.distance[0], near.index[0]) == (0, 7)
+    assert (near.distance[0], near.position[0]) == (0, 7)
     np.testing.assert_array_equal(near.patch, copy)
     np.testing.assert_array_equal(inverse(copy[0], code), PATCHES[7])
     assert (nearest_patch(copy, PATCHES).distance[0] == 0) == (code == 0)

@@ -100,7 +100,9 @@ def test_ancestral_steps_are_the_gaussian_posterior():
     for i in range(2):
         ratio = alpha[i] / alpha[i + 1]
         # x_s = alpha_s x_0 + sigma_s z; x_t = ratio x_s + noise
-        covariance = np.array([[sigma[i + 1] ** 2, ratio * sigma[i + 1] ** 2], [ratio * sigma[i + 1] ** 2, sigma[i] ** 2]])
+        covariance = np.array(
+            [[sigma[i + 1] ** 2, ratio * sigma[i + 1] ** 2], [ratio * sigma[i + 1] ** 2, sigma[i] ** 2]]
+        )
         gain = covariance[0, 1] / covariance[1, 1]
         assert found.noisy[i] == pytest.approx(gain)
         assert found.clean[i] == pytest.approx(alpha[i + 1] - gain * alpha[i])

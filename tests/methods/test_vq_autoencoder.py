@@ -1,5 +1,7 @@
 """Vector quantisation: nearest codes, straight-through gradient, moving averages of the codebook, restarts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,11 +121,12 @@ def test_no_gradient_reaches_the_codebook_from_an_update():
 
 
 def test_noise_is_added_to_the_input_only():
-    method, x = blocks_method(noise_sigma=1.0, noise_cell_px=2), patches()
+    """Without noise, each block is reconstructed by its nearest code, which is the best of all codes."""
+    method, x = blocks_method(noise_sigma=1.0, noise_cell_px=2, commitment=0.0), patches()
     params = started(method, x)
     losses = {float(method.train_loss(params, x, jax.random.key(i))) for i in range(3)}
     assert len(losses) == 3
-    assert float(blocks_method().train_loss(params, x, KEY)) < min(losses)
+    assert float(blocks_method(commitment=0.0).train_loss(params, x, KEY)) < min(losses)
 
 
 # --- codebook
@@ -136,7 +139,8 @@ def test_one_step_without_memory_is_a_step_of_k_means():
     before = np.asarray(codebook(params["codes"]))
     after = codebook(method.absorb(params, method.train_loss_and_seen(params, batch, KEY)[1])["codes"])
     rows = np.asarray(blocks_to_features(batch, 2)).reshape(-1, 4)
-    expected = KMeans(3, init=before, n_init=1, max_iter=1).fit(rows)
+    kmeans: Any = KMeans  # the stubs of scikit-learn know only text for init
+    expected = kmeans(3, init=before, n_init=1, max_iter=1).fit(rows)
     # scikit-learn's centres are the means of the assignment to the initial centres
     labels = ((rows[:, None] - before) ** 2).sum(-1).argmin(1)
     np.testing.assert_allclose(after, [rows[labels == k].mean(0) for k in range(3)], atol=1e-4)
@@ -187,9 +191,19 @@ def test_only_dead_codes_are_restarted():
 
 def test_restarts_are_functions_of_the_key():
     z, codes = patches(16, side=2).reshape(16, 4), jnp.zeros(16, jnp.int32)
-    drawn = [np.asarray(statistics(z, codes, 5, jax.random.key(i))["drawn"]) for i in (0, 0, 1)]
+    drawn = [np.asarray(statistics(z, 0 * z, codes, 5, jax.random.key(i))["drawn"]) for i in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
+
+
+def test_vectors_for_restarts_are_drawn_by_their_squared_distance_from_the_codes():
+    z = jnp.array([[0.0], [1.0], [2.0], [5.0]])
+    distances = jnp.array([0.0, 1.0, 2.0, 1.0])[:, None]
+    drawn = statistics(z, z - distances, jnp.zeros(4, jnp.int32), 6000, KEY)["drawn"][:, 0]
+    shares = [float((drawn == value).mean()) for value in (0, 1, 2, 5)]
+    np.testing.assert_allclose(shares, [0, 1 / 6, 4 / 6, 1 / 6], atol=0.03)  # five standard errors
+    exact = statistics(z, z, jnp.zeros(4, jnp.int32), 3, KEY)["drawn"]
+    assert np.isfinite(exact).all()  # vectors that all equal their codes
 
 
 def test_absorbing_changes_the_codebook_only():

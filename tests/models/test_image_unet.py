@@ -85,7 +85,9 @@ def test_attention_is_a_weighted_mean_over_all_cells():
     layer = SelfAttention(16, 2, rngs=nnx.Rngs(0))
     layer.output.kernel = nnx.Param(jax.random.normal(jax.random.key(5), (16, 16)))
     x = image(shape=(2, 3, 4, 16))
-    cells = np.asarray(layer.norm(x)).reshape(2, 12, 16) @ np.asarray(layer.inputs.kernel) + np.asarray(layer.inputs.bias)
+    cells = np.asarray(layer.norm(x)).reshape(2, 12, 16) @ np.asarray(layer.inputs.kernel) + np.asarray(
+        layer.inputs.bias
+    )
     expected = np.zeros((2, 12, 16))
     for b in range(2):
         for head in range(2):

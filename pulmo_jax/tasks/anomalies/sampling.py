@@ -1,7 +1,7 @@
 """Drawing normal images from a run whose method is generative, as a check for the eye."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -77,7 +77,7 @@ def warnings_of(comparison: Comparison | None, real: RealPatches | str) -> list[
 
 
 def draw_and_write(
-    models: list[tuple[Generative, Params]], run: Run, config: SampleConfig, place: Place
+    models: Sequence[tuple[Generative, Params]], run: Run, config: SampleConfig, place: Place
 ) -> tuple[Float[np.ndarray, "N P P C"], float]:
     """Draw all images, and write each to samples/NNN.tif.
 
@@ -100,7 +100,7 @@ def draw_and_write(
     return np.stack(images), seconds
 
 
-def generative_networks(run: Run) -> list[tuple[Generative, Params]]:
+def generative_networks(run: Run) -> Sequence[tuple[Generative, Params]]:
     """Method and parameters of every network of a run.
 
     Args:
@@ -129,7 +129,7 @@ def n_batches(config: SampleConfig, n_networks: int) -> int:
 
 
 def draw(
-    models: list[tuple[Generative, Params]], config: SampleConfig
+    models: Sequence[tuple[Generative, Params]], config: SampleConfig
 ) -> Iterator[tuple[Float[np.ndarray, "B P P C"], float]]:
     """Draw the images in batches of one size; the networks of an ensemble draw the same number each, up to one.
 
@@ -141,14 +141,14 @@ def draw(
         Normalised images, and the seconds that they took, without compilation.
     """
     for i, (method, params) in enumerate(models):
-        count = len(range(i, config.n, len(models)))
+        count, key = len(range(i, config.n, len(models))), jax.random.fold_in(jax.random.key(config.seed), i)
         size = min(config.batch_size, count)
+        if not count:
+            continue
         remedy = f"lower batch_size (now {config.batch_size})"
-        key = jax.random.fold_in(jax.random.key(config.seed), i)
-        if count:
-            program = within_memory(lambda p, k, m=method, n=size: m.sample(p, k, n), "drawing images", remedy)
-            jax.block_until_ready(program(params, key))  # compiles
-        for start in range(0, count, max(1, size)):
+        program = within_memory(lambda p, k, m=method, n=size: m.sample(p, k, n), "drawing images", remedy)
+        jax.block_until_ready(program(params, key))  # compiles
+        for start in range(0, count, size):
             began = time.perf_counter()
             images = np.asarray(program(params, jax.random.fold_in(key, start // size)))
             yield images[: count - start], time.perf_counter() - began
