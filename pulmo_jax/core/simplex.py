@@ -59,9 +59,7 @@ def unskewed(vertex: Float[Array, "2"]) -> Float[Array, "2"]:
     return vertex - UNSKEW * vertex.sum()
 
 
-def one_octave(
-    rows: Float[Array, "H"], columns: Float[Array, "W"], seed: UInt32[Array, ""]
-) -> Float[Array, "H W"]:
+def one_octave(rows: Float[Array, "H"], columns: Float[Array, "W"], seed: UInt32[Array, ""]) -> Float[Array, "H W"]:
     """Compute simplex noise of unit variance on a grid of points.
 
     Args:
@@ -86,7 +84,11 @@ def one_octave(
 
 
 def contribution(
-    dy: Float[Array, "H W"], dx: Float[Array, "H W"], i: Int[Array, "H W"], j: Int[Array, "H W"], seed: UInt32[Array, ""]
+    dy: Float[Array, "H W"],
+    dx: Float[Array, "H W"],
+    i: Int[Array, "H W"],
+    j: Int[Array, "H W"],
+    seed: UInt32[Array, ""],
 ) -> Float[Array, "H W"]:
     """Contribution of a vertex: a radial weight times the product of gradient and distance.
 

@@ -61,11 +61,14 @@ class Diffusion:
     network: Any
     loss: ImageLoss = l1
     target: Annotated[
-        Target, Field(description="what the network estimates: the noise, the clean patch, or v = alpha noise - sigma x0")
+        Target,
+        Field(description="what the network estimates: the noise, the clean patch, or v = alpha noise - sigma x0"),
     ] = "x0"
     schedule: Annotated[Schedule, Field(description="noise schedule")] = "linear"
     timesteps: Annotated[int, Field(ge=1, le=100_000, description="steps of the forward process")] = 1000
-    noise: Annotated[Noise, Field(description="noise: independent per pixel, or simplex noise with octaves")] = "simplex"
+    noise: Annotated[Noise, Field(description="noise: independent per pixel, or simplex noise with octaves")] = (
+        "simplex"
+    )
     noise_cell_px: Annotated[float, Field(gt=0, description="scale of the first octave of simplex noise, px")] = 64.0
     octaves: Annotated[int, Field(ge=1, le=16, description="octaves of simplex noise")] = 6
     persistence: Annotated[
@@ -196,9 +199,7 @@ class Diffusion:
 
         return run(COEFFICIENTS[self.sampler](alpha, sigma), clean_of, noise_of, start)
 
-    def heal(
-        self, params: Params, patches: Float[Array, "B P P C"], keys: Key[Array, "B"]
-    ) -> Float[Array, "B P P C"]:
+    def heal(self, params: Params, patches: Float[Array, "B P P C"], keys: Key[Array, "B"]) -> Float[Array, "B P P C"]:
         """Add the noise of the step `depth` to patches and sample back to clean ones.
 
         Args:

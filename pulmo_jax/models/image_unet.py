@@ -37,7 +37,9 @@ class TimedBlock(nnx.Module):
         self.norms = nnx.List([Norm(features) for _ in range(layers)])
         self.convs = nnx.List([Conv(features, features, rngs=rngs) for _ in range(layers)])
         self.convs[-1].kernel = nnx.Param(jnp.zeros_like(self.convs[-1].kernel[...]))
-        self.film = nnx.List([nnx.Linear(embedding, 2 * features, rngs=rngs) for _ in range(layers if embedding else 0)])
+        self.film = nnx.List(
+            [nnx.Linear(embedding, 2 * features, rngs=rngs) for _ in range(layers if embedding else 0)]
+        )
 
     def __call__(self, x: Float[Array, "B H W F"], time: Float[Array, "B E"] | None) -> Float[Array, "B H W F"]:
         y = x
