@@ -158,7 +158,7 @@ class Tokens:
         """Compute the mean surprise of the codes, nats, in one of the orders, drawn for the batch."""
         codes = jax.lax.stop_gradient(self.base.encode_codes(params["base"], batch))
         order = jax.random.choice(key, token_orders(self.orders, self.base.code_side))
-        return surprise(with_params(self.network, params["transformer"]), flat(codes), order).mean()
+        return surprise(self._transformer(params), flat(codes), order).mean()
 
     def surprise(self, params: Params, codes: Int[Array, "B h h"]) -> Float[Array, "B h h"]:
         """Compute the surprise of each code.
@@ -171,7 +171,7 @@ class Tokens:
             -log p, nats, averaged over the orders.
         """
         network, orders = (
-            with_params(self.network, params["transformer"]),
+            self._transformer(params),
             token_orders(self.orders, self.base.code_side),
         )
         each = jax.lax.map(partial(surprise, network, flat(codes)), jnp.asarray(orders))
@@ -189,7 +189,7 @@ class Tokens:
         Returns:
             The restored patches, averaged over the healed orders, and the surprise of the codes, nats.
         """
-        network, side = with_params(self.network, params["transformer"]), self.base.code_side
+        network, side = self._transformer(params), self.base.code_side
         codes = self.base.encode_codes(params["base"], patches)
         nats = self.surprise(params, codes)
         unlikely = flat(nats > params["tuned"]["threshold"])
@@ -279,9 +279,7 @@ class Tokens:
         side, draws = self.base.code_side, jax.random.uniform(key, (count, self.cells))
         order = jnp.asarray(token_orders(self.orders[:1], side)[0])
         empty, everything = jnp.zeros((count, self.cells), jnp.int32), jnp.ones((count, self.cells), bool)
-        codes = resampled(
-            with_params(self.network, params["transformer"]), empty, everything, order, draws, self.temperature
-        )
+        codes = resampled(self._transformer(params), empty, everything, order, draws, self.temperature)
         return self.base.decode_codes(params["base"], codes.reshape(count, side, side))
 
 
