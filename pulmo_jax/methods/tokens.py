@@ -282,6 +282,11 @@ class Tokens:
         codes = resampled(self._transformer(params), empty, everything, order, draws, self.temperature)
         return self.base.decode_codes(params["base"], codes.reshape(count, side, side))
 
+    def _transformer(self, params: Params) -> TokenTransformer:
+        """Transformer with the given parameters."""
+        network: Any = with_params(self.network, params["transformer"])
+        return network
+
 
 def flat(grids: Array) -> Array:
     """Reshape (B, h, w) to (B, h w)."""
