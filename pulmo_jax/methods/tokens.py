@@ -26,17 +26,17 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkabl
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.content_key import content_keys
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smooth_within, smoothing_radius
+from pulmo_jax.methods.networks import initial_params, with_params
+from pulmo_jax.methods.score_maps import Extent, smooth_within, smoothing_radius
 from pulmo_jax.methods.token_orders import TokenOrder, token_orders
 from pulmo_jax.models.token_transformer import TokenTransformer, before
-from pulmo_jax.types import InputError
+from pulmo_jax.types import ImageStatistic, InputError
 
 Score = Literal["both", "difference", "surprise"]
 TUNING_BATCH = 64  # patches per batch when the thresholds are set
@@ -103,8 +103,11 @@ class Tokens:
     )
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+        Field(
+            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
+            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+        ),
+    ] = "combined"
     seed: Annotated[int, Field(ge=0, description="seed of the resampled codes")] = 0
 
     frozen: ClassVar[tuple[str, ...]] = ("base", "tuned")
@@ -147,16 +150,15 @@ class Tokens:
 
     def init(self) -> Params:
         """Copy the initial parameters of the network and the base; before `tune`, no code is unlikely."""
-        transformer = jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param))
         numbers = {"threshold": jnp.inf, "surprise_mean": 0, "surprise_spread": 1, "difference_spread": 1}
         tuned = {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()}
-        return {"transformer": transformer, "base": self.base.init(), "tuned": tuned}
+        return {"transformer": initial_params(self.network), "base": self.base.init(), "tuned": tuned}
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
         """Compute the mean surprise of the codes, nats, in one of the orders, drawn for the batch."""
         codes = jax.lax.stop_gradient(self.base.encode_codes(params["base"], batch))
         order = jax.random.choice(key, token_orders(self.orders, self.base.code_side))
-        return surprise(self._built(params), flat(codes), order).mean()
+        return surprise(self._transformer(params), flat(codes), order).mean()
 
     def surprise(self, params: Params, codes: Int[Array, "B h h"]) -> Float[Array, "B h h"]:
         """Compute the surprise of each code.
@@ -168,7 +170,10 @@ class Tokens:
         Returns:
             -log p, nats, averaged over the orders.
         """
-        network, orders = self._built(params), token_orders(self.orders, self.base.code_side)
+        network, orders = (
+            self._transformer(params),
+            token_orders(self.orders, self.base.code_side),
+        )
         each = jax.lax.map(partial(surprise, network, flat(codes)), jnp.asarray(orders))
         return each.mean(0).reshape(codes.shape)
 
@@ -184,7 +189,7 @@ class Tokens:
         Returns:
             The restored patches, averaged over the healed orders, and the surprise of the codes, nats.
         """
-        network, side = self._built(params), self.base.code_side
+        network, side = self._transformer(params), self.base.code_side
         codes = self.base.encode_codes(params["base"], patches)
         nats = self.surprise(params, codes)
         unlikely = flat(nats > params["tuned"]["threshold"])
@@ -260,10 +265,6 @@ class Tokens:
         smooth = smooth_within(residual, foreground, self.smooth_px, extent)
         return jnp.stack([smooth[..., :-1].mean(-1), smooth[..., -1]], axis=-1)
 
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)
-
     def sample(self, params: Params, key: Key[Array, ""], count: int) -> Float[Array, "N P P C"]:
         """Draw patches: their codes one after the other in the first order, then decoded.
 
@@ -278,13 +279,12 @@ class Tokens:
         side, draws = self.base.code_side, jax.random.uniform(key, (count, self.cells))
         order = jnp.asarray(token_orders(self.orders[:1], side)[0])
         empty, everything = jnp.zeros((count, self.cells), jnp.int32), jnp.ones((count, self.cells), bool)
-        codes = resampled(self._built(params), empty, everything, order, draws, self.temperature)
+        codes = resampled(self._transformer(params), empty, everything, order, draws, self.temperature)
         return self.base.decode_codes(params["base"], codes.reshape(count, side, side))
 
-    def _built(self, params: Params) -> TokenTransformer:
+    def _transformer(self, params: Params) -> TokenTransformer:
         """Transformer with the given parameters."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        network: Any = nnx.merge(graph, params["transformer"], rest)
+        network: Any = with_params(self.network, params["transformer"])
         return network
 
 
