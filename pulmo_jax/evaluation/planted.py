@@ -88,13 +88,18 @@ class PlantedPrecision:
 
 
 def plant(
-    normal: Image, donor: Image, kind: Kind, size_px: int, window_px: int | None, rng: np.random.Generator
+    normal: Image,
+    donor: Shaped[np.ndarray, "h w C"],
+    kind: Kind,
+    size_px: int,
+    window_px: int | None,
+    rng: np.random.Generator,
 ) -> Planted:
     """Plant an anomaly at a random place of the foreground, and cut a window around it.
 
     Args:
         normal: Normal image.
-        donor: Normal image of the same channels, from which a foreign patch is taken.
+        donor: Pixels of an image of the same channels, from which a foreign patch is taken.
         kind: Kind of the anomaly.
         size_px: Side of the patches of the model; the size of the anomaly is a fraction of it.
         window_px: Side of the window; None: the whole image.
@@ -104,7 +109,7 @@ def plant(
         Window with the anomaly.
 
     Raises:
-        ValueError: If an image has no foreground.
+        ValueError: If the image has no foreground, or the donor no finite pixel.
     """
     (y, x), radius = random_pixel(normal.foreground, rng), max(2.0, size_px * rng.uniform(*RADII))
     low, high = np.percentile(normal.pixels[normal.foreground], RANGE_PERCENTILES, axis=0)
@@ -112,7 +117,7 @@ def plant(
     pixels, foreground = cut(normal.pixels, window), cut(normal.foreground, window)
     centre = (y - window.y, x - window.x)
     place = Place(centre, radius, blob(foreground.shape, centre, radius, rng))
-    foreign = turned_onto(donor.pixels, random_pixel(finite(donor.pixels), rng), foreground.shape, centre)
+    foreign = turned_onto(donor, random_pixel(finite(donor), rng), foreground.shape, centre)
     changed = as_dtype(change(kind, pixels.astype(np.float64), place, high - low, foreign, rng), pixels.dtype)
     return Planted(Image(changed, foreground), (place.weight > 0.5) & foreground, kind)
 

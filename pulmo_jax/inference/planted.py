@@ -59,13 +59,15 @@ def anomalies(
     order = np.random.default_rng(seed).permutation(len(refs))
     window = None if how.resize or how.percentiles is not None else WINDOW_PATCHES * how.patch_size
     for i in range(count):
-        ref = refs[order[i % len(refs)]]
-        normal, donor = (whole_image(refs[order[k % len(refs)]], reader) for k in (i, i + 1))
-        if not (normal.foreground.any() and donor.foreground.any()):
+        ref, donor = (refs[order[k % len(refs)]] for k in (i, i + 1))
+        normal = whole_image(ref, reader)
+        if not normal.foreground.any():
             continue
+        pasted = reader.image(donor)
+        pasted = pasted if finite(pasted).any() else normal.pixels
         size = min(normal.foreground.shape) if how.resize else how.patch_size
         kind = KINDS[(i + i // len(refs)) % len(KINDS)]
-        yield ref, plant(normal, donor, kind, size, window, np.random.default_rng([seed, i]))
+        yield ref, plant(normal, pasted, kind, size, window, np.random.default_rng([seed, i]))
 
 
 def whole_image(ref: ImageRef, reader: Reader) -> Image:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
@@ -25,7 +24,8 @@ from pydantic import Field
 from pulmo_jax.methods.autoencoder import coarse_noise, smoothed_score
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.networks import initial_params, with_params
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, smoothing_radius
+from pulmo_jax.types import ImageStatistic
 
 Score = Literal["local_mean", "l2"]
 
@@ -57,8 +57,11 @@ class UncertainAutoencoder:
     )
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+        Field(
+            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
+            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+        ),
+    ] = "combined"
     noise_sigma: Annotated[
         float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
     ] = 0.2
@@ -130,7 +133,3 @@ class UncertainAutoencoder:
     ) -> Float[Array, "H W 1"]:
         """Compute the predicted standard deviation: root of the mean variance of the channels, normalised intensity."""
         return jnp.sqrt(jnp.split(residual, 2, axis=-1)[1].mean(-1, keepdims=True))
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)

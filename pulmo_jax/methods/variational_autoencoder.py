@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
@@ -24,7 +23,8 @@ from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise, smooth
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l2
 from pulmo_jax.methods.networks import initial_params, with_params
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, smoothing_radius
+from pulmo_jax.types import ImageStatistic
 
 LOG_VARIANCE_BOUND = 10.0
 
@@ -79,8 +79,11 @@ class VariationalAutoencoder:
     )
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+        Field(
+            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
+            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+        ),
+    ] = "combined"
     noise_sigma: Annotated[
         float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
     ] = 0.2
@@ -149,10 +152,6 @@ class VariationalAutoencoder:
     ) -> Float[Array, "H W"]:
         """Compute the selected score; see `methods.base.Method.score_map`."""
         return smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)
 
 
 def divergence(mean: Float[Array, "*D"], log_variance: Float[Array, "*D"]) -> Float[Array, "*D"]:

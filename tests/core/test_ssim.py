@@ -1,4 +1,4 @@
-"""SSIM against scikit-image, edges included, and its gradient against finite differences of scikit-image's."""
+"""SSIM and multi-scale SSIM against scikit-image, edges included, and their gradients against finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references.image_operations import bilinear_weights
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import structural_similarity
 
-from pulmo_jax.core.ssim import ssim_map
+from pulmo_jax.core.ssim import LEAST_STRUCTURE, SCALE_WEIGHTS, ms_ssim_map, scale_factors, scale_weights, ssim_map
 
 ssim = jax.jit(ssim_map, static_argnames="data_range")
 
@@ -104,3 +105,93 @@ def test_the_gradient_is_that_of_finite_differences_of_scikit_image():
     ahead, behind = scikit_image(a, b + step).sum(), scikit_image(a, b - step).sum()
     change = float((gradient(a[None], b[None])[0] * step).sum())
     assert change == pytest.approx((ahead - behind) / 2, rel=1e-3)
+
+
+# --- several scales
+
+
+def structure_by_scikit_image(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Contrast and structure of (H, W, C) images: SSIM with a luminance constant so large that its factor is 1."""
+    _, result = structural_similarity(
+        a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, channel_axis=-1, full=True,
+        K1=1e6,
+    )  # fmt: skip
+    return result
+
+
+def several_scales(a: np.ndarray, b: np.ndarray, n: int) -> list[np.ndarray]:
+    """The factors of Eq. 7 of Wang et al. 2003 at each scale in float64, before they are averaged over the image."""
+    a, b, factors = a.astype(np.float64), b.astype(np.float64), []
+    weights = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:n])
+    for scale in range(n):
+        if scale:
+            a, b = (
+                np.stack(
+                    [
+                        [x[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((0, 1)) for j in range(x.shape[1] // 2)]
+                        for i in range(x.shape[0] // 2)
+                    ]
+                )
+                for x in (a, b)
+            )
+        factor = np.maximum(structure_by_scikit_image(a, b), LEAST_STRUCTURE)
+        if scale == n - 1:  # their product with the luminance is SSIM itself, where the structure is not limited
+            factor = np.maximum(scikit_image(a, b) / structure_by_scikit_image(a, b), LEAST_STRUCTURE) * factor
+        factors.append(factor ** (weights[scale] / weights.sum()))
+    return factors
+
+
+@pytest.mark.parametrize(("shape", "n"), [((64, 48, 1), 3), ((45, 47, 2), 3), ((12, 30, 1), 1), ((176, 176, 1), 5)])
+def test_each_scale_is_that_of_scikit_image(shape, n):
+    a, b = pair(shape)
+    found, expected = jax.jit(scale_factors)(a[None], b[None]), several_scales(a, b, n)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one[0], other, atol=1e-4)
+
+
+def test_the_map_is_the_product_of_the_enlarged_scales():
+    a, b = pair((45, 64, 2))
+    product = np.ones(a.shape)
+    for factor in several_scales(a, b, 3):
+        rows, columns = (
+            bilinear_weights(factor.shape[i], n) if factor.shape[i] != n else np.eye(n) for i, n in enumerate((45, 64))
+        )
+        product *= np.einsum("ih,hwc,jw->ijc", rows, factor, columns)
+    np.testing.assert_allclose(jax.jit(ms_ssim_map)(a[None], b[None])[0], product, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "n"), [(1, 1), (8, 1), (21, 1), (22, 2), (64, 3), (175, 4), (176, 5), (5000, 5)])
+def test_scales_smaller_than_the_window_are_left_out(side, n):
+    weights = scale_weights(side)
+    assert len(weights) == n
+    assert sum(weights) == pytest.approx(1)
+    np.testing.assert_allclose(np.divide(weights, weights[0]), np.divide(SCALE_WEIGHTS[:n], SCALE_WEIGHTS[0]))
+
+
+def jax_pair(shape: tuple[int, ...], noise: float = 0.2) -> tuple[jax.Array, jax.Array]:
+    a, b = pair(shape, noise=noise)
+    return jnp.asarray(a[None]), jnp.asarray(b[None])
+
+
+def test_one_scale_is_ssim_where_the_structure_is_not_limited():
+    a, b = jax_pair((16, 16, 1), noise=0.05)
+    np.testing.assert_allclose(ms_ssim_map(a, b), ssim(a, b), atol=1e-6)
+
+
+def test_multi_scale_ssim_is_one_for_equal_images_and_its_gradient_is_finite():
+    """Also where the structure is negative: an image and its negative."""
+    a, b = jax_pair((32, 32, 1))
+    np.testing.assert_allclose(ms_ssim_map(a, a), 1, atol=1e-5)
+    slope = jax.jit(jax.grad(lambda x, a: ms_ssim_map(a, x).sum()))
+    np.testing.assert_allclose(slope(a, a), 0, atol=2e-3)
+    for other in (1 - a, jnp.zeros_like(a), b):
+        assert np.isfinite(slope(other, a)).all()
+    assert np.abs(slope(b, a)).max() > 0
+
+
+def test_the_gradient_of_multi_scale_ssim_is_that_of_finite_differences():
+    a, b = jax_pair((32, 32, 1), noise=0.05)
+    step = 1e-3 * jax.random.normal(jax.random.key(1), b.shape)
+    total = jax.jit(lambda x: ms_ssim_map(a, x).sum())
+    change = float((jax.grad(total)(b) * step).sum())
+    assert change == pytest.approx(float(total(b + step) - total(b - step)) / 2, rel=2e-2)

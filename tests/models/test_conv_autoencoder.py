@@ -77,6 +77,47 @@ def test_the_reconstruction_has_the_shape_of_the_patches(patch_size, channels):
     assert reconstruction.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("bottleneck", ["dense", "spatial"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_and_outputs_are_further_values_of_each_number(bottleneck, dtype):
+    """In float32; `encode` returns the first, and decoding it gives the output of the network."""
+    model = network(24, 3, outputs=2, moments=2, bottleneck=bottleneck, dtype=dtype)
+    x = patches(24, 3)
+    moments, latent, output = jax.jit(lambda x: (model.encode_moments(x), model.encode(x), model(x)))(x)
+    assert model.latent_shape == {"dense": (5,), "spatial": (6, 6, 5)}[bottleneck]
+    assert moments.shape == (2, 2, *model.latent_shape)
+    np.testing.assert_array_equal(moments[0], latent)
+    assert (np.asarray(moments[0]) != moments[1]).any()
+    assert output.shape == (2, 24, 24, 6)
+    assert moments.dtype == output.dtype == jnp.float32
+    np.testing.assert_allclose(jax.jit(model.decode)(latent), output, atol=1e-5)
+
+
+def test_outputs_of_a_pixel_are_apart_from_those_of_others():
+    """Channels of the first output come first: a network whose last layer knows only these changes only these."""
+    model = network(8, 2, outputs=2)
+    x, layer = patches(8, 2), model.up[0]
+    before = model(x)
+    last = layer.kernel[...].reshape(-1, 4, 4, 4)
+    layer.kernel[...] = last.at[..., 2:].add(1.0).reshape(layer.kernel.shape)
+    changed = np.asarray(model(x) != before).any((0, 1, 2))
+    np.testing.assert_array_equal(changed, [False, False, True, True])
+
+
+def test_a_cell_of_a_spatial_bottleneck_is_decoded_alone():
+    model = network(32, 1, bottleneck="spatial")
+    z = jax.random.normal(jax.random.key(0), (1, *model.latent_shape))
+    changed = np.asarray(model.decode(z) != model.decode(z.at[0, 1, 2].add(1.0)))[0, ..., 0]
+    assert changed[8:16, 16:24].all()
+    assert changed.sum() == 64
+
+
+def test_a_cell_of_a_spatial_bottleneck_sees_its_own_pixels():
+    model, x = network(32, 1, bottleneck="spatial"), patches(32, 1)
+    changed = np.asarray(model.encode(x) != model.encode(x.at[:, 9, 20].add(1.0))).any((0, 3))
+    np.testing.assert_array_equal(np.argwhere(changed), [[1, 2]])
+
+
 def gathered(x: np.ndarray, factor: int) -> np.ndarray:
     """(B, h, w, factor^2 C): blocks of pixels, cut out one by one."""
     batch, height, width, _ = x.shape
@@ -189,8 +230,9 @@ def trained_on() -> Callable[..., tuple[nnx.State, jax.Array, nnx.State]]:
     return run
 
 
-def test_every_parameter_learns(trained_on):
-    _, _, gradient = trained_on()
+@pytest.mark.parametrize("bottleneck", ["dense", "spatial"])
+def test_every_parameter_learns(trained_on, bottleneck):
+    _, _, gradient = trained_on(bottleneck=bottleneck)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, path
 

@@ -13,6 +13,7 @@ from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.evaluation.planted import KINDS, Planted, PlantedPrecision
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import METHOD
+from pulmo_jax.inference.image_rating import rate_image
 from pulmo_jax.inference.planted import anomalies, planted_precision
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.report import Section, captioned
@@ -115,7 +116,7 @@ def example(run: Run, ref: ImageRef, planted: Planted, reader: Reader) -> View:
             score=scores,
             truth=planted.mask,
             detected=detected,
-            image_score=run.scorer.method.image_score(scores),
+            image_score=rate_image(run.scorer.method, calibration, scores).score,
             threshold=calibration.pixel_threshold.value,
             label=True,
             pixel_mm=reader.tags(ref).pixel_mm,

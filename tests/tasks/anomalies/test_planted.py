@@ -1,0 +1,114 @@
+"""Planted anomalies of a run: repeatable, in metrics.json and the report, and as the objective of a sweep."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import tifffile
+from references.anomaly_run import run_on
+from references.default_configs import config, refusal
+from references.linear_method import LinearMethod
+
+from pulmo_jax.config.section import validate
+from pulmo_jax.data.images import index_images
+from pulmo_jax.data.reader import Reader
+from pulmo_jax.evaluation.planted import KINDS, PlantedPrecision
+from pulmo_jax.inference.planted import WINDOW_PATCHES, anomalies, planted_precision
+from pulmo_jax.runs.place import workplace
+from pulmo_jax.tasks.anomalies import planted
+from pulmo_jax.tasks.anomalies.config import TrainConfig
+
+READER = Reader(100)
+
+
+@pytest.fixture
+def refs(tmp_path):
+    """Five images of noise, one of them entirely background."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    for i in range(5):
+        for kind, pixels in (
+            ("image", rng.integers(100, 150, (60, 70), np.uint8)),
+            ("mask", np.full((60, 70), 255 * (i != 2), np.uint8)),
+        ):
+            path = folder / kind / f"{i}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(path, pixels)
+    return index_images(folder / "image", masks=folder / "mask")[0]
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run").mkdir()
+    made = run_on(tmp_path / "run", "uint8")
+    return replace(made, scorer=replace(made.scorer, how=replace(made.scorer.how)))
+
+
+def ignore(items, count):
+    return items
+
+
+def test_images_without_foreground_are_left_out(run, refs):
+    found = list(anomalies(run.scorer.how, refs, READER, 20, 0))
+    assert {ref.name for ref, _ in found} == {"0.tif", "1.tif", "3.tif", "4.tif"}
+    assert {p.kind for _, p in found} == set(KINDS)
+    side = WINDOW_PATCHES * run.scorer.how.patch_size
+    assert {p.image.pixels.shape for _, p in found} == {(min(60, side), min(70, side), 1)}
+
+
+def test_a_resized_image_is_scored_as_a_whole(run, refs):
+    how = replace(run.scorer.how, resize=True)
+    assert {p.image.pixels.shape for _, p in anomalies(how, refs, READER, 5, 0)} == {(60, 70, 1)}
+
+
+def test_the_precision_is_repeatable_and_follows_the_seed(run, refs):
+    one, same, other = (planted_precision(run.scorer, refs, READER, 15, seed, ignore) for seed in (3, 3, 4))
+    assert one == same != other
+    assert 0 < one.value < 1
+    assert one.standard_error > 0
+
+
+def options(count, objective):
+    return {"evaluation": {"planted": count}, "trainer": {"objective": objective}}
+
+
+def with_options(run, count, objective="val_loss"):
+    changes = {
+        key: getattr(run.config, key).model_copy(update=value) for key, value in options(count, objective).items()
+    }
+    return replace(run, config=run.config.model_copy(update=changes))
+
+
+def test_a_run_measures_and_reports_them(run, refs, tmp_path, capsys):
+    run = with_options(run, 10)
+    with workplace(tmp_path / "out", "train", run.config) as place:
+        found = planted.measure(run, refs, READER, place)
+        assert planted.measure(with_options(run, 0), refs, READER, place) is None
+    assert f"anomalies planted into validation images: pixel AP {found.value:.3f}" in capsys.readouterr().out
+    assert json.loads(json.dumps(planted.describe(found))) == {"validation": {"planted_ap": asdict(found)}}
+    assert planted.describe(None) == {}
+    (section,) = planted.sections(run, found, refs, READER, tmp_path)
+    assert [row[0] for row in section.tables[0].rows] == list(found.by_kind)
+    assert (tmp_path / "figures" / "planted.png").stat().st_size > 1000
+    assert planted.sections(run, None, refs, READER, tmp_path) == []
+
+
+def test_the_objective_of_a_sweep_is_chosen(run):
+    found = PlantedPrecision(0.7, 0.1, 10, {"bright": 0.7})
+    assert planted.objective_of(with_options(run, 10), found, 0.25) == 0.25
+    chosen = with_options(run, 10, "planted_ap")
+    assert planted.objective_of(chosen, found, 0.25) == -0.7
+    assert math.isnan(planted.objective_of(chosen, PlantedPrecision(None, None, 0, {}), 0.25))
+
+
+def test_an_objective_that_is_not_measured_is_refused():
+    message = refusal(evaluation__planted=0, trainer__objective="planted_ap")
+    assert "trainer.objective=planted_ap needs evaluation.planted above 0" in message
+    assert validate(TrainConfig, config(evaluation__planted=0)).evaluation.planted == 0
+
+
+def test_a_method_that_sees_the_anomaly_has_a_higher_precision(run, refs):
+    """The images are noise about a constant: the difference from that constant, and a score without any relation."""
+    sees = replace(run.scorer, method=LinearMethod(), params=LinearMethod().init())
+    assert planted_precision(sees, refs, READER, 15, 0, ignore).value > 0.05
