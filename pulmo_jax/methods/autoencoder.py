@@ -2,10 +2,12 @@
 
 With `noise_sigma` above 0 it is a denoising autoencoder (Kascenas, Pugeault, O'Neil 2022, "Denoising autoencoders for
 unsupervised anomaly detection in brain MRI", MIDL): it learns to remove coarse noise added to the input, and thereby
-blobs that are absent from normal images. Departures from the paper: a bottleneck instead of a U-Net; noise over the
-whole patch, on a fixed lattice with a node spacing of `noise_cell_px` (the paper: 16 nodes per side) and a standard
-deviation of `noise_sigma` at the nodes (less between them); and by default a score that smooths the signed residual
-before squaring it.
+blobs that are absent from normal images. Its network is a U-Net (models.image_unet); with that of
+models.autoencoder, it has a bottleneck instead. Departures from the paper: noise over the whole patch, on a fixed
+lattice with a node spacing of `noise_cell_px` (the paper: 16 nodes per side) and a standard deviation of `noise_sigma`
+at the nodes (less between them); and by default a score that smooths the signed residual before squaring it. The score
+of the paper is `score` = l1 without smoothing, in a foreground that is eroded by `erode_px`, then a median filter of
+`median_px` = 5.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from pydantic import Field
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l1, l2, ms_ssim, ssim
 from pulmo_jax.methods.networks import initial_params, with_params
-from pulmo_jax.methods.score_maps import Extent, smooth_within, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, eroded, median_filtered, smooth_within, smoothing_radius
 from pulmo_jax.types import ImageStatistic
 
 Score = Literal["local_mean", "l2", "l1", "ssim", "ms_ssim"]
@@ -66,6 +68,12 @@ class Autoencoder:
         float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
     ] = 0.2
     noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
+    erode_px: Annotated[
+        int, Field(ge=1, le=99, description="side of the square by which the foreground is eroded; scores are 0 outside")
+    ] = 1
+    median_px: Annotated[
+        Literal[1, 3, 5, 7], Field(description="side of the median filter of the score, px; 1: without")
+    ] = 1
 
     def init(self) -> Params:
         """Copy the initial parameters of the network."""
@@ -91,14 +99,18 @@ class Autoencoder:
 
     @property
     def halo_px(self) -> int:
-        """Radius of the smoothing kernel, px."""
-        return smoothing_radius(self.smooth_px)
+        """Radius of the smoothing kernel or of the erosion, and of the median filter, px."""
+        return max(smoothing_radius(self.smooth_px), self.erode_px // 2) + self.median_px // 2
 
     def score_map(
         self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
         """Compute the selected score; see `methods.base.Method.score_map`."""
-        return smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
+        scores = smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
+        if self.erode_px == self.median_px == 1:
+            return scores
+        scores = jnp.where(eroded(foreground, self.erode_px, extent), scores, 0)
+        return jnp.where(foreground, median_filtered(scores, self.median_px, extent), jnp.nan)
 
 
 def smoothed_score(

@@ -75,6 +75,10 @@ class Diffusion:
         float, Field(gt=0, le=1, description="amplitude of an octave relative to the one before")
     ] = 0.8
     depth: Annotated[int, Field(ge=1, description="step from which patches are healed, at most timesteps")] = 250
+    noise_share: Annotated[
+        float,
+        Field(ge=0, le=1, description="amplitude of the noise added before healing, relative to that of the step depth"),
+    ] = 1.0
     sampler: Annotated[Kind, Field(description="sampler; dpm_solver: DPM-Solver++(2M)")] = "dpm_solver"
     calls: Annotated[int, Field(ge=1, description="network calls per healed patch and draw, at most depth")] = 5
     draws: Annotated[int, Field(ge=1, le=1000, description="healed versions to average per patch")] = 2
@@ -213,7 +217,7 @@ class Diffusion:
         pairs = jax.vmap(jax.random.split)(keys)
         alpha, sigma = (float(a[self.depth]) for a in self._amplitudes)
         noise = self.draw_noise(pairs[:, 0], patches.shape[1:])
-        start = alpha * standardised(patches, params["moments"]) + sigma * noise
+        start = alpha * standardised(patches, params["moments"]) + self.noise_share * sigma * noise
         healed = self._descend(params, start, pairs[:, 1], self.depth, self.calls)
         return restored(healed, params["moments"])
 

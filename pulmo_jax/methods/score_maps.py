@@ -151,6 +151,27 @@ def eroded(foreground: Bool[Array, "H W"], reach_px: int, extent: Extent | None 
     return foreground
 
 
+@partial(jax.jit, static_argnames="side_px")
+def median_filtered(
+    image: Float[Array, "H W"], side_px: int, extent: Extent | None = None
+) -> Float[Array, "H W"]:
+    """Filter an image by the median of a square window, with reflection at the borders of the image.
+
+    Args:
+        image: Image without NaN.
+        side_px: Side of the window, odd.
+        extent: Position of the image in the array. Default: the array holds exactly one image.
+
+    Returns:
+        Median of the window around each pixel.
+    """
+    extent, (height, width), reach = extent or Extent.whole(image.shape), image.shape, side_px // 2
+    for axis, (start, stop) in enumerate((extent[:2], extent[2:])):
+        image = mirrored(image, (reach, reach), start, stop, axis)
+    windows = [image[y : y + height, x : x + width] for y in range(side_px) for x in range(side_px)]
+    return jnp.sort(jnp.stack(windows), axis=0)[side_px**2 // 2]
+
+
 def smoothing_radius(sigma_px: float) -> int:
     """Return the truncation radius of a Gaussian of this standard deviation (4 sigma, rounded), px."""
     return int(4 * sigma_px + 0.5)

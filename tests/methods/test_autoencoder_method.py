@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from references import image_operations
-from scipy.ndimage import minimum_filter
+from scipy.ndimage import median_filter, minimum_filter
 
 from pulmo_jax.core.ssim import ssim_map
 from pulmo_jax.methods import losses
 from pulmo_jax.methods.autoencoder import RESIDUALS, Autoencoder, coarse_noise
 from pulmo_jax.methods.base import Method
 from pulmo_jax.methods.patch_gaussian import PatchGaussian
-from pulmo_jax.methods.score_maps import Extent, eroded, smooth_within
+from pulmo_jax.methods.score_maps import Extent, eroded, median_filtered, smooth_within
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.models.identity import Identity
 from pulmo_jax.training.state import init_state, make_step
@@ -150,6 +150,26 @@ def test_erosion_is_scipys_minimum_filter(foreground, reach, left):
         np.testing.assert_array_equal(found, minimum_filter(foreground, reach, mode="nearest"))
 
 
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_the_median_filter_is_scipys(side):
+    for height, width, left in ((30, 12, 0), (7, 5, 3), (1, 4, 2)):
+        image = noisy_patches((height, width))
+        buffer, extent = in_buffer(image, 3 * left, left, fill=7.0)
+        found = np.asarray(median_filtered(buffer, side, extent))[extent.top :, extent.left :][:height, :width]
+        np.testing.assert_array_equal(found, median_filter(image, side, mode="reflect"))
+
+
+def test_the_score_of_kascenas_is_the_filtered_difference_in_the_eroded_foreground():
+    residual, foreground = noisy_patches((20, 24, 1)) ** 2, np.ones((20, 24), bool)
+    foreground[:, :5] = foreground[3] = False
+    method = halving(score="l1", smooth_px=0.0, erode_px=3, median_px=5)
+    found = np.asarray(method.score_map(jnp.asarray(residual), jnp.asarray(foreground)))
+    kept = minimum_filter(foreground, 3, mode="reflect")
+    expected = median_filter(np.where(kept, residual[..., 0], 0), 5, mode="reflect")
+    np.testing.assert_array_equal(found, np.where(foreground, expected, np.nan).astype(np.float32))
+    assert method.halo_px == 3
+
+
 @pytest.mark.parametrize("score", ["l2", "local_mean"])
 def test_the_score_map_is_not_a_number_outside_of_the_foreground(score):
     residual, foreground = noisy_patches((20, 24, 3)), noisy_patches((20, 24), seed=1) > -0.5
@@ -164,7 +184,7 @@ def test_the_score_map_is_not_a_number_outside_of_the_foreground(score):
 
 @given(
     st.tuples(st.integers(1, 60), st.integers(1, 12)).flatmap(lambda shape: hnp.arrays(bool, shape)),
-    st.sampled_from(["autoencoder", "mahalanobis", "matched"]),
+    st.sampled_from(["autoencoder", "median", "mahalanobis", "matched"]),
     st.data(),
 )
 @settings(deadline=None, max_examples=60)
@@ -190,6 +210,7 @@ SCORES = {
     name: (method, jax.jit(method.score_map))
     for name, method in {
         "autoencoder": halving(smooth_px=2.5),
+        "median": halving(smooth_px=1.0, erode_px=4, median_px=5),
         "mahalanobis": PatchGaussian(Identity(patch_size=16, channels=2, rngs=nnx.Rngs(0)), window_px=4, stride_px=2),
         "matched": PatchGaussian(Identity(patch_size=16, channels=2, rngs=nnx.Rngs(0)), window_px=5, score="matched",
                                  blob_sigmas_px=(1.0, 1.5), smooth_px=1.0),
