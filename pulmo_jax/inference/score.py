@@ -20,6 +20,7 @@ from pulmo_jax.data.file_rows import Rows
 from pulmo_jax.data.transforms import Preprocessing, finite, fitting, preprocess, resize_bands
 from pulmo_jax.host.resources import explain_out_of_memory, require
 from pulmo_jax.inference.memory import within_memory
+from pulmo_jax.inference.normal_level import NormalLevel, relative_to
 from pulmo_jax.inference.strips import cut_batches, everywhere, padded
 from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Detailed, Method, Params
@@ -65,6 +66,7 @@ class Scorer:
         tiles: Tiling.
         residual: Compiled residual of the method.
         reconstruct: Compiled reconstruction of the method.
+        level: Normal level of each location, to which scores are relative; None: they are not.
         score_window: Compiled scores of a strip; see `window_scorer`.
         maps_window: Compiled scores and further maps of a strip.
     """
@@ -75,11 +77,19 @@ class Scorer:
     tiles: Tiles
     residual: OnTiles
     reconstruct: OnTiles
+    level: NormalLevel | None
     score_window: Callable[..., Any]
     maps_window: Callable[..., Any]
 
     @classmethod
-    def of(cls, method: Method, params: Params, how: Preprocessing, tiles: Tiles) -> "Scorer":
+    def of(
+        cls,
+        method: Method,
+        params: Params,
+        how: Preprocessing,
+        tiles: Tiles,
+        level: NormalLevel | None = None,
+    ) -> "Scorer":
         """Make a scorer. The parameters are copied to every device; each function is compiled at its first call.
 
         Args:
@@ -87,6 +97,7 @@ class Scorer:
             params: Its parameters.
             how: Preprocessing of the run.
             tiles: Tiling.
+            level: Normal level of each location, to which scores are relative; None: they are not.
 
         Returns:
             The scorer.
@@ -104,8 +115,9 @@ class Scorer:
             tiles,
             within_memory(method.residual, what, remedy),
             within_memory(method.reconstruct, what, remedy),
-            window_scorer(method),
-            window_scorer(method, detailed=bool(names_of(method))),
+            level,
+            window_scorer(method, level),
+            window_scorer(method, level, detailed=bool(names_of(method))),
         )
 
     def __call__(
@@ -240,12 +252,13 @@ class Scorer:
 
 
 def window_scorer(
-    method: Method, detailed: bool = False
+    method: Method, level: NormalLevel | None = None, detailed: bool = False
 ) -> Callable[..., tuple[Float[Array, "*K rows width"], Float[Array, "M halos width"]]]:
     """Compile the function that scores a strip as soon as the `halo_px` rows below it are known.
 
     Args:
         method: Method of the run.
+        level: Normal level of each location, to which scores are relative; None: they are not.
         detailed: Whether to compute the further maps of a `Detailed` method as well.
 
     Returns:
@@ -274,6 +287,8 @@ def window_scorer(
         window, rows = jnp.concatenate([above, strip], axis=1), strip.shape[1]
         residual = jnp.moveaxis(window, 0, -1)
         maps = method.score_map(residual, inside, extent)
+        if level is not None:
+            maps = relative_to(level, maps, extent)
         if detailed and isinstance(method, Detailed):
             further = jnp.moveaxis(method.detail_maps(residual, inside, extent), -1, 0)
             maps = jnp.stack([maps, *jnp.where(inside, further, jnp.nan)])

@@ -8,7 +8,8 @@ import pytest
 import tifffile
 from test_patch_gaussians import arguments, call, crop  # noqa: F401
 
-from pulmo_jax.tasks.anomalies.run import load_run, load_tuned
+from pulmo_jax.tasks.anomalies.calibrated import load_tuned
+from pulmo_jax.tasks.anomalies.run import load_run
 
 pytestmark = pytest.mark.slow
 TINY = ["model.width=16", "model.layers=1", "model.heads=2", "method.orders=[raster,raster_reversed]"]

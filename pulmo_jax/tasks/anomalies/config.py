@@ -108,6 +108,11 @@ class CalibrationConfig(Section):
 
     pixel_rate: Float = Field(default=0.001, gt=0, lt=1, description="false-alarm rate per pixel")
     image_rate: Float = Field(default=0.05, gt=0, lt=1, description="false-alarm rate per image")
+    locations: Literal["pooled", "each"] | None = Field(
+        default=None,
+        description="each: scores relative to those of the training images at the same location, for images in one "
+        "frame; null: each if data.align_run is given",
+    )
     min_area_px: Int = Field(default=9, ge=1, description="minimum area of a reported region, px")
 
 

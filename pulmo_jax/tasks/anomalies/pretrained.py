@@ -15,9 +15,11 @@ from pulmo_jax.methods.base import Accumulated, Based, Method, Params
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
 from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
 from pulmo_jax.runs.older import naming_version
+from pulmo_jax.tasks.anomalies.building import parts_of
+from pulmo_jax.tasks.anomalies.calibrated import load_tuned, with_tuned
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.data import NormalData
-from pulmo_jax.tasks.anomalies.run import SEALED, load_run, load_tuned, parts_of, with_tuned
+from pulmo_jax.tasks.anomalies.run import SEALED, load_run
 from pulmo_jax.training.state import TrainState, learnt
 from pulmo_jax.types import InputError
 

@@ -1,39 +1,33 @@
 """A finished run of anomaly detection: scorer, thresholds, and the files that store them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, Shaped
 
-from pulmo_jax.config.nodes import build, find_target
 from pulmo_jax.data.images import ImageRef
 from pulmo_jax.data.one_image import ImageLike, one_foreground, one_image
 from pulmo_jax.data.transforms import Preprocessing, preprocess, same_scale
-from pulmo_jax.evaluation.calibration import Calibration, Threshold, read_calibration
+from pulmo_jax.evaluation.calibration import Calibration, Threshold
 from pulmo_jax.evaluation.detection import find_detections
-from pulmo_jax.host.files import write_json
-from pulmo_jax.host.reading import read_json
 from pulmo_jax.inference.image_rating import image_statistic_of, rate_image
+from pulmo_jax.inference.normal_level import NormalLevel
 from pulmo_jax.inference.score import Scorer, Tiles
-from pulmo_jax.methods.base import Method, Params, Shaping, Tuned
-from pulmo_jax.methods.ensemble import Ensemble, networks
+from pulmo_jax.methods.base import Method, Params
 from pulmo_jax.runs.directory import load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
-from pulmo_jax.tasks.anomalies.config import BaseConfig, TrainConfig
+from pulmo_jax.tasks.anomalies.building import build_method
+from pulmo_jax.tasks.anomalies.calibrated import load_calibrations, load_level, load_tuned, with_tuned
+from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.results import AnomalyResult
 from pulmo_jax.tasks.anomalies.units import stored_intensity
-from pulmo_jax.training.members import seed_of
 from pulmo_jax.training.state import TrainState, inference_state, learnt
 from pulmo_jax.types import ImageStatistic, InputError
 
 SEALED = ("preprocessing.json", "calibration.json", "baselines.json")
-TUNED = "tuned"  # entry of calibration.json and of the parameters
 
 
 @dataclass(frozen=True)
@@ -159,7 +153,8 @@ def open_run(path: Path | str, plugins: tuple[str, ...] = ()) -> Run:
     config, how, method, state, step = load_run(path, plugins)
     params = learnt(method, state)
     params = with_tuned(params, load_tuned(path, method, params))
-    return Run(path, config, make_scorer(config, method, params, how), load_calibrations(path), step)
+    scorer = make_scorer(config, method, params, how, load_level(path))
+    return Run(path, config, scorer, load_calibrations(path), step)
 
 
 def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Preprocessing, Method, TrainState, int]:
@@ -182,135 +177,15 @@ def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Pr
     return config, how, build_method(config, how), state, step
 
 
-def make_scorer(config: TrainConfig, method: Method, params: Params, how: Preprocessing) -> Scorer:
-    """Make the scorer of a method with the tiling of the config."""
-    return Scorer.of(method, params, how, Tiles(config.tiles.overlap, config.tiles.batch_size))
-
-
-def build_method(config: TrainConfig, how: Preprocessing) -> Method:
-    """Build the networks, randomly initialised, and the method from the config."""
-    return build_parts(parts_of(config), how, config.seed, config.plugins)
-
-
-def parts_of(config: TrainConfig) -> BaseConfig:
-    """Method, model and base run of a config."""
-    members = config.trainer.members
-    return BaseConfig(method=config.method, model=config.model, members=members, base=config.base)
-
-
-def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple[str, ...]) -> Method:
-    """Build a method on that of its base run, if it has one; several networks make an ensemble.
-
-    Args:
-        parts: Method, model and base run.
-        how: Preprocessing.
-        seed: Seed of the initial parameters; each further network has a seed of its own.
-        plugins: Packages that may be imported.
-
-    Returns:
-        The method.
-
-    Raises:
-        InputError: If the model does not fit the patches, or the base run the method.
-    """
-    base = None if parts.base is None else build_parts(parts.base, how, seed, plugins)
-    target = find_target(parts.method, "method", plugins)
-    shape = network_arguments(target, base)
-    seeds = [seed, *(seed_of("network", seed, i) for i in range(1, parts.members))]
-
-    def one(seed: int) -> Method:
-        given: dict[str, Any] = {"patch_size": how.patch_size, "channels": how.channels, **shape}
-        try:
-            network = build(parts.model, "model", plugins, rngs=nnx.Rngs(seed), **given)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        return build(parts.method, "method", plugins, network=network, base=base, seed=seed)
-
-    members = tuple(one(seed) for seed in seeds)
-    return members[0] if len(members) == 1 else Ensemble(members)
-
-
-def network_arguments(target: Any, base: Method | None) -> dict[str, Any]:
-    """Arguments of the network that a method class determines, some of them by the method of the base run.
-
-    Args:
-        target: Class of the method.
-        base: Method of the base run, if any.
-
-    Returns:
-        Values by name; empty for a class that determines none.
-
-    Raises:
-        InputError: If the base run is an ensemble, and an argument depends on it.
-    """
-    shape = dict(target.NETWORK) if isinstance(target, Shaping) else {}
-    of_base = {name: value for name, value in shape.items() if isinstance(value, str)}
-    if of_base and isinstance(base, Ensemble):
-        raise InputError(
-            f"method.base_run: is an ensemble of {base.count} networks, which have no {', '.join(of_base)} in common; "
-            "give a run with trainer.members=1"
-        )
-    return shape | {name: getattr(base, attribute) for name, attribute in of_base.items()}
-
-
-def save_calibrations(run: Path, calibrations: dict[str, Calibration], tuned: Mapping[str, Any]) -> None:
-    """Write the calibration of the method to calibration.json, and those of the baselines to baselines.json.
-
-    Args:
-        run: Run directory.
-        calibrations: Calibration of the method, then those of the baselines, by name.
-        tuned: Numbers of a `Tuned` method, by name.
-    """
-    method, *baselines = calibrations
-    write_json(run / "baselines.json", {name: calibrations[name].to_json() for name in baselines})
-    numbers = {name: np.asarray(values).tolist() for name, values in tuned.items()}
-    write_json(run / "calibration.json", calibrations[method].to_json() | ({TUNED: numbers} if numbers else {}))
-
-
-def with_tuned(params: Params, tuned: Mapping[str, Any]) -> Params:
-    """Set the numbers of a `Tuned` method; of other methods, the parameters are unchanged."""
-    return {**params, TUNED: dict(tuned)} if tuned else params
-
-
-def load_tuned(run: Path, method: Method, params: Params) -> Mapping[str, Any]:
-    """Read the numbers of a `Tuned` method from calibration.json.
-
-    Args:
-        run: Run directory.
-        method: Method of the run.
-        params: Its parameters, whose entry "tuned" has the structure.
-
-    Returns:
-        Arrays by name; empty for other methods.
-
-    Raises:
-        InputError: If they are missing or have another structure.
-    """
-    if not isinstance(networks(method, params)[0][0], Tuned):
-        return {}
-    path, like = run / "calibration.json", params[TUNED]
-    content = read_json(path, inside=run)
-    found = content.get(TUNED) if isinstance(content, dict) else None
-    try:
-        arrays = {name: jnp.asarray(found[name], value.dtype) for name, value in like.items()}  # pyright: ignore
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: lacks numbers of the method ({error}); train again") from error
-    if any(arrays[name].shape != value.shape for name, value in like.items()):
-        raise InputError(f"{path}: has numbers of another method; train again")
-    return arrays
-
-
-def load_calibrations(run: Path) -> dict[str, Calibration]:
-    """Read the calibrations of the method and the baselines, by name. Raises InputError."""
-    path = run / "baselines.json"
-    try:
-        baselines = read_json(path, inside=run)
-    except (OSError, InputError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); train again") from error
-    if not isinstance(baselines, dict):
-        raise InputError(f"{path}: is not a table of calibrations; train again")
-    method = {"method": read_calibration(run / "calibration.json")}
-    return method | {name: Calibration.from_json(content, path) for name, content in baselines.items()}
+def make_scorer(
+    config: TrainConfig,
+    method: Method,
+    params: Params,
+    how: Preprocessing,
+    level: NormalLevel | None = None,
+) -> Scorer:
+    """Make the scorer of a method with the tiling of the config; see `Scorer.of`."""
+    return Scorer.of(method, params, how, Tiles(config.tiles.overlap, config.tiles.batch_size), level)
 
 
 def missing_masks(refs: Sequence[ImageRef], run: Run) -> str:

@@ -24,6 +24,7 @@ from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
+from pulmo_jax.inference.normal_level import normal_level
 from pulmo_jax.inference.score import Scorer
 from pulmo_jax.methods.base import Accumulated, Iterative, Method, Shaping
 from pulmo_jax.methods.ensemble import tuned
@@ -34,6 +35,8 @@ from pulmo_jax.runs.report import Findings
 from pulmo_jax.runs.training import Learned, Learning
 from pulmo_jax.tasks.anomalies.aligning import align_data, open_frame
 from pulmo_jax.tasks.anomalies.assessment import assess_training, labelled_images
+from pulmo_jax.tasks.anomalies.building import build_method
+from pulmo_jax.tasks.anomalies.calibrated import save_calibrations, with_tuned
 from pulmo_jax.tasks.anomalies.config import DataConfig, EvaluateDataConfig, TrainConfig
 from pulmo_jax.tasks.anomalies.data import (
     NormalData,
@@ -47,12 +50,13 @@ from pulmo_jax.tasks.anomalies.data import (
 )
 from pulmo_jax.tasks.anomalies.figures import patch_grid
 from pulmo_jax.tasks.anomalies.pretrained import Pretrained, is_accumulated, open_base, start_from, with_base
-from pulmo_jax.tasks.anomalies.run import Run, build_method, make_scorer, save_calibrations, with_tuned
+from pulmo_jax.tasks.anomalies.run import Run, make_scorer
 from pulmo_jax.training import devices
 from pulmo_jax.training.program import compile_step
 from pulmo_jax.training.state import TrainState, init_state, learnt, make_pass, make_step
 from pulmo_jax.types import InputError
 
+LEVEL_IMAGES = 512  # training images that determine the normal level of a location
 EXAMPLE_PATCHES = 8  # in the figures during training
 FOLDERS = ("train", "val", "test", "test_masks", "foreground")
 
@@ -155,6 +159,7 @@ def read(config: TrainConfig, place: Place) -> AnomalyData:
         data = align_data(landmarks, data, place.folder / "aligned", data.max_image_mb, place.console, place.formats)
     reader = Reader(data.max_image_mb, place.formats)
     require_one_frame(config)
+    require_locations(config)
     stride = data.patch_size // (1 if is_accumulated(config) else 2)
     normal = read_normal_images(data, config.seed, reader, place.console, stride, base.how if base else None)
     normal = replace(normal, how=replace(normal.how, aligned_by=frame))
@@ -242,6 +247,12 @@ def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Plac
     numbers = tuned(method, params, jnp.asarray(patches))
     scorer = make_scorer(config, method, with_tuned(params, numbers), data.normal.how)
     tell_cost(scorer, patches, place)
+    level = None
+    if by_location(config):
+        known = data.normal.training.images
+        images = [known[i] for i in evenly_spaced(np.arange(len(known)), LEVEL_IMAGES)]
+        level = normal_level(scorer, images, data.reader, tracker(place.console, "scoring training images"))
+        scorer = make_scorer(config, method, scorer.params, data.normal.how, level)
     calibrations = calibrate(
         scorer,
         data.normal.validation.images,
@@ -251,7 +262,7 @@ def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Plac
         config.seed,
         tracker(place.console, "calibrating"),
     )
-    save_calibrations(place.run_dir, calibrations, numbers)
+    save_calibrations(place.run_dir, calibrations, numbers, level)
     return Run(place.run_dir, config, scorer, calibrations, learned.step)
 
 
@@ -318,6 +329,21 @@ def require_one_frame(config: TrainConfig) -> None:
         raise InputError(
             "method.locations=each needs data.resize=true: it models one Gaussian per location of aligned "
             "images, resized to data.patch_size; for images that are not aligned use method.locations=pooled"
+        )
+
+
+def by_location(config: TrainConfig) -> bool:
+    """Whether scores are relative to those of normal images at the same location."""
+    locations = config.calibration.locations
+    return config.data.align_run is not None if locations is None else locations == "each"
+
+
+def require_locations(config: TrainConfig) -> None:
+    """Raise InputError if scores are to be compared by location in images that have no common frame."""
+    if config.calibration.locations == "each" and not config.data.resize and config.data.align_run is None:
+        raise InputError(
+            "calibration.locations=each needs images that show the same place at the same location: give "
+            "data.align_run or data.resize=true, or calibration.locations=pooled"
         )
 
 
