@@ -7,16 +7,23 @@ latent. Coordinates are always (y, x), in pixels from 0.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from pydantic import Field
 
 # (iterable, length) -> the same items, with progress shown to the user
 ProgressTracker = Callable[[Iterable[Any], int], Iterable[Any]]
 Say = Callable[[str], None]  # takes a line of text for the user
 
 Statistic = Literal["max", "top1", "mean", "area", "cell16", "cell4"]  # of a score map; evaluation.image_statistics
-ImageStatistic = Literal["combined", "max", "top1", "mean", "area", "cell16", "cell4"]
+ImageStatistic = Annotated[
+    Literal["combined", "max", "top1", "mean", "area", "cell16", "cell4"],
+    Field(
+        description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16 or "
+        "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+    ),
+]
 
 INCH = 2  # TIFF ResolutionUnit
 MM_PER_UNIT = {INCH: 25.4, 3: 10.0}

@@ -57,13 +57,7 @@ class Autoencoder:
     smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
         4.0
     )
-    image_statistic: Annotated[
-        ImageStatistic,
-        Field(
-            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
-            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
-        ),
-    ] = "combined"
+    image_statistic: ImageStatistic = "combined"
     noise_sigma: Annotated[
         float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
     ] = 0.2

@@ -34,7 +34,8 @@ from pulmo_jax.methods.diffusion_schedules import Schedule, amplitudes, descent
 from pulmo_jax.methods.losses import ImageLoss, l1
 from pulmo_jax.methods.networks import initial_params, with_params
 from pulmo_jax.methods.samplers import COEFFICIENTS, Kind, run
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, smoothing_radius
+from pulmo_jax.types import ImageStatistic
 
 Target = Literal["epsilon", "x0", "v"]
 Noise = Literal["gaussian", "simplex"]
@@ -95,10 +96,7 @@ class Diffusion:
     smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
         4.0
     )
-    image_statistic: Annotated[
-        ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+    image_statistic: ImageStatistic = "combined"
     seed: Annotated[int, Field(ge=0, description="seed of the noise at inference")] = 0
 
     def __post_init__(self) -> None:
@@ -285,10 +283,6 @@ class Diffusion:
     ) -> Float[Array, "H W K"]:
         """Return the standard deviation over draws, mean over channels, normalised intensity."""
         return residual[..., -1:] if self.draws > 1 else residual[..., :0]
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)
 
 
 def tracked(moments: dict[str, Array], seen: Mapping[str, Array]) -> dict[str, Array]:

@@ -140,13 +140,7 @@ class PatchGaussian:
         float | None,
         Field(ge=0, le=100, description="sigma of the smoothing of the score, px; null: 2, or 0 with score=matched"),
     ] = None
-    image_statistic: Annotated[
-        ImageStatistic,
-        Field(
-            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
-            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
-        ),
-    ] = "combined"
+    image_statistic: ImageStatistic = "combined"
     memory_mb: Annotated[int, Field(ge=1, description="memory for fitting, in addition to the fitted model, MiB")] = 256
 
     def __post_init__(self) -> None:
