@@ -165,6 +165,7 @@ def test_experiments_that_the_refusal_names_can_draw(experiment):
     assert {"sample", "sampling_calls"} <= set(dir(target))
 
 
+@pytest.mark.slow
 def test_the_verb_draws_from_a_trained_run_and_refuses_another(go, tmp_path):
     go(tmp_path / "vae", "method=variational_autoencoder")
     options = {"output": tmp_path / "out", "n": 3}

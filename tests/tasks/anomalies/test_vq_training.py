@@ -12,6 +12,7 @@ from pulmo_jax.methods.vq_autoencoder import VqAutoencoder, codebook
 from pulmo_jax.tasks.anomalies.run import load_run, open_run
 from pulmo_jax.types import InputError
 
+pytestmark = pytest.mark.slow
 VQ = ["method=vq_autoencoder", "method/loss=l1", "method.n_codes=4", "model=vq_autoencoder", "model.width=8"]
 VQ += ["model.blocks=1", "model.dtype=bfloat16", "model.remat=true", "trainer.members=2"]
 IMAGE = np.random.default_rng(0).integers(900, 1100, (40, 40, 1)).astype(np.uint16)
