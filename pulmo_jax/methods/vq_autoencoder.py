@@ -75,7 +75,7 @@ class VqAutoencoder:
     commitment: Annotated[
         float, Field(ge=0, description="weight of the squared distance of a latent vector from its code")
     ] = 0.25
-    code_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the moving averages of the codebook")] = 0.99
+    code_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the moving averages of the codebook")] = 0.95
     score: Annotated[
         Score,
         Field(

@@ -162,6 +162,7 @@ def samples_figure(images: Float[np.ndarray, "N P P C"], comparison: Comparison 
                 grey = np.clip(image if image.shape[-1] == 3 else image.mean(axis=-1), 0, 1)
                 axes.imshow(grey, cmap="gray", vmin=0, vmax=1)
                 axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
             for axes in row[len(patches) :]:
                 axes.set_axis_off()
     return figure

@@ -13,10 +13,13 @@ from references.linear_method import LinearMethod
 from references.pages import require_captions
 from references.preprocessing import preprocessing
 
+from pulmo_jax.config.nodes import find_target
 from pulmo_jax.config.verbs import SampleConfig
 from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.runs.place import workplace
-from pulmo_jax.tasks.anomalies.sampling import draw, in_file_units, sample
+from pulmo_jax.sample import sample as verb
+from pulmo_jax.shell.composing import compose_config
+from pulmo_jax.tasks.anomalies.sampling import ABLE, draw, in_file_units, sample
 from pulmo_jax.types import InputError
 
 
@@ -153,6 +156,26 @@ def test_a_method_that_cannot_draw_is_refused_before_anything_is_written(run, tm
     with pytest.raises(InputError, match="LinearMethod models no distribution .* a run of lung_vae, lung_tokens, lung"):
         go(run, tmp_path / "out")
     assert not (tmp_path / "out" / "samples").exists()
+
+
+@pytest.mark.parametrize("experiment", ABLE)
+def test_experiments_that_the_refusal_names_can_draw(experiment):
+    node = compose_config("train", experiment, {}).method
+    target = find_target(node, "method", ())
+    assert {"sample", "sampling_calls"} <= set(dir(target))
+
+
+@pytest.mark.slow
+def test_the_verb_draws_from_a_trained_run_and_refuses_another(go, tmp_path):
+    go(tmp_path / "vae", "method=variational_autoencoder")
+    options = {"output": tmp_path / "out", "n": 3}
+    verb(SampleConfig(run=tmp_path / "vae", **options), tmp_path)
+    assert (read(tmp_path / "out").dtype, read(tmp_path / "out").shape) == (np.uint16, (3, 16, 16))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["nearest_training_patch"]["training_patches"] == 8 * 16
+    go(tmp_path / "plain")
+    with pytest.raises(InputError, match="^run=.*plain: Autoencoder models no distribution of images"):
+        verb(SampleConfig(run=tmp_path / "plain", output=tmp_path / "other"), tmp_path)
 
 
 @pytest.mark.parametrize(
