@@ -108,7 +108,7 @@ class Tokens:
             "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
         ),
     ] = "combined"
-    seed: Annotated[int, Field(ge=0, description="seed of the resampled codes")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of the drawn codes")] = 0
 
     frozen: ClassVar[tuple[str, ...]] = ("base", "tuned")
     detail_names: ClassVar[tuple[str, ...]] = ("difference", "surprise")

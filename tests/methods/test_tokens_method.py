@@ -174,6 +174,7 @@ def test_drawn_codes_have_the_probabilities_of_the_network():
 
 def test_an_anomaly_is_healed_and_normal_codes_are_kept(trained):
     one, params, _ = trained
+    params = {**params, "tuned": params["tuned"] | {"threshold": jnp.float32(1)}}
     normal = patches_of(6, seed=5)
     abnormal = normal.at[:, 4:6, 2:6].add(2)  # two cells of the third row
     abnormal = jnp.where(abnormal >= CODES, abnormal - CODES, abnormal)
@@ -186,7 +187,7 @@ def test_an_anomaly_is_healed_and_normal_codes_are_kept(trained):
     assert np.asarray(scores)[inside].min() > 0
 
 
-def test_nothing_is_resampled_before_the_threshold_is_set():
+def test_nothing_is_replaced_before_the_threshold_is_set():
     one, patches = method(), patches_of(3)
     np.testing.assert_allclose(jax.jit(one.reconstruct)(one.init(), patches), patches, atol=1e-6)
 
@@ -196,7 +197,7 @@ def test_restored_patches_do_not_depend_on_the_batch():
     one, patches = method(seed=3), patches_of(6)
     patches += 0.01 * jnp.arange(6)[:, None, None, None]
     params = one.init()
-    params["tuned"]["threshold"] = jnp.float32(-1)  # everything is resampled
+    params["tuned"]["threshold"] = jnp.float32(-1)  # nearly everything is replaced
     together = one.reconstruct(params, patches)
     np.testing.assert_array_equal(one.reconstruct(params, patches[4:5]), together[4:5])
     np.testing.assert_array_equal(one.reconstruct(params, patches[::-1]), together[::-1])
@@ -227,6 +228,7 @@ def test_a_normal_image_may_have_no_unlikely_code(trained):
     """A quantile of the image itself would find some in every image."""
     one, params, _ = trained
     patches = patches_of(40, seed=77)
+    assert np.isfinite(params["tuned"]["threshold"])
     changed = np.asarray(one.reconstruct(params, patches) != patches).any((1, 2, 3))
     assert not changed.all()
 
