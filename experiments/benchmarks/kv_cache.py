@@ -1,6 +1,6 @@
 """Drawing a grid of 16 x 16 codes with the key-value cache and without it, in one run.
 
-    python experiments/benchmarks/kv_cache.py [--rounds 5]
+    python experiments/benchmarks/kv_cache.py [--rounds 3]
 
 The transformer is that of configs/model/token_transformer.yaml with random weights; its speed does not depend on them.
 With the cache, the 256 codes are drawn by `methods.tokens.replaced`, as `sample` does. Without it, every code takes a
@@ -126,9 +126,9 @@ def measured(batch: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    rows = [measured(batch, rounds) for batch in (1, 16)]
+    rows = [measured(batch, rounds) for batch in (1, 4)]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
     (HERE / "kv_cache.json").write_text(
         json.dumps({"machine": machine, "rounds": rounds, "rows": rows}, indent=2) + "\n"

@@ -41,6 +41,7 @@ from pulmo_jax.models.token_transformer import TokenTransformer, before
 from pulmo_jax.types import ImageStatistic, InputError
 
 Score = Literal["both", "difference", "surprise"]
+LEAST_SPREAD = 1e-6  # nats, or normalised intensities; patches without any variation would otherwise have the score NaN
 TUNING_BATCH = 64  # patches per batch when the threshold is set
 
 
@@ -231,8 +232,9 @@ class Tokens:
 
         mean, square = in_batches(moments, patches).mean(0)
         tuned["excess_mean"] = mean[-1]
-        tuned["excess_spread"] = jnp.sqrt(square[-1] - mean[-1] ** 2)
-        return {**tuned, "difference_spread": jnp.sqrt(square[:-1].mean())}
+        variances = jnp.stack([square[-1] - mean[-1] ** 2, square[:-1].mean()])
+        excess, difference = jnp.sqrt(jnp.maximum(variances, LEAST_SPREAD**2))
+        return {**tuned, "excess_spread": excess, "difference_spread": difference}
 
     def score_map(
         self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
