@@ -41,6 +41,7 @@ from pulmo_jax.models.token_transformer import TokenTransformer, before
 from pulmo_jax.types import ImageStatistic, InputError
 
 Score = Literal["both", "difference", "surprise"]
+NEVER = 1e30  # nats; threshold before it is set. Checkpoints must be finite
 LEAST_SPREAD = 1e-6  # nats, or normalised intensities; patches without any variation would otherwise have the score NaN
 TUNING_BATCH = 64  # patches per batch when the threshold is set
 
@@ -147,7 +148,7 @@ class Tokens:
 
     def init(self) -> Params:
         """Copy the initial parameters of the network and the base; before `tune`, no code is unlikely."""
-        numbers = {"threshold": jnp.inf, "excess_mean": 0, "excess_spread": 1, "difference_spread": 1}
+        numbers = {"threshold": NEVER, "excess_mean": 0, "excess_spread": 1, "difference_spread": 1}
         tuned = {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()}
         return {"transformer": initial_params(self.network), "base": self.base.init(), "tuned": tuned}
 
