@@ -78,7 +78,9 @@ class Diffusion:
     depth: Annotated[int, Field(ge=1, description="step from which patches are healed, at most timesteps")] = 250
     noise_share: Annotated[
         float,
-        Field(ge=0, le=1, description="amplitude of the noise added before healing, relative to that of the step depth"),
+        Field(
+            ge=0, le=1, description="amplitude of the noise added before healing, relative to that of the step depth"
+        ),
     ] = 1.0
     sampler: Annotated[Kind, Field(description="sampler; dpm_solver: DPM-Solver++(2M)")] = "dpm_solver"
     calls: Annotated[int, Field(ge=1, description="network calls per healed patch and draw, at most depth")] = 5

@@ -3,16 +3,19 @@
 A base run (`methods/vq_autoencoder.py`) turns a patch into a grid of codes. A transformer learns the probability of
 each code of normal patches given the codes before it, in several orders of the cells. For an image:
 
-1. The surprise of a code is -log p, computed in one parallel pass per order, and averaged over the orders.
-2. Codes with a surprise above a threshold are unlikely. The threshold is a quantile of the codes of normal validation
-   patches; it is not a quantile of the image itself, which would declare a fixed fraction of every image abnormal.
-3. Unlikely codes are resampled one after the other, in `healed_orders` of the orders, given the likely and the already
-   resampled codes before them. The decoded results, averaged over these orders, are the restored patch.
-4. The score combines the difference from the restored patch and the surprise, each smoothed and in units of its spread
-   on normal validation patches.
+1. The codes are visited in one order after the other, with a key-value cache. The excess surprise of a code is -log p
+   minus its expectation, the entropy of the predicted distribution, given the restored codes before it.
+2. A code with an excess above a threshold is unlikely, and is replaced by a draw from the predicted distribution. The
+   threshold is a quantile of the codes of normal validation patches; it is not a quantile of the image itself, which
+   would declare a fixed fraction of every image abnormal.
+3. The restored codes of each order are decoded, and averaged over the orders; so is the excess surprise.
+4. The score combines the difference from the restored patch and the excess surprise, each smoothed and in units of its
+   spread on normal validation patches.
 
-Departures from the paper: one transformer for all orders, the threshold, and the likelihood as a part of the score
-(there it selects the codes to resample, and weights the differences).
+Departures from the paper: one transformer for all orders; the threshold; codes are judged given the restored codes
+instead of the original ones, so that the inside of a lesion, which follows from its edge, is unlikely as well; the
+entropy is subtracted, so that textures and the first codes of an order, which are hard to predict, are not unlikely;
+the surprise is a part of the score (there it selects the codes to replace, and weights the differences).
 
 Reference:
     Pinaya et al. 2022, "Unsupervised brain imaging 3D anomaly detection and segmentation with transformers", Medical
@@ -21,7 +24,6 @@ Reference:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
@@ -39,7 +41,9 @@ from pulmo_jax.models.token_transformer import TokenTransformer, before
 from pulmo_jax.types import ImageStatistic, InputError
 
 Score = Literal["both", "difference", "surprise"]
-TUNING_BATCH = 64  # patches per batch when the thresholds are set
+NEVER = 1e30  # nats; threshold before it is set. Checkpoints must be finite
+LEAST_SPREAD = 1e-6  # nats, or normalised intensities; patches without any variation would otherwise have the score NaN
+TUNING_BATCH = 64  # patches per batch when the threshold is set
 
 
 @runtime_checkable
@@ -71,8 +75,8 @@ class Coding(Protocol):
 class Tokens:
     """Transformer over codes; implements methods.base.Method, Detailed, Tuned, Based, Generative and Iterative.
 
-    The parameters are {"transformer", "base", "tuned"}; "tuned" has the threshold of the surprise (nats), its mean
-    (nats) and spread (nats), and the spread of the difference (normalised intensities).
+    The parameters are {"transformer", "base", "tuned"}; "tuned" has the threshold of the excess surprise, its mean and
+    its spread (nats), and the spread of the difference (normalised intensities).
 
     Attributes:
         network: A `TokenTransformer` with its initial parameters.
@@ -84,25 +88,23 @@ class Tokens:
     base_run: Annotated[str | None, Field(description="run directory of a vector-quantised autoencoder")] = None
     orders: Annotated[
         tuple[TokenOrder, ...],
-        Field(min_length=1, description="orders of the cells: drawn per batch in training, averaged in scoring"),
+        Field(min_length=1, description="orders of the cells: one per batch in training; all, averaged, in scoring"),
     ] = ("raster", "raster_reversed", "columns", "columns_reversed")
-    healed_orders: Annotated[
-        int, Field(ge=1, description="number of orders, from the first, in which unlikely codes are resampled")
-    ] = 2
     unlikely_rate: Annotated[
-        float, Field(gt=0, lt=1, description="fraction of the codes of normal validation patches that are resampled")
+        float, Field(gt=0, lt=1, description="fraction of the codes of normal validation patches above the threshold")
     ] = 0.01
     temperature: Annotated[
         float, Field(ge=0, description="divides the logits when codes are drawn; 0: the most probable code")
     ] = 1.0
     score: Annotated[
-        Score, Field(description="both: sum of the squared difference and the squared excess surprise, standardised")
+        Score,
+        Field(description="both: sum of the squared difference and the squared excess surprise, each standardised"),
     ] = "both"
     smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
         4.0
     )
     image_statistic: ImageStatistic = "combined"
-    seed: Annotated[int, Field(ge=0, description="seed of the resampled codes")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of the drawn codes")] = 0
 
     frozen: ClassVar[tuple[str, ...]] = ("base", "tuned")
     detail_names: ClassVar[tuple[str, ...]] = ("difference", "surprise")
@@ -117,10 +119,6 @@ class Tokens:
                 f"method.base_run={self.base_run}: its method, {type(self.base).__name__}, has no codes; give a run of "
                 f"{' or '.join(self.BASE)} with one network"
             )
-        if self.healed_orders > len(self.orders):
-            raise InputError(
-                f"method.healed_orders={self.healed_orders} is above the number of method.orders, {len(self.orders)}"
-            )
 
     @property
     def cells(self) -> int:
@@ -129,8 +127,8 @@ class Tokens:
 
     @property
     def network_calls(self) -> int:
-        """Parallel passes, one per order, and cached steps, one per code and healed order."""
-        return len(self.orders) + self.healed_orders * self.cells
+        """Cached steps, one per code and order."""
+        return len(self.orders) * self.cells
 
     @property
     def sampling_calls(self) -> int:
@@ -144,59 +142,44 @@ class Tokens:
 
     def init(self) -> Params:
         """Copy the initial parameters of the network and the base; before `tune`, no code is unlikely."""
-        numbers = {"threshold": jnp.inf, "surprise_mean": 0, "surprise_spread": 1, "difference_spread": 1}
+        numbers = {"threshold": NEVER, "excess_mean": 0, "excess_spread": 1, "difference_spread": 1}
         tuned = {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()}
         return {"transformer": initial_params(self.network), "base": self.base.init(), "tuned": tuned}
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
-        """Compute the mean surprise of the codes, nats, in one of the orders, drawn for the batch."""
+        """Compute the mean of -log p of the codes, nats, in one of the orders, drawn for the batch."""
         codes = jax.lax.stop_gradient(self.base.encode_codes(params["base"], batch))
         order = jax.random.choice(key, token_orders(self.orders, self.base.code_side))
-        return surprise(self._transformer(params), flat(codes), order).mean()
-
-    def surprise(self, params: Params, codes: Int[Array, "B h h"]) -> Float[Array, "B h h"]:
-        """Compute the surprise of each code.
-
-        Args:
-            params: Parameters.
-            codes: Grids of codes.
-
-        Returns:
-            -log p, nats, averaged over the orders.
-        """
-        network, orders = (
-            self._transformer(params),
-            token_orders(self.orders, self.base.code_side),
-        )
-        each = jax.lax.map(partial(surprise, network, flat(codes)), jnp.asarray(orders))
-        return each.mean(0).reshape(codes.shape)
+        sequence = flat(codes)[:, order]
+        return surprise(self._transformer(params)(sequence, order), sequence)[0].mean()
 
     def restored(
         self, params: Params, patches: Float[Array, "B P P C"]
     ) -> tuple[Float[Array, "B P P C"], Float[Array, "B h h"]]:
-        """Replace unlikely codes, and decode.
+        """Replace unlikely codes in each of the orders, and decode.
 
         Args:
             params: Parameters.
             patches: Patches, normalised intensities.
 
         Returns:
-            The restored patches, averaged over the healed orders, and the surprise of the codes, nats.
+            Means over the orders: the restored patches, and the excess surprise of their original codes, nats.
         """
-        network, side = self._transformer(params), self.base.code_side
-        codes = self.base.encode_codes(params["base"], patches)
-        nats = self.surprise(params, codes)
-        unlikely = flat(nats > params["tuned"]["threshold"])
-        keys = content_keys(patches, self.seed)
-        total: Any = 0
-        for i, order in enumerate(token_orders(self.orders[: self.healed_orders], side)):
-            draws = jax.vmap(lambda key, i=i: jax.random.uniform(jax.random.fold_in(key, i), (self.cells,)))(keys)
-            healed = resampled(network, flat(codes), unlikely, jnp.asarray(order), draws, self.temperature)
-            total += self.base.decode_codes(params["base"], healed.reshape(codes.shape))
-        return total / self.healed_orders, nats
+        codes, keys = self.base.encode_codes(params["base"], patches), content_keys(patches, self.seed)
+        orders = jnp.asarray(token_orders(self.orders, self.base.code_side))
+        threshold, network = params["tuned"]["threshold"], self._transformer(params)
+
+        def one(order_and_number: tuple[Array, Array]) -> tuple[Array, Array]:
+            order, number = order_and_number
+            draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (self.cells,)))(keys)
+            healed, excess = replaced(network, flat(codes), order, threshold, draws, self.temperature)
+            return self.base.decode_codes(params["base"], healed.reshape(codes.shape)), excess.reshape(codes.shape)
+
+        decoded, excess = jax.lax.map(one, (orders, jnp.arange(len(orders))))
+        return decoded.mean(0), excess.mean(0)
 
     def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """Decode the codes of patches after unlikely ones are resampled."""
+        """Decode the codes of patches after unlikely ones are replaced."""
         return self.restored(params, patches)[0]
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
@@ -207,10 +190,10 @@ class Tokens:
             patches: Patches, normalised intensities.
 
         Returns:
-            C maps of the signed difference, and one of the surprise minus its normal mean.
+            C maps of the signed difference, and one of the excess surprise minus its normal mean.
         """
-        (restored, nats), tuned = self.restored(params, patches), params["tuned"]
-        excess = (nats - tuned["surprise_mean"]) / tuned["surprise_spread"]
+        (restored, excess), tuned = self.restored(params, patches), params["tuned"]
+        excess = (excess - tuned["excess_mean"]) / tuned["excess_spread"]
         excess = jax.image.resize(excess[..., None], (*patches.shape[:3], 1), "linear")
         return jnp.concatenate([(patches - restored) / tuned["difference_spread"], excess], axis=-1)
 
@@ -222,30 +205,36 @@ class Tokens:
             patches: Normal validation patches, normalised intensities.
 
         Returns:
-            The (1 - `unlikely_rate`) quantile and the mean of the surprise, and the root mean squares of the smoothed
-            difference and the smoothed excess surprise.
+            The (1 - `unlikely_rate`) quantile of the excess surprise of single orders given the original codes; the
+            mean of the excess given the restored codes; and the root mean squares of the smoothed difference and of
+            the smoothed excess minus its mean.
         """
+        orders, network = jnp.asarray(token_orders(self.orders, self.base.code_side)), self._transformer(params)
 
-        def nats(batch: Array) -> Array:
-            return self.surprise(params, self.base.encode_codes(params["base"], batch))
+        def of_originals(batch: Array) -> Array:
+            codes = flat(self.base.encode_codes(params["base"], batch))
+            each = jax.lax.map(lambda order: surprise(network(codes[:, order], order), codes[:, order])[1], orders)
+            return jnp.moveaxis(each, 0, 1)
 
-        found = in_batches(nats, patches)
-        tuned = {**self.init()["tuned"], "threshold": jnp.quantile(found, 1 - self.unlikely_rate)}
-        tuned["surprise_mean"] = found.mean()
+        threshold = jnp.quantile(in_batches(of_originals, patches), 1 - self.unlikely_rate)
+        tuned = {**self.init()["tuned"], "threshold": threshold}
         everywhere = jnp.ones(patches.shape[1:3], bool)
 
-        def squares(batch: Array) -> Array:
+        def moments(batch: Array) -> Array:
             residual = self.residual({**params, "tuned": tuned}, batch)
-            return jax.vmap(lambda maps: (smooth_within(maps, everywhere, self.smooth_px) ** 2).mean((0, 1)))(residual)
+            smooth = jax.vmap(lambda maps: smooth_within(maps, everywhere, self.smooth_px))(residual)
+            return jnp.stack([smooth.mean((1, 2)), (smooth**2).mean((1, 2))], axis=1)
 
-        spread = jnp.sqrt(in_batches(squares, patches).mean(0))
-        difference = jnp.sqrt((spread[:-1] ** 2).mean())
-        return {**tuned, "difference_spread": difference, "surprise_spread": spread[-1]}
+        mean, square = in_batches(moments, patches).mean(0)
+        tuned["excess_mean"] = mean[-1]
+        variances = jnp.stack([square[-1] - mean[-1] ** 2, square[:-1].mean()])
+        excess, difference = jnp.sqrt(jnp.maximum(variances, LEAST_SPREAD**2))
+        return {**tuned, "excess_spread": excess, "difference_spread": difference}
 
     def score_map(
         self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
-        """Combine the smoothed difference and surprise; see `methods.base.Method.score_map`."""
+        """Combine the smoothed difference and excess surprise; see `methods.base.Method.score_map`."""
         smooth = smooth_within(residual, foreground, self.smooth_px, extent)
         difference = (smooth[..., :-1] ** 2).mean(-1)
         excess = jnp.maximum(smooth[..., -1], 0) ** 2
@@ -255,7 +244,7 @@ class Tokens:
     def detail_maps(
         self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W K"]:
-        """Smooth the difference, averaged over channels, and the surprise; in units of their normal spread."""
+        """Smooth the difference, averaged over channels, and the excess surprise; in units of their normal spread."""
         smooth = smooth_within(residual, foreground, self.smooth_px, extent)
         return jnp.stack([smooth[..., :-1].mean(-1), smooth[..., -1]], axis=-1)
 
@@ -271,9 +260,8 @@ class Tokens:
             Patches, normalised intensities.
         """
         side, draws = self.base.code_side, jax.random.uniform(key, (count, self.cells))
-        order = jnp.asarray(token_orders(self.orders[:1], side)[0])
-        empty, everything = jnp.zeros((count, self.cells), jnp.int32), jnp.ones((count, self.cells), bool)
-        codes = resampled(self._transformer(params), empty, everything, order, draws, self.temperature)
+        order, empty = jnp.asarray(token_orders(self.orders[:1], side)[0]), jnp.zeros((count, self.cells), jnp.int32)
+        codes, _ = replaced(self._transformer(params), empty, order, -jnp.inf, draws, self.temperature)
         return self.base.decode_codes(params["base"], codes.reshape(count, side, side))
 
     def _transformer(self, params: Params) -> TokenTransformer:
@@ -287,55 +275,55 @@ def flat(grids: Array) -> Array:
     return grids.reshape(len(grids), -1)
 
 
-def surprise(network: TokenTransformer, codes: Int[Array, "B T"], order: Int[Array, "T"]) -> Float[Array, "B T"]:
-    """Compute -log p of every code given those before it, in one pass.
+def surprise(logits: Float[Array, "*B K"], codes: Int[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """Compute the surprise of codes.
 
     Args:
-        network: Transformer.
-        codes: Code of each cell.
-        order: Order of the cells.
+        logits: Logits of the predicted distributions.
+        codes: Codes.
 
     Returns:
-        Surprise of each cell, nats.
+        -log p of each code, and this minus its expectation, the entropy of the distribution; nats.
     """
-    sequence = codes[:, order]
-    logits = network(sequence, order)
-    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, sequence[..., None], axis=-1)[..., 0]
-    return jnp.zeros_like(nats).at[:, order].set(nats)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    nats = -jnp.take_along_axis(log_p, codes[..., None], axis=-1)[..., 0]
+    return nats, nats + (jnp.exp(log_p) * log_p).sum(-1)
 
 
-def resampled(
+def replaced(
     network: TokenTransformer,
     codes: Int[Array, "B T"],
-    wanted: Bool[Array, "B T"],
     order: Int[Array, "T"],
+    threshold: Float[Array, ""] | float,
     draws: Float[Array, "B T"],
     temperature: float,
-) -> Int[Array, "B T"]:
-    """Draw some of the codes anew, one after the other with a key-value cache.
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """Replace unlikely codes by draws, one after the other with a key-value cache.
 
     Args:
         network: Transformer.
         codes: Code of each cell.
-        wanted: Cells whose code is drawn, given the codes before it, drawn or kept.
         order: Order of the cells.
+        threshold: Codes with a higher excess surprise, nats, given the kept and drawn codes before them are replaced;
+            -inf replaces all.
         draws: Uniform random numbers, one per step.
-        temperature: Divides the logits; 0 takes the most probable code.
+        temperature: Divides the logits of a draw; 0 takes the most probable code.
 
     Returns:
-        Code of each cell.
+        The new code of each cell, and the excess surprise of the old one.
     """
 
-    def step(carry: tuple[Array, Any], now: tuple[Array, ...]) -> tuple[tuple[Array, Any], Array]:
-        (token, cache), (source, target, old, redrawn, draw) = carry, now
+    def step(carry: tuple[Array, Any], now: tuple[Array, ...]) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
+        (token, cache), (source, target, old, draw) = carry, now
         logits, cache = network.step(token, source, target, cache)
-        token = jnp.where(redrawn, drawn(logits, draw, temperature), old)
-        return (token, cache), token
+        excess = surprise(logits, old)[1]
+        token = jnp.where(excess > threshold, drawn(logits, draw, temperature), old)
+        return (token, cache), (token, excess)
 
     start = jnp.full(len(codes), network.codes, codes.dtype), network.init_cache(len(codes))
-    steps = before(order), order, codes[:, order].T, wanted[:, order].T, draws.T
-    _, sequence = jax.lax.scan(step, start, steps)
-    return jnp.zeros_like(codes).at[:, order].set(sequence.T)
+    _, found = jax.lax.scan(step, start, (before(order), order, codes[:, order].T, draws.T))
+    healed, excess = (steps.T[:, jnp.argsort(order)] for steps in found)
+    return healed, excess
 
 
 def drawn(logits: Float[Array, "B K"], draw: Float[Array, "B"], temperature: float) -> Int[Array, "B"]:
