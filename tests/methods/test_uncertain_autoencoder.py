@@ -112,7 +112,7 @@ def test_no_value_outside_the_image_makes_the_score_infinite():
 def test_the_predicted_deviation_is_that_of_the_noise(dtype, remat):
     """Left half: noise of 0.05, right half: of 0.4; no network can predict the noise of pixels."""
     rng, sd = np.random.default_rng(0), np.where(np.arange(16) < 8, 0.05, 0.4)[:, None]
-    data = jnp.asarray(rng.normal(0, 1, (128, 1, 1, 1)) * 0.5 + rng.normal(0, sd, (128, 16, 16, 1)), jnp.float32)
+    data = jnp.asarray(rng.normal(0, 1, (256, 1, 1, 1)) * 0.5 + rng.normal(0, sd, (256, 16, 16, 1)), jnp.float32)
     method = UncertainAutoencoder(network(channels=1, latent=1, dtype=dtype, remat=remat), noise_sigma=0.0)
     optimizer = optax.adam(1e-2)
 
