@@ -225,7 +225,7 @@ def smooth_noise(shape: tuple[int, ...], rng: np.random.Generator) -> Float[np.n
     """Draw Gaussian noise on a grid of `NOISE_CELL_PX`, interpolated bilinearly."""
     height, width, channels = shape
     grid = rng.standard_normal((height // NOISE_CELL_PX + 2, width // NOISE_CELL_PX + 2, channels))
-    return zoom(grid, (NOISE_CELL_PX, NOISE_CELL_PX, 1), order=1)[:height, :width]
+    return np.asarray(zoom(grid, (NOISE_CELL_PX, NOISE_CELL_PX, 1), order=1))[:height, :width]
 
 
 def warped(pixels: Float[np.ndarray, "H W C"], place: Place, rng: np.random.Generator) -> Float[np.ndarray, "H W C"]:

@@ -109,6 +109,9 @@ def test_training_tests_beside_the_baselines(run):
     aurocs = {name: figures["auroc"]["value"] for name, figures in metrics["pixel"].items()}
     assert aurocs["autoencoder"] > 0.9  # the nodule is plain to see
     assert metrics["lesions"]["images_with_lesions"] == len(NODULE_PAGES)
+    planted = metrics["validation"]["planted_ap"]
+    assert planted["count"] == 20
+    assert 0 < planted["value"] < 1
 
 
 def test_report_is_self_contained(run):
