@@ -104,7 +104,9 @@ def torch_network(model: ImageUNet, same: bool) -> Any:
             self.up, self.last = every(map(conv, model.up)), group_norm(model.last)
             self.encoder, self.decoder = every(map(Scale, model.encoder)), every(map(Scale, model.decoder))
             split, head = linear(model.head.split), conv(model.head.conv)
-            outputs = split.out_features // self.side**2  # features_to_blocks has the features last, pixel_shuffle first
+            outputs = (
+                split.out_features // self.side**2
+            )  # features_to_blocks has the features last, pixel_shuffle first
             order = np.arange(split.out_features).reshape(-1, outputs).T.ravel()
             self.split = torch.nn.Conv2d(split.in_features, split.out_features, 1)
             self.split.weight.data = split.weight.data[order][..., None, None]

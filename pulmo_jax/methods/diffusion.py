@@ -34,7 +34,8 @@ from pulmo_jax.methods.diffusion_schedules import Schedule, amplitudes, descent
 from pulmo_jax.methods.losses import ImageLoss, l1
 from pulmo_jax.methods.networks import initial_params, with_params
 from pulmo_jax.methods.samplers import COEFFICIENTS, Kind, run
-from pulmo_jax.methods.score_maps import Extent, ImageStatistic, image_statistic, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, smoothing_radius
+from pulmo_jax.types import ImageStatistic
 
 Target = Literal["epsilon", "x0", "v"]
 Noise = Literal["gaussian", "simplex"]
@@ -77,7 +78,9 @@ class Diffusion:
     depth: Annotated[int, Field(ge=1, description="step from which patches are healed, at most timesteps")] = 250
     noise_share: Annotated[
         float,
-        Field(ge=0, le=1, description="amplitude of the noise added before healing, relative to that of the step depth"),
+        Field(
+            ge=0, le=1, description="amplitude of the noise added before healing, relative to that of the step depth"
+        ),
     ] = 1.0
     sampler: Annotated[Kind, Field(description="sampler; dpm_solver: DPM-Solver++(2M)")] = "dpm_solver"
     calls: Annotated[int, Field(ge=1, description="network calls per healed patch and draw, at most depth")] = 5
@@ -97,8 +100,11 @@ class Diffusion:
     )
     image_statistic: Annotated[
         ImageStatistic,
-        Field(description="image score: maximum, mean, or mean of the top 1 % of the pixel scores"),
-    ] = "max"
+        Field(
+            description="image score: max, top1 (mean of the top 1 %), mean, area (above the pixel threshold), cell16, "
+            "cell4 (highest mean of a cell of a 16 x 16 or 4 x 4 grid), or all of them combined"
+        ),
+    ] = "combined"
     seed: Annotated[int, Field(ge=0, description="seed of the noise at inference")] = 0
 
     def __post_init__(self) -> None:
@@ -285,10 +291,6 @@ class Diffusion:
     ) -> Float[Array, "H W K"]:
         """Return the standard deviation over draws, mean over channels, normalised intensity."""
         return residual[..., -1:] if self.draws > 1 else residual[..., :0]
-
-    def image_score(self, scores: Float[np.ndarray, "H W"]) -> float:
-        """Reduce a score map to the selected image statistic; NaN without scored pixels."""
-        return image_statistic(scores, self.image_statistic)
 
 
 def tracked(moments: dict[str, Array], seen: Mapping[str, Array]) -> dict[str, Array]:

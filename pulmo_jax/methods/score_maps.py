@@ -152,9 +152,7 @@ def eroded(foreground: Bool[Array, "H W"], reach_px: int, extent: Extent | None 
 
 
 @partial(jax.jit, static_argnames="side_px")
-def median_filtered(
-    image: Float[Array, "H W"], side_px: int, extent: Extent | None = None
-) -> Float[Array, "H W"]:
+def median_filtered(image: Float[Array, "H W"], side_px: int, extent: Extent | None = None) -> Float[Array, "H W"]:
     """Filter an image by the median of a square window, with reflection at the borders of the image.
 
     Args:
