@@ -316,9 +316,9 @@ def page(result: dict[str, Any]) -> str:
         first = samplers["rows"][0]
         lines += [
             f"\n`python experiments/benchmarks/diffusion.py --run RUN`: healing from step {samplers['depth']} of 1000, "
-            f"one draw per patch, tiles without overlap, {samplers['slices']} test slices of the sample CT (one patient)"
-            ".\n",
-            f"| sampler | calls | pixel AP | relative to {first['sampler']} in {first['calls']} | CPU s | CPU s a call |",
+            f"one draw per patch, tiles without overlap, {samplers['slices']} test slices of the sample "
+            "CT (one patient).\n",
+            f"| sampler | calls | pixel AP | relative to {first['sampler']} in {first['calls']} | CPU s | each call |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
         lines += [

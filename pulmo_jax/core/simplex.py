@@ -6,8 +6,8 @@ the cells and reduce the amplitude, so that the power falls with the frequency a
 Schmon, Willcocks 2022, "AnoDDPM", CVPR Workshops).
 
 The gradients are hashes of vertex and seed instead of entries of a permutation table: gathers are slow on a CPU, and
-the noise has no period. The lattice is shifted at random, because the noise vanishes at its vertices: with the shift, mean
-and variance are the same at every pixel.
+the noise has no period. The lattice is shifted at random, because the noise vanishes at its vertices: with the shift,
+mean and variance are the same at every pixel.
 """
 
 import math
