@@ -111,7 +111,8 @@ class Autoencoder:
         if self.erode_px == self.median_px == 1:
             return scores
         scores = jnp.where(eroded(foreground, self.erode_px, extent), scores, 0)
-        return jnp.where(foreground, median_filtered(scores, self.median_px, extent), jnp.nan)
+        filtered: Array = median_filtered(scores, self.median_px, extent)
+        return jnp.where(foreground, filtered, jnp.nan)
 
 
 def smoothed_score(
