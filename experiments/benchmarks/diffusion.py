@@ -7,8 +7,8 @@ The training step: both draw steps and Gaussian noise, estimate the clean patch 
 clipping, AdamW and the moving average in float32. The weights are those of the JAX network, and outputs and losses must
 agree before anything is timed. See segmentation.py in this folder for the way of timing and the limit.
 
-Samplers: every test slice is scored with the parameters of the run, one draw for each patch, by each sampler; AP is that
-of all pixels in the lungs.
+Samplers: every test slice is scored with the parameters of the run, one draw for each patch, by each sampler; AP is
+that of all pixels in the lungs.
 
 Writes diffusion.json and diffusion.md beside this file; each part keeps the other's results.
 """
@@ -78,7 +78,7 @@ def torch_network(model: ImageUNet, same: bool) -> Any:
             self.inputs, self.output = linear(layer.inputs), linear(layer.output)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            batch, features, height, width = x.shape
+            batch, features = x.shape[:2]
             cells = self.norm(x).flatten(2).transpose(1, 2)
             inputs = self.inputs(cells).reshape(batch, -1, 3, self.heads, features // self.heads).permute(2, 0, 3, 1, 4)
             mixed = functional.scaled_dot_product_attention(*inputs).transpose(1, 2).reshape(cells.shape)
@@ -315,9 +315,10 @@ def page(result: dict[str, Any]) -> str:
         samplers = result["samplers"]
         first = samplers["rows"][0]
         lines += [
-            f"\n`python experiments/benchmarks/diffusion.py --run RUN`: healing from step {samplers['depth']} of 1000, one "
-            f"draw per patch, tiles without overlap, {samplers['slices']} test slices of the sample CT (one patient).\n",
-            f"| sampler | calls | pixel AP | relative to {first['sampler']} in {first['calls']} | CPU s | CPU s per call |",
+            f"\n`python experiments/benchmarks/diffusion.py --run RUN`: healing from step {samplers['depth']} of 1000, "
+            f"one draw per patch, tiles without overlap, {samplers['slices']} test slices of the sample "
+            "CT (one patient).\n",
+            f"| sampler | calls | pixel AP | relative to {first['sampler']} in {first['calls']} | CPU s | each call |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
         lines += [

@@ -1,13 +1,13 @@
 """Simplex noise in two dimensions, with octaves: smooth random fields of unit variance.
 
 Every vertex of a triangular lattice has a random gradient; a pixel sums the contributions of the three vertices around
-it (Perlin 2001, "Noise hardware", SIGGRAPH course notes; Gustavson 2005, "Simplex noise demystified"). Octaves halve the
-cells and reduce the amplitude, so that the power falls with the frequency as in natural images (Wyatt, Leach, Schmon,
-Willcocks 2022, "AnoDDPM", CVPR Workshops, Sec. 3.2).
+it (Perlin 2001, "Noise hardware", SIGGRAPH course notes; Gustavson 2005, "Simplex noise demystified"). Octaves halve
+the cells and reduce the amplitude, so that the power falls with the frequency as in natural images (Wyatt, Leach,
+Schmon, Willcocks 2022, "AnoDDPM", CVPR Workshops).
 
-The gradients are hashes of vertex and seed instead of entries of a permutation table: gathers are slow on a CPU, and the
-noise has no period. The lattice is shifted at random, because the noise vanishes at its vertices: with the shift, mean
-and variance are the same at every pixel.
+The gradients are hashes of vertex and seed instead of entries of a permutation table: gathers are slow on a CPU, and
+the noise has no period. The lattice is shifted at random, because the noise vanishes at its vertices: with the shift,
+mean and variance are the same at every pixel.
 """
 
 import math

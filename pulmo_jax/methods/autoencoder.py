@@ -64,7 +64,7 @@ class Autoencoder:
     noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
     erode_px: Annotated[
         int,
-        Field(ge=1, le=99, description="side of the square by which the foreground is eroded; scores are 0 outside"),
+        Field(ge=1, le=99, description="side of the square that erodes the foreground, px; scores are 0 outside it"),
     ] = 1
     median_px: Annotated[
         Literal[1, 3, 5, 7], Field(description="side of the median filter of the score, px; 1: without")
@@ -105,7 +105,8 @@ class Autoencoder:
         if self.erode_px == self.median_px == 1:
             return scores
         scores = jnp.where(eroded(foreground, self.erode_px, extent), scores, 0)
-        return jnp.where(foreground, median_filtered(scores, self.median_px, extent), jnp.nan)
+        filtered: Array = median_filtered(scores, self.median_px, extent)
+        return jnp.where(foreground, filtered, jnp.nan)
 
 
 def smoothed_score(

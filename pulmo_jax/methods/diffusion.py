@@ -8,7 +8,7 @@ simplex noise, the noise is strong at low frequencies too and hides large anomal
 structure.
 
 The steps of the process, the depth of healing and the number of calls of the network are separate settings, and the
-network is always told the step whose noise its input has. `reconstruct` returns the end of the whole chain of calls, the
+network is always told the step at which the chain is. `reconstruct` returns the end of the whole chain of calls, the
 mean over `draws`, never the estimate of a single call. Intensities are standardised to zero mean and unit variance by
 the moments of the training patches, so that a depth hides the same contrast in standard deviations on any data.
 
@@ -63,13 +63,11 @@ class Diffusion:
     loss: ImageLoss = l1
     target: Annotated[
         Target,
-        Field(description="what the network estimates: the noise, the clean patch, or v = alpha noise - sigma x0"),
+        Field(description="output of the network: the noise, the clean patch, or v = alpha noise - sigma x0"),
     ] = "x0"
     schedule: Annotated[Schedule, Field(description="noise schedule")] = "linear"
     timesteps: Annotated[int, Field(ge=1, le=100_000, description="steps of the forward process")] = 1000
-    noise: Annotated[Noise, Field(description="noise: independent per pixel, or simplex noise with octaves")] = (
-        "simplex"
-    )
+    noise: Annotated[Noise, Field(description="noise: independent per pixel, or simplex with octaves")] = "simplex"
     noise_cell_px: Annotated[float, Field(gt=0, description="scale of the first octave of simplex noise, px")] = 64.0
     octaves: Annotated[int, Field(ge=1, le=16, description="octaves of simplex noise")] = 6
     persistence: Annotated[
@@ -78,9 +76,7 @@ class Diffusion:
     depth: Annotated[int, Field(ge=1, description="step from which patches are healed, at most timesteps")] = 250
     noise_share: Annotated[
         float,
-        Field(
-            ge=0, le=1, description="amplitude of the noise added before healing, relative to that of the step depth"
-        ),
+        Field(ge=0, le=1, description="amplitude of the noise that is added, relative to that of the step depth"),
     ] = 1.0
     sampler: Annotated[Kind, Field(description="sampler; dpm_solver: DPM-Solver++(2M)")] = "dpm_solver"
     calls: Annotated[int, Field(ge=1, description="network calls per healed patch and draw, at most depth")] = 5
@@ -105,15 +101,14 @@ class Diffusion:
         if self.depth > self.timesteps:
             raise ValueError(f"method.depth={self.depth}: is beyond the schedule, method.timesteps={self.timesteps}")
         for key, most in (("calls", "depth"), ("sample_calls", "timesteps")):
-            if getattr(self, key) > getattr(self, most):
-                raise ValueError(
-                    f"method.{key}={getattr(self, key)}: is above method.{most}={getattr(self, most)}, the number of steps"
-                )
+            value, limit = getattr(self, key), getattr(self, most)
+            if value > limit:
+                raise ValueError(f"method.{key}={value}: is above method.{most}={limit}, the number of steps")
 
     # --- training
 
     def init(self) -> Params:
-        """Copy the initial parameters of the network; the moments are those of a range of 0 to 1 until the first step."""
+        """Copy the initial parameters of the network; the moments are set at the first step."""
         moments = {"steps": jnp.zeros(()), "mean": jnp.array(0.5), "square": jnp.array(0.5**2 + 0.25**2)}
         return {"network": initial_params(self.network), "moments": moments}
 

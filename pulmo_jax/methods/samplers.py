@@ -4,8 +4,9 @@ Every sampler maps an image at step t and the network's estimate of the clean im
 
     x_s = a x_t + b clean_t + c clean_before + d z,    z: new noise,
 
-where clean_before is the estimate of the call before. The coefficients follow from the amplitudes alone, so a sampler is
-a function that computes them, and `run` is the same loop for all. At s = 0 (no noise) each returns the last estimate.
+where clean_before is the estimate of the call before. The coefficients follow from the amplitudes alone, so a sampler
+is a function that computes them, and `run` is the same loop for all. At s = 0 (no noise), each returns the last
+estimate.
 
 - ddpm: ancestral sampling from the Gaussian posterior q(x_s | x_t, x_0) (Ho et al. 2020, NeurIPS, Eqs. 6 and 7; between
   steps further apart, Nichol and Dhariwal 2021, ICML, Eq. 19).

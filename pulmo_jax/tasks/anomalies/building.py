@@ -37,7 +37,7 @@ def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple
         The method.
 
     Raises:
-        InputError: If the model does not fit the patches, or the base run the method.
+        InputError: If the model does not fit the patches, the base run the method, or settings each other.
     """
     base = None if parts.base is None else build_parts(parts.base, how, seed, plugins)
     target = find_target(parts.method, "method", plugins)
@@ -48,9 +48,9 @@ def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple
         given: dict[str, Any] = {"patch_size": how.patch_size, "channels": how.channels, **shape}
         try:
             network = build(parts.model, "model", plugins, rngs=nnx.Rngs(seed), **given)
+            return build(parts.method, "method", plugins, network=network, base=base, seed=seed)
         except ValueError as error:
             raise InputError(str(error)) from error
-        return build(parts.method, "method", plugins, network=network, base=base, seed=seed)
 
     members = tuple(one(seed) for seed in seeds)
     return members[0] if len(members) == 1 else Ensemble(members)
