@@ -26,6 +26,8 @@ from pulmo_jax.types import ImageStatistic, Statistic
 SCALES: tuple[tuple[Statistic, ...], ...] = (("max", "top1", "area", "cell16"), ("cell4",), ("mean",))
 WEIGHTS: dict[Statistic, float] = {name: 1 / len(SCALES) / len(scale) for scale in SCALES for name in scale}
 TAIL_SHARE = 0.1  # of the normal images, whose mean excess is the scale of the tail
+TINY = 1e-30  # scores below it count as 0
+SMALLEST = 1e-12  # scale of a law relative to its highest value, so that scores stay finite
 
 Values = dict[Statistic, tuple[FiniteFloat, ...]]
 
@@ -80,8 +82,10 @@ class NormalLaw:
         tail = min(ceil(TAIL_SHARE * n), n - 1)
         excess = float(np.mean(ascending[n - tail :] - ascending[n - tail - 1])) if tail else 0.0
         spread = float(np.mean(ascending) - ascending[0])
-        unit = abs(float(values[-1])) or 1.0  # of a constant, whose scale is unknown
-        return NormalLaw(values, p, excess or spread or unit, spread or unit)
+        high = abs(float(values[-1]))
+        unit = high if high > TINY else 1.0  # of a constant, whose scale is unknown
+        upper, lower = (max(scale, SMALLEST * unit) for scale in (excess or spread or unit, spread or unit))
+        return NormalLaw(values, p, upper, lower)
 
     def log_p(self, value: Float64[np.ndarray, "N"]) -> Float64[np.ndarray, "N"]:
         """Natural logarithm of the p-value; it stays finite where the p-value underflows."""

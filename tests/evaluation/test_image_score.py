@@ -59,10 +59,11 @@ def test_the_tail_of_exponential_values_is_that_of_their_law():
     assert log_p[1] - log_p[0] == pytest.approx(-10, rel=0.1)
 
 
-@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0, 0.0], [1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
+@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0, 0.0], [1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 1.0], [0.0, 5e-324]])
 def test_constant_and_tied_values_give_finite_p_values(values):
     law = law_of(values)
     log_p = law.log_p(np.array([-2.0, min(values), max(values), max(values) + 1, 50.0]))
+    assert np.isfinite(law.log_p(np.array([-3e38, 3e38]))).all()
     assert np.isfinite(log_p).all()
     assert (np.diff(log_p) <= 0).all()
     assert log_p[-1] < log_p[2]
