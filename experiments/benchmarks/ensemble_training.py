@@ -76,13 +76,13 @@ def page(results: dict[str, Any]) -> str:
     peak = max(run["peak_mb"] for run in alone)
     return "\n".join(
         [
-            f"`python experiments/benchmarks/ensemble_training.py --networks {count}`: {results['cores']} cores, Python "
-            f"{results['python']}, jax {results['jax']}. The default job on the sample CT.",
+            f"`python experiments/benchmarks/ensemble_training.py --networks {count}`: {results['cores']} cores, "
+            f"Python {results['python']}, jax {results['jax']}. The default job on the sample CT.",
             "",
             f"| | {count} runs, sum | one ensemble of {count} | ratio |",
             "| --- | --- | --- | --- |",
             *rows,
-            f"| peak memory, MB | {peak:.0f} (largest) | {together['peak_mb']:.0f} | {peak / together['peak_mb']:.2f} |",
+            f"| peak memory, MB | {peak:.0f} (largest) | {together['peak_mb']:.0f} | |",
             f"| pixel AP | {spread('pixel_ap')} | {together['pixel_ap']:.3f} | |",
             f"| image AUROC | {spread('image_auroc')} | {together['image_auroc']:.3f} | |",
             "",

@@ -35,11 +35,15 @@ class Augmentation:
 
     Attributes:
         jitter_px: Largest random shift of a patch from its grid position, in px.
-        symmetries: Whether to apply random flips and rotations by 90 degrees.
+        codes: Symmetries of the square of which one is applied (see `transforms.flip_and_turn`), such as `MIRROR`.
     """
 
     jitter_px: int = 0
-    symmetries: bool = True
+    codes: tuple[int, ...] = tuple(range(8))
+
+
+MIRROR = (0, 4)  # as it is, or mirrored left to right
+UNCHANGED = (0,)
 
 
 @runtime_checkable
@@ -77,7 +81,8 @@ class ReadPatches:
         """Read normalised patches.
 
         Args:
-            cells: (image, y, x) of each patch (B, 3), in px of the image.
+            cells: (image, y, x) of each patch (B, 3), in px of the image. If whole images are resized, (y, x) is a shift
+                of the resized image, in px.
             codes: Symmetry of the square applied to each patch (see `flip_and_turn`); None applies none.
 
         Returns:
@@ -85,9 +90,8 @@ class ReadPatches:
         """
         turns = [0] * len(cells) if codes is None else codes.tolist()
         if self.preprocessing.resize:
-            return np.stack(
-                [flip_and_turn(self._resized(i), t) for i, t in zip(cells[:, 0].tolist(), turns, strict=True)]
-            )
+            moved = (shifted(self._resized(image), y, x) for image, y, x in cells.tolist())
+            return np.stack([flip_and_turn(patch, turn) for patch, turn in zip(moved, turns, strict=True)])
         patches, insides = zip(*(self._cut(*cell) for cell in cells.tolist()), strict=True)
         inside = None if insides[0] is None else apply_symmetries(insides, turns)
         return preprocess(apply_symmetries(patches, turns), inside, self.preprocessing)
@@ -132,6 +136,21 @@ class ReadPatches:
             return resize_bands(whole, size, size)
 
         return make() if self.resized is None else self.resized.get(image, make)
+
+
+def shifted(patch: Shaped[np.ndarray, "P P C"], down: int, right: int) -> Shaped[np.ndarray, "P P C"]:
+    """Shift a patch; the borders are filled with the nearest pixels.
+
+    Args:
+        patch: Patch.
+        down: Shift of the content downwards, px.
+        right: Shift of the content to the right, px.
+
+    Returns:
+        The shifted patch.
+    """
+    rows, columns = (np.clip(np.arange(len(patch)) - move, 0, len(patch) - 1) for move in (down, right))
+    return patch[rows][:, columns] if down or right else patch
 
 
 def apply_symmetries(patches: Sequence[np.ndarray], codes: Sequence[int]) -> Shaped[np.ndarray, "B P P ..."]:
@@ -228,8 +247,10 @@ class ReadBatch(grain.RandomMapTransform):
         """Read the patches (B, P, P, C) of cells (B, 3) with random jitter and symmetries."""
         cells, jitter = np.array(element), self.augmentation.jitter_px
         moves = rng.integers(-jitter, jitter + 1, size=(len(cells), 2))
-        codes = rng.integers(8, size=len(cells)) if self.augmentation.symmetries else np.zeros(len(cells), int)
-        if not self.read.preprocessing.resize:
+        codes = np.array(self.augmentation.codes)[rng.integers(len(self.augmentation.codes), size=len(cells))]
+        if self.read.preprocessing.resize:
+            cells[:, 1:] = moves
+        else:
             shapes = np.array([self.read.images[image].shape[:2] for image in cells[:, 0]])
             limits = np.maximum(shapes - self.read.preprocessing.patch_size, 0)
             cells[:, 1:] = np.clip(cells[:, 1:] + moves, 0, limits)

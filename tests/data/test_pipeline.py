@@ -18,6 +18,8 @@ from references.preprocessing import preprocessing
 from pulmo_jax.core.tiling import tile_starts
 from pulmo_jax.data.images import ImageRef, index_images
 from pulmo_jax.data.pipeline import (
+    MIRROR,
+    UNCHANGED,
     Augmentation,
     CellBatches,
     ReadPatches,
@@ -32,8 +34,8 @@ from pulmo_jax.types import InputError
 
 SIZE, STRIDE = 8, 4
 SHAPES = [(20, 27), (8, 40), (33, 9), (5, 12)]  # the last is smaller than a patch
-PLAIN = Augmentation(jitter_px=0, symmetries=False)
-FULL = Augmentation(jitter_px=STRIDE // 2, symmetries=True)
+PLAIN = Augmentation(jitter_px=0, codes=UNCHANGED)
+FULL = Augmentation(jitter_px=STRIDE // 2)
 
 
 def places(image: int, shape: tuple[int, int]) -> np.ndarray:
@@ -194,7 +196,7 @@ def test_cells_of_a_batch_are_known_without_reading_it(cells, read):
 
 def test_jitter_stays_near_the_cell_and_inside_the_image(cells, read):
     jitter = 3
-    dataset = training_batches(cells, read, Augmentation(jitter, symmetries=False), batch_size=1, seed=0)
+    dataset = training_batches(cells, read, Augmentation(jitter, UNCHANGED), batch_size=1, seed=0)
     plain = training_batches(cells, read, PLAIN, batch_size=1, seed=0)
     count = 3 * len(cells)
     moves = []
@@ -211,7 +213,7 @@ def test_jitter_stays_near_the_cell_and_inside_the_image(cells, read):
 
 
 def test_symmetries_are_drawn_evenly_and_leave_the_place_alone(cells, read):
-    dataset = training_batches(cells, read, Augmentation(0, symmetries=True), batch_size=1, seed=0)
+    dataset = training_batches(cells, read, Augmentation(0), batch_size=1, seed=0)
     plain = training_batches(cells, read, PLAIN, batch_size=1, seed=0)
     counts = np.zeros(8, int)
     for k in range(4 * len(cells)):
@@ -219,6 +221,25 @@ def test_symmetries_are_drawn_evenly_and_leave_the_place_alone(cells, read):
         counts += [np.array_equal(turned, flip_and_turn(patch, code)) for code in range(8)]
     assert counts.sum() == 4 * len(cells)
     assert counts.min() > 0.5 * counts.mean()
+
+
+def test_whole_images_are_shifted_and_mirrored_and_never_turned(refs, read):
+    """Shifted by repeating the pixels at the border, by -2 to 2 px independently in rows and columns."""
+    whole = replace(read, preprocessing=preprocessing(SIZE, resize=True))
+    cells = np.array([[0, 0, 0]], np.int32)
+    image = whole(cells)[0]
+    dataset = training_batches(cells, whole, Augmentation(2, MIRROR), batch_size=1, seed=0)
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
+    possible = {}
+    for y, x, mirror in np.ndindex(5, 5, 2):
+        window = padded[y : y + SIZE, x : x + SIZE]
+        possible[y, x, mirror] = window[:, ::-1] if mirror else window
+    seen = set()
+    for k in range(300):
+        same = [key for key, expected in possible.items() if np.array_equal(dataset[k][0], expected)]
+        assert len(same) == 1
+        seen |= set(same)
+    assert seen == set(possible)
 
 
 @given(st.integers(1, 200), st.integers(1, 250))

@@ -75,7 +75,11 @@ class DataConfig(Section):
     )
     value_range: Pair | None = Field(default=None, description="[low,high] mapped to 0 and 1 by normalize=fixed")
     clip: Pair = Field(default=(-1.0, 2.0), description="limits to which normalised values are clipped")
-    augment: Bool = Field(default=True, description="random shifts by up to half the stride, flips and quarter turns")
+    augment: Bool = Field(
+        default=True,
+        description="random shifts by up to half the stride, flips and quarter turns; of whole images (data.resize), "
+        "shifts by up to 1/32 of the side and reflections from left to right",
+    )
     threads: Int = Field(default=4, ge=0, le=256, description="number of reader threads")
     prefetch: Int = Field(default=8, ge=1, description="number of batches prefetched")
     decoded_mb: Int = Field(

@@ -8,6 +8,8 @@ import numpy as np
 
 from pulmo_jax.data.images import ImageRef, Skipped, index_images
 from pulmo_jax.data.pipeline import (
+    MIRROR,
+    UNCHANGED,
     Augmentation,
     CellBatches,
     CellsInOrder,
@@ -26,6 +28,8 @@ from pulmo_jax.host.cache import cache_folder
 from pulmo_jax.host.console import Console, tracker
 from pulmo_jax.tasks.anomalies.config import DataConfig, TrainConfig
 from pulmo_jax.types import InputError
+
+WHOLE_SHIFT = 32  # whole images are shifted by up to 1 / WHOLE_SHIFT of their side
 
 
 @dataclass(frozen=True)
@@ -176,16 +180,22 @@ def describe_images(data: NormalData) -> dict[str, Any]:
 
 def shuffled(config: TrainConfig, data: NormalData, read: ReadPatches) -> MapDataset:
     """Infinite sequence of shuffled, augmented batches; each process reads its share of the rows."""
-    loading = config.data
     return training_batches(
         data.training.cells,
         read,
-        Augmentation(data.sampling.stride // 2 if loading.augment else 0, symmetries=loading.augment),
+        augmentation(config.data, data.sampling),
         batch_size=config.trainer.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def augmentation(data: DataConfig, sampling: Sampling) -> Augmentation:
+    """Random transformations of the patches; whole images are not turned, because their orientation is normal."""
+    if not data.augment:
+        return Augmentation(0, UNCHANGED)
+    return Augmentation(data.patch_size // WHOLE_SHIFT, MIRROR) if data.resize else Augmentation(sampling.stride // 2)
 
 
 def single_pass(config: TrainConfig, data: NormalData, read: ReadPatches) -> MapDataset:
