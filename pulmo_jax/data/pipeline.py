@@ -81,7 +81,7 @@ class ReadPatches:
         """Read normalised patches.
 
         Args:
-            cells: (image, y, x) of each patch (B, 3), in px of the image. If whole images are resized, (y, x) is a shift
+            cells: (image, y, x) of each patch (B, 3), in px of the image. For whole images, (y, x) is a shift
                 of the resized image, in px.
             codes: Symmetry of the square applied to each patch (see `flip_and_turn`); None applies none.
 
