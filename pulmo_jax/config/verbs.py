@@ -79,7 +79,7 @@ class SampleConfig(Section):
 
     run: RunFolder = Field(description="directory of a finished training run")
     output: PathLike = Field(description="folder for the results; those of an earlier call are replaced")
-    n: Int = Field(default=16, ge=1, le=100_000, description="number of images")
+    n: Int = Field(default=16, ge=1, le=10_000, description="number of images")
     seed: Int = Field(default=0, ge=0, lt=2**31, description="random seed of the images")
     batch_size: Int = Field(default=16, ge=1, description="number of images drawn at once; the images depend on it")
     plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")

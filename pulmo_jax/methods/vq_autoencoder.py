@@ -110,7 +110,7 @@ class VqAutoencoder:
         return self.network
 
     def init(self) -> Params:
-        """Copy the initial parameters of the network. The first batch replaces all codes, as their use is 0."""
+        """Copy the initial parameters of the network; all codes are dead, so the first batch initialises them."""
         features = self._latent_grid.code_features
         codes = {"counts": jnp.zeros(self.n_codes), "sums": jnp.zeros((self.n_codes, features))}
         return {"network": initial_params(self.network), "codes": codes}

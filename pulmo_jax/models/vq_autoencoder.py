@@ -4,6 +4,7 @@ Blocks of pixels become features at once, and all convolutions run at the resolu
 step fast on a CPU. The decoder ends with a convolution between the pixels of neighbouring blocks.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import jax
@@ -99,7 +100,9 @@ class VqNetwork(nnx.Module):
 
         return self._run(forward, z)
 
-    def _run(self, forward, x: Float[Array, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
+    def _run(
+        self, forward: Callable[["VqNetwork", Array], Array], x: Float[Array, "B _ _ _"]
+    ) -> Float[Array, "B _ _ _"]:
         """Apply a function of the network and an array, with rematerialisation if configured; returns float32."""
         graph, state = nnx.split(self)
 
