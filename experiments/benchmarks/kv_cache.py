@@ -113,7 +113,7 @@ def measured(batch: int, rounds: int) -> dict[str, Any]:
     program = jax.jit(lambda params, cache, first: run_of(nnx.merge(graph, params, rest), cache, first, order))
     cache = model.init_cache(batch)
     positions = {
-        str(f): (lambda f=f: program(params, cache, jnp.asarray(f))) for f in range(1, STEPS - BLOCK + 2, BLOCK)
+        str(f): (lambda f=f: program(params, cache, jnp.asarray(f))) for f in range(0, STEPS, BLOCK)
     }
     return {
         "batch": batch,
