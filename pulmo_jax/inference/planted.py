@@ -44,8 +44,8 @@ def anomalies(
 ) -> Iterator[tuple[ImageRef, Planted]]:
     """Plant anomalies of all kinds in turn.
 
-    Only a window of `WINDOW_PATCHES` patches is scored, unless normalisation or score depend on the rest of the image or
-    on the location in a common frame.
+    Only a window of `WINDOW_PATCHES` patches is scored, unless normalisation or score depend on the rest of the image
+    or on the location in a common frame.
 
     Args:
         how: Preprocessing of the run.
@@ -60,7 +60,7 @@ def anomalies(
     order = np.random.default_rng(seed).permutation(len(refs))
     whole = how.resize or how.percentiles is not None or bool(how.aligned_by)
     window = None if whole else WINDOW_PATCHES * how.patch_size
-    for i in range(count):
+    for i in range(count if refs else 0):
         ref, donor = (refs[order[k % len(refs)]] for k in (i, i + 1))
         normal = whole_image(ref, reader)
         if not normal.foreground.any():
