@@ -44,7 +44,8 @@ def anomalies(
 ) -> Iterator[tuple[ImageRef, Planted]]:
     """Plant anomalies of all kinds in turn.
 
-    Only a window of `WINDOW_PATCHES` patches is scored, unless the preprocessing uses the whole image.
+    Only a window of `WINDOW_PATCHES` patches is scored, unless normalisation or score depend on the rest of the image
+    or on the location in a common frame.
 
     Args:
         how: Preprocessing of the run.
@@ -57,8 +58,9 @@ def anomalies(
         Image, and a window of it with an anomaly. Images without foreground are left out.
     """
     order = np.random.default_rng(seed).permutation(len(refs))
-    window = None if how.resize or how.percentiles is not None else WINDOW_PATCHES * how.patch_size
-    for i in range(count):
+    whole = how.resize or how.percentiles is not None or bool(how.aligned_by)
+    window = None if whole else WINDOW_PATCHES * how.patch_size
+    for i in range(count if refs else 0):
         ref, donor = (refs[order[k % len(refs)]] for k in (i, i + 1))
         normal = whole_image(ref, reader)
         if not normal.foreground.any():

@@ -66,7 +66,7 @@ class VariationalAutoencoder:
             ge=0,
             description="weight of the mean KL divergence per latent number, relative to the mean loss per pixel",
         ),
-    ] = 0.005
+    ] = 0.0005
     score: Annotated[
         Score,
         Field(

@@ -118,7 +118,7 @@ def example(run: Run, ref: ImageRef, planted: Planted, reader: Reader) -> View:
             detected=detected,
             image_score=rate_image(run.scorer.method, calibration, scores).score,
             threshold=calibration.pixel_threshold.value,
-            label=True,
+            label=None,
             pixel_mm=reader.tags(ref).pixel_mm,
             intensity=intensity_of(ref, run.scorer.how, reader),
         )

@@ -57,8 +57,9 @@ def test_images_without_foreground_are_left_out(run, refs):
     assert {p.image.pixels.shape for _, p in found} == {(min(60, side), min(70, side), 1)}
 
 
-def test_a_resized_image_is_scored_as_a_whole(run, refs):
-    how = replace(run.scorer.how, resize=True)
+@pytest.mark.parametrize("change", [{"resize": True}, {"percentiles": (1.0, 99.0)}, {"aligned_by": "digest"}])
+def test_an_image_is_scored_as_a_whole_where_the_score_depends_on_it(run, refs, change):
+    how = replace(run.scorer.how, **change)
     assert {p.image.pixels.shape for _, p in anomalies(how, refs, READER, 5, 0)} == {(60, 70, 1)}
 
 
