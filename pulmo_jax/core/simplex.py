@@ -40,18 +40,19 @@ def simplex_noise(
     Returns:
         Noise with mean 0 and variance 1 at every pixel, over draws.
     """
-    total, power = jnp.zeros((height, width)), 0.0
-    for octave in range(octaves):
-        shift_key, seed_key = jax.random.split(jax.random.fold_in(key, octave))
+    frequencies = 2.0 ** jnp.arange(octaves) / cell_px
+    amplitudes = persistence ** jnp.arange(octaves)
+    amplitudes = amplitudes / jnp.sqrt((amplitudes**2).sum())
+
+    def add(total: Array, octave: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        key, frequency, amplitude = octave
+        shift_key, seed_key = jax.random.split(key)
         y, x = unskewed(jax.random.uniform(shift_key, (2,)))
-        frequency = 2**octave / cell_px
         rows, columns = y + frequency * jnp.arange(height), x + frequency * jnp.arange(width)
-        amplitude = persistence**octave
-        total, power = (
-            total + amplitude * one_octave(rows, columns, jax.random.bits(seed_key, (), jnp.uint32)),
-            power + amplitude**2,
-        )
-    return total / math.sqrt(power)
+        return total + amplitude * one_octave(rows, columns, jax.random.bits(seed_key, (), jnp.uint32)), None
+
+    each = jax.random.split(key, octaves), frequencies, amplitudes
+    return jax.lax.scan(add, jnp.zeros((height, width)), each)[0]
 
 
 def unskewed(vertex: Float[Array, "2"]) -> Float[Array, "2"]:

@@ -144,10 +144,11 @@ class Diffusion:
         if self.noise == "gaussian":
             return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
+        def band(key: Array) -> Array:
+            return simplex_noise(key, shape[0], shape[1], self.noise_cell_px, self.octaves, self.persistence)
+
         def one(key: Array) -> Array:
-            options = self.noise_cell_px, self.octaves, self.persistence
-            bands = [simplex_noise(k, shape[0], shape[1], *options) for k in jax.random.split(key, shape[2])]
-            return jnp.stack(bands, -1)
+            return jax.vmap(band, out_axes=-1)(jax.random.split(key, shape[2]))
 
         return jax.vmap(one)(keys)
 

@@ -124,7 +124,8 @@ def test_every_target_gives_back_the_clean_patch(target):
 def test_the_loss_of_an_output_of_zero_is_the_power_of_the_target(target, expected):
     """Noise, standardised patches, and v, whose weights alpha and sigma have the square sum 1, have unit power."""
     made = method(Fixed(jnp.zeros(())), target=target, loss=l2)
-    losses = [made.train_loss(ready(made), patches(64, seed), jax.random.key(seed)) for seed in range(5)]
+    loss = jax.jit(made.train_loss)
+    losses = [loss(ready(made), patches(64, seed), jax.random.key(seed)) for seed in range(5)]
     assert float(np.mean(losses)) == pytest.approx(expected, rel=0.05)
 
 
@@ -151,14 +152,15 @@ def test_patches_drawn_from_noise_are_the_data():
 
 @pytest.mark.parametrize("noise", ["gaussian", "simplex"])
 def test_scores_do_not_depend_on_the_other_patches_of_a_batch(noise):
-    made = method(noise=noise, calls=2, draws=2, sampler="ddpm")
+    made = method(noise=noise, octaves=2, calls=2, draws=2, sampler="ddpm")
     params, residual = ready(made), jax.jit(made.residual)
     batch = patches(6)
     found = np.asarray(residual(params, batch))
     np.testing.assert_allclose(np.asarray(residual(params, batch[::-1]))[::-1], found, atol=1e-5)
     assert np.abs(found[0] - found[1]).max() > 1e-3
-    other = method(noise=noise, calls=2, draws=2, sampler="ddpm", seed=1)
-    assert np.abs(np.asarray(other.residual(params, batch)) - found).max() > 1e-3
+    if noise == "gaussian":
+        other = method(calls=2, draws=2, sampler="ddpm", seed=1)
+        assert np.abs(np.asarray(jax.jit(other.residual)(params, batch)) - found).max() > 1e-3
 
 
 def test_draws_are_averaged_and_their_spread_is_a_map():
@@ -175,7 +177,8 @@ def test_draws_are_averaged_and_their_spread_is_a_map():
     np.testing.assert_array_equal(made.detail_maps(jnp.asarray(residual[0]), foreground)[..., 0], residual[0, ..., 1])
     assert made.network_calls == 40
     single = method(draws=1, smooth_px=0.0)
-    assert (single.detail_names, single.residual(params, batch).shape) == ((), (3, SIDE, SIDE, 1))
+    assert single.detail_names == ()
+    assert jax.eval_shape(single.residual, params, batch).shape == (3, SIDE, SIDE, 1)
     unsmoothed = method(draws=8, smooth_px=0.0)
     scores = unsmoothed.score_map(jnp.asarray(residual[0]), foreground)
     np.testing.assert_allclose(scores, residual[0, ..., 0] ** 2, rtol=1e-5)  # without the spread
@@ -184,8 +187,9 @@ def test_draws_are_averaged_and_their_spread_is_a_map():
 def test_moments_are_those_of_the_first_training_patches():
     made = method(Fixed(jnp.zeros(())))
     params, batches = made.init(), [patches(16, seed) for seed in range(5)]
+    step = jax.jit(made.train_loss_and_seen)
     for batch in batches:
-        loss, seen = made.train_loss_and_seen(params, batch, jax.random.key(0))
+        loss, seen = step(params, batch, jax.random.key(0))
         assert float(loss) == pytest.approx(1, rel=0.3)
         params = made.absorb(params, seen)
     every = np.concatenate(batches)
@@ -198,9 +202,20 @@ def test_moments_are_those_of_the_first_training_patches():
     assert all(float(after[name]) == float(late["moments"][name]) for name in after)
 
 
+def test_without_added_noise_the_patch_itself_is_denoised():
+    """The chain of the deterministic samplers then starts at alpha x, for which the flow is the identity."""
+    made = method(noise_share=0.0, calls=40, draws=3)
+    params, batch = ready(made), patches(2)
+    mean, spread = jax.jit(made.healed_moments)(params, batch)
+    alpha = amplitudes("linear", 1000)[0][made.depth]
+    np.testing.assert_allclose((mean - MEAN) / SD, alpha * (batch - MEAN) / SD, atol=0.02)
+    np.testing.assert_allclose(spread, 0, atol=1e-6)
+
+
 def test_channels_have_noise_of_their_own():
-    made = method(noise="simplex")
-    noise = np.asarray(made.draw_noise(jax.random.split(jax.random.key(0), 300), (SIDE, SIDE, 2)))
+    made = method(noise="simplex", octaves=2)
+    draw = jax.jit(made.draw_noise, static_argnums=1)
+    noise = np.asarray(draw(jax.random.split(jax.random.key(0), 300), (SIDE, SIDE, 2)))
     assert noise.var() == pytest.approx(1, abs=0.2)
     assert abs(np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]) < 0.15
 
