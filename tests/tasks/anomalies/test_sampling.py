@@ -165,17 +165,25 @@ def test_experiments_that_the_refusal_names_can_draw(experiment):
     assert {"sample", "sampling_calls"} <= set(dir(target))
 
 
+DIFFUSION = ["method=diffusion", "method/loss=l1", "model=image_unet", "model.width=8", "model.depth=2"]
+DRAWING = {"vae": ["method=variational_autoencoder"], "diffusion": DIFFUSION}
+
+
 @pytest.mark.slow
-def test_the_verb_draws_from_a_trained_run_and_refuses_another(go, tmp_path):
-    go(tmp_path / "vae", "method=variational_autoencoder")
-    options = {"output": tmp_path / "out", "n": 3}
-    verb(SampleConfig(run=tmp_path / "vae", **options), tmp_path)
+@pytest.mark.parametrize("name", DRAWING)
+def test_the_verb_draws_from_a_trained_run(go, tmp_path, name):
+    go(tmp_path / "run", *DRAWING[name])
+    verb(SampleConfig(run=tmp_path / "run", output=tmp_path / "out", n=3), tmp_path)
     assert (read(tmp_path / "out").dtype, read(tmp_path / "out").shape) == (np.uint16, (3, 16, 16))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["nearest_training_patch"]["training_patches"] == 8 * 16
-    go(tmp_path / "plain")
-    with pytest.raises(InputError, match="^run=.*plain: Autoencoder models no distribution of images"):
-        verb(SampleConfig(run=tmp_path / "plain", output=tmp_path / "other"), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_verb_refuses_a_run_that_cannot_draw(go, tmp_path):
+    go(tmp_path / "run")
+    with pytest.raises(InputError, match="^run=.*run: Autoencoder models no distribution of images"):
+        verb(SampleConfig(run=tmp_path / "run", output=tmp_path / "out"), tmp_path)
 
 
 @pytest.mark.parametrize(
