@@ -54,7 +54,7 @@ def uncached(network: TokenTransformer, draws: jax.Array, order: jax.Array, bloc
 def all_logits(network: TokenTransformer, sequence: jax.Array, order: jax.Array) -> jax.Array:
     """Logits of cached steps."""
 
-    def step(cache: Any, now: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+    def step(cache: Any, now: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         logits, cache = network.step(*now, cache)
         return cache, logits
 
@@ -112,9 +112,7 @@ def measured(batch: int, rounds: int) -> dict[str, Any]:
     both = (np.asarray(compiled(f, sequence, order)()) for f in (all_logits, lambda n, s, o: n(s, o)))
     program = jax.jit(lambda params, cache, first: run_of(nnx.merge(graph, params, rest), cache, first, order))
     cache = model.init_cache(batch)
-    positions = {
-        str(f): (lambda f=f: program(params, cache, jnp.asarray(f))) for f in range(0, STEPS, BLOCK)
-    }
+    positions = {str(f): (lambda f=f: program(params, cache, jnp.asarray(f))) for f in range(0, STEPS, BLOCK)}
     return {
         "batch": batch,
         "seconds": fastest(ways, rounds),
