@@ -40,7 +40,8 @@ from pulmo_jax.training.state import init_state, make_step
 
 HERE = Path(__file__).parent
 SETUPS = ((64, 1, 64, 16), (64, 1, 32, 32))  # patch, channels, batch, features of the first scale
-SAMPLERS = (("ddpm", 250), ("ddpm", 10), ("ddim", 10), ("dpm_solver", 10), ("dpm_solver", 5), ("dpm_solver", 2))
+DEPTH = 250  # of AnoDDPM, with all of its noise
+SAMPLERS = (("ddpm", 250), ("ddpm", 10), ("ddim", 10), ("dpm_solver", 10), ("dpm_solver", 5))
 
 
 # --- the same network in PyTorch
@@ -257,8 +258,8 @@ def sampler_rows(path: Path) -> dict[str, Any]:
     truths = {ref.name: reader.image(ref_of(ref, data.test_masks))[..., 0] > 0 for ref in refs}
     rows = []
     for sampler, calls in SAMPLERS:
-        method = dataclasses.replace(scorer.method, sampler=sampler, calls=calls, draws=1)
-        other = Scorer.of(method, scorer.params, scorer.how, Tiles(0.0, scorer.tiles.batch_size))
+        method = dataclasses.replace(scorer.method, sampler=sampler, calls=calls, draws=1, depth=DEPTH, noise_share=1.0)
+        other = Scorer.of(method, scorer.params, scorer.how, Tiles(0.0, 48))
         scores, labels = [], []
         warm = reader.image(refs[0])
         other(warm, reader.foreground(refs[0]))  # compiles
@@ -277,7 +278,7 @@ def sampler_rows(path: Path) -> dict[str, Any]:
         }
         rows.append(row)
         print(row, flush=True)
-    return {"depth": scorer.method.depth, "target": scorer.method.target, "slices": len(refs), "rows": rows}
+    return {"depth": DEPTH, "target": scorer.method.target, "slices": len(refs), "rows": rows}
 
 
 def ref_of(ref: Any, folder: Path) -> Any:
