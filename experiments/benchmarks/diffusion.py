@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from segmentation import CLIP, DECAY, OURS, RATE, conv, group_norm, interleaved, rates, summary
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads
 from pulmo_jax.host.resources import keep_freed_memory
@@ -50,6 +49,7 @@ SAMPLERS = (("ddpm", 250), ("ddpm", 10), ("ddim", 10), ("dpm_solver", 10), ("dpm
 def torch_network(model: ImageUNet, same: bool) -> Any:
     """models.image_unet.ImageUNet in PyTorch, with the weights of `model`; `same`: see segmentation.Network."""
     import torch
+    from segmentation import conv, group_norm
     from torch.nn import functional
 
     every = torch.nn.ModuleList
@@ -139,6 +139,7 @@ def torch_network(model: ImageUNet, same: bool) -> Any:
 def torch_step(network: Any, batch: np.ndarray, layout: Any, compiled: bool) -> Callable[[], None]:
     """Training step in PyTorch."""
     import torch
+    from segmentation import CLIP, DECAY, RATE
 
     network = network.to(memory_format=layout)
     patches = torch.tensor(batch).permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -167,6 +168,8 @@ def torch_step(network: Any, batch: np.ndarray, layout: Any, compiled: bool) -> 
 
 def jax_step(method: Diffusion, batch: np.ndarray) -> tuple[Callable[[], None], Any]:
     """Training step, with its compiled program."""
+    from segmentation import CLIP, DECAY, RATE
+
     optimizer, data = adamw(steps=10_000, learning_rate=RATE, clip_norm=CLIP), jnp.asarray(batch)
     state: Any = init_state(method, optimizer)
     program = make_step(method, optimizer, DECAY, 0).lower(state, data).compile()
@@ -215,6 +218,7 @@ def with_norms(network: Any, model: ImageUNet) -> None:
 def training_rows(rounds: int, compiled: bool) -> dict[str, Any]:
     """Times of the training step."""
     import torch
+    from segmentation import OURS, interleaved, rates, summary
 
     torch.set_num_threads(os.cpu_count() or 1)
     keep_freed_memory()
