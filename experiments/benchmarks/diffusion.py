@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from segmentation import CLIP, DECAY, OURS, RATE, conv, group_norm, interleaved, rates, summary
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads
 from pulmo_jax.host.resources import keep_freed_memory
@@ -40,7 +39,8 @@ from pulmo_jax.training.state import init_state, make_step
 
 HERE = Path(__file__).parent
 SETUPS = ((64, 1, 64, 16), (64, 1, 32, 32))  # patch, channels, batch, features of the first scale
-SAMPLERS = (("ddpm", 250), ("ddpm", 10), ("ddim", 10), ("dpm_solver", 10), ("dpm_solver", 5), ("dpm_solver", 2))
+DEPTH = 250  # of AnoDDPM, with all of its noise
+SAMPLERS = (("ddpm", 250), ("ddpm", 10), ("ddim", 10), ("dpm_solver", 10), ("dpm_solver", 5))
 
 
 # --- the same network in PyTorch
@@ -49,6 +49,7 @@ SAMPLERS = (("ddpm", 250), ("ddpm", 10), ("ddim", 10), ("dpm_solver", 10), ("dpm
 def torch_network(model: ImageUNet, same: bool) -> Any:
     """models.image_unet.ImageUNet in PyTorch, with the weights of `model`; `same`: see segmentation.Network."""
     import torch
+    from segmentation import conv, group_norm
     from torch.nn import functional
 
     every = torch.nn.ModuleList
@@ -138,6 +139,7 @@ def torch_network(model: ImageUNet, same: bool) -> Any:
 def torch_step(network: Any, batch: np.ndarray, layout: Any, compiled: bool) -> Callable[[], None]:
     """Training step in PyTorch."""
     import torch
+    from segmentation import CLIP, DECAY, RATE
 
     network = network.to(memory_format=layout)
     patches = torch.tensor(batch).permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -166,6 +168,8 @@ def torch_step(network: Any, batch: np.ndarray, layout: Any, compiled: bool) -> 
 
 def jax_step(method: Diffusion, batch: np.ndarray) -> tuple[Callable[[], None], Any]:
     """Training step, with its compiled program."""
+    from segmentation import CLIP, DECAY, RATE
+
     optimizer, data = adamw(steps=10_000, learning_rate=RATE, clip_norm=CLIP), jnp.asarray(batch)
     state: Any = init_state(method, optimizer)
     program = make_step(method, optimizer, DECAY, 0).lower(state, data).compile()
@@ -214,6 +218,7 @@ def with_norms(network: Any, model: ImageUNet) -> None:
 def training_rows(rounds: int, compiled: bool) -> dict[str, Any]:
     """Times of the training step."""
     import torch
+    from segmentation import OURS, interleaved, rates, summary
 
     torch.set_num_threads(os.cpu_count() or 1)
     keep_freed_memory()
@@ -257,8 +262,8 @@ def sampler_rows(path: Path) -> dict[str, Any]:
     truths = {ref.name: reader.image(ref_of(ref, data.test_masks))[..., 0] > 0 for ref in refs}
     rows = []
     for sampler, calls in SAMPLERS:
-        method = dataclasses.replace(scorer.method, sampler=sampler, calls=calls, draws=1)
-        other = Scorer.of(method, scorer.params, scorer.how, Tiles(0.0, scorer.tiles.batch_size))
+        method = dataclasses.replace(scorer.method, sampler=sampler, calls=calls, draws=1, depth=DEPTH, noise_share=1.0)
+        other = Scorer.of(method, scorer.params, scorer.how, Tiles(0.0, 48))
         scores, labels = [], []
         warm = reader.image(refs[0])
         other(warm, reader.foreground(refs[0]))  # compiles
@@ -277,7 +282,7 @@ def sampler_rows(path: Path) -> dict[str, Any]:
         }
         rows.append(row)
         print(row, flush=True)
-    return {"depth": scorer.method.depth, "target": scorer.method.target, "slices": len(refs), "rows": rows}
+    return {"depth": DEPTH, "target": scorer.method.target, "slices": len(refs), "rows": rows}
 
 
 def ref_of(ref: Any, folder: Path) -> Any:

@@ -12,7 +12,8 @@ network is always told the step at which the chain is. `reconstruct` returns the
 mean over `draws`, never the estimate of a single call. Intensities are standardised to zero mean and unit variance by
 the moments of the training patches, so that a depth hides the same contrast in standard deviations on any data.
 
-Departures from AnoDDPM: several draws are averaged; fast samplers; and by default the target is the clean patch with an
+Departures from AnoDDPM: several draws are averaged; fast samplers; the depth of healing and the noise that is added may
+differ (`noise_share`: the anomaly itself acts as noise); and by default the target is the clean patch with an
 absolute loss, as in pDDPM (Behrendt et al. 2023, MIDL), and the score is the smoothed signed residual, squared.
 """
 
@@ -73,14 +74,14 @@ class Diffusion:
     persistence: Annotated[
         float, Field(gt=0, le=1, description="amplitude of an octave relative to the one before")
     ] = 0.8
-    depth: Annotated[int, Field(ge=1, description="step from which patches are healed, at most timesteps")] = 250
+    depth: Annotated[int, Field(ge=1, description="step from which patches are healed, at most timesteps")] = 550
     noise_share: Annotated[
         float,
         Field(ge=0, le=1, description="amplitude of the noise that is added, relative to that of the step depth"),
-    ] = 1.0
+    ] = 0.3
     sampler: Annotated[Kind, Field(description="sampler; dpm_solver: DPM-Solver++(2M)")] = "dpm_solver"
-    calls: Annotated[int, Field(ge=1, description="network calls per healed patch and draw, at most depth")] = 5
-    draws: Annotated[int, Field(ge=1, le=1000, description="healed versions to average per patch")] = 2
+    calls: Annotated[int, Field(ge=1, description="network calls per healed patch and draw, at most depth")] = 3
+    draws: Annotated[int, Field(ge=1, le=1000, description="healed versions to average per patch")] = 3
     sample_calls: Annotated[
         int, Field(ge=1, description="network calls per patch that is drawn from noise, at most timesteps")
     ] = 50
