@@ -12,7 +12,9 @@ The statistics are strongly dependent. The distribution of the score is therefor
 each normal image is computed from the images of the other groups, and these scores set threshold and p-value.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, log
 from typing import Annotated
 
@@ -44,6 +46,11 @@ class NormalStatistics:
 
     groups: tuple[Annotated[int, Field(ge=0)], ...]
     values: Values
+
+    @cached_property
+    def laws(self) -> "list[NormalLaw]":
+        """Law of each statistic, in the order of `WEIGHTS`."""
+        return [NormalLaw.of(np.sort(np.array(self.values[name]))) for name in WEIGHTS]
 
 
 @dataclass(frozen=True)
@@ -96,20 +103,17 @@ class NormalLaw:
         return np.where(value > high, above, np.where(value < low, below, inside))
 
 
-def combined_score(values: Float64[np.ndarray, "K M"], normal: Float64[np.ndarray, "K N"]) -> Float64[np.ndarray, "M"]:
+def combined_score(values: Float64[np.ndarray, "K M"], laws: Sequence[NormalLaw]) -> Float64[np.ndarray, "M"]:
     """Combine the statistics of images into one score.
 
     Args:
         values: Each statistic of the images, in the order of `WEIGHTS`.
-        normal: Each statistic of the normal images, ascending.
+        laws: Law of each statistic of normal images.
 
     Returns:
         -log10 of the weighted harmonic mean of the p-values; it increases with every statistic.
     """
-    terms = [
-        log(weight) - NormalLaw.of(row).log_p(value)
-        for weight, value, row in zip(WEIGHTS.values(), values, normal, strict=True)
-    ]
+    terms = [log(weight) - law.log_p(value) for weight, value, law in zip(WEIGHTS.values(), values, laws, strict=True)]
     return np.logaddexp.reduce(terms, axis=0) / log(10)
 
 
@@ -125,8 +129,7 @@ def score_of_statistics(values: dict[Statistic, float], normal: NormalStatistics
     """
     if not np.isfinite(list(values.values())).all():
         return float("nan")
-    table = np.sort(np.array([normal.values[name] for name in WEIGHTS]), axis=1)
-    return float(combined_score(np.array([[values[name]] for name in WEIGHTS]), table)[0])
+    return float(combined_score(np.array([[values[name]] for name in WEIGHTS]), normal.laws)[0])
 
 
 def normal_scores(statistic: ImageStatistic, normal: NormalStatistics) -> Float64[np.ndarray, "N"]:
@@ -159,8 +162,8 @@ def left_out_scores(normal: NormalStatistics) -> Float64[np.ndarray, "N"]:
     for group in np.unique(groups):
         mine = groups == group
         others = mine if mine.all() else ~mine
-        left = np.stack([row[kept[others[kept]]] for row, kept in zip(table, order, strict=True)])
-        scores[mine] = combined_score(table[:, mine], left)
+        laws = [NormalLaw.of(row[kept[others[kept]]]) for row, kept in zip(table, order, strict=True)]
+        scores[mine] = combined_score(table[:, mine], laws)
     return scores
 
 

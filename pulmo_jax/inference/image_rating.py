@@ -54,7 +54,9 @@ def image_statistic_of(method: Method, calibration: Calibration | None = None) -
     one = member_of(method)
     if isinstance(one, OwnScore):
         return OWN
-    return one.image_statistic if isinstance(one, Summarised) else "combined"
+    chosen = one.image_statistic if isinstance(one, Summarised) else "combined"
+    older = calibration is not None and calibration.normal_statistics is None
+    return "max" if older and chosen == "combined" else chosen  # the default of older versions
 
 
 def member_of(method: Method) -> Method:

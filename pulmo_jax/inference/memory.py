@@ -32,10 +32,21 @@ class WithinMemory:
     def __call__(self, *arguments: Any) -> Any:
         kinds = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
         if kinds not in self.checked:
-            program = self.jitted.lower(*arguments).compile()  # JAX keeps it for the call
-            require(temporary_bytes(program), self.operation, self.remedy)
+            self.check(*arguments)  # JAX keeps the program for the call
             self.checked.add(kinds)
         return self.jitted(*arguments)
+
+    def check(self, *arguments: Any) -> None:
+        """Compile the function, and compare its working memory with the free memory.
+
+        Args:
+            arguments: Arguments, or their shapes and dtypes.
+
+        Raises:
+            InputError: If the memory is insufficient.
+        """
+        program = self.jitted.lower(*arguments).compile()
+        require(temporary_bytes(program), self.operation, self.remedy)
 
 
 def within_memory(function: Callable[..., Any], operation: str, remedy: str) -> WithinMemory:

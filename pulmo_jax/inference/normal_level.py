@@ -4,7 +4,7 @@ Some places vary more between normal images than others: the edge of the film, t
 correction, the highest pixel of an aligned X-ray is nearly always there, whatever the lungs look like. The logarithm of
 a score is therefore standardised by its mean and standard deviation over normal images at the same place: scores are
 positive, and their spread grows with their level. The result s is converted to softplus(s) = log(1 + exp(s)), which is
-positive again and leaves deviations below the normal mean without weight.
+positive again, and gives deviations below the normal mean little weight.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -131,7 +131,7 @@ def relative_to(level: NormalLevel, scores: Float[Array, "H W"], extent: Extent)
 
     Args:
         level: Normal level.
-        scores: Scores of an image or a strip; NaN where not scored.
+        scores: Scores of an image or a strip; NaN where not scored. Negative ones count as 0.
         extent: Position of the image in the array; may be traced.
 
     Returns:
@@ -140,7 +140,7 @@ def relative_to(level: NormalLevel, scores: Float[Array, "H W"], extent: Extent)
     rows = cell_weights(scores.shape[0], extent.top, extent.bottom, len(level.mean))
     columns = cell_weights(scores.shape[1], extent.left, extent.right, len(level.mean))
     mean, sd = (jnp.einsum("hy,yx,wx->hw", rows, a, columns, precision="highest") for a in (level.mean, level.sd))
-    return jax.nn.softplus((jnp.log(scores + level.offset) - mean) / sd)
+    return jax.nn.softplus((jnp.log(jnp.maximum(scores, 0) + level.offset) - mean) / sd)
 
 
 def cell_weights(count: int, start: int | Array, stop: int | Array, side: int) -> Float[Array, "N S"]:

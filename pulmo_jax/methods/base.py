@@ -270,7 +270,12 @@ class Based(Protocol):
 
 @runtime_checkable
 class Featured(Protocol):
-    """A `Method` whose network exposes square feature maps, whose side lengths divide that of the patch."""
+    """A `Method` whose network may have square feature maps, whose side lengths divide that of the patch."""
+
+    @property
+    def network(self) -> Any:
+        """The network; it has feature maps if it has a function `feature_maps`."""
+        ...
 
     def feature_maps(self, params: Params, patches: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
         """Compute feature maps.

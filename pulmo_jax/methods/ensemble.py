@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from pulmo_jax.methods.base import Detailed, Iterative, Method, Params, Tuned
+from pulmo_jax.methods.patch_gaussian import PatchGaussian
 from pulmo_jax.methods.score_maps import Extent
 
 SPREAD = "spread"
@@ -44,11 +45,6 @@ class Ensemble:
     @property
     def halo_px(self) -> int:
         return self.member.halo_px
-
-    @property
-    def network_calls(self) -> int:
-        """Number of evaluations of all networks per tile."""
-        return self.count * (self.member.network_calls if isinstance(self.member, Iterative) else 1)
 
     def init(self) -> Params:
         """Stack the initial parameters of the networks."""
@@ -117,6 +113,23 @@ def networks(method: Method, params: Params) -> list[tuple[Method, Params]]:
     if not isinstance(method, Ensemble):
         return [(method, params)]
     return [(method.member, jax.tree.map(lambda p, i=i: p[i], params)) for i in range(method.count)]
+
+
+def calls_per_tile(method: Method) -> int | None:
+    """Number of network evaluations per tile, if a method needs several for each network.
+
+    Args:
+        method: Method, which may be an ensemble or whiten the residual of a base.
+
+    Returns:
+        Evaluations of all networks; None if each network is evaluated once.
+    """
+    if isinstance(method, Ensemble):
+        one = calls_per_tile(method.member)
+        return None if one is None else method.count * one
+    if isinstance(method, PatchGaussian) and method.base is not None:
+        return calls_per_tile(method.base)
+    return method.network_calls if isinstance(method, Iterative) else None
 
 
 def tuned(method: Method, params: Params, patches: Float[Array, "N P P C"]) -> dict[str, Array]:

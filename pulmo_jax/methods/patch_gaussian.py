@@ -144,7 +144,7 @@ class PatchGaussian:
     memory_mb: Annotated[int, Field(ge=1, description="memory for fitting, in addition to the fitted model, MiB")] = 256
 
     def __post_init__(self) -> None:
-        if self.base is not None and self.input == "features" and not isinstance(self.base, Featured):
+        if self.base is not None and self.input == "features" and not has_features(self.base):
             raise InputError(
                 f"method.input=features: the method {type(self.base).__name__} of method.base_run has no feature maps; "
                 "give method.input=residual, or the run of an autoencoder"
@@ -395,6 +395,11 @@ class PatchGaussian:
         both = jnp.stack([jnp.where(jnp.isfinite(score), score, 0) * weight, weight], axis=-1)
         total, weights = jnp.moveaxis(smooth_within(both, foreground, self.smoothing, extent), -1, 0)
         return jnp.asarray(jnp.where(foreground, total / jnp.maximum(weights, 1e-12), jnp.nan))
+
+
+def has_features(method: Method) -> bool:
+    """Whether a method and its network have feature maps."""
+    return isinstance(method, Featured) and isinstance(method.network, FeatureNetwork)
 
 
 def variances(moments: Moments) -> Float[Array, "*N D"]:

@@ -17,7 +17,7 @@ from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
 from pulmo_jax.runs.older import naming_version
 from pulmo_jax.tasks.anomalies.building import parts_of
 from pulmo_jax.tasks.anomalies.calibrated import load_tuned, with_tuned
-from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.tasks.anomalies.config import DataConfig, TrainConfig
 from pulmo_jax.tasks.anomalies.data import NormalData
 from pulmo_jax.tasks.anomalies.run import SEALED, load_run
 from pulmo_jax.training.state import TrainState, learnt
@@ -86,6 +86,8 @@ def with_base(config: TrainConfig) -> TrainConfig:
         InputError: If it is not a finished run, or the new method cannot use its method.
     """
     name = config.method.get("base_run")
+    if config.base is not None:
+        raise InputError("base is set by the program; leave it out, and give method.base_run=RUN")
     if name is None:
         require_base_run(config)
         return config
@@ -94,6 +96,11 @@ def with_base(config: TrainConfig) -> TrainConfig:
     with naming_version(path):
         base = load_config(path, TrainConfig, config.plugins)
     require_kind(config, base, path)
+    if config.data.patch_size not in (base.data.patch_size, DataConfig().patch_size):
+        raise InputError(
+            f"data.patch_size={config.data.patch_size}: method.base_run={path} was trained on patches of "
+            f"{base.data.patch_size} px; leave data.patch_size out"
+        )
     data = {"patch_size": base.data.patch_size, "resize": base.data.resize}
     if config.data.stride is not None:
         data["stride"] = min(config.data.stride, base.data.patch_size)

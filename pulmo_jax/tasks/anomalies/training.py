@@ -1,8 +1,7 @@
 """Training of anomaly detection: model of normal images, thresholds on held-out normal images, test."""
 
 import hashlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from matplotlib.figure import Figure
 
-from pulmo_jax.config.nodes import check_node, find_target
+from pulmo_jax.config.nodes import GIVEN, check_node, find_target, parameters_of_node
+from pulmo_jax.config.signatures import REQUIRED
 from pulmo_jax.data import lung_ct
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.reader import Reader
@@ -25,8 +23,7 @@ from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.normal_level import normal_level
-from pulmo_jax.inference.score import Scorer
-from pulmo_jax.methods.base import Accumulated, Iterative, Method, Shaping
+from pulmo_jax.methods.base import Accumulated, Method, Shaping
 from pulmo_jax.methods.ensemble import tuned
 from pulmo_jax.runs.directory import build_optimizer, load_config
 from pulmo_jax.runs.paths import check_paths
@@ -48,12 +45,17 @@ from pulmo_jax.tasks.anomalies.data import (
     single_pass,
     validation_patches,
 )
-from pulmo_jax.tasks.anomalies.figures import patch_grid
+from pulmo_jax.tasks.anomalies.monitoring import (
+    make_validation,
+    reconstructions,
+    require_scoring_memory,
+    scoring_cost,
+)
 from pulmo_jax.tasks.anomalies.pretrained import Pretrained, is_accumulated, open_base, start_from, with_base
 from pulmo_jax.tasks.anomalies.run import Run, make_scorer
 from pulmo_jax.training import devices
 from pulmo_jax.training.program import compile_step
-from pulmo_jax.training.state import TrainState, init_state, learnt, make_pass, make_step
+from pulmo_jax.training.state import init_state, learnt, make_pass, make_step
 from pulmo_jax.types import InputError
 
 LEVEL_IMAGES = 512  # training images that determine the normal level of a location
@@ -85,6 +87,7 @@ def check(config: TrainConfig) -> None:
     target = find_target(config.method, "method", config.plugins)
     shape = target.NETWORK if isinstance(target, Shaping) else ()
     check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs", *shape))
+    require_supplied(config, shape)
     if config.trainer.members > 1 and is_accumulated(config):
         raise InputError(
             f"trainer.members={config.trainer.members}: {config.method['_target_']} is fitted in one pass, without "
@@ -92,6 +95,18 @@ def check(config: TrainConfig) -> None:
         )
     if "loss" in config.method:
         check_node(config.method["loss"], "method.loss", config.plugins, ("image", "reconstruction"))
+
+
+def require_supplied(config: TrainConfig, shape: Iterable[str]) -> None:
+    """Raise InputError if the model needs arguments that this method does not determine."""
+    supplied = {"patch_size", "channels", "rngs", *shape}
+    known = parameters_of_node(config.model, "model", config.plugins)
+    needed = [name for name in GIVEN["model"] if name in known and known[name].default is REQUIRED]
+    if missing := [name for name in needed if name not in supplied]:
+        raise InputError(
+            f"model._target_={config.model['_target_']}: needs {' and '.join(missing)}, which "
+            f"{config.method['_target_'].rpartition('.')[2]} does not determine; choose another model or method"
+        )
 
 
 def prepare(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
@@ -194,6 +209,7 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
         step = make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
         batches = shuffled(config, normal, read_patches)
     patches = validation_patches(config, normal, data.reader)
+    require_scoring_memory(method, normal.how, config.tiles.batch_size)
     return Learning(
         state=start_from(init_state(method, optimizer), method, normal, data.base),
         compile=partial(compile_step, step),
@@ -246,7 +262,6 @@ def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Plac
     patches = validation_patches(config, data.normal, data.reader)
     numbers = tuned(method, params, jnp.asarray(patches))
     scorer = make_scorer(config, method, with_tuned(params, numbers), data.normal.how)
-    tell_cost(scorer, patches, place)
     level = None
     if by_location(config):
         known = data.normal.training.images
@@ -266,26 +281,6 @@ def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Plac
     return Run(place.run_dir, config, scorer, calibrations, learned.step)
 
 
-def tell_cost(scorer: Scorer, patches: np.ndarray, place: Place) -> None:
-    """Print the number of network evaluations per tile of an iterative method, and the time that they take.
-
-    Args:
-        scorer: Scorer of the run.
-        patches: Validation patches, (n, P, P, C).
-        place: Output folder and console.
-    """
-    method = scorer.method
-    if not isinstance(method, Iterative):
-        return
-    tiles = jnp.asarray(np.resize(patches, (scorer.tiles.batch_size, *patches.shape[1:])))
-    jax.block_until_ready(scorer.residual(scorer.params, tiles))  # compiles
-    began = time.perf_counter()
-    jax.block_until_ready(scorer.residual(scorer.params, tiles))
-    ms = 1e3 * (time.perf_counter() - began) / len(tiles)
-    calls = method.network_calls
-    place.note(f"scoring takes {calls} network evaluations per tile: {ms:.3g} ms per tile, {ms / calls:.3g} ms each")
-
-
 def assess(run: Run, data: AnomalyData, learned: Learned, place: Place) -> Findings:
     """Assess the calibrated run on the validation images and, if given, the labelled test images."""
     normal = data.normal
@@ -294,6 +289,7 @@ def assess(run: Run, data: AnomalyData, learned: Learned, place: Place) -> Findi
         "validation_images": len(normal.validation.images),
         "skipped_images": len(normal.skipped),
         **learned.facts,
+        **scoring_cost(run.scorer, place),
     }
     caveats = caveats_of(run.scorer.method, learned)
     return assess_training(run, data.test, normal.validation.images, facts, caveats, place)
@@ -353,43 +349,6 @@ def less_memory(config: TrainConfig) -> str:
         f"lower trainer.batch_size (now {config.trainer.batch_size}), data.prefetch (now {config.data.prefetch}) or "
         f"data.patch_size (now {config.data.patch_size})"
     )
-
-
-def reconstructions(method: Method, patches: np.ndarray) -> Callable[[TrainState], Figure]:
-    """Function that draws validation patches above their reconstructions for a training state."""
-    reconstruct = jax.jit(lambda state, patches: method.reconstruct(learnt(method, state), patches))
-
-    def draw(state: TrainState) -> Figure:
-        return patch_grid(patches, np.asarray(reconstruct(devices.here(state), patches)), int(state.step))
-
-    return draw
-
-
-def make_validation(
-    method: Method, patches: np.ndarray, batch_size: int, seed: int, mesh: Mesh
-) -> Callable[[TrainState], float]:
-    """Make the validation loss: mean loss of the parameters for inference, with the same noise in every call.
-
-    Args:
-        method: Method of the run.
-        patches: Validation patches, (n, P, P, C).
-        batch_size: Maximum number of patches per batch.
-        seed: Seed of the noise.
-        mesh: Devices.
-
-    Returns:
-        Function of the training state.
-    """
-    size = min(batch_size, len(patches))
-    whole = evenly_spaced(patches, len(patches) // size * size)  # batches of one shape: one compilation
-    batches = devices.on_all(whole.reshape(-1, size, *patches.shape[1:]), mesh)
-
-    @jax.jit
-    def mean_loss(state: TrainState, batches: jax.Array) -> jax.Array:
-        params, keys = learnt(method, state), jax.random.split(jax.random.key(seed), len(batches))
-        return jax.lax.map(lambda item: method.train_loss(params, *item), (batches, keys)).mean()
-
-    return lambda state: float(mean_loss(state, batches))
 
 
 def labelled_data(data: DataConfig) -> EvaluateDataConfig | None:
