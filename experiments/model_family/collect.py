@@ -24,13 +24,13 @@ from runs import PARTS, cost_file, folder_of, is_finished
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.provenance import provenance
 
+FIGURE = """![Figures of merit by method](model_family.png)
+
+*Dots are seeds, ticks their mean, bars the 95 % interval described above. Blue: methods. Red: trivial scores; the dashed
+line is the best of those that use the pixels.*"""
 MARKS = ("<!-- written by study.py -->", "<!-- end -->")
-TITLES = {
-    "ct": "Sample CT",
-    "chest": "Chest X-rays",
-    "chest_aligned": "Chest X-rays, aligned",
-    "brain": "Brain MRI slices",
-}
+ONE_PATIENT = ("ct",)  # all seeds test the same images of one patient: intervals are over seeds
+TITLES = {"ct": "Sample CT", "chest": "X-rays", "chest_aligned": "X-rays, aligned", "brain": "Brain slices"}
 LABELS = {"ap": "pixel AP", "aupro": "AUPRO", "dice": "Dice at the threshold", "best_dice": "best Dice"}
 LABELS |= {"nodule first": "nodule first", "auroc": "image AUROC"}
 Tests = dict[str, list[Tested]]  # by method or trivial score, one for each seed
@@ -44,7 +44,7 @@ def collect(work: Path, names: list[str], seeds: list[int], out: Path) -> None:
     results = {"parts": parts, "seeds": seeds, **provenance()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text, page = "\n\n".join(tables(parts)), out / "README.md"
+    text, page = "\n\n".join([*tables(parts), FIGURE]), out / "README.md"
     if page.is_file():
         before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
         page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
@@ -66,7 +66,7 @@ def part_results(work: Path, part: str, names: list[str], seeds: list[int]) -> d
     files = [[t.files for t in tested] for tested in tests.values()]
     if any(other != files[0] for other in files):
         raise SystemExit(f"{part}: the methods were tested on different images")
-    image = {name: image_auroc(tested) for name, tested in tests.items()}
+    image = {name: image_auroc(tested, COMBINED, part not in ONE_PATIENT) for name, tested in tests.items()}
     best = best_trivial({name: values.mean() for name, (values, _) in image.items()})
     return {
         "best trivial": best,
@@ -88,16 +88,14 @@ def best_trivial(means: dict[str, float]) -> str:
 
 def describe(part: str, name: str, tests: Tests, image: dict[str, tuple], best: str) -> dict[str, Any]:
     """Figures of merit of a score, with paired differences from the default method and the best trivial score."""
-    seeds, (values, draws) = tests[name], image[name]
-    over = draws if part != "ct" else None  # one patient: only seeds vary
-    found: dict[str, Any] = {"auroc": summary(values, over)}
+    seeds = tests[name]
+    found: dict[str, Any] = {"auroc": summary(*image[name])}
     for other in {DEFAULT, best} & set(tests) - {name}:
-        found[f"auroc minus {other}"] = difference(image[name], image[other], part)
+        found[f"auroc minus {other}"] = difference(image[name], image[other])
     for statistic in (COMBINED, *STATISTICS) if seeds[0].statistics else ():
-        single, replicates = image_auroc(seeds, statistic)
-        found[f"auroc, {statistic}"] = summary(single, None if part == "ct" else replicates)
+        found[f"auroc, {statistic}"] = summary(*image_auroc(seeds, statistic, part not in ONE_PATIENT))
     if seeds[0].threshold is not None:
-        found["false alarms"] = false_alarms(seeds, pooled=part != "ct")
+        found["false alarms"] = false_alarms(seeds, pooled=part not in ONE_PATIENT)
     pixels = {
         figure: [t.pixels[figure] for t in seeds] for figure in (*PIXEL, "nodule first") if figure in seeds[0].pixels
     }
@@ -112,9 +110,9 @@ def describe(part: str, name: str, tests: Tests, image: dict[str, tuple], best: 
     return found
 
 
-def difference(a: tuple, b: tuple, part: str) -> dict[str, Any]:
-    """Paired difference of two (values of the seeds, replicates)."""
-    return summary(a[0] - b[0], None if part == "ct" else a[1] - b[1])
+def difference(a: tuple, b: tuple) -> dict[str, Any]:
+    """Paired difference of two (values of the seeds, replicates or None)."""
+    return summary(a[0] - b[0], None if a[1] is None else a[1] - b[1])
 
 
 def facts(work: Path, part: str, name: str, seeds: list[int]) -> dict[str, Any]:
@@ -258,8 +256,8 @@ def draw(parts: dict[str, Any]) -> Figure:
         axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
         for i, (axis, (part, metric)) in enumerate(zip(axes, panels, strict=True)):
             draw_panel(axis, parts[part], metric, order)
-            axis.set(xlabel=LABELS[metric])
-            axis.set_title(f"{'abcdef'[i]}  {TITLES[part].replace(', ', chr(10))}", loc="left")
+            axis.set(xlabel=LABELS[metric], xlim=(0, 1.02), xticks=[0, 0.5, 1])
+            axis.set_title(f"{'abcdef'[i]}  {TITLES[part]}", loc="left")
         axes[0].set(yticks=range(len(order)), yticklabels=order)
         axes[0].invert_yaxis()
         for label, name in zip(axes[0].get_yticklabels(), order, strict=True):

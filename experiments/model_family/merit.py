@@ -109,12 +109,19 @@ def draws_of(seeds: list[Tested]) -> list[np.ndarray]:
     return [np.stack([weight[group] for group in t.groups], axis=1) * t.share for t in seeds]
 
 
-def image_auroc(seeds: list[Tested], statistic: str = COMBINED) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC of each seed, and bootstrap replicates of their mean."""
+def image_auroc(seeds: list[Tested], statistic: str, resample: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """AUROC of each seed, and bootstrap replicates of their mean, or None.
+
+    Args:
+        seeds: Test images of each seed.
+        statistic: Statistic of the map that is the image score; COMBINED: the score of the run.
+        resample: Whether to resample groups.
+    """
     chosen = [t.scores if statistic == COMBINED else t.statistics[statistic] for t in seeds]
-    drawn = draws_of(seeds)
-    draws = [aurocs(s, t, w) for s, t, w in zip(chosen, seeds, drawn, strict=True)]
     values = [roc_auc_score(t.abnormal, s, sample_weight=t.share) for s, t in zip(chosen, seeds, strict=True)]
+    if not resample:
+        return np.array(values), None
+    draws = [aurocs(s, t, w) for s, t, w in zip(chosen, seeds, draws_of(seeds), strict=True)]
     return np.array(values), np.mean(draws, axis=0)
 
 

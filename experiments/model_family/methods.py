@@ -44,19 +44,18 @@ METHODS = {
     ENSEMBLE: Method(("+experiment=lung", "trainer.members=5")),
 }
 BATCH = 32  # whole images in a batch, in all parts but the CT
-TRAINING_CPU_S = 50  # of training steps at 64 px, for which STEPS are meant
-STEPS = {  # from CPU seconds of a step, measured on two busy cores
-    DEFAULT: 8000,
-    "denoising autoencoder, l2": 8000,
-    "autoencoder, l2": 8000,
-    "SSIM": 5000,
-    "multi-scale SSIM": 3000,
-    "spatial bottleneck": 10000,
-    "AE-U": 5500,
-    "VAE": 6000,
-    "DAE U-Net": 500,
-    "VQ-VAE": 700,
-    "tokens": 40,
-    "diffusion": 400,
-    ENSEMBLE: 700,
+STEPS = {  # 40 CPU seconds, with 5 ms a step for reading; CPU ms of a step measured on two busy cores
+    DEFAULT: 3600,  # 6
+    "denoising autoencoder, l2": 3600,
+    "autoencoder, l2": 3600,
+    "SSIM": 2700,  # 10
+    "multi-scale SSIM": 1800,  # 17
+    "spatial bottleneck": 4000,  # 5
+    "AE-U": 2900,  # 9
+    "VAE": 3100,  # 8
+    "DAE U-Net": 370,  # 102
+    "VQ-VAE": 540,  # 69
+    "tokens": 20,  # about 2000, from a trial; scoring takes further 1024 network evaluations per image
+    "diffusion": 300,  # 129
+    ENSEMBLE: 550,  # 68
 }

@@ -10,6 +10,7 @@ are reused. Methods and budget: methods.py; splits: splits.py; statistics: colle
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def run(part: str, name: str, seed: int, source: Source | None, options: Options
         *(*SAVING, f"seed={seed}", f"hydra.run.dir={folder}"),
     ]
     if options.dry_run:
-        print(" ".join(command[1:]))
+        print(shlex.join(["python", *command[1:]]))
         return
     shutil.rmtree(folder, ignore_errors=True)
     measure(command, folder)
