@@ -26,8 +26,8 @@ from pulmo_jax.reporting.provenance import provenance
 
 FIGURE = """![Figures of merit by method](model_family.png)
 
-*Dots are seeds, ticks their mean, bars the 95 % interval described above. Blue: methods. Red: trivial scores; the dashed
-line is the best of those that use the pixels.*"""
+*Dots are seeds, ticks their mean, bars the 95 % interval described above. Blue: methods. Red: trivial scores. The
+dashed line is the best of those that use the pixels.*"""
 MARKS = ("<!-- written by study.py -->", "<!-- end -->")
 ONE_PATIENT = ("ct",)  # all seeds test the same images of one patient: intervals are over seeds
 TITLES = {"ct": "Sample CT", "chest": "X-rays", "chest_aligned": "X-rays, aligned", "brain": "Brain slices"}
