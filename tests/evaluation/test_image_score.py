@@ -74,7 +74,7 @@ def test_the_combination_is_the_weighted_harmonic_mean():
     value = np.linspace(-1, 1.5, K)
     p = np.array([np.exp(NormalLaw.of(row).log_p(value[[k]])[0]) for k, row in enumerate(normal)])
     weights = np.array(list(WEIGHTS.values()))
-    assert combined_score(value[:, None], normal)[0] == pytest.approx(-np.log10(1 / np.sum(weights / p)))
+    assert combined_score(value[:, None], laws_of(normal))[0] == pytest.approx(-np.log10(1 / np.sum(weights / p)))
 
 
 @pytest.mark.parametrize("name", STATISTICS)
@@ -98,14 +98,18 @@ def test_left_out_scores_leave_out_the_whole_group():
     normal = NormalStatistics(groups, dict(zip(WEIGHTS, map(tuple, table.tolist()), strict=True)))
     got = left_out_scores(normal)
     for i, group in enumerate(groups):
-        others = np.sort(table[:, np.array(groups) != group], axis=1)
-        assert got[i] == pytest.approx(combined_score(table[:, [i]], others)[0])
+        others = table[:, np.array(groups) != group]
+        assert got[i] == pytest.approx(combined_score(table[:, [i]], laws_of(others))[0])
 
 
 @pytest.mark.parametrize("groups", [(0,), (0, 0, 0)])
 def test_one_group_or_one_image_can_be_scored(groups):
     values = {name: tuple(float(i) for i in range(len(groups))) for name in WEIGHTS}
     assert np.isfinite(left_out_scores(NormalStatistics(groups, values))).all()
+
+
+def laws_of(table: np.ndarray) -> list[NormalLaw]:
+    return [NormalLaw.of(np.sort(row)) for row in table]
 
 
 def correlated(rng: np.random.Generator, n: int, law: str) -> np.ndarray:
@@ -129,10 +133,27 @@ def test_correlated_statistics_keep_the_false_alarm_rate(n, rate, repeats, law):
         normal = NormalStatistics(tuple(range(n)), dict(zip(WEIGHTS, map(tuple, table.tolist()), strict=True)))
         rank = n + 1 - int(np.floor((n + 1) * rate))
         threshold = np.sort(left_out_scores(normal))[rank - 1]
-        rates.append(np.mean(combined_score(fresh, np.sort(table, axis=1)) > threshold))
+        rates.append(np.mean(combined_score(fresh, laws_of(table)) > threshold))
     error = np.std(rates) / np.sqrt(repeats)
     assert np.mean(rates) < expected + 4 * error
     assert np.mean(rates) > expected * (0.5 if n < 50 else 0.75) - 4 * error
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_images_of_one_patient_do_not_multiply_false_alarms(images):
+    """40 normal patients; a fraction 0.5 of the variance is common to the images of a patient."""
+    rng, rates, patients, rate = np.random.default_rng(images), [], 40, 0.05
+    n = patients * images
+    groups = tuple(np.repeat(np.arange(patients), images).tolist())
+    for _ in range(40):
+        common = np.repeat(rng.normal(size=(K, patients)), images, axis=1)
+        table = np.sqrt(0.5) * (common + rng.normal(size=(K, n)))
+        fresh = rng.normal(size=(K, 2000))
+        normal = NormalStatistics(groups, dict(zip(WEIGHTS, map(tuple, table.tolist()), strict=True)))
+        threshold = np.sort(left_out_scores(normal))[n - int(np.floor((n + 1) * rate))]
+        rates.append(np.mean(combined_score(fresh, laws_of(table)) > threshold))
+    error = np.std(rates) / np.sqrt(len(rates))
+    assert 0.5 * rate < np.mean(rates) < 1.25 * rate + 3 * error
 
 
 def texture(rng: np.random.Generator) -> np.ndarray:
