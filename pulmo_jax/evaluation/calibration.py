@@ -38,9 +38,9 @@ class Threshold:
     Attributes:
         value: Threshold.
         false_alarm_rate: Configured false-alarm rate, per pixel or per image.
-        attainable_rate: Upper bound of the false-alarm rate that n_scores scores guarantee if they are exchangeable with
-            new ones; higher than the configured rate only if there are too few scores. Nominal for combined scores,
-            which are exchangeable only approximately.
+        attainable_rate: Upper bound of the false-alarm rate that n_scores scores guarantee if they are exchangeable
+            with new ones; higher than the configured rate only if there are too few scores. Nominal for combined
+            scores, which are exchangeable only approximately.
         low: Lower limit of the 95 % interval over groups; None with fewer than two groups.
         high: Upper limit of the interval.
         n_scores: Number of normal scores.
