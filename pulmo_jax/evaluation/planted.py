@@ -8,12 +8,13 @@ References: pasted patches: Li, Sohn, Yoon, Pfister 2021, "CutPaste", CVPR. Coar
 2022, MIDL.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.ndimage import map_coordinates, zoom
 from sklearn.metrics import average_precision_score
 
@@ -27,6 +28,8 @@ STRENGTHS = (0.2, 1.5)  # change of intensity, as fractions of the range of the 
 RANGE_PERCENTILES = (1, 99)
 EDGE_PX = 1.0  # width over which an anomaly fades out
 NOISE_CELL_PX = 3
+REACH_RADII = 2  # distance from the centre of the pixels that an anomaly changes or, if it displaces pixels, takes
+SAMPLE_PIXELS = 2**18  # of the foreground, from which its range is estimated, at most
 
 
 class Image(NamedTuple):
@@ -112,20 +115,55 @@ def plant(
         ValueError: If the image has no foreground, or the donor no finite pixel.
     """
     (y, x), radius = random_pixel(normal.foreground, rng), max(2.0, size_px * rng.uniform(*RADII))
-    low, high = np.percentile(normal.pixels[normal.foreground], RANGE_PERCENTILES, axis=0)
+    low, high = np.percentile(foreground_sample(normal), RANGE_PERCENTILES, axis=0)
     window = around((y, x), window_px or max(normal.foreground.shape), normal.foreground.shape)
-    pixels, foreground = cut(normal.pixels, window), cut(normal.foreground, window)
-    centre = (y - window.y, x - window.x)
-    place = Place(centre, radius, blob(foreground.shape, centre, radius, rng))
-    foreign = turned_onto(donor, random_pixel(finite(donor), rng), foreground.shape, centre)
-    changed = as_dtype(change(kind, pixels.astype(np.float64), place, high - low, foreign, rng), pixels.dtype)
-    return Planted(Image(changed, foreground), (place.weight > 0.5) & foreground, kind)
+    pixels, foreground = cut(normal.pixels, window).copy(), cut(normal.foreground, window)
+    y, x = y - window.y, x - window.x
+    near = around((y, x), 2 * math.ceil(REACH_RADII * radius + EDGE_PX) + 1, foreground.shape)
+    centre = (y - near.y, x - near.x)
+    place = Place(centre, radius, blob((near.height, near.width), centre, radius, rng))
+    foreign = turned_onto(donor, random_pixel(finite(donor), rng), place.weight.shape, place.centre)
+    inside = cut(pixels, near)
+    inside[:] = as_dtype(change(kind, inside.astype(np.float64), place, high - low, foreign, rng), pixels.dtype)
+    mask = np.zeros_like(foreground)
+    cut(mask, near)[:] = (place.weight > 0.5) & cut(foreground, near)
+    return Planted(Image(pixels, foreground), mask, kind)
 
 
 def random_pixel(foreground: Bool[np.ndarray, "H W"], rng: np.random.Generator) -> tuple[int, int]:
     """Draw a pixel (y, x) of the foreground. Raises ValueError if there is none."""
-    place = int(rng.choice(np.flatnonzero(foreground)))
-    return divmod(place, foreground.shape[1])
+    count = np.count_nonzero(foreground)
+    if not count:
+        raise ValueError("the foreground is empty; an anomaly needs a pixel of it as its centre")
+    rows, columns = pixels_of_rank(foreground, rng.integers(count, size=1))
+    return int(rows[0]), int(columns[0])
+
+
+def foreground_sample(image: Image) -> Shaped[np.ndarray, "N C"]:
+    """Foreground pixels in reading order; of more than `SAMPLE_PIXELS`, as many evenly spaced ones."""
+    count = np.count_nonzero(image.foreground)
+    ranks = np.linspace(0, count - 1, min(count, SAMPLE_PIXELS)).round().astype(np.int64)
+    return image.pixels[pixels_of_rank(image.foreground, ranks)]
+
+
+def pixels_of_rank(
+    foreground: Bool[np.ndarray, "H W"], ranks: Int[np.ndarray, "N"]
+) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+    """Find foreground pixels by their rank in reading order, without a list of all of them.
+
+    Args:
+        foreground: Foreground.
+        ranks: Ranks from 0, ascending; at least one.
+
+    Returns:
+        Row and column of each.
+    """
+    counts = np.count_nonzero(foreground, axis=1)
+    ends = counts.cumsum()
+    rows = np.searchsorted(ends, ranks, side="right")
+    in_row = np.split(ranks - (ends - counts)[rows], np.flatnonzero(np.diff(rows)) + 1)
+    columns = [np.flatnonzero(foreground[row])[part] for row, part in zip(np.unique(rows), in_row, strict=True)]
+    return rows, np.concatenate(columns)
 
 
 def around(centre: tuple[int, int], side: int, shape: tuple[int, ...]) -> Window:

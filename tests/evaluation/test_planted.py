@@ -1,5 +1,7 @@
 """Planted anomalies: what changes in the image, and the mean precision with its standard error."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,13 +11,17 @@ from sklearn.metrics import average_precision_score
 from pulmo_jax.evaluation.planted import (
     KINDS,
     RADII,
+    SAMPLE_PIXELS,
     STRENGTHS,
     Image,
     Place,
     average_precision,
     blob,
     change,
+    foreground_sample,
+    pixels_of_rank,
     plant,
+    random_pixel,
     summarise,
     turned_onto,
 )
@@ -111,6 +117,44 @@ def test_an_image_without_foreground_is_refused():
     normal = textured()
     with pytest.raises(ValueError, match="empty"):
         planted("bright", normal=Image(normal.pixels, np.zeros_like(normal.foreground)))
+
+
+@given(st.integers(0, 10**6), st.floats(0.01, 1))
+@settings(max_examples=50, deadline=None)
+def test_pixels_are_counted_in_reading_order(seed, share):
+    rng = np.random.default_rng(seed)
+    foreground = rng.random((13, 9)) < share
+    foreground[rng.integers(13), rng.integers(9)] = True
+    every = np.stack(np.nonzero(foreground))
+    np.testing.assert_array_equal(pixels_of_rank(foreground, np.arange(every.shape[1])), every)
+    ranks = np.unique(rng.integers(every.shape[1], size=5))
+    np.testing.assert_array_equal(pixels_of_rank(foreground, ranks), every[:, ranks])
+    drawn = np.random.default_rng(seed).choice(np.flatnonzero(foreground))
+    assert random_pixel(foreground, np.random.default_rng(seed)) == divmod(drawn, 9)
+
+
+def test_the_range_of_a_large_foreground_is_that_of_all_its_pixels():
+    rng = np.random.default_rng(0)
+    pixels = (rng.gamma(2, 100, (1024, 1536, 1)) + 200 * (np.arange(1536) % 3)[:, None]).astype(np.float32)
+    foreground = np.ones((1024, 1536), bool)
+    foreground[:, :100] = False
+    sample = foreground_sample(Image(pixels, foreground))
+    assert sample.shape == (SAMPLE_PIXELS, 1)
+    np.testing.assert_allclose(np.percentile(sample, (1, 99)), np.percentile(pixels[foreground], (1, 99)), rtol=0.01)
+    small = textured()
+    np.testing.assert_array_equal(foreground_sample(small), small.pixels[small.foreground])
+
+
+@pytest.mark.parametrize("window", [128, None])
+def test_memory_is_a_small_multiple_of_the_image(window):
+    """One byte per pixel for the finite pixels of the donor, and a copy of the image and a mask without a window."""
+    pixels = np.random.default_rng(0).integers(0, 255, (4096, 4096, 1), np.uint8)
+    normal = Image(pixels, np.ones(pixels.shape[:2], bool))
+    tracemalloc.start()
+    plant(normal, pixels, "warp", 64, window, np.random.default_rng(0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (1.5 if window else 2.5) * pixels.nbytes
 
 
 @pytest.mark.parametrize("radius", [3.0, 8.0, 20.0])
