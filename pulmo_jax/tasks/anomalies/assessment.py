@@ -116,7 +116,7 @@ def assess_training(
         *loss_sections(run, folder, training),
         *calibration_sections(run, folder),
         *validation_sections(run, validation, options.examples, reader, folder),
-        *planted.sections(run, precision, validation, reader, folder),
+        *planted.sections(precision, folder),
         *distance_sections(run, validation, reader, folder),
     ]
     findings = findings_of(run, tested, sections, training, [*caveats, *low_quality_notes(folder / "aligned")])
