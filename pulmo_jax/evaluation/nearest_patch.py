@@ -1,11 +1,15 @@
 """Distance of images from the nearest of a set of patches, as a check for copies of the training images."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-SYMMETRIES = 8
+from pulmo_jax.data.pipeline import UNCHANGED
+from pulmo_jax.data.transforms import flip_and_turn
+
+MIRRORED = 4  # first code of the symmetries that reflect
 
 
 class Nearest(NamedTuple):
@@ -23,32 +27,26 @@ class Nearest(NamedTuple):
 
 
 def nearest_patch(
-    images: Float[np.ndarray, "N P P C"], patches: Float[np.ndarray, "M P P C"], symmetries: bool = False
+    images: Float[np.ndarray, "N P P C"], patches: Float[np.ndarray, "M P P C"], codes: Sequence[int] = UNCHANGED
 ) -> Nearest:
     """Find the nearest patch of each image by the root mean square difference.
 
     Args:
         images: Square images.
         patches: Patches of the same size.
-        symmetries: Whether the eight rotations and reflections of every patch count as patches, too.
+        codes: Symmetries of the square (see `transforms.flip_and_turn`); each patch is compared in all of them.
 
     Returns:
         Distance and patch for each image.
     """
-    turned = [symmetry(images, code) for code in range(SYMMETRIES if symmetries else 1)]
+    turned = [turned_back(images, code) for code in codes]
     flat, squares = patches.reshape(len(patches), -1), (patches**2).sum((1, 2, 3))
     gaps = np.stack([squares - 2 * image.reshape(len(image), -1) @ flat.T for image in turned])  # up to |image|^2
-    code, index = np.unravel_index(gaps.transpose(1, 0, 2).reshape(len(images), -1).argmin(1), gaps.shape[::2])
-    found = np.stack([inverse(patches[i], c) for i, c in zip(index, code.tolist(), strict=True)])
+    which, index = np.unravel_index(gaps.transpose(1, 0, 2).reshape(len(images), -1).argmin(1), gaps.shape[::2])
+    found = np.stack([flip_and_turn(patches[i], codes[k]) for i, k in zip(index, which.tolist(), strict=True)])
     return Nearest(np.sqrt(((images - found) ** 2).mean((1, 2, 3))), index, found)
 
 
-def symmetry(images: Float[np.ndarray, "N P P C"], code: int) -> Float[np.ndarray, "N P P C"]:
-    """Rotate images by `code` % 4 quarter turns, and mirror them for codes from 4."""
-    turned = np.rot90(images, code % 4, axes=(1, 2))
-    return turned[:, :, ::-1] if code >= 4 else turned
-
-
-def inverse(image: Float[np.ndarray, "P P C"], code: int) -> Float[np.ndarray, "P P C"]:
-    """Invert `symmetry` of one image."""
-    return np.rot90(image[:, ::-1] if code >= 4 else image, -(code % 4))
+def turned_back(images: Float[np.ndarray, "N P P C"], code: int) -> Float[np.ndarray, "N P P C"]:
+    """Invert `transforms.flip_and_turn` of images."""
+    return np.rot90(images[:, :, ::-1] if code >= MIRRORED else images, -(code % 4), axes=(1, 2))

@@ -13,6 +13,7 @@ from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.scan import Sampling, scan_images
 from pulmo_jax.host.reading import read_json
 from pulmo_jax.tasks.anomalies.config import DataConfig
+from pulmo_jax.tasks.anomalies.data import augmentation
 from pulmo_jax.tasks.anomalies.run import Run
 from pulmo_jax.types import InputError
 
@@ -27,11 +28,13 @@ class RealPatches:
         training: Patches of the training images, (N, P, P, C).
         validation: Patches of the validation images, (M, P, P, C).
         reference: One of the validation images.
+        codes: Symmetries in which the training used the patches (see `transforms.flip_and_turn`).
     """
 
     training: Float[np.ndarray, "N P P C"]
     validation: Float[np.ndarray, "M P P C"]
     reference: ImageRef
+    codes: tuple[int, ...]
 
 
 def read_real_patches(run: Run, reader: Reader, count: int) -> RealPatches | str:
@@ -53,7 +56,7 @@ def read_real_patches(run: Run, reader: Reader, count: int) -> RealPatches | str
         validation = patches_of(data.val or data.train, listed["validation"], max(8, count // 8), run, data, reader)
     except (InputError, OSError, KeyError, TypeError) as error:
         return str(error).partition("\n")[0]
-    return RealPatches(training[0], validation[0], validation[1])
+    return RealPatches(training[0], validation[0], validation[1], augmentation(data, sampling_of(run, data)).codes)
 
 
 def folders(run: Run) -> DataConfig:
@@ -93,9 +96,13 @@ def patches_of(
     refs = [ref for ref in refs if ref.title in wanted]
     if len(refs) < len(wanted):
         raise InputError(f"{folder}: {len(wanted) - len(refs)} of the {len(wanted)} images of the run are missing")
-    refs = refs[:: max(1, len(refs) // IMAGES)][:IMAGES]
+    refs = [refs[i] for i in evenly_spaced(np.arange(len(refs)), IMAGES)]
+    scan = scan_images(refs, sampling_of(run, data), reader)
+    return ReadPatches(scan.images, run.scorer.how, reader)(evenly_spaced(scan.cells, count)), scan.images[0]
+
+
+def sampling_of(run: Run, data: DataConfig) -> Sampling:
+    """Grid of the patches that are read, that of the training with half a patch as its default spacing."""
     how = run.scorer.how
     stride = data.stride or how.patch_size // 2
-    sampling = Sampling(how.patch_size, stride, data.min_foreground, data.foreground_range, how.resize)
-    scan = scan_images(refs, sampling, reader)
-    return ReadPatches(scan.images, how, reader)(evenly_spaced(scan.cells, count)), scan.images[0]
+    return Sampling(how.patch_size, stride, data.min_foreground, data.foreground_range, how.resize)

@@ -1,20 +1,21 @@
 """Drawing normal images from a run whose method is generative, as a check for the eye."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 import tifffile
-from jaxtyping import Float, Shaped
+from jaxtyping import Array, Float, Key, Shaped
 
 from pulmo_jax.data.reader import Reader
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.calls import CALL
 from pulmo_jax.host.console import tracker
 from pulmo_jax.host.files import replacing, write_json
-from pulmo_jax.inference.memory import within_memory
+from pulmo_jax.host.resources import require
 from pulmo_jax.methods.base import Generative, Params
 from pulmo_jax.methods.ensemble import networks
 from pulmo_jax.reporting.provenance import provenance
@@ -22,7 +23,8 @@ from pulmo_jax.runs.place import Place
 from pulmo_jax.tasks.anomalies.config import SampleConfig
 from pulmo_jax.tasks.anomalies.real_patches import RealPatches, read_real_patches
 from pulmo_jax.tasks.anomalies.run import Run
-from pulmo_jax.tasks.anomalies.sampling_report import Comparison, compare, write_sampling_report
+from pulmo_jax.tasks.anomalies.sampling_report import SHOWN, Comparison, nearest_training_patch, write_sampling_report
+from pulmo_jax.training.program import temporary_bytes
 from pulmo_jax.types import InputError
 
 ABLE = ("lung_vae", "lung_tokens", "lung_diffusion")  # experiments whose methods draw images
@@ -42,15 +44,17 @@ def sample(run: Run, config: SampleConfig, place: Place) -> None:
     """
     models = generative_networks(run)
     place.clear()
-    images, seconds = draw_and_write(models, run, config, place)
     real = read_real_patches(run, Reader(run.config.data.max_image_mb, place.formats), TRAINING_PATCHES)
-    comparison = compare(images, real, run.config.data.augment) if isinstance(real, RealPatches) else None
+    batches = tracker(place.console, "drawing images")(draw(models, config), n_batches(config, len(models)))
+    digits = max(3, len(str(config.n - 1)))
+    drawn = write_and_compare(batches, run.scorer.how, place.folder / "samples", digits, real)
+    comparison = drawn.comparison
     facts = {
         "method": type(models[0][0]).__name__,
-        "images": len(images),
+        "images": config.n,
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "seconds_per_image": seconds / len(images),
+        "seconds_per_image": drawn.seconds / config.n,
         "network_calls_per_image": models[0][0].sampling_calls,
     }
     warnings = warnings_of(comparison, real)
@@ -61,9 +65,9 @@ def sample(run: Run, config: SampleConfig, place: Place) -> None:
         {**facts, "nearest_training_patch": None if comparison is None else comparison.as_json(), "warnings": warnings},
     )
     write_json(place.folder / "run.json", {**provenance(), "seconds": round(CALL.get().seconds, 1)})
-    write_sampling_report(images, comparison, run, facts, warnings, place)
+    write_sampling_report(drawn.shown, comparison, run, facts, warnings, place)
     place.note(
-        f"{len(images)} images, {seconds / len(images):.3g} s and {models[0][0].sampling_calls} network calls for each"
+        f"{config.n} images, {drawn.seconds / config.n:.3g} s and {models[0][0].sampling_calls} network calls for each"
     )
 
 
@@ -71,33 +75,62 @@ def warnings_of(comparison: Comparison | None, real: RealPatches | str) -> list[
     """Warnings of missing real images, and of images that are nearly copies of training patches."""
     if comparison is None:
         return [f"the drawn images are not compared with real ones: {real}"]
+    if not comparison.copy_limit:
+        return ["copies of training patches cannot be found: real images contain equal patches, such as empty ones"]
     if not comparison.copies:
         return []
-    return [f"{comparison.copies} of {len(comparison.images.distance)} images are nearly copies of training patches"]
+    return [f"{comparison.copies} of {len(comparison.distance)} images are nearly copies of training patches"]
 
 
-def draw_and_write(
-    models: Sequence[tuple[Generative, Params]], run: Run, config: SampleConfig, place: Place
-) -> tuple[Float[np.ndarray, "N P P C"], float]:
-    """Draw all images, and write each to samples/NNN.tif.
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Drawn images, of which only those in the figure are kept.
+
+    Attributes:
+        shown: The first images, normalised, at most `SHOWN`.
+        seconds: Time that drawing all images took, without compilation.
+        comparison: Comparison of all images with real patches; None if there are none.
+    """
+
+    shown: Float[np.ndarray, "n P P C"]
+    seconds: float
+    comparison: Comparison | None
+
+
+def write_and_compare(
+    batches: Iterable[tuple[Float[np.ndarray, "B P P C"], float]],
+    how: Preprocessing,
+    folder: Path,
+    digits: int,
+    real: RealPatches | str,
+) -> Drawn:
+    """Write each image to NNN.tif, and find its nearest training patch, one batch after another.
 
     Args:
-        models: Method and parameters of every network.
-        run: Opened run.
-        config: Config of `sample`.
-        place: Output folder and console.
+        batches: Normalised images, and the seconds that they took.
+        how: Preprocessing of the run.
+        folder: Folder for the images.
+        digits: Number of digits of the file names.
+        real: Patches of the run's images, or the reason why there are none.
 
     Returns:
-        Normalised images, and the seconds that drawing them took, without compilation.
+        The first images, and the comparison of all.
     """
-    images, seconds, digits = [], 0.0, max(3, len(str(config.n - 1)))
-    batches = tracker(place.console, "drawing images")(draw(models, config), n_batches(config, len(models)))
-    for drawn, took in batches:
-        for image in drawn:
-            write_image(place.folder / "samples" / f"{len(images):0{digits}d}.tif", image, run.scorer.how)
-            images.append(image)
-        seconds += took
-    return np.stack(images), seconds
+    shown, near, count, seconds = [], [], 0, 0.0
+    for images, took in batches:
+        for i, image in enumerate(images, count):
+            write_image(folder / f"{i:0{digits}d}.tif", image, how)
+        keep = max(0, SHOWN - count)
+        shown.append(images[:keep].copy())
+        if isinstance(real, RealPatches):
+            found = nearest_training_patch(images, real)
+            near.append((found.distance, found.patch[:keep].copy()))
+        count, seconds = count + len(images), seconds + took
+    if not isinstance(real, RealPatches):
+        return Drawn(np.concatenate(shown), seconds, None)
+    distance, nearest = (np.concatenate(column) for column in zip(*near, strict=True))
+    validation = nearest_training_patch(real.validation, real).distance
+    return Drawn(np.concatenate(shown), seconds, Comparison(real, distance, nearest, validation))
 
 
 def generative_networks(run: Run) -> Sequence[tuple[Generative, Params]]:
@@ -140,18 +173,38 @@ def draw(
     Yields:
         Normalised images, and the seconds that they took, without compilation.
     """
-    for i, (method, params) in enumerate(models):
-        count, key = len(range(i, config.n, len(models))), jax.random.fold_in(jax.random.key(config.seed), i)
-        size = min(config.batch_size, count)
-        if not count:
-            continue
-        remedy = f"lower batch_size (now {config.batch_size})"
-        program = within_memory(lambda p, k, m=method, n=size: m.sample(p, k, n), "drawing images", remedy)
-        jax.block_until_ready(program(params, key))  # compiles
+    counts = [len(range(i, config.n, len(models))) for i in range(len(models))]
+    size, key = min(config.batch_size, counts[0]), jax.random.key(config.seed)
+    program = compiled(*models[0], key, size, f"lower batch_size (now {config.batch_size})")
+    for i, ((_, params), count) in enumerate(zip(models, counts, strict=True)):
         for start in range(0, count, size):
+            own = jax.random.fold_in(jax.random.fold_in(key, i), start // size)
             began = time.perf_counter()
-            images = np.asarray(program(params, jax.random.fold_in(key, start // size)))
+            images = np.asarray(program(params, own))
             yield images[: count - start], time.perf_counter() - began
+
+
+def compiled(
+    method: Generative, params: Params, key: Key[Array, ""], count: int, remedy: str
+) -> Callable[[Params, Key[Array, ""]], Float[Array, "B P P C"]]:
+    """Compile the drawing of images; all networks of an ensemble use the same program.
+
+    Args:
+        method: Method of the networks.
+        params: Parameters of one of them.
+        key: Random key.
+        count: Number of images drawn at once.
+        remedy: What the user can do if memory is insufficient.
+
+    Returns:
+        Function of parameters and key.
+
+    Raises:
+        InputError: If its working memory exceeds the free memory.
+    """
+    program = jax.jit(lambda p, k: method.sample(p, k, count)).lower(params, key).compile()
+    require(temporary_bytes(program), "drawing images", remedy)
+    return program
 
 
 def write_image(path: Path, image: Float[np.ndarray, "P P C"], how: Preprocessing) -> None:

@@ -24,61 +24,57 @@ from pulmo_jax.tasks.anomalies.units import NORMALISED, intensity_of
 
 PER_ROW, SHOWN = 8, 16
 AT_ONCE = 64  # images compared with all training patches at once
-COPY = 0.5  # an image nearer than this fraction of the smallest distance of a validation patch counts as a copy
+COPY = 0.5  # an image nearer than this fraction of a small distance of validation patches counts as a copy
+SMALL = 0.05  # quantile of that distance; the smallest one may be 0, because real images may contain equal patches
 QUANTILES = {"smallest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "largest": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Comparison of drawn images with real patches.
+    """Comparison of drawn images with real patches; distances are root mean square differences.
 
     Attributes:
         real: Patches of the run's images.
-        images: Nearest training patch of each drawn image.
-        validation: Nearest training patch of each validation patch.
+        distance: Distance of each drawn image from the nearest training patch.
+        nearest: Nearest training patch of each image in the figure.
+        validation: Distance of each validation patch from the nearest training patch.
     """
 
     real: RealPatches
-    images: Nearest
-    validation: Nearest
+    distance: Float[np.ndarray, "N"]
+    nearest: Float[np.ndarray, "n P P C"]
+    validation: Float[np.ndarray, "M"]
+
+    @property
+    def copy_limit(self) -> float:
+        """Distance below which an image counts as a copy; 0: copies cannot be told from other images."""
+        return COPY * float(np.quantile(self.validation, SMALL))
 
     @property
     def copies(self) -> int:
         """Number of drawn images that are nearly copies of a training patch."""
-        return int((self.images.distance < COPY * self.validation.distance.min()).sum())
+        return int((self.distance < self.copy_limit).sum())
 
     def as_json(self) -> dict[str, Any]:
         """Distances, normalised intensities, for summary.json."""
         return {
             "training_patches": len(self.real.training),
             "validation_patches": len(self.real.validation),
-            "rms_difference": self.images.distance.tolist(),
-            "rms_difference_of_validation_patches": quantiles(self.validation.distance),
+            "rms_difference": self.distance.tolist(),
+            "rms_difference_of_validation_patches": quantiles(self.validation),
+            "copy_limit": self.copy_limit,
             "copies": self.copies,
         }
 
 
-def compare(images: Float[np.ndarray, "N P P C"], real: RealPatches, augmented: bool) -> Comparison:
-    """Find the nearest training patch of every image and of every validation patch.
-
-    Args:
-        images: Drawn images, normalised.
-        real: Patches of the run's images.
-        augmented: Whether rotated and mirrored patches count, because the training used them.
-
-    Returns:
-        The comparison.
-    """
-
-    def nearest(some: np.ndarray) -> Nearest:
-        parts = [nearest_patch(some[i : i + AT_ONCE], real.training, augmented) for i in range(0, len(some), AT_ONCE)]
-        return Nearest(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-    return Comparison(real, nearest(images), nearest(real.validation))
+def nearest_training_patch(images: Float[np.ndarray, "N P P C"], real: RealPatches) -> Nearest:
+    """Find the nearest training patch of each image, in the symmetries of the training."""
+    parts = [nearest_patch(images[i : i + AT_ONCE], real.training, real.codes) for i in range(0, len(images), AT_ONCE)]
+    return Nearest(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def write_sampling_report(
-    images: Float[np.ndarray, "N P P C"],
+    images: Float[np.ndarray, "n P P C"],
     comparison: Comparison | None,
     run: Run,
     summary: Mapping[str, Any],
@@ -88,7 +84,7 @@ def write_sampling_report(
     """Write samples.png and report.html.
 
     Args:
-        images: Drawn images, normalised.
+        images: The first drawn images, normalised, at most `SHOWN`.
         comparison: Comparison with real patches; None if there are none.
         run: Opened run.
         summary: Facts for the top of the report.
@@ -97,7 +93,7 @@ def write_sampling_report(
     """
     figure = save(samples_figure(images, comparison), place.folder, "samples")
     caption = CAPTIONS["samples_alone" if comparison is None else "samples"].format(
-        shown=min(SHOWN, len(images)), images=len(images), scale=scale_of(comparison, run, place)
+        shown=len(images), images=summary["images"], scale=scale_of(comparison, run, place)
     )
     text = (
         "The images show what the model has learnt of normal images. Structure that real patches lack, or that is "
@@ -117,15 +113,16 @@ def write_sampling_report(
 
 def distance_table(comparison: Comparison) -> Table:
     """Table of the distances from the nearest training patch."""
-    kinds = {"drawn images": comparison.images, "validation patches": comparison.validation}
+    kinds = {"drawn images": comparison.distance, "validation patches": comparison.validation}
     rows = [
-        [name, str(len(near.distance)), *(f"{value:.3g}" for value in quantiles(near.distance).values())]
-        for name, near in kinds.items()
+        [name, str(len(distance)), *(f"{value:.3g}" for value in quantiles(distance).values())]
+        for name, distance in kinds.items()
     ]
     note = (
         f"Root mean square difference from the nearest of {len(comparison.real.training)} training patches, normalised "
-        f"intensities. An image below {COPY:g} times the smallest distance of a validation patch counts as a copy: "
-        f"{comparison.copies}. Images without fine structure are near to every patch."
+        f"intensities. An image below {COPY:g} times the {100 * SMALL:g} % quantile of the validation patches, that is "
+        f"below {comparison.copy_limit:.3g}, counts as a copy: {comparison.copies}. Images without fine structure are "
+        "near to every patch."
     )
     return Table("Distance from the nearest training patch", ["", "number", *QUANTILES], rows, [note])
 
@@ -135,7 +132,7 @@ def quantiles(values: Float[np.ndarray, "N"]) -> dict[str, float]:
     return {name: float(np.quantile(values, share)) for name, share in QUANTILES.items()}
 
 
-def samples_figure(images: Float[np.ndarray, "N P P C"], comparison: Comparison | None) -> Figure:
+def samples_figure(images: Float[np.ndarray, "n P P C"], comparison: Comparison | None) -> Figure:
     """Draw images above their nearest training patches, and validation patches below.
 
     Args:
@@ -146,13 +143,13 @@ def samples_figure(images: Float[np.ndarray, "N P P C"], comparison: Comparison 
         The figure.
     """
     rows: list[tuple[str, np.ndarray]] = []
-    for start in range(0, min(SHOWN, len(images)), PER_ROW):
-        part = slice(start, min(start + PER_ROW, SHOWN))
+    for start in range(0, len(images), PER_ROW):
+        part = slice(start, start + PER_ROW)
         rows.append(("drawn", images[part]))
         if comparison is not None:
-            rows.append(("nearest", comparison.images.patch[part]))
+            rows.append(("nearest", comparison.nearest[part]))
     if comparison is not None:
-        normal = evenly_spaced(comparison.real.validation, min(SHOWN, len(images)))
+        normal = evenly_spaced(comparison.real.validation, len(images))
         rows += [("validation", normal[i : i + PER_ROW]) for i in range(0, len(normal), PER_ROW)]
     with style():
         figure = Figure(figsize=(TEXT_WIDTH_IN, 1.05 * TEXT_WIDTH_IN / PER_ROW * len(rows)), layout="constrained")

@@ -1,6 +1,7 @@
 """Drawn images: files in the units of the training images, comparison with real patches, refusals."""
 
 import json
+import tracemalloc
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,11 +16,17 @@ from references.preprocessing import preprocessing
 
 from pulmo_jax.config.nodes import find_target
 from pulmo_jax.config.verbs import SampleConfig
-from pulmo_jax.methods.ensemble import Ensemble
+from pulmo_jax.data.pipeline import MIRROR, UNCHANGED
+from pulmo_jax.data.reader import Reader
+from pulmo_jax.data.transforms import flip_and_turn
+from pulmo_jax.methods.ensemble import Ensemble, networks
 from pulmo_jax.runs.place import workplace
 from pulmo_jax.sample import sample as verb
 from pulmo_jax.shell.composing import compose_config
-from pulmo_jax.tasks.anomalies.sampling import ABLE, draw, in_file_units, sample
+from pulmo_jax.tasks.anomalies import real_patches
+from pulmo_jax.tasks.anomalies.real_patches import read_real_patches
+from pulmo_jax.tasks.anomalies.sampling import ABLE, draw, in_file_units, sample, write_and_compare
+from pulmo_jax.tasks.anomalies.sampling_report import SHOWN, nearest_training_patch
 from pulmo_jax.types import InputError
 
 
@@ -108,6 +115,104 @@ def test_copies_of_training_patches_are_reported(run, tmp_path, capsys):
     assert summary["nearest_training_patch"]["copies"] == 2
     assert summary["nearest_training_patch"]["rms_difference"] == pytest.approx([0, 0], abs=1e-6)
     assert "warning: 2 of 2 images are nearly copies of training patches" in " ".join(capsys.readouterr().out.split())
+
+
+def test_whole_images_are_compared_as_they_are_and_mirrored_alone(run):
+    whole = run.config.data.model_copy(update={"resize": True})
+    fixed = run.config.data.model_copy(update={"augment": False})
+    codes = [read_patches(with_data(run, data)).codes for data in (run.config.data, whole, fixed)]
+    assert codes == [tuple(range(8)), MIRROR, UNCHANGED]
+    real = read_patches(with_data(run, whole))
+    mirrored, turned = (flip_and_turn(real.training[3], code)[None] for code in (4, 1))
+    assert nearest_training_patch(mirrored, real).distance[0] == 0
+    assert nearest_training_patch(turned, real).distance[0] > 0.1
+
+
+def with_data(run, data):
+    return replace(run, config=run.config.model_copy(update={"data": data}))
+
+
+def read_patches(run):
+    return read_real_patches(run, Reader(100), 2048)
+
+
+def test_a_few_equal_real_patches_hide_no_copies(run, tmp_path):
+    """One validation patch in 50 equals a training patch; the smallest distance is 0, its 5 % quantile is not."""
+    shared = tifffile.imread(run.config.data.train / "1.tif")[:8, :8]
+    overwrite(run, "4.tif", slice(0, 8), slice(0, 8), shared)
+
+    class Copying(Drawing):
+        def sample(self, params, key, count):
+            return jnp.broadcast_to(shared[..., None] / np.float32(255), (count, 8, 8, 1))
+
+    near = go(replace(run, scorer=replace(run.scorer, method=Copying())), tmp_path / "out", n=2)[
+        "nearest_training_patch"
+    ]
+    assert near["rms_difference_of_validation_patches"]["smallest"] == 0
+    assert near["copy_limit"] == pytest.approx(near["rms_difference_of_validation_patches"]["5 %"] / 2)
+    assert near["copies"] == 2
+
+
+def test_many_equal_real_patches_make_the_search_for_copies_impossible(run, tmp_path):
+    for name in ("0.tif", "4.tif"):
+        overwrite(run, name, slice(None), slice(None), 0)
+    summary = go(run, tmp_path / "out", n=2)
+    assert (summary["nearest_training_patch"]["copy_limit"], summary["nearest_training_patch"]["copies"]) == (0, 0)
+    assert "copies of training patches cannot be found" in summary["warnings"][0]
+    assert summary["warnings"][0] in (tmp_path / "out" / "report.html").read_text()
+
+
+def overwrite(run, name, rows, columns, values):
+    pixels = tifffile.imread(run.config.data.train / name)
+    pixels[rows, columns] = values
+    tifffile.imwrite(run.config.data.train / name, pixels)
+
+
+def test_patches_are_of_evenly_spaced_images(run, monkeypatch):
+    """Of 7 images 4 are read, the first and the last among them."""
+    monkeypatch.setattr(real_patches, "IMAGES", 4)
+    for i in range(7):
+        tifffile.imwrite(run.config.data.train / f"{i}.tif", np.full((24, 24), 30 * i, np.uint8))
+    titles = [f"{i}.tif" for i in range(7)]
+    patches, first = real_patches.patches_of(run.config.data.train, titles, 100, run, run.config.data, Reader(100))
+    assert np.unique(np.rint(255 * patches / 30)).tolist() == [0, 2, 4, 6]
+    assert first.title == "0.tif"
+
+
+def test_memory_does_not_grow_with_the_number_of_images(run, tmp_path):
+    """Every image is 64 KiB; those of the figure are kept, and a batch."""
+    rng = np.random.default_rng(0)
+    patches = rng.random((4, 128, 128, 1), np.float32)
+    real = replace(read_patches(run), training=patches, validation=patches[:2] + np.float32(0.1))
+
+    def peak(n_batches):
+        batches = ((rng.random((16, 128, 128, 1), np.float32), 0.5) for _ in range(n_batches))
+        tracemalloc.start()
+        drawn = write_and_compare(batches, run.scorer.how, tmp_path / str(n_batches), 3, real)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (len(drawn.shown), len(drawn.comparison.nearest)) == (SHOWN, SHOWN)
+        assert (len(drawn.comparison.distance), drawn.seconds) == (16 * n_batches, 0.5 * n_batches)
+        return found
+
+    few, many = peak(2), peak(12)
+    assert many < few + 2 * 2**20  # ten further batches are 10 MiB
+
+
+def test_networks_share_one_program_that_runs_once_for_each_batch(run):
+    traced, ran = [], []
+
+    class Counting(Drawing):
+        def sample(self, params, key, count):
+            traced.append(count)
+            jax.debug.callback(lambda: ran.append(count))
+            return super().sample(params, key, count)
+
+    models = networks(Ensemble((Counting(), Counting())), {"gain": jnp.zeros((2, 1)), "offset": jnp.zeros(2)})
+    config = SampleConfig(run=run.path, output=run.path, n=7, batch_size=2)
+    assert [len(images) for images, _ in draw(models, config)] == [2, 2, 2, 1]
+    jax.effects_barrier()
+    assert (traced, ran) == ([2], [2, 2, 2, 2])
 
 
 def test_without_the_images_of_the_run_the_report_says_why(run, tmp_path, capsys):
