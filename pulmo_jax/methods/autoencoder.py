@@ -13,27 +13,26 @@ of the paper is `score` = l1 without smoothing, in a foreground that is eroded b
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
 from pulmo_jax.methods.base import Params
-from pulmo_jax.methods.losses import ImageLoss, l1, l2, ms_ssim, ssim
+from pulmo_jax.methods.losses import ImageLoss, l2
 from pulmo_jax.methods.networks import initial_params, with_params
-from pulmo_jax.methods.score_maps import Extent, eroded, median_filtered, smooth_within, smoothing_radius
+from pulmo_jax.methods.reconstruction import (
+    NoiseCellPx,
+    NoiseSigma,
+    ResidualScore,
+    SmoothPx,
+    reconstruction_residual,
+    smoothed_score_map,
+    smoothing_halo_px,
+    with_coarse_noise,
+)
+from pulmo_jax.methods.score_maps import Extent, eroded, median_filtered
 from pulmo_jax.types import ImageStatistic
-
-Score = Literal["local_mean", "l2", "l1", "ssim", "ms_ssim"]
-# Per pixel and channel; for local_mean the signed difference, which `smoothed_score` smooths and squares.
-RESIDUALS: dict[Score, ImageLoss] = {
-    "local_mean": jnp.subtract,
-    "l2": l2,
-    "l1": l1,
-    "ssim": ssim,
-    "ms_ssim": ms_ssim,
-}
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,11 @@ class Autoencoder:
 
     network: nnx.Module
     loss: ImageLoss = l2
-    score: Annotated[
-        Score,
-        Field(
-            description="l2, l1, ssim, ms_ssim: the smoothed squared, absolute, SSIM or multi-scale SSIM residual; "
-            "local_mean: the square of the smoothed signed residual"
-        ),
-    ] = "local_mean"
-    smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
-        4.0
-    )
+    score: ResidualScore = "local_mean"
+    smooth_px: SmoothPx = 4.0
     image_statistic: ImageStatistic = "combined"
-    noise_sigma: Annotated[
-        float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
-    ] = 0.2
-    noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
+    noise_sigma: NoiseSigma = 0.2
+    noise_cell_px: NoiseCellPx = 16
     erode_px: Annotated[
         int,
         Field(ge=1, le=99, description="side of the square that erodes the foreground, px; scores are 0 outside it"),
@@ -84,69 +73,24 @@ class Autoencoder:
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
         """Compute the mean reconstruction loss of patches with added coarse noise."""
-        noisy = batch + self.noise_sigma * coarse_noise(key, batch.shape, self.noise_cell_px)
-        reconstruction = self.reconstruct(params, noisy if self.noise_sigma else batch)
+        noisy = with_coarse_noise(batch, key, self.noise_sigma, self.noise_cell_px)
+        reconstruction = self.reconstruct(params, noisy)
         return self.loss(image=batch, reconstruction=reconstruction).mean()
 
-    def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """Compute the residual of the selected score per pixel and channel."""
-        return RESIDUALS[self.score](patches, self.reconstruct(params, patches))
+    residual = reconstruction_residual
 
     @property
     def halo_px(self) -> int:
         """Radius of the smoothing kernel or of the erosion, and of the median filter, px."""
-        return max(smoothing_radius(self.smooth_px), self.erode_px // 2) + self.median_px // 2
+        return max(smoothing_halo_px(self), self.erode_px // 2) + self.median_px // 2
 
     def score_map(
         self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
     ) -> Float[Array, "H W"]:
         """Compute the selected score; see `methods.base.Method.score_map`."""
-        scores = smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
+        scores = smoothed_score_map(self, residual, foreground, extent)
         if self.erode_px == self.median_px == 1:
             return scores
         scores = jnp.where(eroded(foreground, self.erode_px, extent), scores, 0)
         filtered: Array = median_filtered(scores, self.median_px, extent)
         return jnp.where(foreground, filtered, jnp.nan)
-
-
-def smoothed_score(
-    residual: Float[Array, "H W C"],
-    foreground: Bool[Array, "H W"],
-    score: Score,
-    smooth_px: float,
-    extent: Extent | None = None,
-) -> Float[Array, "H W"]:
-    """Smooth a residual within the foreground and average it over channels; see `methods.base.Method.score_map`.
-
-    Args:
-        residual: Residual of `RESIDUALS`.
-        foreground: Pixels to be scored.
-        score: Kind of the residual; a local mean is squared after smoothing.
-        smooth_px: Standard deviation of the Gaussian, px.
-        extent: Position of the image in the arrays. Default: the arrays hold exactly one image.
-
-    Returns:
-        Score, NaN outside the foreground.
-    """
-    smooth = smooth_within(residual, foreground, smooth_px, extent)
-    values: Array = (smooth**2 if score == "local_mean" else smooth).mean(-1)
-    return jnp.where(foreground, values, jnp.nan)
-
-
-def coarse_noise(key: Key[Array, ""], shape: tuple[int, ...], cell_px: int) -> Float[Array, "B H W C"]:
-    """Draw coarse noise: unit Gaussian noise on a grid, upsampled bilinearly.
-
-    Args:
-        key: Random key.
-        shape: Output shape (B, H, W, C).
-        cell_px: Cell size of the grid, px.
-
-    Returns:
-        The noise.
-
-    Reference:
-        Kascenas et al. 2022, Sec. 3.
-    """
-    batch, height, width, channels = shape
-    grid = (batch, -(-height // cell_px), -(-width // cell_px), channels)
-    return jax.image.resize(jax.random.normal(key, grid), shape, "linear")

@@ -28,12 +28,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
 from pulmo_jax.core.simplex import simplex_noise
-from pulmo_jax.methods.autoencoder import RESIDUALS, Score, smoothed_score
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.content_key import content_keys
 from pulmo_jax.methods.diffusion_schedules import Schedule, amplitudes, descent
 from pulmo_jax.methods.losses import ImageLoss, l1
 from pulmo_jax.methods.networks import initial_params, with_params
+from pulmo_jax.methods.reconstruction import RESIDUALS, Score, smoothed_score
 from pulmo_jax.methods.samplers import COEFFICIENTS, Kind, run
 from pulmo_jax.methods.score_maps import Extent, smoothing_radius
 from pulmo_jax.types import ImageStatistic

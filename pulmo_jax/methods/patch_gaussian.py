@@ -17,13 +17,13 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runt
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
 from pulmo_jax.core import covariance, likelihood, patches
 from pulmo_jax.core.covariance import Moments
 from pulmo_jax.methods.base import Featured, Method, Params
+from pulmo_jax.methods.networks import initial_params, with_params
 from pulmo_jax.methods.score_maps import (
     Extent,
     eroded,
@@ -180,7 +180,7 @@ class PatchGaussian:
 
     def _start(self) -> Params:
         """Initial parameters of the network and, with a base run, of its method."""
-        network = {"network": jax.tree.map(jnp.copy, nnx.state(self.network, nnx.Param))}
+        network = {"network": initial_params(self.network)}
         return network if self.base is None else network | {"base": self.base.init()}
 
     def _layers(self, params: Params, x: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
@@ -191,8 +191,7 @@ class PatchGaussian:
 
     def _network(self, params: Params) -> Any:
         """The network with its parameters."""
-        graph, _, rest = nnx.split(self.network, nnx.Param, ...)
-        return nnx.merge(graph, params["network"], rest)
+        return with_params(self.network, params["network"])
 
     @property
     def map_side(self) -> int:

@@ -35,6 +35,7 @@ from pydantic import Field
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.content_key import content_keys
 from pulmo_jax.methods.networks import initial_params, with_params
+from pulmo_jax.methods.reconstruction import SmoothPx
 from pulmo_jax.methods.score_maps import Extent, smooth_within, smoothing_radius
 from pulmo_jax.methods.token_orders import TokenOrder, token_orders
 from pulmo_jax.models.token_transformer import TokenTransformer, before
@@ -100,9 +101,7 @@ class Tokens:
         Score,
         Field(description="both: sum of the squared difference and the squared excess surprise, each standardised"),
     ] = "both"
-    smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
-        4.0
-    )
+    smooth_px: SmoothPx = 4.0
     image_statistic: ImageStatistic = "combined"
     seed: Annotated[int, Field(ge=0, description="seed of the drawn codes")] = 0
 

@@ -21,9 +21,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
-from pulmo_jax.methods.autoencoder import coarse_noise, smoothed_score
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.networks import initial_params, with_params
+from pulmo_jax.methods.reconstruction import (
+    NoiseCellPx,
+    NoiseSigma,
+    SmoothPx,
+    smoothed_score,
+    with_coarse_noise,
+)
 from pulmo_jax.methods.score_maps import Extent, smoothing_radius
 from pulmo_jax.types import ImageStatistic
 
@@ -52,14 +58,10 @@ class UncertainAutoencoder:
         float,
         Field(ge=0, le=1, description="power of the predicted standard deviation that divides the residual; 1: whole"),
     ] = 0.5
-    smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
-        4.0
-    )
+    smooth_px: SmoothPx = 4.0
     image_statistic: ImageStatistic = "combined"
-    noise_sigma: Annotated[
-        float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
-    ] = 0.2
-    noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
+    noise_sigma: NoiseSigma = 0.2
+    noise_cell_px: NoiseCellPx = 16
     least_sd: Annotated[
         float, Field(gt=0, description="lower bound of the predicted standard deviation, normalised intensity")
     ] = 0.01
@@ -93,8 +95,8 @@ class UncertainAutoencoder:
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
         """Compute the mean negative log-likelihood of patches with added coarse noise, without its constant."""
-        noisy = batch + self.noise_sigma * coarse_noise(key, batch.shape, self.noise_cell_px)
-        mean, s = self.predict(params, noisy if self.noise_sigma else batch)
+        noisy = with_coarse_noise(batch, key, self.noise_sigma, self.noise_cell_px)
+        mean, s = self.predict(params, noisy)
         return (jnp.exp(-s) * (batch - mean) ** 2 + s).mean()  # Mao et al. 2020, Eq. 2, per pixel
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:

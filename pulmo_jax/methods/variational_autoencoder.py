@@ -16,14 +16,22 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 from pydantic import Field
 
-from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise, smoothed_score
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l2
 from pulmo_jax.methods.networks import initial_params, with_params
-from pulmo_jax.methods.score_maps import Extent, smoothing_radius
+from pulmo_jax.methods.reconstruction import (
+    NoiseCellPx,
+    NoiseSigma,
+    ResidualScore,
+    SmoothPx,
+    reconstruction_residual,
+    smoothed_score_map,
+    smoothing_halo_px,
+    with_coarse_noise,
+)
 from pulmo_jax.types import ImageStatistic
 
 LOG_VARIANCE_BOUND = 10.0
@@ -67,21 +75,11 @@ class VariationalAutoencoder:
             description="weight of the mean KL divergence per latent number, relative to the mean loss per pixel",
         ),
     ] = 0.0005
-    score: Annotated[
-        Score,
-        Field(
-            description="l2, l1, ssim, ms_ssim: the smoothed squared, absolute, SSIM or multi-scale SSIM residual; "
-            "local_mean: the square of the smoothed signed residual"
-        ),
-    ] = "local_mean"
-    smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
-        4.0
-    )
+    score: ResidualScore = "local_mean"
+    smooth_px: SmoothPx = 4.0
     image_statistic: ImageStatistic = "combined"
-    noise_sigma: Annotated[
-        float, Field(ge=0, description="standard deviation of the training noise to remove; 0: plain autoencoder")
-    ] = 0.2
-    noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
+    noise_sigma: NoiseSigma = 0.2
+    noise_cell_px: NoiseCellPx = 16
 
     def init(self) -> Params:
         """Copy the initial parameters of the network."""
@@ -114,8 +112,8 @@ class VariationalAutoencoder:
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
         """Compute the mean loss of patches with added coarse noise, decoded from a draw of the latent numbers."""
         noise, draw = jax.random.split(key)
-        noisy = batch + self.noise_sigma * coarse_noise(noise, batch.shape, self.noise_cell_px)
-        mean, s = self.posterior(params, noisy if self.noise_sigma else batch)
+        noisy = with_coarse_noise(batch, noise, self.noise_sigma, self.noise_cell_px)
+        mean, s = self.posterior(params, noisy)
         z = mean + jnp.exp(s / 2) * jax.random.normal(draw, mean.shape)
         reconstruction = with_params(self.network, params).decode(z)
         return (
@@ -132,20 +130,9 @@ class VariationalAutoencoder:
         """One evaluation of the decoder."""
         return 1
 
-    def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """Compute the residual of the selected score per pixel and channel."""
-        return RESIDUALS[self.score](patches, self.reconstruct(params, patches))
-
-    @property
-    def halo_px(self) -> int:
-        """Radius of the smoothing kernel, px."""
-        return smoothing_radius(self.smooth_px)
-
-    def score_map(
-        self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
-    ) -> Float[Array, "H W"]:
-        """Compute the selected score; see `methods.base.Method.score_map`."""
-        return smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
+    residual = reconstruction_residual
+    halo_px = property(smoothing_halo_px)
+    score_map = smoothed_score_map
 
 
 def divergence(mean: Float[Array, "*D"], log_variance: Float[Array, "*D"]) -> Float[Array, "*D"]:

@@ -20,14 +20,22 @@ from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 from pydantic import Field
 
-from pulmo_jax.methods.autoencoder import RESIDUALS, Score, coarse_noise, smoothed_score
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l1
 from pulmo_jax.methods.networks import initial_params, with_params
-from pulmo_jax.methods.score_maps import Extent, smoothing_radius
+from pulmo_jax.methods.reconstruction import (
+    NoiseCellPx,
+    NoiseSigma,
+    ResidualScore,
+    SmoothPx,
+    reconstruction_residual,
+    smoothed_score_map,
+    smoothing_halo_px,
+    with_coarse_noise,
+)
 from pulmo_jax.types import ImageStatistic, InputError
 
 DEAD = 1.0  # a code with a lower average use (latent vectors per batch) is restarted
@@ -76,21 +84,11 @@ class VqAutoencoder:
         float, Field(ge=0, description="weight of the squared distance of a latent vector from its code")
     ] = 0.25
     code_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the moving averages of the codebook")] = 0.95
-    score: Annotated[
-        Score,
-        Field(
-            description="l2, l1, ssim, ms_ssim: the smoothed squared, absolute, SSIM or multi-scale SSIM residual; "
-            "local_mean: the square of the smoothed signed residual"
-        ),
-    ] = "local_mean"
-    smooth_px: Annotated[float, Field(ge=0, le=100, description="sigma of the Gaussian smoothing of the score, px")] = (
-        4.0
-    )
+    score: ResidualScore = "local_mean"
+    smooth_px: SmoothPx = 4.0
     image_statistic: ImageStatistic = "combined"
-    noise_sigma: Annotated[
-        float, Field(ge=0, description="standard deviation of the training noise to remove; 0: none")
-    ] = 0.0
-    noise_cell_px: Annotated[int, Field(ge=1, description="cell size of the training noise, px")] = 16
+    noise_sigma: NoiseSigma = 0.0
+    noise_cell_px: NoiseCellPx = 16
 
     frozen: ClassVar[tuple[str, ...]] = ("codes",)  # changed by `absorb` only
 
@@ -164,9 +162,9 @@ class VqAutoencoder:
             van den Oord et al. 2017, Eq. 3, without its second term (the codebook follows moving averages).
         """
         noise_key, restart_key = jax.random.split(key)
-        noisy = batch + self.noise_sigma * coarse_noise(noise_key, batch.shape, self.noise_cell_px)
+        noisy = with_coarse_noise(batch, noise_key, self.noise_sigma, self.noise_cell_px)
         network, vectors = self._built(params), codebook(params["codes"])
-        z = network.encode(noisy if self.noise_sigma else batch)
+        z = network.encode(noisy)
         codes = nearest(z, vectors)
         quantised = vectors[codes]
         straight_through = z + jax.lax.stop_gradient(quantised - z)
@@ -197,20 +195,9 @@ class VqAutoencoder:
         }
         return {**params, "codes": restarted}
 
-    def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """Compute the residual of the selected score per pixel and channel."""
-        return RESIDUALS[self.score](patches, self.reconstruct(params, patches))
-
-    @property
-    def halo_px(self) -> int:
-        """Radius of the smoothing kernel, px."""
-        return smoothing_radius(self.smooth_px)
-
-    def score_map(
-        self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None
-    ) -> Float[Array, "H W"]:
-        """Compute the selected score; see `methods.base.Method.score_map`."""
-        return smoothed_score(residual, foreground, self.score, self.smooth_px, extent)
+    residual = reconstruction_residual
+    halo_px = property(smoothing_halo_px)
+    score_map = smoothed_score_map
 
     def _built(self, params: Params) -> Any:
         """Network with the given parameters."""

@@ -16,9 +16,10 @@ from scipy.ndimage import median_filter, minimum_filter
 
 from pulmo_jax.core.ssim import ssim_map
 from pulmo_jax.methods import losses
-from pulmo_jax.methods.autoencoder import RESIDUALS, Autoencoder, coarse_noise
+from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.methods.base import Method
 from pulmo_jax.methods.patch_gaussian import PatchGaussian
+from pulmo_jax.methods.reconstruction import RESIDUALS, coarse_noise
 from pulmo_jax.methods.score_maps import Extent, eroded, median_filtered, smooth_within
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.models.identity import Identity

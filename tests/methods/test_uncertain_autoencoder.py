@@ -11,8 +11,8 @@ from flax import nnx
 from references import image_operations
 from scipy.stats import norm
 
-from pulmo_jax.methods.autoencoder import coarse_noise
 from pulmo_jax.methods.base import Detailed, Featured, Method, Shaping
+from pulmo_jax.methods.reconstruction import coarse_noise
 from pulmo_jax.methods.uncertain_autoencoder import UncertainAutoencoder
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 

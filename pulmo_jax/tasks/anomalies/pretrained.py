@@ -167,7 +167,7 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
     """
     if base is not None:
         require_unseen(data, base)
-        fresh = with_params(fresh, base.params)
+        fresh = with_base_params(fresh, base.params)
     if not isinstance(method, PatchGaussian):
         return fresh
     if base is None and jax.tree.leaves(fresh.params["network"]):
@@ -183,7 +183,7 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
     return fresh
 
 
-def with_params(fresh: TrainState, base: Params) -> TrainState:
+def with_base_params(fresh: TrainState, base: Params) -> TrainState:
     """Set the parameters of the base in an initial state, for each network of an ensemble.
 
     Args:
