@@ -197,7 +197,12 @@ class PartlyFrozen(Protocol):
 
 @runtime_checkable
 class Tracking(PartlyFrozen, Protocol):
-    """A `Method` that updates frozen entries from statistics of the batches, such as a codebook."""
+    """A `Method` that updates frozen entries from statistics of the batches, such as a codebook.
+
+    `absorb` runs after every batch, also if `optimizer.accumulate` = k averages the gradients of k batches per update.
+    Rates and thresholds of the method are therefore per batch: a moving average of decay d decays by d^k per update,
+    and the statistics are those of single batches, not of the k batches together.
+    """
 
     def train_loss_and_seen(
         self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]
@@ -264,8 +269,11 @@ class Based(Protocol):
     The parameters of the base are the frozen entry "base" of the parameters.
     """
 
-    BASE: tuple[str, ...]
-    """Names of the method classes that the base run may have; empty: any."""
+    BASE: type
+    """Runtime-checkable protocol that the method of the base run must implement; `Method`: any."""
+
+    BASE_NAMES: tuple[str, ...]
+    """Names of methods that implement it, for messages; empty: the method can do without a base run."""
 
 
 @runtime_checkable

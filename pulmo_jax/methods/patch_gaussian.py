@@ -95,7 +95,8 @@ class PatchGaussian:
         base: Method of the base run, whose features or residual are modelled; None: those of `network`.
     """
 
-    BASE: ClassVar[tuple[str, ...]] = ()
+    BASE: ClassVar[type] = Method
+    BASE_NAMES: ClassVar[tuple[str, ...]] = ()
 
     network: Any  # a FeatureNetwork, such as models.identity.Identity
     base: Method | None = None

@@ -28,6 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkabl
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
@@ -44,7 +45,9 @@ from pulmo_jax.types import ImageStatistic, InputError
 Score = Literal["both", "difference", "surprise"]
 NEVER = 1e30  # nats; threshold before it is set. Checkpoints must be finite
 LEAST_SPREAD = 1e-6  # nats, or normalised intensities; patches without any variation would otherwise have the score NaN
-TUNING_BATCH = 64  # patches per batch when the threshold is set
+TUNING_BATCH = 64  # largest number of patches per batch when the threshold is set,
+TUNING_MB = 1024  # and the memory that a batch may take, MiB
+BASE_FEATURES = 64  # features per pixel of the base run, for the estimate of this memory
 
 
 @runtime_checkable
@@ -107,7 +110,8 @@ class Tokens:
 
     frozen: ClassVar[tuple[str, ...]] = ("base", "tuned")
     detail_names: ClassVar[tuple[str, ...]] = ("difference", "surprise")
-    BASE: ClassVar[tuple[str, ...]] = ("VqAutoencoder",)
+    BASE: ClassVar[type] = Coding
+    BASE_NAMES: ClassVar[tuple[str, ...]] = ("VqAutoencoder",)
     NETWORK: ClassVar[dict[str, str]] = {"codes": "n_codes", "code_side": "code_side"}  # attributes of the base
 
     def __post_init__(self) -> None:
@@ -116,7 +120,7 @@ class Tokens:
         if not isinstance(self.base, Coding):
             raise InputError(
                 f"method.base_run={self.base_run}: its method, {type(self.base).__name__}, has no codes; give a run of "
-                f"{' or '.join(self.BASE)} with one network"
+                f"{' or '.join(self.BASE_NAMES)} with one network"
             )
 
     @property
@@ -215,7 +219,8 @@ class Tokens:
             each = jax.lax.map(lambda order: surprise(network(codes[:, order], order), codes[:, order])[1], orders)
             return jnp.moveaxis(each, 0, 1)
 
-        threshold = jnp.quantile(in_batches(of_originals, patches), 1 - self.unlikely_rate)
+        size = self._tuning_batch(patches.shape[1:])
+        threshold = jnp.quantile(in_batches(of_originals, patches, size), 1 - self.unlikely_rate)
         tuned = {**self.init()["tuned"], "threshold": threshold}
         everywhere = jnp.ones(patches.shape[1:3], bool)
 
@@ -224,7 +229,7 @@ class Tokens:
             smooth = jax.vmap(lambda maps: smooth_within(maps, everywhere, self.smooth_px))(residual)
             return jnp.stack([smooth.mean((1, 2)), (smooth**2).mean((1, 2))], axis=1)
 
-        mean, square = in_batches(moments, patches).mean(0)
+        mean, square = in_batches(moments, patches, size).mean(0)
         tuned["excess_mean"] = mean[-1]
         variances = jnp.stack([square[-1] - mean[-1] ** 2, square[:-1].mean()])
         excess, difference = jnp.sqrt(jnp.maximum(variances, LEAST_SPREAD**2))
@@ -262,6 +267,12 @@ class Tokens:
         order, empty = jnp.asarray(token_orders(self.orders[:1], side)[0]), jnp.zeros((count, self.cells), jnp.int32)
         codes, _ = replaced(self._transformer(params), empty, order, -jnp.inf, draws, self.temperature)
         return self.base.decode_codes(params["base"], codes.reshape(count, side, side))
+
+    def _tuning_batch(self, shape: tuple[int, ...]) -> int:
+        """Number of patches of a shape (P, P, C) per batch when the threshold is set, bounded by `TUNING_MB`."""
+        assert isinstance(self.network, TokenTransformer)  # checked in __post_init__
+        one = patch_bytes(self.network, shape)
+        return int(np.clip(TUNING_MB * 2**20 // one, 1, TUNING_BATCH))
 
     def _transformer(self, params: Params) -> TokenTransformer:
         """Transformer with the given parameters."""
@@ -342,9 +353,27 @@ def drawn(logits: Float[Array, "B K"], draw: Float[Array, "B"], temperature: flo
     return (cumulative[:, :-1] <= draw[:, None] * cumulative[:, -1:]).sum(-1)
 
 
-def in_batches(function: Callable[[Array], Array], patches: Float[Array, "N P P C"]) -> Array:
+def patch_bytes(network: TokenTransformer, shape: tuple[int, ...]) -> int:
+    """Estimate the memory that scoring takes per patch, in addition to the parameters.
+
+    Args:
+        network: Transformer.
+        shape: Shape (P, P, C) of a patch.
+
+    Returns:
+        Bytes of the arrays of float32 in a parallel pass: logits and log probabilities, attention weights (scores and
+        softmax), the features of a layer, keys and values; and the features of the base, of which `BASE_FEATURES` per
+        pixel are assumed.
+    """
+    cells, width, layers = network.code_side**2, network.width, len(network.layers)
+    transformer = cells * (4 * network.codes + 2 * network.heads * cells + (8 + 2 * layers) * width)
+    return 4 * (transformer + BASE_FEATURES * shape[0] * shape[1])
+
+
+def in_batches(function: Callable[[Array], Array], patches: Float[Array, "N P P C"], size: int) -> Array:
     """Evaluate a function on batches of patches, one after the other; the last batch is filled up with repetitions."""
-    count = -(-len(patches) // TUNING_BATCH) * TUNING_BATCH
-    whole = patches[jnp.arange(count) % len(patches)].reshape(-1, TUNING_BATCH, *patches.shape[1:])
+    size = min(size, len(patches))
+    count = -(-len(patches) // size) * size
+    whole = patches[jnp.arange(count) % len(patches)].reshape(-1, size, *patches.shape[1:])
     found = jax.lax.map(function, whole)
     return found.reshape(count, *found.shape[2:])[: len(patches)]

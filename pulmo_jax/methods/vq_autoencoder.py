@@ -7,11 +7,15 @@ and codes that are hardly used are restarted at latent vectors that the codebook
 A transformer that models the codes of normal patches is trained in a second run (`methods/tokens.py`); it needs
 `encode_codes`, `decode_codes`, `n_codes` and `code_side`.
 
+Departures from the papers: the commitment loss is the mean over the D features of a latent vector instead of the sum,
+as in the authors' implementation (Sonnet), so `commitment` is D times the beta of van den Oord et al.; restarted codes
+are drawn by their squared distance from the codebook instead of uniformly; and the threshold of a restart falls below
+one latent vector per batch if a batch has fewer than 1 / `DEAD_SHARE` latent vectors per code.
+
 Reference:
     van den Oord, Vinyals, Kavukcuoglu 2017, "Neural discrete representation learning", NeurIPS: Eq. 3 (loss, of which
     the codebook term is replaced by moving averages) and Appendix A.1 (moving averages).
-    Dhariwal et al. 2020, "Jukebox", Sec. 3: random restarts of codes whose average use is below a threshold. Here the
-    vectors are drawn by their squared distance from the codebook instead of uniformly.
+    Dhariwal et al. 2020, "Jukebox", Sec. 3: random restarts of codes whose average use is below a threshold.
 """
 
 from dataclasses import dataclass
@@ -38,7 +42,8 @@ from pulmo_jax.methods.reconstruction import (
 )
 from pulmo_jax.types import ImageStatistic, InputError
 
-DEAD = 1.0  # a code with a lower average use (latent vectors per batch) is restarted
+DEAD = 1.0  # a code with a lower average use (latent vectors per batch) is restarted,
+DEAD_SHARE = 0.1  # if the use is also below this share of the mean use of all codes
 SMOOTHING = 1e-5  # epsilon of the Laplace smoothing of the counts
 
 
@@ -81,7 +86,7 @@ class VqAutoencoder:
     loss: ImageLoss = l1
     n_codes: Annotated[int, Field(ge=2, le=65536, description="number of codes in the codebook")] = 32
     commitment: Annotated[
-        float, Field(ge=0, description="weight of the squared distance of a latent vector from its code")
+        float, Field(ge=0, description="weight of the mean squared difference of a latent vector and its code")
     ] = 0.25
     code_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the moving averages of the codebook")] = 0.95
     score: ResidualScore = "local_mean"
@@ -173,7 +178,7 @@ class VqAutoencoder:
         return loss, statistics(jax.lax.stop_gradient(z), quantised, codes, self.n_codes, restart_key)
 
     def absorb(self, params: Params, seen: dict[str, Any]) -> Params:
-        """Update the moving averages of the codebook, and restart codes with an average use below `DEAD`.
+        """Update the moving averages of the codebook, and restart codes with an average use below `least_use`.
 
         Args:
             params: Parameters after the gradient step.
@@ -188,10 +193,11 @@ class VqAutoencoder:
         codes, decay = params["codes"], self.code_decay
         counts = decay * codes["counts"] + (1 - decay) * seen["counts"]
         sums = decay * codes["sums"] + (1 - decay) * seen["sums"]
-        dead = counts < DEAD
+        least = least_use(seen["counts"])
+        dead = counts < least
         restarted = {
-            "counts": jnp.where(dead, DEAD, counts),
-            "sums": jnp.where(dead[:, None], DEAD * seen["drawn"], sums),
+            "counts": jnp.where(dead, least, counts),
+            "sums": jnp.where(dead[:, None], least * seen["drawn"], sums),
         }
         return {**params, "codes": restarted}
 
@@ -202,6 +208,21 @@ class VqAutoencoder:
     def _built(self, params: Params) -> Any:
         """Network with the given parameters."""
         return with_params(self.network, params["network"])
+
+
+def least_use(counts: Float[Array, "K"]) -> Float[Array, ""]:
+    """Compute the average use below which a code is restarted.
+
+    With an absolute threshold alone, a codebook with more codes than a batch has latent vectors would restart most of
+    its codes at every step.
+
+    Args:
+        counts: Latent vectors of a batch that are assigned to each code.
+
+    Returns:
+        `DEAD`, or `DEAD_SHARE` of the mean use if this is lower; latent vectors per batch.
+    """
+    return jnp.minimum(DEAD, DEAD_SHARE * counts.sum() / len(counts))
 
 
 def codebook(codes: Params) -> Float[Array, "K D"]:
@@ -232,7 +253,9 @@ def nearest(z: Float[Array, "*B D"], vectors: Float[Array, "K D"]) -> Int[Array,
     Returns:
         Indices of the codes.
     """
-    return jnp.argmin((vectors**2).sum(-1) - 2 * z @ vectors.T, axis=-1)  # |z|^2 is the same for all codes
+    # |z|^2 is the same for all codes. The rest is a small difference of large numbers: TF32 of GPUs is too coarse.
+    products = jnp.matmul(z, vectors.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmin((vectors**2).sum(-1) - 2 * products, axis=-1)
 
 
 def statistics(
@@ -267,7 +290,7 @@ def statistics(
     places = jnp.searchsorted(upto, jax.random.uniform(key, (n_codes,)) * upto[-1])
     return {
         "counts": counts,
-        "sums": chosen.T @ rows,
+        "sums": jnp.matmul(chosen.T, rows, precision=jax.lax.Precision.HIGHEST),
         "drawn": rows[jnp.minimum(places, len(rows) - 1)],
         "metrics": {"perplexity": perplexity(counts), "used_codes": (counts > 0).sum()},
     }

@@ -306,8 +306,7 @@ def test_unsuitable_parts_are_named():
         replace(method(), base=None, base_run="x")
 
 
-def test_batches_for_tuning_are_filled_up_and_cut(monkeypatch):
-    monkeypatch.setattr(tokens, "TUNING_BATCH", 4)
+def test_batches_for_tuning_are_filled_up_and_cut():
     patches = patches_of(10)
     shapes = []
 
@@ -315,5 +314,25 @@ def test_batches_for_tuning_are_filled_up_and_cut(monkeypatch):
         shapes.append(batch.shape)
         return 2 * batch
 
-    np.testing.assert_array_equal(tokens.in_batches(double, patches), 2 * patches)
+    np.testing.assert_array_equal(tokens.in_batches(double, patches, 4), 2 * patches)
     assert {shape[0] for shape in shapes} == {4}
+
+
+def test_the_batch_for_tuning_is_bounded_by_memory_and_does_not_change_the_numbers(monkeypatch):
+    one, patches = method(), patches_of(10)
+    params, size = one.init(), tokens.patch_bytes(network(CODES, SIDE, 0), (PATCH, PATCH, 1))
+    assert size > 4 * 2 * 2 * SIDE**4  # scores and softmax of the attention, two heads
+    sizes, in_batches = [], tokens.in_batches
+
+    def recorded(function, patches, size):
+        sizes.append(size)
+        return in_batches(function, patches, size)
+
+    monkeypatch.setattr(tokens, "in_batches", recorded)
+    expected = one.tune(params, patches)
+    for memory, most in ((3.5 * size / 2**20, 3), (size / 2**21, 1)):
+        monkeypatch.setattr(tokens, "TUNING_MB", memory)
+        found = one.tune(params, patches)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+        assert sizes[-2:] == [most, most]
+    assert sizes[:2] == [64, 64]

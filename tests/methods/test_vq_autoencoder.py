@@ -11,10 +11,20 @@ from sklearn.cluster import KMeans
 
 from pulmo_jax.methods.base import Method
 from pulmo_jax.methods.losses import l2
-from pulmo_jax.methods.vq_autoencoder import DEAD, VqAutoencoder, codebook, nearest, perplexity, statistics
+from pulmo_jax.methods.vq_autoencoder import (
+    DEAD,
+    VqAutoencoder,
+    codebook,
+    least_use,
+    nearest,
+    perplexity,
+    statistics,
+)
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.models.unet import blocks_to_features, features_to_blocks
 from pulmo_jax.models.vq_autoencoder import VqNetwork
+from pulmo_jax.training.optimizers import adamw
+from pulmo_jax.training.state import init_state, make_step
 from pulmo_jax.types import InputError
 
 KEY = jax.random.key(0)
@@ -190,6 +200,37 @@ def test_only_dead_codes_are_restarted():
     rows = np.asarray(blocks_to_features(batch, 2)).reshape(-1, 4)
     for restarted in vectors[2:]:
         assert np.abs(rows - restarted).max(-1).min() < 1e-4
+
+
+def test_a_codebook_with_more_codes_than_latent_vectors_keeps_the_codes_in_use():
+    """Each batch uses only some of 512 codes; those that were used in the last ones are not restarted."""
+    method, batch = blocks_method(n_codes=512, code_decay=0.95), patches(16)  # 64 latent vectors
+    least = 0.1 * 64 / 512
+    assert float(least_use(jnp.full(512, 64 / 512))) == pytest.approx(least)
+    assert float(least_use(jnp.full(4, 16.0))) == DEAD
+    counts = jnp.full(512, 0.05).at[0].set(0.5 * least)
+    codes = {"counts": counts, "sums": 50 * jnp.ones((512, 4)) * counts[:, None]}
+    seen = method.train_loss_and_seen({**method.init(), "codes": codes}, batch, KEY)[1]
+    new = method.absorb({**method.init(), "codes": codes}, seen | {"counts": jnp.zeros(512).at[1].set(64.0)})["codes"]
+    np.testing.assert_allclose(new["counts"][2:], 0.95 * 0.05, rtol=1e-6)
+    assert float(new["counts"][0]) == pytest.approx(least)
+    np.testing.assert_allclose(new["sums"][0], least * seen["drawn"][0], rtol=1e-6)
+
+
+def test_accumulated_gradients_update_the_network_once_and_the_codebook_after_every_batch():
+    method, batches = small_method(), [patches(side=16, seed=i) for i in range(2)]
+    optimizer = adamw(steps=8, accumulate=2, warmup_fraction=0)
+    state, step = init_state(method, optimizer), make_step(method, optimizer, 0.9, 0)
+    expected = method.init()
+    for number, batch in enumerate(batches):
+        before = jax.tree.map(np.asarray, state.params["network"])
+        key = jax.random.fold_in(jax.random.key(0), number)
+        expected = method.absorb(expected, method.train_loss_and_seen(expected, batch, key)[1])  # network unchanged
+        state, _ = step(state, batch)
+        for name in ("counts", "sums"):
+            np.testing.assert_allclose(state.params["codes"][name], expected["codes"][name], rtol=1e-4, atol=1e-5)
+        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(state.params["network"]), strict=True)
+        assert any((a != b).any() for a, b in pairs) == (number == 1)
 
 
 def test_restarts_are_functions_of_the_key():

@@ -12,6 +12,7 @@ from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.reading import read_json
 from pulmo_jax.methods.base import Accumulated, Based, Method, Params
+from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
 from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
 from pulmo_jax.runs.older import naming_version
@@ -61,7 +62,7 @@ def open_base(config: TrainConfig) -> Pretrained | None:
         The base run; None if the config has none.
 
     Raises:
-        InputError: If it is not a finished run, or has no trained network.
+        InputError: If it is not a finished run, or its method is not of the kind that the new method needs.
     """
     name = config.method.get("base_run")
     if name is None:
@@ -69,6 +70,7 @@ def open_base(config: TrainConfig) -> Pretrained | None:
     path = Path(name).absolute()
     with naming_version(path):
         before, how, method, state, _ = load_run(path, config.plugins)
+    require_kind(config, method, path)
     params = learnt(method, state)
     return Pretrained(path, before, how, with_tuned(params, load_tuned(path, method, params)), digest_of_run(path))
 
@@ -83,7 +85,7 @@ def with_base(config: TrainConfig) -> TrainConfig:
         The config with `base`, and with the patch size and resizing of the base run.
 
     Raises:
-        InputError: If it is not a finished run, or the new method cannot use its method.
+        InputError: If it is not a finished run, or has no trained network.
     """
     name = config.method.get("base_run")
     if config.base is not None:
@@ -95,7 +97,8 @@ def with_base(config: TrainConfig) -> TrainConfig:
     sealed_step(path, SEALED)  # raises if there is no finished run
     with naming_version(path):
         base = load_config(path, TrainConfig, config.plugins)
-    require_kind(config, base, path)
+    if is_accumulated(base):
+        raise InputError(f"method.base_run={path}: its method trains no network; give the run of an autoencoder")
     if config.data.patch_size not in (base.data.patch_size, DataConfig().patch_size):
         raise InputError(
             f"data.patch_size={config.data.patch_size}: method.base_run={path} was trained on patches of "
@@ -123,31 +126,33 @@ def is_accumulated(config: TrainConfig) -> bool:
 def require_base_run(config: TrainConfig) -> None:
     """Raise InputError if the method needs a base run of a certain kind, and the config names none."""
     target = find_target(config.method, "method", config.plugins)
-    if isinstance(target, Based) and target.BASE:
+    if isinstance(target, Based) and target.BASE_NAMES:
         raise InputError(f"method.base_run is null; give method.base_run=RUN, a finished run of {kinds(target)}")
 
 
-def require_kind(config: TrainConfig, base: TrainConfig, path: Path) -> None:
-    """Check that the method of a base run is of the kind that the new method needs.
+def require_kind(config: TrainConfig, found: Method, path: Path) -> None:
+    """Check that the method of a base run implements the protocol that the new method needs.
 
     Args:
         config: Config of the new run.
-        base: Config of the base run.
+        found: Method of the base run.
         path: Run directory of the base run.
 
     Raises:
-        InputError: If it is not.
+        InputError: If it does not.
     """
-    target, found = (find_target(c.method, "method", config.plugins) for c in (config, base))
-    if is_accumulated(base):
-        raise InputError(f"method.base_run={path}: its method trains no network; give the run of an autoencoder")
-    if isinstance(target, Based) and target.BASE and found.__name__ not in target.BASE:
-        raise InputError(f"method.base_run={path}: is a run of {found.__name__}; give a run of {kinds(target)}")
+    target = find_target(config.method, "method", config.plugins)
+    if not isinstance(target, Based) or isinstance(found, target.BASE):
+        return
+    name, remedy = f"a run of {type(found).__name__}", f"give a run of {kinds(target)}"
+    if isinstance(found, Ensemble):
+        name, remedy = f"an ensemble of {found.count} networks", f"{remedy} with trainer.members=1"
+    raise InputError(f"method.base_run={path}: is {name}; {remedy}")
 
 
 def kinds(target: Based) -> str:
     """Names of the methods that a base run may have, for messages."""
-    return " or ".join(target.BASE)
+    return " or ".join(target.BASE_NAMES)
 
 
 def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretrained | None) -> TrainState:

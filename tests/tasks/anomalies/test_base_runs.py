@@ -2,13 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.methods.ensemble import Ensemble, networks
+from pulmo_jax.models.identity import Identity
 from pulmo_jax.runs.directory import load_values
+from pulmo_jax.tasks.anomalies.config import TrainConfig
+from pulmo_jax.tasks.anomalies.pretrained import require_kind
 from pulmo_jax.tasks.anomalies.run import load_run, open_run
 from pulmo_jax.types import InputError
 
@@ -84,6 +90,31 @@ def test_a_run_without_a_network_is_no_base(go, tmp_path):
     go(tmp_path / "pixels", "method=patch_gaussian", "model=identity", "method.window_px=4")
     with pytest.raises(InputError, match="its method trains no network"):
         go(tmp_path / "run", *residual_of(tmp_path / "pixels"))
+
+
+class Rounding(Autoencoder):
+    """A method of a plugin with codes of its own."""
+
+    n_codes: int = 4
+    code_side: int = 4
+
+    def encode_codes(self, params, patches):
+        return patches[:, ::4, ::4, 0].astype(int)
+
+    def decode_codes(self, params, codes):
+        return codes[..., None].repeat(4, 1).repeat(4, 2)
+
+
+def test_a_base_needs_the_functions_of_a_kind_and_not_its_name():
+    network = Identity(patch_size=16, channels=1, rngs=nnx.Rngs(0))
+    tokens = TrainConfig.model_construct(method={"_target_": "pulmo_jax.methods.tokens.Tokens"}, plugins=())
+    require_kind(tokens, Rounding(network), Path("run"))
+    refused = "^method.base_run=run: is a run of Autoencoder; give a run of VqAutoencoder$"
+    with pytest.raises(InputError, match=refused):
+        require_kind(tokens, Autoencoder(network), Path("run"))
+    several = "is an ensemble of 2 networks; give a run of VqAutoencoder with trainer.members=1$"
+    with pytest.raises(InputError, match=several):
+        require_kind(tokens, Ensemble((Rounding(network), Rounding(network))), Path("run"))
 
 
 def test_the_model_of_a_base_run_may_name_only_the_package_and_plugins(go, ensemble, tmp_path):
