@@ -28,10 +28,9 @@ from pulmo_jax.methods.reconstruction import (
     SmoothPx,
     reconstruction_residual,
     smoothed_score_map,
-    smoothing_halo_px,
     with_coarse_noise,
 )
-from pulmo_jax.methods.score_maps import Extent, eroded, median_filtered
+from pulmo_jax.methods.score_maps import Extent, eroded, median_filtered, smoothing_radius
 from pulmo_jax.types import ImageStatistic
 
 
@@ -82,7 +81,7 @@ class Autoencoder:
     @property
     def halo_px(self) -> int:
         """Radius of the smoothing kernel or of the erosion, and of the median filter, px."""
-        return max(smoothing_halo_px(self), self.erode_px // 2) + self.median_px // 2
+        return max(smoothing_radius(self.smooth_px), self.erode_px // 2) + self.median_px // 2
 
     def score_map(
         self, residual: Float[Array, "H W C"], foreground: Bool[Array, "H W"], extent: Extent | None = None

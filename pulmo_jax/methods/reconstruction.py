@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.losses import ImageLoss, l1, l2, ms_ssim, ssim
-from pulmo_jax.methods.score_maps import Extent, smooth_within, smoothing_radius
+from pulmo_jax.methods.score_maps import Extent, smooth_within
 
 Score = Literal["local_mean", "l2", "l1", "ssim", "ms_ssim"]
 # Per pixel and channel; for local_mean the signed difference, which `smoothed_score` smooths and squares.
@@ -62,11 +62,6 @@ def reconstruction_residual(
 ) -> Float[Array, "B P P C"]:
     """Compute the residual of the selected score per pixel and channel; see `methods.base.Method.residual`."""
     return RESIDUALS[self.score](patches, self.reconstruct(params, patches))
-
-
-def smoothing_halo_px(self: Reconstructing) -> int:
-    """Radius of the smoothing kernel, px."""
-    return smoothing_radius(self.smooth_px)
 
 
 def smoothed_score_map(

@@ -29,9 +29,9 @@ from pulmo_jax.methods.reconstruction import (
     SmoothPx,
     reconstruction_residual,
     smoothed_score_map,
-    smoothing_halo_px,
     with_coarse_noise,
 )
+from pulmo_jax.methods.score_maps import smoothing_radius
 from pulmo_jax.types import ImageStatistic
 
 LOG_VARIANCE_BOUND = 10.0
@@ -131,8 +131,12 @@ class VariationalAutoencoder:
         return 1
 
     residual = reconstruction_residual
-    halo_px = property(smoothing_halo_px)
     score_map = smoothed_score_map
+
+    @property
+    def halo_px(self) -> int:
+        """Radius of the smoothing kernel, px."""
+        return smoothing_radius(self.smooth_px)
 
 
 def divergence(mean: Float[Array, "*D"], log_variance: Float[Array, "*D"]) -> Float[Array, "*D"]:

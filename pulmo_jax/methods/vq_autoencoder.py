@@ -37,9 +37,9 @@ from pulmo_jax.methods.reconstruction import (
     SmoothPx,
     reconstruction_residual,
     smoothed_score_map,
-    smoothing_halo_px,
     with_coarse_noise,
 )
+from pulmo_jax.methods.score_maps import smoothing_radius
 from pulmo_jax.types import ImageStatistic, InputError
 
 DEAD = 1.0  # a code with a lower average use (latent vectors per batch) is restarted,
@@ -202,8 +202,12 @@ class VqAutoencoder:
         return {**params, "codes": restarted}
 
     residual = reconstruction_residual
-    halo_px = property(smoothing_halo_px)
     score_map = smoothed_score_map
+
+    @property
+    def halo_px(self) -> int:
+        """Radius of the smoothing kernel, px."""
+        return smoothing_radius(self.smooth_px)
 
     def _built(self, params: Params) -> Any:
         """Network with the given parameters."""
