@@ -8,6 +8,7 @@ convolution of every residual block, the output of attention and the head start 
 NeurIPS, Appendix), so that the network starts as one that returns zero.
 """
 
+from functools import partial
 from typing import Annotated, Literal
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from pulmo_jax.models.blocks import Conv, Norm
+from pulmo_jax.models.blocks import Conv, Dtype, Norm, Remat, linear, rematerialised
 from pulmo_jax.models.unet import WIDEST, BlockHead, blocks_to_features, depth_for, upsample
 
 TIME_STEPS = 1000.0  # time 1 is embedded as step 1000 of a transformer's positions
@@ -72,12 +73,6 @@ class SelfAttention(nnx.Module):
         inputs = linear(self.inputs, cells).reshape(batch, -1, 3, self.heads, features // self.heads)
         mixed = jax.nn.dot_product_attention(inputs[:, :, 0], inputs[:, :, 1], inputs[:, :, 2])
         return x + linear(self.output, mixed.reshape(cells.shape)).reshape(x.shape)
-
-
-def linear(layer: nnx.Linear, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
-    """Apply a linear layer in the data type of its input."""
-    assert layer.bias is not None  # nnx.Linear has one by default
-    return x @ layer.kernel[...].astype(x.dtype) + layer.bias[...].astype(x.dtype)
 
 
 class Scale(nnx.Module):
@@ -138,13 +133,8 @@ class ImageUNet(nnx.Module):
             tuple[int, ...], Field(description="sides of the feature maps with self-attention, in cells")
         ] = (8,),
         heads: Annotated[int, Field(ge=1, le=64, description="number of attention heads")] = 4,
-        dtype: Annotated[
-            Literal["float32", "bfloat16"],
-            Field(description="floating-point type of activations; parameters stay float32"),
-        ] = "float32",
-        remat: Annotated[
-            bool, Field(description="recompute activations in the backward pass: less memory, more time")
-        ] = False,
+        dtype: Dtype = "float32",
+        remat: Remat = False,
     ):
         depth = depth or depth_for(patch_size, stem)
         require_divisible(patch_size, stem, depth)
@@ -184,13 +174,7 @@ class ImageUNet(nnx.Module):
         """
         if (time is not None) != self.timed:
             raise ValueError(f"the network is {'' if self.timed else 'not '}timed: time={time}")
-        graph, state = nnx.split(self)
-
-        def forward(state: nnx.State, x: jax.Array, time: jax.Array | None) -> jax.Array:
-            return nnx.merge(graph, state).maps(x, time)[-1]
-
-        run = jax.checkpoint(forward) if self.remat else forward  # nnx.remat fails inside a plain jax.grad
-        return run(state, x, time)
+        return self.maps(x, time)[-1]
 
     def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]:
         """Feature maps of the encoder at time 0, finest first, in float32."""
@@ -200,15 +184,20 @@ class ImageUNet(nnx.Module):
     def maps(self, x: Float[Array, "B P P C"], time: Float[Array, "B"] | None) -> list[Float[Array, "B _ _ _"]]:
         """Feature maps of the encoder, finest first, then the output of the network."""
         embedded = self._embedding(time) if time is not None else None
+        apply = partial(rematerialised, self.remat, Scale.__call__)
         x = self.first(blocks_to_features(x.astype(self.dtype), self.stem))
-        x = self.encoder[0](x, embedded)
+        x = apply(self.encoder[0], x, embedded)
         found = [x]
         for down, scale in zip(self.down, list(self.encoder)[1:], strict=True):
-            x = scale(down(x), embedded)
+            x = apply(scale, down(x), embedded)
             found.append(x)
         for skip, up, scale in reversed(list(zip(found, self.up, self.decoder, strict=False))):
-            x = scale(skip + upsample(up(x), 2), embedded)
-        return [*found, self.head(jax.nn.relu(self.last(x)).astype(jnp.float32))]
+            x = apply(scale, skip + upsample(up(x), 2), embedded)
+        return [*found, rematerialised(self.remat, ImageUNet._output, self, x)]
+
+    def _output(self, x: Float[Array, "B h w F"]) -> Float[Array, "B P P O"]:
+        """Pixels from the features of the finest scale."""
+        return self.head(jax.nn.relu(self.last(x)).astype(jnp.float32))
 
     def _embedding(self, time: Float[Array, "B"]) -> Float[Array, "B E"]:
         """Two layers on the sinusoids of the time."""
