@@ -25,7 +25,9 @@ def rematerialised(
     """Apply one part of a network, whose activations are recomputed in the backward pass if `remat` is set.
 
     Only the inputs of the part are kept for the backward pass, so memory falls only if a network is applied as several
-    parts: its peak is the inputs of all parts and the activations of the largest one.
+    parts: its peak is the inputs of all parts and the activations of the largest one. XLA may recompute early on a CPU:
+    the temporary memory of a training step of a U-Net falls from 108 to 104 MiB there, although the activations kept
+    fall from 199 to 29 MiB (jax 0.9).
 
     Args:
         remat: Whether to recompute.

@@ -2,8 +2,8 @@
 
 The first layer rearranges blocks of `stem` x `stem` pixels to features and the last one back, and skips are added
 instead of concatenated, as in models.unet. With a time, its sinusoidal embedding scales and shifts the normalised
-features of every residual block (Nichol and Dhariwal 2021, ICML, Sec. 3; FiLM: Perez et al. 2018, AAAI). Feature maps
-with a side in `attention_px` are followed by self-attention over their cells (Vaswani et al. 2017, NeurIPS). The last
+features of every residual block (Nichol and Dhariwal 2021, ICML, Sec. 3; FiLM: Perez et al. 2018, AAAI). The feature
+maps chosen by `attention_px` are followed by self-attention over their cells (Vaswani et al. 2017, NeurIPS). The last
 convolution of every residual block, the output of attention and the head start at zero (Dhariwal and Nichol 2021,
 NeurIPS, Appendix), so that the network starts as one that returns zero.
 """
@@ -22,6 +22,7 @@ from pulmo_jax.models.unet import WIDEST, BlockHead, blocks_to_features, depth_f
 
 TIME_STEPS = 1000.0  # time 1 is embedded as step 1000 of a transformer's positions
 LONGEST_PERIOD = 10_000.0
+MOST_CELLS = 16  # largest side of the coarsest feature map that has self-attention by default
 
 
 class TimedBlock(nnx.Module):
@@ -102,13 +103,15 @@ class ImageUNet(nnx.Module):
         depth: Number of scales; None: down to a side of about 6 cells.
         stem: Side of the blocks of pixels, 1, 2 or 4.
         layers: Convolutions at each scale, in the encoder and in the decoder.
-        attention_px: Sides of the feature maps with self-attention, in cells.
+        attention_px: Sides of the feature maps with self-attention, in cells; None: that of the coarsest one if it is
+            at most 16, otherwise none.
         heads: Number of attention heads.
         dtype: Data type of the computation; parameters are float32.
         remat: Recompute activations in the backward pass.
 
     Raises:
-        ValueError: If the patches cannot be halved `depth` - 1 times, or the heads do not divide the features.
+        ValueError: If the patches cannot be halved `depth` - 1 times, no feature map has a side in `attention_px`, or
+            the heads do not divide the features.
     """
 
     def __init__(
@@ -130,8 +133,12 @@ class ImageUNet(nnx.Module):
         ] = 2,
         layers: Annotated[int, Field(ge=1, le=16, description="3 x 3 convolutions at each scale")] = 2,
         attention_px: Annotated[
-            tuple[int, ...], Field(description="sides of the feature maps with self-attention, in cells")
-        ] = (8,),
+            tuple[int, ...] | None,
+            Field(
+                description="sides of the feature maps with self-attention, in cells; []: none; null: the coarsest "
+                "one, if its side is at most 16"
+            ),
+        ] = None,
         heads: Annotated[int, Field(ge=1, le=64, description="number of attention heads")] = 4,
         dtype: Dtype = "float32",
         remat: Remat = False,
@@ -141,7 +148,7 @@ class ImageUNet(nnx.Module):
         self.patch_size, self.channels = patch_size, channels
         self.stem, self.timed, self.dtype, self.remat = stem, timed, dtype, remat
         self.features = tuple(width * min(2**i, WIDEST) for i in range(depth))
-        attended = [patch_size // (stem * 2**i) in attention_px for i in range(depth)]
+        attended = attended_scales([patch_size // (stem * 2**i) for i in range(depth)], attention_px)
         for features, here in zip(self.features, attended, strict=True):
             if here and features % heads:
                 raise ValueError(f"model.heads={heads} does not divide the {features} features of a scale")
@@ -221,6 +228,30 @@ def sinusoids(time: Float[Array, "B"], size: int) -> Float[Array, "B E"]:
     frequencies = jnp.exp(-jnp.log(LONGEST_PERIOD) * jnp.arange(size // 2) / (size // 2))
     phase = TIME_STEPS * time[:, None] * frequencies
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=1)
+
+
+def attended_scales(sides: list[int], attention_px: tuple[int, ...] | None) -> list[bool]:
+    """Choose the scales with self-attention.
+
+    Args:
+        sides: Side of the feature map of each scale in cells, finest first.
+        attention_px: Sides to choose; None: the coarsest one if it is at most 16.
+
+    Returns:
+        Whether each scale has self-attention.
+
+    Raises:
+        ValueError: If a chosen side is not that of a scale.
+    """
+    if attention_px is None:
+        return [side == sides[-1] <= MOST_CELLS for side in sides]
+    unknown = [side for side in attention_px if side not in sides]
+    if unknown:
+        raise ValueError(
+            f"model.attention_px={list(attention_px)}: no feature map has {unknown[0]} cells per side; the sides at "
+            f"this patch size, model.stem and model.depth are {sides}"
+        )
+    return [side in attention_px for side in sides]
 
 
 def require_divisible(patch_size: int, stem: int, depth: int) -> None:
