@@ -8,12 +8,16 @@ simplex noise, the noise is strong at low frequencies too and hides large anomal
 structure.
 
 The steps of the process, the depth of healing and the number of calls of the network are separate settings, and the
-network is always told the step at which the chain is. `reconstruct` returns the end of the whole chain of calls, the
+network is always told the step at which the chain is. With `noise_share` below 1, the input has less noise than the
+network is told: it removes parts of the patch itself as if they were noise, anomalies and some normal detail.
+`reconstruct` returns the end of the whole chain of calls, the
 mean over `draws`, never the estimate of a single call. Intensities are standardised to zero mean and unit variance by
 the moments of the training patches, so that a depth hides the same contrast in standard deviations on any data.
 
 Departures from AnoDDPM: several draws are averaged; fast samplers; the depth of healing and the noise that is added may
-differ (`noise_share`: the anomaly itself acts as noise); and by default the target is the clean patch with an
+differ (`noise_share`: the anomaly itself acts as noise); sampling starts at the last step with a signal of amplitude
+0.005, because the estimate of the clean patch from the noise divides the error of the network by that amplitude, which
+is 5e-5 at the end of the cosine schedule; and by default the target is the clean patch with an
 absolute loss, as in pDDPM (Behrendt et al. 2023, MIDL), and the score is the smoothed signed residual, squared.
 """
 
@@ -42,6 +46,7 @@ Target = Literal["epsilon", "x0", "v"]
 Noise = Literal["gaussian", "simplex"]
 MOMENT_STEPS = 100  # training steps whose patches give mean and variance
 LEAST_SD = 1e-3  # normalised intensity
+LEAST_ALPHA = 0.005  # amplitude of the signal from which patches are drawn and healed
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Diffusion:
         loss: Function of image= and reconstruction=, the target and the output of the network.
 
     Raises:
-        ValueError: If the depth is beyond the schedule, or there are more calls than steps.
+        ValueError: If the depth is beyond the schedule or its steps with a signal, or there are more calls than steps.
     """
 
     NETWORK: ClassVar[Mapping[str, int | bool]] = {"timed": True}
@@ -77,13 +82,19 @@ class Diffusion:
     depth: Annotated[int, Field(ge=1, description="step from which patches are healed, at most timesteps")] = 550
     noise_share: Annotated[
         float,
-        Field(ge=0, le=1, description="amplitude of the noise that is added, relative to that of the step depth"),
-    ] = 0.3
+        Field(
+            ge=0,
+            le=1,
+            description="amplitude of the noise that is added, relative to that of the step depth; below 1, the "
+            "network is told more noise than there is",
+        ),
+    ] = 0.0
     sampler: Annotated[Kind, Field(description="sampler; dpm_solver: DPM-Solver++(2M)")] = "dpm_solver"
     calls: Annotated[int, Field(ge=1, description="network calls per healed patch and draw, at most depth")] = 3
-    draws: Annotated[int, Field(ge=1, le=1000, description="healed versions to average per patch")] = 3
+    draws: Annotated[int, Field(ge=1, le=1000, description="healed versions to average per patch")] = 1
     sample_calls: Annotated[
-        int, Field(ge=1, description="network calls per patch that is drawn from noise, at most timesteps")
+        int,
+        Field(ge=1, description="network calls per patch that is drawn from noise, at most the steps with a signal"),
     ] = 50
     score: Annotated[
         Score,
@@ -101,10 +112,19 @@ class Diffusion:
     def __post_init__(self) -> None:
         if self.depth > self.timesteps:
             raise ValueError(f"method.depth={self.depth}: is beyond the schedule, method.timesteps={self.timesteps}")
-        for key, most in (("calls", "depth"), ("sample_calls", "timesteps")):
-            value, limit = getattr(self, key), getattr(self, most)
-            if value > limit:
-                raise ValueError(f"method.{key}={value}: is above method.{most}={limit}, the number of steps")
+        last = self.last_step
+        if self.depth > last:
+            raise ValueError(
+                f"method.depth={self.depth}: no signal is left at this step of the {self.schedule} schedule with "
+                f"method.timesteps={self.timesteps}; give at most {last}"
+            )
+        if self.calls > self.depth:
+            raise ValueError(f"method.calls={self.calls}: is above method.depth={self.depth}, the number of steps")
+        if self.sample_calls > last:
+            raise ValueError(
+                f"method.sample_calls={self.sample_calls}: is above {last}, the number of steps with a signal at "
+                f"method.timesteps={self.timesteps}"
+            )
 
     # --- training
 
@@ -152,6 +172,11 @@ class Diffusion:
             return jax.vmap(band, out_axes=-1)(jax.random.split(key, shape[2]))
 
         return jax.vmap(one)(keys)
+
+    @property
+    def last_step(self) -> int:
+        """Last step whose signal has at least the amplitude `LEAST_ALPHA`; patches are drawn from there."""
+        return int(np.nonzero(self._amplitudes[0] >= LEAST_ALPHA)[0][-1])
 
     @property
     def _amplitudes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -224,18 +249,24 @@ class Diffusion:
         """Mean and standard deviation of the `draws` healed versions of patches, normalised intensities."""
         keys = content_keys(patches, self.seed)
 
-        def one(number: Array) -> Array:
-            return self.heal(params, patches, jax.vmap(lambda key: jax.random.fold_in(key, number))(keys))
+        def add(moments: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], None]:
+            """Update mean and sum of squared deviations by a draw (Welford 1962, Technometrics)."""
+            mean, squares = moments
+            healed = self.heal(params, patches, jax.vmap(lambda key: jax.random.fold_in(key, number))(keys))
+            difference = healed - mean
+            mean = mean + difference / (number + 1)
+            return (mean, squares + difference * (healed - mean)), None
 
-        healed = jax.lax.map(one, jnp.arange(self.draws))
-        return healed.mean(0), healed.std(0)
+        zeros = jnp.zeros_like(patches)
+        (mean, squares), _ = jax.lax.scan(add, (zeros, zeros), jnp.arange(self.draws))
+        return mean, jnp.sqrt(squares / self.draws)
 
     def sample(self, params: Params, key: Key[Array, ""], count: int) -> Float[Array, "N P P C"]:
         """Draw patches from noise; see `methods.base.Generative`."""
         keys = jax.random.split(key, (2, count))
         side = self.network.patch_size
         start = self.draw_noise(keys[0], (side, side, self.network.channels))
-        clean = self._descend(params, start, keys[1], self.timesteps, self.sample_calls)
+        clean = self._descend(params, start, keys[1], self.last_step, self.sample_calls)
         return restored(clean, params["moments"])
 
     @property

@@ -8,7 +8,7 @@ and 350 ms with their transposed counterparts in the decoder (layers.py in the s
 steps of the chosen network reached a lower loss than 500 steps of the one with residual convolutions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
+
+from pulmo_jax.models.blocks import Dtype, Remat, rematerialised
 
 COARSEST_PX = 4  # side of the feature map at which the encoder stops downsampling
 
@@ -146,13 +148,8 @@ class ConvAutoencoder(nnx.Module):
             Literal["dense", "spatial"],
             Field(description="one latent vector per patch, or one per cell of the coarsest feature map"),
         ] = "dense",
-        dtype: Annotated[
-            Literal["float32", "bfloat16"],
-            Field(description="floating-point type of activations; parameters stay float32"),
-        ] = "float32",
-        remat: Annotated[
-            bool, Field(description="recompute activations in the backward pass: less memory, more time")
-        ] = False,
+        dtype: Dtype = "float32",
+        remat: Remat = False,
     ):
         self.patch_size, self.channels, self.outputs, self.moments = patch_size, channels, outputs, moments
         self.strides = tuple(strides_for(patch_size))
@@ -182,14 +179,11 @@ class ConvAutoencoder(nnx.Module):
         Returns:
             M = `moments` arrays of latent vectors in float32, (B, latent) or (B, h, w, latent).
         """
-        return self._run(ConvAutoencoder._encode, x)
-
-    def _encode(self, x: jax.Array) -> jax.Array:
         batch, x = x.shape[0], to_block_order(x, self.strides)
         for layer in self.down:
-            x = nnx.silu(self._apply(layer, x))
-        x = self._apply(self.to_latent, x).reshape(batch, *self.latent_shape[:-1], self.moments, -1)
-        return jnp.moveaxis(x, -2, 0)
+            x = self._activated(layer, x)
+        x = self._affine(self.to_latent, x).reshape(batch, *self.latent_shape[:-1], self.moments, -1)
+        return jnp.moveaxis(x, -2, 0).astype(jnp.float32)
 
     def encode(self, x: Float[Array, "B P P C"]) -> Float[Array, "B *D"]:
         """Encode patches.
@@ -214,7 +208,7 @@ class ConvAutoencoder(nnx.Module):
         batch, x = x.shape[0], to_block_order(x, self.strides)
         maps = []
         for i, layer in enumerate(self.down):
-            x = nnx.silu(self._apply(layer, x))
+            x = self._activated(layer, x)
             blocks = x.reshape(batch, -1, self.features[i])
             maps.append(to_pixel_order(blocks, self.strides[i + 1 :], self.coarse[0]).astype(jnp.float32))
         return maps
@@ -228,18 +222,18 @@ class ConvAutoencoder(nnx.Module):
         Returns:
             Reconstructed patches in float32; with several outputs, the channels of the first output come first.
         """
-        return self._run(ConvAutoencoder._decode, z)
-
-    def _decode(self, z: jax.Array) -> jax.Array:
-        x = nnx.silu(self._apply(self.from_latent, z))
-        for i in reversed(range(len(self.strides))):
-            x = self._apply(self.up[i], x)
-            if i > 0:  # no activation after the last layer: pixel values are unbounded
-                x = nnx.silu(x)
+        x = self._activated(self.from_latent, z)
+        for layer in reversed(list(self.up)[1:]):
+            x = self._activated(layer, x)
+        x = self._affine(self.up[0], x)  # no activation: pixel values are unbounded
         x = x.reshape(len(z), -1, self.outputs * self.channels)
-        return to_pixel_order(x, self.strides, self.coarse[0])
+        return to_pixel_order(x, self.strides, self.coarse[0]).astype(jnp.float32)
 
-    def _apply(self, layer: nnx.Linear, x: Float[Array, "..."]) -> Float[Array, "N O"]:
+    def _activated(self, layer: nnx.Linear, x: Float[Array, "..."]) -> Float[Array, "N O"]:
+        """Apply a layer and the activation."""
+        return rematerialised(self.remat, lambda layer, x: nnx.silu(self._affine(layer, x)), layer, x)
+
+    def _affine(self, layer: nnx.Linear, x: Float[Array, "..."]) -> Float[Array, "N O"]:
         """Apply a layer to consecutive groups of as many numbers as it has inputs."""
         dtype = jnp.dtype(self.dtype)
         rows = x.reshape(-1, layer.in_features).astype(dtype)
@@ -256,10 +250,3 @@ class ConvAutoencoder(nnx.Module):
             Reconstructions in float32, as from `decode`.
         """
         return self.decode(self.encode(x))
-
-    def _run(self, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-        """Apply a method of this class, with rematerialisation if it is set."""
-        if not self.remat:
-            return function(self, x).astype(jnp.float32)
-        graph, state = nnx.split(self)  # nnx.remat fails inside a plain jax.grad
-        return jax.checkpoint(lambda state, x: function(nnx.merge(graph, state), x))(state, x).astype(jnp.float32)

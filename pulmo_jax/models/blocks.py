@@ -2,15 +2,55 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
+from pydantic import Field
 
 GROUP = 8  # features per normalisation group
+
+Dtype = Annotated[
+    Literal["float32", "bfloat16"], Field(description="floating-point type of activations; parameters stay float32")
+]
+Remat = Annotated[bool, Field(description="recompute activations in the backward pass: less memory, more time")]
+
+
+def rematerialised(
+    remat: bool, function: Callable[..., jax.Array], module: nnx.Module, *arguments: Any
+) -> Float[Array, "..."]:
+    """Apply one part of a network, whose activations are recomputed in the backward pass if `remat` is set.
+
+    Only the inputs of the part are kept for the backward pass, so memory falls only if a network is applied as several
+    parts: its peak is the inputs of all parts and the activations of the largest one. XLA may recompute early on a CPU:
+    the temporary memory of a training step of a U-Net falls from 108 to 104 MiB there, although the activations kept
+    fall from 199 to 29 MiB (jax 0.9).
+
+    Args:
+        remat: Whether to recompute.
+        function: Function of the module and the arguments.
+        module: The part of the network.
+        *arguments: Arrays, or None.
+
+    Returns:
+        Value of the function.
+
+    Reference:
+        Chen et al. 2016, arXiv:1604.06174.
+    """
+    if not remat:
+        return function(module, *arguments)
+    graph, state = nnx.split(module)  # nnx.remat fails inside a plain jax.grad
+    return jax.checkpoint(lambda state, *rest: function(nnx.merge(graph, state), *rest))(state, *arguments)
+
+
+def linear(layer: nnx.Linear, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
+    """Apply a linear layer in the data type of its input."""
+    assert layer.bias is not None  # nnx.Linear has one by default
+    return x @ layer.kernel[...].astype(x.dtype) + layer.bias[...].astype(x.dtype)
 
 
 def unrolled_vmap(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 from pydantic import Field
 
-from pulmo_jax.models.blocks import Block, Conv, Norm
+from pulmo_jax.models.blocks import Block, Conv, Dtype, Norm
 
 
 class Stage(nnx.Module):
@@ -78,10 +78,7 @@ class ClassifierNet(nnx.Module):
             Literal["none", "group"], Field(description="normalisation of the features of each stage")
         ] = "none",
         blocks: Annotated[int, Field(ge=0, le=32, description="number of residual blocks in each stage")] = 0,
-        dtype: Annotated[
-            Literal["float32", "bfloat16"],
-            Field(description="floating-point type of activations; parameters stay float32"),
-        ] = "float32",
+        dtype: Dtype = "float32",
     ):
         self.stride, self.dtype, steps = 2 ** len(widths), dtype, pairwise((channels, *widths))
         self.stages = nnx.List([Stage(fine, coarse, norm == "group", blocks, rngs=rngs) for fine, coarse in steps])

@@ -2,12 +2,13 @@
 
 The first layer rearranges blocks of `stem` x `stem` pixels to features and the last one back, and skips are added
 instead of concatenated, as in models.unet. With a time, its sinusoidal embedding scales and shifts the normalised
-features of every residual block (Nichol and Dhariwal 2021, ICML, Sec. 3; FiLM: Perez et al. 2018, AAAI). Feature maps
-with a side in `attention_px` are followed by self-attention over their cells (Vaswani et al. 2017, NeurIPS). The last
+features of every residual block (Nichol and Dhariwal 2021, ICML, Sec. 3; FiLM: Perez et al. 2018, AAAI). The feature
+maps chosen by `attention_px` are followed by self-attention over their cells (Vaswani et al. 2017, NeurIPS). The last
 convolution of every residual block, the output of attention and the head start at zero (Dhariwal and Nichol 2021,
 NeurIPS, Appendix), so that the network starts as one that returns zero.
 """
 
+from functools import partial
 from typing import Annotated, Literal
 
 import jax
@@ -16,11 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from pulmo_jax.models.blocks import Conv, Norm
+from pulmo_jax.models.blocks import Conv, Dtype, Norm, Remat, linear, rematerialised
 from pulmo_jax.models.unet import WIDEST, BlockHead, blocks_to_features, depth_for, upsample
 
 TIME_STEPS = 1000.0  # time 1 is embedded as step 1000 of a transformer's positions
 LONGEST_PERIOD = 10_000.0
+MOST_CELLS = 16  # largest side of the coarsest feature map that has self-attention by default
 
 
 class TimedBlock(nnx.Module):
@@ -74,12 +76,6 @@ class SelfAttention(nnx.Module):
         return x + linear(self.output, mixed.reshape(cells.shape)).reshape(x.shape)
 
 
-def linear(layer: nnx.Linear, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
-    """Apply a linear layer in the data type of its input."""
-    assert layer.bias is not None  # nnx.Linear has one by default
-    return x @ layer.kernel[...].astype(x.dtype) + layer.bias[...].astype(x.dtype)
-
-
 class Scale(nnx.Module):
     """Residual block of one scale, with self-attention if `heads` is above 0; arguments as in `TimedBlock`."""
 
@@ -107,13 +103,15 @@ class ImageUNet(nnx.Module):
         depth: Number of scales; None: down to a side of about 6 cells.
         stem: Side of the blocks of pixels, 1, 2 or 4.
         layers: Convolutions at each scale, in the encoder and in the decoder.
-        attention_px: Sides of the feature maps with self-attention, in cells.
+        attention_px: Sides of the feature maps with self-attention, in cells; None: that of the coarsest one if it is
+            at most 16, otherwise none.
         heads: Number of attention heads.
         dtype: Data type of the computation; parameters are float32.
         remat: Recompute activations in the backward pass.
 
     Raises:
-        ValueError: If the patches cannot be halved `depth` - 1 times, or the heads do not divide the features.
+        ValueError: If the patches cannot be halved `depth` - 1 times, no feature map has a side in `attention_px`, or
+            the heads do not divide the features.
     """
 
     def __init__(
@@ -135,23 +133,22 @@ class ImageUNet(nnx.Module):
         ] = 2,
         layers: Annotated[int, Field(ge=1, le=16, description="3 x 3 convolutions at each scale")] = 2,
         attention_px: Annotated[
-            tuple[int, ...], Field(description="sides of the feature maps with self-attention, in cells")
-        ] = (8,),
+            tuple[int, ...] | None,
+            Field(
+                description="sides of the feature maps with self-attention, in cells; []: none; null: the coarsest "
+                "one, if its side is at most 16"
+            ),
+        ] = None,
         heads: Annotated[int, Field(ge=1, le=64, description="number of attention heads")] = 4,
-        dtype: Annotated[
-            Literal["float32", "bfloat16"],
-            Field(description="floating-point type of activations; parameters stay float32"),
-        ] = "float32",
-        remat: Annotated[
-            bool, Field(description="recompute activations in the backward pass: less memory, more time")
-        ] = False,
+        dtype: Dtype = "float32",
+        remat: Remat = False,
     ):
         depth = depth or depth_for(patch_size, stem)
         require_divisible(patch_size, stem, depth)
         self.patch_size, self.channels = patch_size, channels
         self.stem, self.timed, self.dtype, self.remat = stem, timed, dtype, remat
         self.features = tuple(width * min(2**i, WIDEST) for i in range(depth))
-        attended = [patch_size // (stem * 2**i) in attention_px for i in range(depth)]
+        attended = attended_scales([patch_size // (stem * 2**i) for i in range(depth)], attention_px)
         for features, here in zip(self.features, attended, strict=True):
             if here and features % heads:
                 raise ValueError(f"model.heads={heads} does not divide the {features} features of a scale")
@@ -184,13 +181,7 @@ class ImageUNet(nnx.Module):
         """
         if (time is not None) != self.timed:
             raise ValueError(f"the network is {'' if self.timed else 'not '}timed: time={time}")
-        graph, state = nnx.split(self)
-
-        def forward(state: nnx.State, x: jax.Array, time: jax.Array | None) -> jax.Array:
-            return nnx.merge(graph, state).maps(x, time)[-1]
-
-        run = jax.checkpoint(forward) if self.remat else forward  # nnx.remat fails inside a plain jax.grad
-        return run(state, x, time)
+        return self.maps(x, time)[-1]
 
     def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]:
         """Feature maps of the encoder at time 0, finest first, in float32."""
@@ -200,15 +191,20 @@ class ImageUNet(nnx.Module):
     def maps(self, x: Float[Array, "B P P C"], time: Float[Array, "B"] | None) -> list[Float[Array, "B _ _ _"]]:
         """Feature maps of the encoder, finest first, then the output of the network."""
         embedded = self._embedding(time) if time is not None else None
+        apply = partial(rematerialised, self.remat, Scale.__call__)
         x = self.first(blocks_to_features(x.astype(self.dtype), self.stem))
-        x = self.encoder[0](x, embedded)
+        x = apply(self.encoder[0], x, embedded)
         found = [x]
         for down, scale in zip(self.down, list(self.encoder)[1:], strict=True):
-            x = scale(down(x), embedded)
+            x = apply(scale, down(x), embedded)
             found.append(x)
         for skip, up, scale in reversed(list(zip(found, self.up, self.decoder, strict=False))):
-            x = scale(skip + upsample(up(x), 2), embedded)
-        return [*found, self.head(jax.nn.relu(self.last(x)).astype(jnp.float32))]
+            x = apply(scale, skip + upsample(up(x), 2), embedded)
+        return [*found, rematerialised(self.remat, ImageUNet._output, self, x)]
+
+    def _output(self, x: Float[Array, "B h w F"]) -> Float[Array, "B P P O"]:
+        """Pixels from the features of the finest scale."""
+        return self.head(jax.nn.relu(self.last(x)).astype(jnp.float32))
 
     def _embedding(self, time: Float[Array, "B"]) -> Float[Array, "B E"]:
         """Two layers on the sinusoids of the time."""
@@ -232,6 +228,30 @@ def sinusoids(time: Float[Array, "B"], size: int) -> Float[Array, "B E"]:
     frequencies = jnp.exp(-jnp.log(LONGEST_PERIOD) * jnp.arange(size // 2) / (size // 2))
     phase = TIME_STEPS * time[:, None] * frequencies
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=1)
+
+
+def attended_scales(sides: list[int], attention_px: tuple[int, ...] | None) -> list[bool]:
+    """Choose the scales with self-attention.
+
+    Args:
+        sides: Side of the feature map of each scale in cells, finest first.
+        attention_px: Sides to choose; None: the coarsest one if it is at most 16.
+
+    Returns:
+        Whether each scale has self-attention.
+
+    Raises:
+        ValueError: If a chosen side is not that of a scale.
+    """
+    if attention_px is None:
+        return [side == sides[-1] <= MOST_CELLS for side in sides]
+    unknown = [side for side in attention_px if side not in sides]
+    if unknown:
+        raise ValueError(
+            f"model.attention_px={list(attention_px)}: no feature map has {unknown[0]} cells per side; the sides at "
+            f"this patch size, model.stem and model.depth are {sides}"
+        )
+    return [side in attention_px for side in sides]
 
 
 def require_divisible(patch_size: int, stem: int, depth: int) -> None:

@@ -21,8 +21,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field
 
+from pulmo_jax.models.blocks import Dtype, Remat, linear, rematerialised
+
 START_CELL = (-1, -1)  # row and column that stand for the source of the start token
-ROTARY_BASE = 100.0  # ratio of the longest to the shortest wavelength of rotary positions
+ROTARY_BASE = 100.0  # wavelengths of the n pairs of an axis: 2 pi ROTARY_BASE^(i / n) cells, i = 0 to n - 1
 QUERY_BLOCKS = 4  # blocks of queries in teacher forcing; a block is compared only with keys that it may see
 MASKED = -1e30  # score of a key that a query may not see; finite, so that no gradient is NaN
 
@@ -97,13 +99,8 @@ class TokenTransformer(nnx.Module):
                 "learned: row and column embeddings, for aligned images"
             ),
         ] = "rotary",
-        dtype: Annotated[
-            Literal["float32", "bfloat16"],
-            Field(description="floating-point type of activations; parameters stay float32"),
-        ] = "float32",
-        remat: Annotated[
-            bool, Field(description="recompute activations in the backward pass: less memory, more time")
-        ] = False,
+        dtype: Dtype = "float32",
+        remat: Remat = False,
     ):
         if width % (4 * heads):
             raise ValueError(f"model.width={width}: must be a multiple of 4 model.heads = {4 * heads}")
@@ -129,16 +126,13 @@ class TokenTransformer(nnx.Module):
         """
         start = jnp.full((len(sequence), 1), self.codes, sequence.dtype)
         x, rotations = self.read(jnp.concatenate([start, sequence[:, :-1]], axis=1), before(order), order)
-        graph, layers = nnx.split(self.layers)
 
-        def forward(state: nnx.State, x: Array, i: int) -> Array:
-            layer = nnx.merge(graph, state)[i]
+        def forward(layer: Layer, x: Array) -> Array:
             q, k, v = self.project(layer, x, rotations)
             return self.complete(layer, x, attend_causally(q, k, v))
 
-        run = jax.checkpoint(forward, static_argnums=2) if self.remat else forward
-        for i in range(len(self.layers)):
-            x = run(layers, x, i)
+        for layer in self.layers:
+            x = rematerialised(self.remat, forward, layer, x)
         return self.finish(x)
 
     def init_cache(self, batch: int, steps: int | None = None) -> Cache:
@@ -220,7 +214,7 @@ class TokenTransformer(nnx.Module):
     ) -> tuple[Float[Array, "B h n d"], Float[Array, "B h n d"], Float[Array, "B h n d"]]:
         """Queries, keys and values of a layer."""
         batch, n, _ = x.shape
-        qkv = apply(layer.qkv, normalised(layer.norms[0], x)).reshape(batch, n, 3, self.heads, -1)
+        qkv = linear(layer.qkv, normalised(layer.norms[0], x)).reshape(batch, n, 3, self.heads, -1)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
         if rotations is not None:
             q, k = rotated(q, rotations[0]), rotated(k, rotations[1])
@@ -228,12 +222,12 @@ class TokenTransformer(nnx.Module):
 
     def complete(self, layer: Layer, x: Float[Array, "B n W"], heads: Float[Array, "B h n d"]) -> Float[Array, "B n W"]:
         """Add the result of the attention, then that of the two dense layers."""
-        x = x + apply(layer.join, jnp.moveaxis(heads, 1, 2).reshape(x.shape))
-        return x + apply(layer.down, nnx.gelu(apply(layer.up, normalised(layer.norms[1], x))))
+        x = x + linear(layer.join, jnp.moveaxis(heads, 1, 2).reshape(x.shape))
+        return x + linear(layer.down, nnx.gelu(linear(layer.up, normalised(layer.norms[1], x))))
 
     def finish(self, x: Float[Array, "B n W"]) -> Float[Array, "B n K"]:
         """Logits in float32."""
-        return apply(self.to_logits, normalised(self.norm, x)).astype(jnp.float32)
+        return linear(self.to_logits, normalised(self.norm, x)).astype(jnp.float32)
 
 
 def before(order: Int[Array, "T"]) -> Int[Array, "T"]:
@@ -285,12 +279,6 @@ def rotated(x: Float[Array, "B h n d"], angles: Float[Array, "n half"]) -> Float
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1).astype(x.dtype)
-
-
-def apply(layer: nnx.Linear, x: Float[Array, "B n I"]) -> Float[Array, "B n O"]:
-    """Apply a dense layer in the data type of `x`."""
-    assert layer.bias is not None  # nnx.Linear has one by default
-    return x @ layer.kernel[...].astype(x.dtype) + layer.bias[...].astype(x.dtype)
 
 
 def normalised(norm: nnx.LayerNorm, x: Float[Array, "B n W"]) -> Float[Array, "B n W"]:

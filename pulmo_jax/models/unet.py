@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from pulmo_jax.models.blocks import GROUP, Conv, Norm, convolve
+from pulmo_jax.models.blocks import GROUP, Conv, Dtype, Norm, convolve
 
 COARSEST_PX = 6  # least side of the features at which the encoder stops downsampling
 PIXEL_FEATURES = 8  # features of a pixel before its logits
@@ -219,10 +219,7 @@ class UNet(nnx.Module):
         deep_supervision: Annotated[
             int, Field(ge=0, le=8, description="number of coarser scales with a loss of their own")
         ] = 0,
-        dtype: Annotated[
-            Literal["float32", "bfloat16"],
-            Field(description="floating-point type of activations; parameters stay float32"),
-        ] = "float32",
+        dtype: Dtype = "float32",
     ):
         self.dtype = dtype
         self.encoder = encoder(patch_size=patch_size, channels=channels, rngs=rngs)

@@ -4,16 +4,14 @@ Blocks of pixels become features at once, and all convolutions run at the resolu
 step fast on a CPU. The decoder ends with a convolution between the pixels of neighbouring blocks.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from pulmo_jax.models.blocks import Block, Conv, Norm
+from pulmo_jax.models.blocks import Block, Conv, Dtype, Norm, Remat, rematerialised
 from pulmo_jax.models.unet import BlockHead, blocks_to_features
 
 
@@ -45,13 +43,8 @@ class VqNetwork(nnx.Module):
         code_features: Annotated[int, Field(ge=1, le=1024, description="number of features of a code vector")] = 32,
         width: Annotated[int, Field(ge=8, le=512, multiple_of=8, description="features of the convolutions")] = 32,
         blocks: Annotated[int, Field(ge=0, le=16, description="residual blocks of encoder and of decoder")] = 2,
-        dtype: Annotated[
-            Literal["float32", "bfloat16"],
-            Field(description="floating-point type of activations; parameters stay float32"),
-        ] = "float32",
-        remat: Annotated[
-            bool, Field(description="recompute activations in the backward pass: less memory, more time")
-        ] = False,
+        dtype: Dtype = "float32",
+        remat: Remat = False,
     ):
         if patch_size % code_px:
             raise ValueError(f"data.patch_size={patch_size}: must be a multiple of model.code_px={code_px}")
@@ -73,14 +66,14 @@ class VqNetwork(nnx.Module):
         Returns:
             Latent vectors in float32, h = P / code_px.
         """
+        x = self.first(blocks_to_features(x.astype(self.dtype), self.code_px))
+        for block in self.encoder:
+            x = rematerialised(self.remat, Block.__call__, block, x)
+        return rematerialised(self.remat, VqNetwork._latents, self, x).astype(jnp.float32)
 
-        def forward(network: "VqNetwork", x: jax.Array) -> jax.Array:
-            x = network.first(blocks_to_features(x.astype(network.dtype), network.code_px))
-            for block in network.encoder:
-                x = block(x)
-            return network.to_latent(nnx.silu(network.encoded(x)))
-
-        return self._run(forward, x)
+    def _latents(self, x: Float[Array, "B h h W"]) -> Float[Array, "B h h D"]:
+        """Latent vectors from the features of the encoder."""
+        return self.to_latent(nnx.silu(self.encoded(x)))
 
     def decode(self, z: Float[Array, "B h h D"]) -> Float[Array, "B P P C"]:
         """Decode latent vectors.
@@ -91,26 +84,14 @@ class VqNetwork(nnx.Module):
         Returns:
             Reconstructed patches in float32.
         """
+        x = self.from_latent(z.astype(self.dtype))
+        for block in self.decoder:
+            x = rematerialised(self.remat, Block.__call__, block, x)
+        return rematerialised(self.remat, VqNetwork._pixels, self, x).astype(jnp.float32)
 
-        def forward(network: "VqNetwork", z: jax.Array) -> jax.Array:
-            x = network.from_latent(z.astype(network.dtype))
-            for block in network.decoder:
-                x = block(x)
-            return network.head(nnx.silu(network.decoded(x)))
-
-        return self._run(forward, z)
-
-    def _run(
-        self, forward: Callable[["VqNetwork", Array], Array], x: Float[Array, "B _ _ _"]
-    ) -> Float[Array, "B _ _ _"]:
-        """Apply a function of the network and an array, with rematerialisation if configured; returns float32."""
-        graph, state = nnx.split(self)
-
-        def apply(state: nnx.State, x: jax.Array) -> jax.Array:
-            return forward(nnx.merge(graph, state), x)
-
-        run = jax.checkpoint(apply) if self.remat else apply  # nnx.remat fails inside a plain jax.grad
-        return run(state, x).astype(jnp.float32)
+    def _pixels(self, x: Float[Array, "B h h W"]) -> Float[Array, "B P P C"]:
+        """Patches from the features of the decoder."""
+        return self.head(nnx.silu(self.decoded(x)))
 
     def __call__(self, x: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
         """Reconstruct patches from latent vectors that are not quantised."""

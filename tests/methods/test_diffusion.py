@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from pulmo_jax.methods.base import Method
+from pulmo_jax.methods.content_key import content_keys
 from pulmo_jax.methods.diffusion import MOMENT_STEPS, Diffusion, restored, standardised
 from pulmo_jax.methods.diffusion_schedules import amplitudes
 from pulmo_jax.methods.losses import l1, l2
@@ -31,6 +32,22 @@ class White(nnx.Module):
         alpha = jnp.asarray(amplitudes("linear", self.timesteps)[0], jnp.float32)
         step = jnp.rint(time * self.timesteps).astype(jnp.int32)
         return self.gain[...] * alpha[step][:, None, None, None] * x
+
+
+class Imperfect(nnx.Module):
+    """The best network for white Gaussian patches with some target, with a random and a systematic error of 2 %."""
+
+    patch_size, channels = SIDE, 1
+
+    def __init__(self, target: str, schedule: str):
+        self.target, self.schedule = target, schedule
+        self.gain = nnx.Param(jnp.float32(1.02))
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        step = jnp.rint(time * 1000).astype(jnp.int32)
+        alpha, sigma = (jnp.asarray(a, jnp.float32)[step][:, None, None, None] for a in amplitudes(self.schedule, 1000))
+        best = {"epsilon": sigma * x, "x0": alpha * x, "v": 0 * x}[self.target]
+        return self.gain[...] * best + 0.02 * jax.random.normal(jax.random.key(step[0]), x.shape)
 
 
 class Fixed(nnx.Module):
@@ -152,6 +169,23 @@ def test_patches_drawn_from_noise_are_the_data():
     assert made.sampling_calls == 40
 
 
+@pytest.mark.parametrize("target", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_an_imperfect_network_draws_data_of_about_unit_variance(target, schedule):
+    """At the end of the cosine schedule, the amplitude of the signal is 5e-5, and so small an error is 400 there."""
+    for sampler in ("ddpm", "ddim", "dpm_solver"):
+        made = method(Imperfect(target, schedule), target=target, schedule=schedule, sampler=sampler)
+        drawn = np.asarray(jax.jit(made.sample, static_argnums=2)(ready(made), jax.random.key(0), 100))
+        assert drawn.std() == pytest.approx(SD, rel=0.2), sampler
+
+
+def test_patches_are_drawn_from_the_last_step_with_a_signal():
+    steps = {schedule: method(schedule=schedule).last_step for schedule in ("linear", "cosine")}
+    assert steps["linear"] == 1000  # amplitude 0.0064
+    alpha = amplitudes("cosine", 1000)[0]
+    assert alpha[steps["cosine"]] >= 0.005 > alpha[steps["cosine"] + 1]
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "simplex"])
 def test_scores_do_not_depend_on_the_other_patches_of_a_batch(noise):
     made = method(noise=noise, octaves=2, calls=2, draws=2, sampler="ddpm")
@@ -184,6 +218,25 @@ def test_draws_are_averaged_and_their_spread_is_a_map():
     unsmoothed = method(draws=8, smooth_px=0.0)
     scores = unsmoothed.score_map(jnp.asarray(residual[0]), foreground)
     np.testing.assert_allclose(scores, residual[0, ..., 0] ** 2, rtol=1e-5)  # without the spread
+
+
+def test_mean_and_spread_of_the_draws_are_those_of_all_draws():
+    made, batch = method(draws=5, calls=3, sampler="ddpm"), patches(3)
+    params, keys = ready(made), content_keys(batch, made.seed)
+    heal = jax.jit(made.heal)
+    drawn = [heal(params, batch, jax.vmap(lambda k, n=n: jax.random.fold_in(k, n))(keys)) for n in range(5)]
+    mean, spread = jax.jit(made.healed_moments)(params, batch)
+    np.testing.assert_allclose(mean, np.mean(drawn, 0), atol=1e-6)
+    np.testing.assert_allclose(spread, np.std(drawn, 0), atol=1e-6)
+
+
+def test_the_memory_of_a_tile_does_not_grow_with_the_draws():
+    def temporary(draws: int) -> int:
+        made = method(draws=draws, calls=2)
+        compiled = jax.jit(made.healed_moments).lower(ready(made), patches(500)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(100) < 1.1 * temporary(2)
 
 
 def test_moments_are_those_of_the_first_training_patches():
@@ -227,7 +280,11 @@ def test_channels_have_noise_of_their_own():
     [
         ({"depth": 1001}, "^method.depth=1001: is beyond the schedule, method.timesteps=1000$"),
         ({"depth": 4, "calls": 5}, "^method.calls=5: is above method.depth=4, the number of steps$"),
-        ({"timesteps": 300, "sample_calls": 301}, "method.sample_calls=301: is above method.timesteps=300"),
+        (
+            {"timesteps": 300, "sample_calls": 301},
+            "method.sample_calls=301: is above [0-9]+, the number of steps with a",
+        ),
+        ({"schedule": "cosine", "depth": 1000}, "^method.depth=1000: no signal is left .* give at most 996$"),
     ],
 )
 def test_a_depth_beyond_the_schedule_is_refused(options, words):
@@ -243,9 +300,9 @@ def test_a_network_learns_to_heal(target):
     x = np.arange(side) / side
     data = np.sin(2 * np.pi * (x + rng.random((256, 1)))[:, None, :, None]) * np.ones((1, side, 1, 1))
     data = jnp.asarray(0.5 + 0.2 * data, jnp.float32)
-    network = ImageUNet(patch_size=side, channels=1, rngs=nnx.Rngs(0), width=16, depth=2, timed=True)
+    network = ImageUNet(patch_size=side, channels=1, rngs=nnx.Rngs(0), width=8, depth=2, timed=True)
     made = Diffusion(
-        network, loss=l1, target=target, noise_cell_px=16.0, octaves=3, depth=400, noise_share=1.0, calls=8, draws=4
+        network, loss=l1, target=target, noise_cell_px=16.0, octaves=2, depth=400, noise_share=1.0, calls=5, draws=4
     )
     optimizer = optax.adam(3e-3)
     params = made.init()
@@ -262,13 +319,13 @@ def test_a_network_learns_to_heal(target):
         return optax.apply_updates(weights, updates), opt_state, value
 
     losses = []
-    for key in jax.random.split(jax.random.key(1), 400):
+    for key in jax.random.split(jax.random.key(1), 200):
         weights, opt_state, loss = step(weights, opt_state, key)
         losses.append(float(loss))
-    assert np.mean(losses[-50:]) < 0.6 * np.mean(losses[:10])
+    assert np.mean(losses[-50:]) < 0.9 * np.mean(losses[:10])  # most noise cannot be removed
     blob = np.zeros((side, side, 1), np.float32)
     blob[5:10, 5:10] = 0.4
     healed = jax.jit(made.reconstruct)({"network": weights, "moments": moments}, data[:16] + blob)
     left = np.asarray(healed - data[:16])
-    assert np.abs(left[:, 5:10, 5:10]).mean() < 0.2
-    assert np.abs(left).mean() < 0.12
+    assert np.abs(left[:, 5:10, 5:10]).mean() < 0.2  # half of the blob
+    assert np.abs(left).mean() < 0.09  # a constant patch: 0.2 * 2 / pi = 0.127

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references.residuals import kept_mib
 
 from pulmo_jax.models.image_unet import ImageUNet, SelfAttention, sinusoids
 
@@ -103,6 +104,38 @@ def test_attention_is_at_the_scales_of_the_chosen_sides():
     network = make(patch_size=64, depth=3, attention_px=(16,))
     assert [len(scale.attention) for scale in network.encoder] == [0, 1, 0]
     assert [len(scale.attention) for scale in network.decoder] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "options", "attended"),
+    [
+        (64, {}, [0, 0, 1]),
+        (96, {}, [0, 0, 0, 1]),
+        (48, {}, [0, 0, 1]),
+        (100, {}, [0, 0]),
+        (64, {"attention_px": ()}, 3 * [0]),
+    ],
+)
+def test_attention_is_at_the_coarsest_scale_unless_it_has_many_cells(patch_size, options, attended):
+    found = nnx.eval_shape(lambda: make(patch_size=patch_size, **options))
+    assert [len(scale.attention) for scale in found.encoder] == attended
+
+
+def test_a_side_of_no_feature_map_is_refused_with_those_that_exist():
+    words = r"^model.attention_px=\[8, 7\]: no feature map has 7 cells per side; .* are \[32, 16, 8\]$"
+    with pytest.raises(ValueError, match=words):
+        make(patch_size=64, attention_px=(8, 7))
+
+
+def test_rematerialisation_keeps_the_inputs_of_the_scales_only():
+    """Features of the finest scale, once per scale and for the head; not those between the convolutions."""
+    plain, remat = (
+        kept_mib(make(patch_size=64, timed=True, layers=layers, remat=remat), image(shape=(3, 64, 64, 2)), TIME)
+        for layers, remat in ((2, False), (2, True))
+    )
+    deeper = kept_mib(make(patch_size=64, timed=True, layers=6, remat=True), image(shape=(3, 64, 64, 2)), TIME)
+    assert remat < 0.3 * plain
+    assert deeper < 1.5 * remat
 
 
 def test_rematerialisation_does_not_change_gradients():

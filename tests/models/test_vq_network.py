@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references.residuals import kept_mib
 
 from pulmo_jax.methods.vq_autoencoder import LatentGrid
 from pulmo_jax.models.vq_autoencoder import VqNetwork
@@ -46,6 +47,12 @@ def test_rematerialisation_changes_no_gradient():
 
     for a, b in zip(jax.tree.leaves(gradient(True)), jax.tree.leaves(gradient(False)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rematerialisation_keeps_the_inputs_of_the_blocks_only():
+    x = jax.random.normal(jax.random.key(0), (8, 64, 64, 2))
+    plain, remat = (kept_mib(make(patch_size=64, remat=remat), x) for remat in (False, True))
+    assert remat < 0.3 * plain
 
 
 def test_images_of_a_batch_do_not_influence_each_other():
