@@ -12,7 +12,7 @@ from flax import nnx
 from pulmo_jax.methods.base import Method
 from pulmo_jax.methods.content_key import content_keys
 from pulmo_jax.methods.diffusion import MOMENT_STEPS, Diffusion, restored, standardised
-from pulmo_jax.methods.diffusion_schedules import amplitudes
+from pulmo_jax.methods.diffusion_schedules import Schedule, amplitudes
 from pulmo_jax.methods.losses import l1, l2
 from pulmo_jax.models.image_unet import ImageUNet
 
@@ -39,8 +39,9 @@ class Imperfect(nnx.Module):
 
     patch_size, channels = SIDE, 1
 
-    def __init__(self, target: str, schedule: str):
-        self.target, self.schedule = target, schedule
+    def __init__(self, target: str, schedule: Schedule):
+        self.target = target
+        self.schedule: Schedule = schedule
         self.gain = nnx.Param(jnp.float32(1.02))
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
@@ -234,7 +235,9 @@ def test_the_memory_of_a_tile_does_not_grow_with_the_draws():
     def temporary(draws: int) -> int:
         made = method(draws=draws, calls=2)
         compiled = jax.jit(made.healed_moments).lower(ready(made), patches(500)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        usage = compiled.memory_analysis()
+        assert usage is not None
+        return usage.temp_size_in_bytes
 
     assert temporary(100) < 1.1 * temporary(2)
 
