@@ -2,45 +2,19 @@
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from references import child
+from references.lung_crop import SMALL, arguments, call, write_crop
 from references.pictures import ink
 
 from pulmo_jax.tasks.anomalies.run import load_run
 
-CROP = Path(__file__).parent / "lung_crop"
-SETS = {"train": range(8), "more": range(4), "val": range(8, 12), "test": range(12, 17)}
-SMALL = ["trainer.validation_patches=32", "trainer.batch_size=16", "calibration.pixel_rate=0.01"]
-
-
-def call(*arguments, status=0, draw=False):
-    """Run a verb; returns what it printed."""
-    done = child.run(*arguments, status=status, draw=draw)
-    return done.stdout + done.stderr
-
 
 @pytest.fixture(scope="module")
 def crop(tmp_path_factory):
-    root = tmp_path_factory.mktemp("crop")
-    pages = {name: tifffile.imread(CROP / f"{name}.tif") for name in ("ct", "lungs", "nodule")}
-    for folder, indices in SETS.items():
-        for i in indices:
-            for sub, name in ((folder, "ct"), ("foreground", "lungs"), ("test_masks", "nodule")):
-                if sub != "test_masks" or folder == "test":
-                    (root / sub).mkdir(exist_ok=True)
-                    tifffile.imwrite(root / sub / f"lung_{i:02d}.tif", pages[name][i])
-    return root
-
-
-def arguments(crop, run, experiment, *more, train="train"):
-    return [
-        "pulmo_jax.train", f"+experiment={experiment}", f"data.train={crop / train}", f"data.val={crop / 'val'}",
-        f"data.foreground={crop / 'foreground'}", *SMALL, f"hydra.run.dir={run}", *more,
-    ]  # fmt: skip
+    return write_crop(tmp_path_factory.mktemp("crop"))
 
 
 @pytest.fixture(scope="module")

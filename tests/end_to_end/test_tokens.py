@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tifffile
-from test_patch_gaussians import arguments, call, crop  # noqa: F401
+from references.lung_crop import arguments, call, write_crop
 
 from pulmo_jax.tasks.anomalies.calibrated import load_tuned
 from pulmo_jax.tasks.anomalies.run import load_run
@@ -16,14 +16,19 @@ TINY = ["model.width=16", "model.layers=1", "model.heads=2", "method.orders=[ras
 
 
 @pytest.fixture(scope="module")
-def codes(crop, tmp_path_factory):  # noqa: F811
+def crop(tmp_path_factory):
+    return write_crop(tmp_path_factory.mktemp("crop"))
+
+
+@pytest.fixture(scope="module")
+def codes(crop, tmp_path_factory):
     """A run of a vector-quantised autoencoder."""
     run = tmp_path_factory.mktemp("runs") / "codes"
     call(*arguments(crop, run, "lung_vq", "data.patch_size=32", "model.width=8", "trainer.steps=30"))
     return run
 
 
-def test_a_run_is_trained_on_codes_and_needs_only_itself(codes, crop, tmp_path):  # noqa: F811
+def test_a_run_is_trained_on_codes_and_needs_only_itself(codes, crop, tmp_path):
     run, out, base = tmp_path / "run", tmp_path / "out", tmp_path / "base"
     shutil.copytree(codes, base)
     test = [f"data.test={crop / 'test'}", f"data.test_masks={crop / 'test_masks'}"]
@@ -43,7 +48,7 @@ def test_a_run_is_trained_on_codes_and_needs_only_itself(codes, crop, tmp_path):
     np.testing.assert_array_equal(state.ema["base"]["codes"]["sums"], before["codes"]["sums"])
 
 
-def test_what_cannot_work_is_said_in_a_sentence(codes, crop, tmp_path):  # noqa: F811
+def test_what_cannot_work_is_said_in_a_sentence(codes, crop, tmp_path):
     other, several = tmp_path / "other", tmp_path / "several"
     call(*arguments(crop, other, "lung", "data.patch_size=32", "model.width=8", "trainer.steps=2"))
     two = ["data.patch_size=32", "model.width=8", "trainer.steps=2", "trainer.members=2"]
