@@ -196,15 +196,15 @@ class PartlyFrozen(Protocol):
 
 
 @runtime_checkable
-class Tracking(PartlyFrozen, Protocol):
+class TracksStatistics(PartlyFrozen, Protocol):
     """A `Method` that updates frozen entries from statistics of the batches, such as a codebook.
 
-    `absorb` runs after every batch, also if `optimizer.accumulate` = k averages the gradients of k batches per update.
+    `update_statistics` runs after every batch, also if `optimizer.accumulate` = k averages the gradients of k batches.
     Rates and thresholds of the method are therefore per batch: a moving average of decay d decays by d^k per update,
     and the statistics are those of single batches, not of the k batches together.
     """
 
-    def train_loss_and_seen(
+    def loss_and_statistics(
         self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], PyTree[Any]]:
         """Compute the training loss, and the statistics of the batch in the same pass.
@@ -219,7 +219,7 @@ class Tracking(PartlyFrozen, Protocol):
         """
         ...
 
-    def absorb(self, params: Params, seen: PyTree[Any]) -> Params:
+    def update_statistics(self, params: Params, seen: PyTree[Any]) -> Params:
         """Update the frozen entries.
 
         Args:
@@ -254,7 +254,7 @@ class Tuned(PartlyFrozen, Protocol):
 
 
 @runtime_checkable
-class Shaping(Protocol):
+class ShapesNetwork(Protocol):
     """A method class that determines arguments of its network."""
 
     NETWORK: Mapping[str, int | str]
@@ -263,7 +263,7 @@ class Shaping(Protocol):
 
 
 @runtime_checkable
-class Based(Protocol):
+class NeedsBase(Protocol):
     """A method class with a key `base_run`; an instance gets the method of that run as `base`.
 
     The parameters of the base are the frozen entry "base" of the parameters.
@@ -277,7 +277,7 @@ class Based(Protocol):
 
 
 @runtime_checkable
-class Featured(Protocol):
+class HasFeatureMaps(Protocol):
     """A `Method` whose network may have square feature maps, whose side lengths divide that of the patch."""
 
     @property

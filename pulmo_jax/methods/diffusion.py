@@ -51,7 +51,7 @@ LEAST_ALPHA = 0.005  # amplitude of the signal from which patches are drawn and 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Diffusion model of normal patches; implements methods.base.Method, Tracking, Generative, Iterative and Detailed.
+    """Diffusion model of normal patches; implements Method and other protocols of methods.base.
 
     Attributes:
         network: Flax module with its initial parameters; maps (B, P, P, C) and times (B,), 0 to 1, to (B, P, P, C). Its
@@ -144,15 +144,15 @@ class Diffusion:
         output = self._output(params, alpha * clean + sigma * noise, steps)
         return self.loss(image=target, reconstruction=output).mean()
 
-    def train_loss_and_seen(
+    def loss_and_statistics(
         self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Compute the loss with the moments of the batch; see `methods.base.Tracking`."""
+        """Compute the loss with the moments of the batch; see `methods.base.TracksStatistics`."""
         seen = {"mean": batch.mean(), "square": (batch**2).mean()}
         return self.train_loss(params | {"moments": tracked(params["moments"], seen)}, batch, key), seen
 
-    def absorb(self, params: Params, seen: dict[str, Array]) -> Params:
-        """Average the moments of the first `MOMENT_STEPS` batches; see `methods.base.Tracking`."""
+    def update_statistics(self, params: Params, seen: dict[str, Array]) -> Params:
+        """Average the moments of the first `MOMENT_STEPS` batches; see `methods.base.TracksStatistics`."""
         return params | {"moments": tracked(params["moments"], seen)}
 
     def draw_noise(self, keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B P P C"]:

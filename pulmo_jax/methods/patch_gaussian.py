@@ -22,7 +22,7 @@ from pydantic import Field
 
 from pulmo_jax.core import covariance, likelihood, patches
 from pulmo_jax.core.covariance import Moments
-from pulmo_jax.methods.base import Featured, Method, Params
+from pulmo_jax.methods.base import HasFeatureMaps, Method, Params
 from pulmo_jax.methods.networks import initial_params, with_params
 from pulmo_jax.methods.score_maps import (
     Extent,
@@ -186,7 +186,7 @@ class PatchGaussian:
 
     def _layers(self, params: Params, x: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
         """Feature maps of the base or, without one, of the network."""
-        if isinstance(self.base, Featured):
+        if isinstance(self.base, HasFeatureMaps):
             return self.base.feature_maps(params["base"], x)
         return self._network(params).feature_maps(x)
 
@@ -399,7 +399,7 @@ class PatchGaussian:
 
 def has_features(method: Method) -> bool:
     """Whether a method and its network have feature maps."""
-    return isinstance(method, Featured) and isinstance(method.network, FeatureNetwork)
+    return isinstance(method, HasFeatureMaps) and isinstance(method.network, FeatureNetwork)
 
 
 def variances(moments: Moments) -> Float[Array, "*N D"]:

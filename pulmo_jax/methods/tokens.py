@@ -77,7 +77,7 @@ class Coding(Protocol):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Transformer over codes; implements methods.base.Method, Detailed, Tuned, Based, Generative and Iterative.
+    """Transformer over codes; implements methods.base.Method, Detailed, Tuned, NeedsBase, Generative and Iterative.
 
     The parameters are {"transformer", "base", "tuned"}; "tuned" has the threshold of the excess surprise, its mean and
     its spread (nats), and the spread of the difference (normalised intensities).

@@ -70,7 +70,7 @@ class LatentGrid(Protocol):
 
 @dataclass(frozen=True)
 class VqAutoencoder:
-    """Vector-quantised autoencoder with its training loss and score; implements methods.base.Method and Tracking.
+    """Vector-quantised autoencoder; implements methods.base.Method and TracksStatistics.
 
     The parameters are {"network", "codes"}; "codes" has the moving averages "counts" (K,) and "sums" (K, D).
 
@@ -95,7 +95,7 @@ class VqAutoencoder:
     noise_sigma: NoiseSigma = 0.0
     noise_cell_px: NoiseCellPx = 16
 
-    frozen: ClassVar[tuple[str, ...]] = ("codes",)  # changed by `absorb` only
+    frozen: ClassVar[tuple[str, ...]] = ("codes",)  # changed by `update_statistics` only
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, LatentGrid):
@@ -147,10 +147,10 @@ class VqAutoencoder:
         return self.decode_codes(params, self.encode_codes(params, patches))
 
     def train_loss(self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]) -> Float[Array, ""]:
-        """Compute the mean reconstruction loss plus the weighted commitment loss; see `train_loss_and_seen`."""
-        return self.train_loss_and_seen(params, batch, key)[0]
+        """Compute the mean reconstruction loss plus the weighted commitment loss; see `loss_and_statistics`."""
+        return self.loss_and_statistics(params, batch, key)[0]
 
-    def train_loss_and_seen(
+    def loss_and_statistics(
         self, params: Params, batch: Float[Array, "B P P C"], key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Compute the training loss, and the statistics of the batch that update the codebook.
@@ -161,7 +161,7 @@ class VqAutoencoder:
             key: Random key for noise and restarts.
 
         Returns:
-            The mean loss, and the statistics for `absorb`.
+            The mean loss, and the statistics for `update_statistics`.
 
         Reference:
             van den Oord et al. 2017, Eq. 3, without its second term (the codebook follows moving averages).
@@ -177,7 +177,7 @@ class VqAutoencoder:
         loss = reconstruction + self.commitment * ((z - quantised) ** 2).mean()
         return loss, statistics(jax.lax.stop_gradient(z), quantised, codes, self.n_codes, restart_key)
 
-    def absorb(self, params: Params, seen: dict[str, Any]) -> Params:
+    def update_statistics(self, params: Params, seen: dict[str, Any]) -> Params:
         """Update the moving averages of the codebook, and restart codes with an average use below `least_use`.
 
         Args:

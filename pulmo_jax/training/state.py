@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Key
 
 from pulmo_jax.methods import classes
-from pulmo_jax.methods.base import Accumulated, Method, Params, PartlyFrozen, Tracking
+from pulmo_jax.methods.base import Accumulated, Method, Params, PartlyFrozen, TracksStatistics
 from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.methods.located import Trained
 from pulmo_jax.methods.segmenter import Segmenter
@@ -99,20 +99,20 @@ def make_update(
 
         def loss_of(trained: Params) -> tuple[jax.Array, Any]:
             params = joined(trained, frozen)
-            if isinstance(method, Tracking):
-                return method.train_loss_and_seen(params, batch, key)
+            if isinstance(method, TracksStatistics):
+                return method.loss_and_statistics(params, batch, key)
             return method.train_loss(params, batch, key), None
 
         (loss, seen), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
         params = joined(cast(Params, optax.apply_updates(trained, updates)), frozen)
-        if isinstance(method, Tracking):
-            params = method.absorb(params, seen)
+        if isinstance(method, TracksStatistics):
+            params = method.update_statistics(params, seen)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         average, (trained, frozen) = divided(method, state.ema)[0], divided(method, params)
         ema = joined(jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, trained), frozen)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-        if isinstance(method, Tracking):
+        if isinstance(method, TracksStatistics):
             metrics |= seen.get("metrics", {})
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 

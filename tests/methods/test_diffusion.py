@@ -245,18 +245,18 @@ def test_the_memory_of_a_tile_does_not_grow_with_the_draws():
 def test_moments_are_those_of_the_first_training_patches():
     made = method(Fixed(jnp.zeros(())))
     params, batches = made.init(), [patches(16, seed) for seed in range(5)]
-    step = jax.jit(made.train_loss_and_seen)
+    step = jax.jit(made.loss_and_statistics)
     for batch in batches:
         loss, seen = step(params, batch, jax.random.key(0))
         assert float(loss) == pytest.approx(1, rel=0.3)
-        params = made.absorb(params, seen)
+        params = made.update_statistics(params, seen)
     every = np.concatenate(batches)
     standard = np.asarray(standardised(jnp.asarray(every), params["moments"]))
     assert (standard.mean(), standard.std()) == (pytest.approx(0, abs=1e-3), pytest.approx(1, rel=1e-3))
     back = restored(jnp.asarray(standard), params["moments"])
     np.testing.assert_allclose(back, every, atol=1e-6)
     late = params | {"moments": params["moments"] | {"steps": jnp.array(float(MOMENT_STEPS))}}
-    after = made.absorb(late, {"mean": jnp.array(9.0), "square": jnp.array(99.0)})["moments"]
+    after = made.update_statistics(late, {"mean": jnp.array(9.0), "square": jnp.array(99.0)})["moments"]
     assert all(float(after[name]) == float(late["moments"][name]) for name in after)
 
 
@@ -309,7 +309,7 @@ def test_a_network_learns_to_heal(target):
     )
     optimizer = optax.adam(3e-3)
     params = made.init()
-    params = made.absorb(params, made.train_loss_and_seen(params, data[:64], jax.random.key(0))[1])
+    params = made.update_statistics(params, made.loss_and_statistics(params, data[:64], jax.random.key(0))[1])
     weights, moments = params["network"], params["moments"]
     opt_state = optimizer.init(weights)
 

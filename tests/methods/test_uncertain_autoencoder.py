@@ -11,7 +11,7 @@ from flax import nnx
 from references import image_operations
 from scipy.stats import norm
 
-from pulmo_jax.methods.base import Detailed, Featured, Method, Shaping
+from pulmo_jax.methods.base import Detailed, HasFeatureMaps, Method, ShapesNetwork
 from pulmo_jax.methods.reconstruction import coarse_noise
 from pulmo_jax.methods.uncertain_autoencoder import UncertainAutoencoder
 from pulmo_jax.models.autoencoder import ConvAutoencoder
@@ -43,8 +43,8 @@ def network(**options) -> ConvAutoencoder:
 def test_is_a_method_that_asks_for_two_outputs():
     assert isinstance(constant(), Method)
     assert isinstance(constant(), Detailed)
-    assert isinstance(constant(), Featured)
-    assert isinstance(UncertainAutoencoder, Shaping)
+    assert isinstance(constant(), HasFeatureMaps)
+    assert isinstance(UncertainAutoencoder, ShapesNetwork)
     assert dict(UncertainAutoencoder.NETWORK) == {"outputs": 2}
 
 

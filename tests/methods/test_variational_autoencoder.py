@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from pulmo_jax.methods import losses
-from pulmo_jax.methods.base import Featured, Generative, Method, Shaping
+from pulmo_jax.methods.base import Generative, HasFeatureMaps, Method, ShapesNetwork
 from pulmo_jax.methods.variational_autoencoder import LOG_VARIANCE_BOUND, VariationalAutoencoder, divergence
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 
@@ -47,9 +47,9 @@ def convolutional(**options) -> VariationalAutoencoder:
 
 def test_is_a_method_that_draws_and_asks_for_two_moments():
     method = VariationalAutoencoder(Linear())
-    for protocol in (Method, Generative, Featured):
+    for protocol in (Method, Generative, HasFeatureMaps):
         assert isinstance(method, protocol)
-    assert isinstance(VariationalAutoencoder, Shaping)
+    assert isinstance(VariationalAutoencoder, ShapesNetwork)
     assert dict(VariationalAutoencoder.NETWORK) == {"moments": 2}
 
 

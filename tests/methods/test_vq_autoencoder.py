@@ -60,7 +60,7 @@ def patches(count=4, side=4, channels=1, seed=0):
 def started(method, batch):
     """Parameters after the first batch, which initialises the codebook."""
     params = method.init()
-    return method.absorb(params, method.train_loss_and_seen(params, batch, KEY)[1])
+    return method.update_statistics(params, method.loss_and_statistics(params, batch, KEY)[1])
 
 
 # --- codes
@@ -124,8 +124,8 @@ def test_no_gradient_reaches_the_codebook_from_an_update():
     params = started(method, x)
 
     def absorbed(network):
-        seen = method.train_loss_and_seen({**params, "network": network}, x, KEY)[1]
-        return method.absorb(params, seen)["codes"]["sums"].sum()
+        seen = method.loss_and_statistics({**params, "network": network}, x, KEY)[1]
+        return method.update_statistics(params, seen)["codes"]["sums"].sum()
 
     assert all(not leaf.any() for leaf in jax.tree.leaves(jax.grad(absorbed)(params["network"])))
 
@@ -147,7 +147,7 @@ def test_one_step_without_memory_is_a_step_of_k_means():
     method = blocks_method(n_codes=3, code_decay=0.0)
     params = started(method, batch)
     before = np.asarray(codebook(params["codes"]))
-    after = codebook(method.absorb(params, method.train_loss_and_seen(params, batch, KEY)[1])["codes"])
+    after = codebook(method.update_statistics(params, method.loss_and_statistics(params, batch, KEY)[1])["codes"])
     rows = np.asarray(blocks_to_features(batch, 2)).reshape(-1, 4)
     kmeans: Any = KMeans  # the stubs of scikit-learn know only text for init
     expected = kmeans(3, init=before, n_init=1, max_iter=1).fit(rows)
@@ -165,7 +165,7 @@ def test_codebook_follows_moving_averages():
     for step in range(1, 4):
         batch = patches(64, seed=step)
         vectors = np.asarray(codebook(params["codes"]), np.float64)
-        params = method.absorb(params, method.train_loss_and_seen(params, batch, jax.random.key(step))[1])
+        params = method.update_statistics(params, method.loss_and_statistics(params, batch, jax.random.key(step))[1])
         rows = np.asarray(blocks_to_features(batch, 2), np.float64).reshape(-1, 4)
         labels = ((rows[:, None] - vectors) ** 2).sum(-1).argmin(1)
         for k in range(3):
@@ -193,7 +193,7 @@ def test_only_dead_codes_are_restarted():
     counts = np.array([40.0, 40.0, 1.9, 0.5])
     codes = {"counts": jnp.asarray(counts), "sums": jnp.asarray(centres * counts[:, None])}
     params = {**method.init(), "codes": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), codes)}
-    new = method.absorb(params, method.train_loss_and_seen(params, batch, KEY)[1])["codes"]
+    new = method.update_statistics(params, method.loss_and_statistics(params, batch, KEY)[1])["codes"]
     np.testing.assert_allclose(new["counts"], [20 + 0.5 * 64, 20, DEAD, DEAD])
     vectors = np.asarray(codebook(new))
     np.testing.assert_allclose(vectors[1], 50, rtol=1e-4)
@@ -210,8 +210,10 @@ def test_a_codebook_with_more_codes_than_latent_vectors_keeps_the_codes_in_use()
     assert float(least_use(jnp.full(4, 16.0))) == DEAD
     counts = jnp.full(512, 0.05).at[0].set(0.5 * least)
     codes = {"counts": counts, "sums": 50 * jnp.ones((512, 4)) * counts[:, None]}
-    seen = method.train_loss_and_seen({**method.init(), "codes": codes}, batch, KEY)[1]
-    new = method.absorb({**method.init(), "codes": codes}, seen | {"counts": jnp.zeros(512).at[1].set(64.0)})["codes"]
+    seen = method.loss_and_statistics({**method.init(), "codes": codes}, batch, KEY)[1]
+    new = method.update_statistics(
+        {**method.init(), "codes": codes}, seen | {"counts": jnp.zeros(512).at[1].set(64.0)}
+    )["codes"]
     np.testing.assert_allclose(new["counts"][2:], 0.95 * 0.05, rtol=1e-6)
     assert float(new["counts"][0]) == pytest.approx(least)
     np.testing.assert_allclose(new["sums"][0], least * seen["drawn"][0], rtol=1e-6)
@@ -225,7 +227,9 @@ def test_accumulated_gradients_update_the_network_once_and_the_codebook_after_ev
     for number, batch in enumerate(batches):
         before = jax.tree.map(np.asarray, state.params["network"])
         key = jax.random.fold_in(jax.random.key(0), number)
-        expected = method.absorb(expected, method.train_loss_and_seen(expected, batch, key)[1])  # network unchanged
+        expected = method.update_statistics(
+            expected, method.loss_and_statistics(expected, batch, key)[1]
+        )  # network unchanged
         state, _ = step(state, batch)
         for name in ("counts", "sums"):
             np.testing.assert_allclose(state.params["codes"][name], expected["codes"][name], rtol=1e-4, atol=1e-5)
@@ -253,7 +257,7 @@ def test_vectors_for_restarts_are_drawn_by_their_squared_distance_from_the_codes
 def test_absorbing_changes_the_codebook_only():
     method, x = small_method(), patches(side=16)
     params = started(method, x)
-    new = method.absorb(params, method.train_loss_and_seen(params, x, KEY)[1])
+    new = method.update_statistics(params, method.loss_and_statistics(params, x, KEY)[1])
     assert method.frozen == ("codes",)
     assert new.keys() == params.keys() == {"network", "codes"}
     assert new["network"] is params["network"]
@@ -264,7 +268,7 @@ def test_perplexity_counts_the_codes_in_use():
     assert float(perplexity(jnp.ones(8))) == pytest.approx(8, rel=1e-5)
     assert float(perplexity(jnp.array([5.0, 0, 0]))) == pytest.approx(1)
     assert float(perplexity(jnp.array([1.0, 1, 0]))) == pytest.approx(2)
-    metrics = blocks_method(n_codes=6).train_loss_and_seen(started(blocks_method(n_codes=6), patches()), patches(), KEY)
+    metrics = blocks_method(n_codes=6).loss_and_statistics(started(blocks_method(n_codes=6), patches()), patches(), KEY)
     assert 1 <= float(metrics[1]["metrics"]["perplexity"]) <= int(metrics[1]["metrics"]["used_codes"]) <= 6
 
 
@@ -277,11 +281,11 @@ def train(method, batches, rate=0.02):
     @jax.jit
     def step(params, batch, key):
         def loss_of(network):
-            return method.train_loss_and_seen({**params, "network": network}, batch, key)
+            return method.loss_and_statistics({**params, "network": network}, batch, key)
 
         (loss, seen), gradient = jax.value_and_grad(loss_of, has_aux=True)(params["network"])
         network = jax.tree.map(lambda p, g: p - rate * g, params["network"], gradient)
-        return method.absorb({**params, "network": network}, seen), loss
+        return method.update_statistics({**params, "network": network}, seen), loss
 
     params, losses = method.init(), []
     for i, batch in enumerate(batches):
@@ -306,8 +310,8 @@ def test_networks_are_vectorised_over_their_parameters():
     together = jax.vmap(method.residual, in_axes=(0, None))(both, x)
     apart = jnp.stack([method.residual(params, x) for params in each])
     np.testing.assert_allclose(together, apart, atol=1e-5)
-    seen = jax.vmap(lambda params: method.train_loss_and_seen(params, x, KEY)[1])(both)
-    assert jax.vmap(method.absorb)(both, seen)["codes"]["counts"].shape == (2, 8)
+    seen = jax.vmap(lambda params: method.loss_and_statistics(params, x, KEY)[1])(both)
+    assert jax.vmap(method.update_statistics)(both, seen)["codes"]["counts"].shape == (2, 8)
 
 
 def test_residual_and_score_map():

@@ -6,7 +6,7 @@ from flax import nnx
 
 from pulmo_jax.config.nodes import build, find_target
 from pulmo_jax.data.transforms import Preprocessing
-from pulmo_jax.methods.base import Method, Shaping
+from pulmo_jax.methods.base import Method, ShapesNetwork
 from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.tasks.anomalies.config import BaseConfig, TrainConfig
 from pulmo_jax.training.members import seed_of
@@ -69,7 +69,7 @@ def network_arguments(target: Any, base: Method | None) -> dict[str, Any]:
     Raises:
         InputError: If the base run is an ensemble, and an argument depends on it.
     """
-    shape = dict(target.NETWORK) if isinstance(target, Shaping) else {}
+    shape = dict(target.NETWORK) if isinstance(target, ShapesNetwork) else {}
     of_base = {name: value for name, value in shape.items() if isinstance(value, str)}
     if of_base and isinstance(base, Ensemble):
         raise InputError(

@@ -11,7 +11,7 @@ from pulmo_jax.config.nodes import find_target
 from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.reading import read_json
-from pulmo_jax.methods.base import Accumulated, Based, Method, Params
+from pulmo_jax.methods.base import Accumulated, Method, NeedsBase, Params
 from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
 from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
@@ -126,7 +126,7 @@ def is_accumulated(config: TrainConfig) -> bool:
 def require_base_run(config: TrainConfig) -> None:
     """Raise InputError if the method needs a base run of a certain kind, and the config names none."""
     target = find_target(config.method, "method", config.plugins)
-    if isinstance(target, Based) and target.BASE_NAMES:
+    if isinstance(target, NeedsBase) and target.BASE_NAMES:
         raise InputError(f"method.base_run is null; give method.base_run=RUN, a finished run of {kinds(target)}")
 
 
@@ -142,7 +142,7 @@ def require_kind(config: TrainConfig, found: Method, path: Path) -> None:
         InputError: If it does not.
     """
     target = find_target(config.method, "method", config.plugins)
-    if not isinstance(target, Based) or isinstance(found, target.BASE):
+    if not isinstance(target, NeedsBase) or isinstance(found, target.BASE):
         return
     name, remedy = f"a run of {type(found).__name__}", f"give a run of {kinds(target)}"
     if isinstance(found, Ensemble):
@@ -150,7 +150,7 @@ def require_kind(config: TrainConfig, found: Method, path: Path) -> None:
     raise InputError(f"method.base_run={path}: is {name}; {remedy}")
 
 
-def kinds(target: Based) -> str:
+def kinds(target: NeedsBase) -> str:
     """Names of the methods that a base run may have, for messages."""
     return " or ".join(target.BASE_NAMES)
 

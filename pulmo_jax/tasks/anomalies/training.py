@@ -23,7 +23,7 @@ from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.normal_level import normal_level
-from pulmo_jax.methods.base import Accumulated, Method, Shaping
+from pulmo_jax.methods.base import Accumulated, Method, ShapesNetwork
 from pulmo_jax.methods.ensemble import tuned
 from pulmo_jax.runs.directory import build_optimizer, load_config
 from pulmo_jax.runs.paths import check_paths
@@ -85,7 +85,7 @@ def check(config: TrainConfig) -> None:
     require_writable(config.data.cache, "data.cache")
     check_node(config.method, "method", config.plugins, ("network",))
     target = find_target(config.method, "method", config.plugins)
-    shape = target.NETWORK if isinstance(target, Shaping) else ()
+    shape = target.NETWORK if isinstance(target, ShapesNetwork) else ()
     check_node(config.model, "model", config.plugins, ("patch_size", "channels", "rngs", *shape))
     require_supplied(config, shape)
     if config.trainer.members > 1 and is_accumulated(config):
