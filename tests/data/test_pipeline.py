@@ -224,18 +224,18 @@ def test_symmetries_are_drawn_evenly_and_leave_the_place_alone(cells, read):
 
 
 def test_whole_images_are_shifted_and_mirrored_and_never_turned(refs, read):
-    """Shifted by repeating the pixels at the border, by -2 to 2 px independently in rows and columns."""
+    """Shifted by repeating the pixels at the border, by -1 to 1 px independently in rows and columns."""
     whole = replace(read, preprocessing=preprocessing(SIZE, resize=True))
     cells = np.array([[0, 0, 0]], np.int32)
     image = whole(cells)[0]
-    dataset = training_batches(cells, whole, Augmentation(2, MIRROR), batch_size=1, seed=0)
-    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
+    dataset = training_batches(cells, whole, Augmentation(1, MIRROR), batch_size=1, seed=0)
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
     possible = {}
-    for y, x, mirror in np.ndindex(5, 5, 2):
+    for y, x, mirror in np.ndindex(3, 3, 2):
         window = padded[y : y + SIZE, x : x + SIZE]
         possible[y, x, mirror] = window[:, ::-1] if mirror else window
     seen = set()
-    for k in range(300):
+    for k in range(150):
         same = [key for key, expected in possible.items() if np.array_equal(dataset[k][0], expected)]
         assert len(same) == 1
         seen |= set(same)

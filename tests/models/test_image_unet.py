@@ -55,6 +55,7 @@ def test_the_output_has_the_size_of_the_input(stem, outputs):
     ]
 
 
+@pytest.mark.slow
 def test_it_starts_as_zero_and_all_parameters_can_learn():
     network = make(timed=True, depth=2, attention_px=(4,))
     np.testing.assert_array_equal(output(network, image(), TIME), 0)

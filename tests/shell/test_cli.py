@@ -121,7 +121,7 @@ def test_help_of_train_lists_the_keys_of_every_group(run):
                         assert f"\n  {where}.{key} " in text
     assert "experiments: brain_mri, landmarks, lung" in text
     assert "[> 0; default 0.002]" in text  # optimizer.learning_rate
-    assert "[local_mean | l2 | l1 | ssim; default local_mean]" in text
+    assert "[local_mean | l2 | l1 | ssim | ms_ssim; default local_mean]" in text
     assert "[>= 8, multiple of 4; default 64]" in text
     assert "default null]" in text
     assert "default false]" in text

@@ -156,6 +156,7 @@ print("same losses")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
 def test_batches_divided_among_four_devices_give_the_losses_of_one():
     done = child.run_program(PROGRAM, XLA_FLAGS=child.FOUR_DEVICES, JAX_PLATFORMS="cpu")

@@ -94,6 +94,7 @@ CAPTIONS = {
     ),
     "samples_alone": (
         "{shown} of {images} drawn images. Black to white: {scale}. There are no real patches beside them, because the "
-        "images of the run cannot be read any more."
+        "images of the run cannot be read any more. Look for structures that no patch of your images has, and for "
+        "images that are all alike."
     ),
 }

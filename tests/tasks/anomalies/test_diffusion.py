@@ -8,6 +8,7 @@ from pulmo_jax.methods.diffusion import Diffusion
 from pulmo_jax.tasks.anomalies.run import open_run
 from pulmo_jax.types import InputError
 
+pytestmark = pytest.mark.slow
 IMAGE = np.random.default_rng(0).integers(900, 1100, (40, 40, 1)).astype(np.uint16)
 SMALL = (
     "model=image_unet",

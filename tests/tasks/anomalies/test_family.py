@@ -40,6 +40,7 @@ def test_its_features_are_a_base(go, uncertain, tmp_path):
     assert np.isfinite(open_run(tmp_path / "run").scorer(IMAGE)).any()
 
 
+@pytest.mark.slow
 def test_networks_of_a_variational_autoencoder_are_an_ensemble_and_draw(go, tmp_path):
     go(tmp_path / "run", "method=variational_autoencoder", "trainer.members=2", "model.bottleneck=spatial")
     run = open_run(tmp_path / "run")
