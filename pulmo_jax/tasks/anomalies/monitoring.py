@@ -14,7 +14,7 @@ from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.inference.memory import within_memory
 from pulmo_jax.inference.score import LOWER, Scorer
-from pulmo_jax.inference.strips import everywhere
+from pulmo_jax.inference.strips import TILES, on_devices
 from pulmo_jax.methods.base import Method
 from pulmo_jax.methods.ensemble import calls_per_tile
 from pulmo_jax.runs.place import Place
@@ -53,8 +53,9 @@ def scoring_cost(scorer: Scorer, place: Place) -> dict[str, Any]:
     calls, how = calls_per_tile(scorer.method), scorer.how
     if calls is None:
         return {}
-    shape = (scorer.tiles.batch_size, how.patch_size, how.patch_size, how.channels)
-    tiles = everywhere(np.full(shape, np.float32(how.fill[0])))
+    count = -(-scorer.tiles.batch_size // jax.local_device_count()) * jax.local_device_count()
+    shape = (count, how.patch_size, how.patch_size, how.channels)
+    tiles = jnp.zeros(shape, jnp.float32, device=on_devices(TILES))  # divided as in scoring: the same program
     jax.block_until_ready(scorer.residual(scorer.params, tiles))  # compiles
     began = time.perf_counter()
     jax.block_until_ready(scorer.residual(scorer.params, tiles))
