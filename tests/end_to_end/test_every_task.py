@@ -20,6 +20,7 @@ from pulmo_jax.data.synthetic_mri import write_slices
 from pulmo_jax.host import resources
 from pulmo_jax.runs.task import find_task
 from pulmo_jax.shell.composing import compose_config
+from pulmo_jax.tasks.anomalies import training as anomalies
 from pulmo_jax.train import train
 from pulmo_jax.types import InputError
 
@@ -227,6 +228,7 @@ def test_a_step_that_memory_does_not_suffice_for_is_refused_before_it(images, tm
     job, run = JOBS[name], tmp_path / "run"
     config = compose_config("train", job.experiment, job.values | images[job.task])
     monkeypatch.setattr(resources, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(anomalies, "require_scoring_memory", lambda *_: None)  # has a test of its own
     size = config.trainer.batch_size
     with pytest.raises(
         InputError, match=rf"^a step of \d+ \w+ needs .* GiB are free; lower .*batch_size \(now {size}\)"
@@ -234,3 +236,12 @@ def test_a_step_that_memory_does_not_suffice_for_is_refused_before_it(images, tm
         train(config, run)
     assert not any((run / "checkpoints").iterdir())
     assert not (run / "finished.json").exists()
+
+
+@pytest.mark.slow
+def test_scoring_that_memory_does_not_suffice_for_is_refused_before_training(images, tmp_path, monkeypatch):
+    job, run = JOBS["autoencoder"], tmp_path / "run"
+    monkeypatch.setattr(resources, "available_bytes", lambda: 1000)
+    with pytest.raises(InputError, match=r"^scoring a batch of 64 tiles .* lower tiles\.batch_size \(now 64"):
+        train(compose_config("train", job.experiment, job.values | images[job.task]), run)
+    assert not any((run / "checkpoints").iterdir())

@@ -180,6 +180,11 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
             "method.base_run is null, and the model's parameters are random; give method.base_run=RUN, the run "
             "directory of a trained autoencoder, or model=identity for the pixels themselves"
         )
+    if base is None and method.input == "residual":
+        raise InputError(
+            "method.base_run is null, and without a trained network there is no residual; give method.base_run=RUN, "
+            "the run directory of a trained autoencoder, or method.input=features for the pixels themselves"
+        )
     require_fit_windows(method, data)
     once = {data_root(data.training).resolve(): {ref.title for ref in data.training.images}}
     for name in method.merge_runs:
