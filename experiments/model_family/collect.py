@@ -37,14 +37,16 @@ Tests = dict[str, list[Tested]]  # by method or trivial score, one for each seed
 
 
 def collect(work: Path, names: list[str], seeds: list[int], out: Path) -> None:
-    """Write the results of all parts with finished runs."""
-    parts = {part: found for part in PARTS if (found := part_results(work, part, names, seeds))}
-    if not parts:
+    """Write the results of all parts: those with finished runs anew, the others as they are in results.json."""
+    found = {part: results for part in PARTS if (results := part_results(work, part, names, seeds))}
+    if not found:
         raise SystemExit(f"{work}: no method has finished runs with the seeds {seeds}")
-    results = {"parts": parts, "seeds": seeds, **provenance()}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text, page = "\n\n".join([*tables(parts), FIGURE]), out / "README.md"
+    page, stored = out / "README.md", out / "results.json"
+    before = json.loads(stored.read_text(encoding="utf-8"))["parts"] if stored.is_file() else {}
+    parts = {part: (before | found)[part] for part in PARTS if part in before | found}
+    stored.write_text(json.dumps({"parts": parts}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = "\n\n".join([*tables(parts), FIGURE])
     if page.is_file():
         before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
         page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
@@ -69,6 +71,8 @@ def part_results(work: Path, part: str, names: list[str], seeds: list[int]) -> d
     image = {name: image_auroc(tested, COMBINED, part not in ONE_PATIENT) for name, tested in tests.items()}
     best = best_trivial({name: values.mean() for name, (values, _) in image.items()})
     return {
+        "seeds": seeds,
+        **provenance(),
         "best trivial": best,
         "test": {
             "groups": len({g for t in tests[best] for g in t.groups}),
