@@ -15,11 +15,11 @@ from merit import (
     Tested,
     false_alarms,
     image_auroc,
-    read_run,
     summary,
 )
 from methods import DEFAULT, METHODS
-from runs import PARTS, cost_file, folder_of, is_finished
+from runs import PARTS
+from stored import add_finished, tested
 
 from pulmo_jax.reporting import figures
 from pulmo_jax.reporting.provenance import provenance
@@ -37,16 +37,14 @@ Tests = dict[str, list[Tested]]  # by method or trivial score, one for each seed
 
 
 def collect(work: Path, names: list[str], seeds: list[int], out: Path) -> None:
-    """Write the results of all parts: those with finished runs anew, the others as they are in results.json."""
-    found = {part: results for part in PARTS if (results := part_results(work, part, names, seeds))}
-    if not found:
-        raise SystemExit(f"{work}: no method has finished runs with the seeds {seeds}")
-    out.mkdir(parents=True, exist_ok=True)
-    page, stored = out / "README.md", out / "results.json"
-    before = json.loads(stored.read_text(encoding="utf-8"))["parts"] if stored.is_file() else {}
-    parts = {part: (before | found)[part] for part in PARTS if part in before | found}
-    stored.write_text(json.dumps({"parts": parts}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = "\n\n".join([*tables(parts), FIGURE])
+    """Store the finished runs (runs_PART.json), and write the results of all stored ones."""
+    stored = {part: add_finished(work, out, part, names, seeds) for part in PARTS}
+    parts = {part: found for part in PARTS if (found := part_results(part, stored[part], names, seeds))}
+    if not parts:
+        raise SystemExit(f"{work} and {out}: no method has finished runs with the seeds {seeds}")
+    results = {"parts": parts, "seeds": seeds, **provenance()}
+    (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text, page = "\n\n".join([*tables(parts), FIGURE]), out / "README.md"
     if page.is_file():
         before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
         page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
@@ -54,32 +52,33 @@ def collect(work: Path, names: list[str], seeds: list[int], out: Path) -> None:
     print(text)
 
 
-def part_results(work: Path, part: str, names: list[str], seeds: list[int]) -> dict[str, Any]:
+def part_results(part: str, stored: dict[str, Any], names: list[str], seeds: list[int]) -> dict[str, Any]:
     """Figures of merit of a part, by method and by trivial score; methods without all seeds are named and left out."""
-    done = [name for name in names if all(is_finished(folder_of(work, part, name, seed)) for seed in seeds)]
+    runs = stored["runs"]
+    done = [name for name in names if all(str(seed) in runs.get(name, {}) for seed in seeds)]
     if missing := [name for name in names if name not in done]:
         print(f"{part}: without a finished run for every seed, and left out: {'; '.join(missing)}")
     if not done:
         return {}
-    found = {name: [read_run(folder_of(work, part, name, seed), part) for seed in seeds] for name in done}
-    tests: Tests = {name: [by_score[""] for by_score in runs] for name, runs in found.items()}
-    first = found[done[0]]
-    tests |= {score: [by_score[score] for by_score in first] for score in TRIVIAL if score in first[0]}
-    files = [[t.files for t in tested] for tested in tests.values()]
-    if any(other != files[0] for other in files):
-        raise SystemExit(f"{part}: the methods were tested on different images")
-    image = {name: image_auroc(tested, COMBINED, part not in ONE_PATIENT) for name, tested in tests.items()}
+    images, trivial = ([stored[key][str(seed)] for seed in seeds] for key in ("images", "trivial"))
+    tests: Tests = {
+        name: [tested(of, runs[name][str(seed)]) for seed, of in zip(seeds, images, strict=True)] for name in done
+    }
+    tests |= {
+        score: [tested(of, scores[score]) for of, scores in zip(images, trivial, strict=True)]
+        for score in TRIVIAL
+        if score in trivial[0]
+    }
+    image = {name: image_auroc(seen, COMBINED, part not in ONE_PATIENT) for name, seen in tests.items()}
     best = best_trivial({name: values.mean() for name, (values, _) in image.items()})
     return {
-        "seeds": seeds,
-        **provenance(),
         "best trivial": best,
         "test": {
             "groups": len({g for t in tests[best] for g in t.groups}),
             "abnormal": int(tests[best][0].abnormal.sum()),
         },
         "scores": {
-            name: describe(part, name, tests, image, best) | (facts(work, part, name, seeds) if name in METHODS else {})
+            name: describe(part, name, tests, image, best) | (facts(runs, name, seeds) if name in METHODS else {})
             for name in tests
         },
     }
@@ -106,7 +105,7 @@ def describe(part: str, name: str, tests: Tests, image: dict[str, tuple], best: 
     found |= {figure: summary(np.array(x)) for figure, x in pixels.items()}
     if "ap" in pixels:
         trivial = best_trivial(
-            {n: np.mean([t.pixels["ap"] for t in ts]) for n, ts in tests.items() if "ap" in ts[0].pixels}
+            {n: float(np.mean([t.pixels["ap"] for t in ts])) for n, ts in tests.items() if "ap" in ts[0].pixels}
         )
         for other in {DEFAULT, trivial} & set(tests) - {name}:
             found[f"ap minus {other}"] = summary(np.subtract(pixels["ap"], [t.pixels["ap"] for t in tests[other]]))
@@ -119,18 +118,16 @@ def difference(a: tuple, b: tuple) -> dict[str, Any]:
     return summary(a[0] - b[0], None if a[1] is None else a[1] - b[1])
 
 
-def facts(work: Path, part: str, name: str, seeds: list[int]) -> dict[str, Any]:
+def facts(runs: dict[str, Any], name: str, seeds: list[int]) -> dict[str, Any]:
     """Cost of the runs of a method, alone and with their base runs; AP of planted anomalies; steps."""
-    runs = [folder_of(work, part, name, seed) for seed in seeds]
-    metrics = [json.loads((run / "metrics.json").read_text()) for run in runs]
-    costs = [json.loads(cost_file(run).read_text()) for run in runs]
+    of_runs = [runs[name][str(seed)]["facts"] for seed in seeds]
+    costs, base = [f["cost"] for f in of_runs], METHODS[name].base
     cost = {"cpu_s": float(np.median([c["cpu_s"] for c in costs])), "peak_mib": max(c["peak_mib"] for c in costs)}
-    base = METHODS[name].base
-    if base is not None:
-        before = [json.loads(cost_file(folder_of(work, part, base, seed)).read_text())["cpu_s"] for seed in seeds]
+    if base is not None and all(str(seed) in runs.get(base, {}) for seed in seeds):
+        before = [runs[base][str(seed)]["facts"]["cost"]["cpu_s"] for seed in seeds]
         cost["with_base_cpu_s"] = cost["cpu_s"] + float(np.median(before))
-    planted = [m["validation"]["planted_ap"]["value"] for m in metrics if "validation" in m]
-    steps = [m["training"].get("steps") for m in metrics]
+    planted = [f["planted_ap"] for f in of_runs if f["planted_ap"] is not None]
+    steps = [f["steps"] for f in of_runs]
     return {"cost": cost, "steps": steps, **({"planted_ap": summary(np.array(planted))} if planted else {})}
 
 

@@ -5,8 +5,8 @@
     python experiments/model_family/study.py --part collect ...
 
 Parts: ct (the sample CT), chest (NIH X-rays), chest_aligned (the same in the lung frame of LANDMARK_RUN), brain (MRI
-slices), collect (results.json, the tables in README.md and model_family.png and .pdf beside this file). Finished runs
-are reused. Methods and budget: methods.py; splits: splits.py; statistics: collect.py.
+slices), collect (runs_PART.json, results.json, the tables in README.md and model_family.png and .pdf beside this file).
+Finished and stored runs are not repeated. Methods and budget: methods.py; splits: splits.py; statistics: collect.py.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collect import collect
 from methods import BATCH, METHODS, STEPS
 from runs import PARTS, folder_of, is_finished, measure
 from splits import FOLDS, Source, brain, chest, chest_aligned, make_splits
+from stored import is_stored
 
 HERE = Path(__file__).parent
 SAVING = ("callbacks=no_figures", "evaluation.replicates=20", "evaluation.examples=1")
@@ -95,11 +96,13 @@ def source_of(part: str, options: Options) -> Source | None:
     return source
 
 
-def run(part: str, name: str, seed: int, source: Source | None, options: Options) -> None:
+def run(part: str, name: str, seed: int, source: Source | None, options: Options, is_base: bool = False) -> None:
     """Train and test one method with one seed, after its base run, unless this is finished."""
     folder, base = folder_of(options.work, part, name, seed), METHODS[name].base
+    if not is_base and is_stored(options.out, part, name, seed):
+        return
     if base is not None:
-        run(part, base, seed, source, options)
+        run(part, base, seed, source, options, is_base=True)
     if is_finished(folder):
         return
     command = [
