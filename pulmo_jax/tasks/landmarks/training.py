@@ -25,6 +25,7 @@ from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
 from pulmo_jax.runs.training import Learned, Learning, fitting
+from pulmo_jax.runs.weights import cite_weights, start_pretrained
 from pulmo_jax.tasks.landmarks.assessment import assess_landmarks
 from pulmo_jax.tasks.landmarks.config import LandmarkConfig
 from pulmo_jax.tasks.landmarks.data import LandmarkSets, describe_sets, read_sets
@@ -40,6 +41,7 @@ from pulmo_jax.tasks.landmarks.run import (
 )
 from pulmo_jax.tasks.landmarks.stored import Companions
 from pulmo_jax.training import devices
+from pulmo_jax.training.layer_rates import with_layer_rates
 from pulmo_jax.training.program import compile_step
 from pulmo_jax.training.state import TrainState, init_state, make_step
 
@@ -91,6 +93,7 @@ def prepare(config: LandmarkConfig, place: Place) -> tuple[LandmarkConfig, str]:
         place.note(
             f"sample radiographs of one patient: a demonstration, not evidence of accuracy. Please cite:\n{citation}"
         )
+    citation = cite_weights(config.model, data.cache, citation, place)
     absolute = {key: value.absolute() for key, value in data if isinstance(value, Path)}
     return config.model_copy(update={"data": data.model_copy(update=absolute)}), citation
 
@@ -131,7 +134,7 @@ def learning(config: LandmarkConfig, data: LandmarkData, place: Place) -> Learni
     """
     method, training = build_locator(config, data.companions), data.sets.training
     if isinstance(method, Trained):
-        return descent(config, data.sets, method)
+        return descent(config, data.sets, method, place)
     assert isinstance(method, ClosedForm)  # the config was checked
     return fitting(
         fit=lambda: method.fit(np.asarray(training.working.pixels), training.square_points, training.groups),
@@ -144,9 +147,10 @@ def learning(config: LandmarkConfig, data: LandmarkData, place: Place) -> Learni
     )
 
 
-def descent(config: LandmarkConfig, sets: LandmarkSets, method: Trained) -> Learning:
+def descent(config: LandmarkConfig, sets: LandmarkSets, method: Trained, place: Place) -> Learning:
     """Training input for gradient descent on shuffled images."""
-    trainer, training, optimizer = config.trainer, sets.training, build_optimizer(config)
+    trainer, training = config.trainer, sets.training
+    optimizer = with_layer_rates(build_optimizer(config), method)
     pixels, points, error = training.working.pixels, training.square_points, validation_error(method, sets)
     mesh = devices.all_devices(trainer.batch_size)
     step = make_step(method, optimizer, trainer.ema_decay, config.seed, devices.everywhere(mesh))
@@ -156,7 +160,7 @@ def descent(config: LandmarkConfig, sets: LandmarkSets, method: Trained) -> Lear
         return [training.titles[row] for row in rows]
 
     return Learning(
-        state=init_state(method, optimizer),
+        state=start_pretrained(init_state(method, optimizer), method, config.data.cache, place),
         compile=partial(compile_step, step),
         batch=tuple(jax.ShapeDtypeStruct((trainer.batch_size, *a.shape[1:]), a.dtype) for a in (pixels, points)),
         batches=shuffled_batches(

@@ -29,6 +29,7 @@ from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
 from pulmo_jax.runs.training import Learned, Learning
+from pulmo_jax.runs.weights import cite_weights, start_pretrained
 from pulmo_jax.tasks.segmentation.assessment import assess_training
 from pulmo_jax.tasks.segmentation.calibration import calibrate
 from pulmo_jax.tasks.segmentation.config import SegmentationConfig, SegmentationDataConfig
@@ -46,6 +47,7 @@ from pulmo_jax.tasks.segmentation.run import (
 from pulmo_jax.tasks.segmentation.stored import write_baselines, write_calibration
 from pulmo_jax.tasks.segmentation.testing import fold_baselines
 from pulmo_jax.training import devices
+from pulmo_jax.training.layer_rates import with_layer_rates
 from pulmo_jax.training.members import init_members, make_member_step, seed_of
 from pulmo_jax.training.state import TrainState
 
@@ -109,7 +111,7 @@ def prepare(config: SegmentationConfig, place: Place) -> tuple[SegmentationConfi
     assert data.images is not None
     if (data.images.parent / "sample.json").is_file():
         cited = lung_lobes.CITATION
-    return config.model_copy(update={"data": absolute(data)}), cited
+    return config.model_copy(update={"data": absolute(data)}), cite_weights(config.model, data.cache, cited, place)
 
 
 def with_values(data: SegmentationDataConfig, before: SegmentationDataConfig) -> SegmentationDataConfig:
@@ -215,7 +217,7 @@ def learning(config: SegmentationConfig, data: SegmentationData, place: Place) -
     """
     networks, labelled, trainer = data.networks, data.labelled, config.trainer
     method, hows, size = data.method, data.networks.preprocessing, trainer.batch_size
-    mesh, optimizer = devices.all_devices(size), build_optimizer(config)
+    mesh, optimizer = devices.all_devices(size), with_layer_rates(build_optimizer(config), method)
     rows = [data.fold_of(network).training for network in range(len(networks))]
     fraction = config.data.foreground_fraction
     jitter = (config.data.stride or networks.patch_size // 2) // 2
@@ -230,7 +232,9 @@ def learning(config: SegmentationConfig, data: SegmentationData, place: Place) -
     batch = jax.ShapeDtypeStruct((*shape, networks.channels), np.float32), jax.ShapeDtypeStruct(shape, np.uint8)
     loss, keys = validation(method, data), keys_of(networks)
     return Learning(
-        state=init_members(method, optimizer, keys, networks.chunk_sizes),
+        state=start_pretrained(
+            init_members(method, optimizer, keys, networks.chunk_sizes), method, config.data.cache, place
+        ),
         compile=make_member_step(method, optimizer, trainer.ema_decay, keys, devices.everywhere(mesh)).compiled,
         batch=batch,
         batches=labelled_batches(cells, read, hows, size, jax.process_index(), jax.process_count()),

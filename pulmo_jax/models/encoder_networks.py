@@ -1,0 +1,126 @@
+"""Networks for landmarks and for classes on the encoder EfficientNet-Lite0, pretrained or not."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from pulmo_jax.models.blocks import Block, Conv, Dtype, Norm
+from pulmo_jax.models.efficientnet_lite import SCALES, EfficientNetLite0, RateDecay, TrainFrom, Weights
+from pulmo_jax.models.landmark_net import upsample_2x
+
+Width = Annotated[int, Field(ge=8, le=512, multiple_of=8, description="features of the decoder (landmarks)")]
+HeatStride = Annotated[Literal[4, 8, 16], Field(description="side of a cell of the heat maps, px (landmarks)")]
+
+
+class HeatMapNet(nnx.Module):
+    """Logits of one heat map per landmark: an encoder, and a decoder that adds the features of each scale.
+
+    Args:
+        encoder: Encoder.
+        n_landmarks: Number of landmarks K.
+        width: Features of the decoder.
+        heat_stride: Side of a cell of the heat maps, px.
+        dtype: Data type of the computation; parameters are float32.
+        rngs: Random streams for the initialisation.
+    """
+
+    def __init__(
+        self,
+        encoder: EfficientNetLite0,
+        n_landmarks: int,
+        width: int,
+        heat_stride: int,
+        dtype: Dtype,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.encoder, self.dtype, self.stride = encoder, dtype, encoder.strides[-1]
+        first = encoder.strides.index(heat_stride)
+        self.scales = SCALES[first:]
+        self.lateral = nnx.List([Conv(features, width, 1, rngs=rngs) for features in encoder.channels[first:]])
+        self.merge = nnx.List([Block(width, rngs=rngs) for _ in self.scales])
+        self.last, self.head = Norm(width), nnx.Linear(width, n_landmarks, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "B S S C"]) -> Float[Array, "B h w K"]:
+        features = self.encoder.taps(images.astype(self.dtype), self.scales)
+        *finer, (coarsest, lateral, merge) = zip(features, self.lateral, self.merge, strict=True)
+        x = merge(lateral(coarsest))
+        for skip, lateral, merge in reversed(finer):
+            x = merge(lateral(skip) + upsample_2x(x))
+        return self.head(nnx.silu(self.last(x)).astype(jnp.float32))
+
+
+class EncoderClassifier(nnx.Module):
+    """Class logits from the global mean and maximum of the last features; stages as in models.classifier.ClassifierNet.
+
+    Args:
+        encoder: Encoder.
+        n_classes: Number of classes.
+        dtype: Data type of the computation; parameters are float32.
+        rngs: Random streams for the initialisation.
+    """
+
+    def __init__(self, encoder: EfficientNetLite0, n_classes: int, dtype: Dtype, *, rngs: nnx.Rngs):
+        self.encoder, self.dtype, self.stride = encoder, dtype, encoder.strides[-1]
+        pooled = 2 * encoder.channels[-1]
+        self.head = nnx.Linear(pooled, n_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def features(self, x: Float[Array, "B H W C"], first: int = 0, last: int | None = None) -> Float[Array, "B h w F"]:
+        """Apply a range of stages, each of which halves the resolution; see ClassifierNet.features."""
+        ends = [0, *(tap + 1 for tap in SCALES)]
+        return self.encoder.part(x.astype(self.dtype), ends[first], ends[len(SCALES) if last is None else last])
+
+    def logits(
+        self,
+        features: Float[Array, "B h w F"],
+        drop: Callable[[Float[Array, "B D"]], Float[Array, "B D"]] = lambda pooled: pooled,
+    ) -> Float[Array, "B classes"]:
+        """Class logits from the features of the last stage; see ClassifierNet.logits."""
+        pooled = jnp.concatenate([features.mean((1, 2)), features.max((1, 2))], -1)
+        return self.head(drop(pooled.astype(jnp.float32)))
+
+    def __call__(self, images: Float[Array, "B S S C"]) -> Float[Array, "B classes"]:
+        return self.logits(self.features(images))
+
+
+def efficientnet_lite0(
+    *,
+    channels: int,
+    rngs: nnx.Rngs,
+    n_landmarks: int | None = None,
+    n_classes: int | None = None,
+    weights: Weights = "imagenet",
+    train_from: TrainFrom = "all",
+    rate_decay: RateDecay = 0.9,
+    width: Width = 64,
+    heat_stride: HeatStride = 8,
+    dtype: Dtype = "float32",
+) -> Any:
+    """Build the network of a task on EfficientNet-Lite0.
+
+    Args:
+        channels: Number of channels of the images, which are normalised to mean 0 and sd 1.
+        rngs: Random streams for the initialisation.
+        n_landmarks: Number of landmarks, for a `HeatMapNet`.
+        n_classes: Number of classes, for an `EncoderClassifier`.
+        weights: Weights of the encoder, with which a training begins.
+        train_from: First part of the encoder that is trained; those before keep their weights.
+        rate_decay: Factor of the learning rate from a block of the encoder to the one before.
+        width: Features of the decoder (landmarks).
+        heat_stride: Side of a cell of the heat maps, px (landmarks).
+        dtype: Data type of the computation; parameters are float32.
+
+    Returns:
+        The network.
+    """
+    encoder = EfficientNetLite0(
+        channels=channels, rngs=rngs, weights=weights, train_from=train_from, rate_decay=rate_decay
+    )
+    if n_landmarks is not None:
+        return HeatMapNet(encoder, n_landmarks, width, heat_stride, dtype, rngs=rngs)
+    assert n_classes is not None  # each task gives one of the two
+    return EncoderClassifier(encoder, n_classes, dtype, rngs=rngs)
