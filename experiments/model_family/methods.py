@@ -37,7 +37,7 @@ METHODS = {
     "VAE": Method(("+experiment=lung_vae",)),
     "DAE U-Net": Method(("+experiment=lung_dae_unet",)),
     "VQ-VAE": Method(("+experiment=lung_vq",)),
-    "tokens": Method(("+experiment=lung_tokens",), base="VQ-VAE"),
+    "tokens": Method(("+experiment=lung_tokens", "tiles.overlap=0.5"), base="VQ-VAE"),  # tiles as for the others
     "diffusion": Method(("+experiment=lung_diffusion",)),
     "patch Gaussian": Method(("+experiment=lung_covariance",), only=EACH),
     "whitened residual": Method(("+experiment=lung_residual",), base=DEFAULT, only=EACH),
