@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-GROUPS = 8  # parts of a batch that are added element by element before the sum over pixels, which is slow
-
 
 def depthwise(stride: int, x: Float[Array, "B H W F"], kernel: Float[Array, "k k F"]) -> Float[Array, "B y x F"]:
     """Convolve each feature map with a kernel of its own; zero padding as in TensorFlow's SAME.
@@ -65,18 +63,29 @@ def same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _windows(padded: jax.Array, size: int, stride: int) -> Iterator[jax.Array]:
-    """Images shifted to each element of the kernel."""
-    height, width = ((length - size) // stride * stride + 1 for length in padded.shape[1:3])
+def _windows(rows: jax.Array, size: int, stride: int) -> Iterator[jax.Array]:
+    """One row of the images shifted to each element of the kernel, from the rows (B, size, W, F) that it depends on."""
+    width = (rows.shape[2] - size) // stride * stride + 1
     for i in range(size):
         for j in range(size):
-            yield padded[:, i : i + height : stride, j : j + width : stride]
+            yield rows[:, i, j : j + width : stride]
 
 
 def _sum_of_products(padded: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    elements = kernel.reshape(-1, kernel.shape[-1])
-    windows = _windows(padded, len(kernel), stride)
-    return sum(window * element for window, element in zip(windows, elements, strict=True))  # type: ignore[return-value]
+    """Sum of shifted images times the elements of the kernel, row by row.
+
+    The loop makes XLA store operands and result, which it would otherwise compute anew for each use in the gradient.
+    """
+    size, elements = len(kernel), kernel.reshape(-1, kernel.shape[-1])
+    height, width = ((length - size) // stride + 1 for length in padded.shape[1:3])
+
+    def put(row: jax.Array, result: jax.Array) -> jax.Array:
+        seen = jax.lax.dynamic_slice_in_dim(padded, row * stride, size, 1)
+        products = (w * element for w, element in zip(_windows(seen, size, stride), elements, strict=True))
+        return jax.lax.dynamic_update_index_in_dim(result, sum(products), row, 1)  # type: ignore[arg-type]
+
+    empty = jnp.zeros((len(padded), height, width, padded.shape[-1]), padded.dtype)
+    return jax.lax.fori_loop(0, height, put, empty)
 
 
 def _forward(stride: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -86,17 +95,15 @@ def _forward(stride: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, t
 def _backward(stride: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     size = len(kernel)
-    before, _ = zip(*(same_padding(length, size, stride) for length in x.shape[1:3]), strict=True)
     padding = [same_padding(length, size, stride) for length in x.shape[1:3]]
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    by_column = jnp.stack([_sum_over_rows(window, g) for window in _windows(padded, size, stride)])
+    by_kernel = _sum_over_rows(jnp.pad(x, ((0, 0), *padding, (0, 0))), g, size, stride)
     spread = _spread(g, stride)
     around = [
-        (size - 1 - first, length - 1 + first - (inside - 1))
-        for first, length, inside in zip(before, x.shape[1:3], spread.shape[1:3], strict=True)
+        (size - 1 - before, length + before - inside)
+        for (before, _), length, inside in zip(padding, x.shape[1:3], spread.shape[1:3], strict=True)
     ]
     by_x = _sum_of_products(jnp.pad(spread, ((0, 0), *around, (0, 0))), kernel[::-1, ::-1], 1)
-    return by_x, by_column.sum(1).reshape(kernel.shape)
+    return by_x, by_kernel
 
 
 def _spread(g: jax.Array, stride: int) -> jax.Array:
@@ -104,14 +111,22 @@ def _spread(g: jax.Array, stride: int) -> jax.Array:
     return jax.lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (0, 0, stride - 1), (0, 0, stride - 1), (0, 0, 0)])
 
 
-def _sum_over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Sum products over images and rows, groups of images first. Slices precede the product, so nothing is stored."""
-    length = len(a) // GROUPS
-    starts = range(0, GROUPS * length, length or 1)
-    parts = [a[GROUPS * length :] * b[GROUPS * length :]] if len(a) % GROUPS else []
-    if length:
-        parts.append(sum(a[i : i + length] * b[i : i + length] for i in starts))  # type: ignore[arg-type]
-    return sum(part.sum((0, 1)) for part in parts)  # type: ignore[return-value]
+def _sum_over_rows(padded: jax.Array, g: jax.Array, size: int, stride: int) -> jax.Array:
+    """Sum over images and pixels of a shifted image times g, for each element of the kernel.
+
+    A loop over rows adds products element by element; a sum over pixels within one program step is slow. The loop also
+    makes XLA store its operands, which it would otherwise compute anew for each element of the kernel.
+    """
+    images, rows, columns, features = g.shape
+
+    def add(row: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
+        of_row = jax.lax.dynamic_index_in_dim(g, row, 1, keepdims=False)
+        seen = jax.lax.dynamic_slice_in_dim(padded, row * stride, size, 1)
+        return [t + window * of_row for t, window in zip(totals, _windows(seen, size, stride), strict=True)]
+
+    start = [jnp.zeros((images, columns, features), jnp.float32)] * size**2
+    totals = jax.lax.fori_loop(0, rows, add, start)
+    return jnp.stack([total.sum((0, 1)) for total in totals]).reshape(size, size, features).astype(padded.dtype)
 
 
 shifted_products.defvjp(_forward, _backward)
