@@ -39,9 +39,11 @@ def depthwise(stride: int, x: Float[Array, "B H W F"], kernel: Float[Array, "k k
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def shifted_products(stride: int, x: Float[Array, "B H W F"], kernel: Float[Array, "k k F"]) -> Float[Array, "B y x F"]:
     """Compute `depthwise` as the sum over kernel elements of shifted images times the element."""
-    size = len(kernel)
-    padding = [same_padding(length, size, stride) for length in x.shape[1:3]]
-    return _sum_of_products(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, stride)
+    padded, size = _padded(stride, x, len(kernel)), len(kernel)
+    height, width = ((length - size) // stride * stride + 1 for length in padded.shape[1:3])
+    windows = (padded[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size))
+    elements = kernel.reshape(-1, kernel.shape[-1])
+    return sum(w * element for w, element in zip(windows, elements, strict=True))  # type: ignore[return-value]
 
 
 def same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
@@ -63,6 +65,11 @@ def same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def _padded(stride: int, x: jax.Array, size: int) -> jax.Array:
+    padding = [same_padding(length, size, stride) for length in x.shape[1:3]]
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
 def _windows(rows: jax.Array, size: int, stride: int) -> Iterator[jax.Array]:
     """One row of the images shifted to each element of the kernel, from the rows (B, size, W, F) that it depends on."""
     width = (rows.shape[2] - size) // stride * stride + 1
@@ -72,7 +79,7 @@ def _windows(rows: jax.Array, size: int, stride: int) -> Iterator[jax.Array]:
 
 
 def _sum_of_products(padded: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Sum of shifted images times the elements of the kernel, row by row.
+    """The same sum, row by row, for use with a gradient.
 
     The loop makes XLA store operands and result, which it would otherwise compute anew for each use in the gradient.
     """
@@ -89,14 +96,14 @@ def _sum_of_products(padded: jax.Array, kernel: jax.Array, stride: int) -> jax.A
 
 
 def _forward(stride: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return shifted_products(stride, x, kernel), (x, kernel)
+    return _sum_of_products(_padded(stride, x, len(kernel)), kernel, stride), (x, kernel)
 
 
 def _backward(stride: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     size = len(kernel)
     padding = [same_padding(length, size, stride) for length in x.shape[1:3]]
-    by_kernel = _sum_over_rows(jnp.pad(x, ((0, 0), *padding, (0, 0))), g, size, stride)
+    by_kernel = _sum_over_rows(_padded(stride, x, size), g, size, stride)
     spread = _spread(g, stride)
     around = [
         (size - 1 - before, length + before - inside)
