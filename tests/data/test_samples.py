@@ -235,7 +235,7 @@ def test_working_folders_of_killed_processes_are_removed_and_of_live_ones_kept(f
     dead, live = tmp_path / ".lung_ct-dead", tmp_path / ".lung_ct-live"
     for folder in (dead, live):
         (folder / "prepared").mkdir(parents=True)
-    long_ago = time.time() - samples.STALE_S - 1
+    long_ago = time.time() - downloads.STALE_S - 1
     os.utime(dead, (long_ago, long_ago))
     samples.fetch_lung_ct(tmp_path)
     assert (dead.exists(), live.exists()) == (False, True)

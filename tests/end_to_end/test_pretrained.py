@@ -12,7 +12,7 @@ from pulmo_jax.data.synthetic_mri import write_slices
 from pulmo_jax.data.weights.encoder import read_encoder
 from pulmo_jax.data.weights.files import write_safetensors
 from pulmo_jax.data.weights.published import fetch_weights
-from pulmo_jax.models.parameters import name_of
+from pulmo_jax.models.on_encoder import name_of
 from pulmo_jax.shell.composing import compose_config
 from pulmo_jax.train import train
 from pulmo_jax.types import InputError
@@ -85,13 +85,12 @@ def test_a_frozen_encoder_keeps_its_weights_and_the_rest_is_trained(name, images
 
 
 @pytest.mark.slow
-def test_weights_that_cannot_be_used_are_refused_before_the_images_are_read(images, tmp_path, monkeypatch):
-    nowhere = images["landmarks"] | {"data.train": images["landmarks"]["data.val"]}
+def test_weights_that_cannot_be_used_are_refused_before_the_images_are_read(images, tmp_path):
     for path, message in (
         (tmp_path / "none.pth", "give a file of weights"),
         (images["landmarks"]["data.train"], "damaged"),
     ):
-        config = compose_config("train", "landmarks", values("landmarks", {"landmarks": nowhere}, weights=path))
+        config = compose_config("train", "landmarks", values("landmarks", images, weights=path))
         with pytest.raises(InputError, match=message):
             train(config, tmp_path / "run")
         assert not (tmp_path / "run" / "images.json").exists()

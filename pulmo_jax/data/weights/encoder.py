@@ -11,7 +11,7 @@ from flax import nnx
 
 from pulmo_jax.data.weights.files import read_weights
 from pulmo_jax.models.efficientnet_lite import COUNT, EfficientNetLite0
-from pulmo_jax.models.parameters import name_of
+from pulmo_jax.models.on_encoder import name_of
 from pulmo_jax.types import InputError
 
 EPSILON = 1e-3  # of the batch normalisation

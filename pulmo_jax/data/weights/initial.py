@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,9 @@ from pulmo_jax.data.weights.encoder import Arrays, read_encoder
 from pulmo_jax.data.weights.published import PUBLISHED, fetch_weights
 from pulmo_jax.host.console import Console
 from pulmo_jax.models.efficientnet_lite import EfficientNetLite0, kernel_for_channels
-from pulmo_jax.models.parameters import name_of
+from pulmo_jax.models.on_encoder import ENCODER, OnEncoder, name_in_encoder
 
 IMAGENET = "efficientnet_lite0"
-PART = "encoder."
-
-
-@runtime_checkable
-class OnEncoder(Protocol):
-    """A network with an encoder, whose parameters have names that contain `PART`."""
-
-    encoder: Any
 
 
 def weights_file(weights: str | None, cache: Path | None, console: Console) -> Path | None:
@@ -58,7 +50,7 @@ def check_weights(model: Mapping[str, Any] | None, cache: Path | None, console: 
         InputError: If they cannot be downloaded or read, or do not fit.
     """
     model = model or {}
-    weights = model.get("encoder", model).get("weights")
+    weights = model.get(ENCODER, model).get("weights")
     path = weights_file(weights, cache, console)
     if path is None:
         return ""
@@ -71,7 +63,8 @@ def with_weights(params: Any, network: Any, cache: Path | None, console: Console
     """Replace the random parameters of an encoder by pretrained ones.
 
     Args:
-        params: Parameters of the network, or a tree of several, with or without leading axes over networks.
+        params: Parameters of the network, or a tree of several, with or without leading axes over networks. Each
+            array of the result has a buffer of its own, so that it can be donated.
         network: The network, possibly abstract.
         cache: Cache folder of downloads.
         console: For messages.
@@ -87,15 +80,14 @@ def with_weights(params: Any, network: Any, cache: Path | None, console: Console
     if path is None:
         return params
     arrays = read_encoder(path)
-    return jax.tree.map_with_path(lambda path, leaf: replaced(name_of(path), leaf, arrays), params)
+    return jax.tree.map_with_path(lambda path, leaf: replaced(name_in_encoder(path), leaf, arrays), params)
 
 
 def replaced(name: str, leaf: jax.Array, arrays: Arrays) -> jax.Array:
-    """Pretrained parameter of a name, repeated along leading axes; the parameter itself outside the encoder."""
-    _, part, inner = name.partition(PART)
-    if not part:
+    """Copy of the pretrained parameter, repeated along leading axes; without a name the parameter itself."""
+    if not name:
         return leaf
-    array = jnp.asarray(arrays[inner])
-    if inner == "stem.kernel":
+    array = jnp.array(arrays[name])
+    if name == "stem.kernel":
         array = kernel_for_channels(array, leaf.shape[-2])
     return jnp.broadcast_to(array, leaf.shape)

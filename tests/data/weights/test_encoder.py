@@ -14,7 +14,7 @@ from pulmo_jax.data.weights.encoder import parameter_shapes, read_encoder
 from pulmo_jax.data.weights.files import read_weights, write_safetensors
 from pulmo_jax.data.weights.published import fetch_weights
 from pulmo_jax.models.efficientnet_lite import COUNT, EfficientNetLite0, kernel_for_channels
-from pulmo_jax.models.parameters import name_of
+from pulmo_jax.models.on_encoder import name_of
 from pulmo_jax.types import InputError
 
 SIDE = 37
@@ -111,7 +111,7 @@ def test_pictures_have_their_classes(name, expected, least):
     assert float(p.max()) > least
 
 
-def test_the_file_of_published_weights_is_in_the_cache(tmp_path):
+def test_an_unknown_name_of_published_weights_is_refused(tmp_path):
     with pytest.raises(InputError, match="no published"):
         fetch_weights("other", tmp_path)
     assert not list(Path(tmp_path).iterdir())

@@ -124,6 +124,41 @@ def test_a_file_without_tensors_is_refused(tmp_path):
         read_torch(path)
 
 
+def tensor_pickle(tensors: int, count: int) -> bytes:
+    """A pickle of views of one storage of `count` values, each of all values."""
+    class_, call = b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"
+    number = b"J" + count.to_bytes(4, "little")
+    storage = b"((X\x07\x00\x00\x00storage" + class_ + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + number + b"tQ"
+    view = b"K\x00" + number + b"\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR"
+    items = b"".join(b"X\x04\x00\x00\x00%04d" % i + call + storage + view for i in range(tensors))
+    return b"\x80\x02}(" + items + b"u."
+
+
+@pytest.mark.parametrize(("tensors", "claimed", "stored"), [(1, 16, 16), (500, 4000, 4000), (1, 10**9, 16)])
+def test_tensors_need_no_more_memory_than_a_file_of_their_size(tmp_path, tensors, claimed, stored):
+    path = tmp_path / "views.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", tensor_pickle(tensors, claimed))
+        archive.writestr("x/data/0", np.ones(stored, "<f4").tobytes())
+    if (tensors, claimed) == (1, 16):
+        np.testing.assert_array_equal(read_torch(path)["0000"], np.ones(16))
+        return
+    with pytest.raises(InputError, match=r"times the size of the file|more values than the file has"):
+        read_torch(path)
+
+
+def test_dicts_that_contain_each_other_are_refused(tmp_path):
+    path, itself, doubled = tmp_path / "nested.pth", {}, {}
+    itself["a"] = itself
+    for _ in range(60):
+        doubled = {"a": doubled, "b": doubled}
+    for content in (itself, doubled):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", pickle.dumps(content, protocol=2))
+        with pytest.raises(InputError, match="nested more than 16 deep"):
+            read_torch(path)
+
+
 def test_safetensors_are_read_as_written(tmp_path):
     path = tmp_path / "a.safetensors"
     write_safetensors(WRITTEN, path, {"origin": "a test"})
