@@ -120,5 +120,5 @@ SECTIONS: Mapping[str, type[Section]] = {
 }
 CHOICES: Mapping[str, Sequence[str]] = {
     "method": ("classifier", "anomaly", "anomaly_gaussian"),
-    "model": ("classifier",),
+    "model": ("classifier", "efficientnet_lite0"),
 }

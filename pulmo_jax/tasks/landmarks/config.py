@@ -119,5 +119,5 @@ SECTIONS: Mapping[str, type[Section]] = {
 CHOICES: Mapping[str, Sequence[str]] = {
     "method": ("eigenpatch", "landmark_net"),
     "method.loss": ("laplace", "wing", "landmark_l1", "landmark_l2"),
-    "model": ("landmark_net",),
+    "model": ("landmark_net", "efficientnet_lite0"),
 }

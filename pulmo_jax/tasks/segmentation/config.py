@@ -229,5 +229,6 @@ SECTIONS: Mapping[str, type[Section]] = {
 CHOICES: Mapping[str, Sequence[str]] = {
     "method": ("segmentation",),
     "method.loss": ("dice_cross_entropy", "dice", "cross_entropy", "focal", "tversky", "boundary"),
-    "model": ("unet",),
+    "model": ("unet", "efficientnet_lite0_unet"),
+    "model.encoder": ("conv", "efficientnet_lite0"),
 }
