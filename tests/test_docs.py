@@ -271,6 +271,7 @@ def test_a_stack_is_mapped_without_a_run(capsys):
     assert capsys.readouterr().out.split(") (") == ["(40, 40", "40, 40)\n"]
 
 
+@pytest.mark.slow
 def test_the_likelihood_of_a_source_is_differentiated():
     """The errors by its Hessian are those of the samples."""
     stack = rotating_stack(seed=0, frames=32, size=48, rotation_deg=120, planets=((34.0, 36.0, 1000.0),)).stack

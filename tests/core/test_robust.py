@@ -225,7 +225,9 @@ def summary_of(samples, shrinkage):
     return jnp.log(found.weights)[:9].sum() + jnp.log(jnp.diag(lower)).sum() + lower.sum() + of.mean.sum() + of.rho
 
 
-@pytest.mark.parametrize("shrinkage", ["paco", "oas", "ledoit_wolf", "fixed"])
+@pytest.mark.parametrize(
+    "shrinkage", ["oas", *(pytest.param(s, marks=pytest.mark.slow) for s in ("paco", "ledoit_wolf", "fixed"))]
+)
 def test_implicit_derivative_is_that_of_the_converged_iteration(shrinkage):
     """Forward, reverse and second derivatives against finite differences of the iteration itself."""
     samples, step = jnp.asarray(correlated(40, 9)), 1e-5

@@ -152,6 +152,7 @@ def test_files_are_found_by_their_names(folder, tmp_path):
             store.records[8]
 
 
+@pytest.mark.slow
 def test_many_images_cost_little_memory(tmp_path):
     """The index and what is made of it: some hundred bytes an image, also while they are read."""
     count = 4000

@@ -120,6 +120,7 @@ def test_files_that_are_copies_are_of_one_group(run, slices):
     assert np.mean(others) < 0.01
 
 
+@pytest.mark.slow
 def test_copies_count_once(slices, tmp_path):
     """A sixth of the images five times over: the figures are those of the images, and the copies are told."""
     folder, run = tmp_path / "set", tmp_path / "run"

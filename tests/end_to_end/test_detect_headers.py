@@ -106,6 +106,7 @@ def test_position_angle_and_separation_are_those_of_the_world_coordinates(stack,
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_offsets_from_the_star_without_its_position(planted, tmp_path, monkeypatch, capsys):
     """An off-centre star in frames that are not square; north_deg and pupil_offset_deg are two ways to say the same."""
     for name, array in (("cube", planted.cube[:, 1:, 3:]), ("angles", planted.angles_deg), ("psf", planted.psf)):

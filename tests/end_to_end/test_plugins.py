@@ -129,6 +129,7 @@ def test_a_method_a_model_and_a_loss_are_trained_together(tmp_path):
     assert calls["image_threshold"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_a_search_for_point_sources_draws_the_users_figure(tmp_path):
     run = tmp_path / "run"
     call(

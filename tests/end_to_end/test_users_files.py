@@ -146,6 +146,7 @@ def test_results_of_training_are_not_replaced(world, tmp_path, verb):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_second_call_replaces_its_own_files_and_no_others(tmp_path):
     arguments = [*DETECTION, "hydra.run.dir=out"]
     child.run("pulmo_jax.detect", *arguments, cwd=tmp_path, draw=False)
@@ -195,6 +196,7 @@ def scores(output):
     return {image["filename"]: image["image_score"] for image in summary["images"]}
 
 
+@pytest.mark.slow
 def test_image_of_same_name_size_and_time_gets_its_own_result(world, tmp_path):
     for name, bright in (("a", False), ("b", True)):
         (tmp_path / name).mkdir()

@@ -291,6 +291,7 @@ np.savez(sys.argv[1], m.probabilities(own.image((40, 57))), resized.probabilitie
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
+@pytest.mark.slow
 def test_four_devices_give_the_maps_of_one(tmp_path):
     child.run_program(ON_DEVICES, tmp_path / "maps.npz", XLA_FLAGS=child.FOUR_DEVICES, JAX_PLATFORMS="cpu")
     with np.load(tmp_path / "maps.npz") as found:

@@ -87,12 +87,14 @@ def detected(contrast: Contrast, fluxes: np.ndarray, n: int) -> np.ndarray:
     return np.reshape(found, (-1, n))
 
 
+@pytest.mark.slow
 def test_a_search_finds_sources_above_the_limit_and_none_below(contrast):
     assert np.isfinite(contrast.half_low).all()
     assert detected(contrast, 1.5 * contrast.half_low, 2).mean() >= 0.75
     assert detected(contrast, 0.6 * contrast.half_low, 2).mean() <= 0.25
 
 
+@pytest.mark.slow
 def test_a_search_finds_sources_of_every_flux_tested(contrast):
     np.testing.assert_array_equal(contrast.most_high, contrast.tested_high)
     for flux in (np.sqrt(contrast.most_low * contrast.most_high), contrast.tested_high):

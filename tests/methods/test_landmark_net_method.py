@@ -165,6 +165,7 @@ def test_plain_losses_are_sums_over_the_coordinates(loss, of):
     np.testing.assert_allclose(found, of(displacement).sum(-1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_is_of_percents_of_the_side_and_counts_what_is_inside():
     seen = {}
 

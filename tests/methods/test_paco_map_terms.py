@@ -44,7 +44,7 @@ def planned(mode: str) -> tuple[paco.LikelihoodMaps, paco.MapPlan]:
     return paco.compute_maps(observation, settings), paco.plan_maps(observation, settings)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m if m == "exact" else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
 def test_values_and_derivatives(mode):
     maps, plan = planned(mode)
     arguments = (jnp.asarray(stack()), jnp.asarray(ANGLES), jnp.asarray(PSF))

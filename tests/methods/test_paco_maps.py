@@ -326,7 +326,7 @@ def kept_share(angles: np.ndarray, psf: np.ndarray, radius_px: float, patch_radi
     return float(np.sqrt(1 - len(angles) * (h.mean(0) ** 2).sum() / (h**2).sum()))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m if m == "fast" else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
 def test_noise_alone(mode):
     """Mean 0, and a spread below 1, as the mean that is taken away holds a part of the noise along every track: with 61
     frames over 80 degrees 0.83 of it stays at 12 px and 0.94 at 38 px, by `kept_share`. Of single stacks the spread

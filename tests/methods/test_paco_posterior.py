@@ -65,6 +65,7 @@ def test_samples_are_those_of_the_likelihood():
     assert wide.widening == pytest.approx(2, rel=0.12)
 
 
+@pytest.mark.slow
 def test_two_channels_know_more_than_one():
     """The same stack twice, a source of half the flux in the second: information 1 + 1/4."""
     observation, at = fitted()

@@ -94,7 +94,7 @@ def test_north_turns_the_source_about_the_centre():
 # --- derivatives
 
 
-@pytest.mark.parametrize("settings", [EXACT, ROBUST], ids=["exact", "robust"])
+@pytest.mark.parametrize("settings", [EXACT, pytest.param(ROBUST, marks=pytest.mark.slow)], ids=["exact", "robust"])
 def test_derivatives_are_those_of_finite_differences(settings):
     """In position, flux, north, PSF and frames; first and second; forward and reverse."""
     observation, rng = observed(), np.random.default_rng(3)
@@ -167,6 +167,7 @@ def test_maximum_over_the_flux_is_the_fixed_point_of_algorithm_3():
     assert std > float(observation.unit / jnp.sqrt(fit.a[0]))  # self-subtraction costs information
 
 
+@pytest.mark.slow
 def test_errors_are_fishers_where_the_source_leaves_its_patches():
     """A whole turn: the source covers a patch in few frames, and the mean hardly knows of it."""
     frames = 72

@@ -123,6 +123,7 @@ def test_noise_of_every_frame_is_the_reference_s(place):
         np.testing.assert_allclose(lower[t] @ lower[t].T @ precision, np.eye(len(OFFSETS)), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_too_small_a_bound_gives_nan_and_never_a_wrong_number():
     cube = reference.inject(white(1), ANGLES, PSF, *NEAR, 5.0, CENTRE)
     _, stack, patch = ready(cube)

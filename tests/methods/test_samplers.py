@@ -59,7 +59,10 @@ def sampled(kind, steps, start, key=0):
     )
 
 
-@pytest.mark.parametrize(("kind", "calls"), [("ddpm", 1000), ("ddim", 1000), ("ddim", 100), ("dpm_solver", 30)])
+@pytest.mark.parametrize(
+    ("kind", "calls"),
+    [pytest.param("ddpm", 1000, marks=pytest.mark.slow), ("ddim", 1000), ("ddim", 100), ("dpm_solver", 30)],
+)
 def test_noise_becomes_gaussian_data(kind, calls):
     found = np.asarray(sampled(kind, descent(1000, calls), jax.random.normal(jax.random.key(9), (40_000,))))
     assert found.mean() == pytest.approx(MEAN, abs=0.03)

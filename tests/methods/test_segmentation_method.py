@@ -117,6 +117,7 @@ def test_loss_of_a_batch_is_the_mean_over_scales():
     np.testing.assert_allclose(method.batch_loss(params, x, codes), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_validation_loss_is_that_of_each_patch_alone():
     codes = jax.random.randint(jax.random.key(1), (3, 32, 32), 0, 3).astype(jnp.uint8)
     x, method = jax.random.normal(jax.random.key(0), (3, 32, 32, 1)), make()

@@ -40,6 +40,7 @@ def test_heat_maps_have_the_stride_that_is_asked_for(stride):
     assert jax.eval_shape(model, IMAGES).shape == (2, 64 // stride, 64 // stride, 5)
 
 
+@pytest.mark.slow
 def test_the_stages_of_the_classifier_halve_the_resolution_as_those_of_the_small_network():
     model, small = (
         network(n_classes=3),

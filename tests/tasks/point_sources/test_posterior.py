@@ -44,6 +44,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_samples_are_written_with_their_position_on_the_sky(run):
     result, search, folder = run
     rows = rows_of(folder / "posterior.csv")
@@ -60,6 +61,7 @@ def test_samples_are_written_with_their_position_on_the_sky(run):
     assert found.source is search.sources[0]
 
 
+@pytest.mark.slow
 def test_samples_have_the_errors_of_the_table(run):
     """The flux has the empirical error, and the injected values lie within the samples' spread."""
     result, search, _ = run
@@ -72,6 +74,7 @@ def test_samples_have_the_errors_of_the_table(run):
     assert found.posterior.r_hat.max() < 1.02
 
 
+@pytest.mark.slow
 def test_report_shows_table_and_figure(run):
     result, _, folder = run
     report = " ".join((folder / "report.html").read_text().split())
@@ -87,6 +90,7 @@ def test_report_shows_table_and_figure(run):
     assert low < PLANET[2] < high or abs(PLANET[2] - (low + high) / 2) < 2 * (high - low)
 
 
+@pytest.mark.slow
 def test_python_returns_the_same_posterior(run):
     result, search, _ = run
     stack = result.stack
@@ -97,6 +101,7 @@ def test_python_returns_the_same_posterior(run):
     assert one.posterior.std[2] == pytest.approx(search.sources[0].flux_debiased_std_empirical, rel=0.1)
 
 
+@pytest.mark.slow
 def test_source_without_a_maximum_is_named(run):
     """A negative flux at the position of the source is a minimum of the likelihood there."""
     result, search, folder = run
