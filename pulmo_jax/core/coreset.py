@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 POOL = 4096  # points among which the farthest is looked for
 BATCH = 512  # selected points between two renewals of all distances
-BLOCK = 8192  # points whose distances are renewed at once
+BLOCK = 4096  # points whose distances are renewed at once
 SELECTED = -1.0  # in the place of the squared distance of a selected point
 
 
@@ -45,47 +45,49 @@ class State(NamedTuple):
 
 @partial(jax.jit, static_argnames="size")
 def greedy_coreset(
-    points: Float[Array, "N D"], usable: Bool[Array, "N"], size: int, wanted: Int[Array, ""] | int
+    points: Float[Array, "N D"], count: Int[Array, ""] | int, size: int, wanted: Int[Array, ""] | int
 ) -> Coreset:
-    """Select points one after the other, each the farthest from those before; the first is the first usable one.
+    """Select points one after the other, each the farthest from those before; the first one is the first point.
 
     Args:
-        points: Points.
-        usable: Points that exist; at least one.
+        points: Points, of which the first `count` exist.
+        count: Number of points, at least one.
         size: Largest number K of points to select.
         wanted: Number of points to select, at most `size`; fewer if all are selected, or the others are copies.
 
     Returns:
         The selected points.
     """
-    count = len(points)
-    block, pool, batch = min(BLOCK, count), min(POOL, count), min(BATCH, size)
-    blocks = -(-count // block)
-    padding = ((0, blocks * block - count), (0, 0))
-    points = points - jnp.where(usable[:, None], points, 0).sum(0) / jnp.maximum(usable.sum(), 1)
-    in_blocks = jnp.pad(points, padding).reshape(blocks, block, -1)
-    wanted = jnp.minimum(jnp.asarray(wanted), jnp.minimum(size, usable.sum()))
+    length = len(points)
+    block, pool, batch = min(BLOCK, length), min(POOL, length), min(BATCH, size)
+    exists = jnp.arange(length) < count
+    middle = jnp.where(exists[:, None], points, 0).sum(0) / count  # small norms: small errors
+    wanted = jnp.minimum(jnp.asarray(wanted), jnp.minimum(size, count))
 
     def renewed(state: State) -> Float[Array, "N"]:
         """Squared distances from all selected points."""
         places = state.known + jnp.arange(batch)
-        centres = points[state.chosen[jnp.minimum(places, size - 1)]]
+        centres = points[state.chosen[jnp.minimum(places, size - 1)]] - middle
         outside = jnp.where(places < state.number, 0, jnp.inf)
 
-        def of_block(some: Float[Array, "n D"]) -> Float[Array, "n"]:
-            return (squared_distances(some, centres) + outside).min(1)
+        def of_block(i: Int[Array, ""], squared: Float[Array, "N"]) -> Float[Array, "N"]:
+            start = jnp.minimum(i * block, length - block)
+            some = lax.dynamic_slice_in_dim(points, start, block) - middle
+            least = jnp.maximum((squared_distances(some, centres) + outside).min(1), 0)
+            before = lax.dynamic_slice_in_dim(squared, start, block)
+            return lax.dynamic_update_slice_in_dim(squared, jnp.minimum(before, least), start, 0)
 
-        least = lax.map(of_block, in_blocks).reshape(-1)[:count]
-        return jnp.minimum(state.squared, jnp.maximum(least, 0))
+        return lax.fori_loop(0, (count + block - 1) // block, of_block, state.squared)
 
     def select(state: State) -> State:
         """Select from the pool of the farthest points until one outside could be farther."""
         squared = renewed(state)
         bounds, pooled = lax.top_k(squared, pool)
-        beyond = bounds[-1] if pool < count else jnp.asarray(SELECTED)
-        members = points[pooled]
+        beyond = bounds[-1] if pool < length else jnp.asarray(SELECTED)
+        members = points[pooled] - middle
+        norms = (members**2).sum(1)
 
-        def more(carry: tuple[State, Float[Array, "M"], Int[Array, ""]]) -> Bool[Array, ""]:
+        def goes_on(carry: tuple[State, Float[Array, "M"], Int[Array, ""]]) -> Bool[Array, ""]:
             state, bounds, found = carry
             return (bounds.max() >= beyond) & (bounds.max() > 0) & (found < batch) & (state.number < wanted)
 
@@ -94,20 +96,20 @@ def greedy_coreset(
         ) -> tuple[State, Float[Array, "M"], Int[Array, ""]]:
             state, bounds, found = carry
             best = bounds.argmax()
-            bounds = jnp.minimum(bounds, ((members - members[best]) ** 2).sum(1)).at[best].set(SELECTED)
+            to_best = norms - 2 * members @ members[best] + norms[best]
+            bounds = jnp.minimum(bounds, jnp.maximum(to_best, 0)).at[best].set(SELECTED)
             chosen = state.chosen.at[state.number].set(pooled[best])
             return state._replace(chosen=chosen, number=state.number + 1), bounds, found + 1
 
         before = state.number
-        state, bounds, _ = lax.while_loop(more, take, (state, bounds, jnp.int32(0)))
+        state, bounds, _ = lax.while_loop(goes_on, take, (state, bounds, jnp.int32(0)))
         return state._replace(known=before, squared=squared.at[pooled].set(bounds))
 
-    first = usable.argmax()
     start = State(
-        jnp.full(size, first, jnp.int32),
+        jnp.zeros(size, jnp.int32),
         jnp.int32(1),
         jnp.int32(0),
-        jnp.where(usable, jnp.inf, SELECTED).at[first].set(SELECTED),
+        jnp.where(exists, jnp.inf, SELECTED).at[0].set(SELECTED),
     )
 
     def unfinished(state: State) -> Bool[Array, ""]:

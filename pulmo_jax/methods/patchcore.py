@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
 from pulmo_jax.core.coreset import greedy_coreset
-from pulmo_jax.core.neighbours import nearest
+from pulmo_jax.core.neighbours import nearest, nearest_one
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.score_maps import Extent
 from pulmo_jax.methods.windows import SEED, OfWindows, exact_products
@@ -147,10 +147,9 @@ class PatchCore(OfWindows):
 
         def of_place(collected: Bank) -> Bank:
             kept = jnp.minimum(collected.seen, self.capacity)
-            usable = jnp.arange(self.capacity) < kept
             wanted = jnp.maximum(jnp.ceil(self.bank_fraction * kept).astype(jnp.int32), self.neighbours)
             points = collected.vectors @ directions if self.projected < self.dimensions else collected.vectors
-            core = greedy_coreset(points, usable, self.bank_here, wanted)
+            core = greedy_coreset(points, jnp.maximum(kept, 1), self.bank_here, wanted)
             vectors = collected.vectors[core.chosen]
             _, near = nearest(vectors, vectors, jnp.arange(self.bank_here) < core.number, self.neighbours)
             return Bank(vectors, collected.seen, core.number, near, core.radius)
@@ -200,17 +199,17 @@ class PatchCore(OfWindows):
     def weighed(self, queries: Float[Array, "N D"], bank: Bank) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
         """Distances of vectors from the bank of a location, and their weights (equation 7 of the publication)."""
         there = jnp.arange(len(bank.vectors)) < bank.number
-        distance, index = nearest(queries, bank.vectors, there)
+        distance, index = nearest_one(queries, bank.vectors, there)
         if self.neighbours == 1:
-            return distance[:, 0], jnp.ones_like(distance[:, 0])
-        around = bank.neighbours[index[:, 0]]  # N, n; the nearest itself first
+            return distance, jnp.ones_like(distance)
+        around = bank.neighbours[index]  # N, n; the nearest itself first
 
         def to_neighbour(i: Int[Array, ""]) -> Float[Array, "N"]:
             to_it = jnp.sqrt(((queries - bank.vectors[around[:, i]]) ** 2).sum(-1))
             return jnp.where(i < bank.number, to_it, -jnp.inf)
 
         others: Any = lax.map(to_neighbour, jnp.arange(self.neighbours))
-        return distance[:, 0], 1 - jax.nn.softmax(others, axis=0)[0]
+        return distance, 1 - jax.nn.softmax(others, axis=0)[0]
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
         """Compute the re-weighted distance from the bank at every pixel."""
