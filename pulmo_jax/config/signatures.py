@@ -129,9 +129,8 @@ def _parameters(names: Names, name: str) -> list[tuple[str, Parameter]]:
     methods = {part.name: part for part in statement.body if isinstance(part, ast.FunctionDef)}
     if "__init__" in methods:
         return _of_function(methods["__init__"], names)[1:]
-    bases = [base.id for base in statement.bases if isinstance(base, ast.Name) and base.id in names.statements]
-    classes = [base for base in bases if isinstance(names.statements[base], ast.ClassDef)]
-    inherited = [parameter for base in classes for parameter in _parameters(names, base)]
+    bases = [base.id for base in statement.bases if isinstance(base, ast.Name)]
+    inherited = [parameter for base in bases for parameter in _inherited(names, base)]
     fields = [
         (part.target.id, Parameter(evaluated(part.annotation, names), _default(part.value, names)))
         for part in statement.body
@@ -140,6 +139,14 @@ def _parameters(names: Names, name: str) -> list[tuple[str, Parameter]]:
     ]
     is_dataclass = any("dataclass" in ast.unparse(decorator) for decorator in statement.decorator_list)
     return list(dict([*inherited, *(fields if is_dataclass else [])]).items())
+
+
+def _inherited(names: Names, base: str) -> list[tuple[str, Parameter]]:
+    """Parameters of a base class of the same module, or of another module of this package."""
+    statement = names.statements.get(base)
+    if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("pulmo_jax."):
+        return _parameters(Names(statement.module or ""), base)
+    return _parameters(names, base) if isinstance(statement, ast.ClassDef) else []
 
 
 def _of_function(function: ast.FunctionDef, names: Names) -> list[tuple[str, Parameter]]:

@@ -16,7 +16,8 @@ from pulmo_jax.core.contrast import blurred, zscore
 from pulmo_jax.methods.autoencoder import Autoencoder
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.classes import Batch
-from pulmo_jax.methods.patch_gaussian import Locations, PatchGaussian
+from pulmo_jax.methods.patch_gaussian import PatchGaussian
+from pulmo_jax.methods.windows import Locations
 from pulmo_jax.models.autoencoder import ConvAutoencoder
 from pulmo_jax.models.identity import Identity
 from pulmo_jax.types import InputError

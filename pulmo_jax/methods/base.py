@@ -161,6 +161,22 @@ class Accumulated(Protocol):
 
 
 @runtime_checkable
+class Condensed(Accumulated, Protocol):
+    """An `Accumulated` method that replaces what it has accumulated once, after the last batch, before it is stored."""
+
+    def condense(self, params: Params) -> Params:
+        """Compute what is stored.
+
+        Args:
+            params: Accumulated from all patches.
+
+        Returns:
+            Parameters of the same structure, possibly with other shapes.
+        """
+        ...
+
+
+@runtime_checkable
 class Detailed(Protocol):
     """A `Method` with further maps besides the score, which prediction writes under their names."""
 

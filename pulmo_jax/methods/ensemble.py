@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from pulmo_jax.methods.base import Detailed, Iterative, Method, Params, Tuned
-from pulmo_jax.methods.patch_gaussian import PatchGaussian
 from pulmo_jax.methods.score_maps import Extent
+from pulmo_jax.methods.windows import OfWindows
 
 SPREAD = "spread"
 
@@ -127,7 +127,7 @@ def calls_per_tile(method: Method) -> int | None:
     if isinstance(method, Ensemble):
         one = calls_per_tile(method.member)
         return None if one is None else method.count * one
-    if isinstance(method, PatchGaussian) and method.base is not None:
+    if isinstance(method, OfWindows) and method.base is not None:
         return calls_per_tile(method.base)
     return method.network_calls if isinstance(method, Iterative) else None
 

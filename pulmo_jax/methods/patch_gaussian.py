@@ -9,10 +9,8 @@ can be merged across machines. Departures from PaDiM: analytic shrinkage of the 
 a factorisation instead of an inverse, and a network trained on the same images.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, wraps
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,37 +20,16 @@ from pydantic import Field
 
 from pulmo_jax.core import covariance, likelihood, patches
 from pulmo_jax.core.covariance import Moments
-from pulmo_jax.methods.base import HasFeatureMaps, Method, Params
-from pulmo_jax.methods.networks import initial_params, with_params
-from pulmo_jax.methods.score_maps import (
-    Extent,
-    eroded,
-    smooth_within,
-    smoothing_radius,
-)
-from pulmo_jax.types import ImageStatistic, InputError
+from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.score_maps import Extent
+from pulmo_jax.methods.windows import OfWindows, exact_products, spread
+from pulmo_jax.types import InputError
 
-What = Literal["features", "residual"]
-Locations = Literal["pooled", "each"]
 Score = Literal["mahalanobis", "matched"]
 Polarity = Literal["both", "bright", "dark"]
 ShrinkageName = Literal["paco", "oas", "fixed"]  # estimators that need only the covariance and the sample count
 LOCATIONS_AT_ONCE = 64
-PART_INSIDE = 1e-6  # weight of a window that is partly background, relative to a complete one
 SIGNED = {"both": jnp.abs, "bright": jnp.positive, "dark": jnp.negative}  # detection statistic from the SNR
-SEED = 0  # random seed of the feature selection
-
-
-@runtime_checkable
-class FeatureNetwork(Protocol):
-    """A network that exposes square feature maps of its layers, whose side lengths divide that of the patch."""
-
-    patch_size: int
-    channels: int
-
-    def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B h w F"]]:
-        """Compute the feature maps of patches, one array per layer."""
-        ...
 
 
 class Gaussian(NamedTuple):
@@ -75,53 +52,16 @@ class Gaussian(NamedTuple):
     singular: Bool[Array, "*N"]
 
 
-def exact_products(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a function with full-precision matrix products; TF32 on GPUs keeps three digits, too few for a covariance."""
-
-    @wraps(function)
-    def exactly(*arguments: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return function(*arguments)
-
-    return exactly
-
-
 @dataclass(frozen=True)
-class PatchGaussian:
+class PatchGaussian(OfWindows):
     """Gaussian model of pixels, features or residuals; implements methods.base.Method, Accumulated, Detailed.
 
-    Attributes:
-        network: Model of the pixels. In runs of older versions, the network of the base run.
-        base: Method of the base run, whose features or residual are modelled; None: those of `network`.
+    See `OfWindows` for the vectors.
     """
 
-    BASE: ClassVar[type] = Method
-    BASE_NAMES: ClassVar[tuple[str, ...]] = ()
-
-    network: Any  # a FeatureNetwork, such as models.identity.Identity
-    base: Method | None = None
-    base_run: Annotated[str | None, Field(description="run whose network, patch size and normalisation are used")] = (
-        None
-    )
     merge_runs: Annotated[
         tuple[str, ...], Field(description="finished runs of the same method whose statistics are merged into this one")
     ] = ()
-    input: Annotated[
-        What,
-        Field(description="network features (pixels with model=identity), or the reconstruction residual"),
-    ] = "features"
-    locations: Annotated[
-        Locations,
-        Field(description="pooled: one Gaussian for all windows; each: one per location (aligned images)"),
-    ] = "pooled"
-    window_px: Annotated[int, Field(ge=1, description="side length of the windows, px of the feature maps")] = 8
-    stride_px: Annotated[
-        int | None,
-        Field(ge=1, description="spacing of the windows, px of the feature maps; null: 4, or 1 with score=matched"),
-    ] = None
-    n_features: Annotated[int | None, Field(ge=1, description="number of features, selected at random; null: all")] = (
-        100
-    )
     shrinkage: Annotated[ShrinkageName, Field(description="estimator of the weight of the diagonal (shrinkage)")] = (
         "paco"
     )
@@ -137,29 +77,12 @@ class PatchGaussian:
         Field(min_length=1, max_length=32, description="sigmas of the blobs for score=matched, px"),
     ] = (1.0, 1.5, 2.0)
     polarity: Annotated[Polarity, Field(description="detect bright blobs, dark blobs, or both")] = "both"
-    smooth_px: Annotated[
-        float | None,
-        Field(ge=0, le=100, description="sigma of the smoothing of the score, px; null: 2, or 0 with score=matched"),
-    ] = None
-    image_statistic: ImageStatistic = "combined"
-    memory_mb: Annotated[int, Field(ge=1, description="memory for fitting, in addition to the fitted model, MiB")] = 256
 
     def __post_init__(self) -> None:
-        if self.base is not None and self.input == "features" and not has_features(self.base):
-            raise InputError(
-                f"method.input=features: the method {type(self.base).__name__} of method.base_run has no feature maps; "
-                "give method.input=residual, or the run of an autoencoder"
-            )
-        if not isinstance(self.network, FeatureNetwork):
-            raise InputError(f"method: the model {type(self.network).__name__} has no feature_maps; use another model")
+        super().__post_init__()
         if (self.shrinkage == "fixed") != (self.rho is not None):
             raise InputError(
                 f"method.rho={self.rho} with method.shrinkage={self.shrinkage}: fixed needs a rho, others none"
-            )
-        if self.window_px > self.map_side:
-            raise InputError(
-                f"method.window_px={self.window_px}: the maps of patches of {self.network.patch_size} px have "
-                f"{self.map_side} px; give a smaller window"
             )
         if self.score == "matched" and self.cell_px > 1:
             raise InputError("method.score=matched needs pixels or a residual, not features")
@@ -168,48 +91,6 @@ class PatchGaussian:
                 f"method.blob_sigmas_px={list(self.blob_sigmas_px)}: a blob must fit into its window of "
                 f"{self.window_px} px, sigma at most a third of it"
             )
-
-    @cached_property
-    def map_shapes(self) -> list[tuple[int, int, int]]:
-        """Shapes (h, w, F) of the feature or residual maps, one per layer."""
-        size, channels = self.network.patch_size, self.network.channels
-        if self.input == "residual":
-            return [(size, size, channels)]
-        patch = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
-        maps = jax.eval_shape(lambda x: self._layers(self._start(), x), patch)
-        return [tuple(m.shape[1:]) for m in maps]
-
-    def _start(self) -> Params:
-        """Initial parameters of the network and, with a base run, of its method."""
-        network = {"network": initial_params(self.network)}
-        return network if self.base is None else network | {"base": self.base.init()}
-
-    def _layers(self, params: Params, x: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
-        """Feature maps of the base or, without one, of the network."""
-        if isinstance(self.base, HasFeatureMaps):
-            return self.base.feature_maps(params["base"], x)
-        return self._network(params).feature_maps(x)
-
-    def _network(self, params: Params) -> Any:
-        """The network with its parameters."""
-        return with_params(self.network, params["network"])
-
-    @property
-    def map_side(self) -> int:
-        return self.map_shapes[0][0]
-
-    @property
-    def cell_px(self) -> int:
-        """Side length of a map pixel, px of the patch."""
-        return self.network.patch_size // self.map_side
-
-    @cached_property
-    def chosen(self) -> np.ndarray:
-        """Indices of the selected features among those of all layers, ascending."""
-        total = sum(shape[-1] for shape in self.map_shapes)
-        if self.n_features is None or self.n_features >= total or self.cell_px == 1:
-            return np.arange(total)
-        return np.sort(np.random.default_rng(SEED).choice(total, self.n_features, replace=False))
 
     @property
     def stride(self) -> int:
@@ -220,25 +101,6 @@ class PatchGaussian:
     def smoothing(self) -> float:
         """Sigma of the score smoothing, px; 0 by default for a matched filter, since smoothing lowers the peak SNR."""
         return (0.0 if self.score == "matched" else 2.0) if self.smooth_px is None else self.smooth_px
-
-    @property
-    def dimensions(self) -> int:
-        """Number D of dimensions of the modelled vectors."""
-        return self.window_px**2 * len(self.chosen)
-
-    @property
-    def rows(self) -> int:
-        """Number of windows along a side of the patch."""
-        return (self.map_side - self.window_px) // self.stride + 1
-
-    @property
-    def window_side(self) -> int:
-        """Side length of a window, px of the patch."""
-        return self.window_px * self.cell_px
-
-    @property
-    def halo_px(self) -> int:
-        return smoothing_radius(self.smoothing) + self.window_side // 2 + self.stride * self.cell_px + 1
 
     def init(self) -> Params:
         """Return the parameters of network and base, and empty moments."""
@@ -259,10 +121,6 @@ class PatchGaussian:
             at_once = self.memory_mb * 2**20 // (3 * x.dtype.itemsize * d * (d + len(x)))
             moments = covariance.add_samples(params["moments"], *by_place, at_once)
         return {**params, "moments": moments}
-
-    def whole(self, inside: Bool[Array, "B P P"]) -> Bool[Array, "B R S"]:
-        """Find the windows that lie completely in the foreground."""
-        return patches.whole_windows(inside, self.window_side, self.stride * self.cell_px)
 
     @exact_products
     def finish(self, params: Params) -> Params:
@@ -309,16 +167,6 @@ class PatchGaussian:
         log_determinant = jnp.broadcast_to(gaussian.log_determinant.reshape(-1), (self.rows**2,))
         return 0.5 * (distance.mean() + log_determinant.mean()) / d + 0.5 * jnp.log(2 * jnp.pi)
 
-    def vectors(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S D"]:
-        """Extract the modelled vector (pixels, features or residual) of every window."""
-        if self.input == "residual":
-            maps = x - self.reconstruct(params, x)
-        else:
-            layers = self._layers(params, x)
-            maps = jnp.concatenate([enlarge(layer, self.map_side) for layer in layers], axis=-1)
-            maps = maps if len(self.chosen) == maps.shape[-1] else maps[..., self.chosen]
-        return patches.windows(maps, self.window_px, self.stride)
-
     def distances(self, params: Params, x: Float[Array, "B P P C"]) -> Float[Array, "B R S"]:
         """Compute squared Mahalanobis distances of all windows; chi-squared with D degrees of freedom if Gaussian."""
         return (self.whitened(params, x) ** 2).sum(-1)
@@ -332,10 +180,6 @@ class PatchGaussian:
         batch, *grid, d = v.shape
         deviations = v.reshape(batch, -1, d) - gaussian.mean
         return jnp.einsum("bnd,ned->bne", deviations, gaussian.whitener).reshape(batch, *grid, d)
-
-    def reconstruct(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
-        """Reconstruct patches by the base or, without one, by the network."""
-        return self._network(params)(patches) if self.base is None else self.base.reconstruct(params["base"], patches)
 
     def residual(self, params: Params, patches: Float[Array, "B P P C"]) -> Float[Array, "B P P M"]:
         """Compute the squared distance per dimension, about 1 in normal regions, or SNR and amplitude of each blob."""
@@ -377,11 +221,10 @@ class PatchGaussian:
 
     def to_pixels(self, at_windows: Float[Array, "B R S M"]) -> Float[Array, "B P P M"]:
         """Interpolate window values to pixels; a matched filter takes the nearest window, which preserves peaks."""
+        if self.score != "matched":
+            return super().to_pixels(at_windows)
         size, along_side = self.network.patch_size, (self.rows, self.window_side, self.stride * self.cell_px)
-        of_nearest = self.score == "matched"
-        weights = (patches.nearest_weights if of_nearest else patches.interpolation_weights)(*along_side, size)
-        along = jnp.asarray(weights, at_windows.dtype)
-        return jnp.einsum("yr,brsm,xs->byxm", along, at_windows, along)
+        return spread(jnp.asarray(patches.nearest_weights(*along_side, size), at_windows.dtype), at_windows)
 
     def score_map(
         self, residual: Float[Array, "H W M"], foreground: Bool[Array, "H W"], extent: Extent | None = None
@@ -390,27 +233,12 @@ class PatchGaussian:
         score = residual[..., 0]
         if self.score == "matched":
             score = SIGNED[self.polarity](residual[..., : len(self.blob_sigmas_px)]).max(axis=-1)
-        whole = eroded(foreground, self.window_side + self.stride * self.cell_px, extent)
-        weight = jnp.where(whole, 1, PART_INSIDE).astype(score.dtype)
-        both = jnp.stack([jnp.where(jnp.isfinite(score), score, 0) * weight, weight], axis=-1)
-        total, weights = jnp.moveaxis(smooth_within(both, foreground, self.smoothing, extent), -1, 0)
-        return jnp.asarray(jnp.where(foreground, total / jnp.maximum(weights, 1e-12), jnp.nan))
-
-
-def has_features(method: Method) -> bool:
-    """Whether a method and its network have feature maps."""
-    return isinstance(method, HasFeatureMaps) and isinstance(method.network, FeatureNetwork)
+        return self.smoothed(score, foreground, extent)
 
 
 def variances(moments: Moments) -> Float[Array, "*N D"]:
     """Compute the population variance (1/n) of every dimension."""
     return jnp.diagonal(moments.comoment, axis1=-2, axis2=-1) / jnp.maximum(moments.n, 1)[..., None]
-
-
-def enlarge(maps: Float[Array, "B h w F"], side: int) -> Float[Array, "B s s F"]:
-    """Enlarge maps to a side length by repeating pixels."""
-    times = side // maps.shape[1]
-    return maps.repeat(times, axis=1).repeat(times, axis=2) if times > 1 else maps
 
 
 def blobs(side: int, sigmas_px: tuple[float, ...], channels: int) -> Float[np.ndarray, "J D"]:

@@ -1,4 +1,4 @@
-"""Networks for landmarks and for classes on the encoder EfficientNet-Lite0, pretrained or not."""
+"""Networks for landmarks, for classes and for features on the encoder EfficientNet-Lite0, pretrained or not."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from pulmo_jax.models.blocks import Block, Conv, Dtype, Norm
-from pulmo_jax.models.efficientnet_lite import SCALES, EfficientNetLite0, RateDecay, TrainFrom, Weights
+from pulmo_jax.models.efficientnet_lite import COUNT, SCALES, EfficientNetLite0, RateDecay, TrainFrom, Weights
 from pulmo_jax.models.landmark_net import upsample_2x
 
 Width = Annotated[int, Field(ge=8, le=512, multiple_of=8, description="features of the decoder (landmarks)")]
@@ -85,6 +85,76 @@ class EncoderClassifier(nnx.Module):
 
     def __call__(self, images: Float[Array, "B S S C"]) -> Float[Array, "B classes"]:
         return self.logits(self.features(images))
+
+
+class EncoderFeatures(nnx.Module):
+    """Features of an encoder that is not trained; implements methods.windows.FeatureNetwork.
+
+    Args:
+        encoder: Encoder.
+        patch_size: Side of the patches in pixels.
+        channels: Number of channels of the patches.
+        blocks: Numbers of the blocks whose features are used, ascending.
+        dtype: Data type of the computation; parameters are float32.
+
+    Raises:
+        ValueError: If the cells of a block do not divide the patches, or blocks do not ascend.
+    """
+
+    def __init__(
+        self, encoder: EfficientNetLite0, patch_size: int, channels: int, blocks: tuple[int, ...], dtype: Dtype
+    ):
+        if list(blocks) != sorted(set(blocks)):
+            raise ValueError(f"model.blocks={list(blocks)}: give each block once, in ascending order")
+        coarsest = next(stride for tap, stride in zip(SCALES, encoder.strides, strict=True) if blocks[-1] <= tap)
+        if patch_size % coarsest:
+            raise ValueError(
+                f"data.patch_size={patch_size}: the features of block {blocks[-1]} have cells of {coarsest} px; give a "
+                f"multiple of {coarsest}, or model.blocks of a finer resolution"
+            )
+        self.encoder, self.blocks, self.dtype = encoder, blocks, dtype
+        self.patch_size, self.channels = patch_size, channels
+
+    def feature_maps(self, x: Float[Array, "B P P C"]) -> list[Float[Array, "B _ _ _"]]:
+        """Compute the features of the blocks, float32."""
+        found = self.encoder.taps(x.astype(self.dtype), self.blocks)
+        return [features.astype(jnp.float32) for features in found]
+
+    def __call__(self, x: Float[Array, "B P P C"]) -> Float[Array, "B P P C"]:
+        return x
+
+
+BlockNumbers = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=COUNT - 1)], ...],
+    Field(min_length=1, max_length=COUNT, description="blocks of the encoder whose features are used, ascending"),
+]
+
+
+def efficientnet_lite0_features(
+    *,
+    patch_size: int,
+    channels: int,
+    rngs: nnx.Rngs,
+    weights: Weights = "imagenet",
+    blocks: BlockNumbers = (4, 10),
+    dtype: Dtype = "float32",
+) -> EncoderFeatures:
+    """Build the features of EfficientNet-Lite0 for models of the normal.
+
+    Args:
+        patch_size: Side of the patches in pixels, a multiple of the side of the cells: 4 px up to block 2, 8 px up to
+            block 4, 16 px up to block 10, 32 px after it.
+        channels: Number of channels of the images, best normalised to mean 0 and sd 1.
+        rngs: Random streams for the initialisation.
+        weights: Weights of the encoder.
+        blocks: Blocks whose features are used.
+        dtype: Data type of the computation; parameters are float32.
+
+    Returns:
+        The network.
+    """
+    encoder = EfficientNetLite0(channels=channels, rngs=rngs, weights=weights, train_from="none")
+    return EncoderFeatures(encoder, patch_size, channels, blocks, dtype)
 
 
 def efficientnet_lite0(

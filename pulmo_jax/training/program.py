@@ -43,6 +43,34 @@ def temporary_bytes(program: Any) -> int:
     return analysis.temp_size_in_bytes if analysis else 0
 
 
+def ending(
+    compile: Callable[[TrainState, Any], Program], steps: int, end: Callable[[TrainState], TrainState]
+) -> Callable[[TrainState, Any], Program]:
+    """Apply a function to the state after the last step, before it is stored.
+
+    Args:
+        compile: Compiles the step for a state and the description of a batch.
+        steps: Total number of steps.
+        end: The function.
+
+    Returns:
+        Function that compiles such a step.
+    """
+
+    def compiled(state: TrainState, batch: Any) -> Program:
+        program, left = compile(state, batch), steps - int(state.step)
+
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            nonlocal left
+            left -= 1
+            state, metrics = program.step(state, batch)
+            return (state if left else end(state)), metrics
+
+        return Program(step, program.temporary_bytes)
+
+    return compiled
+
+
 def uncompiled(step: Step) -> Callable[[TrainState, Any], Program]:
     """Wrap a step that is not compiled, such as a fit on the host, in the interface of `Learning.compile`."""
     return lambda state, batch: Program(step)

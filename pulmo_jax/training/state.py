@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Key
 
 from pulmo_jax.methods import classes
-from pulmo_jax.methods.base import Accumulated, Method, Params, PartlyFrozen, TracksStatistics
+from pulmo_jax.methods.base import Accumulated, Condensed, Method, Params, PartlyFrozen, TracksStatistics
 from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.methods.located import Trained
 from pulmo_jax.methods.segmenter import Segmenter
@@ -75,6 +75,8 @@ def inference_state(method: Method) -> TrainState:
         The state.
     """
     params = method.init()
+    if isinstance(method, Condensed):
+        params = method.condense(params)
     return TrainState((), params, (), ()) if isinstance(method, Accumulated) else averaged_state(params)
 
 
@@ -193,6 +195,21 @@ def make_pass(
         return state.replace(step=state.step + 1, params=params), {"foreground": inside.mean()}
 
     return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+
+
+def make_condensation(
+    method: Condensed, sharding: jax.sharding.Sharding | None = None
+) -> Callable[[TrainState], TrainState]:
+    """Make the jitted function that condenses what a method has accumulated.
+
+    Args:
+        method: Accumulated method.
+        sharding: Sharding of the new state on several devices.
+
+    Returns:
+        state -> state.
+    """
+    return jax.jit(lambda state: state.replace(params=method.condense(state.params)), out_shardings=sharding)
 
 
 def learnt(method: Method, state: TrainState) -> Params:

@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
+from pulmo_jax.methods.windows import FeatureNetwork
 from pulmo_jax.models.classifier import ClassifierNet
 from pulmo_jax.models.efficientnet_lite import EfficientNetLite0, pretrained_encoder
-from pulmo_jax.models.encoder_networks import efficientnet_lite0
+from pulmo_jax.models.encoder_networks import efficientnet_lite0, efficientnet_lite0_features
 from pulmo_jax.models.on_encoder import name_of
 from pulmo_jax.models.unet import Encoder, UNet
 from pulmo_jax.training.layer_rates import Rated, with_layer_rates
@@ -95,3 +96,25 @@ def test_parameters_have_names():
     names = [name_of(path) for path, _ in jax.tree.flatten_with_path(nnx.state(network(n_classes=2), nnx.Param))[0]]
     assert {"encoder.stem.kernel", "encoder.blocks.1.expand.0.scale", "head.bias"} <= set(names)
     assert len(set(names)) == len(names)
+
+
+def test_features_are_those_of_the_encoder_and_are_not_trained():
+    model = efficientnet_lite0_features(patch_size=64, channels=2, rngs=nnx.Rngs(0), weights=None, blocks=(2, 10))
+    assert isinstance(model, FeatureNetwork)
+    for found, expected in zip(model.feature_maps(IMAGES), model.encoder.taps(IMAGES, (2, 10)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert model.encoder.first_trained == 16
+    np.testing.assert_array_equal(model(IMAGES), IMAGES)
+
+
+def test_cells_that_do_not_divide_the_patches_are_refused():
+    def of(patch_size, blocks):
+        return efficientnet_lite0_features(
+            patch_size=patch_size, channels=1, rngs=nnx.Rngs(0), weights=None, blocks=blocks
+        )
+
+    assert of(48, (4, 10)).patch_size == 48
+    with pytest.raises(ValueError, match="features of block 11 have cells of 32 px; give a multiple of 32"):
+        of(48, (4, 11))
+    with pytest.raises(ValueError, match=r"model.blocks=\[4, 2\]: give each block once, in ascending order"):
+        of(64, (4, 2))

@@ -243,8 +243,15 @@ SECTIONS: Mapping[str, type[Section]] = {
 CHOICES: Mapping[str, Sequence[str]] = {
     "method": (
         *("autoencoder", "uncertain_autoencoder", "variational_autoencoder", "vq_autoencoder", "tokens", "diffusion"),
-        "patch_gaussian",
+        *("patch_gaussian", "patchcore"),
     ),
     "method.loss": ("l2", "l1", "ssim", "ms_ssim"),
-    "model": ("conv_autoencoder", "image_unet", "vq_autoencoder", "token_transformer", "identity"),
+    "model": (
+        "conv_autoencoder",
+        "image_unet",
+        "vq_autoencoder",
+        "token_transformer",
+        "identity",
+        "efficientnet_lite0_features",
+    ),
 }

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from pulmo_jax.host.reading import read_json
 from pulmo_jax.methods.base import Accumulated, Method, NeedsBase, Params
 from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
+from pulmo_jax.methods.windows import OfWindows
+from pulmo_jax.models.on_encoder import OnEncoder
 from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
 from pulmo_jax.runs.older import naming_version
 from pulmo_jax.tasks.anomalies.building import parts_of
@@ -26,11 +29,13 @@ from pulmo_jax.types import InputError
 
 IDENTITY = {"_target_": "pulmo_jax.models.identity.Identity"}  # model of a method that uses that of the base run
 
+FEATURES = {"efficientnet_lite0": "pulmo_jax.models.encoder_networks.efficientnet_lite0_features"}
+
 # Fields of the preprocessing that determine the values in the foreground.
 SCALE = ("channels", "dtype", "patch_size", "resize", "offset", "scale", "clip")
 
 # Fields of the method that determine its statistics.
-COUNTED = ("input", "locations", "window_px", "stride", "n_features")
+COUNTED = ("input", "locations", "window_px", "stride", "pool_px", "n_features")
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,34 @@ def with_base(config: TrainConfig) -> TrainConfig:
     )
 
 
+def with_features(config: TrainConfig) -> TrainConfig:
+    """Put the network that method.features names in the place of the base run or of the model.
+
+    Args:
+        config: Config of the new run.
+
+    Returns:
+        The config, in which method.features is null or the name of the pretrained network of the model.
+
+    Raises:
+        InputError: If it names a pretrained network and the model is another one, or two runs are named.
+    """
+    name, before = config.method.get("features"), config.method.get("base_run")
+    if name is None:
+        return config
+    if name not in FEATURES:
+        if before is not None:
+            raise InputError(
+                f"method.features={name} and method.base_run={before} name two runs; leave one of them out"
+            )
+        return config.model_copy(update={"method": {**config.method, "features": None, "base_run": name}})
+    if before is not None:
+        raise InputError(f"method.base_run={before} with method.features={name}; give method.features=null as well")
+    if config.model is None or config.model["_target_"] != FEATURES[name]:
+        raise InputError(f"method.features={name} needs its network; give model={name}_features")
+    return config
+
+
 def is_accumulated(config: TrainConfig) -> bool:
     """Whether the method reads each patch once, in a single pass, and trains no network."""
     target = find_target(config.method, "method", config.plugins)
@@ -173,9 +206,9 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
     if base is not None:
         require_unseen(data, base)
         fresh = with_base_params(fresh, base.params)
-    if not isinstance(method, PatchGaussian):
+    if not isinstance(method, OfWindows):
         return fresh
-    if base is None and jax.tree.leaves(fresh.params["network"]):
+    if base is None and jax.tree.leaves(fresh.params["network"]) and not begins_pretrained(method.network):
         raise InputError(
             "method.base_run is null, and the model's parameters are random; give method.base_run=RUN, the run "
             "directory of a trained autoencoder, or model=identity for the pixels themselves"
@@ -186,11 +219,18 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
             "the run directory of a trained autoencoder, or method.input=features for the pixels themselves"
         )
     require_fit_windows(method, data)
+    if not isinstance(method, PatchGaussian):
+        return fresh
     once = {data_root(data.training).resolve(): {ref.title for ref in data.training.images}}
     for name in method.merge_runs:
         require_new(Path(name).absolute(), once)
         fresh = fresh.replace(params=merged(fresh.params, counted(Path(name), fresh.params, method, data)))
     return fresh
+
+
+def begins_pretrained(network: Any) -> bool:
+    """Whether a network has an encoder with pretrained weights."""
+    return isinstance(network, OnEncoder) and network.encoder.weights is not None
 
 
 def with_base_params(fresh: TrainState, base: Params) -> TrainState:
@@ -210,7 +250,7 @@ def with_base_params(fresh: TrainState, base: Params) -> TrainState:
     return fresh.replace(params=filled(fresh.params), ema=filled(fresh.ema) if fresh.ema else fresh.ema)
 
 
-def require_fit_windows(method: PatchGaussian, data: NormalData) -> None:
+def require_fit_windows(method: OfWindows, data: NormalData) -> None:
     """Check that at least one image is as large as a window.
 
     Args:

@@ -23,13 +23,14 @@ from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.normal_level import normal_level
-from pulmo_jax.methods.base import Accumulated, Method, ShapesNetwork
+from pulmo_jax.methods.base import Accumulated, Condensed, Method, ShapesNetwork
 from pulmo_jax.methods.ensemble import tuned
 from pulmo_jax.runs.directory import build_optimizer, load_config
 from pulmo_jax.runs.paths import check_paths
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
 from pulmo_jax.runs.training import Learned, Learning
+from pulmo_jax.runs.weights import cite_weights, start_pretrained
 from pulmo_jax.tasks.anomalies.aligning import align_data, open_frame
 from pulmo_jax.tasks.anomalies.assessment import assess_training, labelled_images
 from pulmo_jax.tasks.anomalies.building import build_method
@@ -51,11 +52,18 @@ from pulmo_jax.tasks.anomalies.monitoring import (
     require_scoring_memory,
     scoring_cost,
 )
-from pulmo_jax.tasks.anomalies.pretrained import Pretrained, is_accumulated, open_base, start_from, with_base
+from pulmo_jax.tasks.anomalies.pretrained import (
+    Pretrained,
+    is_accumulated,
+    open_base,
+    start_from,
+    with_base,
+    with_features,
+)
 from pulmo_jax.tasks.anomalies.run import Run, make_scorer
 from pulmo_jax.training import devices
-from pulmo_jax.training.program import compile_step
-from pulmo_jax.training.state import init_state, learnt, make_pass, make_step
+from pulmo_jax.training.program import compile_step, ending
+from pulmo_jax.training.state import init_state, learnt, make_condensation, make_pass, make_step
 from pulmo_jax.types import InputError
 
 LEVEL_IMAGES = 512  # training images that determine the normal level of a location
@@ -123,7 +131,8 @@ def prepare(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
         InputError: If folders are missing, or the base run is not a finished run.
     """
     config, citation = with_images(config, place)
-    return with_base(config), citation
+    config = with_base(with_features(config))
+    return config, cite_weights(config.model, config.data.cache, citation, place)
 
 
 def with_images(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
@@ -208,11 +217,15 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
     else:
         step = make_step(method, optimizer, trainer.ema_decay, config.seed, everywhere)
         batches = shuffled(config, normal, read_patches)
+    compile = partial(compile_step, step)
+    if isinstance(method, Condensed):
+        compile = ending(compile, len(batches), make_condensation(method, everywhere))
+    state = start_from(init_state(method, optimizer), method, normal, data.base)
     patches = validation_patches(config, normal, data.reader)
     require_scoring_memory(method, normal.how, config.tiles.batch_size)
     return Learning(
-        state=start_from(init_state(method, optimizer), method, normal, data.base),
-        compile=partial(compile_step, step),
+        state=start_pretrained(state, method, config.data.cache, place),
+        compile=compile,
         batch=describe_batch(trainer.batch_size, normal.how, once),
         batches=batches,
         steps=len(batches) if once else trainer.steps,
@@ -226,6 +239,7 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
         reading={"threads": config.data.threads, "prefetch": config.data.prefetch, "workers": config.data.workers},
         mesh=mesh,
         draw=reconstructions(method, evenly_spaced(patches, EXAMPLE_PATCHES)),
+        as_written=isinstance(method, Condensed),
     )
 
 
