@@ -184,8 +184,8 @@ def table(facts: dict[str, Any]) -> str:
         f"\nThe distances of all vectors from all of the bank are {facts['products_gflop']:.0f} GFLOP,",
         f"{rate:.0f} GFLOP/s in pulmo_jax; a product of two 1024 x 1024 matrices reaches {limit:.0f}. Its largest",
         f"memory was {ours['peak_mib']} MiB with images and network; `method.memory_mb={facts['memory_mb']}` bounds",
-        f"vectors, projection and bank. The time of the other banks follows from {STEPS} steps of their loops; the score of",
-        "NumPy is without re-weighting.",
+        f"vectors, projection and bank. The time of the other banks follows from {STEPS} steps of their loops; the",
+        "score of NumPy is without re-weighting.",
     )
     return "\n".join(text) + "\n"
 
