@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from pulmo_jax.models.blocks import Block, Conv, Dtype, Norm
-from pulmo_jax.models.efficientnet_lite import COUNT, SCALES, EfficientNetLite0, RateDecay, TrainFrom, Weights
+from pulmo_jax.models.efficientnet_lite import SCALES, EfficientNetLite0, RateDecay, TrainFrom, Weights
 from pulmo_jax.models.landmark_net import upsample_2x
 
 Width = Annotated[int, Field(ge=8, le=512, multiple_of=8, description="features of the decoder (landmarks)")]
@@ -125,8 +125,8 @@ class EncoderFeatures(nnx.Module):
 
 
 BlockNumbers = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=COUNT - 1)], ...],
-    Field(min_length=1, max_length=COUNT, description="blocks of the encoder whose features are used, ascending"),
+    tuple[Annotated[int, Field(ge=0, le=15)], ...],
+    Field(min_length=1, max_length=16, description="blocks of the encoder whose features are used, ascending"),
 ]
 
 

@@ -49,8 +49,8 @@ def check_weights(model: Mapping[str, Any] | None, cache: Path | None, console: 
     Raises:
         InputError: If they cannot be downloaded or read, or do not fit.
     """
-    model = model or {}
-    weights = model.get(ENCODER, model).get("weights")
+    node = (model or {}).get(ENCODER, model or {})
+    weights = node.get("weights") if str(node.get("_target_")).startswith("pulmo_jax.models.") else None
     path = weights_file(weights, cache, console)
     if path is None:
         return ""

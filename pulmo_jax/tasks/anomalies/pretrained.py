@@ -19,6 +19,7 @@ from pulmo_jax.methods.windows import OfWindows
 from pulmo_jax.models.on_encoder import OnEncoder
 from pulmo_jax.runs.directory import digest_of_run, load_config, sealed_step
 from pulmo_jax.runs.older import naming_version
+from pulmo_jax.runs.paths import check_paths, runs_at_home
 from pulmo_jax.tasks.anomalies.building import parts_of
 from pulmo_jax.tasks.anomalies.calibrated import load_tuned, with_tuned
 from pulmo_jax.tasks.anomalies.config import DataConfig, TrainConfig
@@ -142,7 +143,10 @@ def with_features(config: TrainConfig) -> TrainConfig:
             raise InputError(
                 f"method.features={name} and method.base_run={before} name two runs; leave one of them out"
             )
-        return config.model_copy(update={"method": {**config.method, "features": None, "base_run": name}})
+        method = runs_at_home({**config.method, "features": None, "base_run": name})
+        config = config.model_copy(update={"method": method})
+        check_paths(config)
+        return config
     if before is not None:
         raise InputError(f"method.base_run={before} with method.features={name}; give method.features=null as well")
     if config.model is None or config.model["_target_"] != FEATURES[name]:
