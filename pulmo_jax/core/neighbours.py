@@ -26,11 +26,7 @@ def nearest_one(
     Returns:
         Distances, and indices into the bank.
     """
-    middle = jnp.where(usable[:, None], bank, 0).sum(0) / jnp.maximum(usable.sum(), 1)  # small norms: small errors
-    block = -(-min(BLOCK, len(bank)) // GROUP) * GROUP
-    padding = -len(bank) % block
-    parts = jnp.pad(bank - middle, ((0, padding), (0, 0))).reshape(-1, block, bank.shape[1])
-    outside = jnp.where(jnp.pad(usable, (0, padding)), 0, jnp.inf).reshape(-1, block)
+    middle, parts, outside = in_blocks(bank, usable, -(-min(BLOCK, len(bank)) // GROUP) * GROUP)
     turned = (queries - middle).T
 
     def of_block(part: tuple[Array, Array]) -> Float[Array, "g N"]:
@@ -63,12 +59,8 @@ def nearest(
         Distances, in ascending order, infinite beyond the usable points; and indices into the bank.
     """
     block = max(count, min(BLOCK, len(bank)))
-    blocks = -(-len(bank) // block)
-    padding = blocks * block - len(bank)
-    middle = jnp.where(usable[:, None], bank, 0).sum(0) / jnp.maximum(usable.sum(), 1)  # small norms: small errors
+    middle, parts, outside = in_blocks(bank, usable, block)
     from_middle = queries - middle
-    parts = jnp.pad(bank - middle, ((0, padding), (0, 0))).reshape(blocks, block, -1)
-    outside = jnp.where(jnp.pad(usable, (0, padding)), 0, jnp.inf).reshape(blocks, block)
 
     def look(found: tuple[Array, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         points, missing, start = part
@@ -79,6 +71,26 @@ def nearest(
         return (-negative, jnp.take_along_axis(places, best, 1)), None
 
     start = jnp.full((len(queries), count), jnp.inf, queries.dtype), jnp.zeros((len(queries), count), jnp.int32)
-    (squared, index), _ = lax.scan(look, start, (parts, outside, jnp.arange(blocks, dtype=jnp.int32) * block))
+    (squared, index), _ = lax.scan(look, start, (parts, outside, jnp.arange(len(parts), dtype=jnp.int32) * block))
     exact = jnp.sqrt(((queries[:, None] - bank[index]) ** 2).sum(-1))  # products alone lose small distances
     return jnp.where(jnp.isinf(squared), jnp.inf, exact), index
+
+
+def in_blocks(
+    bank: Float[Array, "K D"], usable: Bool[Array, "K"], block: int
+) -> tuple[Float[Array, "D"], Float[Array, "b B D"], Float[Array, "b B"]]:
+    """Divide a bank into blocks of points relative to their mean, whose small norms keep rounding errors small.
+
+    Args:
+        bank: Points.
+        usable: Points of the bank that exist.
+        block: Number B of points in a block.
+
+    Returns:
+        Mean of the usable points; deviations from it, padded to whole blocks; and 0 for usable points, infinity for
+        others.
+    """
+    middle = jnp.where(usable[:, None], bank, 0).sum(0) / jnp.maximum(usable.sum(), 1)
+    padding = -len(bank) % block
+    parts = jnp.pad(bank - middle, ((0, padding), (0, 0))).reshape(-1, block, bank.shape[1])
+    return middle, parts, jnp.where(jnp.pad(usable, (0, padding)), 0, jnp.inf).reshape(-1, block)

@@ -59,6 +59,14 @@ class PatchGaussian(OfWindows):
     See `OfWindows` for the vectors.
     """
 
+    stride_px: Annotated[
+        int | None,
+        Field(ge=1, description="spacing of the windows, px of the feature maps; null: 4, or 1 with score=matched"),
+    ] = None
+    smooth_px: Annotated[
+        float | None,
+        Field(ge=0, le=100, description="sigma of the smoothing of the score, px; null: 2, or 0 with score=matched"),
+    ] = None
     merge_runs: Annotated[
         tuple[str, ...], Field(description="finished runs of the same method whose statistics are merged into this one")
     ] = ()

@@ -1,5 +1,6 @@
 """Vectors of the windows of an image: pixels, features of a network, or the residual of another method."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -47,7 +48,7 @@ def exact_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class OfWindows:
+class OfWindows(ABC):
     """A method that models the vectors of windows; the fields and functions that all of them share.
 
     Attributes:
@@ -76,20 +77,12 @@ class OfWindows:
         Field(description="pooled: one model of all windows; each: one per location (aligned images)"),
     ] = "pooled"
     window_px: Annotated[int, Field(ge=1, description="side length of the windows, px of the feature maps")] = 8
-    stride_px: Annotated[
-        int | None,
-        Field(ge=1, description="spacing of the windows, px of the feature maps; null: 4, or 1 with score=matched"),
-    ] = None
     pool_px: Annotated[
         int, Field(ge=1, le=15, description="side length of the mean of each feature over its neighbours, odd")
     ] = 1
     n_features: Annotated[int | None, Field(ge=1, description="number of features, selected at random; null: all")] = (
         100
     )
-    smooth_px: Annotated[
-        float | None,
-        Field(ge=0, le=100, description="sigma of the smoothing of the score, px; null: 2, or 0 with score=matched"),
-    ] = None
     image_statistic: ImageStatistic = "combined"
     memory_mb: Annotated[int, Field(ge=1, description="memory for fitting, in addition to the fitted model, MiB")] = 256
 
@@ -157,14 +150,14 @@ class OfWindows:
         return np.sort(np.random.default_rng(SEED).choice(total, self.n_features, replace=False))
 
     @property
+    @abstractmethod
     def stride(self) -> int:
         """Spacing of the windows, px of the maps."""
-        return self.stride_px or 4
 
     @property
+    @abstractmethod
     def smoothing(self) -> float:
         """Sigma of the score smoothing, px."""
-        return 2.0 if self.smooth_px is None else self.smooth_px
 
     @property
     def dimensions(self) -> int:

@@ -135,8 +135,9 @@ def with_features(config: TrainConfig) -> TrainConfig:
     Raises:
         InputError: If it names a pretrained network and the model is another one, or two runs are named.
     """
+    target = find_target(config.method, "method", config.plugins)
     name, before = config.method.get("features"), config.method.get("base_run")
-    if name is None:
+    if name is None or not (isinstance(target, type) and issubclass(target, OfWindows)):
         return config
     if name not in FEATURES:
         if before is not None:

@@ -38,7 +38,7 @@ def test_the_bank_alone_is_stored(bank):
     assert score.max() > score.min() > 0
 
 
-def test_a_finished_training_is_resumed_to_the_same_bank(go, bank, tmp_path):
+def test_a_finished_training_is_resumed_to_the_same_bank(go, bank):
     before = load_run(bank)[3]
     go(bank, *PIXELS, "resume=true")
     jax.tree.map(np.testing.assert_array_equal, load_run(bank)[3].params, before.params)
@@ -51,7 +51,7 @@ def test_the_bank_does_not_depend_on_the_size_of_the_batches(go, bank, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["patch_gaussian", "patchcore"])
-def test_pretrained_features_are_modelled_and_their_source_is_cited(go, weights, tmp_path, method):
+def test_features_of_weights_in_a_file_are_modelled(go, weights, tmp_path, method):
     go(tmp_path / "run", f"method={method}", "data.patch_size=32", "model.blocks=[2,4]", *weights)
     run = open_run(tmp_path / "run")
     assert np.isfinite(run.scorer(IMAGE)).all()
