@@ -35,6 +35,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_several_batched_factorisations_in_one_program_come_to_an_end():
     try:
         done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=600)

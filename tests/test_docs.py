@@ -214,6 +214,7 @@ def test_the_configuration_page_lists_every_choice(group):
 # --- Python
 
 
+@pytest.mark.slow
 def test_a_stack_is_searched_from_python(tmp_path, monkeypatch, capsys):
     stack = rotating_stack(seed=0, frames=24, size=48, planets=((40.0, 31.0, 900.0),)).stack
     for name, array in {"cube": stack.cube, "angles": stack.angles_deg, "psf": stack.psf}.items():
@@ -235,6 +236,7 @@ def statements(code: str) -> int:
     return len([line for line in code.splitlines() if line and not line.startswith(("from", "import"))])
 
 
+@pytest.mark.slow
 def test_a_gaussian_of_patches_is_fitted_without_a_run():
     rng = np.random.default_rng(0)
     normals = rng.normal(0.5, 0.1, (8, 64, 64, 1)).astype(np.float32)
@@ -263,6 +265,7 @@ def test_landmarks_are_found_without_a_run():
     assert errors.mean() < np.linalg.norm(points[32:] - points[:32].mean(0), axis=-1).mean() / 2
 
 
+@pytest.mark.slow
 def test_a_stack_is_mapped_without_a_run(capsys):
     stack = rotating_stack(seed=0, frames=16, size=40, planets=()).stack
     code = example("likelihood_maps")

@@ -86,6 +86,16 @@ class SampleConfig(Section):
     sources: dict[str, Node] = Field(default={}, description="nodes of your own image formats; sources=NAME chooses")
 
 
+class ExportConfig(Section):
+    """python -m pulmo_jax.export"""
+
+    run: RunFolder = Field(description="directory of a finished training run")
+    output: PathLike | None = Field(default=None, description="file to write; null: NAME_OF_RUN.safetensors")
+    format: Literal["safetensors"] = Field(default="safetensors", description="format of the file")
+    overwrite: Bool = Field(default=False, description="replace a file that exists")
+    plugins: tuple[str, ...] = Field(default=(), description="your packages that the run's _target_ nodes may import")
+
+
 def several(runs: tuple[Path, ...]) -> tuple[Path, ...]:
     """Check that there are two runs or more. Raises ValueError."""
     if len(runs) < 2:

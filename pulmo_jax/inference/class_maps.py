@@ -6,7 +6,7 @@ Each network is a call of one compiled program: any subset of the networks needs
 U-Nets take a fifth less CPU time than in one vectorised program, whose convolutions are grouped.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from pulmo_jax.inference.strips import Constants, constants_of, cut_batches, eve
 from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.segmenter import Segmenter
+from pulmo_jax.training.members import unstacked
 
 Flips = Literal["none", "horizontal", "both"]
 FLIPPED_AXES: dict[Flips, tuple[tuple[int, ...], ...]] = {
@@ -394,12 +395,6 @@ def unscaled(how: Preprocessing) -> Preprocessing:
     same = {"offset": 0.0, "scale": 1.0, "fill": np.nan}
     bands = {name: (value,) * how.channels for name, value in same.items()}
     return replace(how, **bands, clip=(-np.inf, np.inf))  # pyright: ignore[reportArgumentType]
-
-
-def unstacked(chunk: Params) -> Iterable[Params]:
-    """Parameters of each network of a chunk."""
-    count = len(jax.tree.leaves(chunk)[0])
-    return (jax.tree.map(lambda leaf, m=m: leaf[m], chunk) for m in range(count))
 
 
 def everywhere_tree(params: Params) -> Params:

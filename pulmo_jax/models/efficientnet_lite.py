@@ -253,14 +253,14 @@ def relu6(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return jnp.clip(x, 0, 6)
 
 
-def kernel_for_channels(kernel: Float[Array, "h w 3 O"], channels: int) -> Float[Array, "h w C O"]:
-    """Adapt the first kernel, which is for red, green and blue, to images with another number of channels.
+def kernel_for_channels(kernel: Float[Array, "h w c O"], channels: int) -> Float[Array, "h w C O"]:
+    """Adapt the first kernel, such as that for red, green and blue, to images with another number of channels.
 
-    Every channel gets 3 / C of the mean kernel of red, green and blue, so that an image whose channels are equal has
-    the same features whatever their number. The kernel for three channels is unchanged.
+    Every channel gets c / C of the mean kernel of the c channels, so that an image whose channels are equal has the
+    same features whatever their number. The kernel for the same number of channels is unchanged.
 
     Args:
-        kernel: Kernel for red, green and blue.
+        kernel: Kernel for c channels.
         channels: Number C of channels.
 
     Returns:
@@ -270,6 +270,6 @@ def kernel_for_channels(kernel: Float[Array, "h w 3 O"], channels: int) -> Float
         >>> kernel_for_channels(jnp.array([1.0, 2.0, 6.0]).reshape(1, 1, 3, 1), 1).ravel().tolist()
         [9.0]
     """
-    if channels == RGB:
+    if channels == kernel.shape[2]:
         return kernel
     return jnp.repeat(kernel.sum(2, keepdims=True) / channels, channels, axis=2)

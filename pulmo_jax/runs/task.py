@@ -67,6 +67,11 @@ class OpenRun(Protocol):
         """Step of the checkpoint that the calibration belongs to."""
         ...
 
+    @property
+    def weights(self) -> Sequence[Any]:
+        """Parameters of each network, or of the one model that was fitted: trees of arrays."""
+        ...
+
     def predict(self, image: Any) -> Any:
         """Predict one image.
 

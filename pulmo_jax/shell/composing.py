@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from pulmo_jax.config.nodes import GIVEN, HOMES, OFFERED, check_node
 from pulmo_jax.config.section import Node, Section, allowed_keys, unknown_key, validate
-from pulmo_jax.config.verbs import CompareConfig, IngestConfig
+from pulmo_jax.config.verbs import CompareConfig, ExportConfig, IngestConfig
 from pulmo_jax.host.extras import install_command
 from pulmo_jax.host.reading import read_yaml
 from pulmo_jax.runs.paths import check_paths, runs_at_home
@@ -32,8 +32,8 @@ from pulmo_jax.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
 MAX_MESSAGE_LINES = 2
-VERBS = ("train", "predict", "evaluate", "sample", "detect", "compare", "ingest", "prepare")
-WITHOUT_TASK = {"ingest": IngestConfig, "compare": CompareConfig}
+VERBS = ("train", "predict", "evaluate", "sample", "detect", "compare", "ingest", "prepare", "export")
+WITHOUT_TASK = {"ingest": IngestConfig, "compare": CompareConfig, "export": ExportConfig}
 DEFAULT_TASKS = {"train": "anomalies", "detect": "point_sources", "prepare": "point_sources"}  # without an experiment
 PRIMARY_OF_TASK = ("train", "detect")  # verbs whose primary config is that of the task
 GROUPS = ("model", "method", "optimizer", "callbacks", "figures", "sources")  # config groups of nodes
@@ -52,8 +52,8 @@ class Command:
     """A verb and its task.
 
     Attributes:
-        verb: train, predict, evaluate, sample, detect, compare, ingest or prepare.
-        task: The task; None for compare and ingest.
+        verb: train, predict, evaluate, sample, detect, compare, ingest, prepare or export.
+        task: The task; None for compare, ingest and export.
         arguments: Arguments of the command line before composition.
     """
 

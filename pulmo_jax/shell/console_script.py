@@ -18,6 +18,7 @@ VERBS = {
     "detect": "detect point sources in a rotating image stack",
     "compare": "compare runs that were evaluated on the same images",
     "prepare": "repair, recentre and select the frames of a rotating image stack",
+    "export": "write the weights of a run for other programs",
     "ingest": "convert a folder of images to a store",
     "samples": "download the sample CT scan",
 }

@@ -35,7 +35,7 @@ def print_help(command: Command, examples: str) -> None:
     if experiments:
         print(f"\nexperiments: {printable(', '.join(experiments))}")
         print("\n--config-dir DIR  your own experiments and groups     --multirun, -m  a sweep: key=a,b,c")
-    if verb not in ("predict", "prepare", "sample"):
+    if verb not in ("predict", "prepare", "sample", "export"):
         print("hydra.run.dir=DIR  folder for the results")
     print("--hydra-help  Hydra's own options")
 

@@ -24,7 +24,7 @@ def check_place(config: Any, verb: str, hydra_config: DictConfig) -> None:
         InputError: If the folder holds anything else, an input lies in it, or Hydra would write files of its own.
     """
     check_hydra(hydra_config)
-    if verb != "ingest":
+    if verb not in ("ingest", "export"):  # they write one file, which they check themselves
         folder = config.output if verb in ("predict", "prepare", "sample") else Path(hydra_config.run.dir)
         if not (verb == "train" and is_unrecorded(folder)):  # `train` resumes or refuses a run of an older version
             check_output(folder, verb, input_paths(config))

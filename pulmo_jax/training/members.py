@@ -163,3 +163,8 @@ def chunks_of(state: TrainState) -> list[tuple[np.int32, Chunk]]:
 def members_of(chunk: Params) -> int:
     """Number of networks in a chunk."""
     return len(jax.tree.leaves(chunk)[0])
+
+
+def unstacked(chunk: Params) -> list[Params]:
+    """Parameters of each network of a chunk."""
+    return [jax.tree.map(lambda leaf, m=m: leaf[m], chunk) for m in range(members_of(chunk))]

@@ -225,6 +225,7 @@ def summary_of(samples, shrinkage):
     return jnp.log(found.weights)[:9].sum() + jnp.log(jnp.diag(lower)).sum() + lower.sum() + of.mean.sum() + of.rho
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shrinkage", ["oas", *(pytest.param(s, marks=pytest.mark.slow) for s in ("paco", "ledoit_wolf", "fixed"))]
 )

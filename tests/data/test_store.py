@@ -297,6 +297,7 @@ def test_a_log_that_is_cut_off_anywhere_keeps_what_is_whole(tmp_path):
         log.close()
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_old_store_and_a_part_that_is_gone_on_with(tmp_path):
     """SIGKILL at many moments; then the next call completes the store."""
     source = tmp_path / "in"

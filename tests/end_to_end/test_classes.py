@@ -82,6 +82,7 @@ def run(slices, tmp_path_factory):
 # --- training
 
 
+@pytest.mark.slow
 def test_a_run_tests_every_image_once_and_writes_what_a_report_needs(run, slices):
     assert list(figures_of(run)) == [
         "ClassifierNetwork", "file metadata", "majority class", "ClassifierNetwork, random split (leaks)",
@@ -108,6 +109,7 @@ def test_a_run_tests_every_image_once_and_writes_what_a_report_needs(run, slices
     assert "classes.json" in json.loads((run / "finished.json").read_text())
 
 
+@pytest.mark.slow
 def test_files_that_are_copies_are_of_one_group(run, slices):
     """Those that were drawn as such: however saved, most are found, and what is another slice is hardly taken for
     one."""
@@ -276,6 +278,7 @@ def test_drawn_slices_are_a_first_look(tmp_path):
 # --- prediction
 
 
+@pytest.mark.slow
 def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_path):
     inside, out = tmp_path / "in", tmp_path / "out"
     (inside / "sub").mkdir(parents=True)
@@ -307,6 +310,7 @@ def test_prediction_judges_draws_and_goes_on_where_it_stopped(run, slices, tmp_p
     assert set(table.splitlines()) < set((out / "predictions.csv").read_bytes().splitlines())
 
 
+@pytest.mark.slow
 def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     path = tmp_path / "copy" / "classes.json"
@@ -318,6 +322,7 @@ def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
 # --- evaluation
 
 
+@pytest.mark.slow
 def test_a_run_compared_with_itself_has_its_own_figures(run, tmp_path):
     call("pulmo_jax.compare", run, run, f"output={tmp_path / 'out'}", "replicates=20")
     found, own = json.loads((tmp_path / "out" / "metrics.json").read_text()), figures_of(run)
@@ -404,6 +409,7 @@ def test_bad_input_is_named_and_nothing_is_left_behind(slices, request, tmp_path
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_python_gives_the_probabilities_of_predict(run, slices, tmp_path):
     source = sorted((slices / "yes").iterdir())[0]
     predict(run, source, tmp_path / "out")

@@ -161,6 +161,7 @@ def sweep(tmp_path_factory):
     return [Run(folder / "out" / str(number), done.stdout) for number in range(2)]
 
 
+@pytest.mark.slow
 def test_every_output_is_there(sweep):
     for run in sweep:
         names = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
@@ -181,6 +182,7 @@ def test_every_output_is_there(sweep):
             assert (run.path / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_differ_where_they_should(sweep):
     configs = [OmegaConf.load(run.path / "config.yaml") for run in sweep]
     assert [config.method.shrinkage for config in configs] == ["paco", "oas"]
@@ -189,6 +191,7 @@ def test_jobs_of_a_sweep_differ_where_they_should(sweep):
     assert sweep[0].header()["RHOMED"] != sweep[1].header()["RHOMED"]
 
 
+@pytest.mark.slow
 def test_maps_agree_with_each_other(sweep):
     a, b, snr, flux, std = (sweep[0].map(name).astype(float) for name in ("a", "b", "snr", "flux", "flux_std"))
     known = np.isfinite(snr)
@@ -201,6 +204,7 @@ def test_maps_agree_with_each_other(sweep):
     assert np.nanmax(snr) > 5
 
 
+@pytest.mark.slow
 def test_report_is_self_contained(sweep):
     page = (sweep[0].path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
@@ -230,6 +234,7 @@ def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPS)
 def test_header_of_every_map_gives_every_key_back(sweep, name):
     config: Any = OmegaConf.to_container(OmegaConf.load(sweep[0].path / "config.yaml"))
@@ -240,6 +245,7 @@ def test_header_of_every_map_gives_every_key_back(sweep, name):
     assert set(found) == set(dotted(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPS)
 def test_header_says_what_the_map_is(sweep, name):
     with fits.open(sweep[0].path / f"{name}.fits") as hdus:
@@ -270,6 +276,7 @@ def as_fits(path: Path, array: np.ndarray) -> None:
 WRITERS = {"fits": as_fits, "fits.gz": as_fits, "tif": tifffile.imwrite, "npy": np.save, "txt": np.savetxt}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["fits fits fits", "tif txt tif", "npy npy npy", "fits.gz txt npy"])
 def test_formats_give_the_map_of_the_synthetic_stack_itself(job, sweep, planted, tmp_path, kinds):
     arrays = {"cube": planted.cube, "angles": planted.angles_deg, "psf": planted.psf}
@@ -368,6 +375,7 @@ def limits(files, tmp_path_factory):
     return Run(folder, out.getvalue())
 
 
+@pytest.mark.slow
 def test_planted_planet_is_found(limits):
     source = limits.only()
     assert np.hypot(source["y"] - PLANET[0], source["x"] - PLANET[1]) < 0.25
@@ -380,6 +388,7 @@ def test_planted_planet_is_found(limits):
     assert "24 frames of 48 x 48 px, field rotation 150.0 degrees" in limits.out
 
 
+@pytest.mark.slow
 def test_tables_hold_finite_numbers_in_the_columns_that_are_promised(limits):
     more = ["separation_arcsec", "separation_arcsec_std", "contrast", "contrast_std", "delta_mag", "delta_mag_std"]
     [source] = limits.rows()
@@ -405,6 +414,7 @@ def test_tables_hold_finite_numbers_in_the_columns_that_are_promised(limits):
     assert float(rings[1]["half_low"]) > float(rings[1]["limit"])
 
 
+@pytest.mark.slow
 def test_throughput_map_is_the_curve_at_every_separation(limits):
     rings = limits.rows("contrast")
     separation, share = ([float(ring[name]) for ring in rings] for name in ("separation_px", "flux_throughput"))
@@ -418,6 +428,7 @@ def test_throughput_map_is_the_curve_at_every_separation(limits):
     assert read_back(limits.header("throughput"))["data.star_flux"] == STAR_FLUX
 
 
+@pytest.mark.slow
 def test_scale_and_star_give_arcsec_and_contrasts(limits):
     source = limits.only()
     assert source["separation_arcsec"] == pytest.approx(SCALE * source["separation_px"], rel=1e-6)
@@ -487,6 +498,7 @@ def test_psf_flux_changes_the_flux_and_nothing_else(job, files, planted):
 # --- options of the computation
 
 
+@pytest.mark.slow
 def test_double_precision_agrees(job, sweep):
     changes = nested_small() | {"method.precision": "float64", "search.max_sources": 0}
     run = job(changes)
@@ -501,6 +513,7 @@ def nested_small() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fast_mode_finds_the_same(job, files, sweep):
     run = job(files | {"method.mode": "fast", "search.max_sources": 0})
     fast, exact = run.map("snr"), sweep[0].map("snr")
@@ -511,6 +524,7 @@ def test_fast_mode_finds_the_same(job, files, sweep):
     assert sweep[0].header()["PSFERR"] > 0
 
 
+@pytest.mark.slow
 def test_calibrated_snr_decides_unless_the_theoretical_one_is_asked_for(job, files, limits):
     """Few independent values near the star make the significance lower than the SNR."""
     source = limits.only()
@@ -521,6 +535,7 @@ def test_calibrated_snr_decides_unless_the_theoretical_one_is_asked_for(job, fil
     assert len(job(files | between | {"search.snr": "theoretical"}, "theory").rows()) == 1
 
 
+@pytest.mark.slow
 def test_calibrated_map_is_student_t_by_hand(limits):
     null = limits.metrics()["null_by_separation"]
     y, x = np.indices((SIZE, SIZE))
@@ -680,7 +695,7 @@ def test_interrupted_run_says_so_and_nothing_more(tmp_path):
         child.wait_until(lambda: "40 frames" in log.read_text(), running, log)
         running.send_signal(signal.SIGINT)
         running.wait(timeout=child.PATIENCE_S)
-    assert running.returncode == 130
+    assert running.returncode == 130, log.read_text()
     assert "Traceback" not in log.read_text()
     assert log.read_text().strip().splitlines()[-1] == "interrupted"
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {".hydra"}

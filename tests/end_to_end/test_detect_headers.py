@@ -68,6 +68,7 @@ def turned(found: float, true: float) -> float:
     return abs((found - true + 180) % 360 - 180)
 
 
+@pytest.mark.slow
 def test_maps_of_a_cube_with_a_header(stack, tmp_path, monkeypatch, capsys):
     """Everything but the PSF's extension comes from the file."""
     folder = run(tmp_path / "run", monkeypatch, cube=str(stack), psf=f"{stack}[PSF]")
@@ -89,6 +90,7 @@ def test_maps_of_a_cube_with_a_header(stack, tmp_path, monkeypatch, capsys):
         assert CCDData.read(path).unit == units.adu ** powers.get(path.stem, 0)
 
 
+@pytest.mark.slow
 def test_position_angle_and_separation_are_those_of_the_world_coordinates(stack, tmp_path, monkeypatch, capsys):
     """The header turns the map by the offset of beta Pictoris, 104.84 degrees."""
     folder = run(tmp_path / "run", monkeypatch, cube=f"{stack}[SCI]", psf=f"{stack}[PSF]")

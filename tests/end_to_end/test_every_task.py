@@ -157,14 +157,7 @@ def numbers_in(content: Any) -> list[float]:
 
 
 def parameters_of(run: Path, task: str) -> list[np.ndarray]:
-    opened: Any = find_task(task).open_run(run)
-    params = {
-        "anomalies": lambda: opened.scorer.params,
-        "landmarks": lambda: opened.params,
-        "classification": lambda: opened.chunks,
-        "segmentation": lambda: opened.mapper.networks,
-    }[task]()
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(find_task(task).open_run(run).weights)]
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def run(chests, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_beats_the_mean_shape_and_writes_what_a_report_needs(run):
     found = json.loads((run / "metrics.json").read_text())
     error = {name: of["px"]["mean"]["value"] for name, of in found["errors"].items()}
@@ -86,6 +87,7 @@ def test_a_run_beats_the_mean_shape_and_writes_what_a_report_needs(run):
     assert "ample data" not in page  # the images are the user's own
 
 
+@pytest.mark.slow
 def test_prediction_writes_the_users_own_columns_in_the_images_own_pixels(run, chests, tmp_path):
     """An image of twice the pixels, and one of another shape and depth, have their landmarks where they lie in them."""
     source, inside = chests / "images" / "Normal-test000.png", tmp_path / "in"
@@ -117,6 +119,7 @@ def test_prediction_writes_the_users_own_columns_in_the_images_own_pixels(run, c
     assert "3 images finished (3 of them earlier)" in again
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run, chests, tmp_path):
     inside = tmp_path / "in"
     inside.mkdir()
@@ -147,6 +150,7 @@ def test_what_cannot_be_read_is_named_and_what_is_no_chest_is_of_low_quality(run
     assert [file["filename"] for file in summary["failed"]] == ["broken.png"]
 
 
+@pytest.mark.slow
 def test_landmarks_in_images_unlike_the_training_images_have_errors_that_say_so(run, chests):
     """Of kinds that the calibration has not seen; on images like the training images hardly anything changes."""
     opened = open_run(run)
@@ -184,6 +188,7 @@ def test_landmarks_in_images_unlike_the_training_images_have_errors_that_say_so(
         assert now_std > 3 * std
 
 
+@pytest.mark.slow
 def test_a_run_compared_with_itself_has_its_own_errors(run, tmp_path):
     text = call("pulmo_jax.compare", run, run, f"output={tmp_path / 'out'}", "replicates=20")
     assert "Difference from" in text
@@ -242,6 +247,7 @@ def test_evaluation_leaves_out_what_it_is_told_to(run, chests, tmp_path):
     assert "the run is of task=landmarks; data.test_masks is for runs of task=anomalies" in text
 
 
+@pytest.mark.slow
 def test_a_refused_resume_leaves_the_run_as_it_was(run, chests):
     files = [path for path in run.rglob("*") if path.is_file() and ".hydra" not in path.parts]
     before = [path.read_bytes() for path in files]
@@ -250,6 +256,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run, chests):
     assert [path.read_bytes() for path in files] == before
 
 
+@pytest.mark.slow
 def test_a_changed_file_of_the_run_is_refused(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -302,6 +309,7 @@ def test_a_network_that_was_stopped_goes_on_to_the_same_end(chests, tmp_path):
     assert "LandmarkNetwork" in rows[0]
 
 
+@pytest.mark.slow
 def test_python_gives_the_landmarks_of_predict(run, chests, tmp_path):
     source = chests / "images" / "Normal-test000.png"
     call("pulmo_jax.predict", f"run={run}", f"input={source}", f"output={tmp_path / 'out'}")

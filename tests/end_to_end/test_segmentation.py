@@ -61,6 +61,7 @@ def run(discs, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_image_is_tested_once_and_the_discs_are_found(run):
     with (run / "image_scores.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["method"] == "SegmentationNetwork"]
@@ -70,6 +71,7 @@ def test_every_image_is_tested_once_and_the_discs_are_found(run):
     require_captions(run / "report.html")
 
 
+@pytest.mark.slow
 def test_prediction_writes_class_numbers_of_the_images_own_size(run, discs, tmp_path):
     new = draw_discs(tmp_path / "new", 3, seed=9)
     text = call("pulmo_jax.predict", f"run={run}", f"input={new / 'images'}", f"output={tmp_path / 'out'}")
@@ -90,6 +92,7 @@ def test_prediction_writes_class_numbers_of_the_images_own_size(run, discs, tmp_
     assert "3 images finished (3 of them earlier)" in again
 
 
+@pytest.mark.slow
 def test_evaluation_of_the_own_images_is_that_of_the_training(run, discs, tmp_path):
     text = call("pulmo_jax.evaluate", f"run={run}", f"data.images={discs / 'images'}", f"data.masks={discs / 'masks'}",
                 "evaluation.replicates=20", "evaluation.examples=2", f"hydra.run.dir={tmp_path / 'out'}")  # fmt: skip

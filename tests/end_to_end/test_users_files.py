@@ -109,6 +109,7 @@ def plant(top, content):
             (top / name).write_bytes(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", KEYS)
 @settings(suppress_health_check=[HealthCheck.too_slow], max_examples=6, deadline=None)
 @given(content=trees, data=st.data())
@@ -159,6 +160,7 @@ def test_second_call_replaces_its_own_files_and_no_others(tmp_path):
     assert (tmp_path / "out" / "spectra.csv").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_run_of_an_older_version_has_no_record_and_is_resumed(world, tmp_path):
     shutil.copytree(world / "run", tmp_path / "out")
     (tmp_path / "out" / MARK).unlink()
@@ -174,6 +176,7 @@ def test_run_of_an_older_version_has_no_record_and_is_resumed(world, tmp_path):
     assert "report.html" in (tmp_path / "out" / MARK).read_text()
 
 
+@pytest.mark.slow
 def test_input_among_the_outputs_is_refused(tmp_path):
     child.run("pulmo_jax.detect", *DETECTION, "hydra.run.dir=out", cwd=tmp_path, draw=False)
     np.save(tmp_path / "out" / "cube.npy", np.ones((10, 41, 41), np.float32))
@@ -212,6 +215,7 @@ def test_image_of_same_name_size_and_time_gets_its_own_result(world, tmp_path):
     assert found[1:] == [(found[3][0], False), (found[3][0], True), (found[3][0], False)]
 
 
+@pytest.mark.slow
 def test_image_of_the_same_name_in_another_store_gets_its_own_result(world, tmp_path):
     found = []
     for name, bright in (("a", False), ("b", True)):
@@ -240,6 +244,7 @@ CLASHES = [
 ]
 
 
+@pytest.mark.slow
 def test_no_two_images_share_an_output_file(world, tmp_path):
     folder(tmp_path / "in", *CLASHES)
     tifffile.imwrite(tmp_path / "in" / "p.tif", np.stack([picture(i) for i in range(3)]), photometric="minisblack")

@@ -1,6 +1,7 @@
 """Every verb as a person calls it, on a small crop of a real CT."""
 
 import csv
+import hashlib
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 
+import jax
 import nibabel
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from references import child
 from references.gate import gate
 from references.pages import require_captions
 from references.pictures import ink
+from safetensors import safe_open
+from safetensors.numpy import load_file
 from scipy.ndimage import binary_dilation
 
 import pulmo_jax as pj
@@ -97,6 +101,27 @@ def test_training_learns_and_leaves_a_whole_run_directory(run):
         assert picture.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert b"train/loss" in b"".join(file.read_bytes() for file in (run / "tensorboard").iterdir())
     assert "120" in {folder.name for folder in (run / "checkpoints").iterdir()}
+
+
+def test_exported_weights_are_those_of_the_run(run, tmp_path):
+    done = call("pulmo_jax.export", f"run={run}", "format=safetensors", cwd=tmp_path)
+    path = tmp_path / f"{run.name}.safetensors"
+    (params,), arrays = pj.open_run(run).weights, load_file(path)
+    leaves = jax.tree.leaves(params)
+    assert f"{len(leaves)} tensors" in done.stdout
+    assert path.name in done.stdout
+    assert sorted(a.shape for a in arrays.values()) == sorted(leaf.shape for leaf in leaves)
+    np.testing.assert_allclose(sum(float(a.sum()) for a in arrays.values()), sum(map(np.sum, leaves)), rtol=1e-4)
+    with safe_open(path, "np") as file:
+        facts = file.metadata()
+    assert facts["run_sha256"] == hashlib.sha256((run / "finished.json").read_bytes()).hexdigest()
+    assert (facts["task"], facts["step"]) == ("anomalies", "120")
+    before = path.read_bytes()
+    refused = call("pulmo_jax.export", f"run={run}", f"output={path}", status=2, cwd=tmp_path)
+    assert "exists; overwrite=true replaces it" in refused.stderr
+    call("pulmo_jax.export", f"run={run}", f"output={path}", "overwrite=true", cwd=tmp_path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_training_tests_beside_the_baselines(run):

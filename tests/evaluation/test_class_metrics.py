@@ -135,6 +135,7 @@ def calibration_of(z, temperature):
     return sum(abs((right - said)[part == b].sum()) for b in np.unique(part)) / z.size
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -119,6 +119,7 @@ def correlated(rng: np.random.Generator, n: int, law: str) -> np.ndarray:
     return values * np.geomspace(1e-3, 1e3, K)[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["normal", "exp"])
 @pytest.mark.parametrize(("n", "rate", "repeats"), [(12, 0.1, 120), (50, 0.05, 50), (200, 0.05, 15)])
 def test_correlated_statistics_keep_the_false_alarm_rate(n, rate, repeats, law):

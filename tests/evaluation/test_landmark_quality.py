@@ -39,6 +39,7 @@ def limit(model):
     return float(quality.threshold(np.asarray(quality.surprise(model, phantoms(100, 1)), float), 0.02))
 
 
+@pytest.mark.slow
 def test_images_like_those_of_training_are_rarely_surprising(model, limit):
     assert np.mean(quality.surprise(model, phantoms(200, 2)) > limit) <= 0.06
 

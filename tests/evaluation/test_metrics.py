@@ -108,6 +108,7 @@ def test_order_does_not_matter(data, estimates):
         assert got == pytest.approx(expected, rel=1e-9), name
 
 
+@pytest.mark.slow
 def test_pixel_intervals_agree_with_a_bootstrap_of_groups():
     scores, truths = phantoms(60, seed=1, size=24)
     estimates = measured(scores, truths, groups=[str(i // 2) for i in range(60)], replicates=500).estimates()

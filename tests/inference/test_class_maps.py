@@ -204,6 +204,7 @@ def test_resized_rows_do_not_depend_on_the_strips(monkeypatch):
     np.testing.assert_allclose(m.probabilities(pixels), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_height(monkeypatch):
     monkeypatch.setattr("pulmo_jax.inference.class_maps.STRIP_PX", 2**17)
     m = mapper(hows=HOWS[:1], batch_size=64)

@@ -108,6 +108,7 @@ def test_half_of_the_sources_at_the_limit_are_found(contrast):
     assert 0.5 - deviation - 0.1 < found.mean() < 0.5 + deviation + 0.1
 
 
+@pytest.mark.slow
 def test_limits_are_those_of_the_maps(search, contrast):
     """Each at the SNR that has a significance of 5 there; that without self-subtraction is far below the true one."""
     maps = compute_maps(ready(CUBE), SETTINGS)
@@ -120,6 +121,7 @@ def test_limits_are_those_of_the_maps(search, contrast):
     assert contrast.half_low[0] > contrast.half_low[-1]
 
 
+@pytest.mark.slow
 def test_ranges_are_in_order(contrast):
     assert (contrast.half_low <= contrast.most_low).all()
     assert (contrast.most_low < contrast.most_high).all()
@@ -133,6 +135,7 @@ def test_ranges_are_in_order(contrast):
     assert ((contrast.flux_throughput_std > 0) & (contrast.flux_throughput_std < 0.2)).all()
 
 
+@pytest.mark.slow
 def test_where_nothing_is_detected_there_is_no_limit():
     """A source that moves by less than its width is taken for the background however bright it is."""
     still = curve(searched(CUBE, ANGLES / 1e5))
@@ -158,6 +161,7 @@ def test_range_of_fluxes_by_hand():
 # --- what it must not depend on
 
 
+@pytest.mark.slow
 def test_unit_and_static_background(contrast):
     background = 1000 * np.random.default_rng(1).random((SIDE, SIDE))
     other = curve(searched(64 * (CUBE + background)))
@@ -168,6 +172,7 @@ def test_unit_and_static_background(contrast):
         )
 
 
+@pytest.mark.slow
 def test_thresholds(search, contrast):
     """Of a null twice as wide, a higher SNR is needed; the theoretical SNR needs none of it."""
     profile = replace(search.profile, std=2 * search.profile.std)
@@ -181,6 +186,7 @@ def test_thresholds(search, contrast):
     assert (formal.half_low < contrast.half_low).all()
 
 
+@pytest.mark.slow
 def test_rings_that_are_not_seen_are_left_out(contrast):
     y, x = np.indices((SIDE, SIDE))
     masked = np.where(np.hypot(y - 20, x - 20) < 6.5, np.nan, CUBE)
@@ -189,6 +195,7 @@ def test_rings_that_are_not_seen_are_left_out(contrast):
     assert np.isfinite(found.half_low).all()
 
 
+@pytest.mark.slow
 def test_progress_is_shown_round_by_round(search):
     seen = []
 
@@ -242,6 +249,7 @@ def test_rings_lie_in_the_field_one_fwhm_apart(centre, fwhm, n):
     assert found[-1] == min(centre[0] - 3, 40 - centre[0], centre[1] - 3, 40 - centre[1])
 
 
+@pytest.mark.slow
 def test_throughput_at_every_pixel(contrast):
     found = throughput_map(contrast, (SIDE, SIDE + 3), CENTRE)
     assert found.shape == (SIDE, SIDE + 3)

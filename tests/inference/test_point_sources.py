@@ -155,6 +155,7 @@ def test_numbers_of_a_source_fit_together(searches):
         assert search.n_patch == 29
 
 
+@pytest.mark.slow
 def test_a_flux_near_the_threshold_is_flagged_and_corrected_downwards(searches):
     """The same source at thresholds just below its significance and far below it."""
     source = min(searches[0].sources, key=lambda one: one.snr_calibrated)
@@ -182,6 +183,7 @@ def test_nothing_is_left_of_what_was_found(searches):
         assert np.nanmax(search.null.snr) < 5
 
 
+@pytest.mark.slow
 def test_nothing_is_found_where_there_is_nothing():
     for seed in range(100, 105):
         search = find_sources(stack(seed, []), SETTINGS)
@@ -190,6 +192,7 @@ def test_nothing_is_found_where_there_is_nothing():
         assert np.nanmax(search.null.snr) < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [2, 30, 1e4])
 @pytest.mark.parametrize("separation_fwhm", [1, 1.5, 2, 3])
 def test_sources_of_any_flux_above_the_limit_are_found(separation_fwhm, times):
@@ -214,6 +217,7 @@ def test_two_sources_one_and_a_half_fwhm_apart():
     assert np.nanmax(compute_maps(search.residual.each[0], SETTINGS).snr) < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation_deg", [0.0, 90.0, 200.0])
 def test_a_companion_five_times_as_faint_two_fwhm_from_a_bright_source(orientation_deg):
     y, x = at(10.0, 140.0)
@@ -228,6 +232,7 @@ def test_a_companion_five_times_as_faint_two_fwhm_from_a_bright_source(orientati
 # --- how it is asked
 
 
+@pytest.mark.slow
 def test_north_can_lie_anywhere(searches):
     turned = find_sources(stack(0, PLANETS), SETTINGS, north_deg=0.0).sources
     for source, other in zip(searches[0].sources, turned, strict=True):
@@ -251,6 +256,7 @@ def test_threshold_of_the_significance(searches):
     assert len(between.sources) == 1
 
 
+@pytest.mark.slow
 def test_threshold_of_the_theoretical_snr(searches):
     """The same sources, judged without the null; what is reported is the significance in it."""
     search = find_sources(stack(0, PLANETS), SETTINGS, calibrated=False)

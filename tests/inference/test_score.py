@@ -261,6 +261,7 @@ def test_the_network_sees_in_prediction_what_it_saw_in_training(shape):
 # --- strips of rows, tiles without foreground, memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "shape", "dtype"), [("pointwise", (61, 23), np.uint8), ("autoencoder", (61, 23), np.float32),
                                    ("autoencoder", (100, 9), np.uint8)],
@@ -417,6 +418,7 @@ np.savez(sys.argv[1], **maps)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
 def test_four_devices_give_the_map_of_one(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"

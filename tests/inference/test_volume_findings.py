@@ -98,6 +98,7 @@ def test_p_value_of_a_volume_is_the_bound_over_its_slices(calibration):
     assert row["p_value"] == pytest.approx(1 / (1 + 19 * 40 * 50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alike", [False, True])
 def test_bound_holds_for_volumes_of_normal_slices(calibration, alike):
     """At most a fifth of normal volumes has p_value_volume <= 0.2, whether slices are independent or all the same."""

@@ -219,6 +219,7 @@ SCORES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 def test_programs_of_other_shapes_give_the_same_score(kind):
     """Strips of an image are higher or lower than the image: each shape is a program of its own."""

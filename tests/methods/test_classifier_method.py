@@ -136,6 +136,7 @@ def test_bfloat16_computes_about_the_same_and_keeps_its_parameters():
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_it_learns_what_tells_two_classes_apart_and_shows_where():
     """A bright square in the lower half, anywhere."""
     rng, method = np.random.default_rng(0), network(network=DEEPER)

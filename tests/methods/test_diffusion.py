@@ -92,6 +92,7 @@ def test_is_a_method():
     assert isinstance(method(), Method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "calls"), [("ddpm", 250), ("ddim", 250), ("dpm_solver", 25)])
 def test_healing_is_the_closed_form(sampler, calls):
     """Ancestral: forward and back along a stationary chain. Deterministic: the flow leaves the noisy patch as it is."""
@@ -170,6 +171,7 @@ def test_patches_drawn_from_noise_are_the_data():
     assert made.sampling_calls == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["epsilon", "x0", "v"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_an_imperfect_network_draws_data_of_about_unit_variance(target, schedule):

@@ -119,6 +119,7 @@ def test_covariances_are_of_the_errors_size_and_larger_for_a_point_that_cannot_b
     assert (np.linalg.eigvalsh(worse.covariance) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", [True, False])
 def test_an_image_is_not_told_by_its_neighbours(with_prior, without, prior):
     method, params = with_prior if prior else without

@@ -197,6 +197,7 @@ def test_maps_without_a_value_are_no_error():
     assert FWHM_PX == 4.6
 
 
+@pytest.mark.slow
 def test_information_stays_positive_where_it_falls_steeply():
     """As close to a coronagraph's centre: the spline of a undershoots, and b^2 / a would exceed every source."""
     size, centre = 32, (16, 16)

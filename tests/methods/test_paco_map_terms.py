@@ -44,6 +44,7 @@ def planned(mode: str) -> tuple[paco.LikelihoodMaps, paco.MapPlan]:
     return paco.compute_maps(observation, settings), paco.plan_maps(observation, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [m if m == "exact" else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
 def test_values_and_derivatives(mode):
     maps, plan = planned(mode)
@@ -72,6 +73,7 @@ def test_values_and_derivatives(mode):
         np.testing.assert_allclose((gradient * along).sum(), (up - down) / (2 * step), rtol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_a_batch_of_stacks(mode):
     maps, plan = planned(mode)

@@ -326,6 +326,7 @@ def kept_share(angles: np.ndarray, psf: np.ndarray, radius_px: float, patch_radi
     return float(np.sqrt(1 - len(angles) * (h.mean(0) ** 2).sum() / (h**2).sum()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [m if m == "fast" else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
 def test_noise_alone(mode):
     """Mean 0, and a spread below 1, as the mean that is taken away holds a part of the noise along every track: with 61

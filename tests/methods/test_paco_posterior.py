@@ -84,6 +84,7 @@ def test_two_channels_know_more_than_one():
     assert found.std[2] == pytest.approx(float(1 / np.sqrt(-2 * one[2, 2])), rel=0.15)
 
 
+@pytest.mark.slow
 def test_interpolation_is_exact():
     with jax.enable_x64(True):
         observation, at = fitted()
@@ -96,6 +97,7 @@ def test_interpolation_is_exact():
             assert float(surface.log_likelihood(jnp.asarray(u), start[2])) == pytest.approx(float(expected), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_no_maximum_is_said():
     observation, (y, x, flux) = fitted()
     with pytest.raises(ValueError, match="no maximum near"):

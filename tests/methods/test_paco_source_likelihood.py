@@ -94,6 +94,7 @@ def test_north_turns_the_source_about_the_centre():
 # --- derivatives
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [EXACT, pytest.param(ROBUST, marks=pytest.mark.slow)], ids=["exact", "robust"])
 def test_derivatives_are_those_of_finite_differences(settings):
     """In position, flux, north, PSF and frames; first and second; forward and reverse."""
@@ -151,6 +152,7 @@ def test_it_is_compiled_once_and_vectorised_over_positions():
 # --- maximum and errors
 
 
+@pytest.mark.slow
 def test_maximum_over_the_flux_is_the_fixed_point_of_algorithm_3():
     observation = observed(seed=2)
     stack, patch = prepare(observation, EXACT)

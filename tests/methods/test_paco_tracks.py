@@ -152,6 +152,7 @@ def test_a_step_of_algorithm_3():
 # --- unbiased flux
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flux", "place"), [(0.0, 0), (1.0, 1), (FLUX, 2), (30.0, 3)])
 def test_flux_is_algorithm_3_s_in_far_fewer_iterations(flux, place):
     """Four sources are in the cube at once, so that the noise of each holds the others."""
@@ -270,6 +271,7 @@ def test_errors_of_the_place_fall_as_the_flux_rises():
     assert float(bright.snr[0] / faint.snr[0]) == pytest.approx(float(ratio), rel=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "angles", [ANGLES, pytest.param(WHOLE_TURN, marks=pytest.mark.slow)], ids=["85 degrees", "a whole turn"]
 )

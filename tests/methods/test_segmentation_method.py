@@ -45,6 +45,7 @@ def test_truth_of_codes(classes, expected):
         np.testing.assert_array_equal(make(classes).truth(jnp.array([3], jnp.uint8))[0], [[1, 1]])
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_outputs():
     x = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
     for classes, outputs in ((EXCLUSIVE, 3), (OVERLAPPING, 2)):
@@ -127,6 +128,7 @@ def test_validation_loss_is_that_of_each_patch_alone():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unlabelled", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_networks_learn_to_find_bright_discs(unlabelled):
     """Two networks in one program; with 90 % of the pixels unlabelled, too."""

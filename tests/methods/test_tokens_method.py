@@ -208,6 +208,7 @@ def test_restored_patches_do_not_depend_on_the_batch():
 # --- thresholds and score
 
 
+@pytest.mark.slow
 def test_the_threshold_is_a_quantile_of_normal_patches_and_the_spreads_standardise():
     one = method(unlikely_rate=0.1, smooth_px=1.0, rngs=1)
     patches = jnp.asarray(np.random.default_rng(0).uniform(0, CODES - 1, (150, PATCH, PATCH, 1)), jnp.float32)
@@ -266,6 +267,7 @@ def test_drawn_patches_are_normal(trained):
     np.testing.assert_array_equal(patches, sample(params, jax.random.key(0), 64))
 
 
+@pytest.mark.slow
 def test_probabilities_of_drawn_grids_are_those_of_the_likelihood():
     one = method(base=Levels(n_codes=2, code_side=2, cell_px=4), rngs=3)
     params = one.init()
@@ -318,6 +320,7 @@ def test_batches_for_tuning_are_filled_up_and_cut():
     assert {shape[0] for shape in shapes} == {4}
 
 
+@pytest.mark.slow
 def test_the_batch_for_tuning_is_bounded_by_memory_and_does_not_change_the_numbers(monkeypatch):
     one, patches = method(), patches_of(10)
     params, size = one.init(), tokens.patch_bytes(network(CODES, SIDE, 0), (PATCH, PATCH, 1))

@@ -108,6 +108,7 @@ def test_no_value_outside_the_image_makes_the_score_infinite():
     assert np.isfinite(method.score_map(residual, jnp.ones((8, 8), bool))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "remat"), [("float32", False), ("bfloat16", True)])
 def test_the_predicted_deviation_is_that_of_the_noise(dtype, remat):
     """Left half: noise of 0.05, right half: of 0.4; no network can predict the noise of pixels."""

@@ -77,6 +77,7 @@ def test_of_equal_codes_the_first_is_taken():
     assert nearest(jnp.ones((2, 3)), jnp.ones((4, 3))).tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_codes_encode_and_decode():
     method, x = small_method(), patches(side=16)
     params = started(method, x)
@@ -303,6 +304,7 @@ def test_it_learns_a_texture_and_uses_its_codes():
     assert len(np.unique(small_method().encode_codes(params, batches[0]))) >= 4
 
 
+@pytest.mark.slow
 def test_networks_are_vectorised_over_their_parameters():
     method, x = small_method(), patches(side=16)
     each = [started(method, patches(side=16, seed=i)) for i in range(2)]

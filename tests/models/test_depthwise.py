@@ -16,6 +16,7 @@ def xla(stride, x, kernel):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 2), (8, 7, 7), (19, 5, 8)])
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
 def test_values_and_gradients_are_those_of_the_convolution(batch, height, width, size, stride):

@@ -56,6 +56,7 @@ def test_the_stages_of_the_classifier_halve_the_resolution_as_those_of_the_small
     assert model.stride == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train_from", "first"), [("all", -1), ("block3", 3), ("none", 16)])
 def test_what_is_not_trained_keeps_its_value_in_spite_of_weight_decay(train_from, first):
     model = network(n_landmarks=2, heat_stride=16, train_from=train_from, rate_decay=0.5)
@@ -76,6 +77,7 @@ def test_what_is_not_trained_keeps_its_value_in_spite_of_weight_decay(train_from
     assert seen == set(range(-1, 17))
 
 
+@pytest.mark.slow
 def test_no_gradient_is_computed_before_the_first_block_that_is_trained():
     graph, params = nnx.split(network(n_landmarks=2, heat_stride=16, train_from="block14"), nnx.Param)
     gradient = jax.jit(jax.grad(lambda p: (nnx.merge(graph, p)(IMAGES) ** 2).sum()))(params)

@@ -128,6 +128,7 @@ def test_a_side_of_no_feature_map_is_refused_with_those_that_exist():
         make(patch_size=64, attention_px=(8, 7))
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_the_inputs_of_the_scales_only():
     """Features of the finest scale, once per scale and for the head; not those between the convolutions."""
     plain, remat = (

@@ -87,6 +87,7 @@ class Pyramid(nnx.Module):
         return [linear(mean(side)) for linear, side in zip(self.linear, self.strides, strict=True)]
 
 
+@pytest.mark.slow
 def test_any_encoder_of_features_at_several_scales_fits():
     network = make(encoder=Pyramid)
     assert isinstance(network.encoder, Encoder)

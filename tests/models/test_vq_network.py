@@ -38,6 +38,7 @@ def test_bfloat16_is_close_to_float32_and_returns_float32():
     assert 0 < np.abs(half - full).max() < 0.1 * np.abs(full).max()
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 2))
 

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from references import child
 
-from pulmo_jax import compare, detect, evaluate, ingest, predict, prepare, sample, train
+from pulmo_jax import compare, detect, evaluate, export, ingest, predict, prepare, sample, train
 from pulmo_jax.config.nodes import HOMES, argument_schema, parameters_of_node
 from pulmo_jax.data.sources.store import Store
 from pulmo_jax.host.console import Console, tracker
@@ -40,6 +40,7 @@ EXAMPLES = {
     "evaluate": evaluate.EXAMPLES,
     "detect": detect.EXAMPLES,
     "ingest": ingest.EXAMPLES,
+    "export": export.EXAMPLES,
     "compare": compare.EXAMPLES,
     "prepare": prepare.EXAMPLES,
     "sample": sample.EXAMPLES,
@@ -103,7 +104,7 @@ def test_help_lists_every_key_with_its_default_and_an_example(run, verb, option)
         assert re.search(rf"^  {re.escape(key)} +\S.*\[.*(default .+|required)\]$", done.out, re.MULTILINE), key
     assert re.search(rf"^  python -m pulmo_jax\.{verb} \S+", done.out, re.MULTILINE)
     assert EXAMPLES[verb].strip() in done.out
-    assert ("hydra.run.dir=DIR" in done.out) == (verb not in ("predict", "prepare", "sample"))
+    assert ("hydra.run.dir=DIR" in done.out) == (verb not in ("predict", "prepare", "sample", "export"))
 
 
 def test_help_of_train_lists_the_keys_of_every_group(run):
@@ -300,6 +301,7 @@ def test_a_tilde_is_the_home_in_every_path_key(run, tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_in_the_keys_of_the_other_verbs(run, tmp_path, monkeypatch):
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
@@ -580,6 +582,7 @@ def test_help_into_a_pipe_that_closes(tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&- 2>&- <&-", "> /dev/full", "2>&1 | true"])
 def test_a_verb_with_broken_output_does_its_work(tmp_path, redirection):
     tifffile.imwrite(tmp_path / "[red]x[b].tif", np.zeros((8, 8), np.uint8))
@@ -620,6 +623,7 @@ def test_sweep_goes_on_after_a_job_that_failed_and_says_so(run, tmp_path):
     assert {"sweep.csv", "sweep.html", "figures"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweeper", ["basic", pytest.param("search", marks=pytest.mark.slow)])
 def test_sweep_of_which_nothing_came_is_status_2(run, tmp_path, sweeper):
     arguments = ["-m", f"hydra/sweeper={sweeper}", "seed=choice(0,1)", "hydra.sweep.dir=sweep"]

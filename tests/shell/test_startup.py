@@ -27,7 +27,7 @@ def run(*arguments):
     )
 
 
-@pytest.mark.parametrize("verb", ["train", "predict", "evaluate", "sample", "detect", "ingest", "prepare"])
+@pytest.mark.parametrize("verb", ["train", "predict", "evaluate", "sample", "detect", "ingest", "prepare", "export"])
 def test_help_imports_nothing_heavy(verb):
     done = run(f"pulmo_jax.{verb}", "--help")
     assert "loaded []" in done.stderr

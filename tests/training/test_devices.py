@@ -68,6 +68,7 @@ assert images.addressable_shards[0].data.shape == (2, 32, 32) and points.address
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
 @pytest.mark.parametrize(
     "program", [PATCHES, pytest.param(LANDMARKS, marks=pytest.mark.slow)], ids=["patches", "landmarks"]

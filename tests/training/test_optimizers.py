@@ -102,6 +102,7 @@ def test_accumulated_batches_are_one_large_batch():
             np.testing.assert_allclose(one_by_one.params[name], at_once.params[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @given(
     steps=st.integers(1, 50),
     accumulate=st.integers(1, 60),

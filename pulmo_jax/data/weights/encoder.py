@@ -28,14 +28,15 @@ Arrays = dict[str, np.ndarray]
 
 
 def read_encoder(path: Path) -> Arrays:
-    """Read the weights of EfficientNet-Lite0, of red, green and blue images.
+    """Read the weights of EfficientNet-Lite0.
 
     Args:
         path: Safetensors or a file of PyTorch, with the names of the package efficientnet_lite_pytorch; or safetensors
-            that `pulmo_jax.export` wrote of a network with this encoder.
+            that `pulmo_jax.export` wrote of a run with this encoder, of which the first network is taken.
 
     Returns:
-        Arrays by the names of the parameters of `EfficientNetLite0`, such as "blocks.1.expand.0.kernel".
+        Arrays by the names of the parameters of `EfficientNetLite0`, such as "blocks.1.expand.0.kernel". Those of
+        published weights are for red, green and blue, those of a run for the bands of its images.
 
     Raises:
         InputError: If the file is damaged, or its tensors do not fit.
@@ -48,9 +49,21 @@ def read_encoder(path: Path) -> Arrays:
         require_fit(path, found, expected)
         return {layer: array for name in names for layer, array in converted(name, found, prefix).items()}
     prefix = next((name for name in found if name.endswith("stem.kernel")), "stem.kernel").removesuffix("stem.kernel")
-    shapes = parameter_shapes()
+    shapes = own_shapes(found, prefix)
     require_fit(path, found, {prefix + name: shape for name, shape in shapes.items()})
     return {name: found[prefix + name].astype(np.float32) for name in shapes}
+
+
+def own_shapes(found: Mapping[str, np.ndarray], prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes to expect in a file of `pulmo_jax.export`: images of any bands, and no head where the network has none."""
+    shapes = dict(parameter_shapes())
+    if not any(name.startswith(f"{prefix}head.") for name in found):
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("head.")}
+    stem = found.get(f"{prefix}stem.kernel")
+    if stem is not None and stem.ndim == len(shapes["stem.kernel"]):
+        height, width, _, outputs = shapes["stem.kernel"]
+        shapes["stem.kernel"] = (height, width, stem.shape[2], outputs)
+    return shapes
 
 
 @cache

@@ -16,6 +16,7 @@ from pulmo_jax.inference.image_rating import image_statistic_of, rate_image
 from pulmo_jax.inference.normal_level import NormalLevel
 from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.base import Method, Params
+from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.runs.directory import load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
@@ -24,6 +25,7 @@ from pulmo_jax.tasks.anomalies.calibrated import load_calibrations, load_level, 
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.results import AnomalyResult
 from pulmo_jax.tasks.anomalies.units import stored_intensity
+from pulmo_jax.training.members import unstacked
 from pulmo_jax.training.state import TrainState, inference_state, learnt
 from pulmo_jax.types import ImageStatistic, InputError
 
@@ -47,6 +49,12 @@ class Run:
     scorer: Scorer
     calibrations: dict[str, Calibration]
     step: int
+
+    @property
+    def weights(self) -> list[Params]:
+        """Parameters of each network of an ensemble; otherwise those of the method."""
+        params = self.scorer.params
+        return unstacked(params) if isinstance(self.scorer.method, Ensemble) else [params]
 
     def predict(self, image: ImageLike, foreground: ImageLike | None = None, page: int = 0) -> AnomalyResult:
         """Score one image and list its findings, as in `python -m pulmo_jax.predict`.

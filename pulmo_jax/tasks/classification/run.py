@@ -33,7 +33,7 @@ from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
 from pulmo_jax.tasks.classification.results import ClassResult
 from pulmo_jax.tasks.classification.stored import Member, read_facts
-from pulmo_jax.training.members import chunk_sizes, init_members, seed_of
+from pulmo_jax.training.members import chunk_sizes, init_members, seed_of, unstacked
 from pulmo_jax.training.state import TrainState, averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
@@ -98,6 +98,11 @@ class ClassifierRun:
     chunks: list[Params]
     scalings: tuple[Scaling, ...]
     step: int
+
+    @property
+    def weights(self) -> list[Params]:
+        """Parameters of each network."""
+        return [network for chunk in self.chunks for network in unstacked(chunk)]
 
     @cached_property
     def images(self) -> list[dict[str, Any]]:

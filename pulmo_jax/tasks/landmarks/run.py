@@ -28,7 +28,7 @@ from pulmo_jax.host.files import atomically, write_json
 from pulmo_jax.inference.locate import Locate, locator
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.landmark_baselines import fit_baselines
-from pulmo_jax.methods.landmark_net import mirror_permutation
+from pulmo_jax.methods.landmark_net import LandmarkNet, mirror_permutation
 from pulmo_jax.methods.located import ClosedForm, Found, Locator, Trained
 from pulmo_jax.runs.directory import (
     built,
@@ -50,6 +50,7 @@ from pulmo_jax.tasks.landmarks.stored import (
     read_companions,
     read_facts,
 )
+from pulmo_jax.training.members import unstacked
 from pulmo_jax.training.state import averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
@@ -80,6 +81,11 @@ class LandmarkRun:
     companions: Companions
     calibration: LandmarkCalibration
     locate: Locate
+
+    @property
+    def weights(self) -> list[Params]:
+        """Parameters of each network of an ensemble; otherwise those of the method."""
+        return unstacked(self.params) if isinstance(self.method, LandmarkNet) else [self.params]
 
     @property
     def frame(self) -> LungFrame:

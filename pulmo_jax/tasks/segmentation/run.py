@@ -60,6 +60,11 @@ class SegmentationRun:
     step: int
 
     @property
+    def weights(self) -> tuple[Params, ...]:
+        """Parameters of each network."""
+        return self.mapper.networks
+
+    @property
     def classes(self) -> Classes:
         """Classes of the run."""
         return self.networks.classes

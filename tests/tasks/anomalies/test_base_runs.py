@@ -31,6 +31,7 @@ def leaves(params):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_opened_with_all_networks_and_maps_their_spread(ensemble):
     run = open_run(ensemble)
     method, params = run.scorer.method, run.scorer.params
@@ -44,6 +45,7 @@ def test_an_ensemble_is_opened_with_all_networks_and_maps_their_spread(ensemble)
     assert (further["spread"] > 0).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_an_interrupted_ensemble_continues_bit_for_bit(go, ensemble, tmp_path):
     shutil.copytree(ensemble, tmp_path / "run")
     for step in (4, 5, 6):
@@ -54,6 +56,7 @@ def test_an_interrupted_ensemble_continues_bit_for_bit(go, ensemble, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_another_number_of_networks_is_not_resumed(go, ensemble):
     with pytest.raises(InputError, match="cannot be restored into this model"):
         go(ensemble, "trainer.members=3", "resume=true")
@@ -63,6 +66,7 @@ def residual_of(base, *more):
     return ["method=patch_gaussian", "model=identity", "method.input=residual", f"method.base_run={base}", *more]
 
 
+@pytest.mark.slow
 def test_the_residual_of_an_ensemble_is_whitened_and_needs_the_ensemble_no_more(go, ensemble, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(ensemble, base)
@@ -79,6 +83,7 @@ def test_the_residual_of_an_ensemble_is_whitened_and_needs_the_ensemble_no_more(
     assert values["data"]["patch_size"] == 16
 
 
+@pytest.mark.slow
 def test_features_of_an_ensemble_and_ensembles_of_one_pass_are_refused(go, ensemble, tmp_path):
     with pytest.raises(InputError, match="method Ensemble of method.base_run has no feature maps"):
         go(tmp_path / "a", "method=patch_gaussian", "model=identity", f"method.base_run={ensemble}")
@@ -117,6 +122,7 @@ def test_a_base_needs_the_functions_of_a_kind_and_not_its_name():
         require_kind(tokens, Ensemble((Rounding(network), Rounding(network))), Path("run"))
 
 
+@pytest.mark.slow
 def test_the_model_of_a_base_run_may_name_only_the_package_and_plugins(go, ensemble, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(ensemble, base)

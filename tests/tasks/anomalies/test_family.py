@@ -29,6 +29,7 @@ def test_the_predicted_deviation_is_a_further_map(uncertain):
     assert further["predicted_sd"].shape == score.shape == (40, 40)
 
 
+@pytest.mark.slow
 def test_its_features_are_a_base(go, uncertain, tmp_path):
     go(
         tmp_path / "run",

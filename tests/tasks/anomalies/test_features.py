@@ -28,6 +28,7 @@ def weights(tmp_path_factory):
     return [f"model.weights={path}", "model=efficientnet_lite0_features", "method.features=efficientnet_lite0"]
 
 
+@pytest.mark.slow
 def test_the_bank_alone_is_stored(bank):
     _, _, method, state, _ = load_run(bank)
     assert isinstance(method, PatchCore)
@@ -44,6 +45,7 @@ def test_a_finished_training_is_resumed_to_the_same_bank(go, bank):
     jax.tree.map(np.testing.assert_array_equal, load_run(bank)[3].params, before.params)
 
 
+@pytest.mark.slow
 def test_the_bank_does_not_depend_on_the_size_of_the_batches(go, bank, tmp_path):
     go(tmp_path / "run", *PIXELS, "trainer.batch_size=3")
     np.testing.assert_allclose(open_run(tmp_path / "run").scorer(IMAGE), open_run(bank).scorer(IMAGE), rtol=1e-5)
@@ -69,6 +71,7 @@ def test_the_features_of_a_run_are_those_of_a_base_run(go, tmp_path):
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_features_that_do_not_go_together_are_refused(go, weights, tmp_path):
     for overrides, message in (
         (["model=identity", "method.features=efficientnet_lite0"], "give model=efficientnet_lite0_features"),

@@ -102,6 +102,7 @@ def test_a_writer_that_fails_is_heard_of(tmp_path, monkeypatch):
     assert list((tmp_path / "out" / "maps").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_more_is_held_than_an_image_and_its_maps(tmp_path, monkeypatch):
     monkeypatch.setattr(score, "STRIP_PX", 2**14)
     monkeypatch.setattr(outputs, "STRIP_BYTES", 2**16)

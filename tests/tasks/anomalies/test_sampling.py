@@ -235,6 +235,7 @@ def test_networks_of_an_ensemble_draw_in_turn(run, tmp_path):
     assert bright.tolist() == [False, False, False, True, True]
 
 
+@pytest.mark.slow
 def test_a_repeated_call_replaces_the_images(run, tmp_path):
     go(run, tmp_path / "out", n=5)
     before = read(tmp_path / "out")

@@ -224,6 +224,7 @@ def test_series_whose_slices_all_fail_leaves_no_maps(predict, tmp_path, capsys, 
     assert "all of its 10 slices failed" in row["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["tiff", "nifti"])
 def test_killed_prediction_of_a_volume_goes_on(predict, tmp_path, monkeypatch, form):
     voxels, _ = voxels_with_a_blob()

@@ -19,6 +19,7 @@ def masked(size=30):
     return image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_found", [0, 1, 3])
 def test_combined_maps_mark_what_was_found(n_found, tmp_path):
     places = RNG.uniform(5, 25, (n_found, 2))

@@ -61,6 +61,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_everything_is_written_and_can_be_searched(raw, tmp_path, capsys):
     folder, made, true = raw
     config = configured(folder, tmp_path / "out", recentre={"method": "cross_correlation"}, pixel_scale=0.027,

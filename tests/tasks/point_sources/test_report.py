@@ -356,6 +356,7 @@ def test_object_instrument_and_unit_of_the_header_are_told(tmp_path, undrawn):
     assert not {"object", "observed with", "observed on"} & set(summary(result(), search(made)))
 
 
+@pytest.mark.slow
 def test_page_holds_numbers_caveats_and_figures(tmp_path):
     made = result(drop=3, contrast=curve(), pixel_scale=0.05)
     text, console = written(made, search(made, source(), caveats=("12 frames are few",)), tmp_path)

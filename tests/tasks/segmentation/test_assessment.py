@@ -54,6 +54,7 @@ def dice_of(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
+@pytest.mark.slow
 def test_every_image_is_predicted_by_the_networks_of_its_fold(cross_validated, monkeypatch):
     run, labelled, folds, _ = cross_validated
     asked = {}
@@ -73,6 +74,7 @@ def test_every_image_is_predicted_by_the_networks_of_its_fold(cross_validated, m
             assert in_fold == fold
 
 
+@pytest.mark.slow
 def test_figures_of_merit_are_those_of_the_decided_pixels(cross_validated):
     run, labelled, folds, found = cross_validated
     dice = []
@@ -106,6 +108,7 @@ def test_figures_of_merit_are_those_of_the_decided_pixels(cross_validated):
     json.dumps(found.metrics, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_baselines_stand_beside_the_run_with_paired_differences(cross_validated):
     *_, found = cross_validated
     by_method = found.metrics["segmentation"]
@@ -117,6 +120,7 @@ def test_baselines_stand_beside_the_run_with_paired_differences(cross_validated)
     assert "A trivial baseline has a higher Dice than Brightness: organ" in found.markdown
 
 
+@pytest.mark.slow
 def test_baselines_of_a_fold_know_none_of_its_test_images(cross_validated, monkeypatch):
     run, labelled, folds, _ = cross_validated
     groups = []
@@ -127,6 +131,7 @@ def test_baselines_of_a_fold_know_none_of_its_test_images(cross_validated, monke
         assert not known & {labelled.groups[row] for row in fold.test}
 
 
+@pytest.mark.slow
 def test_the_report_starts_with_the_worst_images(cross_validated, tmp_path):
     *_, found = cross_validated
     assert [section.title for section in found.sections][:5] == [
@@ -144,6 +149,7 @@ def test_the_report_starts_with_the_worst_images(cross_validated, tmp_path):
     assert found.objective == 0.25
 
 
+@pytest.mark.slow
 def test_image_scores_have_a_row_for_each_image_class_and_method(cross_validated):
     *_, found = cross_validated
     rows = list(csv.DictReader(io.StringIO(found.tables["image_scores.csv"])))
@@ -155,6 +161,7 @@ def test_image_scores_have_a_row_for_each_image_class_and_method(cross_validated
     assert next(row["dice"] for row in rows if row["class"] == "lesion") == "0.0"  # has none, but some are predicted
 
 
+@pytest.mark.slow
 def test_stored_results_give_the_same_figures(cross_validated):
     *_, found = cross_validated
     stored = json.loads(json.dumps(found.evaluation.as_json()))
@@ -182,6 +189,7 @@ def evaluation_of(folder, **data):
     )
 
 
+@pytest.mark.slow
 def test_images_of_the_run_are_predicted_by_networks_that_have_not_seen_them(cross_validated, tmp_path):
     run, _, _, of_training = cross_validated
     config, place = evaluation_of(run.path), place_in(tmp_path)
@@ -192,6 +200,7 @@ def test_images_of_the_run_are_predicted_by_networks_that_have_not_seen_them(cro
             assert found.metrics["segmentation"][method][name]["dice"]["value"] == figures["dice"]["value"]
 
 
+@pytest.mark.slow
 def test_new_images_are_predicted_by_all_networks(cross_validated, tmp_path):
     run = cross_validated[0]
     draw_images(tmp_path, count=3, seed=5)
@@ -206,6 +215,7 @@ def test_new_images_are_predicted_by_all_networks(cross_validated, tmp_path):
     assert found.evaluation.seconds_per_image > 0
 
 
+@pytest.mark.slow
 def test_without_an_unseen_image_there_is_no_test(cross_validated, tmp_path):
     run, labelled, *_ = cross_validated
     write_json(tmp_path / IMAGES, {"images": [{"content": c, "unseen_by": []} for c in labelled.contents]})
@@ -213,6 +223,7 @@ def test_without_an_unseen_image_there_is_no_test(cross_validated, tmp_path):
         assessment.assess(replace(run, path=tmp_path), labelled, evaluation_of(run.path), place_in(tmp_path))
 
 
+@pytest.mark.slow
 def test_images_of_other_bands_are_refused(cross_validated, tmp_path):
     run = cross_validated[0]
     draw_images(tmp_path, count=1)
@@ -221,6 +232,7 @@ def test_images_of_other_bands_are_refused(cross_validated, tmp_path):
         assessment.read_test(run, evaluation_of(tmp_path), place_in(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_the_value_of_unlabelled_pixels_is_that_of_the_run(cross_validated, tmp_path):
     run = cross_validated[0]
     draw_images(tmp_path, count=1)
@@ -248,6 +260,7 @@ def test_without_test_images_the_validation_images_are_assessed_with_a_warning(f
     assert found.evaluation is None
 
 
+@pytest.mark.slow
 def test_a_component_threshold_is_described_and_applied(cross_validated, tmp_path):
     run, labelled, folds, found = cross_validated
     expected = Estimate(0.1, 0.0, 0.3)

@@ -25,6 +25,10 @@ class MeanRun:
     mean: np.ndarray
     step: int
 
+    @property
+    def weights(self):
+        return [{"mean": self.mean}]
+
     def predict(self, image):
         """Root mean squared difference from the mean image."""
         ref, pixels = one_image(image, 0, 2048, formats=build_formats(self.config))
