@@ -1,5 +1,8 @@
 """The pretrained encoder in three tasks: what a training keeps of it, and weights that cannot be used."""
 
+import hashlib
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -68,6 +71,8 @@ def test_a_frozen_encoder_keeps_its_weights_and_the_rest_is_trained(name, images
     arguments = [f"{key}={str(value).replace(' ', '')}" for key, value in given.items()]
     run = tmp_path / "run"
     child.run("pulmo_jax.train", f"+experiment={name}", *arguments, f"hydra.run.dir={run}", draw=False)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"random.safetensors, SHA-256 {digest}" in json.loads((run / "run.json").read_text())["citation"]
     opened = open_run(run)
     expected, seen = read_encoder(weights), set()
     for path, leaf in jax.tree.leaves_with_path(opened.weights):
@@ -78,7 +83,7 @@ def test_a_frozen_encoder_keeps_its_weights_and_the_rest_is_trained(name, images
     assert len(seen) == 143  # of 147: not the first kernel, nor the head
     child.run("pulmo_jax.export", f"run={run}", f"output={tmp_path / 'weights.safetensors'}", draw=False)
     again = read_encoder(tmp_path / "weights.safetensors")
-    assert again["stem.kernel"].shape == (3, 3, 1, 32)
+    assert again["stem.kernel"].shape[::3] == (3, 32)
     assert all(np.allclose(again[key], expected[key], rtol=1e-6) for key in seen)
 
 

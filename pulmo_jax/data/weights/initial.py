@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pulmo_jax.data.weights.encoder import Arrays, read_encoder
 from pulmo_jax.data.weights.published import PUBLISHED, fetch_weights
 from pulmo_jax.host.console import Console
+from pulmo_jax.host.reading import sha256_of
 from pulmo_jax.models.efficientnet_lite import EfficientNetLite0, kernel_for_channels
 from pulmo_jax.models.on_encoder import ENCODER, OnEncoder, name_in_encoder
 
@@ -44,7 +45,7 @@ def check_weights(model: Mapping[str, Any] | None, cache: Path | None, console: 
         console: For messages.
 
     Returns:
-        Citation and licence of published weights; "" for others.
+        Citation and licence of published weights; name and digest of a file of the user's; "" without weights.
 
     Raises:
         InputError: If they cannot be downloaded or read, or do not fit.
@@ -55,8 +56,10 @@ def check_weights(model: Mapping[str, Any] | None, cache: Path | None, console: 
     if path is None:
         return ""
     read_encoder(path)
+    if weights != "imagenet":
+        return f"Weights of the encoder: {path.name}, SHA-256 {sha256_of(path, path.stat().st_size)}."
     published = PUBLISHED[IMAGENET]
-    return f"{published.citation}\n  Licence: {published.licence}." if weights == "imagenet" else ""
+    return f"{published.citation}\n  Licence: {published.licence}."
 
 
 def with_weights(params: Any, network: Any, cache: Path | None, console: Console) -> Any:
