@@ -6,8 +6,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # A test that imports jax before pulmo_jax would let XLA's log through to every process that the tests start.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Most of the time of the tests is compilation: these flags more than halve it. CI runs the slow tests without them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Most of the time of the tests is compilation: these flags more than halve it. Notebooks run without them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false")
 
 import signal
 

@@ -206,7 +206,9 @@ def test_a_store_trains_and_is_judged_as_its_folder(run, slices, tmp_path):
 @pytest.mark.parametrize(
     ("method", "title"),
     [
-        (["method=anomaly", "method.latent=4", "method.width=4"], "AutoencoderAnomaly"),
+        pytest.param(
+            ["method=anomaly", "method.latent=4", "method.width=4"], "AutoencoderAnomaly", marks=pytest.mark.campaign
+        ),
         (["method=anomaly_gaussian"], "GaussianAnomaly"),
     ],
 )

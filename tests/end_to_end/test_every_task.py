@@ -161,7 +161,14 @@ def parameters_of(run: Path, task: str) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in JOBS if name != "autoencoder"])  # that is in test_verbs
+@pytest.mark.parametrize(  # autoencoder is in test_verbs
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("classifier", "patch_gaussian") else pytest.mark.campaign)
+        for name in JOBS
+        if name != "autoencoder"
+    ],
+)
 def test_two_processes_train_what_one_does(trained, images, tmp_path, name):
     """Over loopback: the same losses, parameters and figures of merit; the second process leaves nothing behind."""
     job, one, two = JOBS[name], trained(name), tmp_path / "two"

@@ -59,7 +59,8 @@ def test_notebook_defines_nothing(path):
 @pytest.mark.slow
 @each_notebook
 def test_notebook_runs_and_shows_its_figures(path, tmp_path, monkeypatch):
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # as it is for a reader
+    for name in ("MPLBACKEND", "XLA_FLAGS"):  # as it is for a reader
+        monkeypatch.delenv(name, raising=False)
     # Nothing of this user's, and nothing left behind.
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "PULMO_JAX_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / name))

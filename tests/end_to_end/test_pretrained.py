@@ -65,7 +65,9 @@ def values(name: str, images: dict, **model) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name", ["brain_mri", *(pytest.param(name, marks=pytest.mark.campaign) for name in ("landmarks", "segmentation"))]
+)
 def test_a_frozen_encoder_keeps_its_weights_and_the_rest_is_trained(name, images, weights, tmp_path):
     given = values(name, images, weights=weights, train_from="none")
     arguments = [f"{key}={str(value).replace(' ', '')}" for key, value in given.items()]

@@ -122,7 +122,7 @@ def test_killed_job_loses_no_other(command, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit"])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.campaign), "submitit"])
 def test_stopped_sweep_goes_on_to_the_same_end(command, launcher):
     if launcher == "submitit":
         pytest.importorskip("submitit")
