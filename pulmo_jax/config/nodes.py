@@ -41,7 +41,7 @@ GIVEN = {
     "model.encoder": ("patch_size", "channels", "rngs"),
     "method": (
         *("network", "n_landmarks", "mirror", "shapes", "n_classes", "normal", "class_weights"),
-        *("classes", "patch_size", "channels", "base"),
+        *("classes", "patch_size", "channels", "base", "base_params", "lora"),
     ),
     "optimizer": ("steps",),
     "method.loss": (

@@ -21,7 +21,7 @@ def build_method(config: TrainConfig, how: Preprocessing) -> Method:
 def parts_of(config: TrainConfig) -> BaseConfig:
     """Method, model and base run of a config."""
     members = config.trainer.members
-    return BaseConfig(method=config.method, model=config.model, members=members, base=config.base)
+    return BaseConfig(method=config.method, model=config.model, members=members, lora=config.lora, base=config.base)
 
 
 def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple[str, ...]) -> Method:
@@ -48,7 +48,8 @@ def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple
         given: dict[str, Any] = {"patch_size": how.patch_size, "channels": how.channels, **shape}
         try:
             network = build(parts.model, "model", plugins, rngs=nnx.Rngs(seed), **given)
-            return build(parts.method, "method", plugins, network=network, base=base, seed=seed)
+            adapters = {} if parts.lora is None else {"lora": parts.lora}
+            return build(parts.method, "method", plugins, network=network, base=base, seed=seed, **adapters)
         except ValueError as error:
             raise InputError(str(error)) from error
 

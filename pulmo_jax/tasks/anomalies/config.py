@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pulmo_jax.config.lora import LoraConfig
 from pulmo_jax.config.section import (
     Bool,
     Float,
@@ -159,6 +160,8 @@ class BaseConfig(Section):
     method: Node
     model: Node
     members: Int = Field(default=1, ge=1, le=64)
+    lora: LoraConfig | None = None
+    digest: str | None = None
     base: "BaseConfig | None" = None
 
 
@@ -170,6 +173,7 @@ class TrainEvaluationConfig(AnomalyEvaluationConfig):
     )
 
 
+ADAPTED = "pulmo_jax.methods.adapted.Adapted"
 EVALUATION = AnomalyEvaluationConfig(replicates=200, examples=4)
 
 
@@ -185,7 +189,15 @@ class TrainConfig(TrainingConfig, frozen=True):
     calibration: CalibrationConfig = CalibrationConfig()
     tiles: TilesConfig = TilesConfig()
     evaluation: TrainEvaluationConfig = TrainEvaluationConfig(replicates=200, examples=4)
+    lora: LoraConfig | None = Field(default=None, description="low-rank adapters, of experiment=lung_adapt")
     base: BaseConfig | None = Field(default=None, description="set by the program from method.base_run")
+
+    @model_validator(mode="after")
+    def _adapts(self) -> "TrainConfig":
+        """Check that adapters and their method come together."""
+        if (self.method.get("_target_") == ADAPTED) != (self.lora is not None):
+            raise ValueError("lora.* and method=lora belong together; give +experiment=lung_adapt method.base_run=RUN")
+        return self
 
     @model_validator(mode="after")
     def _measures_objective(self) -> "TrainConfig":
@@ -243,7 +255,7 @@ SECTIONS: Mapping[str, type[Section]] = {
 CHOICES: Mapping[str, Sequence[str]] = {
     "method": (
         *("autoencoder", "uncertain_autoencoder", "variational_autoencoder", "vq_autoencoder", "tokens", "diffusion"),
-        *("patch_gaussian", "patchcore"),
+        *("patch_gaussian", "patchcore", "lora"),
     ),
     "method.loss": ("l2", "l1", "ssim", "ms_ssim"),
     "model": (

@@ -12,6 +12,7 @@ from pulmo_jax.config.nodes import find_target
 from pulmo_jax.data.scan import Scan
 from pulmo_jax.data.transforms import Preprocessing
 from pulmo_jax.host.reading import read_json
+from pulmo_jax.methods.adapted import Adapted
 from pulmo_jax.methods.base import Accumulated, Method, NeedsBase, Params
 from pulmo_jax.methods.ensemble import Ensemble
 from pulmo_jax.methods.patch_gaussian import PatchGaussian, merged
@@ -115,12 +116,22 @@ def with_base(config: TrainConfig) -> TrainConfig:
         data["stride"] = min(config.data.stride, base.data.patch_size)
     return config.model_copy(
         update={
-            "base": parts_of(base),
+            "base": parts_of(base).model_copy(update={"digest": digest_of_run(path)}),
             "model": IDENTITY if is_accumulated(config) else config.model,
             "data": config.data.model_copy(update=data),
             "method": {**config.method, "base_run": str(path)},
         }
     )
+
+
+def require_bands(base: Pretrained, data: NormalData) -> None:
+    """Check that the images have as many bands as those of the base run. Raises InputError."""
+    if data.how.channels != base.how.channels:
+        first = data.training.images[0]
+        raise InputError(
+            f"{first.path}: {data.how.channels} bands, but method.base_run={base.path} was trained on images with "
+            f"{base.how.channels}; give images with as many bands, or train a network on these"
+        )
 
 
 def with_features(config: TrainConfig) -> TrainConfig:
@@ -210,7 +221,7 @@ def start_from(fresh: TrainState, method: Method, data: NormalData, base: Pretra
     """
     if base is not None:
         require_unseen(data, base)
-        fresh = with_base_params(fresh, base.params)
+        fresh = fresh if isinstance(method, Adapted) else with_base_params(fresh, base.params)
     if not isinstance(method, OfWindows):
         return fresh
     if base is None and jax.tree.leaves(fresh.params["network"]) and not begins_pretrained(method.network):

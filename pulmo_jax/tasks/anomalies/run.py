@@ -15,9 +15,10 @@ from pulmo_jax.evaluation.detection import find_detections
 from pulmo_jax.inference.image_rating import image_statistic_of, rate_image
 from pulmo_jax.inference.normal_level import NormalLevel
 from pulmo_jax.inference.score import Scorer, Tiles
+from pulmo_jax.methods.adapted import Adapted
 from pulmo_jax.methods.base import Method, Params
 from pulmo_jax.methods.ensemble import Ensemble
-from pulmo_jax.runs.directory import load_config, restore_sealed, sealed_step, shapes_of
+from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
 from pulmo_jax.tasks.anomalies.building import build_method
@@ -26,7 +27,7 @@ from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.results import AnomalyResult
 from pulmo_jax.tasks.anomalies.units import stored_intensity
 from pulmo_jax.training.members import unstacked
-from pulmo_jax.training.state import TrainState, inference_state, learnt
+from pulmo_jax.training.state import TrainState, averaged_state, inference_state, learnt
 from pulmo_jax.types import ImageStatistic, InputError
 
 SEALED = ("preprocessing.json", "calibration.json", "baselines.json")
@@ -181,8 +182,39 @@ def load_run(path: Path, plugins: tuple[str, ...] = ()) -> tuple[TrainConfig, Pr
     config, step = load_config(path, TrainConfig, plugins), sealed_step(path, SEALED)
     how = Preprocessing.load(path / "preprocessing.json")
     like = shapes_of(path, lambda: inference_state(build_method(config, how)))
-    state = restore_sealed(path, step, like)
-    return config, how, build_method(config, how), state, step
+    state, method = restore_sealed(path, step, like), build_method(config, how)
+    if isinstance(method, Adapted):
+        method, state = with_adapter(path, config, method, state)
+    return config, how, method, state, step
+
+
+def with_adapter(path: Path, config: TrainConfig, method: Adapted, state: TrainState) -> tuple[Method, TrainState]:
+    """Merge the adapter of a run into the network of its base run.
+
+    Args:
+        path: Run directory.
+        config: Config of the run.
+        method: Its method.
+        state: Its state for inference.
+
+    Returns:
+        Method of the base run, and state for inference with the merged parameters.
+
+    Raises:
+        InputError: If the base run is missing, or is not the one that the adapter was trained on.
+    """
+    base = Path(str(method.base_run))
+    try:
+        _, _, inner, before, _ = load_run(base, config.plugins)
+    except InputError as error:
+        raise InputError(f"{path}: contains adapters of the network of method.base_run={base}. {error}") from error
+    if config.base is None or digest_of_run(base) != config.base.digest:
+        raise InputError(
+            f"{path}: its adapters belong to an earlier training of method.base_run={base}, which has been trained "
+            "again; restore that run, or train the adapters again"
+        )
+    adapted = replace(method, base_params=learnt(inner, before))
+    return inner, averaged_state(adapted.merged(learnt(method, state)))
 
 
 def make_scorer(

@@ -23,6 +23,7 @@ from pulmo_jax.host.cache import require_writable
 from pulmo_jax.host.console import tracker
 from pulmo_jax.inference.assess import calibrate
 from pulmo_jax.inference.normal_level import normal_level
+from pulmo_jax.methods.adapted import Adapted
 from pulmo_jax.methods.base import Accumulated, Condensed, Method, ShapesNetwork
 from pulmo_jax.methods.ensemble import tuned
 from pulmo_jax.runs.directory import build_optimizer, load_config
@@ -56,6 +57,7 @@ from pulmo_jax.tasks.anomalies.pretrained import (
     Pretrained,
     is_accumulated,
     open_base,
+    require_bands,
     start_from,
     with_base,
     with_features,
@@ -185,7 +187,10 @@ def read(config: TrainConfig, place: Place) -> AnomalyData:
     require_one_frame(config)
     require_locations(config)
     stride = data.patch_size // (1 if is_accumulated(config) else 2)
-    normal = read_normal_images(data, config.seed, reader, place.console, stride, base.how if base else None)
+    scaled = None if config.lora else base  # adapters are for images of another scale
+    normal = read_normal_images(data, config.seed, reader, place.console, stride, scaled.how if scaled else None)
+    if base is not None:
+        require_bands(base, normal)
     normal = replace(normal, how=replace(normal.how, aligned_by=frame))
     if (test := labelled_data(data)) is not None:
         labelled_images(config, normal.how, test, reader)
@@ -208,7 +213,7 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
         Input of the training loop.
     """
     normal, trainer, mesh = data.normal, config.trainer, devices.all_devices(config.trainer.batch_size)
-    method, optimizer = build_method(config, normal.how), build_optimizer(config)
+    method, optimizer = method_of(config, data), build_optimizer(config)
     read_patches = patch_reader(config.data, normal, data.reader, place.console)
     everywhere = devices.everywhere(mesh)
     once = isinstance(method, Accumulated)
@@ -243,6 +248,14 @@ def learning(config: TrainConfig, data: AnomalyData, place: Place) -> Learning:
     )
 
 
+def method_of(config: TrainConfig, data: AnomalyData) -> Method:
+    """Build the method; one of adapters has the parameters of the base run."""
+    method = build_method(config, data.normal.how)
+    if isinstance(method, Adapted) and data.base is not None:
+        return replace(method, base_params=data.base.params)
+    return method
+
+
 def describe_batch(size: int, how: Preprocessing, once: bool) -> Any:
     """Shapes and dtypes of a batch of patches; for a single pass, also of their foreground masks."""
     shape = (size, how.patch_size, how.patch_size, how.channels)
@@ -270,9 +283,11 @@ def finish(config: TrainConfig, data: AnomalyData, learned: Learned, place: Plac
     Raises:
         InputError: If the method has accumulated too little data.
     """
-    method = build_method(config, data.normal.how)
+    method = method_of(config, data)
     caveats_of(method, learned)  # raises if the method has accumulated too little data
     params = learnt(method, learned.state)
+    if isinstance(method, Adapted):
+        method, params = method.base, method.merged(params)
     patches = validation_patches(config, data.normal, data.reader)
     numbers = tuned(method, params, jnp.asarray(patches))
     scorer = make_scorer(config, method, with_tuned(params, numbers), data.normal.how)

@@ -1,0 +1,116 @@
+"""Low-rank adapters of a base run: what is trained and stored, and what is refused."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tifffile
+
+from pulmo_jax.runs.directory import restore_sealed
+from pulmo_jax.tasks.anomalies.building import build_method
+from pulmo_jax.tasks.anomalies.run import load_run, open_run
+from pulmo_jax.training.state import averaged_state
+from pulmo_jax.types import InputError
+
+ADAPT = ("method=lora", "model=identity", "lora={rank:2,alpha:8.0,share:0.5}")
+
+
+@pytest.fixture(scope="module")
+def base(go, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "base"
+    go(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def other_scanner(images, tmp_path_factory):
+    """The images with another gray scale."""
+    root = tmp_path_factory.mktemp("other")
+    for path in images.rglob("*.tif"):
+        target = root / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image = tifffile.imread(path).astype(np.float32)
+        tifffile.imwrite(target, (3 * (image - image.min()) ** 0.8 + 50).astype(np.uint16))
+    return root
+
+
+@pytest.fixture(scope="module")
+def adapted(go, base, other_scanner, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "adapted"
+    go(run, *adapting(base, other_scanner))
+    return run
+
+
+def adapting(base, scanner, *more):
+    return [*ADAPT, f"method.base_run={base}", f"data.train={scanner}/train", f"data.val={scanner}/val", *more]
+
+
+def named(run):
+    (params,) = open_run(run).weights
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def test_a_run_is_the_network_of_its_base_with_some_kernels_changed_by_a_low_rank(base, adapted):
+    before, after = named(base), named(adapted)
+    assert before.keys() == after.keys()
+    assert type(open_run(adapted).scorer.method) is type(open_run(base).scorer.method)
+    changed = {name: after[name] - before[name] for name in before if not np.array_equal(before[name], after[name])}
+    assert 1 <= len(changed) < len(before)
+    for name, change in changed.items():
+        assert "kernel" in name
+        assert np.linalg.matrix_rank(change.reshape(-1, change.shape[-1]), tol=1e-5 * np.abs(change).max() * 10) <= 2
+
+
+def test_the_adapters_alone_are_stored(base, adapted):
+    config, how, _, _, step = load_run(adapted)
+    factors = build_method(config, how).init()
+    assert {pair.down.shape[1] for pair in factors.values()} == {2}
+    state = restore_sealed(adapted, step, averaged_state(factors))  # refused if anything else were there
+    assert jax.tree.structure(state.ema) == jax.tree.structure(factors)
+    whole = sum(leaf.size for leaf in named(base).values())
+    assert 0 < sum(leaf.size for leaf in jax.tree.leaves(factors)) <= 0.5 * whole
+
+
+def test_intensities_are_normalised_anew(base, adapted):
+    assert load_run(adapted)[1].offset != load_run(base)[1].offset
+    assert load_run(adapted)[1].scale != load_run(base)[1].scale
+
+
+def test_an_interrupted_training_continues_bit_for_bit(go, base, adapted, other_scanner, tmp_path):
+    shutil.copytree(adapted, tmp_path / "run")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step), ignore_errors=True)
+    go(tmp_path / "run", *adapting(base, other_scanner, "resume=true"))
+    for name, array in named(adapted).items():
+        np.testing.assert_array_equal(array, named(tmp_path / "run")[name])
+
+
+def test_without_its_base_or_with_another_training_of_it_a_run_is_not_opened(go, base, other_scanner, tmp_path):
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    go(tmp_path / "run", *adapting(own, other_scanner))
+    open_run(tmp_path / "run")
+    seal = own / "finished.json"
+    seal.write_text(seal.read_text() + " ")
+    with pytest.raises(InputError, match="its adapters belong to an earlier training of method.base_run"):
+        open_run(tmp_path / "run")
+    shutil.rmtree(own)
+    with pytest.raises(InputError, match="contains adapters of the network of method.base_run"):
+        open_run(tmp_path / "run")
+
+
+def test_what_cannot_be_adapted_is_refused(go, base, other_scanner, images, tmp_path):
+    for path in other_scanner.rglob("*.tif"):
+        target = tmp_path / "bands" / path.relative_to(other_scanner)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(target, np.repeat(tifffile.imread(path)[..., None], 3, -1), photometric="rgb")
+    with pytest.raises(InputError, match="3 bands, but method.base_run=.* was trained on images with 1"):
+        go(tmp_path / "a", *adapting(base, tmp_path / "bands"))
+    with pytest.raises(InputError, match="lora.share=1e-06"):
+        go(tmp_path / "b", *adapting(base, other_scanner, "lora.share=1e-6"))
+    with pytest.raises(InputError, match="method.base_run is null"):
+        go(tmp_path / "c", *ADAPT)
+    with pytest.raises(InputError, match=r"lora\.\* and method=lora belong together"):
+        go(tmp_path / "d", "lora={rank:2}")
+    assert not any((tmp_path / name / "images.json").exists() for name in "bcd")
