@@ -260,7 +260,7 @@ def test_three_classes_and_one_part_held_out(three, tmp_path):
     )
 
 
-@pytest.mark.slow  # 160 slices are drawn
+@pytest.mark.campaign  # 160 slices are drawn
 def test_drawn_slices_are_a_first_look(tmp_path):
     given = ["pulmo_jax.train", "+experiment=brain_mri", "data=synthetic_mri", f"data.cache={tmp_path / 'cache'}", *NET,
              "trainer.folds=1", "trainer.leak=false", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip

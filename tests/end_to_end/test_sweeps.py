@@ -148,7 +148,7 @@ def test_stopped_sweep_goes_on_to_the_same_end(command, launcher):
     assert [row["objective"] for row in rows(Path("straight"))] == resumed
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_search_that_was_killed_goes_on(command):
     gates = Path("go").absolute()
     for job in "013":

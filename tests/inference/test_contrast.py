@@ -101,7 +101,7 @@ def test_a_search_finds_sources_of_every_flux_tested(contrast):
         assert detected(contrast, flux, 1).all()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_half_of_the_sources_at_the_limit_are_found(contrast):
     found = detected(contrast, contrast.half_low, 16)
     deviation = 3 * np.sqrt(0.25 / found.size)  # three binomial standard deviations

@@ -228,7 +228,7 @@ def test_place_errors_are_those_of_the_likelihood():
     assert float(criterion(sample(prepare(maps), sky))) == pytest.approx(found.found[0].criterion, rel=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_noise_is_above_the_threshold_as_rarely_as_promised():
     """Sixty skies of noise alone, at a fixed place: the maps turned against each other promise 0.1 and keep it."""
     level, alarms = 0.1, []

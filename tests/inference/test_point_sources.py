@@ -412,7 +412,7 @@ def test_gain_of_noise_peaks_is_that_of_the_noise_s_own_peaks(searches):
     assert np.nanmedian(ratios) == pytest.approx(np.mean(gains), rel=0.15)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_bright_sources_of_every_separation_and_flux():
     """200 injections: from the limit upwards all are found, and their places and fluxes have the errors given."""
     found, everything = [], []
@@ -431,7 +431,7 @@ def test_bright_sources_of_every_separation_and_flux():
     assert (spread < 1.5).all()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_companions_of_bright_sources_in_speckles():
     """5 : 1 pairs 2 FWHM apart, 5 and 8 FWHM from the star of a synthetic stack; the companion at twice the limit."""
     fwhm, found = 4.6, []
