@@ -6,8 +6,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # A test that imports jax before pulmo_jax would let XLA's log through to every process that the tests start.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Most of the time of the tests is compilation: these flags more than halve it. Notebooks run without them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false")
 
 import signal
 
@@ -21,7 +19,14 @@ settings.load_profile("patient")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs for other tests, their child processes and later runs; `--cache-clear` removes them."""
+    """Compile quickly, and keep compiled programs for other tests, child processes and later runs.
+
+    Most of the time of the tests is compilation, which the flags more than halve; slow tests compute more. Notebooks
+    run without the flags. `--cache-clear` removes the programs.
+    """
+    level = 0 if "not slow" in config.option.markexpr else 1
+    flags = f"--xla_backend_optimization_level={level} --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", flags)  # read when JAX is first used; workers inherit them
     cache = config.cache.mkdir("compiled")
     os.environ["PULMO_JAX_CACHE"] = str(cache)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / "xla")

@@ -32,7 +32,9 @@ def filled(adapter, seed: int = 0):
     return {name: f._replace(up=jnp.asarray(rng.normal(size=f.up.shape), jnp.float32)) for name, f in adapter.items()}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["autoencoder", "classifier", "landmark_net", pytest.param("encoder", marks=pytest.mark.slow)]
+)
 def test_adapters_of_any_network_are_a_small_share_of_it_and_begin_as_the_network(name):
     params = initial_params(NETWORKS[name]())
     adapter = init_adapter(params, 4, 0.02, jax.random.key(0))
