@@ -46,7 +46,8 @@ def export(config: ExportConfig, _: Path) -> None:
     with removing_empty(target.parent), replacing(target) as temporary:
         write_safetensors(arrays, temporary, facts_of(run, task.name))
     size = sum(array.size for array in arrays.values())
-    make_console().print(f"{len(arrays)} tensors with {size:,} numbers of {len(run.weights)} networks: {target}")
+    of = f" of {len(run.weights)} networks" if len(run.weights) > 1 else ""
+    make_console().print(f"{len(arrays)} tensors with {size:,} numbers{of}: {target}")
 
 
 if __name__ == "__main__":

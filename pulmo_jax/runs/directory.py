@@ -69,6 +69,8 @@ def sealed_step(run: Path, files: Sequence[str]) -> int:
     try:
         digests = read_json(run / FINISHED, SMALL, run)
     except FileNotFoundError:
+        if not run.is_dir():
+            raise InputError(f"{run}: does not exist; give the directory of a finished run") from None
         raise InputError(
             f"run={run}: training has not finished; continue it with resume=true hydra.run.dir={run}"
         ) from None

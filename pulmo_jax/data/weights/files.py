@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from pulmo_jax.data.weights.torch_files import Weights, read_torch
 from pulmo_jax.host.reading import open_regular
@@ -47,4 +47,5 @@ def write_safetensors(arrays: Mapping[str, np.ndarray], path: Path, facts: Mappi
         path: Output file.
         facts: Text in the header, such as the origin of the weights.
     """
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, dict(facts))
+    # `save_file` would make a file that only its owner can read.
+    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, dict(facts)))

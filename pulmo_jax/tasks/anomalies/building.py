@@ -48,8 +48,7 @@ def build_parts(parts: BaseConfig, how: Preprocessing, seed: int, plugins: tuple
         given: dict[str, Any] = {"patch_size": how.patch_size, "channels": how.channels, **shape}
         try:
             network = build(parts.model, "model", plugins, rngs=nnx.Rngs(seed), **given)
-            adapters = {} if parts.lora is None else {"lora": parts.lora}
-            return build(parts.method, "method", plugins, network=network, base=base, seed=seed, **adapters)
+            return build(parts.method, "method", plugins, network=network, base=base, lora=parts.lora, seed=seed)
         except ValueError as error:
             raise InputError(str(error)) from error
 

@@ -160,7 +160,7 @@ class BaseConfig(Section):
     method: Node
     model: Node
     members: Int = Field(default=1, ge=1, le=64)
-    lora: LoraConfig | None = None
+    lora: LoraConfig = LoraConfig()
     digest: str | None = None
     base: "BaseConfig | None" = None
 
@@ -189,14 +189,14 @@ class TrainConfig(TrainingConfig, frozen=True):
     calibration: CalibrationConfig = CalibrationConfig()
     tiles: TilesConfig = TilesConfig()
     evaluation: TrainEvaluationConfig = TrainEvaluationConfig(replicates=200, examples=4)
-    lora: LoraConfig | None = Field(default=None, description="low-rank adapters, of experiment=lung_adapt")
+    lora: LoraConfig = LoraConfig()
     base: BaseConfig | None = Field(default=None, description="set by the program from method.base_run")
 
     @model_validator(mode="after")
     def _adapts(self) -> "TrainConfig":
-        """Check that adapters and their method come together."""
-        if (self.method.get("_target_") == ADAPTED) != (self.lora is not None):
-            raise ValueError("lora.* and method=lora belong together; give +experiment=lung_adapt method.base_run=RUN")
+        """Check that adapters are described for a method that has them."""
+        if self.lora != LoraConfig() and self.method.get("_target_") != ADAPTED:
+            raise ValueError("lora.* is for adapters alone; give +experiment=lung_adapt method.base_run=RUN")
         return self
 
     @model_validator(mode="after")

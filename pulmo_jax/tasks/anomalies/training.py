@@ -36,7 +36,7 @@ from pulmo_jax.tasks.anomalies.aligning import align_data, open_frame
 from pulmo_jax.tasks.anomalies.assessment import assess_training, labelled_images
 from pulmo_jax.tasks.anomalies.building import build_method
 from pulmo_jax.tasks.anomalies.calibrated import save_calibrations, with_tuned
-from pulmo_jax.tasks.anomalies.config import DataConfig, EvaluateDataConfig, TrainConfig
+from pulmo_jax.tasks.anomalies.config import ADAPTED, DataConfig, EvaluateDataConfig, TrainConfig
 from pulmo_jax.tasks.anomalies.data import (
     NormalData,
     describe_images,
@@ -187,7 +187,7 @@ def read(config: TrainConfig, place: Place) -> AnomalyData:
     require_one_frame(config)
     require_locations(config)
     stride = data.patch_size // (1 if is_accumulated(config) else 2)
-    scaled = None if config.lora else base  # adapters are for images of another scale
+    scaled = None if config.method["_target_"] == ADAPTED else base  # adapters are for images of another scale
     normal = read_normal_images(data, config.seed, reader, place.console, stride, scaled.how if scaled else None)
     if base is not None:
         require_bands(base, normal)

@@ -13,7 +13,7 @@ from pulmo_jax.tasks.anomalies.run import load_run, open_run
 from pulmo_jax.training.state import averaged_state
 from pulmo_jax.types import InputError
 
-ADAPT = ("method=lora", "model=identity", "lora={rank:2,alpha:8.0,share:0.5}")
+ADAPT = ("method=lora", "model=identity", "lora.rank=2", "lora.share=0.5")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,6 @@ def test_what_cannot_be_adapted_is_refused(go, base, other_scanner, images, tmp_
         go(tmp_path / "b", *adapting(base, other_scanner, "lora.share=1e-6"))
     with pytest.raises(InputError, match="method.base_run is null"):
         go(tmp_path / "c", *ADAPT)
-    with pytest.raises(InputError, match=r"lora\.\* and method=lora belong together"):
-        go(tmp_path / "d", "lora={rank:2}")
+    with pytest.raises(InputError, match=r"lora\.\* is for adapters alone"):
+        go(tmp_path / "d", "lora.rank=2")
     assert not any((tmp_path / name / "images.json").exists() for name in "bcd")
