@@ -40,7 +40,6 @@ BLOCKS = (
     Blocks(4, 5, 2, 6, 112, 192),
     Blocks(1, 3, 1, 6, 192, 320),
 )
-RGB = 3
 COUNT = sum(blocks.repeats for blocks in BLOCKS)
 SCALES = (0, 2, 4, 10, 15)  # last block of each resolution
 
