@@ -168,7 +168,7 @@ def disc_overlap(side: int, centre: tuple[float, float], radius: float) -> Float
 
     def left_of(u: np.ndarray) -> np.ndarray:
         """Area of the part of the disc with coordinate below u."""
-        return u * np.sqrt(radius**2 - u**2) + radius**2 * (np.arcsin(u / radius) + np.pi / 2)
+        return u * np.sqrt((radius - u) * (radius + u)) + radius**2 * (np.arcsin(u / radius) + np.pi / 2)
 
     # Area of the disc below y and left of x, at the pixel corners; corners outside the disc are treated separately.
     below, left = left_of(y)[:, None], left_of(x)[None, :]

@@ -131,6 +131,11 @@ def test_disc_overlap_adds_up(radius, y, x):
         assert area.sum() == pytest.approx(np.pi * radius**2, rel=1e-9)
 
 
+def test_rounding_takes_no_root_of_a_negative_number():
+    for radius in np.random.default_rng(0).uniform(1, 4, 2000):  # its square may be rounded up or down
+        assert np.isfinite(disc_overlap(9, (4.0, 4.0), float(radius))).all()
+
+
 @pytest.mark.parametrize("radius", [0.2, 0.5, 1.0, 2.3, 3.7, 6.0])
 @pytest.mark.parametrize("centre", [(4.0, 4.0), (4.3, 3.6), (0.0, 8.4)])
 def test_disc_overlap_against_fine_sampling(radius, centre):
