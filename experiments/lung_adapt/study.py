@@ -30,7 +30,7 @@ from pulmo_jax.reporting.provenance import provenance
 from pulmo_jax.tasks.anomalies.run import open_run
 
 HERE = Path(__file__).parent
-SEEDS = range(5)
+SEEDS = range(3)
 WINDOW_HU, GAMMA, BLUR_PX, NOISE = (-1100.0, 300.0), 0.8, 0.7, 0.015
 LEVELS = 4095  # gray levels of the other scanner
 STEPS = 1000  # of the default experiment; adapters get a fifth
