@@ -120,6 +120,7 @@ def train(folder: Path, *overrides: str) -> Path:
 
 
 def call(module: str, *arguments: str) -> None:
+    """Run a verb of pulmo_jax to its end."""
     subprocess.run([sys.executable, "-m", module, *arguments], check=True)
 
 
@@ -152,7 +153,7 @@ def write_table(figures: dict[str, list[dict[str, float]]]) -> None:
 
 
 def draw(scanner: Path, work: Path) -> None:
-    """Draw a slice with a nodule on both scanners, and its score maps."""
+    """Draw the test slice with the largest nodule, and its score maps."""
     mask = max((scanner / "test_masks").rglob("*.tif"), key=lambda path: (tifffile.imread(path) > 0).sum())
     image = next((scanner / "test").rglob(mask.name))
     truth, shown = tifffile.imread(mask) > 0, tifffile.imread(image)

@@ -1,5 +1,6 @@
 """Low-rank adapters of a base run: what is trained and stored, and what is refused."""
 
+import json
 import shutil
 
 import jax
@@ -7,10 +8,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from pulmo_jax.runs.directory import restore_sealed
 from pulmo_jax.tasks.anomalies.building import build_method
 from pulmo_jax.tasks.anomalies.run import load_run, open_run
-from pulmo_jax.training.state import averaged_state
 from pulmo_jax.types import InputError
 
 ADAPT = ("method=lora", "model=identity", "lora.rank=2", "lora.share=0.5")
@@ -59,15 +58,19 @@ def test_a_run_is_the_network_of_its_base_with_some_kernels_changed_by_a_low_ran
     assert 1 <= len(changed) < len(before)
     for name, change in changed.items():
         assert "kernel" in name
-        assert np.linalg.matrix_rank(change.reshape(-1, change.shape[-1]), tol=1e-5 * np.abs(change).max() * 10) <= 2
+        assert np.linalg.matrix_rank(change.reshape(-1, change.shape[-1]), tol=1e-4 * np.abs(change).max()) <= 2
 
 
 def test_the_adapters_alone_are_stored(base, adapted):
     config, how, _, _, step = load_run(adapted)
     factors = build_method(config, how).init()
     assert {pair.down.shape[1] for pair in factors.values()} == {2}
-    state = restore_sealed(adapted, step, averaged_state(factors))  # refused if anything else were there
-    assert jax.tree.structure(state.ema) == jax.tree.structure(factors)
+    manifest = (adapted / "checkpoints" / str(step) / "MANIFEST").read_bytes()
+    stored = json.loads(manifest.partition(b"\n")[2])["arrays"]
+    kept = [name.partition(".")[2] for name in stored]
+    for part in ("params", "ema"):
+        names = {f"{part}['{kernel}'].{factor}" for kernel in factors for factor in ("down", "up")}
+        assert {name for name in kept if name.startswith(part)} == names
     whole = sum(leaf.size for leaf in named(base).values())
     assert 0 < sum(leaf.size for leaf in jax.tree.leaves(factors)) <= 0.5 * whole
 
@@ -114,3 +117,25 @@ def test_what_cannot_be_adapted_is_refused(go, base, other_scanner, images, tmp_
     with pytest.raises(InputError, match=r"lora\.\* is for adapters alone"):
         go(tmp_path / "d", "lora.rank=2")
     assert not any((tmp_path / name / "images.json").exists() for name in "bcd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["method=uncertain_autoencoder", "model.bottleneck=spatial"],
+        ["method=variational_autoencoder"],
+        ["method=vq_autoencoder", "method.n_codes=4", "model=vq_autoencoder", "model.width=8", "model.blocks=1"],
+        ["method=diffusion", "method.calls=2", "method.draws=2", "method.octaves=2", "model=image_unet",
+         "model.width=8", "model.depth=2", "model.heads=2"],
+    ],
+    ids=lambda method: method[0].partition("=")[2],
+)  # fmt: skip
+def test_other_methods_are_adapted_in_their_kernels_alone(go, other_scanner, tmp_path, method):
+    go(tmp_path / "base", *method)
+    go(tmp_path / "run", *adapting(tmp_path / "base", other_scanner))
+    before, after = named(tmp_path / "base"), named(tmp_path / "run")
+    changed = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert changed
+    assert all("kernel" in name for name in changed)
+    assert type(open_run(tmp_path / "run").scorer.method) is type(open_run(tmp_path / "base").scorer.method)
