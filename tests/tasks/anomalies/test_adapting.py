@@ -119,23 +119,32 @@ def test_what_cannot_be_adapted_is_refused(go, base, other_scanner, images, tmp_
     assert not any((tmp_path / name / "images.json").exists() for name in "bcd")
 
 
+VQ = ["method=vq_autoencoder", "method.n_codes=4", "model=vq_autoencoder", "model.width=8", "model.blocks=1"]
+TOKENS = ["method=tokens", "model=token_transformer", "model.width=16", "model.layers=1", "model.heads=2"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
         ["method=uncertain_autoencoder", "model.bottleneck=spatial"],
         ["method=variational_autoencoder"],
-        ["method=vq_autoencoder", "method.n_codes=4", "model=vq_autoencoder", "model.width=8", "model.blocks=1"],
+        VQ,
+        TOKENS,
         ["method=diffusion", "method.calls=2", "method.draws=2", "method.octaves=2", "model=image_unet",
          "model.width=8", "model.depth=2", "model.heads=2"],
     ],
     ids=lambda method: method[0].partition("=")[2],
 )  # fmt: skip
 def test_other_methods_are_adapted_in_their_kernels_alone(go, other_scanner, tmp_path, method):
+    if method is TOKENS:
+        go(tmp_path / "vq", *VQ)
+        method = [*TOKENS, f"method.base_run={tmp_path / 'vq'}"]
     go(tmp_path / "base", *method)
     go(tmp_path / "run", *adapting(tmp_path / "base", other_scanner))
     before, after = named(tmp_path / "base"), named(tmp_path / "run")
     changed = [name for name in before if not np.array_equal(before[name], after[name])]
     assert changed
-    assert all("kernel" in name for name in changed)
+    assert all("kernel" in name or "tuned" in name for name in changed)
+    assert not any("['base']" in name for name in changed)
     assert type(open_run(tmp_path / "run").scorer.method) is type(open_run(tmp_path / "base").scorer.method)
