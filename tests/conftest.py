@@ -13,6 +13,7 @@ from importlib.metadata import version
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from references.saving import draw_figures
 
 install_import_hook("pulmo_jax", "typechecker.check")
 settings.register_profile("patient", deadline=None)
@@ -35,6 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    draw_figures(item.get_closest_marker("draws") is not None)
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background

@@ -343,6 +343,7 @@ def test_the_plugins_image_format_works(my_package, monkeypatch):
     assert [file.reason for file in script.skipped] == ["images/cut.raw: has 100 bytes, not 131072; change side"]
 
 
+@pytest.mark.draws
 def test_the_plugins_figure_and_source_work(my_package):
     node = yaml.safe_load((my_package / "my_configs/figures/bars.yaml").read_text())
     config = EvaluateConfig.model_construct(figures=node, plugins=("my_package",))

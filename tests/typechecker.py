@@ -6,13 +6,14 @@ from typing import Any
 
 from beartype import BeartypeConf, beartype
 
+_checks: list[Callable[[], Callable]] = []
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(function: Callable) -> Callable:
     """`function` with its arguments and result checked.
 
-    The check is compiled at the first call: compiling those of the whole package takes each process seconds.
+    The check is compiled at the first call, unless `compile_all` is called before.
     """
 
     @cache
@@ -23,4 +24,11 @@ def check(function: Callable) -> Callable:
     def checked(*args: Any, **kwargs: Any) -> Any:
         return compiled()(*args, **kwargs)
 
+    _checks.append(compiled)
     return checked
+
+
+def compile_all() -> None:
+    """Compile the checks of all functions so far, for a process whose forks would each do it."""
+    for compiled in _checks:
+        compiled()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import robust_paco as reference
+from references.selection import mostly_campaign
 
 from pulmo_jax.core import covariance, robust
 from pulmo_jax.core.robust import LEAST_SCALE, ScaleMixture
@@ -226,9 +227,7 @@ def summary_of(samples, shrinkage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shrinkage", ["oas", *(pytest.param(s, marks=pytest.mark.slow) for s in ("paco", "ledoit_wolf", "fixed"))]
-)
+@pytest.mark.parametrize("shrinkage", mostly_campaign(["oas", "paco", "ledoit_wolf", "fixed"], "oas", "paco"))
 def test_implicit_derivative_is_that_of_the_converged_iteration(shrinkage):
     """Forward, reverse and second derivatives against finite differences of the iteration itself."""
     samples, step = jnp.asarray(correlated(40, 9)), 1e-5

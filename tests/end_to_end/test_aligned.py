@@ -26,7 +26,7 @@ SHAPE = (96, 96)
 
 def call(*arguments, status=0):
     """Run a verb; returns what it printed."""
-    done = child.run(*arguments, status=status, draw=False, env={"COLUMNS": 200})
+    done = child.run(*arguments, status=status, env={"COLUMNS": 200})
     return done.stdout + done.stderr
 
 
@@ -121,7 +121,7 @@ def test_nothing_is_warped_twice_and_nothing_stays_of_images_that_are_gone(landm
     assert [ref.group for ref in refs] == ["a", "two", "two"]  # the user's own names, and pages stay together
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_spot_is_found_where_it_lies_in_the_image(landmarks, tmp_path):
     """Trained and predicted with the verbs, on images as they are."""
     draw(tmp_path / "normal", [f"n{i:02d}.png" for i in range(60)], seed=2)

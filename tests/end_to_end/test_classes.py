@@ -122,7 +122,7 @@ def test_files_that_are_copies_are_of_one_group(run, slices):
     assert np.mean(others) < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_copies_count_once(slices, tmp_path):
     """A sixth of the images five times over: the figures are those of the images, and the copies are told."""
     folder, run = tmp_path / "set", tmp_path / "run"
@@ -242,7 +242,7 @@ def three(slices, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_three_classes_and_one_part_held_out(three, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     train(three, run, *NET, "trainer.folds=1", "trainer.members=2", "data.group_regex='[0-9]+'")

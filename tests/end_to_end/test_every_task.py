@@ -15,6 +15,7 @@ import tifffile
 from PIL import Image
 from references import child
 from references.chest_phantoms import write_set
+from references.selection import mostly_campaign
 
 from pulmo_jax.data.synthetic_mri import write_slices
 from pulmo_jax.host import resources
@@ -138,7 +139,7 @@ def trained(images, tmp_path_factory):
         if name not in runs:
             runs[name] = tmp_path_factory.mktemp("runs") / name
             more = ["callbacks=profile", "callbacks.figures.every=2", "callbacks.profile.after=1"]
-            child.run(*arguments(JOBS[name], images, runs[name], *more, "callbacks.profile.steps=1"), draw=False)
+            child.run(*arguments(JOBS[name], images, runs[name], *more, "callbacks.profile.steps=1"))
         return runs[name]
 
     return make
@@ -163,11 +164,7 @@ def parameters_of(run: Path, task: str) -> list[np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize(  # autoencoder is in test_verbs
     "name",
-    [
-        pytest.param(name, marks=() if name in ("classifier", "patch_gaussian") else pytest.mark.campaign)
-        for name in JOBS
-        if name != "autoencoder"
-    ],
+    mostly_campaign([name for name in JOBS if name != "autoencoder"], "patch_gaussian"),
 )
 def test_two_processes_train_what_one_does(trained, images, tmp_path, name):
     """Over loopback: the same losses, parameters and figures of merit; the second process leaves nothing behind."""

@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
                            "trainer.folds=2", "trainer.members=1", "trainer.batch_size=4", *LOOP],
     }  # fmt: skip
     for task, (experiment, *keys) in arguments.items():
-        child.run("pulmo_jax.train", f"+experiment={experiment}", *keys, f"hydra.run.dir={root / task}", draw=False)
+        child.run("pulmo_jax.train", f"+experiment={experiment}", *keys, f"hydra.run.dir={root / task}")
     return {task: root / task for task in arguments}
 
 
@@ -125,7 +125,7 @@ def test_predict_refuses_a_config_of_aliases_with_status_2(copy, tmp_path):
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + "a0: &a0 [x,x,x,x]\n" + bomb)
     tifffile.imwrite(tmp_path / "image.tif", IMAGE)
     arguments = [f"run={run}", f"input={tmp_path / 'image.tif'}", f"output={tmp_path / 'out'}"]
-    done = child.run("pulmo_jax.predict", *arguments, status=2, draw=False)
+    done = child.run("pulmo_jax.predict", *arguments, status=2)
     (line,) = done.stderr.splitlines()
     assert f"{run / 'config.yaml'}: is not a valid config (line " in line
     assert not (tmp_path / "out").exists()

@@ -292,7 +292,7 @@ def test_bad_input_is_named_and_nothing_is_left_behind(chests, tmp_path, changes
     assert not (tmp_path / "run" / "finished.json").exists()
 
 
-@pytest.mark.slow  # two networks are compiled
+@pytest.mark.campaign  # two networks are compiled
 def test_a_network_that_was_stopped_goes_on_to_the_same_end(chests, tmp_path):
     """Bit for bit: losses, and the landmarks that are found."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"

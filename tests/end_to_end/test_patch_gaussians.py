@@ -121,7 +121,7 @@ def test_counts_are_merged_and_an_interrupted_pass_goes_on(crop, tmp_path):
     [
         (["lung_residual"], "give method.base_run=RUN"),
         (["lung_covariance", "method.locations=each"], "method.locations=each needs data.resize=true"),
-        (["lung_residual", "method.base_run=nowhere"], "training has not finished"),
+        (["lung_residual", "method.base_run=nowhere"], "nowhere: does not exist; give the directory of a finished run"),
         (["lung_covariance", "method.window_px=65"], "method.window_px=65: the maps of patches of 64 px have 64 px"),
     ],
 )

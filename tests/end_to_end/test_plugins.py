@@ -17,7 +17,7 @@ OWN = ["--config-dir", PLUGINS / "configs"]
 
 
 def call(verb, *arguments, status=0):
-    return child.run(f"pulmo_jax.{verb}", *arguments, status=status, cwd=PLUGINS, draw=False)
+    return child.run(f"pulmo_jax.{verb}", *arguments, status=status, cwd=PLUGINS)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import tifffile
 from references import child, efficientnet
 from references.chest_phantoms import write_set
+from references.selection import mostly_campaign
 
 from pulmo_jax.api import open_run
 from pulmo_jax.data.synthetic_mri import write_slices
@@ -65,14 +66,12 @@ def values(name: str, images: dict, **model) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["brain_mri", *(pytest.param(name, marks=pytest.mark.campaign) for name in ("landmarks", "segmentation"))]
-)
+@pytest.mark.parametrize("name", mostly_campaign(["brain_mri", "landmarks", "segmentation"], "brain_mri"))
 def test_a_frozen_encoder_keeps_its_weights_and_the_rest_is_trained(name, images, weights, tmp_path):
     given = values(name, images, weights=weights, train_from="none")
     arguments = [f"{key}={str(value).replace(' ', '')}" for key, value in given.items()]
     run = tmp_path / "run"
-    child.run("pulmo_jax.train", f"+experiment={name}", *arguments, f"hydra.run.dir={run}", draw=False)
+    child.run("pulmo_jax.train", f"+experiment={name}", *arguments, f"hydra.run.dir={run}")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert f"random.safetensors, SHA-256 {digest}" in json.loads((run / "run.json").read_text())["citation"]
     opened = open_run(run)
@@ -83,7 +82,7 @@ def test_a_frozen_encoder_keeps_its_weights_and_the_rest_is_trained(name, images
             np.testing.assert_allclose(leaf, expected[inner], rtol=1e-6)  # averaged
             seen.add(inner)
     assert len(seen) == 143  # of 147: not the first kernel, nor the head
-    child.run("pulmo_jax.export", f"run={run}", f"output={tmp_path / 'weights.safetensors'}", draw=False)
+    child.run("pulmo_jax.export", f"run={run}", f"output={tmp_path / 'weights.safetensors'}")
     again = read_encoder(tmp_path / "weights.safetensors")
     assert again["stem.kernel"].shape[::3] == (3, 32)
     assert all(np.allclose(again[key], expected[key], rtol=1e-6) for key in seen)

@@ -103,7 +103,7 @@ def test_evaluation_of_the_own_images_is_that_of_the_training(run, discs, tmp_pa
         assert found == pytest.approx(row["dice"]["value"], abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, discs, tmp_path):
     halves = tmp_path / "halves"
     shutil.copytree(run, halves)

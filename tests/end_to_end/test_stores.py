@@ -13,7 +13,7 @@ CROP = Path(__file__).parent / "lung_crop"
 
 def call(*arguments, status=0):
     """Run a verb; returns what it printed."""
-    done = child.run(*arguments, status=status, draw=False, env={"COLUMNS": 200})
+    done = child.run(*arguments, status=status, env={"COLUMNS": 200})
     return done.stdout + done.stderr
 
 

@@ -66,7 +66,7 @@ def troubles(*kinds):
 
 
 def call(command, status=0):
-    return child.run(*command, status=status, draw=False)
+    return child.run(*command, status=status)
 
 
 def rows(folder=Path("sweep")):
@@ -110,7 +110,7 @@ def test_jobs_side_by_side_of_which_one_fails(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+@pytest.mark.parametrize("launcher", [pytest.param("joblib", marks=pytest.mark.campaign), "submitit"])
 def test_killed_job_loses_no_other(command, launcher):
     if launcher == "submitit":
         pytest.importorskip("submitit")

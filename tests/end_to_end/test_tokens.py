@@ -48,6 +48,7 @@ def test_a_run_is_trained_on_codes_and_needs_only_itself(codes, crop, tmp_path):
     np.testing.assert_array_equal(state.ema["base"]["codes"]["sums"], before["codes"]["sums"])
 
 
+@pytest.mark.campaign
 def test_what_cannot_work_is_said_in_a_sentence(codes, crop, tmp_path):
     other, several = tmp_path / "other", tmp_path / "several"
     call(*arguments(crop, other, "lung", "data.patch_size=32", "model.width=8", "trainer.steps=2"))

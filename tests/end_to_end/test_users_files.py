@@ -55,7 +55,6 @@ def world(tmp_path_factory):
     folder(root / "test", "normal/a.tif", "normal/b.tif", "bad/c.tif")
     child.run(
         "pulmo_jax.train", "+experiment=lung", f"data.train={root}/normals", f"hydra.run.dir={root}/run", *SMALL,
-        draw=False,
     )  # fmt: skip
     return root
 
@@ -121,7 +120,7 @@ def test_files_of_the_users_keep_their_bytes(world, tmp_path_factory, verb, cont
     swept = verb in ("train", "detect") and data.draw(st.booleans())
     sweep = ["-m", "seed=0,1", "hydra.sweep.dir=out"] if swept else []
     before = tree(top)
-    done = child.attempt(f"pulmo_jax.{verb}", *command(verb, world), *keys, *sweep, cwd=top, draw=False)
+    done = child.attempt(f"pulmo_jax.{verb}", *command(verb, world), *keys, *sweep, cwd=top)
     after = tree(top)
     assert {name: after.get(name) for name in before} == before
     assert done.returncode in (0, 2, 3), done.stderr
@@ -131,7 +130,7 @@ def test_files_of_the_users_keep_their_bytes(world, tmp_path_factory, verb, cont
 @pytest.mark.parametrize("verb", ["train", "predict", "evaluate", "detect"])
 def test_folder_with_other_files_is_refused_in_one_line(world, tmp_path, verb):
     plant(tmp_path / "out", {"figures": {"paper.pdf": b"only copy"}})
-    done = child.run(f"pulmo_jax.{verb}", *command(verb, world), cwd=tmp_path, draw=False, status=2)
+    done = child.run(f"pulmo_jax.{verb}", *command(verb, world), cwd=tmp_path, status=2)
     assert done.stderr.startswith(f"error: {tmp_path}/out: holds files that are not results of pulmo_jax (figures)")
     assert done.stderr.count("\n") == 1
     assert tree(tmp_path) == {"out/figures/paper.pdf": b"only copy"}
@@ -142,7 +141,7 @@ def test_folder_with_other_files_is_refused_in_one_line(world, tmp_path, verb):
 def test_results_of_training_are_not_replaced(world, tmp_path, verb):
     shutil.copytree(world / "run", tmp_path / "out")
     before = tree(tmp_path)
-    done = child.run(f"pulmo_jax.{verb}", *command(verb, world), cwd=tmp_path, draw=False, status=2)
+    done = child.run(f"pulmo_jax.{verb}", *command(verb, world), cwd=tmp_path, status=2)
     assert "holds results of `train`" in done.stderr
     assert tree(tmp_path) == before
 
@@ -150,11 +149,11 @@ def test_results_of_training_are_not_replaced(world, tmp_path, verb):
 @pytest.mark.slow
 def test_second_call_replaces_its_own_files_and_no_others(tmp_path):
     arguments = [*DETECTION, "hydra.run.dir=out"]
-    child.run("pulmo_jax.detect", *arguments, cwd=tmp_path, draw=False)
+    child.run("pulmo_jax.detect", *arguments, cwd=tmp_path)
     first = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
     (tmp_path / "out" / "figures" / "paper.pdf").write_text("mine")
     (tmp_path / "out" / "spectra.csv").write_text("mine")
-    child.run("pulmo_jax.detect", *arguments, "data.synthetic.rotation_deg=50", cwd=tmp_path, draw=False)
+    child.run("pulmo_jax.detect", *arguments, "data.synthetic.rotation_deg=50", cwd=tmp_path)
     again = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
     assert again - first == {Path("figures/paper.pdf"), Path("spectra.csv")}
     assert (tmp_path / "out" / "spectra.csv").read_text() == "mine"
@@ -168,17 +167,17 @@ def test_run_of_an_older_version_has_no_record_and_is_resumed(world, tmp_path):
         figure.unlink()  # those versions did not have it
     (tmp_path / "out" / "notes.txt").write_text("mine")
     before = tree(tmp_path)
-    done = child.run("pulmo_jax.train", *command("train", world), cwd=tmp_path, draw=False, status=2)
+    done = child.run("pulmo_jax.train", *command("train", world), cwd=tmp_path, status=2)
     assert "already contains a run; resume=true continues it" in done.stderr
     assert tree(tmp_path) == before
-    child.run("pulmo_jax.train", *command("train", world), "resume=true", cwd=tmp_path, draw=False)
+    child.run("pulmo_jax.train", *command("train", world), "resume=true", cwd=tmp_path)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert "report.html" in (tmp_path / "out" / MARK).read_text()
 
 
 @pytest.mark.slow
 def test_input_among_the_outputs_is_refused(tmp_path):
-    child.run("pulmo_jax.detect", *DETECTION, "hydra.run.dir=out", cwd=tmp_path, draw=False)
+    child.run("pulmo_jax.detect", *DETECTION, "hydra.run.dir=out", cwd=tmp_path)
     np.save(tmp_path / "out" / "cube.npy", np.ones((10, 41, 41), np.float32))
     np.save(tmp_path / "angles.npy", np.linspace(0, 60, 10))
     np.save(tmp_path / "psf.npy", np.ones((9, 9)))
@@ -207,9 +206,7 @@ def test_image_of_same_name_size_and_time_gets_its_own_result(world, tmp_path):
         os.utime(tmp_path / name / "slice.tif", (1.6e9, 1.6e9))
     found = []
     for name, output in (("a", "out"), ("b", "out"), ("b", "out"), ("b", "truth")):
-        done = child.run(
-            "pulmo_jax.predict", f"run={world}/run", f"input={name}", f"output={output}", cwd=tmp_path, draw=False
-        )
+        done = child.run("pulmo_jax.predict", f"run={world}/run", f"input={name}", f"output={output}", cwd=tmp_path)
         found.append((scores(tmp_path / output)["slice.tif"], "(1 of them earlier)" in done.stdout))
     assert found[0][0] != found[1][0]
     assert found[1:] == [(found[3][0], False), (found[3][0], True), (found[3][0], False)]
@@ -223,9 +220,7 @@ def test_image_of_the_same_name_in_another_store_gets_its_own_result(world, tmp_
         tifffile.imwrite(tmp_path / name / "slice.tif", picture(1, bright))
         child.run("pulmo_jax.ingest", f"input={name}", f"output={name}.h5", cwd=tmp_path)
     for name, earlier in (("a", 0), ("a", 1), ("b", 0)):
-        done = child.run(
-            "pulmo_jax.predict", f"run={world}/run", f"input={name}.h5", "output=out", cwd=tmp_path, draw=False
-        )
+        done = child.run("pulmo_jax.predict", f"run={world}/run", f"input={name}.h5", "output=out", cwd=tmp_path)
         assert f"({earlier} of them earlier)" in done.stdout
         found.append(scores(tmp_path / "out")["slice.tif"])
     assert found[0] == found[1] != found[2]
@@ -249,7 +244,7 @@ def test_no_two_images_share_an_output_file(world, tmp_path):
     folder(tmp_path / "in", *CLASHES)
     tifffile.imwrite(tmp_path / "in" / "p.tif", np.stack([picture(i) for i in range(3)]), photometric="minisblack")
     folder(tmp_path / "in", "p_0001.tif")
-    child.run("pulmo_jax.predict", f"run={world}/run", "input=in", "output=out", cwd=tmp_path, draw=False)
+    child.run("pulmo_jax.predict", f"run={world}/run", "input=in", "output=out", cwd=tmp_path)
     assert len(list((tmp_path / "out" / "maps").rglob("*_score.tif"))) == len(CLASHES) + 2
     assert len(list((tmp_path / "out" / "maps").rglob("*_overlay.png"))) == len(CLASHES) + 4
     records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "records").rglob("*.json")]
@@ -261,14 +256,14 @@ def test_no_two_images_share_an_output_file(world, tmp_path):
         one, alone = tmp_path / f"one {name}", tmp_path / f"alone {name}"
         one.mkdir()
         shutil.copy(tmp_path / "in" / name, one)
-        child.run("pulmo_jax.predict", f"run={world}/run", f"input='{one}'", f"output='{alone}'", draw=False)
+        child.run("pulmo_jax.predict", f"run={world}/run", f"input='{one}'", f"output='{alone}'")
         [path] = (alone / "maps").glob("*_score.tif")
         assert float(np.nanmax(tifffile.imread(path))) == highest[name]
 
 
 def test_name_that_is_too_long_for_its_results_ends_that_file_alone(world, tmp_path):
     folder(tmp_path / "in", "short.tif", f"{'x' * 250}.tif", f"{'y' * 200}/{'z' * 240}.tif")
-    child.run("pulmo_jax.predict", f"run={world}/run", "input=in", "output=out", cwd=tmp_path, draw=False)
+    child.run("pulmo_jax.predict", f"run={world}/run", "input=in", "output=out", cwd=tmp_path)
     assert len(scores(tmp_path / "out")) == 3
 
 

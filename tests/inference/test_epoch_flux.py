@@ -34,7 +34,7 @@ def test_mean_of_one_epoch_and_of_none():
     assert none.epochs == 0
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_flux_of_fifty_comes_back_where_one_pass_keeps_a_part():
     """Three epochs; a second, brighter source is removed from the frames of the first."""
     places, truth = np.array([[55.0, 54.0], [20.0, 26.0]]), np.array([50.0, 400.0])

@@ -45,7 +45,7 @@ def moving():
         return maps, nulls, places, combine(maps, nulls, FWHM_PX, plan)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_no_epoch_shows_the_planet_by_itself(moving):
     maps, _, places, _ = moving
     for of, place in zip(maps, places, strict=True):

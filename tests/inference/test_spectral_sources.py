@@ -67,6 +67,7 @@ def test_one_channel_is_angular_differential_imaging():
     assert spectrum.flux_std_empirical[0] == pytest.approx(ratio * source.flux_debiased_std_empirical)
 
 
+@pytest.mark.campaign
 def test_spectrum_comes_back_within_its_errors(searches):
     pulls, ratios = [], []
     for search, seed in zip(searches, SEEDS, strict=True):
@@ -184,6 +185,7 @@ def test_false_alarms_count_every_spectrum():
     assert triple.false_alarm(0.0) == pytest.approx(1)
 
 
+@pytest.mark.campaign
 def test_limits_of_several_channels_are_below_those_of_the_best(searches):
     search, options = searches[0], {"n_directions": 3, "n_rings": 3}
     together = contrast_curve(search, SETTINGS, **options)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from references import eigenpatch as reference
+from references.selection import mostly_campaign
 
 from pulmo_jax.core import pca
 from pulmo_jax.methods import eigenpatch_stages, eigenpatch_training
@@ -298,7 +299,7 @@ def real(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHEST.exists(), reason="needs the shared chest X-rays")
-@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("prior", mostly_campaign([False, True], True))
 def test_figures_on_chest_x_rays(prior):
     (images, points), (tests, truth) = real("train"), real("val")
     method, zoom = Eigenpatch(prior=prior), 299 / 64

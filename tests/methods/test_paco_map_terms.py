@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import paco as reference
+from references.selection import mostly_campaign
 
 from pulmo_jax.data.psf import prepare_psf
 from pulmo_jax.methods import paco
@@ -45,7 +46,7 @@ def planned(mode: str) -> tuple[paco.LikelihoodMaps, paco.MapPlan]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [m if m == "exact" else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
+@pytest.mark.parametrize("mode", mostly_campaign(MODES, "fast"))
 def test_values_and_derivatives(mode):
     maps, plan = planned(mode)
     arguments = (jnp.asarray(stack()), jnp.asarray(ANGLES), jnp.asarray(PSF))

@@ -111,7 +111,7 @@ def test_blackjax_is_asked_for(monkeypatch):
         paco.sample_posterior(observation, *at)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_intervals_cover_injected_sources():
     """40 stacks: the share of true values within the 68 and 95 % intervals is nominal, of each parameter."""
     n = 40

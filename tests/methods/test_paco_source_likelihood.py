@@ -95,7 +95,7 @@ def test_north_turns_the_source_about_the_centre():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [EXACT, pytest.param(ROBUST, marks=pytest.mark.slow)], ids=["exact", "robust"])
+@pytest.mark.parametrize("settings", [EXACT, pytest.param(ROBUST, marks=pytest.mark.campaign)], ids=["exact", "robust"])
 def test_derivatives_are_those_of_finite_differences(settings):
     """In position, flux, north, PSF and frames; first and second; forward and reverse."""
     observation, rng = observed(), np.random.default_rng(3)

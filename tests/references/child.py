@@ -68,17 +68,17 @@ def run(
     status: int = 0,
     env: dict[str, Any] | None = None,
     cwd: Path | None = None,
-    draw: bool = True,
+    draw: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """`python -m module arguments` to its end, from a fork. Fails with its output if it ends with another status.
 
-    draw: whether figures are drawn (half of the time of a report); else their files hold a small picture.
+    draw: whether figures are drawn (see `references.saving`).
     """
     return expect(status, attempt(module, *arguments, env=env, cwd=cwd, draw=draw))
 
 
 def attempt(
-    module: str, *arguments: Any, env: dict[str, Any] | None = None, cwd: Path | None = None, draw: bool = True
+    module: str, *arguments: Any, env: dict[str, Any] | None = None, cwd: Path | None = None, draw: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """`python -m module arguments` to its end, from a fork, whatever its exit status (see `run`)."""
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from pulmo_jax.reporting.notebook import figure_html
 from pulmo_jax.tasks.anomalies.figures import DETECTED, TRUTH, Example, patch_grid, reconstructions, score_maps, view
 from pulmo_jax.tasks.anomalies.units import Intensity
 
+pytestmark = pytest.mark.draws
 RNG = np.random.default_rng(0)
 
 

@@ -307,6 +307,7 @@ def test_table_has_a_row_a_job_with_its_keys_and_measures(jobs):
     assert [row["pixel AP"] for row in rows] == ["0.7", "", "0.7", "0.7"]
 
 
+@pytest.mark.draws
 def test_page_is_self_contained_and_names_failures(jobs):
     write_pages(jobs)
     page = (jobs / "sweep.html").read_text()
@@ -325,6 +326,7 @@ def test_jobs_are_in_the_order_of_their_numbers(tmp_path, said):
     assert [row.folder.name for row in collect(tmp_path)] == ["2", "9", "10"]
 
 
+@pytest.mark.draws
 def test_sweep_without_objective_or_without_any_job(tmp_path, said):
     assert write_pages(tmp_path) == []
     assert list(tmp_path.iterdir()) == []

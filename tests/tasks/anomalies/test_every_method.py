@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from references import child
+from references.selection import mostly_campaign
 
 from pulmo_jax.tasks.anomalies.building import build_method
 from pulmo_jax.tasks.anomalies.run import load_run
@@ -95,7 +96,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", mostly_campaign(METHODS, "vq", "diffusion"))
 def test_training_resumed_between_accumulated_batches_continues_bit_for_bit(go, runs, tmp_path, name):
     run, keys = runs(name)
     for step, waiting in ((3, 1), (4, 0)):  # batches whose gradients wait for the next update
@@ -110,6 +111,7 @@ def test_training_resumed_between_accumulated_batches_continues_bit_for_bit(go, 
         assert (run / file).read_text() == (tmp_path / "run" / file).read_text()
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the other devices are simulated on a CPU")
 def test_two_devices_give_the_losses_of_one(runs, on_two_devices, name):
@@ -132,7 +134,7 @@ def loss_and_gradient(run, batch, **model: Any):
     return jax.jit(jax.value_and_grad(loss))(trained, batch)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", mostly_campaign(METHODS, "diffusion"))
 def test_rematerialisation_changes_neither_loss_nor_gradient_and_bfloat16_little(runs, name):
     run, batch = runs(name)[0], jax.random.uniform(jax.random.key(0), (8, 16, 16, 1))
     loss, gradient = loss_and_gradient(run, batch)

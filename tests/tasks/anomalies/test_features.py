@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from references import efficientnet
+from references.selection import mostly_campaign
 
 from pulmo_jax.data.weights.files import write_safetensors
 from pulmo_jax.methods.patchcore import PatchCore
@@ -52,7 +53,7 @@ def test_the_bank_does_not_depend_on_the_size_of_the_batches(go, bank, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["patch_gaussian", "patchcore"])
+@pytest.mark.parametrize("method", mostly_campaign(["patch_gaussian", "patchcore"], "patchcore"))
 def test_features_of_weights_in_a_file_are_modelled(go, weights, tmp_path, method):
     go(tmp_path / "run", f"method={method}", "data.patch_size=32", "model.blocks=[2,4]", *weights)
     run = open_run(tmp_path / "run")

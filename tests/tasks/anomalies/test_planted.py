@@ -99,6 +99,7 @@ def with_options(run, count, objective="val_loss"):
     return replace(run, config=run.config.model_copy(update=changes))
 
 
+@pytest.mark.draws
 def test_a_run_measures_and_reports_them(run, refs, tmp_path, capsys):
     run = with_options(run, 10)
     with workplace(tmp_path / "out", "train", run.config) as place:

@@ -89,6 +89,7 @@ def draw_key(batch):
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), batch)
 
 
+@pytest.mark.draws
 def test_images_are_compared_with_the_patches_of_the_run(run, tmp_path, capsys):
     near = go(run, tmp_path / "out", n=3)["nearest_training_patch"]
     assert (near["training_patches"], near["validation_patches"]) == (4 * 25, 2 * 25)

@@ -14,6 +14,7 @@ from pulmo_jax.evaluation.metrics import Estimate
 from pulmo_jax.reporting import figures
 from pulmo_jax.tasks.classification import figures as classes
 
+pytestmark = pytest.mark.draws
 N = 60
 
 

@@ -12,6 +12,7 @@ from pulmo_jax.evaluation import landmark_metrics as metrics
 from pulmo_jax.reporting import figures
 from pulmo_jax.tasks.landmarks import figures as landmarks
 
+pytestmark = pytest.mark.draws
 RNG = np.random.default_rng(0)
 N, K = 12, 6
 

@@ -139,7 +139,7 @@ def read(run):
     return [np.asarray(fits.getdata(run / f"{name}.fits"), float) for name in ("a", "b")]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_orbits_write_samples_and_are_alike_for_alike_seeds(runs, tmp_path, capsys):
     folders = [tmp_path / "one", tmp_path / "two"]
     for out in folders:

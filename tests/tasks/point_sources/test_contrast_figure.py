@@ -15,6 +15,7 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.tasks.point_sources.contrast_figure import contrast_curve
 from pulmo_jax.tasks.point_sources.units import FluxScale
 
+pytestmark = pytest.mark.draws
 SCALE = 0.02719
 RADIUS = np.arange(6.0, 46, 4)
 PSF_UNITS = FluxScale("PSF units", None, relative=False, magnitudes=False)

@@ -9,6 +9,7 @@ from pulmo_jax.reporting import figures
 from pulmo_jax.tasks.point_sources import epoch_figures
 from pulmo_jax.tasks.point_sources.drawing import Sky
 
+pytestmark = pytest.mark.draws
 RNG = np.random.default_rng(0)
 CIRCLE = np.stack([np.cos(np.linspace(0, 6.3, 50)), np.sin(np.linspace(0, 6.3, 50))], -1)
 

@@ -74,7 +74,7 @@ def test_probabilities_below_the_bound_are_shown_as_such():
     assert bounded(float("nan"), float("nan")) == "-"
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_fluxes_of_combined_runs_are_debiased_and_nan_where_a_cube_is_gone(tmp_path, capsys):
     """Runs on files, one on a synthetic stack of the config; then one cube changes and one is removed."""
     runs = []

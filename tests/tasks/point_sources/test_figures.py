@@ -19,6 +19,7 @@ from pulmo_jax.tasks.point_sources import drawing, null_figures
 from pulmo_jax.tasks.point_sources import figures as adi_figures
 from pulmo_jax.tasks.point_sources.drawing import Sky
 
+pytestmark = pytest.mark.draws
 SCALE = 0.02719
 RADIUS = np.arange(6.0, 46, 4)
 CENTRE = (30.0, 35.5)

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from pulmo_jax.inference.point_sources import SourceSpectrum
 from pulmo_jax.tasks.point_sources import spectral_figures
 
+pytestmark = pytest.mark.draws
 WAVELENGTHS = np.array([1.0, 1.2, 1.5])
 
 

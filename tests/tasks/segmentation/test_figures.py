@@ -9,6 +9,7 @@ from pulmo_jax.data.codes import UNLABELLED, Classes
 from pulmo_jax.tasks.segmentation import figures
 from pulmo_jax.tasks.segmentation.figures import Example
 
+pytestmark = pytest.mark.draws
 NAMES = ("left upper lobe", "left lower lobe", "right upper lobe", "right middle lobe", "right lower lobe", "nodule")
 
 
