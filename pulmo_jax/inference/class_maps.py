@@ -29,8 +29,8 @@ from pulmo_jax.inference.score import LOWER, STRIP_PX, Inside, Tiles, gathered, 
 from pulmo_jax.inference.strips import Constants, constants_of, cut_batches, everywhere, normalised, padded
 from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.networks import unstacked
 from pulmo_jax.methods.segmenter import Segmenter
-from pulmo_jax.training.members import unstacked
 
 Flips = Literal["none", "horizontal", "both"]
 FLIPPED_AXES: dict[Flips, tuple[tuple[int, ...], ...]] = {

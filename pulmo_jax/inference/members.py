@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from pulmo_jax.inference.memory import within_memory
 from pulmo_jax.inference.transfers import keep, kept_bytes, pick, read_behind
 from pulmo_jax.methods.base import Params
+from pulmo_jax.methods.networks import network_axes
 
 AT_ONCE, AT_ONCE_ACCELERATOR = 8, 32  # images of each network in one call; on a CPU more are no faster
 
@@ -98,10 +99,17 @@ def of_all(
 
 def each_its_own(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Vectorise a function over networks and arrays, for `at_rows`."""
-    return jax.jit(jax.vmap(function))
+
+    def each(chunk: Params, *arrays: jax.Array) -> jax.Array:
+        return jax.vmap(function, in_axes=(network_axes(chunk), *(0 for _ in arrays)))(chunk, *arrays)
+
+    return jax.jit(each)
 
 
-def all_the_same(function: Callable[..., jax.Array], arrays: int = 1) -> Callable[..., jax.Array]:
+def all_the_same(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Vectorise a function over networks with shared arrays, for `of_all`."""
-    each = jax.vmap(function, in_axes=(0, *(None,) * arrays))
+
+    def each(chunk: Params, *shared: jax.Array) -> jax.Array:
+        return jax.vmap(function, in_axes=(network_axes(chunk), *(None for _ in shared)))(chunk, *shared)
+
     return within_memory(each, f"evaluating the networks for {at_once()} images", "use a smaller method.size")

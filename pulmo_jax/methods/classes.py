@@ -1,8 +1,9 @@
 """Protocols of the image classification methods."""
 
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from pulmo_jax.methods.base import Params
@@ -80,4 +81,44 @@ class ClosedForm(Classifier, Protocol):
 
     def skeleton(self) -> Params:
         """Return the structure, shapes and dtypes of the parameters of `fit` (`jax.ShapeDtypeStruct`), without data."""
+        ...
+
+
+@runtime_checkable
+class OfFeatures(Classifier, Protocol):
+    """A `Classifier` of the features of a network that is not trained, which all networks of a run have in common.
+
+    The parameters are those of the linear head and, as `networks.SHARED`, those of the network of the features.
+    """
+
+    def extractor(self) -> Any:
+        """Abstract network of the features."""
+        ...
+
+    def head(self) -> Any:
+        """The method on features instead of images, with `logits` and `validation_losses`."""
+        ...
+
+    def random(self) -> Params:
+        """Return random parameters of the network of the features, in whose place pretrained ones are put."""
+        ...
+
+    def describe(
+        self, network: Params, images: Float[Array, "B S S"], counted: Float[Array, "B"]
+    ) -> tuple[Float[Array, "B D"], Any]:
+        """Compute the features of working images, and statistics of them as a sum with weights `counted`."""
+        ...
+
+    def shared(self, network: Params, means: Any) -> Params:
+        """Return the common parameters: those of the network of the features, and the mean statistics."""
+        ...
+
+    def fit(
+        self, features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], groups: Int[np.ndarray, "N"], seed: int
+    ) -> Params:
+        """Fit the head to the features of the training images."""
+        ...
+
+    def skeleton(self) -> Params:
+        """Return the structure, shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`), without data."""
         ...

@@ -157,6 +157,33 @@ def efficientnet_lite0_features(
     return EncoderFeatures(encoder, patch_size, channels, blocks, dtype)
 
 
+def efficientnet_lite0_pooled(
+    *,
+    patch_size: int,
+    channels: int,
+    rngs: nnx.Rngs,
+    weights: Weights = "imagenet",
+    blocks: BlockNumbers = (4, 10, 15),
+    dtype: Dtype = "float32",
+) -> EncoderFeatures:
+    """Build the features of EfficientNet-Lite0 for the classification of images: of cells of 8, 16 and 32 px.
+
+    Args:
+        patch_size: See `efficientnet_lite0_features`.
+        channels: Number of channels of the images, best normalised to mean 0 and sd 1.
+        rngs: Random streams for the initialisation.
+        weights: Weights of the encoder.
+        blocks: Blocks whose features are used.
+        dtype: Data type of the computation; parameters are float32.
+
+    Returns:
+        The network.
+    """
+    return efficientnet_lite0_features(
+        patch_size=patch_size, channels=channels, rngs=rngs, weights=weights, blocks=blocks, dtype=dtype
+    )
+
+
 def efficientnet_lite0(
     *,
     channels: int,

@@ -18,6 +18,7 @@ from jaxtyping import Array, Key, UInt32
 
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.classes import Trained
+from pulmo_jax.methods.networks import members_of
 from pulmo_jax.methods.segmenter import Segmenter
 from pulmo_jax.training.program import Program, temporary_bytes
 from pulmo_jax.training.state import Metrics, TrainState, make_update
@@ -158,13 +159,3 @@ def chunks_of(state: TrainState) -> list[tuple[np.int32, Chunk]]:
     chunks = list(zip(state.params, state.ema, optimizer_states, strict=True))
     firsts = np.cumsum([0, *(members_of(chunk[0]) for chunk in chunks[:-1])], dtype=np.int32)
     return list(zip(firsts, chunks, strict=True))
-
-
-def members_of(chunk: Params) -> int:
-    """Number of networks in a chunk."""
-    return len(jax.tree.leaves(chunk)[0])
-
-
-def unstacked(chunk: Params) -> list[Params]:
-    """Parameters of each network of a chunk."""
-    return [jax.tree.map(lambda leaf, m=m: leaf[m], chunk) for m in range(members_of(chunk))]

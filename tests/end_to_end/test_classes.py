@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 import pulmo_jax as pj
 from pulmo_jax.data.synthetic_mri import write_slices
 from pulmo_jax.host.console import Console
+from pulmo_jax.methods.networks import SHARED
 from pulmo_jax.tasks.classification.config import ClassifierDataConfig
 from pulmo_jax.tasks.classification.data import read_classes
 from pulmo_jax.tasks.classification.run import open_run
@@ -23,10 +24,10 @@ from pulmo_jax.training.checkpoint import Checkpoints
 from pulmo_jax.types import InputError
 
 COUNT = 48
+SHORT_REPORT = ["evaluation.replicates=20", "evaluation.examples=2"]
 LOOP = [
     "method.size=32", "trainer.folds=2", "trainer.members=1", "trainer.steps=6", "trainer.batch_size=4",
-    "trainer.validate_every=3", "trainer.checkpoint_every=3", "trainer.log_every=2", "evaluation.replicates=20",
-    "evaluation.examples=2",
+    "trainer.validate_every=3", "trainer.checkpoint_every=3", "trainer.log_every=2", *SHORT_REPORT,
 ]  # fmt: skip
 NET = [*LOOP, "model.widths=[8,8]"]
 
@@ -231,6 +232,32 @@ def test_a_model_of_the_normal_class_alone(slices, tmp_path, method, title):
     assert (run / "out_of_fold.csv").read_text() == before
 
 
+@pytest.mark.slow
+def test_features_of_a_network_that_is_not_trained(slices, tmp_path):
+    """One network of features for all folds; on its own images the run is as good as its cross-validation said."""
+    run, keys = tmp_path / "run", ["method=logistic", "method.sizes=[32,64]", "model.blocks=[2]"]
+    keys += ["model.weights=null", "trainer.folds=3", "trainer.members=1", "trainer.leak=false", *SHORT_REPORT]
+    text = train(slices, run, *keys)
+    assert "computing features" in text
+    of = figures_of(run)["LogisticFeatures"]
+    opened = open_run(run)
+    (chunk,) = opened.chunks
+    assert chunk["kernel"].shape == (3, 2 * 24, 2)
+    assert chunk[SHARED]["network"]["encoder"]["stem"]["kernel"].shape == (3, 3, 1, 32)
+    evaluate(run, slices, tmp_path / "ev")
+    again = figures_of(tmp_path / "ev")["LogisticFeatures"]
+    assert again["log_loss"]["value"] == pytest.approx(of["log_loss"]["value"], rel=1e-4)
+    predict(run, slices / "no", tmp_path / "out")
+    row = read(tmp_path / "out" / "predictions.csv")[0]
+    result = opened.predict(slices / "no" / row["filename"])
+    assert result.saliency.max() > 0
+    before = contents(run)
+    train(slices, run, *keys, "resume=true")
+    assert {
+        path for path in contents(run) if contents(run)[path] != before.get(path) and path.suffix == ".csv"
+    } == set()
+
+
 @pytest.fixture(scope="module")
 def three(slices, tmp_path_factory):
     """A third class, of slices in negative."""
@@ -389,7 +416,7 @@ def test_on_other_images_all_networks_judge_and_baselines_stand_beside(run, slic
         pytest.param(["data.root={set}/no"], ["images are in no class subfolder"], marks=pytest.mark.slow),
         pytest.param(["data.root={set}/groups.csv"], ["is a file; give a folder of images or a store"],
                      marks=pytest.mark.slow),
-        pytest.param(["method=autoencoder"], ["is no classifier", "classifier, anomaly"], marks=pytest.mark.slow),
+        pytest.param(["method=autoencoder"], ["is no classifier", "classifier, logistic"], marks=pytest.mark.slow),
         pytest.param(["method=anomaly", "data.normal_name=healthy"],
                      ["data.normal_name=healthy: is not one of the classes, no, yes"], marks=pytest.mark.slow),
         pytest.param(["trainer.folds=30"], ["class no has", "too few for trainer.folds=30"], marks=pytest.mark.slow),

@@ -7,6 +7,7 @@ import pytest
 
 from pulmo_jax.inference import transfers
 from pulmo_jax.inference.members import all_the_same, at_once, at_rows, each_its_own, kept, of_all
+from pulmo_jax.methods.networks import SHARED
 
 AT_ONCE = at_once()
 
@@ -43,6 +44,21 @@ def test_all_networks_see_all_images(count):
     assert found.shape == (4, count)
     np.testing.assert_allclose(found[1], 10 * images.sum((1, 2)), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found[3], images.sum((1, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_networks_have_a_part_in_common():
+    """Without an axis over the networks, which is therefore computed once for images that all of them see."""
+    chunk = {SHARED: jnp.array([2.0]), "factor": CHUNK}
+
+    def scaled(params, x):
+        return params["factor"] * params[SHARED][0] * x.sum((1, 2))
+
+    images = np.ones((3, 4, 4), np.float32)
+    found = of_all(all_the_same(scaled), [chunk], images)
+    np.testing.assert_allclose(found[:, 0], [32, 320, 3200])
+    rows = [np.array([3, 1]), np.array([5]), np.array([7, 8])]
+    own = at_rows(each_its_own(lambda params, x: params["factor"] * params[SHARED][0] * x), chunk, rows, stack)
+    np.testing.assert_allclose(own[2], 200 * DATA[[7, 8]])
 
 
 def test_one_compilation_serves_lists_of_any_length():

@@ -18,6 +18,7 @@ from pulmo_jax.inference.score import Scorer, Tiles
 from pulmo_jax.methods.adapted import Adapted
 from pulmo_jax.methods.base import Method, Params
 from pulmo_jax.methods.ensemble import Ensemble
+from pulmo_jax.methods.networks import unstacked
 from pulmo_jax.runs.directory import digest_of_run, load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.tasks.anomalies.aligning import into_lung_frame
@@ -26,7 +27,6 @@ from pulmo_jax.tasks.anomalies.calibrated import load_calibrations, load_level, 
 from pulmo_jax.tasks.anomalies.config import TrainConfig
 from pulmo_jax.tasks.anomalies.results import AnomalyResult
 from pulmo_jax.tasks.anomalies.units import stored_intensity
-from pulmo_jax.training.members import unstacked
 from pulmo_jax.training.state import TrainState, averaged_state, inference_state, learnt
 from pulmo_jax.types import ImageStatistic, InputError
 

@@ -119,6 +119,6 @@ SECTIONS: Mapping[str, type[Section]] = {
     "evaluate": EvaluateClassesConfig,
 }
 CHOICES: Mapping[str, Sequence[str]] = {
-    "method": ("classifier", "anomaly", "anomaly_gaussian"),
-    "model": ("classifier", "efficientnet_lite0"),
+    "method": ("classifier", "logistic", "anomaly", "anomaly_gaussian"),
+    "model": ("classifier", "efficientnet_lite0", "efficientnet_lite0_pooled"),
 }

@@ -4,9 +4,10 @@ Prediction and evaluation read config.yaml, classes.json, images.json and checkp
 writes last, contains their SHA-256 (see `pulmo_jax.runs.directory`).
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from pulmo_jax.evaluation.class_calibration import Scaling
 from pulmo_jax.host.files import write_json
 from pulmo_jax.inference.members import all_the_same, of_all
 from pulmo_jax.methods.base import Params
-from pulmo_jax.methods.classes import Classifier, ClosedForm, Trained
+from pulmo_jax.methods.classes import Classifier, ClosedForm, OfFeatures, Trained
+from pulmo_jax.methods.networks import of_each, unstacked
 from pulmo_jax.runs.directory import built, digest_of_run, load_config, restore_sealed, sealed_step, shapes_of
 from pulmo_jax.runs.place import formats_for
 from pulmo_jax.runs.run_images import read_images
@@ -33,7 +35,7 @@ from pulmo_jax.tasks.classification.config import CHOICES, ClassifierConfig
 from pulmo_jax.tasks.classification.data import ClassSet, digest_of
 from pulmo_jax.tasks.classification.results import ClassResult
 from pulmo_jax.tasks.classification.stored import Member, read_facts
-from pulmo_jax.training.members import chunk_sizes, init_members, seed_of, unstacked
+from pulmo_jax.training.members import chunk_sizes, init_members, seed_of
 from pulmo_jax.training.state import TrainState, averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
@@ -48,20 +50,19 @@ class Plan:
     Attributes:
         members: The networks.
         folds: Training, validation and test rows of each network.
+        at_once: Maximum number of networks in a chunk.
     """
 
     members: tuple[Member, ...]
     folds: tuple[Fold, ...]
+    at_once: int = NETWORKS_PER_PROGRAM
 
     @property
     def sizes(self) -> list[int]:
         """Numbers of networks in the jointly trained chunks; the additional random splits have chunks of their own."""
         leaky = sum(member.leaky for member in self.members)
         return [
-            size
-            for count in (len(self.members) - leaky, leaky)
-            if count
-            for size in chunk_sizes(count, NETWORKS_PER_PROGRAM)
+            size for count in (len(self.members) - leaky, leaky) if count for size in chunk_sizes(count, self.at_once)
         ]
 
     @property
@@ -132,7 +133,7 @@ class ClassifierRun:
     @cached_property
     def _saliency(self) -> Any:
         """Saliency maps of all networks for the same images, compiled."""
-        return all_the_same(self.method.saliency, arrays=2)
+        return all_the_same(self.method.saliency)
 
     def predict(self, image: ImageLike, page: int = 0) -> ClassResult:
         """Classify one image, as in `python -m pulmo_jax.predict`.
@@ -184,13 +185,14 @@ def positive_class(classes: Sequence[str], normal: int) -> int | None:
 def check_nodes(config: ClassifierConfig) -> None:
     """Validate the nodes of the method and its model. Raises InputError."""
     target = find_target(config.method, "method", config.plugins)
-    if not (isinstance(target, type) and (issubclass(target, Trained) or issubclass(target, ClosedForm))):
+    if not (isinstance(target, type) and any(issubclass(target, kind) for kind in (Trained, ClosedForm, OfFeatures))):
         raise InputError(
             f"method._target_={config.method['_target_']}: is no classifier (it needs `logits` with `train_loss` or "
             f"`fit`); choose among: {', '.join(CHOICES['method'])}"
         )
     check_node(config.method, "method", config.plugins)
-    check_model(config.model, config.method, config.plugins, ("n_classes", "channels", "rngs"))
+    wanted = "patch_size" if issubclass(target, OfFeatures) else "n_classes"
+    check_model(config.model, config.method, config.plugins, (wanted, "channels", "rngs"))
 
 
 def build_classifier(
@@ -209,7 +211,12 @@ def build_classifier(
     )
 
 
-def make_plan(found: ClassSet, config: ClassifierConfig) -> Plan:
+def networks_at_once(method: Classifier) -> int:
+    """Maximum number of networks in a chunk; those that share the network of their features are in a single one."""
+    return sys.maxsize if isinstance(method, OfFeatures) else NETWORKS_PER_PROGRAM
+
+
+def make_plan(found: ClassSet, config: ClassifierConfig, at_once: int) -> Plan:
     """Assign training, validation and test images to each network."""
     trainer, alone = config.trainer, [str(i) for i in range(len(found.refs))]
     names = np.array(found.classes)[found.labels]
@@ -231,7 +238,7 @@ def make_plan(found: ClassSet, config: ClassifierConfig) -> Plan:
                 seed = seed_of(config.seed, repeat, fold, number)
                 members.append(Member(repeat, fold, number, seed, leaky))
                 folds.append(rows)
-    return Plan(tuple(members), tuple(folds))
+    return Plan(tuple(members), tuple(folds), at_once)
 
 
 def class_weights(labels: Int[np.ndarray, "N"], n_classes: int, balanced: bool) -> tuple[float, ...]:
@@ -298,7 +305,7 @@ def open_run(path: Path | str, plugins: tuple[str, ...] = ()) -> ClassifierRun:
     check_nodes(config)
     facts = read_facts(path / CLASSES)
     method = build_classifier(config, len(facts.classes), facts.normal, facts.class_weights)
-    plan = Plan(facts.members, ())
+    plan = Plan(facts.members, (), networks_at_once(method))
     state = restore(path, method, config, plan, step)
     chunks = honest_chunks(plan, parameters(state))
     return ClassifierRun(path, config, method, facts.classes, facts.normal, chunks, facts.scalings, step)
@@ -324,16 +331,17 @@ def restore(path: Path, method: Classifier, config: ClassifierConfig, plan: Plan
     if isinstance(method, Trained):
         params = shapes_of(path, lambda: init_members(method, optax.identity(), plan.keys, plan.sizes).params)
         return restore_sealed(path, step, averaged_state(params))
-    assert isinstance(method, ClosedForm)  # the config was checked
+    assert isinstance(method, ClosedForm | OfFeatures)  # the config was checked
     return restore_sealed(path, step, fitted_state(skeleton(built(path, method.skeleton), plan.sizes)))
 
 
 def skeleton(one: Params, sizes: Sequence[int]) -> list[Params]:
     """Structure of the fitted parameters in chunks, from that of one network, without values."""
-    return [
-        jax.tree.map(lambda leaf, size=size: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), one)
-        for size in sizes
-    ]
+
+    def with_axis(size: int, own: Params) -> Params:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), own)
+
+    return [of_each(partial(with_axis, size), one) for size in sizes]
 
 
 def allowed_networks(run: ClassifierRun, found: ClassSet) -> tuple[Bool[np.ndarray, "N M"], int]:

@@ -14,11 +14,16 @@ from matplotlib.figure import Figure
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.square_batches import member_batches, member_rows
 from pulmo_jax.data.synthetic_mri import synthetic_mri
+from pulmo_jax.data.weights.initial import with_weights
 from pulmo_jax.evaluation.class_calibration import Scaling, fit_scaling
+from pulmo_jax.host.console import tracker
 from pulmo_jax.host.resources import give_back_freed_memory
-from pulmo_jax.inference.members import Stack, at_rows, each_its_own, kept
+from pulmo_jax.inference.members import Stack, at_once, at_rows, each_its_own, kept
+from pulmo_jax.inference.memory import within_memory
+from pulmo_jax.inference.transfers import read_behind
 from pulmo_jax.methods.base import Params
-from pulmo_jax.methods.classes import Classifier, ClosedForm, Trained
+from pulmo_jax.methods.classes import Classifier, ClosedForm, OfFeatures, Trained
+from pulmo_jax.methods.networks import SHARED, stacked, unstacked
 from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
@@ -46,6 +51,7 @@ from pulmo_jax.tasks.classification.run import (
     class_weights,
     honest_chunks,
     make_plan,
+    networks_at_once,
     parameters,
     skeleton,
     unseen_by,
@@ -59,7 +65,23 @@ from pulmo_jax.types import InputError
 
 MOST_VALIDATED = 512  # images of each network in the validation loss
 IMAGES_PER_FIT = 8  # images per batch of a closed-form fit
+MEMORY = "computing features", "use smaller method.sizes"
 EXAMPLE_IMAGES = 8  # in the figures during training
+
+
+@dataclass(frozen=True)
+class Described:
+    """Features of images.
+
+    Attributes:
+        head: The method on features (see `OfFeatures.head`).
+        shared: Parameters that all networks have in common.
+        features: Features of each image.
+    """
+
+    head: Any
+    shared: Params
+    features: Float[np.ndarray, "N D"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,7 @@ class ClassData:
         weights: Weight of each class in the loss.
         plan: Training, validation and test images of each network.
         method: Method built from the config for these classes.
+        described: Features of the images, for a method `OfFeatures`; otherwise None.
     """
 
     found: ClassSet
@@ -79,6 +102,14 @@ class ClassData:
     weights: tuple[float, ...]
     plan: Plan
     method: Classifier
+    described: Described | None
+
+    @property
+    def judged(self) -> tuple[Any, Stack]:
+        """The method and what it judges at given rows: the images, or its head and their features."""
+        if self.described is None:
+            return self.method, self.found.squares.stack
+        return self.described.head, self.described.features.__getitem__
 
     def learnt_from(self, rows: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
         """Rows used for training: the normal images only, if the method models normal images alone; otherwise all."""
@@ -145,18 +176,53 @@ def read(config: ClassifierConfig, place: Place) -> ClassData:
         InputError: If images or classes cannot be used.
     """
     assert config.data.root is not None  # set by `prepare`
-    size: int = build_classifier(config).size  # pyright: ignore[reportAttributeAccessIssue]
+    untold = build_classifier(config)  # of classes that are not known yet
+    size: int = untold.size  # pyright: ignore[reportAttributeAccessIssue]
     found = read_classes(config.data.root, config.data, size, place.console, formats=place.formats)
     normal = normal_class(found, config.data.normal_name)
     weights = class_weights(found.labels, len(found.classes), config.trainer.class_weights)
-    plan = make_plan(found, config)
+    plan = make_plan(found, config, networks_at_once(untold))
     counts = ", ".join(f"{number} {name}" for name, number in class_counts(found).items())
     leaky = len(plan.members) - len(plan.honest)
     beside = f" and {leaky} on random splits, to measure their leakage" if leaky else ""
     place.note(
         f"{len(found.refs)} images ({counts}) in {len(set(found.groups))} groups; {len(plan.honest)} networks{beside}"
     )
-    return ClassData(found, normal, weights, plan, build_classifier(config, len(found.classes), normal, weights))
+    method = build_classifier(config, len(found.classes), normal, weights)
+    described = describe(method, found, config.data.cache, place) if isinstance(method, OfFeatures) else None
+    return ClassData(found, normal, weights, plan, method, described)
+
+
+def describe(method: OfFeatures, found: ClassSet, cache: Path | None, place: Place) -> Described:
+    """Compute the features of all images.
+
+    Args:
+        method: Method.
+        found: Images.
+        cache: Cache folder of pretrained weights.
+        place: For messages.
+
+    Returns:
+        The features.
+
+    Raises:
+        InputError: If the weights cannot be used.
+    """
+    network = with_weights(method.random(), method.extractor(), cache, place.console)
+    compute, size, count = within_memory(method.describe, *MEMORY), at_once(), len(found.refs)
+    places = [np.arange(start, start + size) for start in range(0, count, size)]
+
+    def results() -> Iterator[Any]:
+        for some in places:
+            images = found.squares.stack(np.minimum(some, count - 1))
+            yield compute(network, jnp.asarray(images), jnp.asarray(some < count, np.float32))
+
+    features, sums = [], None
+    for part, more in tracker(place.console, "computing features")(read_behind(results()), len(places)):
+        features.append(part)
+        sums = more if sums is None else jax.tree.map(np.add, sums, more)
+    means = jax.tree.map(lambda total: jnp.asarray(total / count), sums)
+    return Described(method.head(), method.shared(network, means), np.concatenate(features)[:count])
 
 
 def normal_class(found: ClassSet, name: str | None) -> int:
@@ -182,11 +248,11 @@ def learning(config: ClassifierConfig, data: ClassData, place: Place) -> Learnin
     method, found = data.method, data.found
     if isinstance(method, Trained):
         return descent(config, data, method, place)
-    assert isinstance(method, ClosedForm)  # the config was checked
+    assert isinstance(method, ClosedForm | OfFeatures)  # the config was checked
     return fitting(
         fit=lambda: fit_all(method, data),
         like=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), skeleton(method.skeleton(), data.plan.sizes)),
-        error=validation(method, data),
+        error=validation(data),
         identity=identify(config, found, data.plan),
         titles=found.titles,
         remedy="lower trainer.repeats, trainer.members or method.size",
@@ -216,7 +282,7 @@ def descent(config: ClassifierConfig, data: ClassData, method: Trained, place: P
     rows = member_rows([data.learnt_from(fold.training) for fold in plan.folds], batch_size, seeds)
     shape = batch_size, len(plan.members)
     images = jax.ShapeDtypeStruct((*shape, found.squares.size, found.squares.size), np.float32)
-    loss = validation(method, data)
+    loss = validation(data)
     return Learning(
         state=start_pretrained(
             init_members(method, optimizer, plan.keys, plan.sizes), method, config.data.cache, place
@@ -260,14 +326,14 @@ def finish(config: ClassifierConfig, data: ClassData, learned: Learned, place: P
         Calibrated run and out-of-fold predictions.
     """
     plan, found, method = data.plan, data.found, data.method
-    logits, chunks = each_its_own(method.logits), parameters(learned.state)
-    squares = found.squares.stack
-    validated = of_members(logits, chunks, plan, [rows.validation for rows in plan.folds], squares)
+    judge, stack = data.judged
+    logits, chunks = each_its_own(judge.logits), parameters(learned.state)
+    validated = of_members(logits, chunks, plan, [rows.validation for rows in plan.folds], stack)
     scalings = [
         fit_scaling(of_one, found.labels[rows.validation], offsets=method.normal_alone())
         for of_one, rows in zip(validated, plan.folds, strict=True)
     ]
-    tested = of_members(logits, chunks, plan, [rows.test for rows in plan.folds], squares)
+    tested = of_members(logits, chunks, plan, [rows.test for rows in plan.folds], stack)
     honest = tuple(scalings[i] for i in plan.honest)
     write_classes(place.run_dir, plan, found, data.normal, data.weights, honest)
     run = ClassifierRun(
@@ -322,22 +388,22 @@ def calibrated_loss(logits: list[np.ndarray], scalings: list[Scaling], plan: Pla
     return float(np.mean(losses))
 
 
-def validation(method: Classifier, data: ClassData) -> Callable[[list[Params]], float]:
+def validation(data: ClassData) -> Callable[[list[Params]], float]:
     """Make the validation loss: loss of each network on its validation images, mean over the networks (`Plan.honest`).
 
     At most MOST_VALIDATED images of each network are used.
 
     Args:
-        method: Method of the run.
         data: Data of the training.
 
     Returns:
         Function of the parameter chunks.
     """
     plan, found = data.plan, data.found
-    losses = each_its_own(lambda params, images, labels: method.validation_losses(params, (images, labels)))
+    judge, stack = data.judged
+    losses = each_its_own(lambda params, images, labels: judge.validation_losses(params, (images, labels)))
     some = [evenly_spaced(data.learnt_from(plan.folds[i].validation), MOST_VALIDATED) for i in plan.honest]
-    images, labels = kept(found.squares.stack, some), kept(lambda rows: found.labels[rows], some)
+    images, labels = kept(stack, some), kept(lambda rows: found.labels[rows], some)
 
     def loss(chunks: list[Params]) -> float:
         found_losses = of_members(losses, honest_chunks(plan, chunks), plan, some, images, labels)
@@ -351,7 +417,7 @@ def validated_images(data: ClassData) -> Callable[[TrainState], Figure]:
     found, plan = data.found, data.plan
     rows = evenly_spaced(plan.folds[0].validation, EXAMPLE_IMAGES)
     images, labels = found.squares.stack(rows), found.labels[rows]
-    logits = jax.jit(lambda chunk, images: data.method.logits(jax.tree.map(lambda leaf: leaf[0], chunk), images))
+    logits = jax.jit(lambda chunk, images: data.method.logits(unstacked(chunk)[0], images))
 
     def draw(state: TrainState) -> Figure:
         first = parameters(devices.here(state))[0]
@@ -387,12 +453,25 @@ def of_members(
     return results
 
 
-def fit_all(method: ClosedForm, data: ClassData) -> list[Params]:
+def fit_all(method: ClosedForm | OfFeatures, data: ClassData) -> list[Params]:
     """Fit each network to its training images in closed form; return the parameters in chunks."""
+    rows = [data.learnt_from(fold.training) for fold in data.plan.folds]
+    if isinstance(method, OfFeatures):
+        assert data.described is not None
+        seeds = [member.seed for member in data.plan.members]
+        fitted = [fit_head(method, data, data.described, *of_one) for of_one in zip(rows, seeds, strict=True)]
+    else:
+        fitted = [method.fit(batches_of(data.found, some)) for some in rows]
     sizes = data.plan.sizes
-    fitted = [method.fit(batches_of(data.found, data.learnt_from(fold.training))) for fold in data.plan.folds]
-    parts = zip(np.cumsum(sizes), sizes, strict=True)
-    return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *fitted[end - size : end]) for end, size in parts]
+    return [stacked(fitted[end - size : end]) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
+
+
+def fit_head(
+    method: OfFeatures, data: ClassData, described: Described, rows: Int[np.ndarray, "_"], seed: int
+) -> Params:
+    """Fit the head of one network to the features of its training images."""
+    groups = np.unique(np.array(data.found.groups)[rows], return_inverse=True)[1]
+    return method.fit(described.features[rows], data.found.labels[rows], groups, seed) | {SHARED: described.shared}
 
 
 def batches_of(found: ClassSet, rows: Int[np.ndarray, "_"]) -> Iterator[Float[jax.Array, "B S S"]]:

@@ -30,6 +30,7 @@ from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.landmark_baselines import fit_baselines
 from pulmo_jax.methods.landmark_net import LandmarkNet, mirror_permutation
 from pulmo_jax.methods.located import ClosedForm, Found, Locator, Trained
+from pulmo_jax.methods.networks import unstacked
 from pulmo_jax.runs.directory import (
     built,
     digest_of_run,
@@ -50,7 +51,6 @@ from pulmo_jax.tasks.landmarks.stored import (
     read_companions,
     read_facts,
 )
-from pulmo_jax.training.members import unstacked
 from pulmo_jax.training.state import averaged_state, fitted_state
 from pulmo_jax.types import InputError
 
