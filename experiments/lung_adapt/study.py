@@ -48,7 +48,7 @@ class Way:
 
 WAYS = {
     "as it is": Way(None),
-    "calibrated again": Way(("trainer.steps=1", "optimizer.learning_rate=1e-12"), adapts=True),
+    "calibrated again": Way(("lora.rank=0",), adapts=True),
     "adapted": Way((f"trainer.steps={STEPS // 5}",), adapts=True),
     "adapted, rank 1": Way((f"trainer.steps={STEPS // 5}", "lora.rank=1"), adapts=True),
     "trained anew, a fifth of the steps": Way((f"trainer.steps={STEPS // 5}",)),

@@ -26,6 +26,7 @@ DEFAULT = "denoising autoencoder"
 SQUARED = "method.score=l2"  # without smoothing: 64 px show a whole image
 ENSEMBLE = "ensemble of five"
 EACH = {"chest_aligned": ("method.locations=each",)}
+LARGE = dict.fromkeys(("chest", "chest_aligned", "brain"), ("data.patch_size=224",))  # that of the pretraining
 METHODS = {
     DEFAULT: Method(("+experiment=lung",)),
     "denoising autoencoder, l2": Method(("+experiment=lung", SQUARED)),
@@ -42,6 +43,10 @@ METHODS = {
     "patch Gaussian": Method(("+experiment=lung_covariance",), only=EACH),
     "whitened residual": Method(("+experiment=lung_residual",), base=DEFAULT, only=EACH),
     ENSEMBLE: Method(("+experiment=lung", "trainer.members=5")),
+    "PaDiM": Method(
+        ("+experiment=lung_padim",), only=LARGE | {"chest_aligned": LARGE["chest"] + EACH["chest_aligned"]}
+    ),
+    "PatchCore": Method(("+experiment=lung_patchcore",), only=LARGE),
 }
 BATCH = 32  # whole images in a batch, in all parts but the CT
 STEPS = {  # 40 CPU seconds, with 5 ms a step for reading; CPU ms of a step measured on two busy cores

@@ -106,8 +106,9 @@ def run(part: str, name: str, seed: int, source: Source | None, options: Options
     if is_finished(folder):
         return
     command = [
-        *(sys.executable, "-m", "pulmo_jax.train", *METHODS[name].overrides, *METHODS[name].only.get(part, ())),
+        *(sys.executable, "-m", "pulmo_jax.train", *METHODS[name].overrides),
         *(data_of(part, seed, source, options.work) if source else ()),
+        *METHODS[name].only.get(part, ()),
         *steps_of(part, name, options.steps),
         *([f"method.base_run={folder_of(options.work, part, base, seed)}"] if base else []),
         *(*SAVING, f"seed={seed}", f"hydra.run.dir={folder}"),

@@ -78,7 +78,10 @@ class LogisticFeatures:
     ] = 5
 
     def __post_init__(self) -> None:
-        _ = self._skeleton  # validates the sizes
+        try:
+            _ = self._skeleton
+        except ValueError as error:  # of the size that the network is built for
+            raise InputError(f"method.sizes={list(self.sizes)}: {str(error).split(': ', 1)[-1]}") from error
 
     @property
     def size(self) -> int:
@@ -228,10 +231,8 @@ class LogisticFeatures:
         """Fit a logistic regression with a given C."""
         weights = dict(enumerate(self.class_weights))
         model = LogisticRegression(C=strength, class_weight=weights, max_iter=ITERATIONS, tol=TOLERANCE)
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # the weakest penalties, which separable classes do not get
+        with warnings.catch_warnings():  # of the weakest penalties, which are not chosen where they do not converge
+            warnings.simplefilter("ignore", ConvergenceWarning)
             return model.fit(x, labels)
 
     # --- prediction

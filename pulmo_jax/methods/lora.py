@@ -76,13 +76,15 @@ def init_adapter(params: Params, rank: int, share: float, key: Key[Array, ""]) -
 
     Args:
         params: Parameters of the network.
-        rank: Rank r.
+        rank: Rank r; 0: there is no adapter.
         share: See `adapted_kernels`.
         key: Random key.
 
     Returns:
         Factors by the name of the kernel.
     """
+    if rank == 0:
+        return {}
     leaves = {name_of(path): leaf for path, leaf in jax.tree.flatten_with_path(params)[0]}
     found = {}
     for i, name in enumerate(adapted_kernels(params, rank, share)):

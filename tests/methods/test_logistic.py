@@ -188,5 +188,5 @@ def test_saliency_shows_what_no_other_image_has(images):
 
 def test_sizes_must_suit_the_network():
     network = partial(efficientnet_lite0_features, weights=None, blocks=(4, 15))
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(InputError, match=r"^method.sizes=\[64, 80\]: the features of block 15 .* multiple of 32"):
         LogisticFeatures(2, (1.0, 1.0), network, sizes=(64, 80))

@@ -134,6 +134,8 @@ def prepare(config: TrainConfig, place: Place) -> tuple[TrainConfig, str]:
     """
     config, citation = with_images(config, place)
     config = with_base(with_features(config))
+    if config.method["_target_"] == ADAPTED and config.lora.rank == 0:  # there is nothing to train
+        config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": 1})})
     return config, cite_weights(config.model, config.data.cache, citation, place)
 
 

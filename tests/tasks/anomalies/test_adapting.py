@@ -75,6 +75,17 @@ def test_the_adapters_alone_are_stored(base, adapted):
     assert 0 < sum(leaf.size for leaf in jax.tree.leaves(factors)) <= 0.5 * whole
 
 
+def test_without_adapters_the_network_of_the_base_is_calibrated_anew(go, base, other_scanner, tmp_path):
+    go(tmp_path / "run", *adapting(base, other_scanner, "lora.rank=0"))
+    before, after = named(base), named(tmp_path / "run")
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
+    assert load_run(tmp_path / "run")[1].scale != load_run(base)[1].scale
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["training"]
+    assert (rows["steps"], rows["parameters"]) == (1, 0)
+
+
 def test_intensities_are_normalised_anew(base, adapted):
     assert load_run(adapted)[1].offset != load_run(base)[1].offset
     assert load_run(adapted)[1].scale != load_run(base)[1].scale
