@@ -253,7 +253,7 @@ class LogisticFeatures:
         """Compute how much each position adds to the logit of a class, compared with the average image.
 
         The logit minus the mean logit is linear in the means of the feature maps. Its difference to that of the average
-        image of the training is therefore a sum over positions, whose positive terms are shown. Values are
+        image of the run is therefore a sum over positions, whose positive terms are shown. Values are
         interpolated between the cells of the maps.
 
         Args:
