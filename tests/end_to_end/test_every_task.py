@@ -199,7 +199,7 @@ def test_two_processes_train_what_one_does(trained, images, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_campaign(NETWORKS, "autoencoder", "classifier"))
 def test_figures_show_what_a_run_in_progress_does_and_the_profile_where_its_time_goes(trained, name):
     run = trained(name)
     assert sorted(path.name for path in (run / "figures" / "training").glob("*.png")) == [

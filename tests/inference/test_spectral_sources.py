@@ -82,6 +82,7 @@ def test_spectrum_comes_back_within_its_errors(searches):
     assert np.mean(ratios) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.campaign
 def test_another_spectrum_than_supposed_is_noticed(searches):
     """The planets rise by a factor of 3 from the first channel to the last."""
     of = made(0, 3)

@@ -132,6 +132,8 @@ def test_what_cannot_be_adapted_is_refused(go, base, other_scanner, images, tmp_
 
 VQ = ["method=vq_autoencoder", "method.n_codes=4", "model=vq_autoencoder", "model.width=8", "model.blocks=1"]
 TOKENS = ["method=tokens", "model=token_transformer", "model.width=16", "model.layers=1", "model.heads=2"]
+DIFFUSION = ["method=diffusion", "method.calls=2", "method.draws=2", "method.octaves=2", "model=image_unet"]
+DIFFUSION += ["model.width=8", "model.depth=2", "model.heads=2"]
 
 
 @pytest.mark.slow
@@ -141,9 +143,8 @@ TOKENS = ["method=tokens", "model=token_transformer", "model.width=16", "model.l
         ["method=uncertain_autoencoder", "model.bottleneck=spatial"],
         ["method=variational_autoencoder"],
         VQ,
-        TOKENS,
-        ["method=diffusion", "method.calls=2", "method.draws=2", "method.octaves=2", "model=image_unet",
-         "model.width=8", "model.depth=2", "model.heads=2"],
+        pytest.param(TOKENS, marks=pytest.mark.campaign),
+        pytest.param(DIFFUSION, marks=pytest.mark.campaign),
     ],
     ids=lambda method: method[0].partition("=")[2],
 )  # fmt: skip

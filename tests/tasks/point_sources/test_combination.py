@@ -330,6 +330,7 @@ def test_dates_of_headers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_stacks_searched_one_by_one_and_then_together(tmp_path, capsys):
     """From cubes with dates in their headers to the planet that none of them shows."""
     days = (0.0, 200.0, 420.0, 610.0, 800.0)

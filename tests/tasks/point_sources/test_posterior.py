@@ -19,6 +19,8 @@ from pulmo_jax.tasks.point_sources.detection import read, search_stack, settings
 from pulmo_jax.tasks.point_sources.posterior import posterior_sections, sample_posteriors
 from pulmo_jax.types import InputError
 
+pytestmark = pytest.mark.draws
+
 PLANET = (36.0, 37.0, 300.0)
 STACK = {"frames": 24, "size": 48, "rotation_deg": 80.0, "planets": [list(PLANET)]}
 GIVEN = {
