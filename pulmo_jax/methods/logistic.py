@@ -164,6 +164,9 @@ class LogisticFeatures:
         Args:
             network: Parameters of the network of the features.
             means: Feature maps, averaged over images; saliency is relative to them.
+
+        Returns:
+            The parameters by name.
         """
         return {"network": network, "means": means}
 
@@ -214,7 +217,7 @@ class LogisticFeatures:
                 "method=logistic: a class has training images of fewer than 2 groups (patients, or images and their "
                 "copies), so the penalty cannot be chosen by cross-validation; add images, or use method=classifier"
             )
-        splits = StratifiedGroupKFold(min(self.folds, least), shuffle=True, random_state=seed % 2**32)
+        splits = StratifiedGroupKFold(min(self.folds, least), shuffle=True, random_state=seed)
         losses = np.zeros(len(STRENGTHS))
         for train, test in splits.split(x, labels, groups):
             if len(set(labels[train])) < self.n_classes:  # one group holds most of a class
@@ -223,6 +226,11 @@ class LogisticFeatures:
             for i, strength in enumerate(STRENGTHS):
                 p = self.regression(x[train], labels[train], strength).predict_proba(x[test])
                 losses[i] -= weights @ np.log(np.maximum(p[np.arange(len(test)), labels[test]], TINY))
+        if not losses.any():
+            raise InputError(
+                "method=logistic: in every part of the training images a class is missing from the others, because its "
+                "images are in few groups, so the penalty cannot be chosen; add images, or use method=classifier"
+            )
         return float(STRENGTHS[losses.argmin()])
 
     def regression(

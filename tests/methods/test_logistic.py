@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from scipy.optimize import minimize
 from scipy.special import log_softmax
+from sklearn.model_selection import StratifiedGroupKFold
 
 from pulmo_jax.core.contrast import zscore
 from pulmo_jax.methods.logistic import STRENGTHS, LogisticFeatures
@@ -139,6 +140,14 @@ def test_a_class_of_one_group_cannot_be_cross_validated():
     groups = np.where(labels == 1, 99, np.arange(20))
     with pytest.raises(InputError, match="fewer than 2 groups.*use method=classifier"):
         method_of().fit(x, labels, groups, 0)
+
+
+def test_a_class_that_every_split_keeps_together_cannot_be_cross_validated(monkeypatch):
+    x, labels = blobs(20, 2)
+    ends = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
+    monkeypatch.setattr(StratifiedGroupKFold, "split", lambda *_: [ends, ends[::-1]])
+    with pytest.raises(InputError, match="a class is missing"):
+        method_of().fit(x, labels, np.arange(20), 0)
 
 
 def params_of(method, images, seed=0):

@@ -14,16 +14,12 @@ from matplotlib.figure import Figure
 from pulmo_jax.data.pipeline import evenly_spaced
 from pulmo_jax.data.square_batches import member_batches, member_rows
 from pulmo_jax.data.synthetic_mri import synthetic_mri
-from pulmo_jax.data.weights.initial import with_weights
 from pulmo_jax.evaluation.class_calibration import Scaling, fit_scaling
-from pulmo_jax.host.console import tracker
 from pulmo_jax.host.resources import give_back_freed_memory
-from pulmo_jax.inference.members import Stack, at_once, at_rows, each_its_own, kept
-from pulmo_jax.inference.memory import within_memory
-from pulmo_jax.inference.transfers import read_behind
+from pulmo_jax.inference.members import Stack, at_rows, each_its_own, kept
 from pulmo_jax.methods.base import Params
 from pulmo_jax.methods.classes import Classifier, ClosedForm, OfFeatures, Trained
-from pulmo_jax.methods.networks import SHARED, stacked, unstacked
+from pulmo_jax.methods.networks import stacked, unstacked
 from pulmo_jax.runs.directory import build_optimizer, load_values
 from pulmo_jax.runs.place import Place
 from pulmo_jax.runs.report import Findings
@@ -40,6 +36,7 @@ from pulmo_jax.tasks.classification.data import (
     metadata_features,
     read_classes,
 )
+from pulmo_jax.tasks.classification.features import Described, describe, fit_head
 from pulmo_jax.tasks.classification.figures import validation_gallery
 from pulmo_jax.tasks.classification.report import Predictions
 from pulmo_jax.tasks.classification.run import (
@@ -65,23 +62,7 @@ from pulmo_jax.types import InputError
 
 MOST_VALIDATED = 512  # images of each network in the validation loss
 IMAGES_PER_FIT = 8  # images per batch of a closed-form fit
-MEMORY = "computing features", "use smaller method.sizes"
 EXAMPLE_IMAGES = 8  # in the figures during training
-
-
-@dataclass(frozen=True)
-class Described:
-    """Features of images.
-
-    Attributes:
-        head: The method on features (see `OfFeatures.head`).
-        shared: Parameters that all networks have in common.
-        features: Features of each image.
-    """
-
-    head: Any
-    shared: Params
-    features: Float[np.ndarray, "N D"]
 
 
 @dataclass(frozen=True)
@@ -176,12 +157,12 @@ def read(config: ClassifierConfig, place: Place) -> ClassData:
         InputError: If images or classes cannot be used.
     """
     assert config.data.root is not None  # set by `prepare`
-    untold = build_classifier(config)  # of classes that are not known yet
-    size: int = untold.size  # pyright: ignore[reportAttributeAccessIssue]
+    provisional = build_classifier(config)  # the classes are not known yet
+    size: int = provisional.size  # pyright: ignore[reportAttributeAccessIssue]
     found = read_classes(config.data.root, config.data, size, place.console, formats=place.formats)
     normal = normal_class(found, config.data.normal_name)
     weights = class_weights(found.labels, len(found.classes), config.trainer.class_weights)
-    plan = make_plan(found, config, networks_at_once(untold))
+    plan = make_plan(found, config, networks_at_once(provisional))
     counts = ", ".join(f"{number} {name}" for name, number in class_counts(found).items())
     leaky = len(plan.members) - len(plan.honest)
     beside = f" and {leaky} on random splits, to measure their leakage" if leaky else ""
@@ -191,38 +172,6 @@ def read(config: ClassifierConfig, place: Place) -> ClassData:
     method = build_classifier(config, len(found.classes), normal, weights)
     described = describe(method, found, config.data.cache, place) if isinstance(method, OfFeatures) else None
     return ClassData(found, normal, weights, plan, method, described)
-
-
-def describe(method: OfFeatures, found: ClassSet, cache: Path | None, place: Place) -> Described:
-    """Compute the features of all images.
-
-    Args:
-        method: Method.
-        found: Images.
-        cache: Cache folder of pretrained weights.
-        place: For messages.
-
-    Returns:
-        The features.
-
-    Raises:
-        InputError: If the weights cannot be used.
-    """
-    network = with_weights(method.random(), method.extractor(), cache, place.console)
-    compute, size, count = within_memory(method.describe, *MEMORY), at_once(), len(found.refs)
-    places = [np.arange(start, start + size) for start in range(0, count, size)]
-
-    def results() -> Iterator[Any]:
-        for some in places:
-            images = found.squares.stack(np.minimum(some, count - 1))
-            yield compute(network, jnp.asarray(images), jnp.asarray(some < count, np.float32))
-
-    features, sums = [], None
-    for part, more in tracker(place.console, "computing features")(read_behind(results()), len(places)):
-        features.append(part)
-        sums = more if sums is None else jax.tree.map(np.add, sums, more)
-    means = jax.tree.map(lambda total: jnp.asarray(total / count), sums)
-    return Described(method.head(), method.shared(network, means), np.concatenate(features)[:count])
 
 
 def normal_class(found: ClassSet, name: str | None) -> int:
@@ -459,19 +408,11 @@ def fit_all(method: ClosedForm | OfFeatures, data: ClassData) -> list[Params]:
     if isinstance(method, OfFeatures):
         assert data.described is not None
         seeds = [member.seed for member in data.plan.members]
-        fitted = [fit_head(method, data, data.described, *of_one) for of_one in zip(rows, seeds, strict=True)]
+        fitted = [fit_head(method, data.found, data.described, *of_one) for of_one in zip(rows, seeds, strict=True)]
     else:
         fitted = [method.fit(batches_of(data.found, some)) for some in rows]
     sizes = data.plan.sizes
     return [stacked(fitted[end - size : end]) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
-
-
-def fit_head(
-    method: OfFeatures, data: ClassData, described: Described, rows: Int[np.ndarray, "_"], seed: int
-) -> Params:
-    """Fit the head of one network to the features of its training images."""
-    groups = np.unique(np.array(data.found.groups)[rows], return_inverse=True)[1]
-    return method.fit(described.features[rows], data.found.labels[rows], groups, seed) | {SHARED: described.shared}
 
 
 def batches_of(found: ClassSet, rows: Int[np.ndarray, "_"]) -> Iterator[Float[jax.Array, "B S S"]]:
